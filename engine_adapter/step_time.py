@@ -1,0 +1,189 @@
+"""How long an engine step takes: SCORPIO's two analytic forms, fitted by least squares and kept up to date online.
+
+Inter-token latency of a step that only decodes (SCORPIO eq. 4), B sequences of mean length L:
+
+    ITL(B, L) = a*B*L + b*B + c*L + d
+
+Prefill time of a prompt of p tokens (eq. 6):
+
+    t(p) = delta if p < theta else alpha*p + beta
+
+All times in seconds, lengths in tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(slots=True, frozen=True)
+class FitQuality:
+    """How well a form fits: R2 (share of variance explained), RMSE (s), MAPE (a fraction), samples."""
+
+    r2: float
+    rmse_s: float
+    mape: float
+    samples: int
+
+
+@dataclass(slots=True, frozen=True)
+class StepTimes:
+    """The coefficients of both forms. The defaults are a cautious guess for a small model, used until data comes."""
+
+    a: float = 0.0
+    b: float = 3e-4
+    c: float = 0.0
+    d: float = 1e-2
+    alpha: float = 3e-4
+    beta: float = 0.0
+    theta: float = 0.0
+    delta: float = 0.0
+
+    def itl(self, batch: float, length: float) -> float:
+        """ITL(B, L) in seconds. ``batch`` may be a virtual batch size."""
+        return (self.a * batch + self.c) * length + self.b * batch + self.d
+
+    def prefill(self, tokens: float) -> float:
+        """t(p) in seconds."""
+        return self.delta if tokens < self.theta else self.alpha * tokens + self.beta
+
+
+def nonnegative_least_squares(columns: Floats, target: Floats) -> Floats:
+    """argmin over w >= 0 of ||columns @ w - target||, exact for the handful of columns used here.
+
+    Tries every subset of columns as the support (2^k least-squares solves, k <= 4) and keeps the best feasible one.
+    ``columns``: shape (samples, k); ``target``: shape (samples,). Returns shape (k,).
+    """
+    k = columns.shape[1]
+    # Normal equations once: each subset then costs a k-by-k solve, whatever the number of samples.
+    scale = np.sqrt((columns**2).mean(axis=0))
+    scale[scale == 0] = 1.0
+    scaled = columns / scale
+    gram, moment, energy = scaled.T @ scaled, scaled.T @ target, float(target @ target)
+    best, best_loss = np.zeros(k), energy
+    for size in range(1, k + 1):
+        for support in combinations(range(k), size):
+            rows = list(support)
+            w = np.linalg.lstsq(gram[np.ix_(rows, rows)], moment[rows], rcond=1e-10)[0]
+            if (w < 0).any():
+                continue
+            loss = energy - 2 * float(w @ moment[rows]) + float(w @ gram[np.ix_(rows, rows)] @ w)
+            if loss < best_loss * (1 - 1e-6):
+                best_loss, best = loss, np.zeros(k)
+                best[rows] = w
+    return np.asarray(best / scale, dtype=np.float64)
+
+
+def fit_quality(predicted: Floats, actual: Floats) -> FitQuality:
+    """R2, RMSE and MAPE of ``predicted`` against ``actual`` (both shape (samples,), seconds)."""
+    residual = actual - predicted
+    spread = float(((actual - actual.mean()) ** 2).sum())
+    return FitQuality(
+        r2=1.0 - float((residual**2).sum()) / spread if spread > 0 else 0.0,
+        rmse_s=float(np.sqrt((residual**2).mean())),
+        mape=float((np.abs(residual) / np.maximum(np.abs(actual), 1e-9)).mean()),
+        samples=len(actual),
+    )
+
+
+def fit_itl(batch: Floats, length: Floats, seconds: Floats) -> tuple[float, float, float, float]:
+    """Coefficients (a, b, c, d) of eq. 4, all at least 0: a longer or wider batch is never predicted to be faster."""
+    columns = np.stack([batch * length, batch, length, np.ones_like(batch)], axis=1)
+    a, b, c, d = nonnegative_least_squares(columns, seconds)
+    return float(a), float(b), float(c), float(d)
+
+
+def fit_prefill(tokens: Floats, seconds: Floats) -> tuple[float, float, float, float]:
+    """Coefficients (alpha, beta, theta, delta) of eq. 6; theta is the quantile of ``tokens`` that fits best."""
+    best = (0.0, 0.0, 0.0, 0.0)
+    best_loss = np.inf
+    for theta in (0.0, *np.unique(np.quantile(tokens, [0.1, 0.2, 0.3, 0.4, 0.5]))):
+        short = tokens < theta
+        if (~short).sum() < 2:
+            continue
+        columns = np.stack([tokens[~short], np.ones(int((~short).sum()))], axis=1)
+        alpha, beta = nonnegative_least_squares(columns, seconds[~short])
+        delta = float(seconds[short].mean()) if short.any() else 0.0
+        predicted = np.where(short, delta, alpha * tokens + beta)
+        loss = float(((predicted - seconds) ** 2).sum())
+        if loss < best_loss * (1 - 1e-3):
+            best_loss, best = loss, (float(alpha), float(beta), float(theta), delta)
+    return best
+
+
+@dataclass(slots=True)
+class StepTimeModel:
+    """Both forms, refitted from the latest steps as they are reported.
+
+    ``observe`` is cheap (two appends); every ``refit_every`` steps the forms are fitted again over the last
+    ``window`` steps of each kind, with outliers beyond five times the median dropped. Until ``min_samples`` steps
+    have been seen, the initial coefficients hold.
+    """
+
+    times: StepTimes = field(default_factory=StepTimes)
+    window: int = 512
+    refit_every: int = 64
+    min_samples: int = 24
+    learn: bool = True
+    itl_quality: FitQuality | None = None
+    prefill_quality: FitQuality | None = None
+    steps_seen: int = 0
+    _decode: deque[tuple[float, float, float]] = field(default_factory=deque, repr=False)
+    _mixed: deque[tuple[float, float, float, float]] = field(default_factory=deque, repr=False)
+
+    def itl(self, batch: float, length: float) -> float:
+        """ITL(B, L) in seconds."""
+        return self.times.itl(batch, length)
+
+    def prefill(self, tokens: float) -> float:
+        """t(p) in seconds."""
+        return self.times.prefill(tokens)
+
+    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+        """Learn from one step: ``decode_requests`` decoded, ``prefill_tokens`` prefilled, in ``elapsed_s`` seconds."""
+        if not self.learn or elapsed_s <= 0 or decode_requests + prefill_tokens == 0:
+            return
+        if prefill_tokens:
+            self._mixed.append((float(prefill_tokens), float(decode_requests), mean_context, elapsed_s))
+            if len(self._mixed) > self.window:
+                self._mixed.popleft()
+        else:
+            self._decode.append((float(decode_requests), mean_context, elapsed_s))
+            if len(self._decode) > self.window:
+                self._decode.popleft()
+        self.steps_seen += 1
+        if self.steps_seen % self.refit_every == 0:
+            self.refit()
+
+    def refit(self) -> None:
+        """Fit both forms to the steps in the window, where there are enough of them."""
+        if len(self._decode) >= self.min_samples:
+            batch, length, seconds = _columns(self._decode)
+            kept = seconds <= 5 * np.median(seconds)
+            batch, length, seconds = batch[kept], length[kept], seconds[kept]
+            a, b, c, d = fit_itl(batch, length, seconds)
+            self.times = replace(self.times, a=a, b=b, c=c, d=d)
+            self.itl_quality = fit_quality((a * batch + c) * length + b * batch + d, seconds)
+        if len(self._mixed) >= self.min_samples:
+            tokens, batch, length, seconds = _columns(self._mixed)
+            # A prefill rides along with decodes: what it adds to the step is what a queue of prefills costs.
+            decoding = np.where(batch > 0, (self.times.a * batch + self.times.c) * length + self.times.b * batch, 0.0)
+            decoding += np.where(batch > 0, self.times.d, 0.0)
+            extra = np.maximum(seconds - decoding, 0.0)
+            kept = extra <= 5 * max(float(np.median(extra)), 1e-6) * np.maximum(tokens / np.median(tokens), 1.0)
+            alpha, beta, theta, delta = fit_prefill(tokens[kept], extra[kept])
+            if alpha > 0:
+                self.times = replace(self.times, alpha=alpha, beta=beta, theta=theta, delta=delta)
+                predicted = np.where(tokens < theta, delta, alpha * tokens + beta)
+                self.prefill_quality = fit_quality(predicted[kept], extra[kept])
+
+
+def _columns(rows: deque[tuple[float, ...]] | deque[tuple[float, float, float]]) -> tuple[Floats, ...]:
+    return tuple(np.asarray(rows, dtype=np.float64).T)
