@@ -1,0 +1,3 @@
+"""The Antares gateway: HTTP in, decisions, HTTP out."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,104 @@
+"""The one-way channel from the step gate, inside vLLM's EngineCore process, to the gateway.
+
+Datagrams over a Unix socket whose path travels in the environment variable `SOCKET_ENV`: one syscall for many steps,
+never blocking the engine, and harmless when nobody listens or one is lost (counters are cumulative; a lost batch of
+steps is only a few samples the step-time model does not see).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+
+from engine_adapter.engine import GateReport, StepReport
+
+SOCKET_ENV = "ANTARES_GATE_SOCKET"
+_MAX_DATAGRAM = 1 << 17
+_MAX_STEPS = 1024
+
+
+class GateReporter:
+    """The engine's end. Collects step reports and counters; sends them at most every ``interval_s`` seconds."""
+
+    def __init__(self, path: str | None, interval_s: float = 0.02) -> None:
+        self.report = GateReport()
+        self._interval = interval_s
+        self._steps: list[tuple[int, int, float, float]] = []
+        self._last_sent = 0.0
+        self._socket: socket.socket | None = None
+        if path:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+            self._path = path
+
+    @classmethod
+    def from_env(cls) -> GateReporter:
+        """A reporter to the socket named in the environment, or a silent one."""
+        return cls(os.environ.get(SOCKET_ENV))
+
+    def step(self, now: float, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+        """One engine step ended at ``now`` (monotonic s)."""
+        if self._socket is None:
+            return
+        if len(self._steps) < _MAX_STEPS:
+            self._steps.append((decode_requests, prefill_tokens, mean_context, elapsed_s))
+        if now - self._last_sent >= self._interval:
+            self.flush(now)
+
+    def flush(self, now: float) -> None:
+        """Send what was collected, if anybody listens."""
+        if self._socket is None:
+            return
+        report = self.report
+        payload = orjson.dumps(
+            {
+                "steps": self._steps,
+                "gate": [report.steps, report.gated_steps, report.gate_seconds, report.eligible, report.batched],
+            }
+        )
+        self._steps.clear()
+        self._last_sent = now
+        with contextlib.suppress(OSError):
+            self._socket.sendto(payload, self._path)
+
+
+class GateListener:
+    """The gateway's end: owns the socket, calls back on the event loop's thread."""
+
+    def __init__(self, on_report: Callable[[GateReport, list[StepReport]], None]) -> None:
+        self._on_report = on_report
+        self._folder = tempfile.TemporaryDirectory(prefix="antares-gate-")
+        self.path = str(Path(self._folder.name) / "gate.sock")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._socket.bind(self.path)
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start listening on ``loop``."""
+        self._loop = loop
+        loop.add_reader(self._socket.fileno(), self._drain)
+
+    def close(self) -> None:
+        """Stop listening and remove the socket. Idempotent."""
+        if self._socket.fileno() >= 0:
+            with contextlib.suppress(AttributeError, RuntimeError):
+                self._loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+        self._folder.cleanup()
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                payload = self._socket.recv(_MAX_DATAGRAM)
+            except (BlockingIOError, OSError):
+                return
+            with contextlib.suppress(orjson.JSONDecodeError, ValueError, TypeError, KeyError):
+                message = orjson.loads(payload)
+                self._on_report(GateReport(*message["gate"]), [StepReport(*step) for step in message["steps"]])

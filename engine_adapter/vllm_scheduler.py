@@ -1,0 +1,174 @@
+"""The step gate as a vLLM scheduler class.
+
+    vllm serve MODEL --scheduler-cls engine_adapter.vllm_scheduler.SloScheduler
+
+vLLM resolves the class by name inside its EngineCore process. A request's TPOT bound arrives in
+``SamplingParams.extra_args`` (``vllm_xargs`` in an OpenAI body) as ``antares_tpot_ms``. Requests without it are never
+gated, so an engine that sees none behaves exactly as stock vLLM. Environment: ``ANTARES_GATE`` names the gate
+(``credit``, the default, or ``open``); ``ANTARES_GATE_SOCKET`` says where reports go, and unset they go nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from engine_adapter.gate_channel import GateReporter
+from engine_adapter.step_gate import GATES
+from engine_adapter.vllm_versions import GATE_VERSIONS, require
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+GATE_ENV = "ANTARES_GATE"
+TPOT_ARG = "antares_tpot_ms"
+_MAX_LABELS = 32
+
+require(vllm.__version__, GATE_VERSIONS, "The Antares step gate")
+
+
+@dataclass(slots=True)
+class _Gated:
+    """What the gate knows of one request: its id, its TPOT bound (s), and the bound's label in the counters."""
+
+    request_id: str
+    tpot_slo_s: float | None
+    label: str
+
+
+@dataclass(slots=True)
+class _Step:
+    """A scheduled step whose result is not back yet."""
+
+    decode_requests: int
+    prefill_tokens: int
+    mean_context: float
+    scheduled_at: float
+
+
+class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types we can follow
+    """vLLM's AsyncScheduler with a step gate in front of every ``schedule()``.
+
+    NOTE: subclass AsyncScheduler, not Scheduler, or vLLM switches asynchronous scheduling off.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        name = os.environ.get(GATE_ENV, "credit")
+        if name not in GATES:
+            raise ValueError(f"{GATE_ENV}={name!r} is not a step gate; choose one of {', '.join(GATES)}")
+        self._gate = GATES[name]()
+        self._gated: dict[str, _Gated] = {}
+        self._reporter = GateReporter.from_env()
+        self._in_flight: deque[_Step] = deque()
+        self._last_step_end = 0.0
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Let the gate mark who sits this step out, then schedule as vLLM does."""
+        started = time.perf_counter()
+        decoding, context, bounded = self._decoding()
+        sat_out: set[str] = set()
+        if bounded:
+            plan = self._gate.plan(time.monotonic(), decoding, 0)
+            sat_out = plan.sit_out
+            for request_id in sat_out:
+                request = self.requests[request_id]
+                # schedule() advances current_step first, so +2 skips exactly the coming step.
+                request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
+        gate_seconds = time.perf_counter() - started
+
+        output = super().schedule(*args, **kwargs)
+
+        started = time.perf_counter()
+        self._count(output, decoding, context, sat_out)
+        self._reporter.report.gate_seconds += gate_seconds + time.perf_counter() - started
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Pass the step's result on, and report how long the step took."""
+        result = super().update_from_output(scheduler_output, *args, **kwargs)
+        now = time.monotonic()
+        if scheduler_output.total_num_scheduled_tokens and self._in_flight:
+            step = self._in_flight.popleft()
+            # Steps are scheduled ahead of time: one begins when it is scheduled or when the one before it ends,
+            # whichever is later.
+            elapsed = now - max(step.scheduled_at, self._last_step_end)
+            self._reporter.step(now, step.decode_requests, step.prefill_tokens, step.mean_context, elapsed)
+        self._last_step_end = now
+        if not self.running:
+            self._reporter.flush(now)
+        return result
+
+    def _decoding(self) -> tuple[list[_Gated], float, bool]:
+        """The running requests that would decode one token now, their summed context, and whether any has a bound."""
+        decoding: list[_Gated] = []
+        context = 0.0
+        bounded = False
+        for request in self.running:
+            # What is left to compute is exactly the next output token: neither a prefill chunk nor a recompute.
+            if request.num_computed_tokens == 0 or (
+                request.num_tokens + request.num_output_placeholders - request.num_computed_tokens > 1
+            ):
+                continue
+            # NOTE: under async scheduling vLLM itself skips a request whose last token is already on its way;
+            # that is no opportunity to decode, and it must not cost a credit.
+            if (
+                request.num_output_placeholders > 0
+                and request.num_computed_tokens + 2 - request.num_output_placeholders
+                >= request.num_prompt_tokens + request.max_tokens
+            ):
+                continue
+            gated = self._gated.get(request.request_id) or self._remember(request)
+            decoding.append(gated)
+            context += request.num_computed_tokens
+            bounded = bounded or gated.tpot_slo_s is not None
+        return decoding, context, bounded
+
+    def _remember(self, request: Request) -> _Gated:
+        if len(self._gated) > 2 * len(self.requests) + 64:
+            for request_id in self._gated.keys() - self.requests.keys():
+                del self._gated[request_id]
+                self._gate.forget(request_id)
+        bound = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(TPOT_ARG)
+        valid = isinstance(bound, int | float) and bound > 0
+        gated = _Gated(
+            request_id=request.request_id,
+            tpot_slo_s=bound / 1000 if valid else None,
+            label=self._label(f"{bound:g}" if valid else "none"),
+        )
+        self._gated[request.request_id] = gated
+        return gated
+
+    def _label(self, label: str) -> str:
+        """The bound's name in the counters; clients choose bounds freely, so past a limit they share one name."""
+        known = self._reporter.report.eligible
+        return label if label in known or len(known) < _MAX_LABELS else "other"
+
+    def _count(self, output: SchedulerOutput, decoding: list[_Gated], context: float, sat_out: set[str]) -> None:
+        scheduled = output.num_scheduled_tokens
+        if not output.total_num_scheduled_tokens:
+            return
+        report = self._reporter.report
+        report.steps += 1
+        report.gated_steps += bool(sat_out)
+        decoded = 0
+        for gated in decoding:
+            report.eligible[gated.label] = report.eligible.get(gated.label, 0) + 1
+            if gated.request_id in scheduled:
+                decoded += 1
+                report.batched[gated.label] = report.batched.get(gated.label, 0) + 1
+        self._in_flight.append(
+            _Step(
+                decode_requests=decoded,
+                prefill_tokens=output.total_num_scheduled_tokens - decoded,
+                mean_context=context / len(decoding) if decoding else 0.0,
+                scheduled_at=time.monotonic(),
+            )
+        )

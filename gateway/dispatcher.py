@@ -1,0 +1,45 @@
+"""Placement: which engine's lane a request waits in. What happens there is the lane's own business."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from gateway.lane import Lane, Verdict
+from gateway.policies.base import prefill_backlog
+from gateway.request import Request
+
+
+class Dispatcher:
+    """Holds one lane per engine; one is the common case. ``lanes`` must not be empty."""
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.lanes = list(lanes)
+
+    def submit(self, request: Request) -> tuple[Lane, asyncio.Future[Verdict]]:
+        """Place ``request`` and queue it; answers the lane and what it will decide."""
+        lane = self.place(request)
+        return lane, lane.submit(request)
+
+    def place(self, request: Request) -> Lane:
+        """The lane with the most SLO headroom: living engines first, then the least prefill work, then the fewest."""
+        if len(self.lanes) == 1:
+            return self.lanes[0]
+
+        def load(lane: Lane) -> tuple[bool, float, int]:
+            state, waiting = lane.engine.state, lane.waiting
+            queued = sum(state.step_time.prefill(r.prompt_tokens) for r in waiting)
+            work = queued + prefill_backlog(lane.running.values(), state)
+            return (not state.alive, work, len(waiting) + len(lane.running))
+
+        return min(self.lanes, key=load)
+
+    @property
+    def alive(self) -> bool:
+        """Whether any engine can serve."""
+        return any(lane.engine.state.alive for lane in self.lanes)
+
+    def close(self) -> None:
+        """Stop every lane's timer."""
+        for lane in self.lanes:
+            lane.close()

@@ -1,0 +1,52 @@
+"""Answers that are errors, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(slots=True)
+class ApiError(Exception):
+    """An answer that is an error. ``extra`` joins the error object; ``headers`` join the response's."""
+
+    status: int
+    message: str
+    type: str
+    code: str | None = None
+    param: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    headers: Headers = field(default_factory=list)
+
+    def body(self) -> bytes:
+        """The JSON document."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code, **self.extra}
+        return orjson.dumps({"error": error})
+
+    def event(self) -> bytes:
+        """The same, as the last words of a stream that has begun."""
+        return b"data: " + self.body() + b"\n\ndata: [DONE]\n\n"
+
+
+def bad_request(message: str, param: str | None, code: str = "invalid_value", status: int = 400) -> ApiError:
+    """A 4xx that says what to fix; ``param`` names the header or field."""
+    return ApiError(status, message, "invalid_request_error", code, param)
+
+
+def retry_headers(retry_after_s: float, should_retry: bool = True) -> Headers:
+    """``Retry-After`` in whole seconds (at least 1) and ``x-should-retry``, which OpenAI's clients obey."""
+    seconds = max(1, math.ceil(min(retry_after_s, 86_400)))
+    return [
+        (b"retry-after", str(seconds).encode()),
+        (b"x-should-retry", b"true" if should_retry else b"false"),
+    ]
+
+
+def unavailable(message: str, code: str, retry_after_s: float) -> ApiError:
+    """503: no engine is alive, or the gateway is draining."""
+    return ApiError(503, message, "service_unavailable", code, headers=retry_headers(retry_after_s))

@@ -1,0 +1,24 @@
+"""First come, first served: stock vLLM. Everything is passed on at once; the engine's own queue orders it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from engine_adapter.engine import EngineState
+from gateway.policies.base import Decision
+from gateway.request import Request
+
+
+@dataclass(slots=True)
+class Fcfs:
+    """Admits all, in order of arrival; rejects none; gates nothing."""
+
+    name: str = "fcfs"
+    gated: bool = False
+
+    def decide(
+        self, now: float, waiting: Collection[Request], running: Collection[Request], engine: EngineState
+    ) -> Decision:
+        """Admit everything that waits."""
+        return Decision(admit=sorted(waiting, key=lambda r: r.arrival_s))

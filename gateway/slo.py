@@ -1,0 +1,42 @@
+"""Service level objectives: the bounds a request carries, and whether it met them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Bound = Literal["ttft", "tpot", "e2e"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Upper bounds in seconds; None leaves that quantity unbounded.
+
+    ``ttft_s``: arrival to first output token. ``tpot_s``: mean time per output token after the first.
+    ``e2e_s``: arrival to last token.
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    def violated(self, ttft_s: float | None, tpot_s: float, e2e_s: float) -> tuple[Bound, ...]:
+        """The bounds that a finished request broke. A first token nobody saw breaks a TTFT bound."""
+        broken: list[Bound] = []
+        if self.ttft_s is not None and (ttft_s is None or ttft_s > self.ttft_s):
+            broken.append("ttft")
+        if self.tpot_s is not None and tpot_s > self.tpot_s:
+            broken.append("tpot")
+        if self.e2e_s is not None and e2e_s > self.e2e_s:
+            broken.append("e2e")
+        return tuple(broken)
+
+
+@dataclass(frozen=True, slots=True)
+class SloClass:
+    """A named default SLO with its queue's limit, and what to do with requests that cannot attain theirs."""
+
+    name: str
+    slo: Slo
+    max_waiting: int = 1024
+    on_unattainable: Literal["reject", "best_effort"] = "reject"
