@@ -1,4 +1,4 @@
-"""The two things every engine's ASGI app does with ``receive``: read the body, then notice that the client left."""
+"""What every engine's ASGI app does with ``receive``: read the body, then notice that the client left."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ async def read_body(receive: Receive) -> bytes:
 
 
 async def run_until_disconnect(work: Coroutine[object, object, None], receive: Receive) -> None:
-    """Run ``work``; cancel it, and wait until it has cleaned up, when the client leaves or the caller is cancelled.
+    """Run ``work``; when the client leaves or the caller is cancelled, cancel it and wait for its clean-up.
 
-    Raises what ``work`` raises. A client's leaving is not an error: this returns. Call it once the body has been read.
+    Raises what ``work`` raises. A client's leaving is not an error: this returns. Call it once the body has
+    been read.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnect(receive))

@@ -1,7 +1,7 @@
-"""From the chunks of a streamed completion to the JSON body that the same request would have had without streaming.
+"""From a streamed completion to the JSON body that the same request would have had without streaming.
 
-A non-streaming request hides its first token, so a remote engine is asked for a stream and the body is put together
-here. Pure: bytes of events in, one object out.
+A non-streaming request hides its first token, so a remote engine is asked for a stream and the body is put
+together here. Pure: bytes of events in, one object out.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ NOT_REBUILDABLE = frozenset(
         "stream_options",
     }
 )
-"""Request fields that, when set, make the streamed answer differ from the plain one in more than its wrapping."""
+"""Request fields that, when set, make the streamed answer differ from the plain one in substance."""
 
 _OBJECTS = {"chat.completion.chunk": "chat.completion"}
 
 
 def can_rebuild(body: Json) -> bool:
     """Whether the plain answer to ``body`` (a parsed OpenAI request) can be put together from a stream."""
-    if any(body.get(name) not in (None, False) for name in NOT_REBUILDABLE):
+    # Not `in (None, False)`: prompt_logprobs=0 is set, and 0 == False.
+    if any(body.get(name) is not None and body[name] is not False for name in NOT_REBUILDABLE):
         return False
     # Echoed prompt tokens come with their own logprobs, whose offsets restart in a stream.
     return not (body.get("echo") and body.get("logprobs") is not None)
@@ -43,9 +44,10 @@ def can_rebuild(body: Json) -> bool:
 class Assembler:
     """Merges one stream's events, in order, into one body.
 
-    Per choice index: text, content, reasoning, refusal and the arguments of function and tool calls are concatenated
-    (tool calls by their own index), logprob lists are extended, finish and stop reasons kept. A field that is not
-    known here is merged by the same rules by its type: strings join, lists extend, anything else is replaced.
+    Per choice index: text, content, reasoning, refusal and the arguments of function and tool calls are
+    concatenated (tool calls by their own index), logprob lists are extended, finish and stop reasons kept. A
+    field that is not known here is merged by the same rules by its type: strings join, lists extend, anything
+    else is replaced.
     """
 
     def __init__(self) -> None:
@@ -114,6 +116,9 @@ def _merge_message(message: Json, delta: Json) -> None:
         if key == "tool_calls":
             if value:
                 _merge_tool_calls(message.setdefault("tool_calls", []), value)
+        elif key == "function_call":
+            if value:
+                message[key] = _merge_function(message.get(key) or {}, value)
         elif key == "role":
             message["role"] = value or message["role"]
         else:

@@ -70,10 +70,12 @@ class GateReport:
 class EngineState:
     """A live view of one engine, read by policies and metrics. Sizes in tokens, times in seconds.
 
-    ``alive`` is False while the engine is down or restarting; ``ready_in_s`` is then the expected wait.
+    ``alive`` is False while the engine is down or restarting; ``ready_in_s`` is then the expected wait. ``model`` is the
+    name the engine serves its model under ("" when unknown).
     """
 
     alive: bool = False
+    model: str = ""
     ready_in_s: float = 30.0
     restarts: int = 0
     max_num_seqs: int = 256
@@ -107,6 +109,8 @@ class Engine(Protocol):
 
     name: str
     state: EngineState
+    takes_xargs: bool
+    """Whether the engine reads ``vllm_xargs``, which carry a request's TPOT bound to the step gate."""
 
     @property
     def app(self) -> ASGIApp:

@@ -1,7 +1,7 @@
 """Reading an OpenAI event stream without parsing it: where events end, and which of them are output tokens.
 
-The bytes pass through untouched. Only the events up to the first token are parsed, and those that end a sequence or
-carry the usage; every other event is told apart by two short byte searches.
+The bytes pass through untouched. Only the events up to the first token are parsed, and those that end a
+sequence or carry the usage; every other event is told apart by two short byte searches.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 class SSESplitter:
     """Cuts a byte stream into whole server-sent events, whatever the network's chunks.
 
-    The events' raw bytes, joined and followed by `rest`, are the bytes that were fed. Lines end in LF or CRLF; a lone
-    CR, which the specification also allows and no server we know sends, does not end a line.
+    The events' raw bytes, joined and followed by `rest`, are the bytes that were fed. Lines end in LF or
+    CRLF; a lone CR, which the specification also allows and no server we know sends, does not end a line.
     """
 
     def __init__(self) -> None:
@@ -86,12 +86,14 @@ class EventKind(Enum):
 class TokenCounter:
     """Counts the output tokens of one completion stream and tells a `TokenObserver`.
 
-    An event with a choice is taken for one token. Exceptions: the role chunk is none, and an empty event that ends
-    its sequence is one for some servers (vLLM sends the end-of-sequence token so) and none for others, so it waits
-    for the usage chunk. That chunk also sets right the streams where an event holds several tokens. ``several`` says
-    that the stream may hold more than one sequence; then each event is parsed for its choice index.
+    An event with a choice is taken for one token. Exceptions: the role chunk is none, and an empty event that
+    ends its sequence is one for some servers (vLLM sends the end-of-sequence token so) and none for others,
+    so it waits for the usage chunk. That chunk also sets right the streams where an event holds several
+    tokens. ``several`` says that the stream may hold more than one sequence; then each event is parsed for
+    its choice index.
 
-    ``usage`` is the stream's usage object once seen; ``counted`` the tokens told so far, by sequence; ``total`` their sum.
+    ``usage`` is the stream's usage object once seen; ``counted`` the tokens told so far, by sequence;
+    ``total`` their sum.
     """
 
     def __init__(self, observer: TokenObserver, several: bool = False) -> None:
@@ -117,10 +119,11 @@ class TokenCounter:
         return self._see_parsed(parse_event(event), at)
 
     def settle(self) -> None:
-        """The stream is over: count what is still uncounted. Idempotent; called by `see` on usage and ``[DONE]``.
+        """The stream is over: count what is not yet. Idempotent; `see` calls it on usage and ``[DONE]``.
 
-        With a usage, tokens missing from the count are told at the time of the sequence's last token, first to the
-        sequences whose end came in an empty event. A usage below the count (a server that splits tokens over events)
+        With a usage, tokens missing from the count are told at the time of the sequence's last token, first
+        to the sequences whose end came in an empty event. A usage below the count (a server that splits
+        tokens over events)
         changes nothing: observers only add.
         """
         if self._settled:
@@ -162,7 +165,7 @@ class TokenCounter:
                 self._empty_ends[sequence] = at
                 return False
             delta = choice.get("delta")
-            # A token may detokenise to nothing yet (half a character); an announcement of the role is no token.
+            # A token may detokenise to nothing yet (half a character); announcing the role is no token.
             if isinstance(delta, dict) and (not delta or "role" in delta):
                 return False
         self._tell(sequence, 1, at)

@@ -14,6 +14,7 @@ All times in seconds, lengths in tokens.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -146,7 +147,9 @@ class StepTimeModel:
         """t(p) in seconds."""
         return self.times.prefill(tokens)
 
-    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+    def observe(
+        self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float
+    ) -> None:
         """Learn from one step: ``decode_requests`` decoded, ``prefill_tokens`` prefilled, in ``elapsed_s`` seconds."""
         if not self.learn or elapsed_s <= 0 or decode_requests + prefill_tokens == 0:
             return
@@ -174,10 +177,14 @@ class StepTimeModel:
         if len(self._mixed) >= self.min_samples:
             tokens, batch, length, seconds = _columns(self._mixed)
             # A prefill rides along with decodes: what it adds to the step is what a queue of prefills costs.
-            decoding = np.where(batch > 0, (self.times.a * batch + self.times.c) * length + self.times.b * batch, 0.0)
+            decoding = np.where(
+                batch > 0, (self.times.a * batch + self.times.c) * length + self.times.b * batch, 0.0
+            )
             decoding += np.where(batch > 0, self.times.d, 0.0)
             extra = np.maximum(seconds - decoding, 0.0)
-            kept = extra <= 5 * max(float(np.median(extra)), 1e-6) * np.maximum(tokens / np.median(tokens), 1.0)
+            kept = extra <= 5 * max(float(np.median(extra)), 1e-6) * np.maximum(
+                tokens / np.median(tokens), 1.0
+            )
             alpha, beta, theta, delta = fit_prefill(tokens[kept], extra[kept])
             if alpha > 0:
                 self.times = replace(self.times, alpha=alpha, beta=beta, theta=theta, delta=delta)
@@ -185,5 +192,5 @@ class StepTimeModel:
                 self.prefill_quality = fit_quality(predicted[kept], extra[kept])
 
 
-def _columns(rows: deque[tuple[float, ...]] | deque[tuple[float, float, float]]) -> tuple[Floats, ...]:
-    return tuple(np.asarray(rows, dtype=np.float64).T)
+def _columns(rows: Iterable[tuple[float, ...]]) -> tuple[Floats, ...]:
+    return tuple(np.asarray(list(rows), dtype=np.float64).T)

@@ -38,6 +38,9 @@ _observer: contextvars.ContextVar[TokenObserver | None] = contextvars.ContextVar
 """The request being served. vLLM's app adds sequences to its engine in tasks that inherit this context."""
 
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+CALIBRATION_S = 3.0
+"""No new calibration round starts after this long."""
+
 SCHEDULER = "engine_adapter.vllm_scheduler.SloScheduler"
 
 
@@ -48,6 +51,8 @@ class VllmEngine:
     ``gate`` names the step gate; ``step_times`` seeds the step-time model; ``calibrate`` runs a few synthetic
     requests after each start so that the model has seen steps before traffic comes.
     """
+
+    takes_xargs = True
 
     def __init__(
         self,
@@ -61,7 +66,9 @@ class VllmEngine:
         calibrate: bool = True,
     ) -> None:
         self.name = name
-        self.state = EngineState(step_time=StepTimeModel(times=step_times or StepTimes()))
+        self.state = EngineState(
+            model=served_model_name or model, step_time=StepTimeModel(times=step_times or StepTimes())
+        )
         self._model = model
         self._served_model_name = served_model_name
         self._flags = dict(flags or {})
@@ -223,19 +230,22 @@ class VllmEngine:
         """A few seconds of known work, so that the step-time model knows this machine before traffic comes."""
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=16, ignore_eos=True, detokenize=False)
-        longest = max(8, min(256, self.state.max_model_len // 4))
+        params = SamplingParams(max_tokens=10, ignore_eos=True, detokenize=False)
+
+        async def one(label: str, length: int, salt: int) -> None:
+            # Salted, so that no prompt is found in the prefix cache.
+            prompt = {"prompt_token_ids": [10 + (salt * 7 + i) % 900 for i in range(length)]}
+            async for _ in self._llm.generate(prompt, params, request_id=f"calibrate-{label}"):
+                pass
+
+        until = time.monotonic() + CALIBRATION_S
         # NOTE: the first round pays for one-time costs (allocation, kernel selection); the model sees it, and the
         # rounds after it outweigh it.
-        for round_, batch in enumerate((1, 2, 4, 8, min(16, self.state.max_num_seqs))):
-            lengths = [8 + (longest - 8) * i // max(1, batch - 1) for i in range(batch)]
-
-            async def one(label: str, length: int, salt: int) -> None:
-                prompt = {"prompt_token_ids": [10 + (salt * 7 + i) % 900 for i in range(length)]}
-                async for _ in self._llm.generate(prompt, params, request_id=f"calibrate-{label}"):
-                    pass
-
+        for round_, batch in enumerate((1, 1, 2, 4, 8)):
+            lengths = (8 + 16 * (i % 4) for i in range(min(batch, self.state.max_num_seqs)))
             await asyncio.gather(*(one(f"{round_}-{i}", n, round_ * 31 + i) for i, n in enumerate(lengths)))
+            if time.monotonic() > until:
+                break
         self.state.step_time.refit()
 
     # --- what the gateway reads -----------------------------------------------------------------------------------

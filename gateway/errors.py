@@ -25,7 +25,13 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The JSON document."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code, **self.extra}
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+            **self.extra,
+        }
         return orjson.dumps({"error": error})
 
     def event(self) -> bytes:

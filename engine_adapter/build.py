@@ -1,0 +1,55 @@
+"""From an engine's configuration to the engine. Each kind's module is imported only when it is used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine_adapter.engine import Engine, EngineStartError
+from engine_adapter.step_time import StepTimes
+
+BUILTIN = "builtin:smollm2-135m-instruct"
+
+
+def vllm_engine(
+    *, name: str, model: str, env: dict[str, Any], step_times: StepTimes | None = None, **options: Any
+) -> Engine:
+    """vLLM in this process. ``env`` is set where the environment does not have it yet, before vLLM is imported."""
+    from engine_adapter.vllm_engine import VllmEngine
+
+    for variable, value in env.items():
+        os.environ.setdefault(variable, str(value))
+    return VllmEngine(name, str(resolve_model(model)), step_times=step_times, **options)
+
+
+def http_engine(*, api_key_env: str | None, **options: Any) -> Engine:
+    """A remote OpenAI-compatible server."""
+    from engine_adapter.http_engine import HttpEngine
+
+    key = None
+    if api_key_env:
+        key = os.environ.get(api_key_env)
+        if not key:
+            raise EngineStartError(f"api_key_env names {api_key_env}, but that environment variable is not set")
+    return HttpEngine(api_key=key, **options)
+
+
+def simulated_engine(*, step_times: StepTimes, **options: Any) -> Engine:
+    """A simulated engine."""
+    from engine_adapter.simulated import SimulatedEngine
+
+    return SimulatedEngine(times=step_times, **options)
+
+
+def resolve_model(model: str) -> str | Path:
+    """A model's folder or hub id; `BUILTIN` is prepared on first use."""
+    if model == BUILTIN:
+        from engine_adapter.smollm2 import prepare
+
+        return prepare()
+    return model
+
+
+BUILDERS: dict[str, Callable[..., Engine]] = {"vllm": vllm_engine, "http": http_engine, "simulated": simulated_engine}

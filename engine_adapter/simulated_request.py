@@ -1,0 +1,106 @@
+"""What the simulated engine reads out of an OpenAI completion request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+
+class BadRequest(Exception):  # noqa: N818 - it becomes the answer of that name
+    """The request cannot be served; the message goes to the client as a 400."""
+
+
+@dataclass(slots=True, frozen=True)
+class Completion:
+    """One completion request as the simulated engine understands it. Lengths in tokens."""
+
+    chat: bool
+    prompts: list[tuple[str, int]]
+    n: int
+    stream: bool
+    include_usage: bool
+    max_tokens: int | None
+    ignore_eos: bool
+    tpot_slo_s: float | None
+    fixed_output: int | None
+
+    @classmethod
+    def parse(cls, raw: bytes, chat: bool) -> Completion:
+        """Read an OpenAI body. Raises `BadRequest` naming the field."""
+        try:
+            body = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            raise BadRequest(f"the body is not JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise BadRequest("the body must be a JSON object")
+        xargs = body.get("vllm_xargs") or {}
+        if not isinstance(xargs, dict):
+            raise BadRequest("vllm_xargs must be an object")
+        limit = _whole(body, "max_completion_tokens")
+        tpot_ms = _number(xargs, "antares_tpot_ms")
+        stream = bool(body.get("stream"))
+        if body.get("stream_options") and not stream:
+            raise BadRequest("stream_options can only be set when stream is true")
+        return cls(
+            chat=chat,
+            prompts=[_chat_prompt(body)] if chat else _text_prompts(body),
+            n=_whole(body, "n") or 1,
+            stream=stream,
+            include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
+            max_tokens=limit if limit is not None else _whole(body, "max_tokens"),
+            ignore_eos=bool(body.get("ignore_eos")),
+            tpot_slo_s=None if tpot_ms is None else tpot_ms / 1000,
+            fixed_output=_whole(xargs, "simulated_output_tokens"),
+        )
+
+
+def _chat_prompt(body: dict[str, Any]) -> tuple[str, int]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages must be a list with at least one message")
+    texts: list[str] = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str):
+            texts.append(content)
+        elif isinstance(content, list):
+            texts += [str(part.get("text", "")) for part in content if isinstance(part, dict)]
+    return _text_prompt("\n".join(texts))
+
+
+def _text_prompts(body: dict[str, Any]) -> list[tuple[str, int]]:
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return [_text_prompt(prompt)]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(part, str) for part in prompt):
+            return [_text_prompt(part) for part in prompt]
+        if all(isinstance(part, int) for part in prompt):
+            return [(str(prompt), len(prompt))]
+        if all(isinstance(part, list) for part in prompt):
+            return [(str(part), max(1, len(part))) for part in prompt]
+    raise BadRequest("prompt must be a string, a list of strings, or lists of token ids")
+
+
+def _text_prompt(text: str) -> tuple[str, int]:
+    return text, max(1, len(text.split()))
+
+
+def _number(fields: dict[str, Any], name: str) -> float | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise BadRequest(f"{name} must be a positive number")
+    return float(value)
+
+
+def _whole(fields: dict[str, Any], name: str) -> int | None:
+    value = _number(fields, name)
+    if value is None:
+        return None
+    if value != int(value):
+        raise BadRequest(f"{name} must be a whole number")
+    return int(value)

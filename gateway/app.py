@@ -1,0 +1,130 @@
+"""The gateway as one ASGI app: `/v1/*` to the proxy, everything else to the operator's routes."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+
+from engine_adapter.engine import Engine, EngineEvents, Receive, Scope, Send
+from gateway import __version__
+from gateway.auth import ApiKey, KeyRing
+from gateway.config import GatewayConfig
+from gateway.dispatcher import Dispatcher
+from gateway.lane import Lane
+from gateway.ledger import Entry, Ledger
+from gateway.metrics import Metrics
+from gateway.policies.names import make_policy
+from gateway.prediction import LengthPredictor, LengthStatistics
+from gateway.proxy import Proxy
+from gateway.status import Status
+
+
+class Gateway:
+    """One gateway over its engines. An ASGI app; `start` and `stop` bracket its life.
+
+    ``predictor_url`` None leaves predictions to the running statistics.
+    """
+
+    def __init__(self, config: GatewayConfig, engines: list[Engine], predictor_url: str | None = None) -> None:
+        classes = config.slo_classes()
+        self.metrics = Metrics()
+        self.lanes = [
+            Lane(
+                engine,
+                make_policy(config.policy.name, dict(config.policy.options)),
+                classes,
+                on_decided=self.metrics.scheduling.labels(engine.name).observe,
+            )
+            for engine in engines
+        ]
+        self.dispatcher = Dispatcher(self.lanes)
+        self.ledger = Ledger(on_close=self._on_close)
+        self.status = Status(self.lanes, self.ledger)
+        self.predictor = LengthPredictor(
+            predictor_url,
+            config.predictor.timeout_ms / 1000,
+            LengthStatistics(expected=config.predictor.expected_tokens),
+        )
+        self.metrics.watch(self.lanes, self.ledger)
+        self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
+        anonymous = ApiKey(tenant="anonymous", default_class=config.default_class)
+        self.proxy = Proxy(
+            self.dispatcher,
+            classes,
+            KeyRing(config.api_keys(), anonymous),
+            self.predictor,
+            self.ledger,
+            self.metrics,
+            max_body_bytes=config.server.max_body_bytes,
+            max_open_requests=config.server.max_open_requests,
+        )
+        self._operator = _operator_routes(self)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            await self.proxy(scope, receive, send)
+        else:
+            await self._operator(scope, receive, send)
+
+    async def start(self) -> None:
+        """Start every engine; returns when all serve. Raises `engine_adapter.engine.EngineStartError`."""
+        async with asyncio.TaskGroup() as group:
+            for lane in self.lanes:
+                group.create_task(lane.engine.start(EngineEvents(on_step=lane.wake, on_alive=lane.on_alive)))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing new; wait until all that was accepted has ended. False when time ran out."""
+        self.proxy.draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.ledger.open_count:
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Stop the engines and what else is held. Idempotent."""
+        self.dispatcher.close()
+        await self.predictor.close()
+        for lane in self.lanes:
+            await lane.engine.stop()
+
+    def _on_close(self, entry: Entry) -> None:
+        self.metrics.on_close(entry)
+        self.status.on_close(entry)
+
+
+def _operator_routes(gateway: Gateway) -> FastAPI:
+    app = FastAPI(title="Antares", version=__version__, docs_url="/docs", redoc_url=None)
+
+    @app.get("/health", response_class=PlainTextResponse, summary="Alive: the gateway answers")
+    async def health() -> str:
+        return "ok"
+
+    @app.get("/ready", summary="Ready: an engine can serve and the gateway takes requests")
+    async def ready() -> Response:
+        if gateway.proxy.draining:
+            return JSONResponse({"ready": False, "why": "draining"}, 503)
+        if not gateway.dispatcher.alive:
+            return JSONResponse({"ready": False, "why": "no engine is alive"}, 503)
+        return JSONResponse({"ready": True})
+
+    @app.get("/metrics", summary="Prometheus metrics")
+    async def metrics() -> Response:
+        return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/status", summary="Live state as JSON")
+    async def status() -> dict[str, Any]:
+        return {**gateway.status.document(), "predictor_up": gateway.predictor.up}
+
+    @app.get("/dashboard", response_class=HTMLResponse, summary="Live state as a page")
+    async def dashboard() -> str:
+        return files("gateway").joinpath("dashboard.html").read_text(encoding="utf-8")
+
+    return app

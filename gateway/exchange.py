@@ -1,0 +1,198 @@
+"""One admitted request's exchange with its engine: bytes pass through, times are stamped on the way.
+
+The hot path of the gateway: `Exchange.send` runs once for every event of every stream. It parses nothing, copies
+nothing, and after the first token does two comparisons and a clock read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from engine_adapter.engine import Message, Receive, Send
+from gateway.errors import ApiError, Headers
+from gateway.ledger import Entry
+from gateway.progress import Progress, tpot
+from gateway.verdict import first_byte_headers, sse_comment, with_verdict
+
+_DONE = b"data: [DONE]"
+_STREAM_ERROR = b'data: {"error"'
+_OWN_HEADERS = frozenset((b"x-request-id", b"content-length"))
+
+
+class Exchange:
+    """Wraps the client's ``send`` for one call to an engine's app.
+
+    ``status`` is the response's (0 before it started), ``failed_in_stream`` whether the engine reported an error inside
+    a stream that had begun with 200.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        progress: Progress,
+        send: Send,
+        request_id: bytes,
+        *,
+        report: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.status = 0
+        self.failed_in_stream = False
+        self.complete = False
+        self._entry = entry
+        self._progress = progress
+        self._send = send
+        self._request_id = request_id
+        self._report = report
+        self._clock = clock
+        self._start: Message | None = None
+        self._started = False
+        self._streaming = False
+        self._held: list[bytes] = []
+        self._first_sent: float | None = None
+        self._last_sent = 0.0
+
+    async def send(self, message: Message) -> None:
+        """The ``send`` that the engine's app is given."""
+        if message["type"] != "http.response.body":
+            if message["type"] == "http.response.start":
+                # Held back until the first byte: by then it is known how long the first token took.
+                self._start = message
+                self.status = message["status"]
+                self._streaming = _content_type(message).startswith(b"text/event-stream")
+            return
+        if self._streaming:
+            await self._send_event(message)
+        else:
+            await self._send_document(message)
+
+    async def _send_event(self, message: Message) -> None:
+        body: bytes = message.get("body", b"")
+        if self._start is not None:
+            if not body and message.get("more_body"):
+                return
+            await self._send_start(self._clock() - self._entry.request.arrival_s if body else None)
+        if self._report and _DONE in body:
+            self.measure(self._clock())
+            before, done, after = body.rpartition(_DONE)
+            message = {**message, "body": before + sse_comment(self._entry) + done + after}
+        await self._send(message)
+        if body:
+            if body.startswith(_STREAM_ERROR):
+                self.failed_in_stream = True
+            now = self._clock()
+            # The role chunk opens a stream; it is not a token.
+            if self._first_sent is None and self._progress.request.generated and not _is_role_chunk(body):
+                self._first_sent = now
+            if not body.startswith(_DONE):
+                self._last_sent = now
+        if not message.get("more_body"):
+            self.complete = True
+
+    async def _send_document(self, message: Message) -> None:
+        last = not message.get("more_body")
+        if self._report and self.status == 200:
+            self._held.append(message.get("body", b""))
+            if not last:
+                return
+            self.measure(self._clock())
+            message = {"type": "http.response.body", "body": with_verdict(b"".join(self._held), self._entry)}
+        if self._start is not None:
+            first = self._progress.request.first_token_s
+            content = len(message.get("body", b"")) if last else None
+            await self._send_start(None if first is None else first - self._entry.request.arrival_s, content)
+        await self._send(message)
+        if last:
+            self.complete = True
+
+    async def _send_start(self, ttft_s: float | None, content_length: int | None = None) -> None:
+        assert self._start is not None
+        headers: Headers = [(k, v) for k, v in self._start.get("headers", ()) if k.lower() not in _OWN_HEADERS]
+        headers.append((b"x-request-id", self._request_id))
+        headers += first_byte_headers(self._entry, ttft_s)
+        if content_length is not None:
+            headers.append((b"content-length", str(content_length).encode()))
+        else:
+            headers += [(k, v) for k, v in self._start.get("headers", ()) if k.lower() == b"content-length"]
+        start, self._start = {**self._start, "headers": headers}, None
+        self._started = True
+        await self._send(start)
+
+    async def fail(self, error: ApiError) -> None:
+        """The engine was lost: answer with ``error``, or end the stream that has begun with an error event."""
+        if self.complete:
+            return
+        if not self._started:
+            self.status = error.status
+            await send_error(self._send, error, self._request_id)
+        elif self._streaming:
+            await self._send({"type": "http.response.body", "body": error.event()})
+        # A document cut short cannot be mended: its content-length does not add up, and the client will see that.
+        self.complete = True
+
+    def measure(self, now: float) -> None:
+        """Write the measured TTFT, TPOT and e2e latency (s) into the ledger entry."""
+        entry, progress = self._entry, self._progress
+        request = entry.request
+        if self._streaming and self._first_sent is not None:
+            entry.ttft_s = self._first_sent - request.arrival_s
+            if request.sequences == 1:
+                entry.tpot_s = tpot(self._first_sent, self._last_sent, request.generated)
+            else:
+                entry.tpot_s = progress.tpot_s
+            entry.e2e_s = self._last_sent - request.arrival_s
+            return
+        # Of an answer in one piece no token leaves early. Its first token counts when it leaves the engine.
+        if request.first_token_s is not None:
+            entry.ttft_s = request.first_token_s - request.arrival_s
+        entry.tpot_s = progress.tpot_s
+        entry.e2e_s = now - request.arrival_s
+
+
+class ClientSide:
+    """The client's ``receive`` once its body was read: all that can still come is that it leaves."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.left: asyncio.Task[None] = asyncio.create_task(self._watch(receive))
+        """Done once the client has left."""
+
+    @staticmethod
+    async def _watch(receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    def replay(self, body: bytes) -> Receive:
+        """A ``receive`` for an engine's app: ``body`` once, then ``http.disconnect`` when the client leaves."""
+        unread = [body]
+
+        async def receive() -> Message:
+            if unread:
+                return {"type": "http.request", "body": unread.pop(), "more_body": False}
+            await asyncio.wait({self.left})
+            return {"type": "http.disconnect"}
+
+        return receive
+
+    def close(self) -> None:
+        """Stop watching."""
+        self.left.cancel()
+
+
+async def send_error(send: Send, error: ApiError, request_id: bytes = b"") -> None:
+    """Answer with an `ApiError`."""
+    body = error.body()
+    headers: Headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if request_id:
+        headers.append((b"x-request-id", request_id))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers + error.headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _content_type(start: Message) -> bytes:
+    return next((v for k, v in start.get("headers", ()) if k.lower() == b"content-type"), b"")
+
+
+def _is_role_chunk(body: bytes) -> bool:
+    return b'"role":' in body and b'"content":""' in body and body.count(b"data: ") == 1

@@ -1,0 +1,194 @@
+"""`antares serve`: the predictor's process, the engines, the gateway; up in that order, down in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import uvicorn
+from rich.console import Console
+
+from engine_adapter.build import BUILDERS
+from engine_adapter.engine import Engine, EngineStartError
+from gateway.app import Gateway
+from gateway.config import EngineConfig, GatewayConfig
+from gateway.supervisor import Supervisor
+
+log = logging.getLogger("antares.serve")
+console = Console(stderr=True, highlight=False)
+
+
+class ServeError(Exception):
+    """The gateway cannot start; the message says what to fix."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with the signals left to us: a SIGTERM drains first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(config: GatewayConfig) -> None:
+    """Serve until SIGINT or SIGTERM, then drain and stop everything that was started."""
+    started = time.monotonic()
+    listener = _listen(config.server.host, config.server.port)
+    port: int = listener.getsockname()[1]
+    supervisor, predictor_url = _predictor(config)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(listener.close)
+        if supervisor is not None:
+            await supervisor.start()
+            stack.push_async_callback(supervisor.stop)
+        engines = [await _build(engine) for engine in config.engines]
+        gateway = Gateway(config, engines, predictor_url)
+        if supervisor is not None:
+            supervisor.on_restart = gateway.metrics.predictor_restarts.inc
+        server = _Server(
+            uvicorn.Config(
+                gateway,
+                lifespan="off",
+                access_log=False,
+                log_level="warning",
+                server_header=False,
+                timeout_keep_alive=75,
+                backlog=2048,
+            )
+        )
+        serving = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
+        stack.push_async_callback(_close, server, serving)
+        stack.push_async_callback(gateway.stop)
+        stop = _stop_on_signals()
+        starting = asyncio.create_task(_start(gateway), name="start engines")
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            _announce(config, port, time.monotonic() - started)
+            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+            log.info("draining: %d requests open", gateway.ledger.open_count)
+            if not await gateway.drain(config.server.drain_s):
+                log.warning(
+                    "%d requests were still open after %.0f s",
+                    gateway.ledger.open_count,
+                    config.server.drain_s,
+                )
+        else:
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await starting
+        stopping.cancel()
+    log.info("stopped")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ServeError(
+            f"cannot listen on {host}:{port}: {error.strerror}. Choose another server.port or set ANTARES_PORT."
+        ) from error
+    return listener
+
+
+def _predictor(config: GatewayConfig) -> tuple[Supervisor | None, str | None]:
+    """The supervised predictor and its URL; no supervisor when it runs elsewhere, neither when it is off."""
+    if not config.predictor.enabled:
+        return None, None
+    if config.predictor.url:
+        return None, config.predictor.url.rstrip("/")
+    port = config.predictor.port or _free_port()
+    command = [sys.executable, "-m", "predictor_service.cli", "serve"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--exit-with-parent"]
+    if config.predictor.model_dir:
+        command += ["--model", config.predictor.model_dir]
+    return Supervisor("predictor", command), f"http://127.0.0.1:{port}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        found: int = probe.getsockname()[1]
+        return found
+
+
+async def _build(config: EngineConfig) -> Engine:
+    options = config.model_dump(exclude={"kind", "step_times"})
+    if config.step_times is not None:
+        options["step_times"] = config.step_times.times()
+    # In a thread: preparing a built-in model takes its time on the first run.
+    return await asyncio.to_thread(BUILDERS[config.kind], **options)
+
+
+async def _start(gateway: Gateway) -> None:
+    names = ", ".join(lane.engine.name for lane in gateway.lanes)
+    try:
+        with console.status(f"Starting engine {names} (vLLM takes 30 to 90 s on a CPU)…"):
+            await gateway.start()
+    except* EngineStartError as group:
+        raise ServeError("; ".join(str(error) for error in group.exceptions)) from group
+
+
+async def _close(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    server.should_exit = True
+    try:
+        async with asyncio.timeout(5):
+            await serving
+    except TimeoutError:
+        server.force_exit = True
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            log.warning("a second signal: stopping without draining")
+            for task in asyncio.all_tasks(loop):
+                if task.get_name() != "http server":
+                    task.cancel()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+def _announce(config: GatewayConfig, port: int, seconds: float) -> None:
+    host = config.server.host if config.server.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    base = f"http://{host}:{port}"
+    first = config.engines[0]
+    model = getattr(first, "served_model_name", None) or getattr(first, "model", None) or "MODEL"
+    auth = ' -H "Authorization: Bearer $ANTARES_KEY"' if config.keys else ""
+    console.print(
+        f"""
+[bold green]Antares is ready[/bold green] at {base} after {seconds:.0f} s, policy {config.policy.name}. Ctrl-C stops it.
+
+  curl {base}/v1/chat/completions{auth} -H 'content-type: application/json' \\
+    -H 'x-slo-ttft-ms: 2000' -H 'x-slo-tpot-ms: 200' -H 'x-slo-report: 1' \\
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "The capital of France is"}}], "max_tokens": 32}}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{base}/v1", api_key="{"..." if config.keys else "none"}")
+  stream = client.chat.completions.create(
+      model="{model}", messages=[{{"role": "user", "content": "Tell me a story."}}], stream=True, max_tokens=64,
+      extra_headers={{"x-slo-ttft-ms": "2000", "x-slo-tpot-ms": "200"}})
+  for chunk in stream: print(chunk.choices[0].delta.content or "", end="", flush=True)
+
+  dashboard {base}/dashboard   metrics {base}/metrics   API {base}/docs
+""",
+        markup=True,
+        soft_wrap=True,
+    )

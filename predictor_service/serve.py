@@ -1,0 +1,76 @@
+"""The predictor as a process: one uvicorn worker, quiet logs, an orderly end.
+
+Ends with status 0 on SIGTERM or SIGINT after the calls in flight are answered, and, when asked to, once the
+process that started it is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from predictor_service.batching import BatchLimits
+from predictor_service.length_model import load_model
+
+log = logging.getLogger("antares.predictor")
+
+PARENT_POLL_S = 0.5
+"""How often an ``--exit-with-parent`` process looks for its parent.
+
+Polling, not PR_SET_PDEATHSIG: that one fires when the parent's *thread* ends, and a gateway may start us from
+any.
+"""
+
+
+def run_server(
+    host: str, port: int, *, model: Path, limits: BatchLimits, log_level: str, exit_with_parent: bool
+) -> None:
+    """Serve until told to stop.
+
+    Raises `predictor_service.length_model.ModelUnusable`, and SystemExit (status 1) when the address is taken.
+    """
+    if exit_with_parent:
+        _watch_parent(os.getppid())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Before uvicorn takes the signals over, and after: it raises them again once it has shut down.
+        signal.signal(number, _leave)
+    logging.basicConfig(
+        stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    served = load_model(model)
+
+    import uvicorn
+
+    from predictor_service.app import create_app
+
+    log.info("serving %s on http://%s:%d", served.name, host, port)
+    uvicorn.run(
+        create_app(served, limits),
+        host=host,
+        port=port,
+        access_log=False,
+        log_config=None,
+        log_level=log_level.lower(),
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _watch_parent(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        log.info("the process that started the predictor is gone: stopping")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()

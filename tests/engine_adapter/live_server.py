@@ -1,0 +1,64 @@
+"""Real servers on free ports, and an observer that remembers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+
+from engine_adapter.engine import OBSERVER_KEY, ASGIApp, Receive, Scope, Send
+
+
+@dataclass
+class Recorder:
+    """A `TokenObserver` that keeps what it is told."""
+
+    prompts: dict[str, int] = field(default_factory=dict)
+    tokens: list[tuple[str, int, float]] = field(default_factory=list)
+
+    def on_prompt(self, sequence: str, tokens: int) -> None:
+        self.prompts[sequence] = tokens
+
+    def on_tokens(self, sequence: str, count: int, at: float) -> None:
+        self.tokens.append((sequence, count, at))
+
+    def count(self, sequence: str = "0") -> int:
+        return sum(count for name, count, _ in self.tokens if name == sequence)
+
+
+def observed(app: ASGIApp, observer: Any) -> ASGIApp:
+    """``app`` as the gateway calls it: with an observer in its scope."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, OBSERVER_KEY: observer}, receive, send)
+
+    return wrapped
+
+
+@asynccontextmanager
+async def serve(app: ASGIApp) -> AsyncIterator[str]:
+    """Serve an ASGI app on a free port of 127.0.0.1; gives its base URL."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(app, lifespan="off", log_level="critical", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server._serve([listening]))
+        while not server.started:
+            await asyncio.sleep(0.005)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = server.force_exit = True
+            await serving
+
+
+async def eventually(condition: Callable[[], Any], within_s: float = 3.0) -> None:
+    """Wait until ``condition()`` holds."""
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.005)
