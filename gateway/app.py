@@ -74,6 +74,7 @@ class Gateway:
     async def start(self) -> None:
         """Start every engine; returns when all serve. Raises `engine_adapter.engine.EngineStartError`."""
         async with asyncio.TaskGroup() as group:
+            group.create_task(self.predictor.warm_up())
             for lane in self.lanes:
                 group.create_task(lane.engine.start(EngineEvents(on_step=lane.wake, on_alive=lane.on_alive)))
 

@@ -112,7 +112,7 @@ class LengthPredictor:
         """Predict within the time box; never raises."""
         prediction = None
         if self.url is not None and self._breaker.allows():
-            prediction = await self._ask(prompt, prompt_tokens, max_tokens)
+            prediction = await self._ask(prompt, prompt_tokens, max_tokens, self._timeout)
             self._breaker.record(prediction is not None)
         prediction = prediction or self._statistics.predict(slo_class)
         high = float(max_tokens) if max_tokens is not None else float("inf")
@@ -122,18 +122,29 @@ class LengthPredictor:
             source=prediction.source,
         )
 
-    async def _ask(self, prompt: str, prompt_tokens: int, max_tokens: int | None) -> Prediction | None:
+    async def warm_up(self, patience_s: float = 15.0) -> bool:
+        """Wait until the service answers, so that no request pays for its first call; False if it does not."""
+        until = time.monotonic() + patience_s
+        while self.url is not None and time.monotonic() < until:
+            if await self._ask("", 1, None, timeout_s=1.0) is not None:
+                return True
+            await asyncio.sleep(0.2)
+        return False
+
+    async def _ask(
+        self, prompt: str, prompt_tokens: int, max_tokens: int | None, timeout_s: float
+    ) -> Prediction | None:
         body = {"inputs": [{"prompt": prompt, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens}]}
         try:
             if self._client is None:
                 self._client = httpx.AsyncClient(trust_env=False, timeout=5.0)
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(timeout_s):
                 response = await self._client.post(
                     f"{self.url}/v1/predict",
                     content=orjson.dumps(body),
                     headers={
                         "content-type": "application/json",
-                        "x-deadline-ms": str(max(1, round(self._timeout * 1000))),
+                        "x-deadline-ms": str(max(1, round(timeout_s * 1000))),
                     },
                 )
             if response.status_code != 200:

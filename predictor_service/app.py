@@ -76,7 +76,8 @@ def create_app(model: LengthModel, limits: BatchLimits | None = None) -> FastAPI
 
     @app.exception_handler(HTTPException)
     async def not_served(request: Request, error: HTTPException) -> Response:
-        body = render_error(str(error.detail), "invalid_request_error", "not_found")
+        code = "method_not_allowed" if error.status_code == 405 else "not_found"
+        body = render_error(str(error.detail), "invalid_request_error", code)
         return _json(body, error.status_code, dict(error.headers or {}))
 
     return app

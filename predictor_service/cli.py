@@ -94,7 +94,7 @@ def serve(
     """Serve predictions over HTTP: POST /v1/predict, GET /health, GET /metrics."""
     from predictor_service.batching import BatchLimits
     from predictor_service.length_model import SHIPPED_MODEL, ModelUnusable
-    from predictor_service.serve import run_server
+    from predictor_service.serve import CannotListen, run_server
 
     limits = BatchLimits(window_s=batch_window_ms / 1e3, max_waiting=max_waiting)
     try:
@@ -106,8 +106,8 @@ def serve(
             log_level=log_level.value,
             exit_with_parent=exit_with_parent,
         )
-    except ModelUnusable as unusable:
-        _fail(str(unusable))
+    except (ModelUnusable, CannotListen) as failed:
+        _fail(str(failed))
 
 
 def _fail(message: str) -> NoReturn:

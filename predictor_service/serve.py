@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -28,12 +29,16 @@ any.
 """
 
 
+class CannotListen(Exception):  # noqa: N818 - it names what happened
+    """The address cannot be bound; the message says which and why."""
+
+
 def run_server(
     host: str, port: int, *, model: Path, limits: BatchLimits, log_level: str, exit_with_parent: bool
 ) -> None:
     """Serve until told to stop.
 
-    Raises `predictor_service.length_model.ModelUnusable`, and SystemExit (status 1) when the address is taken.
+    Raises `predictor_service.length_model.ModelUnusable`, and `CannotListen` when the address is taken or not ours.
     """
     if exit_with_parent:
         _watch_parent(os.getppid())
@@ -49,17 +54,27 @@ def run_server(
 
     from predictor_service.app import create_app
 
+    listening = _listen(host, port)
     log.info("serving %s on http://%s:%d", served.name, host, port)
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(served, limits),
-        host=host,
-        port=port,
         access_log=False,
         log_config=None,
         log_level=log_level.lower(),
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as refused:
+        raise CannotListen(
+            f"cannot listen on {host}:{port}: {refused.strerror}. Choose another --host or --port"
+        ) from None
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

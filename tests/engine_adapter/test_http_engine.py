@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from live_server import Recorder, eventually, observed, serve
+
+from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineStartError, Receive, Scope, Send
+from engine_adapter.http_engine import HttpEngine
+from engine_adapter.simulated import SimulatedEngine
+from engine_adapter.step_time import StepTimes
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+WHOLE = {"max_tokens": 6, "ignore_eos": True}
+
+
+def ask(**fields: Any) -> dict[str, Any]:
+    return {"model": "simulated", "messages": [{"role": "user", "content": "tell me something"}], **fields}
+
+
+@dataclass
+class Scripted:
+    """An upstream that answers what the test says and remembers what it was asked."""
+
+    answer: Callable[[dict[str, Any]], tuple[int, bytes, bytes]]
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[bytes, bytes]] = field(default_factory=list)
+    targets: list[bytes] = field(default_factory=list)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = (await receive())["body"]
+        target = scope["raw_path"] + b"?" + scope["query_string"]
+        if target in (b"/health?", b"/v1/models?"):
+            status, kind, data = 200, b"text/plain", b""
+        else:
+            self.bodies.append(orjson.loads(raw) if raw[:1] == b"{" else {})
+            self.headers.append(dict(scope["headers"]))
+            self.targets.append(target)
+            status, kind, data = self.answer(self.bodies[-1])
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": data})
+
+
+def events(*chunks: dict[str, Any]) -> bytes:
+    return b"".join(b"data: %b\n\n" % orjson.dumps({"id": "1", **c}) for c in chunks) + b"data: [DONE]\n\n"
+
+
+@asynccontextmanager
+async def proxied(app: ASGIApp, observer: Recorder | None = None, **options: Any) -> AsyncIterator[Any]:
+    """An `HttpEngine` in front of ``app`` and a client of it, both over real sockets; gives (engine, client)."""
+    async with serve(app) as upstream:
+        engine = HttpEngine("remote", upstream, **options)
+        await engine.start(EngineEvents())
+        async with (
+            serve(observed(engine.app, observer or Recorder())) as url,
+            httpx.AsyncClient(base_url=url, verify=False) as client,
+        ):
+            yield engine, client
+        await engine.stop()
+
+
+@pytest.fixture
+async def simulated() -> AsyncIterator[SimulatedEngine]:
+    engine = SimulatedEngine(times=StepTimes(b=0, d=2e-3, alpha=1e-5), restart_s=0.3)
+    await engine.start(EngineEvents())
+    yield engine
+    await engine.stop()
+
+
+def without_identity(body: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in body.items() if key not in ("id", "created")}
+
+
+async def test_a_stream_passes_through_and_its_tokens_are_seen(simulated: SimulatedEngine) -> None:
+    recorder = Recorder()
+    async with proxied(simulated.app, recorder) as (_, client):
+        response = await client.post(CHAT, json=ask(stream=True, **WHOLE))
+    assert response.text.count("data: ") == 1 + 6 + 1
+    assert response.text.endswith("data: [DONE]\n\n")
+    assert recorder.count() == 6
+    assert recorder.prompts == {"0": 3}
+    times = [at for _, _, at in recorder.tokens]
+    assert times == sorted(times)
+    assert times[-1] > times[0]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_the_client_sees_the_usage_chunk_exactly_when_it_asked(simulated: SimulatedEngine, asked: bool) -> None:
+    recorder = Recorder()
+    options = {"stream_options": {"include_usage": True}} if asked else {}
+    async with proxied(simulated.app, recorder) as (_, client):
+        response = await client.post(CHAT, json=ask(stream=True, vllm_xargs={"simulated_output_tokens": 5}, **options))
+    assert ('"choices":[]' in response.text) is asked
+    assert recorder.count() == 5, "the end-of-sequence token is one, though its event is empty"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, ask()),
+        (CHAT, ask(n=3, max_tokens=4)),
+        (TEXT, {"prompt": ["a b", "c"], "max_tokens": 5}),
+    ],
+)
+async def test_the_assembled_answer_equals_the_upstreams_own(
+    simulated: SimulatedEngine, path: str, body: dict[str, Any]
+) -> None:
+    recorder = Recorder()
+    async with proxied(simulated.app, recorder) as (_, client), serve(simulated.app) as direct:
+        through = await client.post(path, json=body)
+        own = await client.post(direct + path, json=body)
+    assert through.headers["content-type"] == "application/json"
+    assert without_identity(through.json()) == without_identity(own.json())
+    assert sum(count for _, count, _ in recorder.tokens) == own.json()["usage"]["completion_tokens"]
+    assert len({at for _, _, at in recorder.tokens}) > 2, "the tokens were seen as they came"
+
+
+async def test_a_request_that_cannot_be_rebuilt_goes_as_it_is() -> None:
+    plain = orjson.dumps({"id": "1", "choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 7}})
+    upstream, recorder = Scripted(lambda _: (200, b"application/json", plain)), Recorder()
+    async with proxied(upstream, recorder) as (_, client):
+        response = await client.post(TEXT, json={"prompt": "x", "best_of": 2})
+    assert response.content == plain
+    assert upstream.bodies == [{"prompt": "x", "best_of": 2}]
+    assert [(name, count) for name, count, _ in recorder.tokens] == [("0", 7)], "told at the end, all at once"
+
+
+async def test_first_token_none_never_asks_for_a_stream(simulated: SimulatedEngine) -> None:
+    recorder = Recorder()
+    async with proxied(simulated.app, recorder, first_token="none") as (_, client):
+        response = await client.post(CHAT, json=ask(**WHOLE))
+    assert response.json()["usage"]["completion_tokens"] == 6
+    assert len(recorder.tokens) == 1
+
+
+async def test_tool_calls_are_assembled_from_their_pieces() -> None:
+    def call(arguments: str, finish: str | None = None, **more: Any) -> dict[str, Any]:
+        delta = {"tool_calls": [{"index": 0, "function": {"arguments": arguments}, **more}]}
+        return {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+    usage = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 12}}
+    stream = events(call('{"a"', id="call_1", type="function"), call(":1}", "tool_calls"), usage)
+    recorder = Recorder()
+    async with proxied(Scripted(lambda _: (200, b"text/event-stream", stream)), recorder) as (_, client):
+        body = (await client.post(CHAT, json=ask(tools=[{"type": "function"}]))).json()
+    (made,) = body["choices"][0]["message"]["tool_calls"]
+    assert made == {"function": {"arguments": '{"a":1}'}, "id": "call_1", "type": "function"}
+    assert body["choices"][0]["finish_reason"] == "tool_calls"
+    assert body["object"] == "chat.completion"
+    assert recorder.count() == 12, "the usage knows better than the number of events"
+
+
+async def test_an_upstream_that_refuses_stream_options_is_asked_without_and_remembered() -> None:
+    def answer(body: dict[str, Any]) -> tuple[int, bytes, bytes]:
+        if "stream_options" in body:
+            return 400, b"application/json", b'{"error": {"message": "unknown field stream_options"}}'
+        chunk = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
+        return 200, b"text/event-stream", events(chunk)
+
+    upstream = Scripted(answer)
+    async with proxied(upstream) as (_, client):
+        answers = [await client.post(CHAT, json=ask(stream=True)) for _ in range(2)]
+    assert [a.status_code for a in answers] == [200, 200]
+    assert ["stream_options" in body for body in upstream.bodies] == [True, False, False]
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 429, 500, 503])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_upstreams_errors_pass_through(status: int, stream: bool) -> None:
+    error = b'{"error":{"message":"no"}}'
+    upstream = Scripted(lambda _: (status, b"application/json", error))
+    async with proxied(upstream) as (_, client):
+        response = await client.post(CHAT, json=ask(stream=stream))
+    assert (response.status_code, response.content) == (status, error)
+    assert len(upstream.bodies) == 1
+
+
+async def test_an_empty_5xx_is_a_lost_engine_but_an_empty_503_is_not() -> None:
+    upstream = Scripted(lambda body: (body["want"], b"text/plain", b""))
+    async with serve(upstream) as url:
+        engine = HttpEngine("remote", url)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+            with pytest.raises(EngineLost, match="502 with no body"):
+                await client.post(CHAT, json=ask(want=502))
+            assert (await client.post(CHAT, json=ask(want=503))).status_code == 503
+        await engine.stop()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_upstream_that_dies_midway_is_lost(simulated: SimulatedEngine, stream: bool) -> None:
+    recorder = Recorder()
+    async with serve(simulated.app) as url:
+        engine = HttpEngine("remote", url)
+        app = observed(engine.app, recorder)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://e") as client:
+            call = asyncio.create_task(client.post(CHAT, json=ask(stream=stream, max_tokens=5000, ignore_eos=True)))
+            await eventually(lambda: recorder.count() > 2)
+            assert engine.state.engine_running == 1
+            simulated.crash()
+            with pytest.raises(EngineLost, match="remote"):
+                await call
+        assert engine.state.engine_running == 0
+        await engine.stop()
+
+
+async def test_nothing_listening_is_a_lost_engine() -> None:
+    engine = HttpEngine("remote", "http://127.0.0.1:9")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+        for path in (CHAT, "/v1/models"):
+            with pytest.raises(EngineLost, match="ConnectError"):
+                await client.post(path, json=ask())
+        await engine.stop()
+        with pytest.raises(EngineLost, match="stopped"):
+            await client.post(CHAT, json=ask())
+
+
+async def test_stopping_the_engine_loses_what_is_in_flight(simulated: SimulatedEngine) -> None:
+    async with serve(simulated.app) as url:
+        engine = HttpEngine("remote", url)
+        await engine.start(EngineEvents())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+            call = asyncio.create_task(client.post(CHAT, json=ask(max_tokens=5000, ignore_eos=True)))
+            await eventually(lambda: simulated.state.engine_running == 1)
+            await engine.stop()
+            await engine.stop()
+            with pytest.raises(EngineLost):
+                await call
+        await eventually(lambda: simulated.state.engine_running == 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_frees_the_upstream(simulated: SimulatedEngine, stream: bool) -> None:
+    async with proxied(simulated.app) as (engine, client):
+        call = asyncio.create_task(client.post(CHAT, json=ask(stream=stream, max_tokens=5000, ignore_eos=True)))
+        await eventually(lambda: simulated.state.engine_running == 1)
+        call.cancel()
+        await eventually(lambda: simulated.state.engine_running == 0, within_s=1)
+        assert engine.state.engine_running == 0
+
+
+async def test_the_clients_credentials_and_hop_by_hop_headers_stay_here() -> None:
+    upstream = Scripted(lambda _: (200, b"application/json", b"{}"))
+    secrets = {"authorization": "Bearer gateway-key", "x-api-key": "gateway-key", "cookie": "session=gateway-key"}
+    sent = {**secrets, "x-request-id": "r1", "x-slo-ttft-ms": "300", "te": "trailers", "openai-organization": "o"}
+    for key, send_slo in (("engine-key", False), (None, True)):
+        async with proxied(upstream, api_key=key, send_slo=send_slo) as (_, client):
+            await client.post(CHAT, json=ask(vllm_xargs={"antares_tpot_ms": 30, "mine": 1}), headers=sent)
+    with_key, without_key = upstream.headers
+    assert with_key[b"authorization"] == b"Bearer engine-key"
+    assert b"authorization" not in without_key
+    for headers in (with_key, without_key):
+        assert b"gateway-key" not in b" ".join(headers.values())
+        assert b"te" not in headers
+        assert (headers[b"x-request-id"], headers[b"openai-organization"]) == (b"r1", b"o")
+    assert b"x-slo-ttft-ms" not in with_key
+    assert without_key[b"x-slo-ttft-ms"] == b"300"
+    assert upstream.bodies[0]["vllm_xargs"] == {"mine": 1}
+    assert upstream.bodies[1]["vllm_xargs"] == {"antares_tpot_ms": 30, "mine": 1}
+
+
+async def test_any_route_passes_with_its_query_and_a_base_url_may_end_in_v1() -> None:
+    upstream = Scripted(lambda _: (200, b"application/json", b"[1]"))
+    async with serve(upstream) as url:
+        engine = HttpEngine("remote", url + "/v1/")
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+            assert (await client.get("/v1/models?limit=2&after=a%20b")).json() == [1]
+            assert (await client.delete("/v1/files/x%2Fy")).json() == [1]
+            assert (await client.post(CHAT, content=b"not json")).json() == [1]
+        await engine.stop()
+    assert upstream.targets[:2] == [b"/v1/models?limit=2&after=a%20b", b"/v1/files/x%2Fy?"]
+
+
+async def test_the_engine_notices_that_its_server_went_and_came_back(simulated: SimulatedEngine) -> None:
+    alive: list[bool] = []
+    async with serve(simulated.app) as url:
+        engine = HttpEngine("remote", url)
+        await engine.start(EngineEvents(on_alive=alive.append))
+        assert engine.state.alive
+        simulated.crash()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+            assert (await client.get("/v1/models")).status_code == 500
+        engine._probe_now.set()
+        await eventually(lambda: not engine.state.alive)
+        await eventually(lambda: engine.state.alive)
+        await engine.stop()
+    assert alive == [True, False, True]
+
+
+async def test_a_server_without_health_is_probed_by_its_models() -> None:
+    async def only_models(scope: Scope, receive: Receive, send: Send) -> None:
+        status, data = (200, b'{"data":[{"max_model_len":777}]}') if scope["path"] == "/v1/models" else (404, b"no")
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": data})
+
+    async with proxied(only_models) as (engine, _):
+        assert engine.state.alive
+        assert engine.state.max_model_len == 777
+
+
+async def test_a_refused_key_stops_the_start_and_an_absent_server_does_not() -> None:
+    async def refuses(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with serve(refuses) as url:
+        with pytest.raises(EngineStartError, match="api_key"):
+            await HttpEngine("remote", url).start(EngineEvents())
+    absent = HttpEngine("remote", "http://127.0.0.1:9")
+    await absent.start(EngineEvents())
+    assert not absent.state.alive
+    await absent.stop()
+
+
+def test_a_base_url_must_be_one() -> None:
+    with pytest.raises(ValueError, match="http://host:8000"):
+        HttpEngine("remote", "localhost:8000")
+
+
+async def test_step_times_are_learnt_from_the_streams(simulated: SimulatedEngine) -> None:
+    steps: list[None] = []
+    async with serve(simulated.app) as url:
+        engine = HttpEngine("remote", url)
+        await engine.start(EngineEvents(on_step=lambda: steps.append(None)))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+            asked = ask(stream=True, max_tokens=200, ignore_eos=True)
+            await asyncio.gather(*(client.post(CHAT, json=asked) for _ in range(3)))
+            await client.post(CHAT, json=asked)
+        await engine.stop()
+    model = engine.state.step_time
+    assert 30 <= model.steps_seen == len(steps) <= 45, "one sample in twenty tokens, and one for the lone prefill"
+    model.refit()
+    assert model.itl(3, 100) == pytest.approx(2e-3, rel=0.5)
+
+
+async def test_an_error_inside_a_stream_becomes_the_status_of_a_plain_answer() -> None:
+    error = {"error": {"message": "engine died", "code": 500}}
+    upstream = Scripted(lambda _: (200, b"text/event-stream", events(error)))
+    async with proxied(upstream) as (_, client):
+        response = await client.post(CHAT, json=ask())
+        assert (response.status_code, response.json()["error"]["message"]) == (500, "engine died")
+        assert "engine died" in (await client.post(CHAT, json=ask(stream=True))).text
+
+
+async def test_a_stream_that_ends_too_early_is_a_lost_engine_for_a_plain_request() -> None:
+    chunk = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
+    cut = events(chunk).removesuffix(b"data: [DONE]\n\n")
+    async with serve(Scripted(lambda _: (200, b"text/event-stream", cut))) as url:
+        engine = HttpEngine("remote", url)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+            with pytest.raises(EngineLost, match="ended before"):
+                await client.post(CHAT, json=ask())
+        await engine.stop()

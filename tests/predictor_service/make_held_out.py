@@ -1,0 +1,37 @@
+"""Writes ``held_out.npz`` beside this file: a few of the shipped model's test rows, as hashed features and lengths.
+
+Run by hand, with the extra 'train', after a new model is shipped:  python tests/predictor_service/make_held_out.py
+No text goes in: bucket numbers (as differences, which compress), counts, lexical measures and token counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from predictor_service.length_model import load_model
+from predictor_service.sharegpt_model import read_dataset
+
+ROWS = 300
+TARGET = Path(__file__).with_name("held_out.npz")
+
+
+def main() -> None:
+    data = read_dataset(load_model().card["seed"], lambda stage, share: None)
+    rows = np.sort(np.random.default_rng(0).choice(data.split.test, ROWS, replace=False))
+    examples = data.examples(rows)
+    np.savez_compressed(
+        TARGET,
+        steps=np.concatenate([np.diff(f.indices, prepend=np.uint16(0)) for f in examples.features]),
+        counts=np.concatenate([f.counts for f in examples.features]),
+        stored=np.array([len(f.indices) for f in examples.features], dtype=np.int32),
+        lexical=np.stack([f.lexical for f in examples.features]),
+        length=examples.length.astype(np.int32),
+        censored=examples.censored,
+        train_median=np.median([data.turns[row].length for row in data.split.train]),
+    )
+
+
+if __name__ == "__main__":
+    main()

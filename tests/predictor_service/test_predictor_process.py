@@ -1,0 +1,144 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from predictor_service import cli, sharegpt_model
+from predictor_service.sharegpt import Turn
+
+SECRET = "xyzzy-private-prompt"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve_command(port: int, *more: str) -> list[str]:
+    return [sys.executable, "-m", "predictor_service.cli", "serve", "--port", str(port), *more]
+
+
+def wait_healthy(port: int) -> None:
+    for _ in range(500):
+        with suppress(httpx.TransportError):
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                return
+        time.sleep(0.02)
+    raise AssertionError("the predictor did not come up")
+
+
+def test_the_real_process_predicts_and_leaves_in_order_on_sigterm():
+    port = free_port()
+    process = subprocess.Popen(serve_command(port, "--log-level", "debug"), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_healthy(port)
+        url = f"http://127.0.0.1:{port}/v1/predict"
+        answer = httpx.post(url, json={"inputs": [{"prompt": SECRET, "max_tokens": 64}]})
+        assert answer.status_code == 200
+        assert 1 <= answer.json()["predictions"][0]["p50"] <= 64
+        assert httpx.post(url, content=SECRET).status_code == 400
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert SECRET not in log
+    assert "127.0.0.1" in log
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/health")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes have no parents there")
+def test_the_process_ends_with_its_parent_when_asked_to():
+    port = free_port()
+    starter = "import subprocess, sys, time; child = subprocess.Popen(sys.argv[1:]); print(child.pid, flush=True); time.sleep(60)"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", starter, *serve_command(port, "--exit-with-parent")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    child = int(parent.stdout.readline())
+    try:
+        wait_healthy(port)
+        parent.kill()
+        parent.wait()
+        for _ in range(250):
+            with suppress(httpx.TransportError):
+                httpx.get(f"http://127.0.0.1:{port}/health")
+                time.sleep(0.02)
+                continue
+            break
+        else:
+            raise AssertionError("the predictor outlived its parent")
+    finally:
+        parent.kill()
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_taken_port_and_a_missing_model_end_with_status_1(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert subprocess.run(serve_command(port), capture_output=True, check=False).returncode == 1
+    answer = CliRunner().invoke(cli.app, ["serve", "--model", str(tmp_path)])
+    assert answer.exit_code == 1
+    assert "predictor train" in answer.output
+
+
+def test_bad_usage_ends_with_status_2():
+    assert CliRunner().invoke(cli.app, ["serve", "--port", "0"]).exit_code == 2
+    assert CliRunner().invoke(cli.app, ["train"]).exit_code == 2
+
+
+@pytest.mark.parametrize("command", [["train", "--output", "."], ["evaluate", "--json"]])
+def test_without_the_training_extra_the_commands_name_it(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "bpe_openai", None)
+    answer = CliRunner().invoke(cli.app, command)
+    assert answer.exit_code == 1
+    assert "antares-gateway[train]" in answer.output
+
+
+def test_train_and_evaluate_end_to_end_on_made_up_conversations(tmp_path, monkeypatch):
+    lengths = {"define": 20, "explain": 300}
+    turns = [
+        Turn(f"c{n}", turn == 0, f"{verb} number {n} {SECRET} {turn}", length + n % 17, False)
+        for n in range(300)
+        for turn in range(2)
+        for verb, length in [list(lengths.items())[(n + turn) % 2]]
+    ]
+    monkeypatch.setattr(sharegpt_model, "read_turns", lambda progress: turns)
+    trained = CliRunner().invoke(cli.app, ["train", "--output", str(tmp_path / "model"), "--seed", "5", "--json"])
+    assert trained.exit_code == 0, trained.output
+    evaluated = CliRunner().invoke(cli.app, ["evaluate", "--model", str(tmp_path / "model"), "--json"])
+    assert evaluated.exit_code == 0, evaluated.output
+    metrics, card = json.loads(evaluated.stdout), json.loads(trained.stdout)
+    assert metrics["seed"] == card["seed"] == 5
+    assert metrics["mae_tokens"] < metrics["mae_constant"] / 2
+    assert metrics["mae_tokens"] == pytest.approx(card["metrics"]["test"]["mae_tokens"], abs=0.01)
+    assert {"kendall_tau", "rmse_tokens", "coverage_p90", "latency_ms_p50", "latency_ms_p99", "throughput_rps"} <= set(
+        metrics
+    )
+    assert SECRET not in trained.output + evaluated.output
+    assert not any(SECRET.encode() in file.read_bytes() for file in (tmp_path / "model").iterdir())
+
+
+def test_the_command_line_starts_at_once():
+    script = (
+        "import time, typer, sys; began = time.perf_counter(); import predictor_service.cli; "
+        "print(time.perf_counter() - began); assert not {'numpy', 'fastapi', 'uvicorn'} & set(sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 0.3
