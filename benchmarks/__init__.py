@@ -1,0 +1,1 @@
+"""Measurements: workloads, load clients, and the runs behind the figures in the docs."""

@@ -103,7 +103,8 @@ class Engine(Protocol):
     """One engine: its HTTP face, its state, its life.
 
     ``app`` serves the OpenAI routes. When the engine is lost while it serves, ``app`` raises `EngineLost` (before or
-    after the response started); the caller turns that into an answer. Cancelling a call to ``app``, or delivering
+    after the response started), or `EngineUnreachable` if it never took the request; the caller turns that into an
+    answer. Cancelling a call to ``app``, or delivering
     ``http.disconnect`` to its ``receive``, frees everything the request held in the engine.
     """
 
@@ -134,6 +135,10 @@ class Engine(Protocol):
 
 class EngineLost(Exception):  # noqa: N818 - it names what happened, as an event does
     """The engine died, or the connection to it broke, while it held this request."""
+
+
+class EngineUnreachable(EngineLost):
+    """The engine was down before it took this request; nothing happened to it, and it can be queued again."""
 
 
 class EngineStartError(Exception):

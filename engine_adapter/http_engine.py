@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import httpx
 
+from engine_adapter.connection_shards import ConnectionShards
 from engine_adapter.engine import ASGIApp, EngineEvents, EngineStartError, EngineState
 from engine_adapter.http_proxy import HttpProxy
 from engine_adapter.step_time import StepTimeModel, StepTimes
@@ -21,6 +22,9 @@ PROBE_AGAIN_S = (0.25, 0.5, 1.0, 2.0, 5.0)
 """Seconds before each further probe of a server that does not answer; the last one repeats."""
 IDLE_CONNECTION_S = 4.0
 """Below uvicorn's (and so vLLM's) five: a connection that the server is just closing must not be reused."""
+
+XARGS_OWNERS = ("vllm", "antares")
+"""``owned_by`` of servers that take ``vllm_xargs``; others may refuse a request for an unknown field."""
 
 
 class HttpEngine:
@@ -73,18 +77,18 @@ class HttpEngine:
             max_model_len=max_model_len,
             step_time=StepTimeModel(times=step_times or StepTimes()),
         )
+        self.takes_xargs = False
         self._api_key = api_key
+        self._send_slo = send_slo
         self._connect_timeout_s = connect_timeout_s
         self._client = httpx.AsyncClient(
-            http2=False,
-            # Loading the certificate store takes 50 ms and serves nobody on a plain connection.
-            verify=self.base_url.startswith("https"),
             trust_env=False,
             timeout=httpx.Timeout(read_timeout_s, connect=connect_timeout_s),
-            limits=httpx.Limits(
-                max_connections=max_connections,
-                max_keepalive_connections=max_connections,
-                keepalive_expiry=IDLE_CONNECTION_S,
+            transport=ConnectionShards(
+                max_connections,
+                IDLE_CONNECTION_S,
+                # Loading the certificate store takes 50 ms and serves nobody on a plain connection.
+                verify=self.base_url.startswith("https"),
             ),
         )
         self._probe_now = asyncio.Event()
@@ -155,7 +159,7 @@ class HttpEngine:
             failures = 0 if self.state.alive else failures + 1
 
     async def _probe(self) -> None:
-        """Ask for the server's health; learn its context length when it has just come up."""
+        """Ask for the server's health; learn what it serves when it has just come up."""
         status = await self._status(self._health_path)
         if status in (404, 405, 501) and self._health_path == "/health":
             # Not vLLM: every OpenAI-compatible server lists its models.
@@ -182,7 +186,10 @@ class HttpEngine:
 
     async def _read_model_card(self) -> None:
         with contextlib.suppress(httpx.HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError):
-            limit = (await self._get("/v1/models")).json()["data"][0].get("max_model_len")
+            card = (await self._get("/v1/models")).json()["data"][0]
+            self.state.model = str(card["id"])
+            self.takes_xargs = self._send_slo and card.get("owned_by") in XARGS_OWNERS
+            limit = card.get("max_model_len")
             if isinstance(limit, int) and limit > 0:
                 self.state.max_model_len = limit
 

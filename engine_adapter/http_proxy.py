@@ -218,9 +218,7 @@ class HttpProxy:
         await exchange.send({"type": "http.response.start", "status": status, "headers": headers})
         await exchange.body(data, more=False)
 
-    async def _relay(
-        self, exchange: _Exchange, response: httpx.Response, chunks: AsyncIterator[bytes]
-    ) -> None:
+    async def _relay(self, exchange: _Exchange, response: httpx.Response, chunks: AsyncIterator[bytes]) -> None:
         """Pass an answer on byte by byte."""
         first = b""
         if response.status_code >= 500 and exchange.scope["method"] != "HEAD":

@@ -35,9 +35,10 @@ _SLO_PREFIXES = (b"x-slo-", b"x-llm-d-slo-")
 def upstream_headers(headers: Iterable[tuple[bytes, bytes]], api_key: str | None, send_slo: bool) -> Headers:
     """Request headers to send: no hop-by-hop header, no gateway credential, the engine's own key if any."""
     sent: Headers = []
-    for raw, value in headers:
-        name = raw.lower()
-        if name in _HOP_BY_HOP or name in _SECRETS or name in _REPLACED:
+    received = [(raw.lower(), value) for raw, value in headers]
+    dropped = _HOP_BY_HOP | _SECRETS | _REPLACED | _nominated(received)
+    for name, value in received:
+        if name in dropped:
             continue
         if not send_slo and name.startswith(_SLO_PREFIXES):
             continue
@@ -51,11 +52,15 @@ def upstream_headers(headers: Iterable[tuple[bytes, bytes]], api_key: str | None
 def downstream_headers(headers: Iterable[tuple[bytes, bytes]], altered: bool) -> Headers:
     """Response headers to pass on; ``altered`` drops those that describe the body's exact bytes."""
     about_bytes = (b"content-length", b"content-encoding", b"content-md5", b"etag")
-    return [
-        (name, value)
-        for name, value in ((raw.lower(), value) for raw, value in headers)
-        if name not in _HOP_BY_HOP and not (altered and name in about_bytes)
-    ]
+    received = [(raw.lower(), value) for raw, value in headers]
+    dropped = _HOP_BY_HOP | _nominated(received) | (frozenset(about_bytes) if altered else frozenset())
+    return [(name, value) for name, value in received if name not in dropped]
+
+
+def _nominated(headers: Headers) -> frozenset[bytes]:
+    """The further hop-by-hop headers that a ``Connection`` header names."""
+    names = b",".join(value for name, value in headers if name == b"connection")
+    return frozenset(name.strip().lower() for name in names.split(b","))
 
 
 @dataclass(slots=True)

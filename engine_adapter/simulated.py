@@ -79,7 +79,9 @@ class SimulatedEngine:
         self.name = name
         self.model = model
         self.times = times or StepTimes()
+        self.takes_xargs = True
         self.state = EngineState(
+            model=model,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,

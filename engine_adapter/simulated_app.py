@@ -74,9 +74,7 @@ class SimulatedApp:
         if allowed is None:
             await _error(send, 404, "NotFoundError", f"no route {path}")
         elif scope["method"] != allowed:
-            await _error(
-                send, 405, "MethodNotAllowed", f"{path} takes {allowed}", [(b"allow", allowed.encode())]
-            )
+            await _error(send, 405, "MethodNotAllowed", f"{path} takes {allowed}", [(b"allow", allowed.encode())])
         elif path == "/health":
             await _json(send, 200, {})
         elif path == "/v1/models":
@@ -120,9 +118,7 @@ class SimulatedApp:
             for _ in range(request.n):
                 index = len(choices)
                 choices.append(
-                    _Choice(
-                        index, prompt_tokens, min(natural, limit), natural <= limit, seed=seed + 7 * index
-                    )
+                    _Choice(index, prompt_tokens, min(natural, limit), natural <= limit, seed=seed + 7 * index)
                 )
         return choices
 
@@ -166,9 +162,7 @@ class SimulatedApp:
         finally:
             self._engine.abandon(sequences)
 
-    async def _stream(
-        self, answer: _Answer, produced: asyncio.Queue[tuple[_Choice, int] | None], send: Send
-    ) -> None:
+    async def _stream(self, answer: _Answer, produced: asyncio.Queue[tuple[_Choice, int] | None], send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         unfinished, opened = len(answer.choices), False
@@ -184,9 +178,7 @@ class SimulatedApp:
             await _event(send, answer.usage_chunk())
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
-    async def _collect(
-        self, answer: _Answer, produced: asyncio.Queue[tuple[_Choice, int] | None], send: Send
-    ) -> None:
+    async def _collect(self, answer: _Answer, produced: asyncio.Queue[tuple[_Choice, int] | None], send: Send) -> None:
         unfinished = len(answer.choices)
         while unfinished:
             choice, token = self._alive(await produced.get())
@@ -251,9 +243,7 @@ class _Answer:
 
 
 async def _event(send: Send, chunk: dict[str, Any]) -> None:
-    await send(
-        {"type": "http.response.body", "body": b"data: %b\n\n" % orjson.dumps(chunk), "more_body": True}
-    )
+    await send({"type": "http.response.body", "body": b"data: %b\n\n" % orjson.dumps(chunk), "more_body": True})
 
 
 async def _json(

@@ -32,6 +32,9 @@ class SSESplitter:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The events that ``data`` completes, each with its closing blank line."""
+        if not self._pending and data.endswith(b"\n\n") and data.find(b"\n") == data.rfind(b"\n", 0, -1):
+            # The usual case: one read is one event of one line.
+            return [data]
         # The blank line may straddle two chunks; nothing before the last two pending bytes can start one.
         look_from = max(0, len(self._pending) - 2)
         buffer = self._pending + data if self._pending else data

@@ -57,18 +57,20 @@ class StepTimes:
 
 
 def nonnegative_least_squares(columns: Floats, target: Floats) -> Floats:
-    """argmin over w >= 0 of ||columns @ w - target||, exact for the handful of columns used here.
+    """argmin over w >= 0 of ||columns @ w - target||, with only the columns that earn their place.
 
-    Tries every subset of columns as the support (2^k least-squares solves, k <= 4) and keeps the best feasible one.
-    ``columns``: shape (samples, k); ``target``: shape (samples,). Returns shape (k,).
+    Tries every subset of columns as the support (2^k least-squares solves, k <= 4) and keeps the feasible one with the
+    least Bayesian information criterion, n*log(loss/n) + size*log(n). Without it a few noisy steps over nearly equal
+    lengths buy a slope that is worthless at other lengths. ``columns``: shape (samples, k); ``target``: shape
+    (samples,). Returns shape (k,).
     """
-    k = columns.shape[1]
-    # Normal equations once: each subset then costs a k-by-k solve, whatever the number of samples.
+    samples, k = columns.shape
+    # Normal equations once: each subset then costs a solve of its own size, whatever the number of samples.
     scale = np.sqrt((columns**2).mean(axis=0))
     scale[scale == 0] = 1.0
     scaled = columns / scale
     gram, moment, energy = scaled.T @ scaled, scaled.T @ target, float(target @ target)
-    best, best_loss = np.zeros(k), energy
+    best, best_criterion = np.zeros(k), np.inf
     for size in range(1, k + 1):
         for support in combinations(range(k), size):
             rows = list(support)
@@ -76,8 +78,10 @@ def nonnegative_least_squares(columns: Floats, target: Floats) -> Floats:
             if (w < 0).any():
                 continue
             loss = energy - 2 * float(w @ moment[rows]) + float(w @ gram[np.ix_(rows, rows)] @ w)
-            if loss < best_loss * (1 - 1e-6):
-                best_loss, best = loss, np.zeros(k)
+            # Rounding leaves about 1e-12 of the energy in a perfect fit; less than that tells nothing.
+            criterion = samples * np.log(max(loss, 1e-12 * energy, 1e-300) / samples) + size * np.log(samples)
+            if criterion < best_criterion - 1e-9:
+                best_criterion, best = criterion, np.zeros(k)
                 best[rows] = w
     return np.asarray(best / scale, dtype=np.float64)
 
@@ -94,9 +98,27 @@ def fit_quality(predicted: Floats, actual: Floats) -> FitQuality:
     )
 
 
-def fit_itl(batch: Floats, length: Floats, seconds: Floats) -> tuple[float, float, float, float]:
-    """Coefficients (a, b, c, d) of eq. 4, all at least 0: a longer or wider batch is never predicted to be faster."""
+_PRIOR_WEIGHT = 1e-3
+"""Weight of the prior in `fit_itl` against the data: enough to decide what the data leave open, and no more."""
+
+
+def fit_itl(
+    batch: Floats, length: Floats, seconds: Floats, prior: StepTimes | None = None
+) -> tuple[float, float, float, float]:
+    """Coefficients (a, b, c, d) of eq. 4, all at least 0: a longer or wider batch is never predicted to be faster.
+
+    Steps that are all alike do not tell a cost per sequence from a fixed one. ``prior``, scaled to the mean of
+    ``seconds``, then keeps its own split, or a quiet hour with one request at a time would teach that 64 take 64 times
+    as long.
+    """
     columns = np.stack([batch * length, batch, length, np.ones_like(batch)], axis=1)
+    if prior is not None:
+        guess = np.array([prior.a, prior.b, prior.c, prior.d])
+        expected = float((columns @ guess).sum())
+        guess *= float(seconds.sum()) / expected if expected > 0 else 0.0
+        # Ridge regression towards the guess, each column in units of its own size, as four more rows.
+        pull = np.sqrt(_PRIOR_WEIGHT * (columns**2).sum(axis=0))
+        columns, seconds = np.concatenate([columns, np.diag(pull)]), np.concatenate([seconds, pull * guess])
     a, b, c, d = nonnegative_least_squares(columns, seconds)
     return float(a), float(b), float(c), float(d)
 
@@ -147,9 +169,7 @@ class StepTimeModel:
         """t(p) in seconds."""
         return self.times.prefill(tokens)
 
-    def observe(
-        self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float
-    ) -> None:
+    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
         """Learn from one step: ``decode_requests`` decoded, ``prefill_tokens`` prefilled, in ``elapsed_s`` seconds."""
         if not self.learn or elapsed_s <= 0 or decode_requests + prefill_tokens == 0:
             return
@@ -171,20 +191,16 @@ class StepTimeModel:
             batch, length, seconds = _columns(self._decode)
             kept = seconds <= 5 * np.median(seconds)
             batch, length, seconds = batch[kept], length[kept], seconds[kept]
-            a, b, c, d = fit_itl(batch, length, seconds)
+            a, b, c, d = fit_itl(batch, length, seconds, prior=self.times)
             self.times = replace(self.times, a=a, b=b, c=c, d=d)
             self.itl_quality = fit_quality((a * batch + c) * length + b * batch + d, seconds)
         if len(self._mixed) >= self.min_samples:
             tokens, batch, length, seconds = _columns(self._mixed)
             # A prefill rides along with decodes: what it adds to the step is what a queue of prefills costs.
-            decoding = np.where(
-                batch > 0, (self.times.a * batch + self.times.c) * length + self.times.b * batch, 0.0
-            )
+            decoding = np.where(batch > 0, (self.times.a * batch + self.times.c) * length + self.times.b * batch, 0.0)
             decoding += np.where(batch > 0, self.times.d, 0.0)
             extra = np.maximum(seconds - decoding, 0.0)
-            kept = extra <= 5 * max(float(np.median(extra)), 1e-6) * np.maximum(
-                tokens / np.median(tokens), 1.0
-            )
+            kept = extra <= 5 * max(float(np.median(extra)), 1e-6) * np.maximum(tokens / np.median(tokens), 1.0)
             alpha, beta, theta, delta = fit_prefill(tokens[kept], extra[kept])
             if alpha > 0:
                 self.times = replace(self.times, alpha=alpha, beta=beta, theta=theta, delta=delta)

@@ -23,6 +23,7 @@ from engine_adapter.engine import (
     EngineLost,
     EngineStartError,
     EngineState,
+    EngineUnreachable,
     GateReport,
     Message,
     Receive,
@@ -208,10 +209,14 @@ class VllmEngine:
             await asyncio.sleep(0.1)
             if self._llm is None or not self._llm.errored:
                 continue
-            log.error("engine %s died; %d sequences were in flight", self.name, len(self._sequences))
+            self._note_death()
+            await self._restart()
+
+    def _note_death(self) -> None:
+        if self.state.alive:
+            log.error("engine %s died", self.name)
             self.state.alive = False
             self._events.on_alive(False)
-            await self._restart()
 
     async def _restart(self) -> None:
         for attempt in range(10**9):
@@ -294,7 +299,8 @@ class VllmEngine:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         inner, llm = self._inner, self._llm
         if inner is None or llm is None or llm.errored:
-            raise EngineLost(f"engine {self.name} is down")
+            self._note_death()
+            raise EngineUnreachable(f"engine {self.name} is down")
         observer: TokenObserver | None = scope.get(OBSERVER_KEY)
         lost = False
 
@@ -312,6 +318,7 @@ class VllmEngine:
             await inner(scope, receive, watched_send)
         except Exception as error:
             if llm.errored:
+                self._note_death()
                 raise EngineLost(f"engine {self.name} died") from error
             raise
         finally:
@@ -319,6 +326,7 @@ class VllmEngine:
             if observer is not None:
                 await self._free(observer, llm)
         if lost:
+            self._note_death()
             raise EngineLost(f"engine {self.name} died")
 
     async def _free(self, observer: TokenObserver, llm: Any) -> None:

@@ -22,7 +22,10 @@ _CHARS_PER_TOKEN = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Read from the body: the text (for the predictor), how many tokens (about), ``sequences`` asked for."""
+    """Read from the body: how many tokens (about) and ``sequences``; ``text`` is what the predictor is shown.
+
+    Of a chat that is the last message of the user: it is what the answer answers, and what the predictor knows.
+    """
 
     text: str
     tokens: int
@@ -60,19 +63,21 @@ def _chat_text(body: dict[str, Any], count: Callable[[str], int | None]) -> tupl
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages: must be a non-empty list of messages.", "messages", "invalid_type")
     parts: list[str] = []
+    question = ""
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise bad_request(f"messages[{index}]: must be an object.", f"messages[{index}]", "invalid_type")
         content = message.get("content")
+        if isinstance(content, list):
+            content = "\n".join(p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str))
         if isinstance(content, str):
             parts.append(content)
-        elif isinstance(content, list):
-            parts += [p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str)]
+            if message.get("role") == "user":
+                question = content
         elif content is not None:
             where = f"messages[{index}].content"
             raise bad_request(f"{where}: must be a string or a list of parts.", where, "invalid_type")
-    text = "\n".join(parts)
-    return text, _length(text, count) + _TEMPLATE_TOKENS * len(messages)
+    return question, _length("\n".join(parts), count) + _TEMPLATE_TOKENS * len(messages)
 
 
 def _completion_text(body: dict[str, Any], count: Callable[[str], int | None]) -> tuple[str, int, int]:

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from starlette.datastructures import Headers as HeaderView
 
-from engine_adapter.engine import OBSERVER_KEY, ASGIApp, EngineLost, Message, Receive, Scope, Send
+from engine_adapter.engine import OBSERVER_KEY, ASGIApp, EngineLost, EngineUnreachable, Message, Receive, Scope, Send
 from gateway.auth import ApiKey, KeyRing
 from gateway.dispatcher import Dispatcher
 from gateway.errors import ApiError, Headers, bad_request, retry_headers, unavailable
@@ -150,12 +150,14 @@ class Proxy:
         client = ClientSide(receive)
         try:
             await self._predict(request, prompt)
-            lane = await self._wait_for_admission(entry, client)
-            try:
-                report = headers.get(REPORT_HEADER) == "1"
-                await self._forward(scope, document, entry, lane, client, request_id, report, send)
-            finally:
-                lane.leave(request)
+            report = headers.get(REPORT_HEADER) == "1"
+            served = False
+            while not served:
+                lane = await self._wait_for_admission(entry, client)
+                try:
+                    served = await self._forward(scope, document, entry, lane, client, request_id, report, send)
+                finally:
+                    lane.leave(request)
         except _ClientLeftError:
             self._ledger.close(entry, "cancelled", "client_left")
             raise
@@ -224,7 +226,8 @@ class Proxy:
         request_id: bytes,
         report: bool,
         send: Send,
-    ) -> None:
+    ) -> bool:
+        """Have the lane's engine serve the request; False if the engine was gone before it took it."""
         request = entry.request
         progress = Progress(request, on_first_token=lane.wake)
         exchange = Exchange(entry, progress, send, request_id, report=report, clock=self._clock)
@@ -241,7 +244,11 @@ class Proxy:
                 call.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await call
+        if not call.cancelled() and isinstance(call.exception(), EngineUnreachable) and not client.left.done():
+            request.admitted_s = None
+            return False
         await self._conclude(call, exchange, entry, lane, client)
+        return True
 
     async def _conclude(
         self, call: asyncio.Future[None], exchange: Exchange, entry: Entry, lane: Lane, client: ClientSide

@@ -8,6 +8,7 @@ left, is never computed.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +32,9 @@ class DeadlinePassed(Exception):  # noqa: N818 - it names what happened
 class BatchLimits:
     """How calls are gathered.
 
-    ``window_s``: how long an idle batcher waits for company. ``max_batch`` and ``max_waiting`` count inputs;
-    a call is never split, so a call larger than ``max_batch`` is a batch of its own.
+    ``window_s``: how long an idle batcher waits for company, once calls come closer together than that.
+    ``max_batch`` and ``max_waiting`` count inputs; a call is never split, so a call larger than ``max_batch`` is a
+    batch of its own.
     """
 
     window_s: float = 0.001
@@ -64,6 +66,7 @@ class Batcher(Generic[In, Out]):
         self._arrived = asyncio.Event()
         self._thread: ThreadPoolExecutor | None = None
         self._loop_task: asyncio.Task[None] | None = None
+        self._latest, self._latest_gap = -math.inf, math.inf
         self.waiting = 0
         """Inputs in the queue, not yet in a batch."""
 
@@ -99,6 +102,8 @@ class Batcher(Generic[In, Out]):
         loop = asyncio.get_running_loop()
         deadline = None if timeout_s is None else loop.time() + timeout_s
         call: _Call[In, Out] = _Call(inputs, deadline, loop.create_future())
+        now = loop.time()
+        self._latest_gap, self._latest = now - self._latest, now
         self._calls.append(call)
         self.waiting += len(inputs)
         self._arrived.set()
@@ -117,8 +122,9 @@ class Batcher(Generic[In, Out]):
             if not self._calls:
                 self._arrived.clear()
                 await self._arrived.wait()
-                # Only an idle batcher waits: under load the previous batch's run time was window enough.
-                if self.waiting < self._limits.max_batch:
+                # Only an idle batcher waits: under load the previous batch's run time was window enough. And only
+                # where calls come in quick succession: a lone one has no company to wait for.
+                if self._latest_gap < self._limits.window_s and self.waiting < self._limits.max_batch:
                     await asyncio.sleep(self._limits.window_s)
             batch = self._next_batch(loop.time())
             if not batch:

@@ -62,6 +62,8 @@ def run_server(
         log_config=None,
         log_level=log_level.lower(),
         server_header=False,
+        # Longer than any client keeps an idle connection, so that it is never we who close one just being used.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
     )
     uvicorn.Server(config).run(sockets=[listening])

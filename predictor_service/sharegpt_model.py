@@ -130,6 +130,7 @@ def _card(seed: int, split: Split, recipe: Recipe) -> Card:
         "censoring": f"answers of {CENSORED_FROM} to {CENSORED_TO} tokens hit the output limit of their day: ranked "
         "among the longest in the fit, right-censored in the calibration, taken as recorded in the error metrics",
         "recipe": asdict(recipe),
+        "recipe_chosen_on": "the validation part of seed 0; no test part was looked at",
         "limits": "Trained on ChatGPT's answers of 2023. On another model the ranking transfers better than the scale: "
         "recalibrate from observed lengths. One prompt at a time: no conversation history, no sampling parameters.",
     }

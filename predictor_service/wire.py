@@ -1,5 +1,15 @@
 """What travels over ``POST /v1/predict``: reading and checking a body, writing an answer or an error.
 
+    {"model": str | null,
+     "inputs": [{"prompt": str  or  "features": see `predictor_service.features`,
+                 "prompt_tokens": int | null, "max_tokens": int | null, "min_tokens": int | null}, ...]}
+
+    {"model": <this predictor>, "predictions": [{"length": tokens, "p50": tokens, "p90": tokens}, ...]}
+
+Request header ``x-deadline-ms``: milliseconds from the call's arrival after which the answer is of no use. Errors are
+OpenAI-shaped: 400 (malformed, names the field), 413 (body too large), 503 (queue full, with ``retry-after``), 504
+(deadline passed), 500.
+
 A message here names the field that is wrong and never repeats its value: values may be prompts.
 """
 

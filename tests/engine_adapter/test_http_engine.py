@@ -247,7 +247,15 @@ async def test_a_client_that_leaves_frees_the_upstream(simulated: SimulatedEngin
 async def test_the_clients_credentials_and_hop_by_hop_headers_stay_here() -> None:
     upstream = Scripted(lambda _: (200, b"application/json", b"{}"))
     secrets = {"authorization": "Bearer gateway-key", "x-api-key": "gateway-key", "cookie": "session=gateway-key"}
-    sent = {**secrets, "x-request-id": "r1", "x-slo-ttft-ms": "300", "te": "trailers", "openai-organization": "o"}
+    sent = {
+        **secrets,
+        "x-request-id": "r1",
+        "x-slo-ttft-ms": "300",
+        "te": "trailers",
+        "connection": "x-hop",
+        "x-hop": "1",
+        "openai-organization": "o",
+    }
     for key, send_slo in (("engine-key", False), (None, True)):
         async with proxied(upstream, api_key=key, send_slo=send_slo) as (_, client):
             await client.post(CHAT, json=ask(vllm_xargs={"antares_tpot_ms": 30, "mine": 1}), headers=sent)
@@ -256,7 +264,7 @@ async def test_the_clients_credentials_and_hop_by_hop_headers_stay_here() -> Non
     assert b"authorization" not in without_key
     for headers in (with_key, without_key):
         assert b"gateway-key" not in b" ".join(headers.values())
-        assert b"te" not in headers
+        assert not {b"te", b"x-hop"} & set(headers)
         assert (headers[b"x-request-id"], headers[b"openai-organization"]) == (b"r1", b"o")
     assert b"x-slo-ttft-ms" not in with_key
     assert without_key[b"x-slo-ttft-ms"] == b"300"
@@ -294,13 +302,25 @@ async def test_the_engine_notices_that_its_server_went_and_came_back(simulated: 
 
 async def test_a_server_without_health_is_probed_by_its_models() -> None:
     async def only_models(scope: Scope, receive: Receive, send: Send) -> None:
-        status, data = (200, b'{"data":[{"max_model_len":777}]}') if scope["path"] == "/v1/models" else (404, b"no")
+        status, data = (
+            (200, b'{"data":[{"id":"m","max_model_len":777}]}') if scope["path"] == "/v1/models" else (404, b"no")
+        )
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": data})
 
     async with proxied(only_models) as (engine, _):
         assert engine.state.alive
         assert engine.state.max_model_len == 777
+        assert engine.state.model == "m"
+        assert not engine.takes_xargs, "it may not know the field"
+
+
+@pytest.mark.parametrize("send_slo", [True, False])
+async def test_only_a_server_that_knows_them_and_may_see_the_slo_is_given_xargs(
+    simulated: SimulatedEngine, send_slo: bool
+) -> None:
+    async with proxied(simulated.app, send_slo=send_slo) as (engine, _):
+        assert engine.takes_xargs is send_slo
 
 
 async def test_a_refused_key_stops_the_start_and_an_absent_server_does_not() -> None:
@@ -355,4 +375,38 @@ async def test_a_stream_that_ends_too_early_is_a_lost_engine_for_a_plain_request
         async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
             with pytest.raises(EngineLost, match="ended before"):
                 await client.post(CHAT, json=ask())
+        await engine.stop()
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 10_000])
+async def test_the_bytes_of_a_stream_are_the_upstreams_whatever_its_packets(size: int) -> None:
+    token = {"choices": [{"index": 0, "delta": {"content": "h\u00e9"}, "finish_reason": None}]}
+    usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+    stream = b": hello\n\n" + events(token, token, usage)
+
+    async def in_pieces(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for at in range(0, len(stream), size):
+            await send({"type": "http.response.body", "body": stream[at : at + size], "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    recorder = Recorder()
+    async with proxied(in_pieces, recorder) as (_, client):
+        asked = await client.post(CHAT, json=ask(stream=True, stream_options={"include_usage": True}))
+        plain = await client.post(CHAT, json=ask(stream=True))
+    assert asked.content == stream
+    assert plain.content == b": hello\n\n" + events(token, token)
+    assert recorder.count() == 4
+
+
+async def test_more_requests_than_one_pool_holds_are_served_at_once(simulated: SimulatedEngine) -> None:
+    async with serve(simulated.app) as url:
+        engine = HttpEngine("remote", url)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+            calls = [
+                asyncio.create_task(client.post(CHAT, json=ask(max_tokens=60, ignore_eos=True))) for _ in range(80)
+            ]
+            await eventually(lambda: simulated.state.engine_running == 80)
+            assert all(answer.status_code == 200 for answer in await asyncio.gather(*calls))
         await engine.stop()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -115,10 +117,31 @@ def test_a_few_stalled_steps_do_not_move_the_fit() -> None:
 
 def test_the_first_guess_holds_until_enough_steps_were_seen() -> None:
     model = StepTimeModel(times=TRUE)
-    for _ in range(20):
+    for _ in range(model.min_samples - 1):
         model.observe(4, 0, 100.0, 0.5)
+        model.observe(4, 100, 100.0, 0.9)
     model.refit()
     assert model.times == TRUE
+
+
+@pytest.mark.parametrize("context", [lambda i: 200.0, lambda i: 100.0 + i])
+def test_a_quiet_hour_does_not_teach_that_a_batch_of_64_takes_64_times_as_long(
+    context: Callable[[int], float],
+) -> None:
+    model = StepTimeModel(times=StepTimes(b=3e-4, d=1e-2))
+    for i in range(640):
+        model.observe(1, 0, context(i), 20e-3)
+    assert model.itl(1, 300) == pytest.approx(20e-3, rel=0.02)
+    assert model.itl(64, 300) == pytest.approx(2 * (64 * 3e-4 + 1e-2), rel=0.25), "the first guess, twice as slow"
+    assert model.times.a == pytest.approx(0, abs=1e-7)
+
+
+def test_what_was_learnt_of_wide_batches_survives_a_quiet_hour() -> None:
+    model, rng = StepTimeModel(), np.random.default_rng(9)
+    feed(model, rng, 1200)
+    for i in range(640):
+        model.observe(1, 0, 100.0 + i, TRUE.itl(1, 100 + i))
+    assert model.itl(64, 500) == pytest.approx(TRUE.itl(64, 500), rel=0.1)
 
 
 def test_a_model_told_not_to_learn_keeps_its_times() -> None:

@@ -54,6 +54,12 @@ async def test_concurrent_calls_are_computed_together_and_answered_apart():
     assert running.sizes == [20]
 
 
+async def test_a_lone_call_waits_for_nobody():
+    async with Running(window_s=5.0) as batcher:
+        async with asyncio.timeout(1):
+            assert await batcher.submit([1]) == [2]
+
+
 async def test_a_batch_is_bounded_and_a_call_is_never_split():
     running = Running(window_s=0.02, max_batch=4)
     async with running as batcher:

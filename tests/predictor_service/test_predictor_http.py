@@ -112,7 +112,7 @@ class Slow(LengthModel):
     """Takes its time."""
 
     def predict(self, rows):
-        time.sleep(0.2)
+        time.sleep(0.8)
         return super().predict(rows)
 
 
@@ -133,7 +133,7 @@ async def test_an_answer_that_comes_too_late_is_a_504_on_time():
         began = time.monotonic()
         answer = await client.post("/v1/predict", json={"inputs": [{"prompt": "a"}]}, headers={"x-deadline-ms": "30"})
         assert answer.status_code == 504
-        assert time.monotonic() - began < 0.15
+        assert time.monotonic() - began < 0.6
 
 
 async def test_a_full_queue_is_a_503_with_retry_after():

@@ -60,7 +60,10 @@ def test_the_real_process_predicts_and_leaves_in_order_on_sigterm():
 @pytest.mark.skipif(sys.platform == "win32", reason="processes have no parents there")
 def test_the_process_ends_with_its_parent_when_asked_to():
     port = free_port()
-    starter = "import subprocess, sys, time; child = subprocess.Popen(sys.argv[1:]); print(child.pid, flush=True); time.sleep(60)"
+    starter = (
+        "import subprocess, sys, time; child = subprocess.Popen(sys.argv[1:]); "
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
     parent = subprocess.Popen(
         [sys.executable, "-c", starter, *serve_command(port, "--exit-with-parent")],
         stdout=subprocess.PIPE,
@@ -91,7 +94,9 @@ def test_a_taken_port_and_a_missing_model_end_with_status_1(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert subprocess.run(serve_command(port), capture_output=True, check=False).returncode == 1
+        ran = subprocess.run(serve_command(port), capture_output=True, text=True, check=False)
+        assert ran.returncode == 1
+        assert "cannot listen" in ran.stderr
     answer = CliRunner().invoke(cli.app, ["serve", "--model", str(tmp_path)])
     assert answer.exit_code == 1
     assert "predictor train" in answer.output
