@@ -56,13 +56,13 @@ class StepTimes:
         return self.delta if tokens < self.theta else self.alpha * tokens + self.beta
 
 
-def nonnegative_least_squares(columns: Floats, target: Floats) -> Floats:
-    """argmin over w >= 0 of ||columns @ w - target||, with only the columns that earn their place.
+def nonnegative_least_squares(columns: Floats, target: Floats, parsimonious: bool = True) -> Floats:
+    """argmin over w >= 0 of ||columns @ w - target||; if ``parsimonious``, with only the columns that earn their place.
 
     Tries every subset of columns as the support (2^k least-squares solves, k <= 4) and keeps the feasible one with the
-    least Bayesian information criterion, n*log(loss/n) + size*log(n). Without it a few noisy steps over nearly equal
-    lengths buy a slope that is worthless at other lengths. ``columns``: shape (samples, k); ``target``: shape
-    (samples,). Returns shape (k,).
+    least loss or, if parsimonious, the least Bayesian information criterion, n*log(loss/n) + size*log(n): without it a
+    few noisy steps over nearly equal lengths buy a slope that is worthless at other lengths. ``columns``: shape
+    (samples, k); ``target``: shape (samples,). Returns shape (k,).
     """
     samples, k = columns.shape
     # Normal equations once: each subset then costs a solve of its own size, whatever the number of samples.
@@ -79,7 +79,8 @@ def nonnegative_least_squares(columns: Floats, target: Floats) -> Floats:
                 continue
             loss = energy - 2 * float(w @ moment[rows]) + float(w @ gram[np.ix_(rows, rows)] @ w)
             # Rounding leaves about 1e-12 of the energy in a perfect fit; less than that tells nothing.
-            criterion = samples * np.log(max(loss, 1e-12 * energy, 1e-300) / samples) + size * np.log(samples)
+            criterion = samples * np.log(max(loss, 1e-12 * energy, 1e-300) / samples)
+            criterion += size * np.log(samples) if parsimonious else 0.0
             if criterion < best_criterion - 1e-9:
                 best_criterion, best = criterion, np.zeros(k)
                 best[rows] = w
@@ -98,8 +99,9 @@ def fit_quality(predicted: Floats, actual: Floats) -> FitQuality:
     )
 
 
-_PRIOR_WEIGHT = 1e-3
-"""Weight of the prior in `fit_itl` against the data: enough to decide what the data leave open, and no more."""
+_PRIOR_SHARE = 1e-3
+_PRIOR_STEPS = 3.0
+"""Weight of the prior in `fit_itl`: a share of the data, and this many steps at least. It settles what they leave open."""
 
 
 def fit_itl(
@@ -109,7 +111,7 @@ def fit_itl(
 
     Steps that are all alike do not tell a cost per sequence from a fixed one. ``prior``, scaled to the mean of
     ``seconds``, then keeps its own split, or a quiet hour with one request at a time would teach that 64 take 64 times
-    as long.
+    as long, or no longer at all. Without a prior, columns that explain nothing are left out.
     """
     columns = np.stack([batch * length, batch, length, np.ones_like(batch)], axis=1)
     if prior is not None:
@@ -117,9 +119,10 @@ def fit_itl(
         expected = float((columns @ guess).sum())
         guess *= float(seconds.sum()) / expected if expected > 0 else 0.0
         # Ridge regression towards the guess, each column in units of its own size, as four more rows.
-        pull = np.sqrt(_PRIOR_WEIGHT * (columns**2).sum(axis=0))
+        weight = max(_PRIOR_SHARE * len(batch), _PRIOR_STEPS)
+        pull = np.sqrt(weight * (columns**2).mean(axis=0))
         columns, seconds = np.concatenate([columns, np.diag(pull)]), np.concatenate([seconds, pull * guess])
-    a, b, c, d = nonnegative_least_squares(columns, seconds)
+    a, b, c, d = nonnegative_least_squares(columns, seconds, parsimonious=prior is None)
     return float(a), float(b), float(c), float(d)
 
 

