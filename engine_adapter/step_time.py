@@ -101,7 +101,7 @@ def fit_quality(predicted: Floats, actual: Floats) -> FitQuality:
 
 _PRIOR_SHARE = 1e-3
 _PRIOR_STEPS = 3.0
-"""Weight of the prior in `fit_itl`: a share of the data, and this many steps at least. It settles what they leave open."""
+"""Weight of the prior in `fit_itl`: a share of the data, and this many steps at least."""
 
 
 def fit_itl(

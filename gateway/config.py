@@ -15,8 +15,9 @@ from engine_adapter.step_time import StepTimes
 from gateway.auth import ApiKey
 from gateway.policies.names import make_policy
 from gateway.slo import Slo, SloClass
+from gateway.slo_headers import LONGEST_MS, SHORTEST_MS
 
-PositiveMs = Annotated[float, Field(gt=0, le=86_400_000, allow_inf_nan=False)]
+PositiveMs = Annotated[float, Field(ge=SHORTEST_MS, le=LONGEST_MS, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 

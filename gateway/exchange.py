@@ -18,6 +18,8 @@ from gateway.verdict import first_byte_headers, sse_comment, with_verdict
 
 _DONE = b"data: [DONE]"
 _STREAM_ERROR = b'data: {"error"'
+# Generated text may hold these words, but never after a bare newline: JSON escapes it.
+_LATER_DONE, _LATER_ERROR = b"\n" + _DONE, b"\n" + _STREAM_ERROR
 _OWN_HEADERS = frozenset((b"x-request-id", b"content-length"))
 
 
@@ -74,14 +76,14 @@ class Exchange:
             if not body and message.get("more_body"):
                 return
             await self._send_start(self._clock() - self._entry.request.arrival_s if body else None)
-        if self._report and _DONE in body:
+        if body.startswith(_STREAM_ERROR) or _LATER_ERROR in body:
+            self.failed_in_stream = True
+        if self._report and not self.failed_in_stream and (body.startswith(_DONE) or _LATER_DONE in body):
             self.measure(self._clock())
             before, done, after = body.rpartition(_DONE)
             message = {**message, "body": before + sse_comment(self._entry) + done + after}
         await self._send(message)
         if body:
-            if body.startswith(_STREAM_ERROR):
-                self.failed_in_stream = True
             now = self._clock()
             # The role chunk opens a stream; it is not a token.
             if self._first_sent is None and self._progress.request.generated and not _is_role_chunk(body):

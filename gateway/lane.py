@@ -7,6 +7,7 @@ fall into one turn of the loop, the policy decides once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from engine_adapter.engine import Engine
 from gateway.policies.base import Decision, Policy, Rejection, prefill_backlog
 from gateway.request import Request
 from gateway.slo import SloClass
+
+log = logging.getLogger("antares.lane")
 
 Clock = Callable[[], float]
 
@@ -125,8 +128,12 @@ class Lane:
             self._turn_away_what_cannot_wait(now)
             return
         started = time.perf_counter()
-        decision = self.policy.decide(now, self.waiting, self.running.values(), self.engine.state)
-        self._apply(now, decision)
+        try:
+            decision = self.policy.decide(now, self.waiting, self.running.values(), self.engine.state)
+            self._apply(now, decision)
+        except Exception as error:
+            self._fail_all_waiting(error)
+            return
         self.decisions += 1
         self.on_decided(time.perf_counter() - started)
         self._set_timer(now, decision.recheck_at)
@@ -158,6 +165,15 @@ class Lane:
             return False
         waiting.verdict.set_result(verdict)
         return True
+
+    def _fail_all_waiting(self, error: Exception) -> None:
+        """A bug in a policy must not keep requests waiting for ever, nor the one that brought it out fail the next."""
+        log.error("policy %s failed: %s", self.policy.name, type(error).__name__, exc_info=error)
+        for queue in self.queues.values():
+            for waiting in queue.values():
+                if not waiting.verdict.done():
+                    waiting.verdict.set_exception(error)
+            queue.clear()
 
     def _turn_away_what_cannot_wait(self, now: float) -> None:
         back_in = self.back_in_s(now)

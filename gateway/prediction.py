@@ -17,6 +17,9 @@ import orjson
 
 log = logging.getLogger("antares.prediction")
 
+HEAD_CHARS, TAIL_CHARS = 3072, 1024
+"""Of a longer prompt only the two ends are sent: the predictor reads no more, and refuses bodies of megabytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -134,7 +137,9 @@ class LengthPredictor:
     async def _ask(
         self, prompt: str, prompt_tokens: int, max_tokens: int | None, timeout_s: float
     ) -> Prediction | None:
-        body = {"inputs": [{"prompt": prompt, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens}]}
+        if len(prompt) > HEAD_CHARS + TAIL_CHARS:
+            prompt = prompt[:HEAD_CHARS] + prompt[-TAIL_CHARS:]
+        body = {"inputs": [{"prompt": prompt, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens or None}]}
         try:
             if self._client is None:
                 self._client = httpx.AsyncClient(trust_env=False, timeout=5.0)

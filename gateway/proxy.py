@@ -191,6 +191,10 @@ class Proxy:
             waits: set[asyncio.Future[Any]] = {decided, client.left}
             try:
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError:
+                # It may have been admitted in this very turn.
+                lane.leave(request)
+                raise
             finally:
                 if not decided.done():
                     decided.cancel()
@@ -330,7 +334,7 @@ def _request_id(given: str | None) -> bytes:
 
 async def _read_body(headers: HeaderView, receive: Receive, limit: int) -> bytes:
     declared = headers.get("content-length", "0")
-    if not declared.isdigit() or int(declared) > limit:
+    if len(declared) > 20 or not (declared.isascii() and declared.isdigit()) or int(declared) > limit:
         raise _too_large(limit)
     chunks: list[bytes] = []
     size = 0
@@ -399,7 +403,8 @@ def _unattainable(rejection: Rejection) -> ApiError:
     )
     return ApiError(
         429,
-        f"{name} of {asked * 1000:g} ms cannot be met: {rejection.predicted_s * 1000:.0f} ms is predicted. {again}",
+        f"{name} of {asked * 1000:g} ms cannot be promised: {rejection.predicted_s * 1000:.0f} ms is predicted, "
+        f"{rejection.attainable_s * 1000:.0f} ms could be promised. {again}",
         "slo_unattainable",
         f"{bound}_unattainable",
         HEADER[bound],

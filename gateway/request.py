@@ -10,8 +10,9 @@ from gateway.slo import Slo
 E2E_SHARE_FOR_TTFT = 0.25
 """An end-to-end bound alone leaves open how it is spent; this share of it is planned for the first token."""
 
-BEST_EFFORT_STRETCH = 4.0
-"""A best-effort request is paced at this multiple of the TPOT bound it could not have."""
+BEST_EFFORT_STRETCH, BEST_EFFORT_PACE_S = 4.0, 1.0
+"""A best-effort request is paced at this multiple of the TPOT bound it could not have, but at no less than so many
+seconds a token: were its pace the strictest of the batch, the step gate would hold everyone else back for it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +55,7 @@ class Request:
             implied = self.slo.e2e_s * (1 - E2E_SHARE_FOR_TTFT) / max(1.0, self.predicted_tokens)
             bound = implied if bound is None else min(bound, implied)
         if bound is not None and self.best_effort:
-            bound *= BEST_EFFORT_STRETCH
+            bound = max(bound * BEST_EFFORT_STRETCH, BEST_EFFORT_PACE_S)
         return bound
 
     @property

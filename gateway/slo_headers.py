@@ -17,7 +17,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
 HEADER = {bound: names[0] for bound, names in ALIASES.items()}
 """Bound to the header that sets it: how answers name a bound."""
 
-_LONGEST_MS = 24 * 3600 * 1000.0
+SHORTEST_MS, LONGEST_MS = 1e-3, 24 * 3600 * 1000.0
+"""What a bound may be. Below a microsecond nothing is meant by it, and policies divide by bounds."""
 
 
 def read_slo(headers: Mapping[str, str], key: ApiKey, classes: Mapping[str, SloClass]) -> tuple[SloClass, Slo]:
@@ -58,13 +59,14 @@ def _read_bound(headers: Mapping[str, str], bound: str) -> float | None:
         if text is None:
             continue
         try:
-            value = float(text)
+            # Python would read "1_000" as a number; nobody else does.
+            value = math.nan if "_" in text else float(text)
         except ValueError:
             value = math.nan
         # NaN fails every comparison, so this also refuses "nan".
-        if not 0 < value <= _LONGEST_MS:
+        if not SHORTEST_MS <= value <= LONGEST_MS:
             raise bad_request(
-                f"{name}: must be a positive number of milliseconds (at most {_LONGEST_MS:.0f}), "
+                f"{name}: must be a positive number of milliseconds ({SHORTEST_MS:g} to {LONGEST_MS:.0f}), "
                 f"but it is {text[:32]!r}.",
                 name,
             )

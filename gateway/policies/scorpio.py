@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from engine_adapter.engine import EngineState
 from engine_adapter.step_time import StepTimeModel
 from gateway.policies.base import Decision, Rejection, prefill_backlog
-from gateway.request import Request
+from gateway.request import E2E_SHARE_FOR_TTFT, Request
 
 
 @dataclass(slots=True)
@@ -47,8 +47,10 @@ class Scorpio:
     ) -> Decision:
         """Least deadline first, reject the unattainable, admit what the running batch can bear."""
         decision = Decision()
-        order = (lambda r: r.deadline_s) if self.ttft_guard else (lambda r: r.arrival_s)
+        order = (lambda r: (r.deadline_s, r.arrival_s)) if self.ttft_guard else (lambda r: (r.arrival_s,))
         queue = sorted(waiting, key=order)
+        if self.tpot_guard:
+            queue = self._reject_hopeless_tpot(queue, engine, decision)
         if self.ttft_guard:
             queue = self._reject_unattainable_ttft(now, queue, prefill_backlog(running, engine), engine, decision)
         self._admit(now, queue, running, engine, decision)
@@ -65,12 +67,15 @@ class Scorpio:
             late_by = now + est + prefill + self.slack_s - request.deadline_s
             if late_by > 0:
                 waited = now - request.arrival_s
+                from_e2e = request.slo.ttft_s != request.ttft_slo_s
+                # An end-to-end bound is answered in its own terms: this TTFT is planned to be a share of it.
+                share = E2E_SHARE_FOR_TTFT if from_e2e else 1.0
                 decision.reject.append(
                     Rejection(
                         request,
-                        bound="ttft" if request.slo.ttft_s == request.ttft_slo_s else "e2e",
-                        predicted_s=waited + est + prefill,
-                        attainable_s=request.ttft_slo_s + late_by,
+                        bound="e2e" if from_e2e else "ttft",
+                        predicted_s=(waited + est + prefill) / share,
+                        attainable_s=(request.ttft_slo_s + late_by) / share,
                         retry_after_s=late_by,
                         hopeless=prefill + self.slack_s > request.ttft_slo_s,
                     )
@@ -99,22 +104,26 @@ class Scorpio:
                 continue
             if on_runway and on_runway + request.prompt_tokens > runway:
                 continue
-            if self.tpot_guard and not request.best_effort:
+            if self.tpot_guard:
                 estimate = self.eta * batch.tpot_with(request, engine.step_time)
-                bound = batch.strictest_with(request)
-                if estimate > bound:
-                    self._reject_if_hopeless(request, engine, decision)
+                if estimate > batch.strictest_with(request):
                     continue
             decision.admit.append(request)
             batch.add(request)
             on_runway += request.prompt_tokens
 
-    def _reject_if_hopeless(self, request: Request, engine: EngineState, decision: Decision) -> None:
+    def _reject_hopeless_tpot(self, queue: list[Request], engine: EngineState, decision: Decision) -> list[Request]:
         """A TPOT bound that even an otherwise idle engine would break is refused at once instead of being queued."""
-        alone = self.eta * _Batch().tpot_with(request, engine.step_time)
-        if request.tpot_slo_s is not None and alone > request.tpot_slo_s:
-            from_e2e = request.tpot_slo_s != request.slo.tpot_s
-            scale = max(1.0, request.predicted_tokens) if from_e2e else 1.0
+        kept: list[Request] = []
+        for request in queue:
+            bound = request.tpot_slo_s
+            alone = self.eta * _Batch().tpot_with(request, engine.step_time)
+            if bound is None or request.best_effort or alone <= bound:
+                kept.append(request)
+                continue
+            from_e2e = bound != request.slo.tpot_s
+            # An end-to-end bound is answered in its own terms: y tokens of this TPOT are planned to be a share of it.
+            scale = max(1.0, request.predicted_tokens) / (1 - E2E_SHARE_FOR_TTFT) if from_e2e else 1.0
             decision.reject.append(
                 Rejection(
                     request,
@@ -125,6 +134,7 @@ class Scorpio:
                     hopeless=True,
                 )
             )
+        return kept
 
 
 @dataclass(slots=True)
@@ -132,7 +142,8 @@ class _Batch:
     """The running set R, kept as the sums that eq. 5 and 8 need, so that a candidate costs O(1).
 
     With P_min = min over R of P_j,  VBS = sum of TRP_j = P_min * sum of 1/P_j  (requests without a bound run in every
-    step and count 1).
+    step and count 1). A best-effort request takes its share of the batch, but its bound protects nobody: P_min is over
+    the others.
     """
 
     size: int = 0
@@ -155,13 +166,14 @@ class _Batch:
         if bound is None:
             self.unbounded += request.sequences
         else:
-            self.strictest = min(self.strictest, bound)
             self.inverse_bounds += request.sequences / bound
+            if not request.best_effort:
+                self.strictest = min(self.strictest, bound)
 
     def strictest_with(self, request: Request) -> float:
         """min over R' of P_j, R' = R + request; infinite when nothing is bounded."""
         bound = request.tpot_slo_s
-        return self.strictest if bound is None else min(self.strictest, bound)
+        return self.strictest if bound is None or request.best_effort else min(self.strictest, bound)
 
     def tpot_with(self, request: Request, step_time: StepTimeModel) -> float:
         """TPOT_est / eta of eq. 5 over R', in its closed form: ITL(VBS, Lmean + y/2)."""
@@ -171,6 +183,7 @@ class _Batch:
             unbounded += request.sequences
         else:
             inverse += request.sequences / bound
-        virtual_size = unbounded + (strictest * inverse if strictest < math.inf else 0.0)
-        mean_length = (self.total_length + request.length * request.sequences) / (self.size + request.sequences)
+        size = self.size + request.sequences
+        virtual_size = unbounded + strictest * inverse if strictest < math.inf else size
+        mean_length = (self.total_length + request.length * request.sequences) / size
         return step_time.itl(virtual_size, mean_length + request.predicted_tokens / 2)

@@ -1,0 +1,190 @@
+"""A real vLLM with a small random model, driven hard: the step gate's shares, clients that leave, engines that die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.dummy_model import write_dummy_model
+from tests.e2e.served import Served, serve
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+LOOSE, STRICT = {"x-slo-class": "loose"}, {"x-slo-class": "strict"}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("load")
+    flags = {
+        "load-format": "dummy",
+        "max-model-len": 1024,
+        "max-num-seqs": 128,
+        "max-num-batched-tokens": 512,
+        "enforce-eager": True,
+        "dtype": "float32",
+        "enable-prefix-caching": False,
+    }
+    engine = {
+        "kind": "vllm",
+        "name": "small",
+        "model": str(write_dummy_model(folder / "model")),
+        "served_model_name": "small",
+        "flags": flags,
+        "env": {"VLLM_CPU_KVCACHE_SPACE": 1, "HF_HUB_OFFLINE": 1, "VLLM_LOGGING_LEVEL": "ERROR"},
+    }
+    classes = {
+        # Loose enough for everything here to be admitted; 2:1 is what the gate sees.
+        "strict": {"ttft_ms": 60_000, "tpot_ms": 2000},
+        "loose": {"ttft_ms": 60_000, "tpot_ms": 4000},
+    }
+    running = serve(folder, {"engines": [engine], "classes": classes, "default_class": "loose"})
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+async def http(served: Served) -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=200)
+    async with httpx.AsyncClient(base_url=served.base, timeout=120, limits=limits, trust_env=False) as client:
+        yield client
+
+
+def body(tokens: int, **more: Any) -> dict[str, Any]:
+    return {"model": "small", "prompt": "one two three four", "max_tokens": tokens, "ignore_eos": True, **more}
+
+
+async def read_stream(http: httpx.AsyncClient, tokens: int, leave_after: int | None = None, **headers: str) -> list[str]:
+    lines: list[str] = []
+    request = http.stream("POST", "/v1/completions", json=body(tokens, stream=True), headers={**LOOSE, **headers})
+    async with request as response:
+        async for line in response.aiter_lines():
+            if line:
+                lines.append(line)
+            if leave_after is not None and len(lines) >= leave_after:
+                break
+    return lines
+
+
+async def eventually(condition: Any, within_s: float) -> float:
+    """Seconds until ``condition()`` held; fails after ``within_s``."""
+    started = time.monotonic()
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() - started < within_s, "it never came to hold"
+        await asyncio.sleep(0.05)
+    return time.monotonic() - started
+
+
+async def test_requests_with_twice_the_tpot_bound_decode_in_half_of_the_steps(
+    served: Served, http: httpx.AsyncClient
+) -> None:
+    def counted() -> dict[str, float]:
+        return {
+            f"{what} {bound}": served.metric(f"antares_gate_{what}_total", tpot_ms=bound)
+            for what in ("eligible", "batched")
+            for bound in ("2000", "4000")
+        }
+
+    streams = [
+        asyncio.create_task(read_stream(http, 200, **headers)) for headers in [STRICT] * 6 + [LOOSE] * 6
+    ]
+    await eventually(lambda: counted()["eligible 4000"] > 60, within_s=60)
+    before = counted()
+    await eventually(lambda: counted()["eligible 4000"] > before["eligible 4000"] + 300, within_s=60)
+    after = counted()
+    assert not any(stream.done() for stream in streams), "both classes saturated throughout"
+    spent = {key: after[key] - before[key] for key in after}
+    assert spent["batched 4000"] / spent["eligible 4000"] == pytest.approx(0.5, abs=0.05)
+    assert spent["batched 2000"] / spent["eligible 2000"] == 1.0
+    for stream in streams:
+        assert len(await stream) >= 200
+
+
+async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times_over(
+    served: Served, http: httpx.AsyncClient
+) -> None:
+    def in_engine() -> float:
+        return served.metric("antares_engine_running_sequences") + served.metric("antares_engine_waiting_sequences")
+
+    def held_by_gateway() -> tuple[int, int]:
+        status = Path(f"/proc/{served.process.pid}/status").read_text()
+        resident_kb = int(status.split("VmRSS:")[1].split()[0])
+        return len(os.listdir(f"/proc/{served.process.pid}/fd")), resident_kb
+
+    held: list[tuple[int, int]] = []
+    for _ in range(10):
+        staying = [asyncio.create_task(read_stream(http, 48)) for _ in range(32)]
+        leaving = [asyncio.create_task(read_stream(http, 48, leave_after=4)) for _ in range(32)]
+        await asyncio.gather(*leaving)
+        await eventually(lambda: in_engine() <= 32, within_s=2)
+        assert served.metric("antares_ledger_open") <= 32
+        finished = await asyncio.gather(*staying)
+        assert all(lines[-1] == "data: [DONE]" and len(lines) >= 48 for lines in finished)
+        await eventually(lambda: served.metric("antares_ledger_open") == 0, within_s=2)
+        await eventually(lambda: in_engine() == 0, within_s=2)
+        held.append(held_by_gateway())
+    ledger = served.get("/status").json()["ledger"]
+    assert ledger["cancelled"] == 320
+    assert ledger["accepted"] == sum(ledger[outcome] for outcome in ("finished", "rejected", "failed", "cancelled"))
+    (descriptors_then, memory_then), (descriptors_now, memory_now) = held[1], held[-1]
+    assert descriptors_now <= descriptors_then + 8
+    assert memory_now - memory_then < 50_000, f"{memory_then} kB grew to {memory_now} kB"
+
+
+async def test_a_client_that_leaves_before_an_answer_in_one_piece_frees_the_engine_too(
+    served: Served, http: httpx.AsyncClient
+) -> None:
+    before = served.get("/status").json()["ledger"]["cancelled"]
+    with pytest.raises(httpx.TimeoutException):
+        await http.post("/v1/completions", json=body(400), headers=LOOSE, timeout=0.6)
+    await eventually(lambda: served.metric("antares_engine_running_sequences") == 0, within_s=2)
+    assert served.get("/status").json()["ledger"]["cancelled"] == before + 1
+
+
+async def test_a_seed_which_kills_vllm_on_cpu_does_not_reach_it(served: Served, http: httpx.AsyncClient) -> None:
+    refused = await http.post("/v1/completions", json=body(4, seed=1, temperature=0.7), headers=LOOSE)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "seed")
+    greedy = await http.post("/v1/completions", json=body(4, seed=1, temperature=0), headers=LOOSE)
+    assert greedy.status_code == 200
+    assert served.metric("antares_engine_restarts_total") == 0
+
+
+async def test_a_killed_engine_costs_what_was_in_flight_and_the_gateway_answers_throughout(
+    served: Served, http: httpx.AsyncClient
+) -> None:
+    streams = [asyncio.create_task(read_stream(http, 500)) for _ in range(4)]
+    whole = asyncio.create_task(http.post("/v1/completions", json=body(500), headers=LOOSE))
+    await eventually(lambda: served.metric("antares_engine_running_sequences") == 5, within_s=30)
+    os.kill(served.child("EngineCore"), signal.SIGKILL)
+    for lines in await asyncio.gather(*streams):
+        assert '"code":"engine_lost"' in lines[-2]
+        assert lines[-1] == "data: [DONE]"
+    assert (await whole).status_code == 503
+    assert int((await whole).headers["retry-after"]) >= 1
+
+    patient = asyncio.create_task(
+        http.post("/v1/completions", json=body(4), headers={"x-slo-ttft-ms": "300000"}, timeout=300)
+    )
+    hurried = await http.post("/v1/completions", json=body(4), headers={"x-slo-ttft-ms": "2000"})
+    assert (hurried.status_code, hurried.json()["error"]["code"]) == (503, "engine_unavailable")
+    assert int(hurried.headers["retry-after"]) >= 1
+    slowest, asked = 0.0, 0
+    while not patient.done():
+        started = time.monotonic()
+        assert (await http.get("/health")).text == "ok"
+        slowest, asked = max(slowest, time.monotonic() - started), asked + 1
+        await asyncio.sleep(0.05)
+    assert asked > 20
+    assert slowest < 5
+    assert (await patient).status_code == 200
+    assert served.metric("antares_engine_restarts_total") == 1
+    assert served.metric("antares_ledger_open") == 0
+    assert served.get("/ready").status_code == 200

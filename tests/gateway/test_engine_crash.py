@@ -1,0 +1,128 @@
+"""The engine dies: everybody is told, nobody waits for nothing, the gateway stays up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from openai import APIError, AsyncOpenAI
+
+from engine_adapter.step_time import StepTimes
+from live_gateway import chat, eventually, events, fast_engine, live
+
+STEADY = StepTimes(d=0.01)
+
+
+async def test_a_stream_in_flight_ends_with_an_openai_error_event() -> None:
+    async with live(fast_engine(times=STEADY, output_tokens=500)) as antares:
+        asking = asyncio.create_task(antares.ask(chat(stream=True), x_slo_class="free"))
+        await eventually(lambda: antares.gateway.lanes[0].running and antares.engine.state.engine_running)
+        await asyncio.sleep(0.05)
+        antares.engine.crash()
+        answer = await asking
+        assert answer.text.endswith("\n\ndata: [DONE]\n\n")
+        assert events(answer.text)[-1]["error"]["code"] == "engine_lost"
+        assert antares.outcomes["failed"] == 1
+
+
+async def test_the_openai_client_raises_when_its_stream_is_cut() -> None:
+    async with live(fast_engine(times=STEADY, output_tokens=500)) as antares:
+        client = AsyncOpenAI(base_url=f"{antares.url}/v1", api_key="none", max_retries=0)
+        stream = await client.chat.completions.create(**chat(stream=True), extra_headers={"x-slo-class": "free"})
+        with pytest.raises(APIError, match="engine died"):
+            async for _ in stream:
+                antares.engine.crash()
+
+
+async def test_an_answer_in_one_piece_becomes_a_503_with_retry_after() -> None:
+    async with live(fast_engine(times=STEADY, output_tokens=500)) as antares:
+        asking = asyncio.create_task(antares.ask(x_slo_class="free"))
+        await eventually(lambda: antares.engine.state.engine_running)
+        antares.engine.crash()
+        answer = await asking
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_lost")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.headers["x-should-retry"] == "true"
+
+
+async def test_what_arrives_while_the_engine_restarts_is_served_after() -> None:
+    async with live(fast_engine(restart_s=0.3)) as antares:
+        antares.engine.crash()
+        answers = await asyncio.gather(*(antares.ask() for _ in range(5)))
+        assert [answer.status_code for answer in answers] == [200] * 5
+        assert all(float(answer.headers["x-antares-queue-ms"]) > 200 for answer in answers)
+        assert antares.engine.state.restarts == 1
+
+
+async def test_what_cannot_wait_for_the_restart_is_a_503_at_once() -> None:
+    async with live(fast_engine(restart_s=30)) as antares:
+        antares.engine.crash()
+        started = time.monotonic()
+        answer = await antares.ask(x_slo_ttft_ms="800")
+        assert time.monotonic() - started < 0.5
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert 25 <= int(answer.headers["retry-after"]) <= 31
+        assert antares.outcomes["rejected"] == 1
+
+
+async def test_a_restart_that_takes_too_long_ends_the_wait_by_the_deadline() -> None:
+    async with live(fast_engine(restart_s=30)) as antares:
+        antares.engine.crash()
+        antares.engine.state.ready_in_s = 0.1
+        answer = await antares.ask(x_slo_ttft_ms="1300")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert antares.gateway.lanes[0].waiting == []
+
+
+async def test_the_operators_routes_answer_throughout_and_ready_says_no() -> None:
+    async with live(fast_engine(restart_s=0.3)) as antares:
+        antares.engine.crash()
+        assert (await antares.http.get("/health")).text == "ok"
+        assert (await antares.http.get("/ready")).status_code == 503
+        assert 'antares_engine_up{engine="simulated"} 0.0' in (await antares.http.get("/metrics")).text
+        assert (await antares.http.get("/status")).json()["engines"][0]["alive"] is False
+        models = await antares.http.get("/v1/models")
+        assert (models.status_code, models.json()["error"]["code"]) == (503, "engine_unavailable")
+        await eventually(lambda: antares.engine.state.alive)
+        assert (await antares.http.get("/ready")).status_code == 200
+        assert (await antares.http.get("/v1/models")).status_code == 200
+
+
+async def test_crash_after_crash_the_ledger_balances() -> None:
+    async with live(fast_engine(times=STEADY, restart_s=0.05, output_tokens=10)) as antares:
+        asking = [asyncio.create_task(antares.ask(chat(str(i), stream=i % 2 == 0))) for i in range(20)]
+        for _ in range(3):
+            await eventually(lambda: antares.engine.state.alive)
+            await asyncio.sleep(0.03)
+            antares.engine.crash()
+        await asyncio.gather(*asking)
+        await eventually(antares.is_idle)
+        assert sum(antares.outcomes.values()) == antares.gateway.ledger.accepted == 20
+        assert antares.outcomes["failed"] > 0
+
+
+async def test_an_engine_that_breaks_in_an_unforeseen_way_is_a_502() -> None:
+    async def broken(scope: object, receive: object, send: object) -> None:
+        raise RuntimeError("a bug")
+
+    async with live() as antares:
+        antares.engine._app = broken  # type: ignore[assignment]
+        answer = await antares.ask()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_error")
+        assert antares.outcomes["failed"] == 1
+
+
+async def test_a_policy_that_breaks_turns_its_requests_away_instead_of_keeping_them_for_ever() -> None:
+    class Broken:
+        name, gated = "broken", False
+
+        def decide(self, *shown: object) -> None:
+            raise ZeroDivisionError
+
+    async with live() as antares:
+        antares.gateway.lanes[0].policy = Broken()  # type: ignore[assignment]
+        async with asyncio.timeout(2):
+            answer = await antares.ask()
+        assert answer.status_code >= 500
+        assert antares.is_idle()

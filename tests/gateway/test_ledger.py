@@ -1,0 +1,146 @@
+"""Every accepted request ends once, in exactly one way."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from engine_adapter.step_time import StepTimes
+from gateway.ledger import OUTCOMES, Entry, Ledger, LedgerError, Outcome
+from gateway.request import Request
+from gateway.slo import Slo
+from live_gateway import Live, chat, eventually, fast_engine, live
+
+
+def request(slo: Slo | None = None) -> Request:
+    return Request("r", "chat", 0.0, slo or Slo(), 10, 10.0)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    open_entries = Bundle("open")
+    closed_entries = Bundle("closed")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[Entry] = []
+        self.ledger = Ledger(on_close=self.told.append)
+        self.still_open = 0
+
+    @rule(target=open_entries)
+    def accept(self) -> Entry:
+        self.still_open += 1
+        return self.ledger.open(request())
+
+    @rule(target=closed_entries, entry=consumes(open_entries), outcome=st.sampled_from(OUTCOMES))
+    def end(self, entry: Entry, outcome: Outcome) -> Entry:
+        self.ledger.close(entry, outcome)
+        self.still_open -= 1
+        return entry
+
+    @rule(entry=closed_entries, outcome=st.sampled_from(OUTCOMES))
+    def end_again(self, entry: Entry, outcome: Outcome) -> None:
+        with pytest.raises(LedgerError):
+            self.ledger.close(entry, outcome)
+
+    @invariant()
+    def balances(self) -> None:
+        assert self.ledger.open_count == self.still_open
+        assert self.ledger.accepted == self.ledger.closed.total() + self.still_open
+        assert len(self.told) == self.ledger.closed.total()
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+
+
+@pytest.mark.parametrize(
+    ("ttft", "tpot", "e2e", "violated"),
+    [
+        (0.1, 0.01, 1.0, ()),
+        (0.1001, 0.01, 1.0, ("ttft",)),
+        (None, 0.01, 1.0, ("ttft",)),
+        (0.1, 0.0101, 1.01, ("tpot", "e2e")),
+    ],
+)
+def test_a_finished_request_attains_only_with_every_bound_met(
+    ttft: float | None, tpot: float, e2e: float, violated: tuple[str, ...]
+) -> None:
+    ledger = Ledger()
+    entry = ledger.open(request(Slo(0.1, 0.01, 1.0)))
+    entry.ttft_s, entry.tpot_s, entry.e2e_s = ttft, tpot, e2e
+    ledger.close(entry, "finished")
+    assert (entry.violated, entry.attained, ledger.attained) == (violated, not violated, int(not violated))
+
+
+@pytest.mark.parametrize("outcome", ["rejected", "failed", "cancelled"])
+def test_what_did_not_finish_has_not_attained(outcome: Outcome) -> None:
+    ledger = Ledger()
+    entry = ledger.open(request())
+    ledger.close(entry, outcome, "why")
+    assert not entry.attained
+    assert ledger.attained == 0
+
+
+async def test_every_outcome_is_reached_over_http() -> None:
+    async with live(fast_engine(times=StepTimes(d=5e-3), restart_s=0.05)) as antares:
+        await antares.ask()
+        await antares.ask(x_slo_ttft_ms="1")
+        await antares.hang_up_after(2)
+        dying = asyncio.create_task(antares.ask())
+        await eventually(lambda: antares.engine.state.engine_running == 1)
+        antares.engine.crash()
+        await dying
+        await eventually(antares.is_idle)
+        assert antares.outcomes == {"finished": 1, "rejected": 1, "failed": 1, "cancelled": 1}
+
+
+def our_tasks() -> set[asyncio.Task[object]]:
+    """Tasks that serve requests: not the test's, the engine's own, or the HTTP client's."""
+    mine = {task for task in asyncio.all_tasks() if not task.done()}
+    return {t for t in mine if t is not asyncio.current_task() and not t.get_name().startswith("simulated")}
+
+
+async def test_half_the_clients_of_64_streams_hang_up_and_nothing_is_left_behind() -> None:
+    async with live(fast_engine(times=StepTimes(d=2e-3), output_tokens=40)) as antares:
+        before = our_tasks()
+        for turn in range(1, 4):
+            patient = [antares.ask(chat(f"story {i}", stream=True)) for i in range(32)]
+            leaving = [antares.hang_up_after(1 + i % 5, f"tale {i}") for i in range(32)]
+            answers = await asyncio.gather(*patient, *leaving)
+            await eventually(antares.is_idle, within_s=2.0)
+            assert all(answer.text.endswith("data: [DONE]\n\n") for answer in answers[:32] if answer)
+            assert antares.outcomes == {"finished": 32 * turn, "rejected": 0, "failed": 0, "cancelled": 32 * turn}
+        await eventually(lambda: len(our_tasks() - before) == 0)
+
+
+async def test_a_call_cancelled_just_as_it_is_admitted_leaves_the_lane(antares: Live) -> None:
+    lane = antares.gateway.lanes[0]
+    asking = asyncio.create_task(call_directly(antares))
+    await eventually(lambda: lane.running, within_s=1.0) if False else None
+    while not lane.running:
+        await asyncio.sleep(0)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await eventually(antares.is_idle)
+    assert antares.outcomes["cancelled"] == 1
+
+
+async def call_directly(antares: Live) -> None:
+    """A request without a server in between, so that it can be cancelled between two turns of the loop."""
+    unread = [{"type": "http.request", "body": b'{"prompt": "hi"}', "more_body": False}]
+
+    async def receive() -> dict[str, object]:
+        if unread:
+            return unread.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: object) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    await antares.gateway(scope, receive, send)

@@ -1,0 +1,119 @@
+"""Several answers to one request, and what the engine is told about its pace."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from engine_adapter.engine import Receive, Scope, Send
+from engine_adapter.step_time import StepTimes
+from live_gateway import CHAT, TEXT, Live, chat, events, fast_engine, live
+
+
+def remember_bodies(antares: Live) -> list[dict[str, Any]]:
+    """What the engine is sent from now on."""
+    bodies: list[dict[str, Any]] = []
+    inner = antares.engine.app
+
+    async def spy(scope: Scope, receive: Receive, send: Send) -> None:
+        async def noting() -> Any:
+            message = await receive()
+            if message.get("body"):
+                bodies.append(json.loads(message["body"]))
+            return message
+
+        await inner(scope, noting, send)
+
+    antares.engine._app = spy  # type: ignore[assignment]
+    return bodies
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tpot_of_several_answers_is_counted_for_each(stream: bool) -> None:
+    async with live(fast_engine(times=StepTimes(d=0.01))) as antares:
+        answer = await antares.ask(chat(n=3, stream=stream), x_slo_report="1")
+        text = answer.text.split(": antares ")[1].split("\n")[0] if stream else json.dumps(answer.json()["antares"])
+        verdict = json.loads(text)
+        assert verdict["output_tokens"] == 24
+        assert 9 < verdict["tpot_ms"] < 20
+
+
+async def test_several_prompts_make_several_answers() -> None:
+    async with live(fast_engine(times=StepTimes(d=0.01))) as antares:
+        body = {"prompt": ["one", "two", "three"], "n": 2, "max_tokens": 8, "stream": True}
+        answer = await antares.ask(body, TEXT, x_slo_report="1")
+        assert {chunk["choices"][0]["index"] for chunk in events(answer.text)} == set(range(6))
+        assert 9 < json.loads(answer.text.split(": antares ")[1].split("\n")[0])["tpot_ms"] < 20
+
+
+async def test_an_answer_in_one_piece_has_its_ttft_and_tpot_measured_in_the_engine() -> None:
+    async with live(fast_engine(times=StepTimes(d=0.01, alpha=0.02))) as antares:
+        verdict = (await antares.ask(chat("a b"), x_slo_report="1")).json()["antares"]
+        assert 39 < verdict["ttft_ms"] < 80
+        assert 9 < verdict["tpot_ms"] < 20
+        assert verdict["e2e_ms"] == pytest.approx(verdict["ttft_ms"] + 7 * verdict["tpot_ms"], rel=0.2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_token_has_no_tpot(antares: Live, stream: bool) -> None:
+    answer = await antares.ask(chat(max_tokens=1, stream=stream), x_slo_report="1")
+    assert '"tpot_ms":0.0' in answer.text
+    assert '"attained":true' in answer.text
+
+
+async def test_the_usage_chunk_passes_through(antares: Live) -> None:
+    answer = await antares.ask(chat(stream=True, stream_options={"include_usage": True}))
+    assert events(answer.text)[-1]["usage"]["completion_tokens"] == 8
+
+
+async def test_the_tpot_bound_travels_to_the_engine_and_shows_in_the_gates_counters(antares: Live) -> None:
+    bodies = remember_bodies(antares)
+    await antares.ask(x_slo_tpot_ms="250")
+    assert bodies[0]["vllm_xargs"] == {"antares_tpot_ms": 250}
+    metrics = (await antares.http.get("/metrics")).text
+    assert 'antares_gate_batched_total{engine="simulated",tpot_ms="250"} 7.0' in metrics
+
+
+async def test_an_e2e_bound_travels_as_the_pace_it_implies(antares: Live) -> None:
+    bodies = remember_bodies(antares)
+    await antares.ask(x_slo_class="free", x_slo_e2e_ms="3200")
+    # Three quarters of it, over the 8 tokens that are expected.
+    assert bodies[0]["vllm_xargs"] == {"antares_tpot_ms": 300}
+
+
+async def test_a_clients_own_xargs_are_kept_and_ours_cannot_be_forged(antares: Live) -> None:
+    bodies = remember_bodies(antares)
+    forged = {"simulated_output_tokens": 3, "antares_tpot_ms": 0.001, "antares_other": 1}
+    await antares.ask(chat(vllm_xargs=forged))
+    assert bodies[0]["vllm_xargs"] == {"simulated_output_tokens": 3, "antares_tpot_ms": 1000}
+
+
+@pytest.mark.parametrize("forged", [{"antares_tpot_ms": 0.001}, {}])
+async def test_without_a_bound_nothing_is_added_and_what_was_forged_is_gone(antares: Live, forged: Any) -> None:
+    bodies = remember_bodies(antares)
+    await antares.ask(chat(vllm_xargs=forged), x_slo_class="free")
+    assert "vllm_xargs" not in bodies[0]
+
+
+async def test_a_policy_that_gates_nothing_adds_nothing() -> None:
+    async with live(policy={"name": "fcfs"}) as antares:
+        bodies = remember_bodies(antares)
+        await antares.ask()
+        assert bodies[0] == chat()
+        assert "antares_gate_eligible_total{" not in (await antares.http.get("/metrics")).text
+
+
+async def test_an_engine_that_reads_no_xargs_is_sent_none(antares: Live) -> None:
+    antares.engine.takes_xargs = False  # type: ignore[attr-defined]
+    bodies = remember_bodies(antares)
+    await antares.ask()
+    assert bodies[0] == chat()
+
+
+async def test_every_other_field_reaches_the_engine_unchanged(antares: Live) -> None:
+    bodies = remember_bodies(antares)
+    body = chat(temperature=0.25, stop=["é", "\n"], tools=[{"type": "function"}], seed=2**53, unheard_of={"a": None})
+    await antares.http.post(CHAT, json=body, headers={"x-slo-class": "free"})
+    assert bodies[0] == body
