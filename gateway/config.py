@@ -188,6 +188,11 @@ class GatewayConfig(Section):
             for name in [key.default_class, *(key.allowed_classes or [])]:
                 if name is not None:
                     self._known_class(name, f"keys[{index}]")
+            default = key.default_class or self.default_class
+            if key.allowed_classes is not None and default not in key.allowed_classes:
+                raise ValueError(f"keys[{index}]: its default class {default!r} is not among its allowed_classes")
+            if any(key.sha256 == other.sha256 for other in self.keys[:index]):
+                raise ValueError(f"keys[{index}]: another key has the same digest")
         names = [engine.name for engine in self.engines]
         if len(set(names)) < len(names):
             raise ValueError("engines: every engine needs a name of its own")

@@ -6,7 +6,9 @@ The predictor is always optional: without it a request is scheduled by the lengt
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -115,8 +117,11 @@ class LengthPredictor:
         """Predict within the time box; never raises."""
         prediction = None
         if self.url is not None and self._breaker.allows():
-            prediction = await self._ask(prompt, prompt_tokens, max_tokens, self._timeout)
-            self._breaker.record(prediction is not None)
+            try:
+                prediction = await self._ask(prompt, prompt_tokens, max_tokens, self._timeout)
+                self._breaker.record(prediction is not None)
+            except _RefusedError:
+                self._breaker.record(True)
         prediction = prediction or self._statistics.predict(slo_class)
         high = float(max_tokens) if max_tokens is not None else float("inf")
         return Prediction(
@@ -129,8 +134,9 @@ class LengthPredictor:
         """Wait until the service answers, so that no request pays for its first call; False if it does not."""
         until = time.monotonic() + patience_s
         while self.url is not None and time.monotonic() < until:
-            if await self._ask("", 1, None, timeout_s=1.0) is not None:
-                return True
+            with contextlib.suppress(_RefusedError):
+                if await self._ask("", 1, None, timeout_s=1.0) is not None:
+                    return True
             await asyncio.sleep(0.2)
         return False
 
@@ -142,7 +148,9 @@ class LengthPredictor:
         body = {"inputs": [{"prompt": prompt, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens or None}]}
         try:
             if self._client is None:
-                self._client = httpx.AsyncClient(trust_env=False, timeout=5.0)
+                # Loading the certificate store blocks the loop for 50 ms and serves nobody on a plain connection.
+                verify = (self.url or "").startswith("https")
+                self._client = httpx.AsyncClient(trust_env=False, timeout=5.0, verify=verify)
             async with asyncio.timeout(timeout_s):
                 response = await self._client.post(
                     f"{self.url}/v1/predict",
@@ -152,11 +160,14 @@ class LengthPredictor:
                         "x-deadline-ms": str(max(1, round(timeout_s * 1000))),
                     },
                 )
+            if response.status_code in (400, 413, 422):
+                raise _RefusedError
             if response.status_code != 200:
                 return None
             answer = orjson.loads(response.content)["predictions"][0]
-            return Prediction(float(answer["length"]), float(answer["p90"]), "service")
-        except (TimeoutError, httpx.HTTPError, OSError, ValueError, KeyError, IndexError, TypeError):
+            length, p90 = float(answer["length"]), float(answer["p90"])
+            return Prediction(length, p90, "service") if math.isfinite(length) and math.isfinite(p90) else None
+        except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, LookupError, TypeError):
             return None
 
     def observe(self, slo_class: str, tokens: int) -> None:
@@ -165,6 +176,10 @@ class LengthPredictor:
 
     async def close(self) -> None:
         """Close the connection."""
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+
+class _RefusedError(Exception):
+    """The service lives but will not predict for this input: no reason to stop asking it for others."""

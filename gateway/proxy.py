@@ -241,6 +241,8 @@ class Proxy:
         call = asyncio.ensure_future(_run(lane.engine.app, inner_scope, client.replay(body), exchange.send))
         try:
             await asyncio.wait({call, client.left}, return_when=asyncio.FIRST_COMPLETED)
+            # Told that the client left, vLLM's app may still "answer" nobody; what counts is what was sent before.
+            left = client.left.done() and not exchange.complete
             if not call.done():
                 await asyncio.wait({call}, timeout=LEAVE_GRACE_S)
         finally:
@@ -248,21 +250,19 @@ class Proxy:
                 call.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await call
-        if not call.cancelled() and isinstance(call.exception(), EngineUnreachable) and not client.left.done():
+        if left:
+            raise _ClientLeftError
+        if not call.cancelled() and isinstance(call.exception(), EngineUnreachable):
             request.admitted_s = None
             return False
-        await self._conclude(call, exchange, entry, lane, client)
+        await self._conclude(call, exchange, entry, lane)
         return True
 
-    async def _conclude(
-        self, call: asyncio.Future[None], exchange: Exchange, entry: Entry, lane: Lane, client: ClientSide
-    ) -> None:
+    async def _conclude(self, call: asyncio.Future[None], exchange: Exchange, entry: Entry, lane: Lane) -> None:
         """Give the request its one outcome."""
         request = entry.request
         error = None if call.cancelled() else call.exception()
         exchange.measure(self._clock())
-        if client.left.done() and not exchange.complete:
-            raise _ClientLeftError
         if error is not None or not exchange.complete:
             lost = isinstance(error, EngineLost)
             if not lost:

@@ -62,6 +62,15 @@ class Supervisor:
         # A session of its own: Ctrl-C in the terminal reaches the gateway alone, which drains before it stops us.
         self._process = await asyncio.create_subprocess_exec(*self._command, start_new_session=True)
 
+    async def _spawned(self) -> bool:
+        """Start the child again; False when the system would not (out of processes or memory, the file is gone)."""
+        try:
+            await self._spawn()
+        except OSError as error:
+            log.warning("%s cannot be started: %s", self.name, error.strerror)
+            return False
+        return True
+
     async def _watch(self) -> None:
         failures = 0
         while True:
@@ -72,6 +81,7 @@ class Supervisor:
             wait = _BACKOFF_S[min(max(failures - 1, 0), len(_BACKOFF_S) - 1)]
             log.warning("%s ended with code %s; starting it again in %.1f s", self.name, code, wait)
             await asyncio.sleep(wait)
-            await self._spawn()
+            while not await self._spawned():
+                await asyncio.sleep(_BACKOFF_S[-1])
             self.restarts += 1
             self.on_restart()

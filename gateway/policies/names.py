@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from gateway.policies.base import Policy
@@ -22,4 +23,18 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     if unknown:
         takes = ", ".join(sorted(known)) or "none"
         raise ValueError(f"policy {name!r} has no option {unknown[0]!r}; its options: {takes}")
+    policy = POLICIES[name]()
+    for option, value in options.items():
+        _check_option(option, value, getattr(policy, option))
     return POLICIES[name](**options)
+
+
+def _check_option(option: str, value: Any, default: Any) -> None:
+    """A wrong type would surface only when the policy first decides; every number in a policy is at least 0."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{option} must be true or false, but it is {value!r}")
+    elif isinstance(default, int | float) and (
+        isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
+    ):
+        raise ValueError(f"{option} must be a number of at least 0, but it is {value!r}")

@@ -33,10 +33,11 @@ class Served:
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.base + path, timeout=30)
 
-    def metric(self, name: str, **labels: str) -> float:
-        """The metric's value, summed over all its series that carry ``labels``; 0 when there is none."""
+    def metric(self, name: str, exposition: str | None = None, **labels: str) -> float:
+        """The metric's value now (or in ``exposition``), summed over all its series with ``labels``; 0 without any."""
         total = 0.0
-        for series, value in re.findall(rf"^{name}(\{{.*?\}})? (\S+)$", self.get("/metrics").text, re.MULTILINE):
+        text = self.get("/metrics").text if exposition is None else exposition
+        for series, value in re.findall(rf"^{name}(\{{.*?\}})? (\S+)$", text, re.MULTILINE):
             if all(f'{key}="{wanted}"' in series for key, wanted in labels.items()):
                 total += float(value)
         return total
@@ -59,7 +60,9 @@ class Served:
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             if self.process.poll() is not None:
-                raise AssertionError(f"antares serve ended with {self.process.returncode}:\n{self.log.read_text()[-4000:]}")
+                raise AssertionError(
+                    f"antares serve ended with {self.process.returncode}:\n{self.log.read_text()[-4000:]}"
+                )
             try:
                 if self.get("/ready").status_code == 200:
                     return

@@ -117,7 +117,9 @@ def test_an_unattainable_bound_is_refused_with_what_would_be_attainable(served: 
 def test_bad_input_gets_a_400_that_names_the_field(
     served: Served, headers: dict[str, str], body: dict[str, object], named: str
 ) -> None:
-    answer = httpx.post(f"{served.base}/v1/chat/completions", json={"model": MODEL, **body}, headers=headers, timeout=30)
+    answer = httpx.post(
+        f"{served.base}/v1/chat/completions", json={"model": MODEL, **body}, headers=headers, timeout=30
+    )
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == named
 
@@ -224,7 +226,12 @@ def test_ctrl_c_lets_streams_finish_and_leaves_no_process(served: Served, client
 
     def read() -> None:
         stream = client.completions.create(
-            model=MODEL, prompt="A story:", max_tokens=40, stream=True, extra_body={"ignore_eos": True}, extra_headers=SLO
+            model=MODEL,
+            prompt="A story:",
+            max_tokens=40,
+            stream=True,
+            extra_body={"ignore_eos": True},
+            extra_headers=SLO,
         )
         seen.extend(chunk.choices[0].finish_reason or "" for chunk in stream)
 

@@ -51,10 +51,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     running.stop()
 
 
+def connect(served: Served) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=200)
+    return httpx.AsyncClient(base_url=served.base, timeout=120, limits=limits, trust_env=False)
+
+
 @pytest.fixture
 async def http(served: Served) -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=200)
-    async with httpx.AsyncClient(base_url=served.base, timeout=120, limits=limits, trust_env=False) as client:
+    async with connect(served) as client:
         yield client
 
 
@@ -62,7 +66,9 @@ def body(tokens: int, **more: Any) -> dict[str, Any]:
     return {"model": "small", "prompt": "one two three four", "max_tokens": tokens, "ignore_eos": True, **more}
 
 
-async def read_stream(http: httpx.AsyncClient, tokens: int, leave_after: int | None = None, **headers: str) -> list[str]:
+async def read_stream(
+    http: httpx.AsyncClient, tokens: int, leave_after: int | None = None, **headers: str
+) -> list[str]:
     lines: list[str] = []
     request = http.stream("POST", "/v1/completions", json=body(tokens, stream=True), headers={**LOOSE, **headers})
     async with request as response:
@@ -72,6 +78,11 @@ async def read_stream(http: httpx.AsyncClient, tokens: int, leave_after: int | N
             if leave_after is not None and len(lines) >= leave_after:
                 break
     return lines
+
+
+def ended_in_full(lines: list[str]) -> bool:
+    """Not every token is an event: half a character makes none."""
+    return lines[-1] == "data: [DONE]" and '"finish_reason":"length"' in lines[-2]
 
 
 async def eventually(condition: Any, within_s: float) -> float:
@@ -87,15 +98,14 @@ async def test_requests_with_twice_the_tpot_bound_decode_in_half_of_the_steps(
     served: Served, http: httpx.AsyncClient
 ) -> None:
     def counted() -> dict[str, float]:
+        text = served.get("/metrics").text  # one scrape: the two counters of a bound must be of one moment
         return {
-            f"{what} {bound}": served.metric(f"antares_gate_{what}_total", tpot_ms=bound)
+            f"{what} {bound}": served.metric(f"antares_gate_{what}_total", text, tpot_ms=bound)
             for what in ("eligible", "batched")
             for bound in ("2000", "4000")
         }
 
-    streams = [
-        asyncio.create_task(read_stream(http, 200, **headers)) for headers in [STRICT] * 6 + [LOOSE] * 6
-    ]
+    streams = [asyncio.create_task(read_stream(http, 200, **headers)) for headers in [STRICT] * 6 + [LOOSE] * 6]
     await eventually(lambda: counted()["eligible 4000"] > 60, within_s=60)
     before = counted()
     await eventually(lambda: counted()["eligible 4000"] > before["eligible 4000"] + 300, within_s=60)
@@ -105,38 +115,40 @@ async def test_requests_with_twice_the_tpot_bound_decode_in_half_of_the_steps(
     assert spent["batched 4000"] / spent["eligible 4000"] == pytest.approx(0.5, abs=0.05)
     assert spent["batched 2000"] / spent["eligible 2000"] == 1.0
     for stream in streams:
-        assert len(await stream) >= 200
+        assert ended_in_full(await stream)
 
 
-async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times_over(
-    served: Served, http: httpx.AsyncClient
-) -> None:
+async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times_over(served: Served) -> None:
     def in_engine() -> float:
         return served.metric("antares_engine_running_sequences") + served.metric("antares_engine_waiting_sequences")
 
-    def held_by_gateway() -> tuple[int, int]:
-        status = Path(f"/proc/{served.process.pid}/status").read_text()
-        resident_kb = int(status.split("VmRSS:")[1].split()[0])
-        return len(os.listdir(f"/proc/{served.process.pid}/fd")), resident_kb
+    def open_files() -> int:
+        return len(os.listdir(f"/proc/{served.process.pid}/fd"))
 
-    held: list[tuple[int, int]] = []
+    def resident_kb() -> int:
+        status = Path(f"/proc/{served.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])
+
+    files: list[int] = []
+    memory: list[int] = []
     for _ in range(10):
-        staying = [asyncio.create_task(read_stream(http, 48)) for _ in range(32)]
-        leaving = [asyncio.create_task(read_stream(http, 48, leave_after=4)) for _ in range(32)]
-        await asyncio.gather(*leaving)
-        await eventually(lambda: in_engine() <= 32, within_s=2)
-        assert served.metric("antares_ledger_open") <= 32
-        finished = await asyncio.gather(*staying)
-        assert all(lines[-1] == "data: [DONE]" and len(lines) >= 48 for lines in finished)
+        async with connect(served) as http:
+            staying = [asyncio.create_task(read_stream(http, 48)) for _ in range(32)]
+            leaving = [asyncio.create_task(read_stream(http, 48, leave_after=4)) for _ in range(32)]
+            await asyncio.gather(*leaving)
+            await eventually(lambda: in_engine() <= 32, within_s=2)
+            assert served.metric("antares_ledger_open") <= 32
+            assert all(ended_in_full(lines) for lines in await asyncio.gather(*staying))
         await eventually(lambda: served.metric("antares_ledger_open") == 0, within_s=2)
         await eventually(lambda: in_engine() == 0, within_s=2)
-        held.append(held_by_gateway())
+        files.append(open_files())
+        memory.append(resident_kb())
     ledger = served.get("/status").json()["ledger"]
     assert ledger["cancelled"] == 320
     assert ledger["accepted"] == sum(ledger[outcome] for outcome in ("finished", "rejected", "failed", "cancelled"))
-    (descriptors_then, memory_then), (descriptors_now, memory_now) = held[1], held[-1]
-    assert descriptors_now <= descriptors_then + 8
-    assert memory_now - memory_then < 50_000, f"{memory_then} kB grew to {memory_now} kB"
+    # The first rounds fill the connection pool to the predictor, which is bounded.
+    assert files[-1] <= files[1] + 16, f"open files, by round: {files}"
+    assert memory[-1] - memory[1] < 50_000, f"resident memory in kB, by round: {memory}"
 
 
 async def test_a_client_that_leaves_before_an_answer_in_one_piece_frees_the_engine_too(
@@ -146,7 +158,7 @@ async def test_a_client_that_leaves_before_an_answer_in_one_piece_frees_the_engi
     with pytest.raises(httpx.TimeoutException):
         await http.post("/v1/completions", json=body(400), headers=LOOSE, timeout=0.6)
     await eventually(lambda: served.metric("antares_engine_running_sequences") == 0, within_s=2)
-    assert served.get("/status").json()["ledger"]["cancelled"] == before + 1
+    await eventually(lambda: served.get("/status").json()["ledger"]["cancelled"] == before + 1, within_s=2)
 
 
 async def test_a_seed_which_kills_vllm_on_cpu_does_not_reach_it(served: Served, http: httpx.AsyncClient) -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
+from live_gateway import Live, live
 
 from engine_adapter.simulated import SimulatedEngine
-from live_gateway import Live, live
 
 if not hasattr(SimulatedEngine, "takes_xargs"):
     SimulatedEngine.takes_xargs = True  # type: ignore[attr-defined]

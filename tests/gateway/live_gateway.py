@@ -87,13 +87,18 @@ class Live:
 
 
 @asynccontextmanager
-async def live(engine: SimulatedEngine | None = None, predictor_url: str | None = None, **config: Any) -> AsyncIterator[Live]:
+async def live(
+    engine: SimulatedEngine | None = None, predictor_url: str | None = None, **config: Any
+) -> AsyncIterator[Live]:
     """Serve a gateway; ``config`` as in `gateway_config`."""
     engine = engine or fast_engine()
     gateway = Gateway(gateway_config(**config), [engine], predictor_url)
     await engine.start(_events(gateway))
     try:
-        async with serving(gateway) as url, httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as http:
+        async with (
+            serving(gateway) as url,
+            httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=False) as http,
+        ):
             yield Live(gateway, engine, url, http)
     finally:
         await gateway.stop()
@@ -110,7 +115,8 @@ def _events(gateway: Gateway) -> Any:
 @asynccontextmanager
 async def serving(app: ASGIApp | Any) -> AsyncIterator[str]:
     """Serve an ASGI app on a free port of 127.0.0.1; gives its base URL."""
-    with socket.socket() as listening:
+    # The protocol is named so that asyncio sets TCP_NODELAY, as `gateway.serve` does.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         config = uvicorn.Config(app, lifespan="off", log_level="critical")
         config.load()

@@ -6,12 +6,12 @@ import hmac
 from typing import Any
 
 import pytest
+from live_gateway import chat, live
 from openai import AsyncOpenAI, AuthenticationError, PermissionDeniedError
 
 from gateway import auth
 from gateway.auth import ApiKey, KeyRing, hash_key
 from gateway.errors import ApiError
-from live_gateway import chat, live
 
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
 KEYS = [
@@ -21,7 +21,8 @@ KEYS = [
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "Bearer", "Bearer ", "Bearer wrong", ALICE, f"Basic {ALICE}", f"Bearer {ALICE}x", "Bearer \xff"]
+    "header",
+    [None, "", "Bearer", "Bearer ", "Bearer wrong", ALICE, f"Basic {ALICE}", f"Bearer {ALICE}x", "Bearer \xff"],
 )
 def test_anything_but_a_known_bearer_key_is_a_401(header: str | None) -> None:
     ring = KeyRing([ApiKey("alice", "chat", hash_key(ALICE))], ApiKey("anonymous", "chat"))
@@ -44,10 +45,11 @@ def test_without_keys_everybody_is_anonymous() -> None:
 
 def test_every_key_is_compared_in_constant_time_whichever_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[str] = []
+    compare = hmac.compare_digest
 
     def spy(presented: str, known: str) -> bool:
         compared.append(known)
-        return hmac.compare_digest(presented, known)
+        return compare(presented, known)
 
     monkeypatch.setattr(auth.hmac, "compare_digest", spy)
     ring = KeyRing([ApiKey("a", "chat", hash_key(ALICE)), ApiKey("b", "chat", hash_key(BOB))], ApiKey("-", "chat"))

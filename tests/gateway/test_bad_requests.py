@@ -10,11 +10,12 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from live_gateway import CHAT, TEXT, Live, chat, eventually, live
 
 
-@pytest.mark.parametrize("body", [b"", b"hello", b"{", b"[1, 2]", b"null", b'"text"', b"\xff\xfe", b'{"a": NaN}', b'"\\ud800"'])
+@pytest.mark.parametrize(
+    "body", [b"", b"hello", b"{", b"[1, 2]", b"null", b'"text"', b"\xff\xfe", b'{"a": NaN}', b'"\\ud800"']
+)
 async def test_a_body_that_is_no_json_object_is_a_400(antares: Live, body: bytes) -> None:
     answer = await antares.http.post(CHAT, content=body)
     error = answer.json()["error"]
@@ -78,7 +79,9 @@ async def test_a_chunked_body_within_the_limit_is_served(antares: Live) -> None:
 
 
 @pytest.mark.parametrize("declared", [b"9" * 5000, "²".encode("latin-1"), b"-5", b"1e3"])
-async def test_a_nonsense_content_length_is_a_4xx_even_without_a_server_in_front(antares: Live, declared: bytes) -> None:
+async def test_a_nonsense_content_length_is_a_4xx_even_without_a_server_in_front(
+    antares: Live, declared: bytes
+) -> None:
     statuses: list[int] = []
 
     async def send(message: Any) -> None:
@@ -124,7 +127,10 @@ FIELDS = ["model", "messages", "prompt", "stream", "n", "max_tokens", "max_compl
           "stream_options", "temperature", "stop", "tools"]  # fmt: skip
 MESSAGE = st.fixed_dictionaries({"role": JSON, "content": st.text(max_size=20) | st.lists(JSON, max_size=2) | JSON})
 NEARLY_RIGHT = st.fixed_dictionaries(
-    {"messages": st.lists(MESSAGE, max_size=3), "prompt": st.text(max_size=9) | st.lists(st.text(max_size=9), max_size=3)},
+    {
+        "messages": st.lists(MESSAGE, max_size=3),
+        "prompt": st.text(max_size=9) | st.lists(st.text(max_size=9), max_size=3),
+    },
     optional={name: JSON for name in FIELDS if name not in ("messages", "prompt")},
 )
 BODIES = JSON | st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6) | NEARLY_RIGHT

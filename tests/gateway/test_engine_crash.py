@@ -6,10 +6,10 @@ import asyncio
 import time
 
 import pytest
+from live_gateway import chat, events, eventually, fast_engine, live
 from openai import APIError, AsyncOpenAI
 
 from engine_adapter.step_time import StepTimes
-from live_gateway import chat, eventually, events, fast_engine, live
 
 STEADY = StepTimes(d=0.01)
 

@@ -8,11 +8,11 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
+from live_gateway import CHAT, CLASSES, Live, chat, eventually, fast_engine, live
 from openai import AsyncOpenAI, RateLimitError
 
 from engine_adapter.step_time import StepTimes
 from gateway.policies.base import Decision
-from live_gateway import CHAT, CLASSES, Live, chat, eventually, fast_engine, live
 
 SLOW = StepTimes(d=0.02, alpha=1e-3)
 """A prompt of 100 words takes 0.1 s; a token takes 20 ms, so 26 ms with eta."""
@@ -116,7 +116,9 @@ async def test_a_best_effort_class_is_served_late_instead_of_rejected(bound: str
 
 async def test_an_impossible_best_effort_request_does_not_slow_the_rest_down() -> None:
     async with live(fast_engine(times=StepTimes(d=2e-3, alpha=1e-5), output_tokens=50)) as antares:
-        greedy = asyncio.create_task(antares.ask(chat(max_tokens=400, ignore_eos=True), x_slo_class="batch", x_slo_tpot_ms="0.01"))
+        greedy = asyncio.create_task(
+            antares.ask(chat(max_tokens=400, ignore_eos=True), x_slo_class="batch", x_slo_tpot_ms="0.01")
+        )
         await eventually(lambda: antares.engine.state.engine_running)
         answer = await antares.ask(x_slo_tpot_ms="20", x_slo_ttft_ms="400", x_slo_report="1")
         assert answer.status_code == 200

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from live_gateway import CHAT, TEXT, Live, chat, events, fast_engine, live
 
 from engine_adapter.engine import Receive, Scope, Send
 from engine_adapter.step_time import StepTimes
-from live_gateway import CHAT, TEXT, Live, chat, events, fast_engine, live
 
 
 def remember_bodies(antares: Live) -> list[dict[str, Any]]:

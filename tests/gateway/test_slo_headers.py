@@ -7,12 +7,12 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_gateway import Live
 
 from gateway.auth import ApiKey
 from gateway.errors import ApiError
 from gateway.slo import Slo, SloClass
 from gateway.slo_headers import ALIASES, read_slo
-from live_gateway import Live
 
 CLASSES = {
     "chat": SloClass("chat", Slo(ttft_s=1.0, tpot_s=0.05)),
@@ -47,7 +47,25 @@ def test_our_own_name_wins_over_its_alias() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "text", ["abc", "-1", "0", "-0", "nan", "inf", "-inf", "", " ", "1e999", "1e12", "5e-324", "1e-300", "1_000", "0x10", "1,5"]
+    "text",
+    [
+        "abc",
+        "-1",
+        "0",
+        "-0",
+        "nan",
+        "inf",
+        "-inf",
+        "",
+        " ",
+        "1e999",
+        "1e12",
+        "5e-324",
+        "1e-300",
+        "1_000",
+        "0x10",
+        "1,5",
+    ],
 )
 def test_a_malformed_bound_is_a_400_that_names_the_header(name: str, text: str) -> None:
     with pytest.raises(ApiError) as refused:

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from live_gateway import CHAT, TEXT, Live, chat, events, fast_engine, live, serving
 from openai import AsyncOpenAI
 
 from engine_adapter.engine import Receive, Scope, Send
 from engine_adapter.step_time import StepTimes
-from live_gateway import CHAT, TEXT, Live, chat, events, fast_engine, live, serving
 
 FIRST_BYTE = ("x-antares-queue-ms", "x-antares-predicted-ttft-ms", "x-antares-ttft-ms")
 

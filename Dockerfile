@@ -1,0 +1,63 @@
+# docker build -t antares .                             vLLM on CPU and its small model inside: the quickstart
+# docker build -t antares:gpu --build-arg ENGINE=gpu .  vLLM for NVIDIA GPUs
+# docker build -t antares:light --build-arg ENGINE=none .  the proxy and the predictor only, no torch
+#
+# docker run --rm --init -p 127.0.0.1:8100:8100 antares
+ARG PYTHON_VERSION=3.12
+
+FROM python:${PYTHON_VERSION}-slim-bookworm AS build
+ARG ENGINE=cpu
+# Where to get torch alone, such as PyTorch's CPU index; else pip's own index, whose build for CUDA is several GB.
+ARG TORCH_INDEX_URL=
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends libnuma1 \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /antares
+RUN python -m venv venv
+ENV PATH=/antares/venv/bin:$PATH
+
+# The engine first: it is large and changes rarely, so that a change to the code reuses this layer.
+COPY pyproject.toml ./
+COPY deploy/install_engine.py deploy/
+RUN case "$ENGINE" in \
+      cpu | gpu) python deploy/install_engine.py "$ENGINE" --torch-index-url "$TORCH_INDEX_URL" ;; \
+      none) ;; \
+      *) echo "ENGINE is cpu, gpu or none, not '$ENGINE'" >&2; exit 1 ;; \
+    esac
+
+COPY LICENSE README.md ./
+COPY gateway gateway
+COPY engine_adapter engine_adapter
+COPY predictor_service predictor_service
+COPY benchmarks benchmarks
+RUN pip install . \
+    && mkdir cache \
+    && if [ "$ENGINE" = cpu ]; then XDG_CACHE_HOME=/antares/cache python -m engine_adapter.smollm2; fi
+
+
+FROM python:${PYTHON_VERSION}-slim-bookworm
+ARG ENGINE=cpu
+# vLLM on CPU needs libnuma; on GPU, Triton compiles its launchers with gcc when it starts.
+# hadolint ignore=DL3008
+RUN case "$ENGINE" in cpu) set -- libnuma1 ;; gpu) set -- gcc libc6-dev ;; *) set -- ;; esac \
+    && if [ $# -gt 0 ]; then \
+      apt-get update \
+      && apt-get install --yes --no-install-recommends "$@" \
+      && rm -rf /var/lib/apt/lists/*; \
+    fi \
+    && useradd --create-home --uid 10001 antares
+WORKDIR /antares
+COPY --from=build /antares/venv venv
+COPY --from=build --chown=antares:antares /antares/cache cache
+COPY configs configs
+COPY deploy/gateway.yaml configs/container.yaml
+ENV PATH=/antares/venv/bin:$PATH PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/antares/cache
+USER 10001
+EXPOSE 8100
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8100/health', timeout=4)"]
+ENTRYPOINT ["antares"]
+CMD ["serve", "--config", "configs/container.yaml", "--host", "0.0.0.0"]

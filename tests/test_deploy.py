@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from engine_adapter import smollm2
+from gateway.config_file import load
+from gateway.metrics import METRIC_NAMES
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPLOY = ROOT / "deploy"
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+SERVICES: dict[str, Any] = COMPOSE["services"]
+PROMETHEUS = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+ALERTS = [
+    rule
+    for group in yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"]
+    for rule in group["rules"]
+]
+DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "antares.json").read_text())
+PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def dashboard_queries() -> Iterator[str]:
+    for panel in PANELS:
+        for target in panel.get("targets", []):
+            yield target["expr"]
+    for variable in DASHBOARD["templating"]["list"]:
+        if variable["type"] == "query":
+            yield variable["query"]["query"]
+
+
+def metrics_in(query: str) -> set[str]:
+    return {re.sub(r"_bucket$", "", name) for name in re.findall(r"\bantares_[a-z0-9_]+", query)}
+
+
+def copied_from_context() -> list[str]:
+    """Sources of the Dockerfile's COPY lines, but for those that come from another stage."""
+    lines = re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE)
+    return [source for line in lines for source in line.split()[:-1]]
+
+
+def test_every_metric_of_the_dashboard_and_the_alerts_exists():
+    queries = [*dashboard_queries(), *(rule["expr"] for rule in ALERTS)]
+
+    asked = set().union(*(metrics_in(query) for query in queries))
+
+    assert asked <= METRIC_NAMES
+    assert len(asked) > 25
+
+
+def test_adherence_keeps_every_request_in_its_denominator():
+    adherence = next(p for p in PANELS if p["title"] == "SLO adherence by class")["targets"][0]["expr"]
+    numerator, denominator = adherence.rsplit(" / ", 1)
+
+    assert "antares_requests_attained_total" in numerator
+    assert "antares_requests_total" in denominator
+    assert "outcome" not in denominator
+
+
+def test_panels_have_their_own_id_and_do_not_overlap():
+    ids = [panel["id"] for panel in PANELS]
+    assert len(ids) == len(set(ids))
+    for one, other in combinations((panel["gridPos"] for panel in PANELS), 2):
+        apart_x = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        apart_y = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert apart_x or apart_y
+        assert one["x"] + one["w"] <= 24
+
+
+def test_variables_that_the_dashboard_uses_are_defined():
+    defined = {variable["name"] for variable in DASHBOARD["templating"]["list"]} | {"__range", "__rate_interval"}
+
+    used = set(re.findall(r"\$\{?(\w+)", " ".join([*dashboard_queries(), json.dumps(PANELS)])))
+
+    assert used <= defined
+
+
+def test_every_alert_says_what_is_felt_and_where_to_look():
+    assert len({rule["alert"] for rule in ALERTS}) == len(ALERTS)
+    for rule in ALERTS:
+        assert set(rule["annotations"]) == {"summary", "description"}
+        assert rule["labels"]["severity"] in {"page", "warn"}
+
+
+def test_prometheus_scrapes_the_services_of_the_compose_file():
+    targets = [t for job in PROMETHEUS["scrape_configs"] for config in job["static_configs"] for t in config["targets"]]
+
+    assert targets == ["gateway:8100", "predictor:8101"]
+    assert {target.split(":")[0] for target in targets} <= set(SERVICES)
+    assert SERVICES["gateway"]["environment"]["ANTARES_PREDICTOR_URL"] == "http://predictor:8101"
+    assert SERVICES["predictor"]["command"][-1] == "8101"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_what_a_service_mounts_exists(name: str):
+    for volume in SERVICES[name].get("volumes", []):
+        source = volume.split(":")[0]
+        assert (DEPLOY / source).exists() if source.startswith(".") else source in COMPOSE["volumes"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_published_on_the_loopback_only(name: str):
+    for port in SERVICES[name].get("ports", []):
+        assert port.startswith("127.0.0.1:")
+
+
+def test_grafana_finds_its_dashboard_and_its_data_source():
+    mounts = dict(volume.split(":")[:2] for volume in SERVICES["grafana"]["volumes"])
+    provisioning = DEPLOY / "grafana" / "provisioning"
+    provider = yaml.safe_load((provisioning / "dashboards" / "antares.yaml").read_text())["providers"][0]
+    source = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"][0]
+
+    assert provider["options"]["path"] == mounts["./grafana/dashboards"]
+    assert source["url"] == "http://prometheus:9090"
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert home == f"{provider['options']['path']}/antares.json"
+
+
+def test_what_the_dockerfile_copies_exists_and_is_sent_to_the_builder():
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    kept = [line[1:] for line in lines if line.startswith("!")]
+
+    for source in copied_from_context():
+        assert (ROOT / source).exists(), source
+        assert any(fnmatch(source, pattern) for pattern in kept), source
+
+
+def test_the_image_holds_every_package_of_the_distribution():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+
+    assert packages <= set(copied_from_context())
+
+
+def test_the_image_runs_as_a_numbered_user_and_watches_its_health():
+    assert re.search(r"^USER \d+$", DOCKERFILE, re.MULTILINE)
+    assert "127.0.0.1:8100/health" in DOCKERFILE
+    assert "STOPSIGNAL SIGTERM" in DOCKERFILE
+
+
+def test_the_container_serves_the_quickstart():
+    container = yaml.safe_load((DEPLOY / "gateway.yaml").read_text())
+    quickstart = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+
+    for part in ("engines", "policy", "classes", "default_class"):
+        assert container[part] == quickstart[part]
+    load(DEPLOY / "gateway.yaml", env={}, overrides={"server.host": "0.0.0.0"})
+
+
+def test_the_installer_and_the_engine_name_one_version_of_the_model_package():
+    installer = (DEPLOY / "install_engine.py").read_text()
+
+    assert f'MODEL = "{smollm2.REQUIREMENT}"' in installer
+
+
+def test_make_lists_its_targets():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert re.findall(r"^  make (\w+)", listed, re.MULTILINE) == [
+        "help", "install", "serve", "test", "check", "format", "clean",
+    ]  # fmt: skip
+
+
+def test_the_ci_script_is_valid_bash():
+    subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
