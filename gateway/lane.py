@@ -56,7 +56,7 @@ class _Waiting:
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """Queues in front of one engine. ``unbounded_wait_s``: how long a request without a TTFT bound waits for a dead one."""
+    """Queues in front of one engine. ``unbounded_wait_s``: how long to wait for a dead one without a TTFT bound."""
 
     engine: Engine
     policy: Policy
@@ -67,6 +67,7 @@ class Lane:
     queues: dict[str, dict[str, _Waiting]] = field(default_factory=dict)
     running: dict[str, Request] = field(default_factory=dict)
     decisions: int = 0
+    deciding_s: float = 0.0
     _scheduled: bool = False
     _timer: asyncio.TimerHandle | None = None
     _down_since: float | None = None
@@ -135,7 +136,9 @@ class Lane:
             self._fail_all_waiting(error)
             return
         self.decisions += 1
-        self.on_decided(time.perf_counter() - started)
+        spent = time.perf_counter() - started
+        self.deciding_s += spent
+        self.on_decided(spent)
         self._set_timer(now, decision.recheck_at)
 
     def _apply(self, now: float, decision: Decision) -> None:

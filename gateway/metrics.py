@@ -194,4 +194,4 @@ def _static_names() -> Iterable[str]:
 
 
 METRIC_NAMES: frozenset[str] = frozenset(_static_names()) | frozenset(_LIVE)
-"""Every `antares_` metric of the gateway, counters with their `_total`, histograms without `_bucket`/`_sum`/`_count`."""
+"""Every `antares_` metric of ours, counters with their `_total`, histograms without `_bucket`/`_sum`/`_count`."""

@@ -93,10 +93,17 @@ class CircuitBreaker:
             self._open_until = self._clock() + self._pause
 
 
+@dataclass(slots=True)
+class _Asked:
+    question: dict[str, object]
+    answer: asyncio.Future[Prediction | None]
+
+
 class LengthPredictor:
     """The gateway's side of the predictor service. ``url`` None: only the fallback is used.
 
-    A call takes at most ``timeout_s``; failures open a circuit breaker, so that a dead predictor costs nothing.
+    A request waits at most ``timeout_s``; failures open a circuit breaker, so that a dead predictor costs nothing.
+    What is asked while a call is under way goes out together in the next one: one call at a time, whatever the load.
     """
 
     def __init__(self, url: str | None, timeout_s: float, statistics: LengthStatistics) -> None:
@@ -105,6 +112,8 @@ class LengthPredictor:
         self._statistics = statistics
         self._breaker = CircuitBreaker()
         self._client: httpx.AsyncClient | None = None
+        self._asked: deque[_Asked] = deque()
+        self._sender: asyncio.Task[None] | None = None
 
     @property
     def up(self) -> bool:
@@ -117,11 +126,7 @@ class LengthPredictor:
         """Predict within the time box; never raises."""
         prediction = None
         if self.url is not None and self._breaker.allows():
-            try:
-                prediction = await self._ask(prompt, prompt_tokens, max_tokens, self._timeout)
-                self._breaker.record(prediction is not None)
-            except _RefusedError:
-                self._breaker.record(True)
+            prediction = await self._ask(prompt, prompt_tokens, max_tokens)
         prediction = prediction or self._statistics.predict(slo_class)
         high = float(max_tokens) if max_tokens is not None else float("inf")
         return Prediction(
@@ -134,41 +139,11 @@ class LengthPredictor:
         """Wait until the service answers, so that no request pays for its first call; False if it does not."""
         until = time.monotonic() + patience_s
         while self.url is not None and time.monotonic() < until:
-            with contextlib.suppress(_RefusedError):
-                if await self._ask("", 1, None, timeout_s=1.0) is not None:
-                    return True
+            with contextlib.suppress(_FailedError, _RefusedError):
+                await self._post([{"prompt": "", "prompt_tokens": 1, "max_tokens": None}])
+                return True
             await asyncio.sleep(0.2)
         return False
-
-    async def _ask(
-        self, prompt: str, prompt_tokens: int, max_tokens: int | None, timeout_s: float
-    ) -> Prediction | None:
-        if len(prompt) > HEAD_CHARS + TAIL_CHARS:
-            prompt = prompt[:HEAD_CHARS] + prompt[-TAIL_CHARS:]
-        body = {"inputs": [{"prompt": prompt, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens or None}]}
-        try:
-            if self._client is None:
-                # Loading the certificate store blocks the loop for 50 ms and serves nobody on a plain connection.
-                verify = (self.url or "").startswith("https")
-                self._client = httpx.AsyncClient(trust_env=False, timeout=5.0, verify=verify)
-            async with asyncio.timeout(timeout_s):
-                response = await self._client.post(
-                    f"{self.url}/v1/predict",
-                    content=orjson.dumps(body),
-                    headers={
-                        "content-type": "application/json",
-                        "x-deadline-ms": str(max(1, round(timeout_s * 1000))),
-                    },
-                )
-            if response.status_code in (400, 413, 422):
-                raise _RefusedError
-            if response.status_code != 200:
-                return None
-            answer = orjson.loads(response.content)["predictions"][0]
-            length, p90 = float(answer["length"]), float(answer["p90"])
-            return Prediction(length, p90, "service") if math.isfinite(length) and math.isfinite(p90) else None
-        except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, LookupError, TypeError):
-            return None
 
     def observe(self, slo_class: str, tokens: int) -> None:
         """A request finished: remember its length for the fallback."""
@@ -176,9 +151,93 @@ class LengthPredictor:
 
     async def close(self) -> None:
         """Close the connection."""
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sender
         client, self._client = self._client, None
         if client is not None:
             await client.aclose()
+
+    async def _ask(self, prompt: str, prompt_tokens: int, max_tokens: int | None) -> Prediction | None:
+        """The service's answer, or None when there is none in time."""
+        # A limit that the service would refuse must not spoil the call for those who share it.
+        limit = max_tokens if max_tokens is not None and 1 <= max_tokens <= _MAX_TOKENS else None
+        question = {"prompt": _shortened(prompt), "prompt_tokens": prompt_tokens, "max_tokens": limit}
+        asked = _Asked(question, asyncio.get_running_loop().create_future())
+        self._asked.append(asked)
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send(), name="ask the predictor")
+        await asyncio.wait({asked.answer}, timeout=self._timeout)
+        if not asked.answer.done():
+            asked.answer.cancel()
+            self._breaker.record(False)
+            return None
+        return asked.answer.result()
+
+    async def _send(self) -> None:
+        # NOTE: the call itself is not cancelled when a request's time is up: cancelling httpx while it connects leaks
+        # the connection. It ends by its own timeout.
+        while self._asked:
+            batch = [self._asked.popleft() for _ in range(min(len(self._asked), _MAX_BATCH))]
+            batch = [asked for asked in batch if not asked.answer.done()]
+            if not batch:
+                continue
+            answers: list[Prediction | None] = [None] * len(batch)
+            try:
+                answers = [*await self._post([asked.question for asked in batch])]
+                self._breaker.record(True)
+            except _RefusedError:
+                self._breaker.record(True)
+            except _FailedError:
+                self._breaker.record(False)
+            for asked, answer in zip(batch, answers, strict=True):
+                if not asked.answer.done():
+                    asked.answer.set_result(answer)
+
+    async def _post(self, questions: list[dict[str, object]]) -> list[Prediction]:
+        if self._client is None:
+            limits = httpx.Limits(max_connections=4, max_keepalive_connections=2)
+            # Loading the certificate store blocks the loop for 50 ms and serves nobody on a plain connection.
+            verify = (self.url or "").startswith("https")
+            self._client = httpx.AsyncClient(trust_env=False, timeout=_CALL_TIMEOUT_S, limits=limits, verify=verify)
+        try:
+            response = await self._client.post(
+                f"{self.url}/v1/predict",
+                content=orjson.dumps({"inputs": questions}),
+                headers={"content-type": "application/json", "x-deadline-ms": str(round(_CALL_TIMEOUT_S * 1000))},
+            )
+            if response.status_code in (400, 413, 422):
+                raise _RefusedError
+            if response.status_code != 200:
+                raise _FailedError
+            found = [
+                Prediction(float(answer["length"]), float(answer["p90"]), "service")
+                for answer in orjson.loads(response.content)["predictions"]
+            ]
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, LookupError, TypeError) as error:
+            raise _FailedError from error
+        if len(found) != len(questions) or not all(math.isfinite(p.tokens + p.p90) for p in found):
+            raise _FailedError
+        return found
+
+
+_MAX_BATCH = 128
+_MAX_TOKENS = 1 << 30
+_CALL_TIMEOUT_S = 1.0
+_HEAD_CHARS, _TAIL_CHARS = 3072, 1024
+
+
+def _shortened(prompt: str) -> str:
+    """What the predictor reads of a long prompt; the rest need not travel."""
+    if len(prompt) <= _HEAD_CHARS + _TAIL_CHARS:
+        return prompt
+    return prompt[:_HEAD_CHARS] + prompt[-_TAIL_CHARS:]
+
+
+class _FailedError(Exception):
+    """The service did not answer, or not with predictions."""
 
 
 class _RefusedError(Exception):

@@ -251,6 +251,8 @@ class Proxy:
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await call
         if left:
+            if not call.cancelled():
+                call.exception()  # heard, or asyncio would log it, and it may quote the request
             raise _ClientLeftError
         if not call.cancelled() and isinstance(call.exception(), EngineUnreachable):
             request.admitted_s = None

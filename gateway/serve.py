@@ -190,7 +190,7 @@ def _announce(config: GatewayConfig, port: int, seconds: float) -> None:
   for chunk in stream: print(chunk.choices[0].delta.content or "", end="", flush=True)
 
   dashboard {base}/dashboard   metrics {base}/metrics   API {base}/docs
-""",
+""",  # noqa: E501 - a line to be copied
         markup=True,
         soft_wrap=True,
     )

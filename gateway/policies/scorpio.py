@@ -1,8 +1,8 @@
 """SCORPIO: serving the right requests at the right time for heterogeneous SLOs (section 3 of the paper).
 
 Two guards over one queue. The *TTFT guard* (section 3.3) orders by least deadline first and rejects what its deadline
-can no longer meet. The *TPOT guard* (section 3.4) admits a request only if no running request's TPOT bound breaks by it,
-with the batch counted at its virtual size; its other half, credit-based batching, runs inside the engine
+can no longer meet. The *TPOT guard* (section 3.4) admits a request only if no running request's TPOT bound breaks by
+it, with the batch counted at its virtual size; its other half, credit-based batching, runs inside the engine
 (`engine_adapter.step_gate.CreditGate`).
 
 Where the authors' code departs from the paper, this follows the paper: a request that does not fit now never blocks the

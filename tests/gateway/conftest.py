@@ -5,11 +5,6 @@ from collections.abc import AsyncIterator
 import pytest
 from live_gateway import Live, live
 
-from engine_adapter.simulated import SimulatedEngine
-
-if not hasattr(SimulatedEngine, "takes_xargs"):
-    SimulatedEngine.takes_xargs = True  # type: ignore[attr-defined]
-
 
 @pytest.fixture
 async def antares() -> AsyncIterator[Live]:

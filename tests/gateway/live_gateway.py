@@ -65,11 +65,15 @@ class Live:
     async def ask(self, body: Any = None, path: str = CHAT, **headers: str) -> httpx.Response:
         """POST ``body`` (a plain chat by default); ``x_slo_class="a"`` becomes the header ``x-slo-class: a``."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return await self.http.post(path, json=chat() if body is None else body, headers=named)
+        answer = await self.http.post(path, json=chat() if body is None else body, headers=named)
+        # The last byte arrives a turn or two of the loop, which both ends share, before the ledger entry closes.
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return answer
 
     async def hang_up_after(self, events: int, text: str = "a story") -> None:
-        """Open a stream and leave after so many lines."""
-        body = chat(text, stream=True)
+        """Open a stream that would take long, and leave after so many lines."""
+        body = chat(text, stream=True, max_tokens=4000, ignore_eos=True)
         async with self.http.stream("POST", CHAT, json=body) as response:
             lines = response.aiter_lines()
             for _ in range(events):

@@ -123,8 +123,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = ["model", "messages", "prompt", "stream", "n", "max_tokens", "max_completion_tokens", "min_tokens", "vllm_xargs",
-          "stream_options", "temperature", "stop", "tools"]  # fmt: skip
+FIELDS = ["model", "messages", "prompt", "stream", "n", "max_tokens", "max_completion_tokens", "min_tokens",
+          "vllm_xargs", "stream_options", "temperature", "stop", "tools"]  # fmt: skip
 MESSAGE = st.fixed_dictionaries({"role": JSON, "content": st.text(max_size=20) | st.lists(JSON, max_size=2) | JSON})
 NEARLY_RIGHT = st.fixed_dictionaries(
     {

@@ -124,7 +124,10 @@ def brute_force_tpot(step: StepTimes, running_set: list[Request], candidate: Req
 
 BOUNDS = st.none() | st.floats(0.01, 1)
 RUNNING = st.lists(
-    st.builds(lambda tpot, prompt, done: running(tpot=tpot, prompt=prompt, generated=done), BOUNDS, st.integers(1, 4000), st.integers(1, 500)),
+    st.builds(
+        lambda tpot, prompt, done: running(tpot=tpot, prompt=prompt, generated=done),
+        BOUNDS, st.integers(1, 4000), st.integers(1, 500),
+    ),
     max_size=12,
 )  # fmt: skip
 
@@ -201,7 +204,7 @@ def test_best_effort_is_neither_refused_nor_protected_nor_let_in_at_others_cost(
     assert greedy.tpot_slo_s == BEST_EFFORT_PACE_S
 
 
-# --- switches, runway, sizes --------------------------------------------------------------------------------------------
+# --- switches, runway, sizes ------------------------------------------------------------------------------------------
 
 
 def test_each_guard_can_be_switched_off() -> None:
