@@ -15,7 +15,7 @@ LAYERS, WIDTH, HEADS = 8, 512, 8
 
 
 def write_dummy_model(folder: Path) -> Path:
-    """Write configuration and tokenizer (SmolLM2's) into ``folder``; vLLM makes up the weights (`load-format: dummy`)."""
+    """Write configuration and tokenizer into ``folder``; vLLM makes up the weights (`load-format: dummy`)."""
     folder.mkdir(parents=True, exist_ok=True)
     smollm2 = prepare()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

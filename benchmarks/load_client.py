@@ -21,7 +21,7 @@ from benchmarks.workload import Asked
 
 @dataclass(slots=True)
 class Measured:
-    """One request's fate. Times in seconds from the moment it was due; ``status`` is HTTP's, 0 when the connection broke."""
+    """One request's fate. Times in seconds from the moment it was due; ``status`` is HTTP's, 0 without one."""
 
     category: int
     status: int = 0

@@ -70,8 +70,8 @@ class GateReport:
 class EngineState:
     """A live view of one engine, read by policies and metrics. Sizes in tokens, times in seconds.
 
-    ``alive`` is False while the engine is down or restarting; ``ready_in_s`` is then the expected wait. ``model`` is the
-    name the engine serves its model under ("" when unknown).
+    ``alive`` is False while the engine is down or restarting; ``ready_in_s`` is then the expected wait. ``model``
+    is the name the engine serves its model under ("" when unknown).
     """
 
     alive: bool = False

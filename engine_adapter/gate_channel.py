@@ -43,7 +43,9 @@ class GateReporter:
         """A reporter to the socket named in the environment, or a silent one."""
         return cls(os.environ.get(SOCKET_ENV))
 
-    def step(self, now: float, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+    def step(
+        self, now: float, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float
+    ) -> None:
         """One engine step ended at ``now`` (monotonic s)."""
         if self._socket is None:
             return

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import gc
 import logging
 import os
 import signal
@@ -200,9 +199,8 @@ class VllmEngine:
         llm, self._llm, self._inner = self._llm, None, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
-            del llm
-            # vLLM's objects hold each other; left to the interpreter's exit, their destructors fail noisily.
-            gc.collect()
+            # vLLM shuts down once more from a destructor, which fails noisily when the interpreter is on its way out.
+            llm.shutdown = _already_shut_down
         self._sequences.clear()
         self.state.engine_running = self.state.engine_waiting = 0
         self.state.kv_usage = 0.0
@@ -381,6 +379,10 @@ class VllmEngine:
         self.state.engine_running = stats.num_running_reqs
         self.state.engine_waiting = stats.num_waiting_reqs
         self.state.kv_usage = stats.kv_cache_usage
+
+
+def _already_shut_down(timeout: float | None = None) -> None:
+    """Stands in for `AsyncLLM.shutdown` once it has run."""
 
 
 class _NoServer:

@@ -10,6 +10,7 @@ gated, so an engine that sees none behaves exactly as stock vLLM. Environment: `
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -136,12 +137,13 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             for request_id in self._gated.keys() - self.requests.keys():
                 del self._gated[request_id]
                 self._gate.forget(request_id)
-        bound = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(TPOT_ARG)
-        valid = isinstance(bound, int | float) and bound > 0
+        given = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(TPOT_ARG)
+        # A bound of 0 or infinity would give somebody a TRP of 0, which is never to decode again.
+        bound = float(given) if isinstance(given, int | float) and 0 < given < math.inf else None
         gated = _Gated(
             request_id=request.request_id,
-            tpot_slo_s=bound / 1000 if valid else None,
-            label=self._label(f"{bound:g}" if valid else "none"),
+            tpot_slo_s=None if bound is None else bound / 1000,
+            label=self._label("none" if bound is None else f"{bound:g}"),
         )
         self._gated[request.request_id] = gated
         return gated

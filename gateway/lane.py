@@ -111,9 +111,11 @@ class Lane:
             asyncio.get_running_loop().call_soon(self._decide)
 
     def close(self) -> None:
-        """Stop the timer; used when the gateway shuts down."""
+        """The gateway shuts down: stop the timer, turn away what still waits."""
         if self._timer is not None:
             self._timer.cancel()
+        for request in self.waiting:
+            self._resolve(request, EngineDown(retry_after_s=5.0))
 
     # --- the decision -----------------------------------------------------------------------------------------------
 

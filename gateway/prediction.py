@@ -114,11 +114,18 @@ class LengthPredictor:
         self._client: httpx.AsyncClient | None = None
         self._asked: deque[_Asked] = deque()
         self._sender: asyncio.Task[None] | None = None
+        self._calls = 0
+        self._blamed = 0
 
     @property
     def up(self) -> bool:
         """Whether the service is believed to answer."""
-        return self.url is not None and self._breaker.closed
+        return self.url is not None and self._breaker.closed and not self._late
+
+    @property
+    def _late(self) -> bool:
+        """A call is under way, and somebody has waited for it in vain."""
+        return self._sender is not None and not self._sender.done() and self._blamed == self._calls
 
     async def predict(
         self, prompt: str, prompt_tokens: int, slo_class: str, max_tokens: int | None, min_tokens: int = 0
@@ -135,7 +142,7 @@ class LengthPredictor:
             source=prediction.source,
         )
 
-    async def warm_up(self, patience_s: float = 15.0) -> bool:
+    async def warm_up(self, patience_s: float = 5.0) -> bool:
         """Wait until the service answers, so that no request pays for its first call; False if it does not."""
         until = time.monotonic() + patience_s
         while self.url is not None and time.monotonic() < until:
@@ -162,6 +169,8 @@ class LengthPredictor:
 
     async def _ask(self, prompt: str, prompt_tokens: int, max_tokens: int | None) -> Prediction | None:
         """The service's answer, or None when there is none in time."""
+        if self._late:
+            return None  # this one would only wait behind it
         # A limit that the service would refuse must not spoil the call for those who share it.
         limit = max_tokens if max_tokens is not None and 1 <= max_tokens <= _MAX_TOKENS else None
         question = {"prompt": _shortened(prompt), "prompt_tokens": prompt_tokens, "max_tokens": limit}
@@ -172,9 +181,15 @@ class LengthPredictor:
         await asyncio.wait({asked.answer}, timeout=self._timeout)
         if not asked.answer.done():
             asked.answer.cancel()
-            self._breaker.record(False)
+            self._blame()
             return None
         return asked.answer.result()
+
+    def _blame(self) -> None:
+        """Count the call under way as failed: once, however many wait for it."""
+        if self._blamed != self._calls:
+            self._blamed = self._calls
+            self._breaker.record(False)
 
     async def _send(self) -> None:
         # NOTE: the call itself is not cancelled when a request's time is up: cancelling httpx while it connects leaks
@@ -185,13 +200,15 @@ class LengthPredictor:
             if not batch:
                 continue
             answers: list[Prediction | None] = [None] * len(batch)
+            self._calls += 1
             try:
                 answers = [*await self._post([asked.question for asked in batch])]
-                self._breaker.record(True)
             except _RefusedError:
-                self._breaker.record(True)
+                pass
             except _FailedError:
-                self._breaker.record(False)
+                self._blame()
+            if self._blamed != self._calls:
+                self._breaker.record(True)
             for asked, answer in zip(batch, answers, strict=True):
                 if not asked.answer.done():
                     asked.answer.set_result(answer)

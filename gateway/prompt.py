@@ -14,6 +14,9 @@ from gateway.errors import bad_request
 SAMPLE_CHARS = 4096
 """A longer prompt is tokenised only this far and scaled up: scheduling needs the length, not the tokens."""
 
+MAX_CHOICES = 128
+"""The largest ``n``, as in OpenAI's API."""
+
 _TEMPLATE_TOKENS = 4
 """What a chat template adds to each message, about."""
 
@@ -45,6 +48,8 @@ def read_prompt(body: dict[str, Any], chat: bool, count_tokens: Callable[[str], 
     if not isinstance(stream, bool):
         raise bad_request("stream: must be true or false.", "stream", "invalid_type")
     n = _whole_number(body, "n", 1) or 1
+    if n > MAX_CHOICES:
+        raise bad_request(f"n: at most {MAX_CHOICES}.", "n")
     limit = _whole_number(body, "max_completion_tokens", 0) if chat else None
     if limit is None:
         limit = _whole_number(body, "max_tokens", 0)

@@ -41,6 +41,9 @@ SCHEDULED = {"/v1/chat/completions": True, "/v1/completions": False}
 
 MAX_HEADERS = 128
 TPOT_XARG = "antares_tpot_ms"
+MAX_TRIES = 3
+"""How often a request is handed to an engine that turns out to be gone before it took it."""
+
 LEAVE_GRACE_S = 1.0
 """An engine's app is told that the client left; if it has not returned after this long, it is cancelled."""
 
@@ -151,8 +154,12 @@ class Proxy:
         try:
             await self._predict(request, prompt)
             report = headers.get(REPORT_HEADER) == "1"
-            served = False
+            served, tries = False, 0
             while not served:
+                if tries == MAX_TRIES:
+                    self._ledger.close(entry, "failed", "engine_lost")
+                    raise unavailable("No engine took this request.", "engine_unavailable", 5.0)
+                tries += 1
                 lane = await self._wait_for_admission(entry, client)
                 try:
                     served = await self._forward(scope, document, entry, lane, client, request_id, report, send)

@@ -123,7 +123,7 @@ async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times
         return served.metric("antares_engine_running_sequences") + served.metric("antares_engine_waiting_sequences")
 
     def open_files() -> int:
-        return len(os.listdir(f"/proc/{served.process.pid}/fd"))
+        return len(list(Path(f"/proc/{served.process.pid}/fd").iterdir()))
 
     def resident_kb() -> int:
         status = Path(f"/proc/{served.process.pid}/status").read_text()

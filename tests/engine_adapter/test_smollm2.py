@@ -85,6 +85,7 @@ def write_gguf(path: Path) -> None:
     writer.close()
 
 
+@pytest.mark.engine  # loads torch and transformers
 def test_prepares_a_folder_that_transformers_loads(package: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,6 +133,7 @@ def test_a_whole_folder_is_returned_without_a_word(package: Path, tmp_path: Path
     assert (folder / "model.safetensors").stat() == before
 
 
+@pytest.mark.engine  # loads torch and transformers
 def test_a_whole_folder_outlives_the_package(package: Path, tmp_path: Path) -> None:
     folder = prepare(tmp_path / "model", silent)
     shutil.rmtree(package.parent.parent)

@@ -67,14 +67,16 @@ async def test_the_service_is_asked_and_its_answer_used() -> None:
 async def test_a_service_that_never_answers_costs_no_more_than_the_time_box() -> None:
     async with a_server_that_never_answers() as url:
         asking = predictor(url, timeout_s=0.05)
-        for _ in range(3):
-            started = time.monotonic()
-            assert (await asking.predict("hi", 1, "chat", None)).source == "fallback"
-            assert time.monotonic() - started < 0.2
-        assert not asking.up
+        started = time.monotonic()
+        assert (await asking.predict("hi", 1, "chat", None)).source == "fallback"
+        assert time.monotonic() - started < 0.2
         started = time.monotonic()
         await asking.predict("hi", 1, "chat", None)
-        assert time.monotonic() - started < 0.02, "the breaker is open: nothing is asked"
+        assert time.monotonic() - started < 0.02, "the call under way is late: nobody else waits behind it"
+        async with asyncio.timeout(10):
+            while asking.up:  # each call that goes unanswered counts once
+                await asking.predict("hi", 1, "chat", None)
+                await asyncio.sleep(0.05)
         await asking.close()
 
 
