@@ -68,7 +68,8 @@ turns in front of it, each round with a seed that both share. The SLO table is t
 {result["slo_scale"]:g} (the strictest bounds: {0.5 * result["slo_scale"]:g} s to the first token,
 {30 * result["slo_scale"]:g} ms a token), six categories evenly. The capacity, {result["capacity_rps"]:.2f}
 requests/s, is what the engine completes of the same workload with 64 requests always in flight; {offered:.2f}
-requests/s were offered, Poisson. Times are measured by the client, which itself was at most {late_ms:.0f} ms late (99th percentile, worst run).
+requests/s were offered, Poisson. Times are measured by the client, which itself was at most {late_ms:.0f} ms late
+(99th percentile, worst run).
 Deciding took {share:.2%} of the run's time under `scorpio`. The predictor was off: lengths came from running
 statistics, cut at each request's `max_tokens`, which here is the true length.
 

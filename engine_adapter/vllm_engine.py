@@ -120,6 +120,8 @@ class VllmEngine:
         assert self._listener is not None
         os.environ[SOCKET_ENV] = self._listener.path
         os.environ["ANTARES_GATE"] = self._gate
+        # vLLM logs to standard output unless told otherwise; ours is for what a command was asked to print.
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         started = time.monotonic()
         # In a thread: importing vLLM and waiting for its EngineCore take tens of seconds, and the gateway must go on
         # answering meanwhile. AsyncLLM starts its output task on its first use, on the event loop.
@@ -198,6 +200,8 @@ class VllmEngine:
         self.state.alive = False
         llm, self._llm, self._inner = self._llm, None, None
         if llm is not None:
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # first, or it reports the shutdown as an engine that failed
             await asyncio.to_thread(llm.shutdown)
             # vLLM shuts down once more from a destructor, which fails noisily when the interpreter is on its way out.
             llm.shutdown = _already_shut_down
