@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import vllm
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from engine_adapter.gate_channel import GateReporter
+from engine_adapter.gate_channel import SOCKET_ENV, GateReporter
+from engine_adapter.orphan import exit_with_parent
 from engine_adapter.step_gate import GATES
 from engine_adapter.vllm_versions import GATE_VERSIONS, require
 
@@ -68,6 +69,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         self._gate = GATES[name]()
         self._gated: dict[str, _Gated] = {}
         self._reporter = GateReporter.from_env()
+        if SOCKET_ENV in os.environ:
+            # We run inside a gateway's engine: should the gateway be killed, nobody else would stop it.
+            exit_with_parent()
         self._in_flight: deque[_Step] = deque()
         self._last_step_end = 0.0
 

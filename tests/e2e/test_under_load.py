@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from benchmarks.dummy_model import write_dummy_model
-from tests.e2e.served import Served, serve
+from tests.e2e.served import Served, gone, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -200,3 +200,12 @@ async def test_a_killed_engine_costs_what_was_in_flight_and_the_gateway_answers_
     assert served.metric("antares_engine_restarts_total") == 1
     assert served.metric("antares_ledger_open") == 0
     assert served.get("/ready").status_code == 200
+
+
+def test_a_killed_gateway_leaves_no_process_behind(served: Served) -> None:
+    """The last of the module: it kills the server."""
+    children = list(served.children())
+    assert len(children) >= 2
+    served.process.kill()
+    served.process.wait(10)
+    assert gone(children) == []
