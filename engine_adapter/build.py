@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from engine_adapter.engine import Engine, EngineStartError
 from engine_adapter.step_time import StepTimes
-
-BUILTIN = "builtin:smollm2-135m-instruct"
 
 
 def vllm_engine(
@@ -21,7 +18,7 @@ def vllm_engine(
 
     for variable, value in env.items():
         os.environ.setdefault(variable, str(value))
-    return VllmEngine(name, str(resolve_model(model)), step_times=step_times, **options)
+    return VllmEngine(name, model, step_times=step_times, **options)
 
 
 def http_engine(*, api_key_env: str | None, **options: Any) -> Engine:
@@ -41,15 +38,6 @@ def simulated_engine(*, step_times: StepTimes, **options: Any) -> Engine:
     from engine_adapter.simulated import SimulatedEngine
 
     return SimulatedEngine(times=step_times, **options)
-
-
-def resolve_model(model: str) -> str | Path:
-    """A model's folder or hub id; `BUILTIN` is prepared on first use."""
-    if model == BUILTIN:
-        from engine_adapter.smollm2 import prepare
-
-        return prepare()
-    return model
 
 
 BUILDERS: dict[str, Callable[..., Engine]] = {"vllm": vllm_engine, "http": http_engine, "simulated": simulated_engine}

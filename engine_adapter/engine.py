@@ -23,6 +23,10 @@ OBSERVER_KEY = "antares.observer"
 """ASGI scope key under which the gateway passes a request's `TokenObserver` to the engine."""
 
 
+TPOT_XARG = "antares_tpot_ms"
+"""Member of ``vllm_xargs`` that carries a request's TPOT bound (ms) to the step gate."""
+
+
 class TokenObserver(Protocol):
     """What an engine tells about one HTTP request while it serves it.
 
@@ -125,6 +129,12 @@ class Engine(Protocol):
 
     def count_tokens(self, text: str) -> int | None:
         """Tokens in ``text`` by the engine's own tokenizer, or None when it has none at hand."""
+
+    async def probe(self) -> None:
+        """The engine is idle, yet the step-time model has requests refused: make the model current.
+
+        A model learns from traffic; one that has come to refuse everything would never learn better.
+        """
 
     def refuse(self, body: dict[str, Any]) -> str | None:
         """Why this engine cannot serve ``body`` (a parsed OpenAI request) safely, naming the field; None if it can.

@@ -14,7 +14,7 @@ from engine_adapter.engine import ASGIApp, EngineEvents, EngineStartError, Engin
 from engine_adapter.http_proxy import HttpProxy
 from engine_adapter.step_time import StepTimeModel, StepTimes
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("antares.engine.http")
 
 PROBE_EVERY_S = 2.0
 """Seconds between health probes while the server answers."""
@@ -71,11 +71,12 @@ class HttpEngine:
     ) -> None:
         self.name = name
         self.base_url = _base_url(base_url)
+        self._first_guess = step_times or StepTimes()
         self.state = EngineState(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
-            step_time=StepTimeModel(times=step_times or StepTimes()),
+            step_time=StepTimeModel(times=self._first_guess),
         )
         self.takes_xargs = False
         self._api_key = api_key
@@ -136,6 +137,11 @@ class HttpEngine:
     def count_tokens(self, text: str) -> int | None:
         """None: the tokenizer is at the other end."""
         return None
+
+    async def probe(self) -> None:
+        """A remote server gets no work that nobody asked for: go back to the first guess, and learn anew."""
+        self.state.step_time.forget()
+        self.state.step_time.times = self._first_guess
 
     def refuse(self, body: dict[str, Any]) -> str | None:
         """None: the server refuses for itself."""

@@ -19,6 +19,7 @@ from engine_adapter.engine import (
     EngineEvents,
     EngineLost,
     EngineState,
+    EngineUnreachable,
     Receive,
     Scope,
     Send,
@@ -123,7 +124,9 @@ class HttpProxy:
         except httpx.RequestError as error:
             self._on_broken()
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise EngineLost(f"engine {self._name} at {self._base}: {reason}") from error
+            never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+            kind = EngineUnreachable if never_sent else EngineLost
+            raise kind(f"engine {self._name} at {self._base}: {reason}") from error
 
     async def _complete(self, exchange: _Exchange, plan: CompletionPlan) -> None:
         timing = self._sampler.sent(time.monotonic(), len(exchange.raw) / BYTES_PER_TOKEN, plan.sequences)

@@ -7,14 +7,18 @@ import signal
 import threading
 import time
 
+PARENT_ENV = "ANTARES_GATEWAY_PID"
+"""Environment variable by which a gateway tells its children who their parent is."""
 
-def exit_with_parent(poll_s: float = 1.0) -> None:
-    """Watch the parent from a thread; when it is gone, SIGTERM this process, and SIGKILL it if that takes too long.
+
+def exit_with_parent(parent: int, poll_s: float = 1.0) -> None:
+    """Watch from a thread whether ``parent`` (a pid) is still our parent; if not, end this process.
+
+    SIGTERM first, SIGKILL ten seconds later.
 
     Polled rather than asked of the kernel: Linux's PDEATHSIG fires when the parent's *thread* ends that forked us, and
     the gateway starts its engines from pool threads.
     """
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineState, GateReport
+from engine_adapter.engine import ASGIApp, EngineEvents, EngineState, EngineUnreachable, GateReport
 from engine_adapter.simulated_app import SimulatedApp
 from engine_adapter.simulated_sequence import SimulatedSequence
 from engine_adapter.step_gate import GATES, StepGate
@@ -139,6 +139,11 @@ class SimulatedEngine:
         """Words between white space: what this engine takes for tokens."""
         return len(text.split())
 
+    async def probe(self) -> None:
+        """Its step times never change: learn them anew from its first guess."""
+        self.state.step_time.forget()
+        self.state.step_time.times = self.times
+
     def refuse(self, body: dict[str, Any]) -> str | None:
         """Nothing is refused."""
         return None
@@ -150,7 +155,7 @@ class SimulatedEngine:
     def submit(self, sequences: Iterable[SimulatedSequence]) -> None:
         """Queue sequences for their prefill. Raises `EngineLost` when the engine is down."""
         if not self.state.alive:
-            raise EngineLost(f"the simulated engine {self.name!r} is down")
+            raise EngineUnreachable(f"the simulated engine {self.name!r} is down")
         self._waiting.extend(sequences)
         self.state.engine_waiting = len(self._waiting)
         self._wake.set()

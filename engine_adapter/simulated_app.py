@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from engine_adapter.asgi_request import ClientGone, read_body, run_until_disconnect
-from engine_adapter.engine import OBSERVER_KEY, EngineLost, Receive, Scope, Send
+from engine_adapter.engine import OBSERVER_KEY, EngineLost, EngineUnreachable, Receive, Scope, Send
 from engine_adapter.simulated_request import BadRequest, Completion
 from engine_adapter.simulated_sequence import SimulatedSequence
 
@@ -69,7 +69,7 @@ class SimulatedApp:
         if scope["type"] != "http":
             return
         if not self._engine.state.alive:
-            raise EngineLost(f"the simulated engine {self._engine.name!r} is down")
+            raise EngineUnreachable(f"the simulated engine {self._engine.name!r} is down")
         path, allowed = scope["path"], _ROUTES.get(scope["path"])
         if allowed is None:
             await _error(send, 404, "NotFoundError", f"no route {path}")

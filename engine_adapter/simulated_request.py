@@ -7,6 +7,8 @@ from typing import Any
 
 import orjson
 
+from engine_adapter.engine import TPOT_XARG
+
 
 class BadRequest(Exception):  # noqa: N818 - it becomes the answer of that name
     """The request cannot be served; the message goes to the client as a 400."""
@@ -39,7 +41,7 @@ class Completion:
         if not isinstance(xargs, dict):
             raise BadRequest("vllm_xargs must be an object")
         limit = _whole(body, "max_completion_tokens")
-        tpot_ms = _number(xargs, "antares_tpot_ms")
+        tpot_ms = _number(xargs, TPOT_XARG)
         stream = bool(body.get("stream"))
         if body.get("stream_options") and not stream:
             raise BadRequest("stream_options can only be set when stream is true")

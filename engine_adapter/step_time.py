@@ -188,6 +188,11 @@ class StepTimeModel:
         if self.steps_seen % self.refit_every == 0:
             self.refit()
 
+    def forget(self) -> None:
+        """Drop the steps in the window: they tell of times that are over. The coefficients stay until new ones come."""
+        self._decode.clear()
+        self._mixed.clear()
+
     def refit(self) -> None:
         """Fit both forms to the steps in the window, where there are enough of them."""
         if len(self._decode) >= self.min_samples:

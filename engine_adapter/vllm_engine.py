@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import logging
-import os
-import signal
+import multiprocessing
+import threading
 import time
-from multiprocessing import resource_tracker
 from typing import Any
 
+from engine_adapter.calibration import PROBE_S, calibrate, warm_up
 from engine_adapter.engine import (
     OBSERVER_KEY,
     ASGIApp,
@@ -32,19 +31,18 @@ from engine_adapter.engine import (
     StepReport,
     TokenObserver,
 )
-from engine_adapter.gate_channel import SOCKET_ENV, GateListener
+from engine_adapter.gate_channel import GateListener
 from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.vllm_launch import command_line, create_llm, prepare_environment
+from engine_adapter.vllm_observation import current_observer, observe_outputs
 
 log = logging.getLogger("antares.engine.vllm")
 
-_observer: contextvars.ContextVar[TokenObserver | None] = contextvars.ContextVar("antares_observer", default=None)
-"""The request being served. vLLM's app adds sequences to its engine in tasks that inherit this context."""
-
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
-CALIBRATION_S = 4.0
-"""About how long calibration takes: half of it for prefill, half for decode; no round starts later."""
+FIRST_ANSWERS_S = 180.0
+"""How long a new engine may take over its first synthetic requests."""
 
-SCHEDULER = "engine_adapter.vllm_scheduler.SloScheduler"
+_creating = threading.Lock()
 
 
 class VllmEngine:
@@ -84,6 +82,7 @@ class VllmEngine:
         self._watch: asyncio.Task[None] | None = None
         self._sequences: dict[str, TokenObserver] = {}
         self._on_cpu = False
+        self._others: set[Any] = set()
 
     @property
     def app(self) -> ASGIApp:
@@ -106,26 +105,41 @@ class VllmEngine:
 
     async def stop(self) -> None:
         """Shut the EngineCore down. Idempotent."""
-        if self._watch is not None:
-            self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
-            self._watch = None
-        await self._tear_down()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._watch
+            self._watch = None
+        if self._llm is None:
+            # It may be starting, in a thread that cannot be cancelled but that ends when its EngineCore does.
+            for child in set(multiprocessing.active_children()) - self._others:
+                child.terminate()
+        await self._tear_down()
 
     async def _build(self) -> None:
-        assert self._listener is not None
-        os.environ[SOCKET_ENV] = self._listener.path
-        os.environ["ANTARES_GATE"] = self._gate
-        # vLLM logs to standard output unless told otherwise; ours is for what a command was asked to print.
-        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        """Bring a new EngineCore up. Raises `EngineStartError`, whatever went wrong."""
         started = time.monotonic()
-        # In a thread: importing vLLM and waiting for its EngineCore take tens of seconds, and the gateway must go on
-        # answering meanwhile. AsyncLLM starts its output task on its first use, on the event loop.
-        self._llm, args = await asyncio.to_thread(self._create_llm)
+        try:
+            # In a thread: importing vLLM and waiting for its EngineCore take tens of seconds, and the gateway must go
+            # on answering meanwhile. AsyncLLM starts its output task on its first use, on the event loop.
+            self._llm, args = await asyncio.to_thread(self._create_llm)
+            async with asyncio.timeout(FIRST_ANSWERS_S):
+                await self._wire(args)
+        except EngineStartError:
+            raise
+        except Exception as failed:
+            # NOTE: an engine that dies now leaves calls into it without an answer; hence the time limit.
+            raise EngineStartError(f"vLLM came up but failed ({type(failed).__name__}: {failed})") from failed
+        self.state.alive = True
+        self.state.ready_in_s = time.monotonic() - started
+        log.info("engine %s ready in %.0f s", self.name, time.monotonic() - started)
+        self._events.on_alive(True)
+
+    async def _wire(self, args: Any) -> None:
+        """vLLM's own OpenAI app around the new engine, observed, and the step-time model taught."""
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
 
@@ -134,74 +148,33 @@ class VllmEngine:
         await init_app_state(self._llm, inner.state, args, tasks)
         inner.state.server = _NoServer()
         self._inner = inner
-        self._observe_outputs()
+        observe_outputs(self._llm.output_processor, self._sequences)
         self._read_limits()
         if self._calibrate:
-            await self._run_synthetic_requests()
-        self.state.alive = True
-        self.state.ready_in_s = time.monotonic() - started
-        log.info("engine %s ready in %.0f s", self.name, time.monotonic() - started)
-        self._events.on_alive(True)
+            await warm_up(self._run_synthetic, self.state.step_time)
+            await calibrate(self._run_synthetic, self.state.step_time, self.state.max_num_seqs)
 
     def _create_llm(self) -> tuple[Any, Any]:
-        try:
-            import vllm
-        except ImportError as missing:
-            raise EngineStartError(
-                "engine.kind is 'vllm' but vLLM is not importable "
-                f"({missing}). Run `make install` for vLLM on CPU or `pip install 'antares-gateway[gpu]'` for GPUs."
-            ) from missing
-        from engine_adapter.vllm_versions import IN_PROCESS_VERSIONS, UnsupportedVllmError, require
-
-        try:
-            require(vllm.__version__, IN_PROCESS_VERSIONS, "The in-process engine")
-        except UnsupportedVllmError as unsupported:
-            raise EngineStartError(str(unsupported)) from unsupported
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        # Ctrl-C goes to every process of the terminal's group, but only the gateway may act on it: it drains first and
-        # then stops its engine. A process inherits the signal mask of the thread that starts it. (The resource tracker
-        # comes first: multiprocessing unblocks SIGINT when it starts that one.)
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            args = make_arg_parser(FlexibleArgumentParser()).parse_args(self._command_line())
-            validate_parsed_serve_args(args)
-            config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-            llm = AsyncLLM.from_vllm_config(config, stat_loggers=[_stat_logger(self)])
-        except SystemExit as bad_flag:
-            raise EngineStartError("vLLM refused engine.flags; the lines above say which flag and why") from bad_flag
-        except Exception as failed:
-            raise EngineStartError(f"vLLM could not start: {failed}") from failed
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        return llm, args
-
-    def _command_line(self) -> list[str]:
-        flags: dict[str, Any] = {"scheduler-cls": SCHEDULER, **self._flags, "model": self._model}
-        if self._served_model_name:
-            flags["served-model-name"] = self._served_model_name
-        line: list[str] = []
-        for flag, value in flags.items():
-            if value is True:
-                line.append(f"--{flag}")
-            elif value is False:
-                line.append(f"--no-{flag}")
-            elif isinstance(value, list):
-                line += [f"--{flag}", *map(str, value)]
-            elif value is not None:
-                line += [f"--{flag}", str(value)]
-        return line
+        # One engine at a time: what an EngineCore must know it inherits from this process's environment.
+        with _creating:
+            self._others = set(multiprocessing.active_children())
+            if self._listener is None:
+                raise EngineStartError("the engine was stopped while it started")
+            prepare_environment(self._listener.path, self._gate)
+            arguments = command_line(self._model, self._served_model_name, self._flags)
+            return create_llm(arguments, self._on_scheduler_stats, stopped=lambda: self._listener is None)
 
     async def _tear_down(self) -> None:
         self.state.alive = False
         llm, self._llm, self._inner = self._llm, None, None
         if llm is not None:
+            from vllm.v1.engine.exceptions import EngineDeadError
+
+            # Whoever still waits for tokens must hear that none will come, while somebody is left to say so.
+            llm.output_processor.propagate_error(EngineDeadError())
             if llm.output_handler is not None:
-                llm.output_handler.cancel()  # first, or it reports the shutdown as an engine that failed
+                llm.output_handler.cancel()  # or it reports the shutdown as an engine that failed
+            await asyncio.sleep(0)
             await asyncio.to_thread(llm.shutdown)
             # vLLM shuts down once more from a destructor, which fails noisily when the interpreter is on its way out.
             llm.shutdown = _already_shut_down
@@ -214,11 +187,12 @@ class VllmEngine:
             await asyncio.sleep(0.1)
             if self._llm is None or not self._llm.errored:
                 continue
-            self._note_death()
+            self._note_death(self._llm)
             await self._restart()
 
-    def _note_death(self) -> None:
-        if self.state.alive:
+    def _note_death(self, llm: Any) -> None:
+        """``llm`` was found dead. An old one may be found so again, by a request that it kept waiting."""
+        if self.state.alive and llm is self._llm:
             log.error("engine %s died", self.name)
             self.state.alive = False
             self._events.on_alive(False)
@@ -246,37 +220,22 @@ class VllmEngine:
         state.kv_tokens = blocks * (config.cache_config.block_size or 0)
         self._on_cpu = config.device_config.device_type == "cpu"
 
-    async def _run_synthetic_requests(self) -> None:
-        """A few seconds of known work, so that the step-time model knows this machine before traffic comes."""
+    async def _run_synthetic(self, prompt_tokens: int, output_tokens: int, salt: int) -> None:
         from vllm import SamplingParams
 
-        async def run(prompt_tokens: int, output_tokens: int, salt: int) -> None:
-            # Salted, so that no prompt is found in the prefix cache.
-            prompt = {"prompt_token_ids": [10 + (salt * 37 + i * i) % 900 for i in range(prompt_tokens)]}
-            params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, detokenize=False)
-            async for _ in self._llm.generate(prompt, params, request_id=f"calibrate-{salt}"):
-                pass
+        prompt = {"prompt_token_ids": [10 + (salt * 37 + i * i) % 900 for i in range(prompt_tokens)]}
+        params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, detokenize=False)
+        name = f"calibrate-{salt}-{time.monotonic_ns()}"
+        async for _ in self._llm.generate(prompt, params, request_id=name):
+            pass
 
-        model = self.state.step_time
-        # The first requests pay for one-time costs (allocation, kernel selection): nothing to learn from them.
-        model.learn = False
-        await run(8, 4, 0)
-        await run(64, 4, 1)
-        model.learn = True
-        until = time.monotonic() + CALIBRATION_S / 2
-        for salt, tokens in enumerate((8, 16, 24, 32, 48, 64, 96, 128), start=2):
-            await run(tokens, 1, salt)
-            if time.monotonic() > until:
-                break
-        until = time.monotonic() + CALIBRATION_S / 2
-        for batch in (1, 2, 4, 8):
-            size = min(batch, self.state.max_num_seqs)
-            await asyncio.gather(*(run(8 + 8 * i, 12, 100 * batch + i) for i in range(size)))
-            if time.monotonic() > until:
-                break
-        # The gate's last report travels by another way than the tokens.
-        await asyncio.sleep(0.05)
-        model.refit()
+    async def probe(self) -> None:
+        """A second or so of synthetic requests, from which the step times are learnt anew."""
+        if not self.state.alive or self._sequences:
+            return
+        with contextlib.suppress(Exception):  # if the engine dies of it, the watch finds out
+            self.state.step_time.forget()
+            await calibrate(self._run_synthetic, self.state.step_time, self.state.max_num_seqs, PROBE_S)
 
     # --- what the gateway reads -----------------------------------------------------------------------------------
 
@@ -304,34 +263,37 @@ class VllmEngine:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         inner, llm = self._inner, self._llm
         if inner is None or llm is None or llm.errored:
-            self._note_death()
+            self._note_death(llm)
             raise EngineUnreachable(f"engine {self.name} is down")
         observer: TokenObserver | None = scope.get(OBSERVER_KEY)
         lost = False
+
+        def dead() -> bool:
+            return llm is not self._llm or bool(llm.errored)
 
         async def watched_send(message: Message) -> None:
             nonlocal lost
             # vLLM answers for a dead engine with a 500 or an error event of its own; ours says more, and the outcome
             # must be known. Once the engine is dead, nothing but such an answer can follow.
-            if lost or (llm.errored and _tells_of_death(message)):
+            if lost or (dead() and _tells_of_death(message)):
                 lost = True
                 return
             await send(message)
 
-        token = _observer.set(observer)
+        token = current_observer.set(observer)
         try:
             await inner(scope, receive, watched_send)
         except Exception as error:
-            if llm.errored:
-                self._note_death()
+            if dead():
+                self._note_death(llm)
                 raise EngineLost(f"engine {self.name} died") from error
             raise
         finally:
-            _observer.reset(token)
+            current_observer.reset(token)
             if observer is not None:
                 await self._free(observer, llm)
         if lost:
-            self._note_death()
+            self._note_death(llm)
             raise EngineLost(f"engine {self.name} died")
 
     async def _free(self, observer: TokenObserver, llm: Any) -> None:
@@ -343,34 +305,6 @@ class VllmEngine:
             with contextlib.suppress(Exception):
                 await llm.abort(left, internal=True)
 
-    def _observe_outputs(self) -> None:
-        """Hook the one place that sees every sequence enter and every step's tokens leave, streaming or not."""
-        processor = self._llm.output_processor
-        add_request, process_outputs = processor.add_request, processor.process_outputs
-        sequences = self._sequences
-
-        def observed_add_request(request: Any, *args: Any, **kwargs: Any) -> Any:
-            observer = _observer.get()
-            if observer is not None:
-                sequences[request.request_id] = observer
-                observer.on_prompt(request.request_id, len(request.prompt_token_ids or ()))
-            return add_request(request, *args, **kwargs)
-
-        def observed_process_outputs(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-            now = time.monotonic()
-            for output in outputs:
-                observer = sequences.get(output.request_id)
-                if observer is None:
-                    continue
-                if output.new_token_ids:
-                    observer.on_tokens(output.request_id, len(output.new_token_ids), now)
-                if output.finish_reason is not None:
-                    del sequences[output.request_id]
-            return process_outputs(outputs, *args, **kwargs)
-
-        processor.add_request = observed_add_request
-        processor.process_outputs = observed_process_outputs
-
     def _on_gate_report(self, gate: GateReport, steps: list[StepReport]) -> None:
         self.state.gate = gate
         for step in steps:
@@ -378,7 +312,7 @@ class VllmEngine:
         if steps:
             self._events.on_step()
 
-    def on_scheduler_stats(self, stats: Any) -> None:
+    def _on_scheduler_stats(self, stats: Any) -> None:
         """vLLM's per-step scheduler statistics (`vllm.v1.metrics.stats.SchedulerStats`)."""
         self.state.engine_running = stats.num_running_reqs
         self.state.engine_waiting = stats.num_waiting_reqs
@@ -399,20 +333,3 @@ def _tells_of_death(message: Message) -> bool:
     if message["type"] == "http.response.start":
         return bool(message["status"] >= 500)
     return b'"error"' in message.get("body", b"")
-
-
-def _stat_logger(engine: VllmEngine) -> Any:
-    from vllm.v1.metrics.loggers import StatLoggerBase
-
-    class Forward(StatLoggerBase):  # type: ignore[misc]
-        """Hands vLLM's statistics to the adapter."""
-
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
-
-        def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
-            if scheduler_stats is not None:
-                engine.on_scheduler_stats(scheduler_stats)
-
-        def log_engine_initialized(self) -> None: ...
-
-    return Forward

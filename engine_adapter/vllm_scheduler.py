@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import vllm
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from engine_adapter.gate_channel import SOCKET_ENV, GateReporter
-from engine_adapter.orphan import exit_with_parent
+from engine_adapter.engine import TPOT_XARG
+from engine_adapter.gate_channel import GateReporter
+from engine_adapter.orphan import PARENT_ENV, exit_with_parent
 from engine_adapter.step_gate import GATES
 from engine_adapter.vllm_versions import GATE_VERSIONS, require
 
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 GATE_ENV = "ANTARES_GATE"
-TPOT_ARG = "antares_tpot_ms"
+_LEAST_BOUND_MS = 1.0
+"""No engine decodes a token in less; a smaller bound would only starve the others (their TRP is relative to it)."""
+
 _MAX_LABELS = 32
 
 require(vllm.__version__, GATE_VERSIONS, "The Antares step gate")
@@ -61,6 +64,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
     NOTE: subclass AsyncScheduler, not Scheduler, or vLLM switches asynchronous scheduling off.
     """
 
+    max_num_scheduled_tokens: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         name = os.environ.get(GATE_ENV, "credit")
@@ -69,9 +74,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         self._gate = GATES[name]()
         self._gated: dict[str, _Gated] = {}
         self._reporter = GateReporter.from_env()
-        if SOCKET_ENV in os.environ:
+        if PARENT_ENV in os.environ:
             # We run inside a gateway's engine: should the gateway be killed, nobody else would stop it.
-            exit_with_parent()
+            exit_with_parent(int(os.environ[PARENT_ENV]))
         self._in_flight: deque[_Step] = deque()
         self._last_step_end = 0.0
 
@@ -80,9 +85,14 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         started = time.perf_counter()
         decoding, context, bounded = self._decoding()
         sat_out: set[str] = set()
+        budget: int = self.max_num_scheduled_tokens
         if bounded:
-            plan = self._gate.plan(time.monotonic(), decoding, 0)
+            plan = self._gate.plan(time.monotonic(), decoding, self._prefill_backlog())
             sat_out = plan.sit_out
+            if plan.max_prefill_tokens is not None:
+                # NOTE: the step's own budget, never long_prefill_token_threshold: that one caps each request.
+                cap = len(decoding) - len(sat_out) + plan.max_prefill_tokens
+                self.max_num_scheduled_tokens = max(1, min(budget, cap))
             for request_id in sat_out:
                 request = self.requests[request_id]
                 # schedule() advances current_step first, so +2 skips exactly the coming step.
@@ -90,6 +100,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         gate_seconds = time.perf_counter() - started
 
         output = super().schedule(*args, **kwargs)
+        self.max_num_scheduled_tokens = budget
 
         started = time.perf_counter()
         self._count(output, decoding, context, sat_out)
@@ -136,14 +147,21 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             bounded = bounded or gated.tpot_slo_s is not None
         return decoding, context, bounded
 
+    def _prefill_backlog(self) -> int:
+        """Prompt tokens that were admitted to the engine and are not computed yet."""
+        running = sum(max(0, r.num_prompt_tokens - r.num_computed_tokens) for r in self.running)
+        return int(running + sum(r.num_prompt_tokens for r in self.waiting))
+
     def _remember(self, request: Request) -> _Gated:
         if len(self._gated) > 2 * len(self.requests) + 64:
             for request_id in self._gated.keys() - self.requests.keys():
                 del self._gated[request_id]
                 self._gate.forget(request_id)
-        given = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(TPOT_ARG)
+        given = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(TPOT_XARG)
         # A bound of 0 or infinity would give somebody a TRP of 0, which is never to decode again.
-        bound = float(given) if isinstance(given, int | float) and 0 < given < math.inf else None
+        bound = None
+        if isinstance(given, int | float) and 0 < given < math.inf:
+            bound = max(_LEAST_BOUND_MS, float(given))
         gated = _Gated(
             request_id=request.request_id,
             tpot_slo_s=None if bound is None else bound / 1000,

@@ -1,0 +1,44 @@
+"""Seeing every token of an in-process vLLM, of streamed answers and of answers in one piece alike."""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from typing import Any
+
+from engine_adapter.engine import TokenObserver
+
+current_observer: contextvars.ContextVar[TokenObserver | None] = contextvars.ContextVar(
+    "antares_observer", default=None
+)
+"""The request being served. vLLM's app adds sequences to its engine in tasks that inherit this context."""
+
+
+def observe_outputs(processor: Any, sequences: dict[str, TokenObserver]) -> None:
+    """Hook vLLM's OutputProcessor, the one place that sees every sequence enter and every step's tokens leave.
+
+    ``sequences`` is kept as the living sequences by vLLM's internal id.
+    """
+    add_request, process_outputs = processor.add_request, processor.process_outputs
+
+    def observed_add_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+        observer = current_observer.get()
+        if observer is not None:
+            sequences[request.request_id] = observer
+            observer.on_prompt(request.request_id, len(request.prompt_token_ids or ()))
+        return add_request(request, *args, **kwargs)
+
+    def observed_process_outputs(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        now = time.monotonic()
+        for output in outputs:
+            observer = sequences.get(output.request_id)
+            if observer is None:
+                continue
+            if output.new_token_ids:
+                observer.on_tokens(output.request_id, len(output.new_token_ids), now)
+            if output.finish_reason is not None:
+                del sequences[output.request_id]
+        return process_outputs(outputs, *args, **kwargs)
+
+    processor.add_request = observed_add_request
+    processor.process_outputs = observed_process_outputs
