@@ -79,11 +79,11 @@ class Gateway:
                 group.create_task(lane.engine.start(EngineEvents(on_step=lane.wake, on_alive=lane.on_alive)))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take nothing new; wait until all that was accepted has ended. False when time ran out."""
+        """Take nothing new; wait until all that came in has its answer. False when time ran out."""
         self.proxy.draining = True
         try:
             async with asyncio.timeout(timeout_s):
-                while self.ledger.open_count:
+                while self.proxy.in_flight:
                     await asyncio.sleep(0.05)
         except TimeoutError:
             return False
@@ -93,8 +93,7 @@ class Gateway:
         """Stop the engines and what else is held. Idempotent."""
         self.dispatcher.close()
         await self.predictor.close()
-        for lane in self.lanes:
-            await lane.engine.stop()
+        await asyncio.gather(*(lane.engine.stop() for lane in self.lanes), return_exceptions=True)
 
     def _on_close(self, entry: Entry) -> None:
         self.metrics.on_close(entry)

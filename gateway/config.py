@@ -107,7 +107,7 @@ class PredictorConfig(Section):
 
     enabled: bool = True
     url: str | None = Field(None, pattern=r"^https?://", description="A predictor that runs elsewhere.")
-    port: int = Field(8101, ge=0, le=65535, description="Port of the supervised one; 0 picks a free one.")
+    port: int = Field(0, ge=0, le=65535, description="Port of the supervised one; 0 picks a free one.")
     timeout_ms: PositiveMs = 20.0
     model_dir: str | None = None
     expected_tokens: float = Field(128, gt=0, description="Output length to assume before any has been seen.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 from gateway.lane import Lane, Verdict
 from gateway.policies.base import prefill_backlog
@@ -15,6 +16,8 @@ class Dispatcher:
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self.lanes = list(lanes)
+        for lane in self.lanes:
+            lane.another_lives = partial(self._lives_beside, lane)
 
     def submit(self, request: Request) -> tuple[Lane, asyncio.Future[Verdict]]:
         """Place ``request`` and queue it; answers the lane and what it will decide."""
@@ -33,6 +36,9 @@ class Dispatcher:
             return (not state.alive, work, len(waiting) + len(lane.running))
 
         return min(self.lanes, key=load)
+
+    def _lives_beside(self, lane: Lane) -> bool:
+        return any(other.engine.state.alive for other in self.lanes if other is not lane)
 
     @property
     def alive(self) -> bool:

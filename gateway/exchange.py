@@ -75,7 +75,9 @@ class Exchange:
         if self._start is not None:
             if not body and message.get("more_body"):
                 return
-            await self._send_start(self._clock() - self._entry.request.arrival_s if body else None)
+            # A server may open the stream before it has a token; then there is nothing to tell yet.
+            known = bool(body) and self._progress.request.generated > 0
+            await self._send_start(self._clock() - self._entry.request.arrival_s if known else None)
         if body.startswith(_STREAM_ERROR) or _LATER_ERROR in body:
             self.failed_in_stream = True
         if self._report and not self.failed_in_stream and (body.startswith(_DONE) or _LATER_DONE in body):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from gateway.slo import SloClass
 log = logging.getLogger("antares.lane")
 
 Clock = Callable[[], float]
+
+PROBE_EVERY_S = 10.0
+"""At most so often an idle engine that has requests refused is probed."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,7 +49,12 @@ class Admitted:
     predicted_ttft_s: float | None
 
 
-Verdict = Admitted | Rejection | EngineDown | QueueFull
+@dataclass(slots=True, frozen=True)
+class Displaced:
+    """This lane's engine is down, but another's is not: place the request again."""
+
+
+Verdict = Displaced | Admitted | Rejection | EngineDown | QueueFull
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +73,7 @@ class Lane:
     clock: Clock = time.monotonic
     unbounded_wait_s: float = 120.0
     on_decided: Callable[[float], None] = lambda seconds: None
+    another_lives: Callable[[], bool] = lambda: False
     queues: dict[str, dict[str, _Waiting]] = field(default_factory=dict)
     running: dict[str, Request] = field(default_factory=dict)
     decisions: int = 0
@@ -71,6 +81,8 @@ class Lane:
     _scheduled: bool = False
     _timer: asyncio.TimerHandle | None = None
     _down_since: float | None = None
+    _probed_at: float = -math.inf
+    _probe: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         self.queues = {name: {} for name in self.classes}
@@ -149,6 +161,8 @@ class Lane:
             backlog += self.engine.state.step_time.prefill(request.prompt_tokens)
             predicted = now - request.arrival_s + backlog if self.policy.gated or request.slo.ttft_s else None
             self._admit(now, request, predicted)
+        if decision.reject and not self.running:
+            self._doubt(now)
         for rejection in decision.reject:
             request = rejection.request
             if self.classes[request.slo_class].on_unattainable == "best_effort" and not request.best_effort:
@@ -181,6 +195,10 @@ class Lane:
             queue.clear()
 
     def _turn_away_what_cannot_wait(self, now: float) -> None:
+        if self.another_lives():
+            for request in self.waiting:
+                self._resolve(request, Displaced())
+            return
         back_in = self.back_in_s(now)
         for request in self.waiting:
             patience = min(request.deadline_s, request.arrival_s + self.unbounded_wait_s)
@@ -188,6 +206,12 @@ class Lane:
                 self._resolve(request, EngineDown(retry_after_s=back_in))
         # The expected time of return may slip: look again.
         self._set_timer(now, now + 0.5 if any(self.queues.values()) else None)
+
+    def _doubt(self, now: float) -> None:
+        """An idle engine refuses: its step times may be out of date, and nothing it serves will correct them."""
+        if now - self._probed_at >= PROBE_EVERY_S:
+            self._probed_at = now
+            self._probe = asyncio.create_task(self.engine.probe(), name=f"probe {self.engine.name}")
 
     def back_in_s(self, now: float) -> float:
         """Seconds until a dead engine is expected back, at least one."""

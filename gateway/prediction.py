@@ -19,8 +19,8 @@ import orjson
 
 log = logging.getLogger("antares.prediction")
 
-HEAD_CHARS, TAIL_CHARS = 3072, 1024
-"""Of a longer prompt only the two ends are sent: the predictor reads no more, and refuses bodies of megabytes."""
+HEAD_CHARS, TAIL_CHARS = 15_360, 1024
+"""Of a longer prompt only the two ends are sent: the predictor reads less still, and knows no longer length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,17 +240,16 @@ class LengthPredictor:
         return found
 
 
-_MAX_BATCH = 128
+_MAX_BATCH = 64
 _MAX_TOKENS = 1 << 30
 _CALL_TIMEOUT_S = 1.0
-_HEAD_CHARS, _TAIL_CHARS = 3072, 1024
 
 
 def _shortened(prompt: str) -> str:
     """What the predictor reads of a long prompt; the rest need not travel."""
-    if len(prompt) <= _HEAD_CHARS + _TAIL_CHARS:
+    if len(prompt) <= HEAD_CHARS + TAIL_CHARS:
         return prompt
-    return prompt[:_HEAD_CHARS] + prompt[-_TAIL_CHARS:]
+    return prompt[:HEAD_CHARS] + prompt[-TAIL_CHARS:]
 
 
 class _FailedError(Exception):

@@ -51,11 +51,6 @@ class Progress:
         """TPOT by the times at which tokens left the engine; of several sequences, the slowest's. 0 up to one token."""
         return max((tpot(s.first, s.last, s.tokens) for s in self._sequences.values()), default=0.0)
 
-    @property
-    def last_token_s(self) -> float | None:
-        """When the latest token left the engine (monotonic s)."""
-        return max((s.last for s in self._sequences.values()), default=None)
-
 
 def tpot(first_s: float, last_s: float, tokens: int) -> float:
     """(time of last token - time of first token) / (tokens - 1); 0 when there is at most one token."""

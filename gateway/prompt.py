@@ -14,8 +14,8 @@ from gateway.errors import bad_request
 SAMPLE_CHARS = 4096
 """A longer prompt is tokenised only this far and scaled up: scheduling needs the length, not the tokens."""
 
-MAX_CHOICES = 128
-"""The largest ``n``, as in OpenAI's API."""
+MAX_SEQUENCES = 256
+"""The most answers one body may ask for: ``n`` times its prompts."""
 
 _TEMPLATE_TOKENS = 4
 """What a chat template adds to each message, about."""
@@ -35,21 +35,15 @@ class Prompt:
     sequences: int
     max_tokens: int | None
     min_tokens: int
-    stream: bool
-    model: str
 
 
 def read_prompt(body: dict[str, Any], chat: bool, count_tokens: Callable[[str], int | None]) -> Prompt:
     """Read a chat (``messages``) or text (``prompt``) completion's body; raises `ApiError` 400 naming the field."""
-    model = body.get("model", "")
-    if not isinstance(model, str):
+    if not isinstance(body.get("model", ""), str):
         raise bad_request("model: must be a string.", "model", "invalid_type")
-    stream = body.get("stream") or False
-    if not isinstance(stream, bool):
+    if not isinstance(body.get("stream") or False, bool):
         raise bad_request("stream: must be true or false.", "stream", "invalid_type")
     n = _whole_number(body, "n", 1) or 1
-    if n > MAX_CHOICES:
-        raise bad_request(f"n: at most {MAX_CHOICES}.", "n")
     limit = _whole_number(body, "max_completion_tokens", 0) if chat else None
     if limit is None:
         limit = _whole_number(body, "max_tokens", 0)
@@ -60,7 +54,9 @@ def read_prompt(body: dict[str, Any], chat: bool, count_tokens: Callable[[str], 
         text, tokens, prompts = _completion_text(body, count_tokens)
         if limit is None:
             limit = 16  # the API's own default for text completions
-    return Prompt(text, max(1, tokens), n * prompts, limit, least, stream, model)
+    if n * prompts > MAX_SEQUENCES:
+        raise bad_request(f"n: at most {MAX_SEQUENCES} answers for one request, but this asks for {n * prompts}.", "n")
+    return Prompt(text, max(1, tokens), n * prompts, limit, least)
 
 
 def _chat_text(body: dict[str, Any], count: Callable[[str], int | None]) -> tuple[str, int]:
@@ -94,7 +90,7 @@ def _completion_text(body: dict[str, Any], count: Callable[[str], int | None]) -
         if all(isinstance(p, int) for p in prompt):
             return "", len(prompt), 1
         if all(isinstance(p, str) for p in prompt):
-            return prompt[0], max(_length(p, count) for p in prompt), len(prompt)
+            return prompt[0], _length(max(prompt, key=len), count), len(prompt)
         if all(isinstance(p, list) and all(isinstance(t, int) for t in p) for p in prompt):
             return "", max(len(p) for p in prompt), len(prompt)
     raise bad_request(

@@ -8,30 +8,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-import orjson
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.engine import OBSERVER_KEY, ASGIApp, EngineLost, EngineUnreachable, Message, Receive, Scope, Send
 from gateway.auth import ApiKey, KeyRing
 from gateway.dispatcher import Dispatcher
-from gateway.errors import ApiError, Headers, bad_request, retry_headers, unavailable
+from gateway.errors import ApiError, bad_request, unavailable
 from gateway.exchange import ClientSide, Exchange, send_error
-from gateway.lane import Admitted, EngineDown, Lane, QueueFull
+from gateway.inbound import (
+    MAX_HEADERS,
+    ClientLeftError,
+    body_for_engine,
+    check_with_engine,
+    engine_scope,
+    parse_body,
+    passed_on_body,
+    read_body,
+    read_request_id,
+)
+from gateway.lane import Admitted, Displaced, EngineDown, Lane, QueueFull
 from gateway.ledger import Entry, Ledger
 from gateway.metrics import Metrics
 from gateway.policies.base import Rejection
 from gateway.prediction import LengthPredictor
 from gateway.progress import Progress
 from gateway.prompt import Prompt, read_prompt
+from gateway.refusals import queue_full, unattainable
 from gateway.request import Request
 from gateway.slo import SloClass
-from gateway.slo_headers import HEADER, read_slo
+from gateway.slo_headers import read_slo
 from gateway.verdict import REPORT_HEADER
 
 log = logging.getLogger("antares.proxy")
@@ -39,19 +49,11 @@ log = logging.getLogger("antares.proxy")
 SCHEDULED = {"/v1/chat/completions": True, "/v1/completions": False}
 """The routes that are scheduled; the value tells chat from text completion."""
 
-MAX_HEADERS = 128
-TPOT_XARG = "antares_tpot_ms"
 MAX_TRIES = 3
 """How often a request is handed to an engine that turns out to be gone before it took it."""
 
 LEAVE_GRACE_S = 1.0
 """An engine's app is told that the client left; if it has not returned after this long, it is cancelled."""
-
-_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# Hop by hop, rewritten here, or the gateway's own business: none of it reaches the engine.
-_NOT_FORWARDED = frozenset(
-    (b"authorization", b"content-length", b"transfer-encoding", b"connection", b"x-request-id", b"expect")
-)
 
 
 class Proxy:
@@ -71,6 +73,7 @@ class Proxy:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = False
+        self.in_flight = 0
         self._dispatcher = dispatcher
         self._classes = classes
         self._keys = keys
@@ -85,7 +88,7 @@ class Proxy:
         """The ASGI app for `/v1/*`."""
         arrival = self._clock()
         headers = HeaderView(scope=scope)
-        request_id = _request_id(headers.get("x-request-id"))
+        request_id = read_request_id(headers.get("x-request-id"))
         route = scope["path"] if scope["path"] in SCHEDULED else "/v1/*"
         status, started = 500, False
 
@@ -95,16 +98,17 @@ class Proxy:
                 status, started = message["status"], True
             await send(message)
 
+        self.in_flight += 1
         try:
             key = self._admit_caller(headers)
-            body = await _read_body(headers, receive, self._max_body)
+            body = await read_body(headers, receive, self._max_body)
             if scope["path"] in SCHEDULED and scope["method"] == "POST":
                 await self._serve(scope, headers, body, key, arrival, request_id, receive, counted_send)
             else:
-                await self._pass_through(scope, body, request_id, receive, counted_send)
+                await self._pass_through(scope, headers, body, request_id, receive, counted_send)
         except ApiError as error:
             await send_error(counted_send, error, request_id)
-        except _ClientLeftError:
+        except ClientLeftError:
             status = 499
         except Exception as error:
             # NOTE: an exception's text may quote the request, so only its type is logged outside debug level.
@@ -114,6 +118,7 @@ class Proxy:
                 internal = ApiError(500, "The gateway failed on this request.", "internal_error", "internal_error")
                 await send_error(counted_send, internal, request_id)
         finally:
+            self.in_flight -= 1
             self._metrics.http_requests.labels(route, status).inc()
 
     # --- scheduled requests -----------------------------------------------------------------------------------------
@@ -129,16 +134,17 @@ class Proxy:
         receive: Receive,
         send: Send,
     ) -> None:
-        document = _parse(body)
+        document = parse_body(body)
         slo_class, slo = read_slo(headers, key, self._classes)
         candidate = self._dispatcher.lanes[0].engine
         prompt = read_prompt(document, SCHEDULED[scope["path"]], candidate.count_tokens)
-        refusal = candidate.refuse(document)
-        if refusal is not None:
-            raise bad_request(refusal, refusal.partition(":")[0], "unsupported_parameter")
-        if self._ledger.open_count >= self._max_open:
-            raise _queue_full("The gateway has as many open requests as it takes.", self._max_open, 1.0)
-
+        check_with_engine(document, candidate)
+        if prompt.sequences > candidate.state.max_num_seqs:
+            most = candidate.state.max_num_seqs
+            raise bad_request(
+                f"n: the engine runs at most {most} sequences, but this asks for {prompt.sequences}.", "n"
+            )
+        body_for_engine(document, None)  # what cannot be written again must not be accepted
         request = Request(
             id=uuid.uuid4().hex,
             slo_class=slo_class.name,
@@ -150,6 +156,9 @@ class Proxy:
             tenant=key.tenant,
         )
         entry = self._ledger.open(request)
+        if self.in_flight > self._max_open:
+            self._ledger.close(entry, "rejected", "gateway_full")
+            raise queue_full("The gateway has as many open requests as it takes.", self._max_open, 1.0)
         client = ClientSide(receive)
         try:
             await self._predict(request, prompt)
@@ -165,7 +174,7 @@ class Proxy:
                     served = await self._forward(scope, document, entry, lane, client, request_id, report, send)
                 finally:
                     lane.leave(request)
-        except _ClientLeftError:
+        except ClientLeftError:
             self._ledger.close(entry, "cancelled", "client_left")
             raise
         except asyncio.CancelledError:
@@ -207,7 +216,7 @@ class Proxy:
                     decided.cancel()
                     lane.withdraw(request)
             if decided.cancelled():
-                raise _ClientLeftError
+                raise ClientLeftError
         entry.queue_s = self._clock() - request.arrival_s
         match decided.result():
             case Admitted(lane=chosen, predicted_ttft_s=predicted):
@@ -215,10 +224,12 @@ class Proxy:
                 return chosen
             case Rejection() as rejection:
                 self._ledger.close(entry, "rejected", f"{rejection.bound}_unattainable")
-                raise _unattainable(rejection)
+                raise unattainable(rejection)
             case QueueFull(limit=limit, retry_after_s=after):
                 self._ledger.close(entry, "rejected", "queue_full")
-                raise _queue_full(f"The queue of class {request.slo_class!r} is full.", limit, after)
+                raise queue_full(f"The queue of class {request.slo_class!r} is full.", limit, after)
+            case Displaced():
+                return await self._wait_for_admission(entry, client)
             case EngineDown(retry_after_s=after):
                 self._ledger.close(entry, "rejected", "engine_down")
                 raise unavailable(
@@ -242,8 +253,9 @@ class Proxy:
         request = entry.request
         progress = Progress(request, on_first_token=lane.wake)
         exchange = Exchange(entry, progress, send, request_id, report=report, clock=self._clock)
-        body = _with_xargs(document, request, lane)
-        inner_scope = _inner_scope(scope, request_id, len(body))
+        gated = lane.policy.gated and lane.engine.takes_xargs
+        body = body_for_engine(document, request.tpot_slo_s if gated else None)
+        inner_scope = engine_scope(scope, request_id, len(body))
         inner_scope[OBSERVER_KEY] = progress
         call = asyncio.ensure_future(_run(lane.engine.app, inner_scope, client.replay(body), exchange.send))
         try:
@@ -260,7 +272,7 @@ class Proxy:
         if left:
             if not call.cancelled():
                 call.exception()  # heard, or asyncio would log it, and it may quote the request
-            raise _ClientLeftError
+            raise ClientLeftError
         if not call.cancelled() and isinstance(call.exception(), EngineUnreachable):
             request.admitted_s = None
             return False
@@ -287,18 +299,23 @@ class Proxy:
         if exchange.failed_in_stream or exchange.status >= 500:
             self._ledger.close(entry, "failed", "engine_error")
         elif exchange.status >= 400:
-            self._ledger.close(entry, "rejected", "invalid_request")
+            self._ledger.close(entry, "rejected", "engine_busy" if exchange.status == 429 else "engine_refused")
         else:
             self._ledger.close(entry, "finished")
             self._predictor.observe(request.slo_class, round(request.generated / request.sequences))
 
     # --- everything else under /v1 ------------------------------------------------------------------------------------
 
-    async def _pass_through(self, scope: Scope, body: bytes, request_id: bytes, receive: Receive, send: Send) -> None:
+    async def _pass_through(
+        self, scope: Scope, headers: HeaderView, body: bytes, request_id: bytes, receive: Receive, send: Send
+    ) -> None:
         lane = next((lane for lane in self._dispatcher.lanes if lane.engine.state.alive), None)
         if lane is None:
             after = self._dispatcher.lanes[0].back_in_s(self._clock())
             raise unavailable("No engine is alive.", "engine_unavailable", after)
+        if self.in_flight > self._max_open:
+            raise queue_full("The gateway has as many open requests as it takes.", self._max_open, 1.0)
+        body = passed_on_body(scope, headers, body, lane.engine)
         client = ClientSide(receive)
         started = False
 
@@ -308,7 +325,7 @@ class Proxy:
             await send(message)
 
         try:
-            await lane.engine.app(_inner_scope(scope, request_id, len(body)), client.replay(body), noted_send)
+            await lane.engine.app(engine_scope(scope, request_id, len(body)), client.replay(body), noted_send)
         except EngineLost as lost:
             if started:
                 raise
@@ -328,108 +345,3 @@ class Proxy:
 
 async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     await app(scope, receive, send)
-
-
-class _ClientLeftError(Exception):
-    """The client hung up; there is nobody to answer."""
-
-
-def _request_id(given: str | None) -> bytes:
-    """The client's own id when it is harmless, else a new one."""
-    if given is not None and _SAFE_ID.fullmatch(given):
-        return given.encode()
-    return uuid.uuid4().hex.encode()
-
-
-async def _read_body(headers: HeaderView, receive: Receive, limit: int) -> bytes:
-    declared = headers.get("content-length", "0")
-    if len(declared) > 20 or not (declared.isascii() and declared.isdigit()) or int(declared) > limit:
-        raise _too_large(limit)
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _ClientLeftError
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(limit)
-        chunks.append(chunk)
-        if not message.get("more_body"):
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-def _too_large(limit: int) -> ApiError:
-    return bad_request(f"The body is larger than {limit} bytes.", None, "body_too_large", 413)
-
-
-def _parse(body: bytes) -> dict[str, Any]:
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        # NOTE: the decoder's message quotes no text, only what it expected and where.
-        raise bad_request(
-            f"The body is not JSON: {error.msg} at character {error.pos}.", None, "invalid_json"
-        ) from None
-    if not isinstance(document, dict):
-        raise bad_request("The body must be a JSON object.", None, "invalid_json")
-    return document
-
-
-def _with_xargs(document: dict[str, Any], request: Request, lane: Lane) -> bytes:
-    """The body for the engine: the client's, with the TPOT bound for the step gate where there is one.
-
-    A client may send ``vllm_xargs`` of its own, but never ours: they would let it claim a pace it was not granted.
-    """
-    given = document.get("vllm_xargs")
-    xargs = {k: v for k, v in given.items() if not k.startswith("antares_")} if isinstance(given, dict) else {}
-    bound = request.tpot_slo_s
-    if lane.policy.gated and lane.engine.takes_xargs and bound is not None:
-        xargs[TPOT_XARG] = round(bound * 1000, 3)
-    if xargs:
-        document["vllm_xargs"] = xargs
-    elif isinstance(given, dict):
-        del document["vllm_xargs"]
-    return orjson.dumps(document)
-
-
-def _inner_scope(scope: Scope, request_id: bytes, content_length: int) -> Scope:
-    headers: Headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _NOT_FORWARDED]
-    headers += [(b"x-request-id", request_id), (b"content-length", str(content_length).encode())]
-    # A fresh "state": the engine's app must not see or change ours.
-    return {**scope, "headers": headers, "state": {}}
-
-
-def _unattainable(rejection: Rejection) -> ApiError:
-    bound, request = rejection.bound, rejection.request
-    name = {"ttft": "Time to first token", "tpot": "Time per output token", "e2e": "End-to-end latency"}[bound]
-    asked = {"ttft": request.slo.ttft_s, "tpot": request.slo.tpot_s, "e2e": request.slo.e2e_s}[bound] or 0.0
-    again = (
-        "Not even an idle engine would meet it; ask for a looser bound."
-        if rejection.hopeless
-        else "Ask for a looser bound, or try again later."
-    )
-    return ApiError(
-        429,
-        f"{name} of {asked * 1000:g} ms cannot be promised: {rejection.predicted_s * 1000:.0f} ms is predicted, "
-        f"{rejection.attainable_s * 1000:.0f} ms could be promised. {again}",
-        "slo_unattainable",
-        f"{bound}_unattainable",
-        HEADER[bound],
-        extra={
-            "predicted_ms": round(rejection.predicted_s * 1000, 1),
-            "attainable_ms": round(rejection.attainable_s * 1000, 1),
-        },
-        headers=retry_headers(rejection.retry_after_s, should_retry=not rejection.hopeless),
-    )
-
-
-def _queue_full(message: str, limit: int, retry_after_s: float) -> ApiError:
-    return ApiError(
-        429,
-        f"{message} Its limit is {limit}; try again later.",
-        "slo_unattainable",
-        "queue_full",
-        headers=retry_headers(retry_after_s),
-    )

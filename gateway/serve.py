@@ -47,7 +47,7 @@ async def serve(config: GatewayConfig) -> None:
         if supervisor is not None:
             await supervisor.start()
             stack.push_async_callback(supervisor.stop)
-        engines = [await _build(engine) for engine in config.engines]
+        engines = [_build(engine) for engine in config.engines]
         gateway = Gateway(config, engines, predictor_url)
         if supervisor is not None:
             supervisor.on_restart = gateway.metrics.predictor_restarts.inc
@@ -71,7 +71,7 @@ async def serve(config: GatewayConfig) -> None:
         await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            _announce(config, port, time.monotonic() - started)
+            _announce(config, gateway, port, time.monotonic() - started)
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
             log.info("draining: %d requests open", gateway.ledger.open_count)
             if not await gateway.drain(config.server.drain_s):
@@ -125,18 +125,21 @@ def _free_port() -> int:
         return found
 
 
-async def _build(config: EngineConfig) -> Engine:
+def _build(config: EngineConfig) -> Engine:
     options = config.model_dump(exclude={"kind", "step_times"})
     if config.step_times is not None:
         options["step_times"] = config.step_times.times()
-    # In a thread: preparing a built-in model takes its time on the first run.
-    return await asyncio.to_thread(BUILDERS[config.kind], **options)
+    try:
+        return BUILDERS[config.kind](**options)
+    except (EngineStartError, ValueError) as error:
+        raise ServeError(f"engine {config.name}: {error}") from error
 
 
 async def _start(gateway: Gateway) -> None:
     names = ", ".join(lane.engine.name for lane in gateway.lanes)
+    slow = " (vLLM takes 30 to 90 s)" if any(lane.engine.takes_xargs for lane in gateway.lanes) else ""
     try:
-        with console.status(f"Starting engine {names} (vLLM takes 30 to 90 s on a CPU)…"):
+        with console.status(f"Starting engine {names}{slow}…"):
             await gateway.start()
     except* EngineStartError as group:
         raise ServeError("; ".join(str(error) for error in group.exceptions)) from group
@@ -168,11 +171,10 @@ def _stop_on_signals() -> asyncio.Event:
     return stop
 
 
-def _announce(config: GatewayConfig, port: int, seconds: float) -> None:
+def _announce(config: GatewayConfig, gateway: Gateway, port: int, seconds: float) -> None:
     host = config.server.host if config.server.host not in ("0.0.0.0", "::") else "127.0.0.1"
     base = f"http://{host}:{port}"
-    first = config.engines[0]
-    model = getattr(first, "served_model_name", None) or getattr(first, "model", None) or "MODEL"
+    model = gateway.lanes[0].engine.state.model or "MODEL"
     auth = ' -H "Authorization: Bearer $ANTARES_KEY"' if config.keys else ""
     console.print(
         f"""

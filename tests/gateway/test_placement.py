@@ -19,6 +19,16 @@ from engine_adapter.engine import EngineUnreachable
 from engine_adapter.simulated import SimulatedEngine
 from engine_adapter.step_time import StepTimes
 from gateway.app import Gateway
+from gateway.policies.base import Decision
+
+
+class HoldEverything:
+    """A policy that admits nothing."""
+
+    name, gated = "hold", False
+
+    def decide(self, now: float, waiting: object, running: object, engine: object) -> Decision:
+        return Decision()
 
 
 @asynccontextmanager
@@ -47,6 +57,26 @@ async def test_a_dead_engine_gets_nothing_while_another_lives() -> None:
         assert {answer.json()["antares"]["engine"] for answer in answers} == {"right"}
         assert (await http.get("/ready")).status_code == 200
         assert (await http.get("/v1/models")).status_code == 200
+
+
+async def test_what_waits_for_a_dead_engine_moves_to_one_that_lives() -> None:
+    async with two_engines(restart_s=30) as (gateway, engines, http):
+        left = gateway.lanes[0]
+        left.policy = HoldEverything()
+        asking = asyncio.create_task(http.post(CHAT, json=chat(), headers={"x-slo-report": "1"}))
+        await eventually(lambda: len(left.waiting) == 1)
+        engines[0].crash()
+        answer = await asking
+        assert (answer.status_code, answer.json()["antares"]["engine"]) == (200, "right")
+        await eventually(lambda: gateway.ledger.open_count == 0)
+
+
+async def test_an_idle_engine_that_refuses_everything_is_probed_and_serves_again(antares: Live) -> None:
+    model = antares.engine.state.step_time
+    model.times = StepTimes(d=10.0)  # what it would have learnt from a machine that stood still
+    refused = await antares.ask()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "tpot_unattainable")
+    assert (await antares.ask()).status_code == 200
 
 
 async def test_a_request_that_its_engine_never_took_is_queued_again(antares: Live) -> None:

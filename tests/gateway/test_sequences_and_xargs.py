@@ -117,3 +117,31 @@ async def test_every_other_field_reaches_the_engine_unchanged(antares: Live) -> 
     body = chat(temperature=0.25, stop=["é", "\n"], tools=[{"type": "function"}], seed=2**53, unheard_of={"a": None})
     await antares.http.post(CHAT, json=body, headers={"x-slo-class": "free"})
     assert bodies[0] == body
+
+
+async def test_on_routes_that_are_only_passed_on_ours_cannot_be_forged_either(antares: Live) -> None:
+    inner = antares.engine.app
+
+    async def answer_with_the_body(scope: Scope, receive: Receive, send: Send) -> None:
+        message = await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": message["body"]})
+
+    antares.engine._app = answer_with_the_body  # type: ignore[assignment]
+    forged = {"input": "hi", "vllm_xargs": {"antares_tpot_ms": 0.001, "mine": 1}}
+    assert (await antares.ask(forged, path="/v1/responses")).json() == {"input": "hi", "vllm_xargs": {"mine": 1}}
+    plain = b'{ "input" :  "untouched" }'
+    assert (await antares.http.post("/v1/responses", content=plain)).content == plain
+    antares.engine._app = inner  # type: ignore[assignment]
+
+
+async def test_what_an_engine_refuses_it_refuses_on_every_route(antares: Live) -> None:
+    antares.engine.refuse = lambda body: "seed: not here." if "seed" in body else None  # type: ignore[method-assign]
+    answer = await antares.ask({"input": "hi", "seed": 1}, path="/v1/responses")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "seed")
+
+
+async def test_more_answers_than_the_engine_runs_are_refused() -> None:
+    async with live(fast_engine(max_num_seqs=4)) as antares:
+        answer = await antares.ask(chat(n=5))
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")

@@ -1,0 +1,119 @@
+"""What comes in and what goes on: reading a request with its limits, and making of it what an engine may see."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from typing import Any
+
+import orjson
+from starlette.datastructures import Headers as HeaderView
+
+from engine_adapter.engine import TPOT_XARG, Engine, Receive, Scope
+from gateway.errors import ApiError, Headers, bad_request
+
+MAX_HEADERS = 128
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Hop by hop, rewritten here, or the gateway's own business: none of it reaches the engine.
+_NOT_FORWARDED = frozenset(
+    (b"authorization", b"content-length", b"transfer-encoding", b"connection", b"x-request-id", b"expect")
+)
+
+
+class ClientLeftError(Exception):
+    """The client hung up; there is nobody to answer."""
+
+
+def read_request_id(given: str | None) -> bytes:
+    """The client's own id when it is harmless, else a new one."""
+    if given is not None and _SAFE_ID.fullmatch(given):
+        return given.encode()
+    return uuid.uuid4().hex.encode()
+
+
+async def read_body(headers: HeaderView, receive: Receive, limit: int) -> bytes:
+    """The whole body; `ApiError` 413 beyond ``limit`` bytes, `ClientLeftError` when the client leaves first."""
+    declared = headers.get("content-length", "0")
+    if len(declared) > 20 or not (declared.isascii() and declared.isdigit()) or int(declared) > limit:
+        raise _too_large(limit)
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeftError
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+        if not message.get("more_body"):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _too_large(limit: int) -> ApiError:
+    return bad_request(f"The body is larger than {limit} bytes.", None, "body_too_large", 413)
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object; `ApiError` 400 when it is none."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        # NOTE: the decoder's message quotes no text, only what it expected and where.
+        raise bad_request(
+            f"The body is not JSON: {error.msg} at character {error.pos}.", None, "invalid_json"
+        ) from None
+    if not isinstance(document, dict):
+        raise bad_request("The body must be a JSON object.", None, "invalid_json")
+    return document
+
+
+def check_with_engine(document: dict[str, Any], engine: Engine) -> None:
+    """`ApiError` 400 for what would harm the engine; may drop what has no effect."""
+    refusal = engine.refuse(document)
+    if refusal is not None:
+        raise bad_request(refusal, refusal.partition(":")[0], "unsupported_parameter")
+
+
+def body_for_engine(document: dict[str, Any], tpot_slo_s: float | None) -> bytes:
+    """The client's body with ``tpot_slo_s`` (None: no bound) for the step gate.
+
+    A client may send ``vllm_xargs`` of its own, but never ours: they would let it claim a pace it was not granted.
+    """
+    given = document.get("vllm_xargs")
+    xargs = {k: v for k, v in given.items() if not k.startswith("antares_")} if isinstance(given, dict) else {}
+    if tpot_slo_s is not None:
+        xargs[TPOT_XARG] = round(tpot_slo_s * 1000, 3)
+    if xargs:
+        document["vllm_xargs"] = xargs
+    elif isinstance(given, dict):
+        del document["vllm_xargs"]
+    try:
+        return orjson.dumps(document)
+    except orjson.JSONEncodeError:
+        # What nests deeper than orjson writes, it still reads.
+        raise bad_request("The body nests too deeply.", None, "invalid_json") from None
+
+
+def passed_on_body(scope: Scope, headers: HeaderView, body: bytes, engine: Engine) -> bytes:
+    """The body of a route that is not scheduled: as it came, but for what must not reach an engine on any route."""
+    if scope["method"] != "POST" or not headers.get("content-type", "application/json").startswith("application/json"):
+        return body
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body  # the engine says what it thinks of it
+    if not isinstance(document, dict) or not {"seed", "vllm_xargs"} & document.keys():
+        return body
+    check_with_engine(document, engine)
+    return body_for_engine(document, None)
+
+
+def engine_scope(scope: Scope, request_id: bytes, content_length: int) -> Scope:
+    """The ASGI scope that an engine's app is called with."""
+    headers: Headers = [(k, v) for k, v in scope["headers"] if k.lower() not in _NOT_FORWARDED]
+    headers += [(b"x-request-id", request_id), (b"content-length", str(content_length).encode())]
+    # A fresh "state": the engine's app must not see or change ours.
+    return {**scope, "headers": headers, "state": {}}
