@@ -129,7 +129,8 @@ class HttpProxy:
             raise kind(f"engine {self._name} at {self._base}: {reason}") from error
 
     async def _complete(self, exchange: _Exchange, plan: CompletionPlan) -> None:
-        timing = self._sampler.sent(time.monotonic(), len(exchange.raw) / BYTES_PER_TOKEN, plan.sequences)
+        prompt_tokens = len(exchange.raw) / BYTES_PER_TOKEN
+        timing = self._sampler.sent(time.monotonic(), prompt_tokens, plan.sequences, plan.tpot_ms)
         usage: dict[str, Any] = {}
         try:
             async with self._answer(exchange.scope, plan.encoded()) as response:

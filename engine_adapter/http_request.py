@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from engine_adapter.assemble import can_rebuild
+from engine_adapter.engine import TPOT_XARG
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -108,6 +109,13 @@ class CompletionPlan:
         if not send_slo:
             _drop_slo(body)
         return plan
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """The TPOT bound that the request carries for the step gate."""
+        xargs = self.body.get("vllm_xargs")
+        bound = xargs.get(TPOT_XARG) if isinstance(xargs, dict) else None
+        return float(bound) if isinstance(bound, int | float) and bound > 0 else None
 
     def without_usage(self) -> None:
         """Take back the question for the usage chunk."""

@@ -2,11 +2,13 @@
 
 A remote server sends no step reports. But each of its streams gets one token a step, so the time between a
 stream's tokens is a step's duration, and the time to a first token that nobody else's prefill delayed is a
-prefill's.
+prefill's. Behind a step gate only the streams with the strictest TPOT bound decode in every step; the others count in
+the batch with their share of the steps (the virtual batch size).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -24,8 +26,9 @@ class StreamTiming:
     prompt_tokens: float
     sequences: int
     alone: bool
+    tpot_ms: float | None = None
     first_at: float | None = None
-    batch_at_first: int = 0
+    batch_at_first: float = 0.0
     context_at_first: float = 0.0
     tokens: int = 0
     _last_at: float = 0.0
@@ -46,14 +49,14 @@ class StepSampler:
         self._streams: set[StreamTiming] = set()
         self._unanswered = 0
 
-    def sent(self, at: float, prompt_tokens: float, sequences: int) -> StreamTiming:
-        """A request was sent at ``at``. ``prompt_tokens`` may be a guess."""
+    def sent(self, at: float, prompt_tokens: float, sequences: int, tpot_ms: float | None = None) -> StreamTiming:
+        """A request was sent at ``at``, with ``tpot_ms`` for the step gate. ``prompt_tokens`` may be a guess."""
         if self._unanswered:
             # Two prompts share the engine's prefill: the time to either's first token is not its own.
             for other in self._streams:
                 if other.first_at is None:
                     other.alone = False
-        stream = StreamTiming(at, prompt_tokens, max(1, sequences), alone=not self._unanswered)
+        stream = StreamTiming(at, prompt_tokens, max(1, sequences), alone=not self._unanswered, tpot_ms=tpot_ms)
         self._unanswered += 1
         self._streams.add(stream)
         return stream
@@ -77,6 +80,8 @@ class StepSampler:
         step = median(stream._gaps)
         stream._gaps.clear()
         stream._since_sample = 0
+        if stream.tpot_ms is not None and stream.tpot_ms > self._strictest():
+            return False  # it sits out steps: its gaps are longer than they are
         batch, context = self._decoding()
         self._state.step_time.observe(batch, 0, context, step)
         return True
@@ -100,11 +105,19 @@ class StepSampler:
         self._state.step_time.observe(stream.batch_at_first, computed, stream.context_at_first, elapsed)
         return True
 
-    def _decoding(self) -> tuple[int, float]:
-        """Sequences decoding now, and their mean context."""
-        batch, context = 0, 0.0
+    def _strictest(self) -> float:
+        """The least TPOT bound (ms) among the decoding streams; infinite without any."""
+        bounds = (s.tpot_ms for s in self._streams if s.first_at is not None and s.tpot_ms is not None)
+        return min(bounds, default=math.inf)
+
+    def _decoding(self) -> tuple[float, float]:
+        """Sequences in a step now (their virtual number, behind a gate), and their mean context."""
+        strictest = self._strictest()
+        batch, sequences, context = 0.0, 0, 0.0
         for stream in self._streams:
             if stream.first_at is not None:
-                batch += stream.sequences
+                share = 1.0 if stream.tpot_ms is None else strictest / stream.tpot_ms
+                batch += share * stream.sequences
+                sequences += stream.sequences
                 context += stream.context * stream.sequences
-        return batch, context / batch if batch else 0.0
+        return batch, context / sequences if sequences else 0.0

@@ -172,8 +172,11 @@ class StepTimeModel:
         """t(p) in seconds."""
         return self.times.prefill(tokens)
 
-    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
-        """Learn from one step: ``decode_requests`` decoded, ``prefill_tokens`` prefilled, in ``elapsed_s`` seconds."""
+    def observe(self, decode_requests: float, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+        """Learn from one step of ``elapsed_s`` seconds.
+
+        ``decode_requests`` decoded in it (or on average), ``prefill_tokens`` prompt tokens were prefilled.
+        """
         if not self.learn or elapsed_s <= 0 or decode_requests + prefill_tokens == 0:
             return
         if prefill_tokens:

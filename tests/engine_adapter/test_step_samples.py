@@ -12,9 +12,9 @@ class RecordedSteps(StepTimeModel):
 
     def __init__(self) -> None:
         super().__init__(times=StepTimes(b=0, d=0.01))
-        self.seen: list[tuple[int, int, float, float]] = []
+        self.seen: list[tuple[float, int, float, float]] = []
 
-    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+    def observe(self, decode_requests: float, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
         self.seen.append((decode_requests, prefill_tokens, mean_context, elapsed_s))
 
 
@@ -46,6 +46,19 @@ def test_tokens_that_arrive_together_share_their_gap() -> None:
     timings.tokens(one, 1, 0.5)
     stream(timings, one, SAMPLE_EVERY, 0.5, 0.02, at_once=4)
     assert steps.seen[0][3] == pytest.approx(0.02)
+
+
+def test_behind_a_step_gate_only_the_strictest_tell_and_the_others_count_by_their_share() -> None:
+    timings, steps = sampler()
+    strict, loose = timings.sent(0.0, 100, 1, tpot_ms=50), timings.sent(0.0, 100, 2, tpot_ms=100)
+    timings.tokens(strict, 1, 0.1)
+    timings.tokens(loose, 2, 0.1)
+    stream(timings, loose, SAMPLE_EVERY, 0.1, 0.04)  # in every other step
+    assert steps.seen == []
+    stream(timings, strict, SAMPLE_EVERY, 0.1, 0.02)
+    ((batch, _, _, seconds),) = steps.seen
+    assert batch == 2  # one, and two that run half of the time
+    assert seconds == pytest.approx(0.02)
 
 
 def test_the_batch_is_all_sequences_that_stream() -> None:
