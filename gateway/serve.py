@@ -182,7 +182,7 @@ def _announce(config: GatewayConfig, gateway: Gateway, port: int, seconds: float
 
   curl {base}/v1/chat/completions{auth} -H 'content-type: application/json' \\
     -H 'x-slo-ttft-ms: 2000' -H 'x-slo-tpot-ms: 200' -H 'x-slo-report: 1' \\
-    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}], "max_tokens": 32}}'
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}], "max_tokens": 32, "temperature": 0}}'
 
   from openai import OpenAI
   client = OpenAI(base_url="{base}/v1", api_key="{"..." if config.keys else "none"}")
