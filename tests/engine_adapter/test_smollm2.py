@@ -14,6 +14,8 @@ import pytest
 from engine_adapter import smollm2
 from engine_adapter.smollm2 import MANIFEST, ModelPreparationError, prepare
 
+pytestmark = pytest.mark.engine  # prepares models: seconds each, torch and transformers for some
+
 HIDDEN, HEADS, KV_HEADS, VOCAB = 32, 4, 2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "1", "Ġ", "ĠĠ", "Ġa"]
 
 
@@ -85,7 +87,6 @@ def write_gguf(path: Path) -> None:
     writer.close()
 
 
-@pytest.mark.engine  # loads torch and transformers
 def test_prepares_a_folder_that_transformers_loads(package: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -133,7 +134,6 @@ def test_a_whole_folder_is_returned_without_a_word(package: Path, tmp_path: Path
     assert (folder / "model.safetensors").stat() == before
 
 
-@pytest.mark.engine  # loads torch and transformers
 def test_a_whole_folder_outlives_the_package(package: Path, tmp_path: Path) -> None:
     folder = prepare(tmp_path / "model", silent)
     shutil.rmtree(package.parent.parent)
@@ -228,7 +228,6 @@ def test_the_manifest_holds_the_checksums_of_weights_and_source(package: Path, t
     assert manifest["files"]["model.safetensors"]["sha256"] == hashlib.sha256(weights).hexdigest()
 
 
-@pytest.mark.engine
 def test_the_real_model_answers_and_stops() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
