@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from gateway.lane import Lane, Verdict
-from gateway.policies.base import prefill_backlog
 from gateway.request import Request
 
 
@@ -30,10 +29,7 @@ class Dispatcher:
             return self.lanes[0]
 
         def load(lane: Lane) -> tuple[bool, float, int]:
-            state, waiting = lane.engine.state, lane.waiting
-            queued = sum(state.step_time.prefill(r.prompt_tokens) for r in waiting)
-            work = queued + prefill_backlog(lane.running.values(), state)
-            return (not state.alive, work, len(waiting) + len(lane.running))
+            return (not lane.engine.state.alive, *lane.admission.load())
 
         return min(self.lanes, key=load)
 

@@ -10,13 +10,15 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from engine_adapter.engine import Engine
+from gateway.admission import Admission
 from gateway.policies.base import Decision, Policy, Rejection, prefill_backlog
 from gateway.request import Request
 from gateway.slo import SloClass
+from gateway.waiting import WaitingQueue
 
 log = logging.getLogger("antares.lane")
 
@@ -57,68 +59,84 @@ class Displaced:
 Verdict = Displaced | Admitted | Rejection | EngineDown | QueueFull
 
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    request: Request
-    verdict: asyncio.Future[Verdict]
-
-
-@dataclass(slots=True, eq=False)
 class Lane:
     """Queues in front of one engine. ``unbounded_wait_s``: how long to wait for a dead one without a TTFT bound."""
 
-    engine: Engine
-    policy: Policy
-    classes: dict[str, SloClass]
-    clock: Clock = time.monotonic
-    unbounded_wait_s: float = 120.0
-    on_decided: Callable[[float], None] = lambda seconds: None
-    another_lives: Callable[[], bool] = lambda: False
-    queues: dict[str, dict[str, _Waiting]] = field(default_factory=dict)
-    running: dict[str, Request] = field(default_factory=dict)
-    decisions: int = 0
-    deciding_s: float = 0.0
-    _scheduled: bool = False
-    _timer: asyncio.TimerHandle | None = None
-    _down_since: float | None = None
-    _probed_at: float = -math.inf
-    _probe: asyncio.Task[None] | None = None
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Policy,
+        classes: dict[str, SloClass],
+        *,
+        clock: Clock = time.monotonic,
+        unbounded_wait_s: float = 120.0,
+        on_decided: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self.engine = engine
+        self.classes = classes
+        self.admission = Admission(policy, engine.state, self._turns_best_effort)
+        self.decisions = 0
+        self.deciding_s = 0.0
+        self.another_lives: Callable[[], bool] = lambda: False
+        self._clock = clock
+        self._unbounded_wait_s = unbounded_wait_s
+        self._on_decided = on_decided
+        self._verdicts: dict[str, asyncio.Future[Verdict]] = {}
+        self._scheduled = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._down_since: float | None = None
+        self._probed_at = -math.inf
+        self._probe: asyncio.Task[None] | None = None
 
-    def __post_init__(self) -> None:
-        self.queues = {name: {} for name in self.classes}
+    @property
+    def policy(self) -> Policy:
+        """Who decides."""
+        return self.admission.policy
+
+    @property
+    def waiting(self) -> WaitingQueue:
+        """What waits, over the classes."""
+        return self.admission.waiting
+
+    @property
+    def running(self) -> dict[str, Request]:
+        """What was admitted to the engine and is not through with it."""
+        return self.admission.running
 
     # --- events ---------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> asyncio.Future[Verdict]:
         """Queue ``request``; the future tells what was decided. A full class queue answers at once."""
         verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        queue = self.queues[request.slo_class]
         limit = self.classes[request.slo_class].max_waiting
-        if len(queue) >= limit:
-            verdict.set_result(QueueFull(limit, retry_after_s=self._drain_estimate()))
+        if self.waiting.by_class[request.slo_class] >= limit:
+            # A place is free once what waits has been prefilled, at the latest.
+            verdict.set_result(QueueFull(limit, retry_after_s=max(1.0, self.admission.queued_prefill_s())))
             return verdict
-        queue[request.id] = _Waiting(request, verdict)
+        self.admission.submit(request)
+        self._verdicts[request.id] = verdict
         self.wake()
         return verdict
 
     def withdraw(self, request: Request) -> None:
         """The client left while its request waited."""
-        self.queues[request.slo_class].pop(request.id, None)
-        self.wake()
+        self._verdicts.pop(request.id, None)
+        if self.admission.withdraw(request):
+            self.wake()
 
     def leave(self, request: Request) -> None:
         """An admitted request is through with the engine, however it ended."""
-        if self.running.pop(request.id, None) is not None:
+        if self.admission.leave(request):
             self.wake()
 
     def on_alive(self, alive: bool) -> None:
         """The engine came up or went down."""
-        self._down_since = None if alive else self.clock()
+        self._down_since = None if alive else self._clock()
         self.wake()
 
     def wake(self) -> None:
         """Something changed: decide in this turn of the event loop, once."""
-        if not self._scheduled and any(self.queues.values()):
+        if not self._scheduled and self.waiting:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._decide)
 
@@ -126,86 +144,81 @@ class Lane:
         """The gateway shuts down: stop the timer, turn away what still waits."""
         if self._timer is not None:
             self._timer.cancel()
-        for request in self.waiting:
-            self._resolve(request, EngineDown(retry_after_s=5.0))
+        for request in list(self.waiting):
+            self._turn_away(request, EngineDown(retry_after_s=5.0))
 
     # --- the decision -----------------------------------------------------------------------------------------------
 
-    @property
-    def waiting(self) -> list[Request]:
-        """All that wait, over the classes."""
-        return [w.request for queue in self.queues.values() for w in queue.values()]
-
     def _decide(self) -> None:
         self._scheduled = False
-        now = self.clock()
+        now = self._clock()
         if not self.engine.state.alive:
             self._turn_away_what_cannot_wait(now)
             return
         started = time.perf_counter()
         try:
-            decision = self.policy.decide(now, self.waiting, self.running.values(), self.engine.state)
-            self._apply(now, decision)
+            backlog_s = prefill_backlog(self.running.values(), self.engine.state)
+            decision = self.admission.decide(now)
+            self._apply(now, decision, backlog_s)
         except Exception as error:
             self._fail_all_waiting(error)
             return
         self.decisions += 1
         spent = time.perf_counter() - started
         self.deciding_s += spent
-        self.on_decided(spent)
+        self._on_decided(spent)
         self._set_timer(now, decision.recheck_at)
 
-    def _apply(self, now: float, decision: Decision) -> None:
-        backlog = prefill_backlog(self.running.values(), self.engine.state)
-        for request in decision.admit:
-            backlog += self.engine.state.step_time.prefill(request.prompt_tokens)
-            predicted = now - request.arrival_s + backlog if self.policy.gated or request.slo.ttft_s else None
-            self._admit(now, request, predicted)
-        if decision.reject and not self.running:
+    def _apply(self, now: float, decision: Decision, backlog_s: float) -> None:
+        """Tell those who wait what was decided; ``backlog_s`` of prefill work was in the engine before."""
+        if decision.reject and len(self.running) == len(decision.admit):
             self._doubt(now)
+        for request in decision.admit:
+            backlog_s += self.engine.state.step_time.prefill(request.prompt_tokens)
+            told = self.policy.gated or request.slo.ttft_s
+            predicted_s = now - request.arrival_s + backlog_s if told else None
+            if not self._tell(request, Admitted(self, predicted_s)):
+                # The client left in this very turn: nobody will run the request, so it must not count as running.
+                self.admission.leave(request)
         for rejection in decision.reject:
-            request = rejection.request
-            if self.classes[request.slo_class].on_unattainable == "best_effort" and not request.best_effort:
-                request.best_effort = True
-                self.wake()
-                continue
-            self._resolve(request, rejection)
+            self._tell(rejection.request, rejection)
 
-    def _admit(self, now: float, request: Request, predicted_ttft_s: float | None) -> None:
-        request.admitted_s = now
-        self.running[request.id] = request
-        if not self._resolve(request, Admitted(self, predicted_ttft_s)):
-            # The client left in this very turn: nobody will run the request, so it must not count as running.
-            self.running.pop(request.id, None)
+    def _turns_best_effort(self, request: Request) -> bool:
+        return self.classes[request.slo_class].on_unattainable == "best_effort"
 
-    def _resolve(self, request: Request, verdict: Verdict) -> bool:
-        waiting = self.queues[request.slo_class].pop(request.id, None)
-        if waiting is None or waiting.verdict.done():
+    def _tell(self, request: Request, verdict: Verdict) -> bool:
+        waiting = self._verdicts.pop(request.id, None)
+        if waiting is None or waiting.done():
             return False
-        waiting.verdict.set_result(verdict)
+        waiting.set_result(verdict)
         return True
+
+    def _turn_away(self, request: Request, verdict: Verdict) -> None:
+        self.admission.withdraw(request)
+        self._tell(request, verdict)
 
     def _fail_all_waiting(self, error: Exception) -> None:
         """A bug in a policy must not keep requests waiting for ever, nor the one that brought it out fail the next."""
         log.error("policy %s failed: %s", self.policy.name, type(error).__name__, exc_info=error)
-        for queue in self.queues.values():
-            for waiting in queue.values():
-                if not waiting.verdict.done():
-                    waiting.verdict.set_exception(error)
-            queue.clear()
+        verdicts = list(self._verdicts.values())
+        self._verdicts.clear()
+        self.waiting.clear()
+        for verdict in verdicts:
+            if not verdict.done():
+                verdict.set_exception(error)
 
     def _turn_away_what_cannot_wait(self, now: float) -> None:
         if self.another_lives():
-            for request in self.waiting:
-                self._resolve(request, Displaced())
+            for request in list(self.waiting):
+                self._turn_away(request, Displaced())
             return
         back_in = self.back_in_s(now)
-        for request in self.waiting:
-            patience = min(request.deadline_s, request.arrival_s + self.unbounded_wait_s)
+        for request in list(self.waiting):
+            patience = min(request.deadline_s, request.arrival_s + self._unbounded_wait_s)
             if now + back_in > patience:
-                self._resolve(request, EngineDown(retry_after_s=back_in))
+                self._turn_away(request, EngineDown(retry_after_s=back_in))
         # The expected time of return may slip: look again.
-        self._set_timer(now, now + 0.5 if any(self.queues.values()) else None)
+        self._set_timer(now, now + 0.5 if self.waiting else None)
 
     def _doubt(self, now: float) -> None:
         """An idle engine refuses: its step times may be out of date, and nothing it serves will correct them."""
@@ -217,12 +230,6 @@ class Lane:
         """Seconds until a dead engine is expected back, at least one."""
         down_for = now - self._down_since if self._down_since is not None else 0.0
         return max(1.0, self.engine.state.ready_in_s - down_for)
-
-    def _drain_estimate(self) -> float:
-        """Seconds of prefill work that wait and run: a queue with a place free is at least that far away."""
-        times = self.engine.state.step_time
-        work: Iterable[Request] = self.waiting
-        return max(1.0, sum(times.prefill(r.prompt_tokens) for r in work))
 
     def _set_timer(self, now: float, at: float | None) -> None:
         if self._timer is not None:

@@ -163,8 +163,8 @@ class _LiveState(Collector):
         put("antares_ledger_open", self._ledger.open_count)
         for lane in self._lanes:
             engine, state = lane.engine.name, lane.engine.state
-            for slo_class, queue in lane.queues.items():
-                put("antares_waiting_requests", len(queue), slo_class, engine)
+            for slo_class in lane.classes:
+                put("antares_waiting_requests", lane.waiting.by_class[slo_class], slo_class, engine)
                 running = sum(r.slo_class == slo_class for r in lane.running.values())
                 put("antares_running_requests", running, slo_class, engine)
             put("antares_engine_up", state.alive, engine)

@@ -194,7 +194,7 @@ class Proxy:
         prediction = await self._predictor.predict(
             prompt.text, prompt.tokens, request.slo_class, prompt.max_tokens, prompt.min_tokens
         )
-        request.predicted_tokens, request.predicted_p90 = prediction.tokens, prediction.p90
+        request.predict(prediction.tokens, prediction.p90)
         self._metrics.predictions.labels(prediction.source).inc()
         self._metrics.prediction_seconds.observe(self._clock() - started)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway.slo import Slo
 
@@ -19,8 +19,12 @@ seconds a token: were its pace the strictest of the batch, the step gate would h
 class Request:
     """One request. Times are monotonic seconds, sizes are tokens.
 
-    ``predicted_tokens`` is y_i of the paper, the predicted output length. ``generated`` counts output tokens of all
-    its sequences; ``sequences`` how many it asked for.
+    ``predicted_tokens`` is y_i of the paper, the predicted output length, ``predicted_p90`` its 90th percentile (0:
+    not known). ``generated`` counts output tokens of all its sequences; ``sequences`` how many it asked for.
+
+    The bounds to plan with follow from these and are kept at hand, because policies read them for every request at
+    every decision: ``ttft_slo_s`` is T_i (infinite when nothing bounds the first token), ``deadline_s`` is
+    d_i = a_i + T_i, ``tpot_slo_s`` is P_i in seconds per token (None when nothing bounds it).
     """
 
     id: str
@@ -37,33 +41,37 @@ class Request:
     admitted_s: float | None = None
     first_token_s: float | None = None
     generated: int = 0
+    ttft_slo_s: float = field(init=False)
+    tpot_slo_s: float | None = field(init=False)
+    deadline_s: float = field(init=False)
 
-    @property
-    def ttft_slo_s(self) -> float:
-        """T_i: the TTFT bound to plan with (s); infinite when nothing bounds the first token."""
-        if self.best_effort:
-            return math.inf
-        explicit = self.slo.ttft_s if self.slo.ttft_s is not None else math.inf
-        implied = self.slo.e2e_s * E2E_SHARE_FOR_TTFT if self.slo.e2e_s is not None else math.inf
-        return min(explicit, implied)
+    def __post_init__(self) -> None:
+        self._plan()
 
-    @property
-    def tpot_slo_s(self) -> float | None:
-        """P_i: the TPOT bound to plan with (s per token); None when nothing bounds it."""
-        bound = self.slo.tpot_s
-        if self.slo.e2e_s is not None:
-            implied = self.slo.e2e_s * (1 - E2E_SHARE_FOR_TTFT) / max(1.0, self.predicted_tokens)
-            bound = implied if bound is None else min(bound, implied)
-        if bound is not None and self.best_effort:
-            bound = max(bound * BEST_EFFORT_STRETCH, BEST_EFFORT_PACE_S)
-        return bound
+    def predict(self, tokens: float, p90: float) -> None:
+        """Take a new prediction of the output length (tokens)."""
+        self.predicted_tokens, self.predicted_p90 = tokens, p90
+        self._plan()
 
-    @property
-    def deadline_s(self) -> float:
-        """d_i = a_i + T_i, the moment by which the first token is due (monotonic s)."""
-        return self.arrival_s + self.ttft_slo_s
+    def serve_at_best_effort(self) -> None:
+        """Its SLO cannot be attained; it is served all the same, at nobody's cost."""
+        self.best_effort = True
+        self._plan()
 
     @property
     def length(self) -> float:
         """Tokens of context per sequence: the prompt and what was generated so far."""
         return self.prompt_tokens + self.generated / self.sequences
+
+    def _plan(self) -> None:
+        slo = self.slo
+        ttft = math.inf if slo.ttft_s is None else slo.ttft_s
+        tpot = slo.tpot_s
+        if slo.e2e_s is not None:
+            ttft = min(ttft, slo.e2e_s * E2E_SHARE_FOR_TTFT)
+            implied = slo.e2e_s * (1 - E2E_SHARE_FOR_TTFT) / max(1.0, self.predicted_tokens)
+            tpot = implied if tpot is None else min(tpot, implied)
+        if self.best_effort:
+            ttft = math.inf
+            tpot = None if tpot is None else max(tpot * BEST_EFFORT_STRETCH, BEST_EFFORT_PACE_S)
+        self.ttft_slo_s, self.tpot_slo_s, self.deadline_s = ttft, tpot, self.arrival_s + ttft

@@ -72,7 +72,7 @@ class Status:
             "slo_ttft_ms": _ms(slo.ttft_s),
             "slo_tpot_ms": _ms(slo.tpot_s),
             "slo_e2e_ms": _ms(slo.e2e_s),
-            "waiting": sum(len(lane.queues[name]) for lane in self.lanes),
+            "waiting": sum(lane.waiting.by_class[name] for lane in self.lanes),
             "running": sum(r.slo_class == name for lane in self.lanes for r in lane.running.values()),
             "ended": len(mine),
             **{outcome: sum(e.outcome == outcome for e in mine) for outcome in OUTCOMES},

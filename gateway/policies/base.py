@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine_adapter.engine import EngineState
-from gateway.request import Request
+from gateway.request import E2E_SHARE_FOR_TTFT, Request
 from gateway.slo import Bound
 
 
@@ -26,6 +26,30 @@ class Rejection:
     attainable_s: float
     retry_after_s: float
     hopeless: bool = False
+
+
+def reject_ttft(
+    request: Request, predicted_s: float, attainable_s: float, retry_after_s: float, hopeless: bool
+) -> Rejection:
+    """``request`` would get its first token ``predicted_s`` after it came in.
+
+    An end-to-end bound is answered in its own terms: the TTFT is planned to be a share of it.
+    """
+    if request.slo.ttft_s == request.ttft_slo_s:
+        return Rejection(request, "ttft", predicted_s, attainable_s, retry_after_s, hopeless)
+    share = E2E_SHARE_FOR_TTFT
+    return Rejection(request, "e2e", predicted_s / share, attainable_s / share, retry_after_s, hopeless)
+
+
+def reject_tpot(request: Request, predicted_s: float, retry_after_s: float, hopeless: bool) -> Rejection:
+    """``request`` would get its tokens ``predicted_s`` apart.
+
+    An end-to-end bound is answered in its own terms: y tokens of this TPOT are planned to be a share of it.
+    """
+    if request.slo.tpot_s == request.tpot_slo_s:
+        return Rejection(request, "tpot", predicted_s, predicted_s, retry_after_s, hopeless)
+    e2e_s = predicted_s * max(1.0, request.predicted_tokens) / (1 - E2E_SHARE_FOR_TTFT)
+    return Rejection(request, "e2e", e2e_s, e2e_s, retry_after_s, hopeless)
 
 
 @dataclass(slots=True)
@@ -48,12 +72,47 @@ class Policy(Protocol):
     def gated(self) -> bool:
         """Whether admitted requests carry their TPOT bound into the engine's step gate."""
 
+    def order(self, request: Request) -> tuple[float, ...]:
+        """Where ``request`` stands among those that wait: the least comes first. Read when it comes in."""
+
     def decide(
-        self, now: float, waiting: Collection[Request], running: Collection[Request], engine: EngineState
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        """Decide at ``now`` (monotonic s). ``waiting`` comes in no particular order."""
+        """Decide at ``now`` (monotonic s). ``waiting`` is sorted by `order`, equals by arrival."""
+
+
+def prefill_seconds(requests: Iterable[Request], engine: EngineState) -> float:
+    """Seconds of prefill work in ``requests``: the sum of t(p) (SCORPIO eq. 6)."""
+    prefill = engine.step_time.prefill
+    return sum(prefill(r.prompt_tokens) for r in requests)
 
 
 def prefill_backlog(running: Collection[Request], engine: EngineState) -> float:
     """Seconds of prefill work that was admitted but has not produced its first token yet."""
-    return sum(engine.step_time.prefill(r.prompt_tokens) for r in running if r.first_token_s is None)
+    return prefill_seconds([r for r in running if r.first_token_s is None], engine)
+
+
+@dataclass(slots=True)
+class Runway:
+    """Room for prompts in the engine. Order is kept at the gateway, so the engine's own queue stays short.
+
+    ``tokens`` prompt tokens lie in the engine unprefilled, ``limit`` may; a prompt longer than that goes when nothing
+    else does.
+    """
+
+    tokens: int
+    limit: float
+
+    @classmethod
+    def of(cls, running: Collection[Request], engine: EngineState, steps: float) -> Runway:
+        """What is left of ``steps`` steps' worth of prompt tokens."""
+        tokens = sum([r.prompt_tokens for r in running if r.first_token_s is None])
+        return cls(tokens, steps * engine.max_num_batched_tokens)
+
+    def fits(self, request: Request) -> bool:
+        """Whether the request's prompt may go now."""
+        return not self.tokens or self.tokens + request.prompt_tokens <= self.limit
+
+    def add(self, request: Request) -> None:
+        """The request goes."""
+        self.tokens += request.prompt_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
@@ -17,8 +17,12 @@ class Fcfs:
     name: str = "fcfs"
     gated: bool = False
 
+    def order(self, request: Request) -> tuple[float, ...]:
+        """By arrival."""
+        return (request.arrival_s,)
+
     def decide(
-        self, now: float, waiting: Collection[Request], running: Collection[Request], engine: EngineState
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
         """Admit everything that waits."""
-        return Decision(admit=sorted(waiting, key=lambda r: r.arrival_s))
+        return Decision(admit=list(waiting))

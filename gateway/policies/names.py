@@ -8,9 +8,19 @@ from typing import Any
 
 from gateway.policies.base import Policy
 from gateway.policies.fcfs import Fcfs
+from gateway.policies.mooncake import Mooncake
+from gateway.policies.s3 import S3
 from gateway.policies.scorpio import Scorpio
 
-POLICIES: dict[str, type[Fcfs] | type[Scorpio]] = {"fcfs": Fcfs, "scorpio": Scorpio}
+POLICIES: dict[str, tuple[type[Fcfs] | type[S3] | type[Mooncake] | type[Scorpio], dict[str, Any]]] = {
+    "fcfs": (Fcfs, {}),
+    "s3": (S3, {}),
+    "mooncake": (Mooncake, {}),
+    "scorpio": (Scorpio, {}),
+    "ttft_guard_only": (Scorpio, {"tpot_guard": False}),
+    "tpot_guard_only": (Scorpio, {"ttft_guard": False}),
+}
+"""Each name's policy, and the options that make it what its name says."""
 
 
 def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
@@ -18,15 +28,16 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     if name not in POLICIES:
         raise ValueError(f"no policy is called {name!r}; choose one of {', '.join(POLICIES)}")
     options = options or {}
-    known = {f.name for f in dataclasses.fields(POLICIES[name])} - {"name", "gated"}
+    kind, fixed = POLICIES[name]
+    known = {f.name for f in dataclasses.fields(kind)} - {"name", "gated"} - fixed.keys()
     unknown = sorted(options.keys() - known)
     if unknown:
         takes = ", ".join(sorted(known)) or "none"
         raise ValueError(f"policy {name!r} has no option {unknown[0]!r}; its options: {takes}")
-    policy = POLICIES[name]()
+    policy = kind()
     for option, value in options.items():
         _check_option(option, value, getattr(policy, option))
-    return POLICIES[name](**options)
+    return kind(**fixed, **options, name=name)
 
 
 def _check_option(option: str, value: Any, default: Any) -> None:

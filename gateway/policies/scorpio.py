@@ -12,13 +12,13 @@ one behind it, rejection walks the queue in deadline order, and nothing admitted
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
 from engine_adapter.step_time import StepTimeModel
-from gateway.policies.base import Decision, Rejection, prefill_backlog
-from gateway.request import E2E_SHARE_FOR_TTFT, Request
+from gateway.policies.base import Decision, Runway, prefill_backlog, reject_tpot, reject_ttft
+from gateway.request import Request
 
 
 @dataclass(slots=True)
@@ -42,67 +42,57 @@ class Scorpio:
         """Credit-based batching is part of the TPOT guard."""
         return self.tpot_guard
 
+    def order(self, request: Request) -> tuple[float, ...]:
+        """Least deadline first; without the TTFT guard, by arrival."""
+        return (request.deadline_s, request.arrival_s) if self.ttft_guard else (request.arrival_s,)
+
     def decide(
-        self, now: float, waiting: Collection[Request], running: Collection[Request], engine: EngineState
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        """Least deadline first, reject the unattainable, admit what the running batch can bear."""
+        """Walk the queue, least deadline first: reject the unattainable, admit what the running batch can bear."""
         decision = Decision()
-        order = (lambda r: (r.deadline_s, r.arrival_s)) if self.ttft_guard else (lambda r: (r.arrival_s,))
-        queue = sorted(waiting, key=order)
+        queue: Sequence[Request] = waiting
         if self.tpot_guard:
             queue = self._reject_hopeless_tpot(queue, engine, decision)
         if self.ttft_guard:
             queue = self._reject_unattainable_ttft(now, queue, prefill_backlog(running, engine), engine, decision)
-        self._admit(now, queue, running, engine, decision)
+        self._admit(queue, running, engine, decision)
         return decision
 
     def _reject_unattainable_ttft(
-        self, now: float, queue: list[Request], backlog_s: float, engine: EngineState, decision: Decision
+        self, now: float, queue: Sequence[Request], backlog_s: float, engine: EngineState, decision: Decision
     ) -> list[Request]:
         """Walk the queue in deadline order; est. TTFT of entry k = sum over j <= k of t(p_j) (eq. 7)."""
         kept: list[Request] = []
-        est = backlog_s
+        est, slack, prefill_time = backlog_s, self.slack_s, engine.step_time.prefill
+        least_margin = math.inf
         for request in queue:
-            prefill = engine.step_time.prefill(request.prompt_tokens)
-            late_by = now + est + prefill + self.slack_s - request.deadline_s
+            prefill = prefill_time(request.prompt_tokens)
+            late_by = now + est + prefill + slack - request.deadline_s
             if late_by > 0:
-                waited = now - request.arrival_s
-                from_e2e = request.slo.ttft_s != request.ttft_slo_s
-                # An end-to-end bound is answered in its own terms: this TTFT is planned to be a share of it.
-                share = E2E_SHARE_FOR_TTFT if from_e2e else 1.0
-                decision.reject.append(
-                    Rejection(
-                        request,
-                        bound="e2e" if from_e2e else "ttft",
-                        predicted_s=(waited + est + prefill) / share,
-                        attainable_s=(request.ttft_slo_s + late_by) / share,
-                        retry_after_s=late_by,
-                        hopeless=prefill + self.slack_s > request.ttft_slo_s,
-                    )
-                )
+                predicted_s = now - request.arrival_s + est + prefill
+                attainable_s = request.ttft_slo_s + late_by
+                hopeless = prefill + slack > request.ttft_slo_s
+                decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_by, hopeless))
                 continue
             est += prefill
             kept.append(request)
-            if request.deadline_s < math.inf:
-                at = request.deadline_s - est - self.slack_s
-                decision.recheck_at = at if decision.recheck_at is None else min(at, decision.recheck_at)
+            least_margin = min(least_margin, -late_by)
+        if least_margin < math.inf:
+            decision.recheck_at = now + least_margin
         return kept
 
     def _admit(
-        self,
-        now: float,
-        queue: list[Request],
-        running: Collection[Request],
-        engine: EngineState,
-        decision: Decision,
+        self, queue: Sequence[Request], running: Collection[Request], engine: EngineState, decision: Decision
     ) -> None:
-        batch = _Batch.of(running)
-        on_runway = sum(r.prompt_tokens for r in running if r.first_token_s is None)
-        runway = self.runway_steps * engine.max_num_batched_tokens
+        """Admit in order; a request that does not fit now never blocks the one behind it."""
+        runway = Runway.of(running, engine, self.runway_steps)
+        batch: _Batch | None = None
         for request in queue:
-            if batch.size + request.sequences > engine.max_num_seqs and batch.size > 0:
+            if not runway.fits(request):
                 continue
-            if on_runway and on_runway + request.prompt_tokens > runway:
+            batch = batch or _Batch.of(running)
+            if batch.size and batch.size + request.sequences > engine.max_num_seqs:
                 continue
             if self.tpot_guard:
                 estimate = self.eta * batch.tpot_with(request, engine.step_time)
@@ -110,30 +100,18 @@ class Scorpio:
                     continue
             decision.admit.append(request)
             batch.add(request)
-            on_runway += request.prompt_tokens
+            runway.add(request)
 
-    def _reject_hopeless_tpot(self, queue: list[Request], engine: EngineState, decision: Decision) -> list[Request]:
+    def _reject_hopeless_tpot(self, queue: Sequence[Request], engine: EngineState, decision: Decision) -> list[Request]:
         """A TPOT bound that even an otherwise idle engine would break is refused at once instead of being queued."""
         kept: list[Request] = []
+        itl = engine.step_time.itl
         for request in queue:
-            bound = request.tpot_slo_s
-            alone = self.eta * _Batch().tpot_with(request, engine.step_time)
-            if bound is None or request.best_effort or alone <= bound:
+            alone = self.eta * itl(request.sequences, request.length + request.predicted_tokens / 2)
+            if request.tpot_slo_s is None or request.best_effort or alone <= request.tpot_slo_s:
                 kept.append(request)
-                continue
-            from_e2e = bound != request.slo.tpot_s
-            # An end-to-end bound is answered in its own terms: y tokens of this TPOT are planned to be a share of it.
-            scale = max(1.0, request.predicted_tokens) / (1 - E2E_SHARE_FOR_TTFT) if from_e2e else 1.0
-            decision.reject.append(
-                Rejection(
-                    request,
-                    bound="e2e" if from_e2e else "tpot",
-                    predicted_s=alone * scale,
-                    attainable_s=alone * scale,
-                    retry_after_s=0.0,
-                    hopeless=True,
-                )
-            )
+            else:
+                decision.reject.append(reject_tpot(request, alone, retry_after_s=0.0, hopeless=True))
         return kept
 
 

@@ -42,11 +42,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "env": {"VLLM_CPU_KVCACHE_SPACE": 1, "HF_HUB_OFFLINE": 1, "VLLM_LOGGING_LEVEL": "ERROR"},
     }
     classes = {
-        # Loose enough for everything here to be admitted; 2:1 is what the gate sees.
+        # 2:1 is what the gate sees.
         "strict": {"ttft_ms": 60_000, "tpot_ms": 2000},
         "loose": {"ttft_ms": 60_000, "tpot_ms": 4000},
     }
-    running = serve(folder, {"engines": [engine], "classes": classes, "default_class": "loose"})
+    # Whatever this machine's speed, everything here is admitted: these tests are about what happens after that.
+    policy = {"name": "scorpio", "options": {"eta": 0, "ttft_guard": False}}
+    running = serve(folder, {"engines": [engine], "classes": classes, "default_class": "loose", "policy": policy})
     yield running
     running.stop()
 
@@ -105,17 +107,24 @@ async def test_requests_with_twice_the_tpot_bound_decode_in_half_of_the_steps(
             for bound in ("2000", "4000")
         }
 
-    streams = [asyncio.create_task(read_stream(http, 200, **headers)) for headers in [STRICT] * 6 + [LOOSE] * 6]
-    await eventually(lambda: counted()["eligible 4000"] > 60, within_s=60)
+    # As long as the model allows: a fast machine must not be done before it was looked at.
+    streams = [asyncio.create_task(read_stream(http, 900, **headers)) for headers in [STRICT] * 6 + [LOOSE] * 6]
+
+    def ended() -> list[str]:
+        return [stream.result()[-1][:200] for stream in streams if stream.done()]
+
+    await eventually(lambda: ended() or counted()["eligible 4000"] > 60, within_s=180)
     before = counted()
-    await eventually(lambda: counted()["eligible 4000"] > before["eligible 4000"] + 300, within_s=60)
+    await eventually(lambda: ended() or counted()["eligible 4000"] > before["eligible 4000"] + 300, within_s=180)
     after = counted()
-    assert not any(stream.done() for stream in streams), "both classes saturated throughout"
+    assert ended() == [], "both classes saturated throughout"
     spent = {key: after[key] - before[key] for key in after}
     assert spent["batched 4000"] / spent["eligible 4000"] == pytest.approx(0.5, abs=0.05)
     assert spent["batched 2000"] / spent["eligible 2000"] == 1.0
     for stream in streams:
-        assert ended_in_full(await stream)
+        stream.cancel()
+    await asyncio.gather(*streams, return_exceptions=True)
+    await eventually(lambda: served.metric("antares_engine_running_sequences") == 0, within_s=30)
 
 
 async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times_over(served: Served) -> None:
@@ -131,6 +140,7 @@ async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times
 
     files: list[int] = []
     memory: list[int] = []
+    before = served.get("/status").json()["ledger"]["cancelled"]
     for _ in range(10):
         async with connect(served) as http:
             staying = [asyncio.create_task(read_stream(http, 48)) for _ in range(32)]
@@ -144,7 +154,7 @@ async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times
         files.append(open_files())
         memory.append(resident_kb())
     ledger = served.get("/status").json()["ledger"]
-    assert ledger["cancelled"] == 320
+    assert ledger["cancelled"] == before + 320
     assert ledger["accepted"] == sum(ledger[outcome] for outcome in ("finished", "rejected", "failed", "cancelled"))
     # The first rounds fill the connection pool to the predictor, which is bounded.
     assert files[-1] <= files[1] + 16, f"open files, by round: {files}"

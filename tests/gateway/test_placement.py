@@ -62,7 +62,7 @@ async def test_a_dead_engine_gets_nothing_while_another_lives() -> None:
 async def test_what_waits_for_a_dead_engine_moves_to_one_that_lives() -> None:
     async with two_engines(restart_s=30) as (gateway, engines, http):
         left = gateway.lanes[0]
-        left.policy = HoldEverything()
+        left.admission.policy = HoldEverything()
         asking = asyncio.create_task(http.post(CHAT, json=chat(), headers={"x-slo-report": "1"}))
         await eventually(lambda: len(left.waiting) == 1)
         engines[0].crash()

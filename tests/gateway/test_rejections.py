@@ -82,7 +82,7 @@ async def test_a_queue_too_long_for_the_deadline_is_worth_another_try() -> None:
 
 async def test_a_full_class_queue_is_a_429_queue_full() -> None:
     async with live(classes={**CLASSES, "chat": {"max_waiting": 1}}) as antares:
-        antares.gateway.lanes[0].policy = AdmitNothing()
+        antares.gateway.lanes[0].admission.policy = AdmitNothing()
         waiting = asyncio.create_task(antares.ask())
         await eventually(lambda: antares.gateway.lanes[0].waiting)
         answer = await antares.ask()
@@ -95,7 +95,7 @@ async def test_a_full_class_queue_is_a_429_queue_full() -> None:
 
 async def test_more_open_requests_than_the_gateway_takes_is_a_429_queue_full() -> None:
     async with live(server={"max_open_requests": 1}) as antares:
-        antares.gateway.lanes[0].policy = AdmitNothing()
+        antares.gateway.lanes[0].admission.policy = AdmitNothing()
         waiting = asyncio.create_task(antares.ask())
         await eventually(lambda: antares.gateway.ledger.open_count == 1)
         answer = await antares.ask()
@@ -128,7 +128,7 @@ async def test_an_impossible_best_effort_request_does_not_slow_the_rest_down() -
 
 async def test_a_client_that_leaves_the_queue_is_cancelled_and_forgotten() -> None:
     async with live() as antares:
-        antares.gateway.lanes[0].policy = AdmitNothing()
+        antares.gateway.lanes[0].admission.policy = AdmitNothing()
         waiting = [asyncio.create_task(antares.ask()) for _ in range(5)]
         await eventually(lambda: len(antares.gateway.lanes[0].waiting) == 5)
         for task in waiting:

@@ -1,4 +1,4 @@
-"""SCORPIO as the paper has it, without what the authors' code got wrong; and stock vLLM beside it."""
+"""SCORPIO as the paper has it, without what the authors' code got wrong; and its baselines beside it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from engine_adapter.engine import EngineState
 from engine_adapter.step_time import StepTimeModel, StepTimes
-from gateway.policies.base import Decision, prefill_backlog
+from gateway.policies.base import Decision, Policy, prefill_backlog
 from gateway.policies.fcfs import Fcfs
 from gateway.policies.names import POLICIES, make_policy
 from gateway.policies.scorpio import Scorpio, _Batch
 from gateway.request import BEST_EFFORT_PACE_S, Request
 from gateway.slo import Slo
+from gateway.waiting import WaitingQueue
 
 TIMES = StepTimes(a=1e-7, b=1e-4, c=1e-6, d=0.01, alpha=1e-3)
 """100 prompt tokens take 0.1 s; a step of one short sequence about 10 ms."""
@@ -38,6 +39,14 @@ def running(name: str = "old", *, generated: int = 10, **more: Any) -> Request:
     return ask(name, at=NOW - 1, admitted_s=NOW - 1, first_token_s=NOW - 0.5, generated=generated, **more)
 
 
+def decide(policy: Policy, now: float, waiting: list[Request], old: list[Request], state: EngineState) -> Decision:
+    """As whoever holds the queue asks: in the policy's own order, equals by arrival."""
+    queue = WaitingQueue(policy.order)
+    for request in waiting:
+        queue.add(request)
+    return policy.decide(now, queue, old, state)
+
+
 def admitted(decision: Decision) -> list[str]:
     return [request.id for request in decision.admit]
 
@@ -51,18 +60,18 @@ def rejected(decision: Decision) -> list[str]:
 
 def test_the_least_deadline_goes_first_whatever_the_order_of_arrival() -> None:
     queue = [ask("late", at=NOW - 2, ttft=9), ask("soon", ttft=1), ask("never"), ask("middle", at=NOW - 1, ttft=3)]
-    assert admitted(Scorpio().decide(NOW, queue, [], engine())) == ["soon", "middle", "late", "never"]
+    assert admitted(decide(Scorpio(), NOW, queue, [], engine())) == ["soon", "middle", "late", "never"]
 
 
 def test_equal_deadlines_go_in_order_of_arrival() -> None:
     queue = [ask("b", at=NOW - 1), ask("a", at=NOW - 2), ask("c")]
-    assert admitted(Scorpio().decide(NOW, queue, [], engine())) == ["a", "b", "c"]
+    assert admitted(decide(Scorpio(), NOW, queue, [], engine())) == ["a", "b", "c"]
 
 
 def test_estimated_ttft_is_the_running_sum_of_prefills_in_deadline_order() -> None:
     # Sums: 0.1, 0.2, 0.3, 0.4 s, and 50 ms in hand: the third of four equal bounds of 0.3 s is too late.
     queue = [ask(str(i), at=NOW + i * 1e-6, ttft=0.3) for i in range(4)]
-    decision = Scorpio().decide(NOW + 1e-5, queue, [], engine())
+    decision = decide(Scorpio(), NOW + 1e-5, queue, [], engine())
     assert (admitted(decision), rejected(decision)) == (["0", "1"], ["2", "3"])
     assert [r.predicted_s for r in decision.reject] == pytest.approx([0.3, 0.3], abs=1e-4)
     assert [r.attainable_s for r in decision.reject] == pytest.approx([0.35, 0.35], abs=1e-4)
@@ -70,43 +79,43 @@ def test_estimated_ttft_is_the_running_sum_of_prefills_in_deadline_order() -> No
 
 def test_a_rejected_requests_share_is_free_for_those_behind_it() -> None:
     queue = [ask("huge", ttft=0.5, prompt=1000), ask("small", ttft=0.6, prompt=400)]
-    decision = Scorpio().decide(NOW, queue, [], engine())
+    decision = decide(Scorpio(), NOW, queue, [], engine())
     assert (admitted(decision), rejected(decision)) == (["small"], ["huge"])
 
 
 def test_a_hopeless_tpots_share_is_free_too() -> None:
     queue = [ask("absurd", ttft=0.4, prompt=300, tpot=1e-3), ask("small", ttft=0.5, prompt=300)]
-    decision = Scorpio().decide(NOW, queue, [], engine())
+    decision = decide(Scorpio(), NOW, queue, [], engine())
     assert (admitted(decision), rejected(decision)) == (["small"], ["absurd"])
 
 
 def test_admitted_prefills_that_are_not_done_count_before_the_queue() -> None:
     unfinished = ask("old", admitted_s=NOW, prompt=500)
-    assert rejected(Scorpio().decide(NOW, [ask(ttft=0.5)], [unfinished], engine())) == ["r"]
-    assert rejected(Scorpio().decide(NOW, [ask(ttft=0.5)], [running(prompt=500)], engine())) == []
+    assert rejected(decide(Scorpio(), NOW, [ask(ttft=0.5)], [unfinished], engine())) == ["r"]
+    assert rejected(decide(Scorpio(), NOW, [ask(ttft=0.5)], [running(prompt=500)], engine())) == []
 
 
 def test_time_waited_counts_against_the_deadline() -> None:
     request = ask(at=NOW - 1, ttft=1.1)
-    (rejection,) = Scorpio().decide(NOW, [request], [], engine()).reject
+    (rejection,) = decide(Scorpio(), NOW, [request], [], engine()).reject
     assert (rejection.bound, rejection.hopeless) == ("ttft", False)
     assert rejection.predicted_s == pytest.approx(1.1)
 
 
 def test_what_not_even_an_idle_engine_could_do_is_hopeless() -> None:
-    (rejection,) = Scorpio().decide(NOW, [ask(ttft=0.12)], [], engine()).reject
+    (rejection,) = decide(Scorpio(), NOW, [ask(ttft=0.12)], [], engine()).reject
     assert rejection.hopeless
 
 
 def test_nothing_admitted_is_ever_rejected() -> None:
     late = [ask(str(i), at=NOW - 50, ttft=0.1, tpot=1e-3, admitted_s=NOW - 49) for i in range(3)]
-    assert Scorpio().decide(NOW, [], late, engine()) == Decision()
+    assert decide(Scorpio(), NOW, [], late, engine()) == Decision()
 
 
 def test_the_next_decision_is_due_when_a_waiting_request_would_become_too_late() -> None:
-    decision = Scorpio().decide(NOW, [ask(ttft=1.0)], [], engine())
+    decision = decide(Scorpio(), NOW, [ask(ttft=1.0)], [], engine())
     assert decision.recheck_at == pytest.approx(NOW + 1.0 - 0.1 - 0.05)
-    assert Scorpio().decide(NOW, [ask()], [], engine()).recheck_at is None
+    assert decide(Scorpio(), NOW, [ask()], [], engine()).recheck_at is None
 
 
 # --- TPOT guard -------------------------------------------------------------------------------------------------------
@@ -149,7 +158,7 @@ def test_the_closed_form_is_equation_5_summed_out(old: list[Request], tpot: floa
 def test_a_request_is_admitted_only_if_it_breaks_no_running_requests_bound() -> None:
     def admits(strictest: float) -> bool:
         batch = [running(str(i), tpot=strictest) for i in range(20)]
-        return bool(Scorpio().decide(NOW, [ask(tpot=1.0)], batch, engine()).admit)
+        return bool(decide(Scorpio(), NOW, [ask(tpot=1.0)], batch, engine()).admit)
 
     # 20 and a fraction at 0.1 ms each on 10 ms, times 1.3: about 15.8 ms.
     assert admits(0.017)
@@ -166,39 +175,39 @@ def test_loose_bounds_count_less_than_one_in_the_batch() -> None:
 def test_a_request_that_does_not_fit_now_never_blocks_the_one_behind_it() -> None:
     batch = [running(str(i), tpot=0.02) for i in range(30)]
     queue = [ask("strict", ttft=1, tpot=0.0145), ask("easy", ttft=5, tpot=0.5)]
-    decision = Scorpio().decide(NOW, queue, batch, engine())
+    decision = decide(Scorpio(), NOW, queue, batch, engine())
     assert (admitted(decision), rejected(decision)) == (["easy"], [])
 
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_hopeless_tpot_is_refused_at_once_even_behind_a_full_batch(busy: bool) -> None:
     batch = [running(str(i)) for i in range(4)] if busy else []
-    (rejection,) = Scorpio().decide(NOW, [ask(tpot=0.005)], batch, engine(max_num_seqs=4)).reject
+    (rejection,) = decide(Scorpio(), NOW, [ask(tpot=0.005)], batch, engine(max_num_seqs=4)).reject
     assert (rejection.bound, rejection.hopeless) == ("tpot", True)
     assert rejection.attainable_s == pytest.approx(1.3 * (TIMES.itl(1, 125)))
 
 
 @pytest.mark.parametrize("asked", [0.3, 0.65, 0.8])
 def test_a_refused_e2e_bound_is_answered_in_its_own_terms(asked: float) -> None:
-    (rejection,) = Scorpio().decide(NOW, [ask(e2e=asked, output=50)], [], engine()).reject
+    (rejection,) = decide(Scorpio(), NOW, [ask(e2e=asked, output=50)], [], engine()).reject
     assert rejection.bound == "e2e"
     assert rejection.attainable_s > asked
     again = ask(e2e=rejection.attainable_s * 1.001, output=50)
-    following = Scorpio().decide(NOW, [again], [], engine())
+    following = decide(Scorpio(), NOW, [again], [], engine())
     assert admitted(following) or following.reject[0].attainable_s > rejection.attainable_s
 
 
 def test_best_effort_is_neither_refused_nor_protected_nor_let_in_at_others_cost() -> None:
     greedy = ask("greedy", tpot=1e-6, ttft=1e-6, best_effort=True)
-    assert admitted(Scorpio().decide(NOW, [greedy], [], engine())) == ["greedy"]
+    assert admitted(decide(Scorpio(), NOW, [greedy], [], engine())) == ["greedy"]
     # Running, it holds nobody back ...
-    assert admitted(Scorpio().decide(NOW, [ask(tpot=0.05)], [running("g", tpot=1e-6, best_effort=True)], engine())) == [
-        "r"
-    ]
+    assert admitted(
+        decide(Scorpio(), NOW, [ask(tpot=0.05)], [running("g", tpot=1e-6, best_effort=True)], engine())
+    ) == ["r"]
     # ... and waiting, it does not get in where a bound would break.
     full = [running(str(i), tpot=0.0155) for i in range(19)]
     assert (
-        Scorpio().decide(NOW, [greedy], full, engine(step_time=StepTimeModel(times=StepTimes(b=1e-4, d=0.0102))))
+        decide(Scorpio(), NOW, [greedy], full, engine(step_time=StepTimeModel(times=StepTimes(b=1e-4, d=0.0102))))
         == Decision()
     )
     assert greedy.tpot_slo_s == BEST_EFFORT_PACE_S
@@ -209,10 +218,10 @@ def test_best_effort_is_neither_refused_nor_protected_nor_let_in_at_others_cost(
 
 def test_each_guard_can_be_switched_off() -> None:
     late, strict = ask("late", at=NOW - 9, ttft=1, tpot=1), ask("strict", at=NOW - 8, ttft=60, tpot=1e-3)
-    both = Scorpio().decide(NOW, [late, strict], [], engine())
-    only_ttft = Scorpio(tpot_guard=False).decide(NOW, [late, strict], [], engine())
-    only_tpot = Scorpio(ttft_guard=False).decide(NOW, [late, strict], [], engine())
-    neither = Scorpio(ttft_guard=False, tpot_guard=False).decide(NOW, [strict, late], [], engine())
+    both = decide(Scorpio(), NOW, [late, strict], [], engine())
+    only_ttft = decide(Scorpio(tpot_guard=False), NOW, [late, strict], [], engine())
+    only_tpot = decide(Scorpio(ttft_guard=False), NOW, [late, strict], [], engine())
+    neither = decide(Scorpio(ttft_guard=False, tpot_guard=False), NOW, [strict, late], [], engine())
     assert sorted(rejected(both)) == ["late", "strict"]
     assert (admitted(only_ttft), rejected(only_ttft)) == (["strict"], ["late"])
     assert (admitted(only_tpot), rejected(only_tpot)) == (["late"], ["strict"])
@@ -223,21 +232,21 @@ def test_each_guard_can_be_switched_off() -> None:
 def test_the_engines_own_queue_is_kept_as_short_as_the_runway() -> None:
     state = engine(max_num_batched_tokens=100)
     queue = [ask(str(i), prompt=90) for i in range(5)]
-    assert len(Scorpio(runway_steps=2.0).decide(NOW, queue, [], state).admit) == 2
-    assert len(Scorpio(runway_steps=4.0).decide(NOW, queue, [], state).admit) == 4
+    assert len(decide(Scorpio(runway_steps=2.0), NOW, queue, [], state).admit) == 2
+    assert len(decide(Scorpio(runway_steps=4.0), NOW, queue, [], state).admit) == 4
     unfinished = [ask("old", admitted_s=NOW, prompt=150)]
-    assert Scorpio().decide(NOW, queue, unfinished, state).admit == []
+    assert decide(Scorpio(), NOW, queue, unfinished, state).admit == []
 
 
 def test_a_prompt_longer_than_the_runway_goes_when_the_runway_is_empty() -> None:
     state = engine(max_num_batched_tokens=100)
-    assert admitted(Scorpio().decide(NOW, [ask(prompt=5000)], [running()], state)) == ["r"]
+    assert admitted(decide(Scorpio(), NOW, [ask(prompt=5000)], [running()], state)) == ["r"]
 
 
 def test_a_request_for_more_sequences_than_the_engine_holds_waits_for_an_empty_one() -> None:
     state = engine(max_num_seqs=4)
-    assert Scorpio().decide(NOW, [ask(sequences=8)], [running()], state).admit == []
-    assert admitted(Scorpio().decide(NOW, [ask(sequences=8)], [], state)) == ["r"]
+    assert decide(Scorpio(), NOW, [ask(sequences=8)], [running()], state).admit == []
+    assert admitted(decide(Scorpio(), NOW, [ask(sequences=8)], [], state)) == ["r"]
 
 
 REQUESTS = st.lists(
@@ -261,7 +270,7 @@ def test_a_decision_is_a_function_of_what_is_shown_and_keeps_its_promises(
     options = {"ttft_guard": flags[0], "tpot_guard": flags[1]} if name == "scorpio" else {}
     policy, state = make_policy(name, options), engine(max_num_seqs=seqs)
     before = copy.deepcopy([fields(r) for r in (*waiting, *old)])
-    first, second = policy.decide(NOW, waiting, old, state), policy.decide(NOW, list(waiting), list(old), state)
+    first, second = decide(policy, NOW, waiting, old, state), decide(policy, NOW, list(waiting), list(old), state)
 
     assert first == second
     assert [fields(r) for r in (*waiting, *old)] == before
@@ -285,7 +294,7 @@ def fields(request: Request) -> list[Any]:
 
 def test_fcfs_admits_all_in_order_of_arrival_and_gates_nothing() -> None:
     queue = [ask("b", at=NOW - 1, ttft=1e-6), ask("a", at=NOW - 2), ask("c", tpot=1e-6)]
-    decision = Fcfs().decide(NOW, queue, [running()], engine(max_num_seqs=1))
+    decision = decide(Fcfs(), NOW, queue, [running()], engine(max_num_seqs=1))
     assert (admitted(decision), decision.reject, Fcfs().gated) == (["a", "b", "c"], [], False)
 
 

@@ -1,0 +1,78 @@
+"""Admission to one engine: what waits, what runs, and the policy that moves requests from the one to the other.
+
+Without a clock, an event loop or an engine in it: the gateway drives it in real time (`gateway.lane`), the simulator in
+virtual time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine_adapter.engine import EngineState
+from gateway.policies.base import Decision, Policy, prefill_seconds
+from gateway.request import Request
+from gateway.waiting import WaitingQueue
+
+
+@dataclass(slots=True, eq=False)
+class Admission:
+    """The books of one engine. A request is in ``waiting``, in ``running``, or gone.
+
+    ``turns_best_effort`` says of a request that cannot attain its SLO whether it is served all the same.
+    """
+
+    policy: Policy
+    engine: EngineState
+    turns_best_effort: Callable[[Request], bool] = lambda request: False
+    waiting: WaitingQueue = field(init=False)
+    running: dict[str, Request] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.waiting = WaitingQueue(self.policy.order)
+
+    def submit(self, request: Request) -> None:
+        """``request`` waits from now on."""
+        self.waiting.add(request)
+
+    def withdraw(self, request: Request) -> bool:
+        """``request`` waits no more; False when it did not."""
+        return self.waiting.remove(request)
+
+    def leave(self, request: Request) -> bool:
+        """An admitted request is through with the engine, however it ended; False when it did not run."""
+        return self.running.pop(request.id, None) is not None
+
+    def decide(self, now: float) -> Decision:
+        """Have the policy decide at ``now`` (monotonic s), and keep the books by its decision.
+
+        What it admits runs and what it rejects is gone, unless it is to be served at best effort: that waits on
+        without its bounds, is not among the rejected, and ``recheck_at`` is ``now``.
+        """
+        decision = self.policy.decide(now, self.waiting, self.running.values(), self.engine)
+        for request in decision.admit:
+            self.waiting.remove(request)
+            request.admitted_s = now
+            self.running[request.id] = request
+        rejected = []
+        for rejection in decision.reject:
+            request = rejection.request
+            if not request.best_effort and self.turns_best_effort(request):
+                request.serve_at_best_effort()
+                self.waiting.reorder(request)
+                decision.recheck_at = now
+            else:
+                self.waiting.remove(request)
+                rejected.append(rejection)
+        decision.reject = rejected
+        return decision
+
+    def queued_prefill_s(self) -> float:
+        """Seconds of prefill work that wait."""
+        return prefill_seconds(self.waiting, self.engine)
+
+    def load(self) -> tuple[float, int]:
+        """How much is ahead of a newcomer, to compare engines: seconds of prefill work, then requests."""
+        unfinished = [r for r in self.running.values() if r.first_token_s is None]
+        work = self.queued_prefill_s() + prefill_seconds(unfinished, self.engine)
+        return work, len(self.waiting) + len(self.running)

@@ -1,0 +1,77 @@
+"""The requests that wait in front of one engine, kept in the order in which its policy wants to see them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import overload
+
+from gateway.request import Request
+
+Order = Callable[[Request], tuple[float, ...]]
+"""A request's sort key: the least comes first. Equal keys keep their order of arrival."""
+
+
+class WaitingQueue(Sequence[Request]):
+    """A sequence of requests sorted by ``order``; adding and removing one costs O(log n) comparisons.
+
+    A key is read when its request is added: after a change that moves it, `reorder` it.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._keys: list[tuple[float, ...]] = []
+        self._requests: list[Request] = []
+        self._key_of: dict[str, tuple[float, ...]] = {}
+        self._added = 0
+        self.by_class: Counter[str] = Counter()
+        """How many wait, by SLO class."""
+
+    def add(self, request: Request) -> None:
+        """Put ``request`` in its place. Its id must not be waiting yet."""
+        self._added += 1
+        key = (*self._order(request), self._added)
+        at = bisect_left(self._keys, key)
+        self._keys.insert(at, key)
+        self._requests.insert(at, request)
+        self._key_of[request.id] = key
+        self.by_class[request.slo_class] += 1
+
+    def remove(self, request: Request) -> bool:
+        """Take ``request`` out; False when it was not waiting."""
+        key = self._key_of.pop(request.id, None)
+        if key is None:
+            return False
+        at = bisect_left(self._keys, key)
+        del self._keys[at], self._requests[at]
+        self.by_class[request.slo_class] -= 1
+        return True
+
+    def reorder(self, request: Request) -> None:
+        """``request`` changed in a way that may move it."""
+        if self.remove(request):
+            self.add(request)
+
+    def clear(self) -> None:
+        """Take everything out."""
+        self._keys.clear()
+        self._requests.clear()
+        self._key_of.clear()
+        self.by_class.clear()
+
+    def __contains__(self, request: object) -> bool:
+        return isinstance(request, Request) and request.id in self._key_of
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @overload
+    def __getitem__(self, index: int) -> Request: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Request]: ...
+    def __getitem__(self, index: int | slice) -> Request | Sequence[Request]:
+        return self._requests[index]
