@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.dummy_model import write_dummy_model
-from benchmarks.load_client import send_from_another_process
-from benchmarks.workload import poisson
+from benchmarks.load_client import Target, send_from_another_process
+from benchmarks.run_record import run_record
+from benchmarks.workload import make_workload
 from engine_adapter.build import BUILDERS
 from engine_adapter.engine import Engine, EngineEvents
 from gateway.app import Gateway
@@ -94,7 +95,7 @@ async def _capacity(engine: Engine, relay: _Relay, seed: int) -> float:
     """Requests per second that the engine completes with 64 always in flight (no SLO in the way)."""
     import aiohttp
 
-    workload = poisson(1000.0, 160, seed)
+    workload = make_workload("small", qps=1000.0, requests=160, seed=seed)
     async with _in_front(engine, "fcfs", relay) as (_, url), aiohttp.ClientSession(url) as session:
         places = asyncio.Semaphore(64)
 
@@ -123,13 +124,27 @@ async def compare(
             runs = []
             for repeat in range(repeats):
                 for policy in policies:
-                    workload = poisson(overload * capacity, requests, seed + repeat, slo_scale=slo_scale)
-                    async with _in_front(engine, policy, relay) as (gateway, url):
-                        figures = await send_from_another_process(url, MODEL, workload, seed + repeat)
-                        spent = _spent(gateway, engine)
-                    runs.append(
-                        {"policy": policy, "qps": overload * capacity, "seed": seed + repeat, **figures, **spent}
+                    workload = make_workload(
+                        "small",
+                        qps=overload * capacity,
+                        requests=requests,
+                        seed=seed + repeat,
+                        slo_scale=slo_scale,
                     )
+                    async with _in_front(engine, policy, relay) as (gateway, url):
+                        sent = await send_from_another_process(Target(url, MODEL), workload, seed + repeat)
+                        spent = _spent(gateway, engine)
+                    figures = run_record(
+                        policy,
+                        overload * capacity,
+                        seed + repeat,
+                        sent.served(),
+                        sent.duration_s,
+                        wall_s=sent.duration_s,
+                        **sent.extras(),
+                        **spent,
+                    )
+                    runs.append(figures)
                     console.print(
                         f"round {repeat + 1} {policy}: goodput {figures['goodput']:.2f}/s, "
                         f"adherence {figures['slo_adherence']:.3f}"

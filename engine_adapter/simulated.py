@@ -1,9 +1,9 @@
 """A simulated engine in real time: vLLM's step loop with sleeps in place of forward passes.
 
 For development and tests. It generates nothing: its words are fixed, and every answer says so
-(``system_fingerprint: "antares-simulated"``). What is real is the scheduling: continuous batching with
-chunked prefill, decode first, first come first served, a token budget, KV accounting, and the step gate
-before every step.
+(``system_fingerprint: "antares-simulated"``). What is real is the scheduling (`engine_adapter.simulated_scheduler`):
+continuous batching with chunked prefill, decode first, first come first served, a token budget, KV blocks with
+preemption, and the step gate before every step.
 """
 
 from __future__ import annotations
@@ -11,29 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from engine_adapter.engine import ASGIApp, EngineEvents, EngineState, EngineUnreachable, GateReport
+from engine_adapter.profile import Profile
 from engine_adapter.simulated_app import SimulatedApp
+from engine_adapter.simulated_scheduler import SimulatedScheduler, Step
 from engine_adapter.simulated_sequence import SimulatedSequence
-from engine_adapter.step_gate import GATES, StepGate
+from engine_adapter.step_gate import GATES
 from engine_adapter.step_time import StepTimeModel, StepTimes
 
 FALLING_BEHIND_S = 0.25
 """Steps are timed from the scheduled end of the last one; beyond this lag the clock starts afresh."""
 _SHORTEST_STEP_S = 1e-4
-
-
-@dataclass(slots=True)
-class _Step:
-    decodes: list[SimulatedSequence]
-    chunks: list[tuple[SimulatedSequence, int]]
-    mean_context: float
-    prefill_tokens: int
-    seconds: float
 
 
 class SimulatedEngine:
@@ -44,8 +35,9 @@ class SimulatedEngine:
         model: the model name in answers and in ``/v1/models``. Requests for any model are served.
         times: a step lasts ``ITL(B, L)`` (if anything decodes) plus ``t(prefill tokens)`` (if anything
             prefills).
+        profile: a step lasts what this says instead.
         max_num_seqs, max_num_batched_tokens, max_model_len: vLLM's limits of the same names.
-        kv_tokens: KV cache size in tokens. A sequence is admitted once its prompt and output fit.
+        kv_tokens: KV cache size in tokens, at least ``max_model_len``. When it runs out, the youngest is preempted.
         gate: name in `step_gate.GATES`. Requests with a number under ``antares_tpot_ms`` in ``vllm_xargs``
             are gated.
         output_tokens: answer length for requests that do not fix it themselves: a number, a function of the
@@ -63,6 +55,7 @@ class SimulatedEngine:
         model: str = "simulated",
         *,
         times: StepTimes | None = None,
+        profile: Profile | None = None,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         max_model_len: int = 8192,
@@ -78,7 +71,7 @@ class SimulatedEngine:
             raise ValueError("the simulated engine's limits and time_scale must be positive")
         self.name = name
         self.model = model
-        self.times = times or StepTimes()
+        self.times = times or (StepTimes() if profile is None else profile.step_times())
         self.takes_xargs = True
         self.state = EngineState(
             model=model,
@@ -92,9 +85,14 @@ class SimulatedEngine:
         self._time_scale = time_scale
         self._restart_s = restart_s
         self._gate_name = gate
-        self._gate: StepGate = GATES[gate]()
-        self._waiting: deque[SimulatedSequence] = deque()
-        self._running: list[SimulatedSequence] = []
+        self._profile = profile
+        self._scheduler = SimulatedScheduler(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            kv_tokens=kv_tokens,
+            gate=GATES[gate](),
+        )
         self._wake = asyncio.Event()
         self._events = EngineEvents()
         self._loop_task: asyncio.Task[None] | None = None
@@ -150,14 +148,16 @@ class SimulatedEngine:
 
     def running_ids(self) -> list[str]:
         """Ids of the sequences that hold a place in the batch, oldest first."""
-        return [sequence.request_id for sequence in self._running]
+        waiting = self._scheduler.waiting
+        return [sequence.request_id for sequence in self._scheduler.sequences()][: -waiting or None]
 
     def submit(self, sequences: Iterable[SimulatedSequence]) -> None:
         """Queue sequences for their prefill. Raises `EngineLost` when the engine is down."""
         if not self.state.alive:
             raise EngineUnreachable(f"the simulated engine {self.name!r} is down")
-        self._waiting.extend(sequences)
-        self.state.engine_waiting = len(self._waiting)
+        for sequence in sequences:
+            self._scheduler.submit(sequence)
+        self.state.engine_waiting = self._scheduler.waiting
         self._wake.set()
 
     def abandon(self, sequences: Iterable[SimulatedSequence]) -> None:
@@ -166,7 +166,7 @@ class SimulatedEngine:
             sequence.abandoned = True
 
     def _come_up(self) -> None:
-        self._gate = GATES[self._gate_name]()
+        self._scheduler.gate = GATES[self._gate_name]()
         self.state.gate = GateReport()
         self.state.ready_in_s = 0.0
         self.state.alive = True
@@ -179,9 +179,7 @@ class SimulatedEngine:
         self._come_up()
 
     def _lose_everyone(self) -> None:
-        lost = [*self._running, *self._waiting]
-        self._running.clear()
-        self._waiting.clear()
+        lost = self._scheduler.clear()
         self._publish()
         for sequence in lost:
             sequence.on_lost()
@@ -189,107 +187,63 @@ class SimulatedEngine:
     async def _run(self) -> None:
         now = time.monotonic()
         while True:
-            self._drop_abandoned()
-            if not self._running and not self._waiting:
+            self._scheduler.drop_abandoned()
+            if not self._scheduler.running and not self._scheduler.waiting:
                 self._publish()
                 self._wake.clear()
                 await self._wake.wait()
                 now = time.monotonic()
                 continue
-            step = self._plan(now)
+            started = time.perf_counter()
+            step = self._scheduler.plan(now)
+            self._count_gate(step, time.perf_counter() - started)
+            seconds = self._seconds(step)
             self._publish()
             # The next step starts where this one was due to end: late wake-ups must not add up.
-            now += step.seconds
+            now += seconds
             await asyncio.sleep(max(0.0, now - time.monotonic()))
             if time.monotonic() - now > FALLING_BEHIND_S:
                 now = time.monotonic()
-            self._finish(step)
+            self._finish(step, seconds)
 
-    def _plan(self, now: float) -> _Step:
-        """Who takes part in the step at ``now``: decodes, running prefills, then the queue in order."""
-        decoding = [s for s in self._running if s.prefilled >= s.prompt_tokens]
-        prefilling = [s for s in self._running if s.prefilled < s.prompt_tokens]
-        backlog = sum(s.prompt_tokens - s.prefilled for s in (*prefilling, *self._waiting))
-        started = time.perf_counter()
-        plan = self._gate.plan(now, decoding, backlog)
-        self._count_gate(decoding, plan.sit_out, time.perf_counter() - started)
-
-        decodes = [s for s in decoding if s.request_id not in plan.sit_out]
-        decodes = decodes[: self.state.max_num_batched_tokens]
-        budget = self.state.max_num_batched_tokens - len(decodes)
-        if plan.max_prefill_tokens is not None:
-            budget = min(budget, plan.max_prefill_tokens)
-        chunks: list[tuple[SimulatedSequence, int]] = []
-        for sequence in prefilling:
-            if budget <= 0:
-                break
-            chunk = min(sequence.prompt_tokens - sequence.prefilled, budget)
-            chunks.append((sequence, chunk))
-            budget -= chunk
-        reserved = sum(s.reserved for s in self._running)
-        while self._waiting and budget > 0 and len(self._running) < self.state.max_num_seqs:
-            if reserved + self._waiting[0].reserved > self.state.kv_tokens:
-                break
-            sequence = self._waiting.popleft()
-            self._running.append(sequence)
-            reserved += sequence.reserved
-            chunk = min(sequence.prompt_tokens, budget)
-            chunks.append((sequence, chunk))
-            budget -= chunk
-        return self._timed(decodes, chunks)
-
-    def _timed(self, decodes: list[SimulatedSequence], chunks: list[tuple[SimulatedSequence, int]]) -> _Step:
-        context = sum(s.prompt_tokens + s.generated for s in decodes) / len(decodes) if decodes else 0.0
-        prefill_tokens = sum(chunk for _, chunk in chunks)
-        seconds = self.times.itl(len(decodes), context) if decodes else 0.0
-        if prefill_tokens:
-            seconds += self.times.prefill(prefill_tokens)
+    def _seconds(self, step: Step) -> float:
+        decodes = len(step.decodes)
+        if self._profile is not None:
+            seconds = self._profile.step_seconds(
+                decodes, step.decode_context, step.prefill_tokens, step.prefill_context, max(1, len(step.chunks))
+            )
+        else:
+            seconds = self.times.itl(decodes, step.decode_context / decodes) if decodes else 0.0
+            if step.prefill_tokens:
+                seconds += self.times.prefill(step.prefill_tokens)
         # A gate may leave a step empty; it still takes time, or the loop would spin.
-        seconds = max(seconds, _SHORTEST_STEP_S) * self._time_scale
-        return _Step(decodes, chunks, context, prefill_tokens, seconds)
+        return max(seconds, _SHORTEST_STEP_S) * self._time_scale
 
-    def _finish(self, step: _Step) -> None:
+    def _finish(self, step: Step, seconds: float) -> None:
         """The step's tokens come out; the model and the listener hear of it."""
         at = time.monotonic()
-        for sequence, chunk in step.chunks:
-            sequence.prefilled += chunk
-        finished_prefill = [s for s, _ in step.chunks if s.prefilled >= s.prompt_tokens]
-        # The step that completes a prompt also samples its first token.
-        for sequence in (*step.decodes, *finished_prefill):
-            if sequence.abandoned:
-                continue
-            sequence.generated += 1
-            sequence.on_token(sequence.generated, at)
-            if sequence.generated >= sequence.output_tokens:
-                self._running.remove(sequence)
-                self._gate.forget(sequence.request_id)
-        self.state.step_time.observe(len(step.decodes), step.prefill_tokens, step.mean_context, step.seconds)
+        for sequence in (*step.decodes, *self._scheduler.finish(step).prefilled):
+            if not sequence.abandoned:
+                sequence.on_token(sequence.generated, at)
+        decodes = len(step.decodes)
+        mean_context = step.decode_context / decodes if decodes else 0.0
+        self.state.step_time.observe(decodes, step.prefill_tokens, mean_context, seconds)
         self._publish()
         self._events.on_step()
 
-    def _count_gate(self, decoding: list[SimulatedSequence], sit_out: set[str], seconds: float) -> None:
+    def _count_gate(self, step: Step, seconds: float) -> None:
         report = self.state.gate
         report.steps += 1
-        report.gated_steps += bool(sit_out)
+        report.gated_steps += bool(step.sat_out)
         report.gate_seconds += seconds
-        for sequence in decoding:
+        for sequence in self._scheduler.decoding:
             if sequence.tpot_slo_s is None:
                 continue
             bound = f"{sequence.tpot_slo_s * 1000:g}"
             report.eligible[bound] = report.eligible.get(bound, 0) + 1
-            report.batched[bound] = report.batched.get(bound, 0) + (sequence.request_id not in sit_out)
-
-    def _drop_abandoned(self) -> None:
-        if any(s.abandoned for s in self._running):
-            for sequence in self._running:
-                if sequence.abandoned:
-                    self._gate.forget(sequence.request_id)
-            self._running = [s for s in self._running if not s.abandoned]
-        if any(s.abandoned for s in self._waiting):
-            self._waiting = deque(s for s in self._waiting if not s.abandoned)
+            report.batched[bound] = report.batched.get(bound, 0) + (sequence.request_id not in step.sat_out)
 
     def _publish(self) -> None:
-        self.state.engine_running = len(self._running)
-        self.state.engine_waiting = len(self._waiting)
-        held = sum(s.prefilled + s.generated for s in self._running)
-        self.state.kv_usage = min(1.0, held / self.state.kv_tokens)
+        self.state.engine_running = self._scheduler.running
+        self.state.engine_waiting = self._scheduler.waiting
+        self.state.kv_usage = self._scheduler.kv_usage

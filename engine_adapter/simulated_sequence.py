@@ -1,30 +1,46 @@
-"""One sequence of tokens inside the simulated engine."""
+"""One sequence of tokens inside a simulated engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+def _nobody_listens(*_: object) -> None:
+    pass
 
 
 @dataclass(slots=True, eq=False)
 class SimulatedSequence:
-    """One sequence in the simulated engine. Lengths in tokens; ``tpot_slo_s`` as in `step_gate.Decoding`.
+    """One sequence. Lengths in tokens; ``tpot_slo_s`` as in `step_gate.Decoding`.
 
-    ``on_token(generated, at)`` is called at the end of each step that gave it a token; ``on_lost`` when the
-    engine dies under it. ``abandoned`` is set by the app when nobody waits for it any more.
+    ``on_token(generated, at)`` is called by the engine in real time at the end of each step that gave it a token;
+    ``on_lost`` when that engine dies under it. ``abandoned`` is set by the app when nobody waits for it any more.
+
+    ``length`` is its context: the prompt and what was generated. ``to_prefill`` of it must be computed before it
+    decodes, ``prefilled`` is; after a preemption that is all over again. ``capacity`` is how long it may grow in the
+    KV blocks that it holds.
     """
 
     request_id: str
     prompt_tokens: int
     output_tokens: int
-    tpot_slo_s: float | None
-    on_token: Callable[[int, float], None]
-    on_lost: Callable[[], None]
-    prefilled: int = 0
-    generated: int = 0
+    tpot_slo_s: float | None = None
+    on_token: Callable[[int, float], None] = _nobody_listens
+    on_lost: Callable[[], None] = _nobody_listens
     abandoned: bool = False
+    length: int = field(init=False)
+    final_length: int = field(init=False)
+    to_prefill: int = field(init=False)
+    prefilled: int = 0
+    capacity: int = 0
+    preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.length = self.to_prefill = self.prompt_tokens
+        self.final_length = self.prompt_tokens + self.output_tokens
 
     @property
-    def reserved(self) -> int:
-        """KV tokens set aside for it on admission: its whole life, so that nothing is ever preempted."""
-        return self.prompt_tokens + self.output_tokens
+    def generated(self) -> int:
+        """Output tokens so far."""
+        return self.length - self.prompt_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,6 +18,12 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Check configuration files, hash API keys.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+
+PASSED_ON: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    "add_help_option": False,
+}
+"""For a command whose arguments another command line reads."""
 
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (YAML); see configs/.")]
 
@@ -64,14 +70,34 @@ def serve(
         raise typer.Exit(130) from None
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)
+@app.command(**PASSED_ON)
 def predictor(context: typer.Context) -> None:
     """The output-length predictor: train, evaluate, serve (a process of its own)."""
     # The gateway knows the predictor through HTTP only; so does its command line, which steps aside for the other's.
-    os.execv(sys.executable, [sys.executable, "-m", "predictor_service.cli", *context.args])
+    _step_aside("predictor_service.cli", context.args)
+
+
+@app.command(**PASSED_ON)
+def simulate(context: typer.Context) -> None:
+    """Plan capacity and compare policies in virtual time, without a GPU."""
+    _step_aside("benchmarks.cli", ["simulate", *context.args])
+
+
+@app.command(**PASSED_ON)
+def bench(context: typer.Context) -> None:
+    """Measure any OpenAI-compatible server under a workload with SLOs."""
+    _step_aside("benchmarks.cli", ["bench", *context.args])
+
+
+@app.command(**PASSED_ON)
+def profile(context: typer.Context) -> None:
+    """Make a step-time profile of an engine, or show one."""
+    _step_aside("benchmarks.cli", ["profile", *context.args])
+
+
+def _step_aside(module: str, arguments: list[str]) -> NoReturn:
+    """Become another command line: rooms that the gateway must not import have their own."""
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 @config_app.command("check")

@@ -150,7 +150,7 @@ async def test_a_long_prompt_is_prefilled_in_chunks_that_decodes_ride_along_with
     assert (1, 99) in steps.seen
 
 
-@pytest.mark.parametrize(("limits", "most"), [({"max_num_seqs": 3}, 3), ({"kv_tokens": 50}, 2)])
+@pytest.mark.parametrize(("limits", "most"), [({"max_num_seqs": 3}, 3), ({"kv_tokens": 64, "max_model_len": 64}, 4)])
 async def test_the_batch_is_limited_by_sequences_and_by_kv(limits: dict[str, int], most: int) -> None:
     seen: list[tuple[int, float]] = []
     engine = SimulatedEngine(times=FAST, **limits)

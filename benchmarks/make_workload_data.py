@@ -1,0 +1,70 @@
+"""Writes the length and arrival files in ``benchmarks/workload_data``. Run by hand; the results are committed.
+
+    python -m benchmarks.make_workload_data sharegpt                    # wants the extra `train`
+    python -m benchmarks.make_workload_data azure-conv CONV.csv         # github.com/Azure/AzurePublicDataset,
+    python -m benchmarks.make_workload_data azure-code CODE.csv.gz      # AzureLLMInferenceTrace_*.csv, packed or not
+
+Counts and times only: no text leaves a dataset. ``benchmarks/workload_data/README.md`` says what each file is.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from datetime import datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from benchmarks.workload.lengths import DATA
+
+
+def sharegpt() -> None:
+    """Token counts of every opening turn and its answer, nothing left out, in file order."""
+    from predictor_service.sharegpt import read_turns
+
+    turns = [turn for turn in read_turns() if turn.first]
+    encoding = import_module("bpe_openai").get_encoding("cl100k_base")
+    pairs = [(len(encoding.encode_ordinary(turn.prompt)), turn.length) for turn in turns]
+    prompts, outputs = np.array(pairs, dtype=np.uint32).T
+    np.savez_compressed(DATA / "sharegpt.npz", prompt_tokens=prompts, output_tokens=outputs)
+
+
+def azure(name: str, file: Path) -> None:
+    """Arrival times and token counts of one trace, in the order of arrival."""
+    packed = file.read_bytes()
+    text = (gzip.decompress(packed) if file.suffix == ".gz" else packed).decode()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    # The trace gives 100 ns; the seventh digit is dropped.
+    times = [datetime.fromisoformat(row["TIMESTAMP"][:26]) for row in rows]
+    since_first_us = np.array([round((at - times[0]).total_seconds() * 1e6) for at in times])
+    if (np.diff(since_first_us) < 0).any():
+        raise SystemExit(f"{file}: arrivals out of order")
+    np.savez_compressed(
+        DATA / f"{name}.npz",
+        # Gaps compress better than times.
+        gap_us=np.diff(since_first_us, prepend=0).astype(np.uint32),
+        prompt_tokens=np.array([int(row["ContextTokens"]) for row in rows], dtype=np.uint16),
+        output_tokens=np.array([int(row["GeneratedTokens"]) for row in rows], dtype=np.uint16),
+    )
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="sharegpt, azure-conv or azure-code.")],
+    file: Annotated[Path | None, typer.Argument(help="The trace, for azure-*.")] = None,
+) -> None:
+    """Write one data file."""
+    if name == "sharegpt":
+        sharegpt()
+    elif name in ("azure-conv", "azure-code") and file is not None:
+        azure(name, file)
+    else:
+        raise typer.BadParameter("sharegpt, or azure-conv FILE, or azure-code FILE")
+
+
+if __name__ == "__main__":
+    typer.run(main)

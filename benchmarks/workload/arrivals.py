@@ -1,0 +1,59 @@
+"""When requests arrive: unit-rate gaps that a rate only stretches, or the times of a recorded trace."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+def renewal(
+    random: np.random.Generator, qps: float, cv: float, requests: int | None, duration_s: float | None
+) -> Floats:
+    """Arrivals (s) with independent gaps of mean ``1 / qps`` and coefficient of variation ``cv``.
+
+    Gaps are Gamma distributed with shape 1 / cv^2; cv 1 is a Poisson process, above 1 it is bursty. The gaps of one
+    seed at two rates differ by a factor only. Ends at ``requests`` or before ``duration_s``, whichever comes first;
+    one of them must be given.
+    """
+    if duration_s is None:
+        assert requests is not None
+        return np.cumsum(_unit_gaps(random, cv, requests)) / qps
+    expected = qps * duration_s
+    chunk = int(expected + 6 * cv * np.sqrt(expected)) + 64
+    if requests is not None:
+        chunk = min(chunk, requests)
+    gaps = _unit_gaps(random, cv, chunk)
+    while gaps.sum() < expected and (requests is None or len(gaps) < requests):
+        gaps = np.concatenate([gaps, _unit_gaps(random, cv, chunk)])
+    times = np.cumsum(gaps)[:requests] / qps
+    return times[times < duration_s]
+
+
+def _unit_gaps(random: np.random.Generator, cv: float, n: int) -> Floats:
+    if cv == 1:
+        return random.standard_exponential(n)
+    return random.standard_gamma(1 / cv**2, n) * cv**2
+
+
+def replayed(
+    at_s: Floats,
+    *,
+    qps: float | None,
+    speed: float,
+    window_s: float | None,
+    requests: int | None,
+    duration_s: float | None,
+) -> Floats:
+    """A trace's own arrivals (s): its first ``window_s`` seconds, ``speed`` times as fast.
+
+    ``qps`` instead of a speed asks for that mean rate over the window. Ends at ``requests`` or before ``duration_s``
+    (after the change of speed).
+    """
+    times = at_s if window_s is None else at_s[at_s < window_s]
+    if qps is not None:
+        span = window_s if window_s is not None and window_s < at_s[-1] else float(times[-1])
+        speed = qps * span / len(times)
+    times = times[:requests] / speed
+    return times if duration_s is None else times[times < duration_s]
