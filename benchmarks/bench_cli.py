@@ -28,7 +28,7 @@ Speed = Annotated[float, typer.Option(help="Replay a trace so many times as fast
 Window = Annotated[float | None, typer.Option(help="Only the first so many seconds of the trace.")]
 SloTable = Annotated[str, typer.Option(help="The paper's bounds for llama-3.1-8b or gemma-2-27b.")]
 SloScale = Annotated[float, typer.Option(help="Multiplies every bound.")]
-Mix = Annotated[list[str] | None, typer.Option(help="CATEGORY=WEIGHT, such as 1=3; repeat. Default: all the same.")]
+Mix = Annotated[str | None, typer.Option(help="Weights of categories, such as 1=3,6=1. Default: all the same.")]
 MaxPrompt = Annotated[int | None, typer.Option(help="Longest prompt, in tokens.")]
 MaxOutput = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
 
@@ -107,9 +107,14 @@ def bench(
         if not all(asked for _, _, asked in work):
             raise ValueError("the workload has no requests: a longer --duration, or --requests")
         costs = _costs(bounds_profile)
+        if plot is not None:
+            _can_plot(plot)
     except ValueError as error:
         typer.echo(f"antares: {error}", err=True)
         raise typer.Exit(2) from error
+    except ModuleNotFoundError as error:
+        typer.echo(f"antares: bench needs {error.name}: pip install 'antares-gateway[bench]'", err=True)
+        raise typer.Exit(1) from error
     try:
         target = _reached(target, work[0][2][0], warmup)
         runs = [_run(target, policy, rate, one_seed, asked, costs) for rate, one_seed, asked in work]
@@ -154,13 +159,13 @@ def _target(
     return Target(base, model or "", endpoint, style, ignore_eos, api_key or None, timeout, max_connections)
 
 
-def _mix(given: list[str] | None) -> dict[int, float] | None:
-    if not given:
+def _mix(text: str | None) -> dict[int, float] | None:
+    if text is None:
         return None
     try:
-        return {int(category): float(weight) for category, _, weight in (item.partition("=") for item in given)}
+        return {int(category): float(weight) for category, weight in (part.split("=") for part in text.split(","))}
     except ValueError:
-        raise ValueError(f"--mix takes CATEGORY=WEIGHT, such as 1=3, not {' '.join(given)!r}") from None
+        raise ValueError(f"--mix takes CATEGORY=WEIGHT,..., such as 1=3,6=1, not {text!r}") from None
 
 
 def _costs(profile: str | None) -> list[Any] | None:
@@ -172,6 +177,16 @@ def _costs(profile: str | None) -> list[Any] | None:
     return works(load_profile(profile))
 
 
+def _can_plot(file: Path) -> None:
+    """Find out before the measurement, not after it. Raises `ValueError` or `ModuleNotFoundError`."""
+    from importlib.util import find_spec
+
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot writes .png, .svg or .pdf, not {file.name!r}")
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("matplotlib", name="matplotlib")
+
+
 def _reached(target: Target, sample: Asked, warmup: int) -> Target:
     """The target with its model known, after ``warmup`` answered requests. Raises `BenchError`."""
     from dataclasses import replace
@@ -179,6 +194,8 @@ def _reached(target: Target, sample: Asked, warmup: int) -> Target:
     import httpx
     import numpy as np
 
+    # Short, so that a slow server is not waited for; what matters is whether it takes such requests at all.
+    trial = replace(sample, prompt_tokens=min(sample.prompt_tokens, 64), output_tokens=min(sample.output_tokens, 8))
     # No proxies from the environment: the load client uses none either.
     with httpx.Client(base_url=target.url, headers=target.headers(), timeout=target.timeout_s, trust_env=False) as http:
         try:
@@ -189,7 +206,7 @@ def _reached(target: Target, sample: Asked, warmup: int) -> Target:
                     raise BenchError(f"{target.url}/v1/models names no model (HTTP {found.status_code}): give --model")
                 target = replace(target, model=str(cards[0]["id"]))
             for which in range(warmup):
-                answer = http.post(target.path, content=target.body(sample, np.random.default_rng(10**6 + which)))
+                answer = http.post(target.path, content=target.body(trial, np.random.default_rng(which)))
                 if answer.status_code not in (200, 429):
                     raise BenchError(
                         f"{target.url} refuses a trial request (HTTP {answer.status_code}): {answer.text[:300]}"
@@ -264,9 +281,8 @@ def _show(runs: list[dict[str, Any]], made_with: dict[str, Any], *, as_json: boo
 
         from benchmarks.runs_table import runs_table
 
-        console = Console()
         # Wider than a pipe's 80 columns: better long lines than cut figures.
-        console.print(runs_table(runs), width=max(console.width, 100))
+        Console(width=max(Console().width, 112)).print(runs_table(runs))
     if plot is None:
         return
     from benchmarks.plot_runs import plot_runs

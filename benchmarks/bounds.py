@@ -21,10 +21,10 @@ nothing is computed for it before it arrives. So in any window that begins at s,
 
 *Count bound.* The largest set that satisfies (3) for one s and all t is a classic: one machine, jobs of length w_i,
 due at D_i - s, fewest late. Moore-Hodgson finds it exactly: in order of due dates, whenever the work exceeds the time,
-drop the largest job so far. The run's attained set satisfies (3), so it is no larger. A window is also bounded by its
-two halves plus every request that straddles the middle, and the lesser of the two counts, again for halves of halves:
-this is what sees a burst inside a long quiet trace. With t the last deadline alone, (3) is the plain bound "all work
-fits into all time"; the other t and s only tighten it.
+drop the largest job so far. The run's attained set satisfies (3), so it is no larger. Wherever a window is cut in two,
+it is also bounded by its two parts plus every request that straddles the cut; the lesser of the two counts, and so on
+within the parts: this is what sees a burst inside a long quiet trace. With t the last deadline alone, (3) is the plain
+bound "all work fits into all time"; the other t and s only tighten it.
 
 *Fair bound.* The same windows filled in proportion: who attains does not depend on size, so of the N requests due by t,
 whose work is W, at most N * (t - s) / W attain (in expectation), and at best all others. A policy that plays no
@@ -34,7 +34,8 @@ A request is left out of both when it could not attain its SLO on an idle engine
 TPOT bound, or its prefill its TTFT bound.
 
 The bounds hold for engines that make one token per sequence and step, whose prompts share no cached prefix, and whose
-scheduler keeps the limits that `works` was given.
+scheduler keeps the limits that `works` was given. A sequence that is preempted gets one token out of its recomputation
+that is counted as a decode here; computing a context anew is dearer than the one decode, so nothing is gained by it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _SPLITS = 9
 """How many divisions of a step's fixed cost between prefill and decode `works` tries."""
 
 _SMALLEST_WINDOW = 256
-"""Windows of fewer requests are not halved: those that straddle would be too many to gain anything."""
+"""Windows of fewer than twice as many requests are not cut: too many would straddle for anything to be gained."""
 
 _ROUNDING = 1e-9
 """Relative allowance for sums of floating point numbers: a schedule that just fits must not count as impossible."""
@@ -101,16 +102,19 @@ def _extreme_steps(profile: Profile, seqs: int, tokens: int) -> tuple[Floats, Fl
     """
     columns: list[tuple[Floats, Floats, Floats]] = []
     decodes = np.arange(seqs + 1)
+    # Without chunked prefill, a prompt longer than the limit goes by itself.
+    longest = max(tokens, profile.max_model_len)
     lower = 0
     for regime in profile.regimes:
-        upper = int(min(regime.up_to_tokens, tokens))
-        for edge in (lower + 1, upper):
+        upper = int(min(regime.up_to_tokens, longest))
+        for edge in (lower + 1, min(upper, tokens), upper):
             prefill = np.maximum(edge - decodes, 0)
-            possible = (decodes + prefill > lower) & (decodes + prefill <= upper)
+            total = decodes + prefill
+            possible = (total > lower) & (total <= np.where(decodes == 0, upper, min(upper, tokens)))
             p, d = prefill[possible].astype(np.float64), decodes[possible].astype(np.float64)
             columns.append((p, d, _least_seconds(profile, regime, p, d)))
         lower = upper
-        if lower >= tokens:
+        if lower >= longest:
             break
     prefill_tokens, decoding, seconds = (np.concatenate(column) for column in zip(*columns, strict=True))
     return prefill_tokens, decoding, seconds
@@ -124,6 +128,7 @@ def _least_seconds(profile: Profile, regime: Regime, prefill: Floats, decodes: F
     seconds += min(0.0, regime.per_decode_context) * profile.kv_tokens
     seconds += min(0.0, regime.per_prefill_context) * profile.kv_tokens
     seconds += min(0.0, regime.per_prefill_pair) * prefill * profile.kv_tokens
+    seconds += np.where(decodes > 0, regime.per_decode_step, 0.0) + np.where(prefill > 0, regime.per_prefill_step, 0.0)
     return np.maximum(seconds, 0.0)
 
 
@@ -177,19 +182,27 @@ def _jobs(workload: Sequence[Asked], cost: Work, engines: int) -> _Jobs:
 
 
 def _least(jobs: _Jobs, fill: Callable[[_Jobs], float]) -> float:
-    """The least that ``fill`` and the halves of the window say can attain."""
+    """The least that ``fill`` and the parts of the window say can attain."""
     if not len(jobs):
         return 0.0
     whole = fill(jobs)
     if len(jobs) < 2 * _SMALLEST_WINDOW:
         return whole
-    middle = float(np.median(jobs.arrival))
-    after = jobs.arrival >= middle
-    before = jobs.deadline <= middle
-    straddling = len(jobs) - int(after.sum()) - int(before.sum())
-    if not before.any() or straddling >= whole:
+    cut = _quietest(jobs)
+    before, after = jobs.deadline <= cut, jobs.arrival >= cut
+    straddling = len(jobs) - int(before.sum()) - int(after.sum())
+    if straddling >= whole or not before.any() or not after.any():
         return whole
     return min(whole, _least(jobs.only(before), fill) + _least(jobs.only(after), fill) + straddling)
+
+
+def _quietest(jobs: _Jobs) -> float:
+    """Where to cut the window: of its quarters, in time and in requests, the one that the fewest requests straddle."""
+    first, last = float(jobs.arrival.min()), float(jobs.arrival.max())
+    quarters = (0.5, 0.25, 0.75)
+    cuts = [first + share * (last - first) for share in quarters]
+    cuts += np.quantile(jobs.arrival, quarters).tolist()
+    return min(cuts, key=lambda cut: int(((jobs.arrival < cut) & (jobs.deadline > cut)).sum()))
 
 
 def _room(jobs: _Jobs) -> Floats:

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -204,10 +205,8 @@ def _words(value: Any) -> str:
 
 
 def _need_matplotlib() -> None:
-    try:
-        import matplotlib as _  # noqa: F401
-    except ImportError:
-        _usage("--plot needs matplotlib: pip install matplotlib")
+    if find_spec("matplotlib") is None:
+        _usage("--plot needs matplotlib: pip install 'antares-gateway[bench]'")
 
 
 def _usage(message: str) -> NoReturn:

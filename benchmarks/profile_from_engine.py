@@ -5,7 +5,7 @@ decode over short and long contexts, and a mixed load in which prompts arrive wh
 over at different sizes. Steps of a seeded choice of rounds are held out to judge the fit by.
 
 What an engine reports of a step does not tell how many prompts share its prefill tokens, nor what came before a chunk.
-So prompts are kept short enough for one step, and prefill tokens count as one chunk with nothing before it.
+So a step's prefill tokens count as one chunk with nothing before it, and no prompt is longer than fits one step.
 """
 
 from __future__ import annotations
@@ -241,13 +241,27 @@ async def profile_from_engine(
     """
     await engine.start(EngineEvents())
     try:
-        if not engine.state.alive:
-            raise RuntimeError("the engine does not answer")
-        rounds = plan_sweep(engine.state, max_batch, seed)
-        on_start(sum(len(one.requests) for one in rounds))
-        samples = await run_sweep(engine, rounds, seed, progress)
+        return await sweep(engine, name, source, max_batch=max_batch, seed=seed, on_start=on_start, progress=progress)
     finally:
         await engine.stop()
+
+
+async def sweep(
+    engine: Engine,
+    name: str,
+    source: str,
+    *,
+    max_batch: int = MAX_BATCH,
+    seed: int = 0,
+    on_start: Callable[[int], None] = lambda requests: None,
+    progress: Callable[[int], None] = lambda requests: None,
+) -> tuple[Profile, Steps]:
+    """`profile_from_engine` for an ``engine`` that has started, and that goes on running."""
+    if not engine.state.alive:
+        raise RuntimeError("the engine does not answer")
+    rounds = plan_sweep(engine.state, max_batch, seed)
+    on_start(sum(len(one.requests) for one in rounds))
+    samples = await run_sweep(engine, rounds, seed, progress)
     fitted, held_out = usable_steps(samples, rounds, seed)
     try:
         regimes = fit_regimes(fitted)
@@ -273,6 +287,7 @@ async def profile_from_engine(
         max_num_batched_tokens=state.max_num_batched_tokens,
         max_model_len=state.max_model_len,
         kv_tokens=state.kv_tokens if told else state.max_num_seqs * state.max_model_len,
+        late_output=state.late_output,
     )
     return profile.with_quality(quality(profile, held_out)), held_out
 

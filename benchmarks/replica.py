@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
 from engine_adapter.profile import Profile
-from engine_adapter.simulated_scheduler import SimulatedScheduler, Step
+from engine_adapter.simulated_scheduler import Finished, SimulatedScheduler, Step
 from engine_adapter.simulated_sequence import SimulatedSequence
 from engine_adapter.step_gate import GATES
 from engine_adapter.step_time import StepTimeModel
@@ -61,6 +61,7 @@ class Replica:
         self._gated = policy.gated
         self._profile = profile
         self._flights: dict[str, Flight] = {}
+        self._held = Finished([], [])
 
     @property
     def next_event_s(self) -> float:
@@ -76,7 +77,9 @@ class Replica:
         if not self.admission.waiting:
             return Decision()
         for sequence in self.scheduler.decoding:
-            self._flights[sequence.request_id].request.generated = sequence.length - sequence.prompt_tokens  # type: ignore[union-attr]
+            request = self._flights[sequence.request_id].request
+            assert request is not None
+            request.generated = sequence.length - sequence.prompt_tokens
         started = time.perf_counter()
         decision = self.admission.decide(now)
         self.deciding_s += time.perf_counter() - started
@@ -121,6 +124,12 @@ class Replica:
         assert self.step is not None
         now, finished = self.step_ends_s, self.scheduler.finish(self.step)
         self.step, self.step_ends_s = None, math.inf
+        if self._profile.late_output:
+            finished, self._held = self._held, finished
+            self.start_step(now)
+            if self.step is None:  # nothing more to compute: what is held comes out at once
+                finished = Finished(finished.prefilled + self._held.prefilled, finished.done + self._held.done)
+                self._held = Finished([], [])
         first = []
         for sequence in finished.prefilled:
             request = self._flights[sequence.request_id].request

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-_HEADS = {
+_Cell = Callable[[dict[str, Any]], str]
+
+_HEADS: dict[str, _Cell] = {
     "offered\n/s": lambda run: f"{run['qps']:.4g}",
     "goodput\n/s": lambda run: "-" if run["goodput"] is None else f"{run['goodput']:.2f}",
     "adher-\nence": lambda run: _share(run["slo_adherence"]),
@@ -22,7 +24,7 @@ _HEADS = {
 
 
 def runs_table(runs: Sequence[dict[str, Any]]) -> Table:
-    """A row a run (`benchmarks.run_record.run_record`); without seeds and bounds it fits 80 columns."""
+    """A row a run (`benchmarks.run_record.run_record`); 112 columns hold it."""
     heads = dict(_HEADS)
     if any(run.get("count_bound") is not None for run in runs):
         heads["bounds\ncount/fair"] = lambda run: f"{_share(run['count_bound'])}/{_share(run['fair_bound'])}"

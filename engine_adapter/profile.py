@@ -62,7 +62,8 @@ class Profile:
     """One model on one kind of hardware. Sizes in tokens.
 
     ``max_num_seqs``, ``max_num_batched_tokens``, ``max_model_len`` and ``kv_tokens`` are what such a deployment would
-    use; ``provenance`` says where the numbers come from; ``quality`` has R2, RMSE (ms), MAPE (a fraction) and the
+    use; ``provenance`` says where the numbers come from. ``late_output``: tokens come out when the next step has
+    ended, if there is one (`EngineState.late_output`). ``quality`` has R2, RMSE (ms), MAPE (a fraction) and the
     number of held-out steps under ``prefill`` and ``itl``; empty where the data behind a published form is unknown.
 
     Raises:
@@ -77,6 +78,7 @@ class Profile:
     max_num_batched_tokens: int
     max_model_len: int
     kv_tokens: int
+    late_output: bool = False
     quality: dict[str, Any] = field(default_factory=dict)
     _bounds: tuple[float, ...] = field(init=False, repr=False, compare=False)
     _rows: tuple[_Row, ...] = field(init=False, repr=False, compare=False)
@@ -143,14 +145,13 @@ class Profile:
         """SCORPIO's two forms (eq. 4 and 6), fitted to this profile over its operating range: what policies start from.
 
         Eq. 4 over decode batches of 1 to ``max_num_seqs`` with contexts of 32 to 2048 tokens that fit the KV cache,
-        evenly in the logarithm of the batch so that the fixed cost is right where it counts; eq. 6 over one prompt
-        alone, of 16 to ``max_num_batched_tokens`` tokens.
+        eq. 6 over one prompt alone, of 16 to ``max_num_batched_tokens`` tokens. Sizes are even in their logarithm, so
+        that what a small batch or a short prompt costs is right as well.
         """
         if self._times is None:
             a, b, c, d = fit_itl(*self._decode_steps())
-            prompts = np.unique(
-                np.linspace(min(16, self.max_num_batched_tokens), self.max_num_batched_tokens, 128, dtype=int)
-            )
+            shortest, longest = min(16, self.max_num_batched_tokens), self.max_num_batched_tokens
+            prompts = np.unique(np.geomspace(shortest, longest, 160).round().astype(int))
             alone = np.array([self.step_seconds(0, 0, int(p), 0) for p in prompts])
             alpha, beta, theta, delta = fit_prefill(prompts.astype(np.float64), alone)
             object.__setattr__(self, "_times", StepTimes(a, b, c, d, alpha, beta, theta, delta))
@@ -229,6 +230,8 @@ def _parse(document: Any) -> Profile:
     for key, kind in (("name", str), ("description", str), ("provenance", dict), ("regimes", list)):
         _expect(values[key], kind, key)
     _expect(values.get("quality", {}), dict, "quality")
+    if not isinstance(values.get("late_output", False), bool):
+        raise ValueError("late_output must be true or false")
     for key in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_tokens"):
         _expect(values[key], int, key)
     values["regimes"] = tuple(_regime(regime, f"regimes[{i}]") for i, regime in enumerate(values["regimes"]))

@@ -4,8 +4,9 @@
          + per_prefill_pair*pairs + per_decode_step*[B > 0] + per_prefill_step*[p > 0]
 
 f is continuous and never falls: hinges with non-negative slopes between knots that are chosen one by one, each where it
-explains most. All coefficients are at least 0, so that no fitted step gets faster by having more to do. Errors are
-weighed relative to the step's time: a policy that aims at a deadline cares about per cent.
+explains most. All coefficients are at least 0, so that no fitted step gets faster by having more to do. Errors count
+relative to the step's time, for a policy that aims at a deadline cares about per cent; and steps that only decode, only
+prefill, and do both count the same in sum, though an engine runs many more of the first.
 """
 
 from __future__ import annotations
@@ -102,20 +103,27 @@ def fit_regimes(steps: Steps, max_regimes: int = MAX_REGIMES) -> tuple[Regime, .
     tokens = steps.decodes + steps.prefill_tokens
     # Two columns that rise together hide each other's cost when one is tried alone, so all of attention's always stay.
     fixed = _attention(steps)
-    candidates = [float(k) for k in _candidates(tokens)]
+    weights = 1.0 / (steps.seconds * np.sqrt(_alike(steps)))
+    candidates = _candidates(tokens)
     knots: list[float] = []
     # Among few steps, noise alone takes as much away: the Bayesian information criterion's price of two parameters.
     worth = max(_WORTH_A_KNOT, 2 * float(np.log(len(steps))) / len(steps))
-    best, weights = _fit(fixed, tokens, knots, steps.seconds)
-    while candidates and len(knots) + 1 < max_regimes and best > _PERFECT * len(steps):
-        tries = [(_fit(fixed, tokens, sorted([*knots, k]), steps.seconds), k) for k in candidates]
-        (loss, found), knot = min(tries, key=lambda t: t[0][0])
+    best, found = _fit(fixed, tokens, knots, steps.seconds, weights)
+    while candidates and len(knots) + 1 < max_regimes and best > _PERFECT:
+        tries = [(_fit(fixed, tokens, sorted([*knots, k]), steps.seconds, weights), k) for k in candidates]
+        (loss, with_knot), knot = min(tries, key=lambda t: t[0][0])
         if loss > best * (1 - worth):
             break
-        best, weights = loss, found
+        best, found = loss, with_knot
         knots = sorted([*knots, knot])
         candidates.remove(knot)
-    return _regimes(knots, weights)
+    return _regimes(knots, found)
+
+
+def _alike(steps: Steps) -> Floats:
+    """How many steps are of each one's kind."""
+    kind = 2 * (steps.decodes > 0) + (steps.prefill_tokens > 0)
+    return np.asarray(np.bincount(kind)[kind], dtype=np.float64)
 
 
 def _attention(steps: Steps) -> Floats:
@@ -126,37 +134,37 @@ def _attention(steps: Steps) -> Floats:
     return np.stack([np.ones(len(steps)), *columns], axis=1)
 
 
-def _candidates(tokens: Floats) -> Floats:
-    """Where a knot may be: tile sizes are multiples of 16 (8 below 64, and few prompts tell 1000 from 1016 apart)."""
-    inside = np.quantile(tokens, np.linspace(0.02, 0.98, 80))
+def _candidates(tokens: Floats) -> list[float]:
+    """Where a knot may be: among the steps' sizes, some by how often they occur and some evenly; whole tiles."""
+    shares = np.linspace(0.02, 0.98, 48)
+    inside = np.concatenate([np.quantile(tokens, shares), np.quantile(np.unique(tokens), shares)])
     tile = np.select([inside < 16, inside < 64, inside < 512], [1, 8, 16], 64)
     rounded = np.unique(np.round(inside / tile) * tile)
-    return np.asarray(rounded[(rounded > tokens.min()) & (rounded < tokens.max())])
+    found: list[float] = rounded[(rounded > tokens.min()) & (rounded < tokens.max())].tolist()
+    return found
 
 
-def _fit(fixed: Floats, tokens: Floats, knots: list[float], seconds: Floats) -> tuple[float, Floats]:
-    """The relative squared loss and the coefficients: those of ``fixed``, then one slope a regime."""
+def _fit(fixed: Floats, tokens: Floats, knots: list[float], seconds: Floats, weights: Floats) -> tuple[float, Floats]:
+    """The weighted squared loss and the coefficients: those of ``fixed``, then one slope a regime."""
     lows = np.array([0.0, *knots])
-    widths = np.diff([*lows, np.inf])
-    hinges = np.clip(tokens[:, None] - lows, 0.0, widths)
-    columns = np.concatenate([fixed, hinges], axis=1) / seconds[:, None]
-    weights = nonnegative(columns, np.ones(len(seconds)))
-    residual = columns @ weights - 1.0
-    return float(residual @ residual), weights
+    hinges = np.clip(tokens[:, None] - lows, 0.0, np.diff([*lows, np.inf]))
+    columns = np.concatenate([fixed, hinges], axis=1) * weights[:, None]
+    target = seconds * weights
+    found = nonnegative(columns, target)
+    residual = columns @ found - target
+    return float(residual @ residual), found
 
 
-def _regimes(knots: list[float], weights: Floats) -> tuple[Regime, ...]:
-    base = float(weights[0])
+def _regimes(knots: list[float], found: Floats) -> tuple[Regime, ...]:
     # In the order of `Regime`'s fields, as `_attention` has its columns.
-    linear = weights[1:8].tolist()
+    linear = found[1:8].tolist()
     regimes = []
-    low = 0.0
-    for high, slope in zip([*knots, np.inf], weights[8:].tolist(), strict=True):
-        # The line through the regime's lower end, written from the origin.
-        regimes.append(Regime(high, base - slope * low, slope, *linear))
-        base += slope * (high - low) if np.isfinite(high) else 0.0
-        low = high
-    # From slope to slope `base` was the height of f at the knot; in a regime it is the intercept.
+    low, height = 0.0, float(found[0])
+    for high, slope in zip([*knots, np.inf], found[8:].tolist(), strict=True):
+        # The line through (low, height), told by its intercept.
+        regimes.append(Regime(high, height - slope * low, slope, *linear))
+        if np.isfinite(high):
+            low, height = high, height + slope * (high - low)
     return tuple(regimes)
 
 

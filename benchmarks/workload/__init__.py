@@ -102,7 +102,7 @@ def make_workload(
         ValueError: an unknown name (the message lists what exists), a number out of range, or arguments that
             contradict each other.
     """
-    _check(name, qps, requests, duration_s, arrivals, burstiness, speed, trace, window_s, slo_table, slo_scale)
+    _check(name, qps, requests, duration_s, arrivals, burstiness, speed, trace, window_s, slo_table, slo_scale, seed)
     for limit, value in (("max_prompt", max_prompt), ("max_output", max_output)):
         if value is not None and value < 1:
             raise ValueError(f"{limit} must be at least 1")
@@ -155,6 +155,7 @@ def _check(
     window_s: float | None,
     slo_table: str,
     slo_scale: float,
+    seed: int,
 ) -> None:
     for what, value, known in (
         ("workload", name, WORKLOADS),
@@ -175,6 +176,8 @@ def _check(
     ):
         if number is not None and not (number > 0 and math.isfinite(number)):
             raise ValueError(f"{option} must be a positive number, not {number}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, not {seed}")
     if arrivals == "trace":
         if qps is not None and speed != 1:
             raise ValueError("a trace takes qps or speed, not both")

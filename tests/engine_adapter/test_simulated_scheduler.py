@@ -1,0 +1,467 @@
+"""The simulated engines' scheduler keeps vLLM's limits, loses no token, and decides step by step as vLLM does."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_adapter.simulated_scheduler import BLOCK_TOKENS, STEP_MODES, Finished, SimulatedScheduler, Step
+from engine_adapter.simulated_sequence import SimulatedSequence
+from engine_adapter.step_gate import CreditGate, Decoding, OpenGate, StepPlan
+
+LONGEST = 100
+WIDE = {"max_num_seqs": 8, "max_num_batched_tokens": 1000, "max_model_len": LONGEST, "kv_tokens": 10_000}
+
+
+class WhimsicalGate:
+    """Holds back about half of the batch and caps prompts, by the step's number; every fourth step is open."""
+
+    def __init__(self, whim: int) -> None:
+        self.whim, self.steps = whim, 0
+        self.forgotten: list[str] = []
+
+    def sits_out(self, request_id: str) -> bool:
+        return self.steps % 4 != 0 and (self.whim >> (self.steps + sum(request_id.encode())) % 16) & 1 == 1
+
+    def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
+        self.steps += 1
+        most = None if self.steps % 4 == 0 else self.whim % 40
+        return StepPlan({d.request_id for d in decoding if self.sits_out(d.request_id)}, most)
+
+    def forget(self, request_id: str) -> None:
+        self.forgotten.append(request_id)
+
+
+@dataclass(frozen=True)
+class Comes:
+    """A sequence, and the step before which it comes, and before which nobody waits for it any more."""
+
+    prompt: int
+    output: int
+    tpot_s: float | None
+    step: int
+    leaves: int | None = None
+
+
+COMERS = st.lists(
+    st.builds(
+        Comes, st.integers(1, 60), st.integers(1, 40), st.sampled_from([None, 0.03, 0.05, 0.06]), st.integers(0, 30)
+    ),
+    min_size=1,
+    max_size=10,
+)
+LIMITS = st.fixed_dictionaries(
+    {
+        "max_num_seqs": st.integers(1, 6),
+        "max_num_batched_tokens": st.integers(1, 80),
+        "max_model_len": st.just(LONGEST),
+        "kv_tokens": st.integers(LONGEST, 260),
+    }
+)
+GATES = st.one_of(st.builds(OpenGate), st.builds(CreditGate), st.builds(WhimsicalGate, st.integers(0, 2**16 - 1)))
+MODES = st.sampled_from(STEP_MODES)
+
+
+def sequences_of(comers: Sequence[Comes]) -> list[SimulatedSequence]:
+    return [SimulatedSequence(str(i), c.prompt, c.output, c.tpot_s) for i, c in enumerate(comers)]
+
+
+def play(
+    scheduler: SimulatedScheduler,
+    comers: Sequence[Comes],
+    look: Callable[[Step], None] = lambda step: None,
+    after: Callable[[Step, Finished], None] = lambda step, finished: None,
+) -> list[SimulatedSequence]:
+    """Step until nobody is left; the sequences in the order of ``comers``. Fails if that takes too long."""
+    sequences = sequences_of(comers)
+    # A prompt that loses its memory is computed again; each time somebody older got a block, which is a step forward.
+    patience = 200 + 20 * sum(s.final_length for s in sequences)
+    for number in range(patience):
+        for sequence, comes in zip(sequences, comers, strict=True):
+            if comes.step == number:
+                scheduler.submit(sequence)
+            sequence.abandoned = sequence.abandoned or comes.leaves == number
+        scheduler.drop_abandoned()
+        if number > 30 and not (scheduler.running or scheduler.waiting):
+            return sequences
+        step = scheduler.plan(float(number))
+        look(step)
+        after(step, scheduler.finish(step))
+    raise AssertionError(f"{scheduler.running + scheduler.waiting} sequences are left after {patience} steps")
+
+
+def held_blocks(scheduler: SimulatedScheduler) -> int:
+    return sum(s.capacity for s in scheduler.sequences()) // BLOCK_TOKENS
+
+
+# --- what holds in every step -----------------------------------------------------------------------------------------
+
+
+@given(COMERS, LIMITS, GATES, MODES)
+def test_no_step_exceeds_the_token_budget_or_the_batch(
+    comers: list[Comes], limits: dict[str, int], gate: Any, mode: str
+) -> None:
+    scheduler = SimulatedScheduler(**limits, gate=gate, step_mode=mode)
+
+    def look(step: Step) -> None:
+        chunks = [tokens for _, tokens in step.chunks]
+        assert step.prefill_tokens == sum(chunks)
+        assert all(tokens > 0 for tokens in chunks)
+        alone = mode == "prefill-first" and len(chunks) == 1  # a prompt longer than the budget goes by itself
+        assert alone or len(step.decodes) + sum(chunks) <= limits["max_num_batched_tokens"]
+        assert scheduler.running <= limits["max_num_seqs"]
+
+    play(scheduler, comers, look)
+
+
+@given(COMERS, LIMITS, GATES, MODES)
+def test_kv_blocks_are_either_free_or_held_and_hold_what_is_computed(
+    comers: list[Comes], limits: dict[str, int], gate: Any, mode: str
+) -> None:
+    scheduler = SimulatedScheduler(**limits, gate=gate, step_mode=mode)
+    blocks = -(-limits["kv_tokens"] // BLOCK_TOKENS)
+
+    def look(step: Step) -> None:
+        assert 0 <= held_blocks(scheduler) <= blocks
+        assert scheduler.kv_usage == pytest.approx(held_blocks(scheduler) / blocks)
+        assert all(s.capacity >= s.length for s in step.decodes)
+        assert all(s.capacity >= s.prefilled + tokens for s, tokens in step.chunks)
+        assert step.decode_context == sum(s.length for s in step.decodes)
+        assert step.prefill_context == sum(s.prefilled for s, _ in step.chunks)
+
+    play(scheduler, comers, look)
+    assert scheduler.kv_usage == 0
+
+
+@given(COMERS, LIMITS, GATES, MODES)
+def test_every_sequence_ends_with_exactly_its_tokens_however_often_it_was_preempted(
+    comers: list[Comes], limits: dict[str, int], gate: Any, mode: str
+) -> None:
+    scheduler = SimulatedScheduler(**limits, gate=gate, step_mode=mode)
+    tokens: Counter[str] = Counter()
+    ended: list[str] = []
+
+    def after(step: Step, finished: Finished) -> None:
+        tokens.update(s.request_id for s in (*step.decodes, *finished.prefilled))
+        ended.extend(s.request_id for s in finished.done)
+
+    sequences = play(scheduler, comers, after=after)
+    assert sorted(ended) == sorted(s.request_id for s in sequences)
+    assert [tokens[s.request_id] for s in sequences] == [c.output for c in comers]
+    assert [s.generated for s in sequences] == [c.output for c in comers]
+    assert scheduler.preemptions == sum(s.preemptions for s in sequences)
+
+
+@given(COMERS, LIMITS, GATES, MODES)
+def test_prompts_are_begun_first_come_first_served(
+    comers: list[Comes], limits: dict[str, int], gate: Any, mode: str
+) -> None:
+    begun: dict[str, None] = {}
+    play(
+        SimulatedScheduler(**limits, gate=gate, step_mode=mode),
+        comers,
+        lambda step: begun.update(dict.fromkeys(s.request_id for s, _ in step.chunks)),
+    )
+    assert list(begun) == [str(i) for i in sorted(range(len(comers)), key=lambda i: comers[i].step)]
+
+
+@given(COMERS, LIMITS, GATES, MODES)
+def test_who_the_gate_holds_back_does_not_decode(
+    comers: list[Comes], limits: dict[str, int], gate: Any, mode: str
+) -> None:
+    def look(step: Step) -> None:
+        assert not step.sat_out & {s.request_id for s in step.decodes}
+
+    play(SimulatedScheduler(**limits, gate=gate, step_mode=mode), comers, look)
+
+
+@given(COMERS, LIMITS, GATES)
+def test_in_prefill_first_steps_prompts_are_whole_and_nobody_decodes_beside_them(
+    comers: list[Comes], limits: dict[str, int], gate: Any
+) -> None:
+    def look(step: Step) -> None:
+        assert not (step.decodes and step.chunks)
+        assert all((s.prefilled, tokens) == (0, s.to_prefill) for s, tokens in step.chunks)
+
+    play(SimulatedScheduler(**limits, gate=gate, step_mode="prefill-first"), comers, look)
+
+
+LEAVING = COMERS.flatmap(
+    lambda comers: st.lists(st.none() | st.integers(0, 60), min_size=len(comers), max_size=len(comers)).map(
+        lambda leaves: [Comes(c.prompt, c.output, c.tpot_s, c.step, at) for c, at in zip(comers, leaves, strict=True)]
+    )
+)
+
+
+@given(LEAVING, LIMITS, GATES, MODES)
+def test_whoever_is_abandoned_leaves_with_their_memory_and_everybody_else_finishes(
+    comers: list[Comes], limits: dict[str, int], gate: Any, mode: str
+) -> None:
+    scheduler = SimulatedScheduler(**limits, gate=gate, step_mode=mode)
+
+    def look(step: Step) -> None:
+        assert not any(s.abandoned for s in (*step.decodes, *(s for s, _ in step.chunks)))
+        blocks = -(-limits["kv_tokens"] // BLOCK_TOKENS)
+        assert scheduler.kv_usage == pytest.approx(held_blocks(scheduler) / blocks)
+
+    sequences = play(scheduler, comers, look)
+    assert all(s.abandoned or s.generated == s.output_tokens for s in sequences)
+    assert scheduler.kv_usage == 0
+
+
+# --- step by step as vLLM ---------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Row:
+    """A request in the reference: tokens it has, and how many of those are computed."""
+
+    id: str
+    tokens: int
+    final: int
+    prompt: int
+    computed: int = 0
+    blocks: int = 0
+
+
+class Reference:
+    """`vllm.v1.core.sched.scheduler.Scheduler.schedule`, 0.32, without what a plain text model does not use.
+
+    There is one running list in order of admission and no notion of a phase: a request's computed tokens catch up with
+    its tokens. One departure: a prompt takes all of its blocks when it is admitted (vLLM checks that they are there).
+    """
+
+    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, kv_tokens: int) -> None:
+        self.seqs, self.budget, self.free = max_num_seqs, max_num_batched_tokens, -(-kv_tokens // BLOCK_TOKENS)
+        self.running: list[Row] = []
+        self.waiting: deque[Row] = deque()
+
+    def schedule(self, held_back: set[str], most_prompt_tokens: int | None) -> dict[str, int]:
+        decoding = [r for r in self.running if r.computed >= r.prompt and r.id not in held_back]
+        budget = self.budget
+        if most_prompt_tokens is not None:  # as SloScheduler does: by the step's own budget
+            budget = min(budget, len(decoding) + most_prompt_tokens)
+        scheduled: dict[str, int] = {}
+        at, preempted = 0, False
+        while at < len(self.running) and budget > 0:
+            row = self.running[at]
+            at += 1
+            if row.id in held_back and row.computed >= row.prompt:
+                continue
+            new = min(row.tokens - row.computed, budget)
+            more = max(0, -(-(row.computed + new) // BLOCK_TOKENS) - row.blocks)
+            while self.free < more:
+                victim = self.running.pop()
+                self.free += victim.blocks
+                victim.computed = victim.blocks = 0
+                victim.prompt = victim.tokens
+                self.waiting.appendleft(victim)
+                preempted = True
+                if victim is row:
+                    break
+            if not row.blocks:
+                break
+            self.free -= more
+            row.blocks += more
+            scheduled[row.id] = new
+            budget -= new
+        while not preempted and self.waiting and budget > 0 and len(self.running) < self.seqs:
+            row = self.waiting[0]
+            row.blocks = -(-row.tokens // BLOCK_TOKENS)
+            if row.blocks > self.free:
+                row.blocks = 0
+                break
+            self.free -= row.blocks
+            self.running.append(self.waiting.popleft())
+            scheduled[row.id] = min(row.tokens, budget)
+            budget -= scheduled[row.id]
+        return scheduled
+
+    def update(self, scheduled: dict[str, int]) -> None:
+        for row in self.running[:]:
+            row.computed += scheduled.get(row.id, 0)
+            if row.computed == row.tokens:
+                row.tokens += 1
+            if row.tokens == row.final:
+                self.free += row.blocks
+                self.running.remove(row)
+
+
+def side_by_side(comers: list[Comes], limits: dict[str, int], gate: Any) -> tuple[list[Any], list[Any]]:
+    """The tokens of each step by sequence: ours, and the reference's under our gate's decisions."""
+    ours, theirs = [], []
+    reference = Reference(**limits)
+    arrivals = {id(c): Row(str(i), c.prompt, c.prompt + c.output, c.prompt) for i, c in enumerate(comers)}
+    caps: list[int | None] = []
+    plan = gate.plan
+
+    def recorded(*seen: Any) -> StepPlan:
+        caps.append((planned := plan(*seen)).max_prefill_tokens)
+        return planned
+
+    gate.plan = recorded
+
+    def look(step: Step) -> None:
+        ours.append({s.request_id: 1 for s in step.decodes} | {s.request_id: tokens for s, tokens in step.chunks})
+        for comes in comers:
+            if comes.step == len(theirs):
+                reference.waiting.append(arrivals[id(comes)])
+        theirs.append(reference.schedule(step.sat_out, caps[-1]))
+        reference.update(theirs[-1])
+
+    play(SimulatedScheduler(**limits, gate=gate), comers, look)
+    return ours, theirs
+
+
+@given(COMERS, LIMITS)
+def test_chunked_steps_are_vllms(comers: list[Comes], limits: dict[str, int]) -> None:
+    ours, theirs = side_by_side(comers, limits, OpenGate())
+    assert ours == theirs
+
+
+@given(COMERS, LIMITS, st.integers(0, 2**16 - 1))
+def test_gated_steps_are_those_of_vllm_with_our_scheduler_class(
+    comers: list[Comes], limits: dict[str, int], whim: int
+) -> None:
+    ours, theirs = side_by_side(comers, limits, WhimsicalGate(whim))
+    assert ours == theirs
+
+
+# --- by example -------------------------------------------------------------------------------------------------------
+
+
+def submitted(*sequences: SimulatedSequence, **limits: Any) -> SimulatedScheduler:
+    scheduler = SimulatedScheduler(**{**WIDE, **limits})
+    for sequence in sequences:
+        scheduler.submit(sequence)
+    return scheduler
+
+
+def stepped(scheduler: SimulatedScheduler, steps: int = 1) -> list[tuple[list[str], dict[str, int]]]:
+    """Who decoded, and the chunks, of each of the next steps."""
+    seen = []
+    for _ in range(steps):
+        step = scheduler.plan(0.0)
+        seen.append(([s.request_id for s in step.decodes], {s.request_id: tokens for s, tokens in step.chunks}))
+        scheduler.finish(step)
+    return seen
+
+
+def test_decodes_go_first_and_prompts_get_the_rest_cut_where_the_budget_ends() -> None:
+    scheduler = submitted(SimulatedSequence("a", 30, 9), max_num_batched_tokens=40)
+    stepped(scheduler)
+    for name in ("b", "c"):
+        scheduler.submit(SimulatedSequence(name, 50, 9))
+    assert stepped(scheduler, 3) == [
+        (["a"], {"b": 39}),
+        (["a"], {"b": 11, "c": 28}),
+        (["a", "b"], {"c": 22}),
+    ]
+
+
+def test_prefill_first_lets_decodes_wait_for_every_prompt_that_fits() -> None:
+    scheduler = submitted(SimulatedSequence("a", 30, 9), max_num_batched_tokens=60, step_mode="prefill-first")
+    stepped(scheduler)
+    for name, prompt in (("b", 50), ("c", 10), ("d", 90)):
+        scheduler.submit(SimulatedSequence(name, prompt, 2))
+    assert stepped(scheduler, 4) == [
+        ([], {"b": 50, "c": 10}),
+        ([], {"d": 90}),
+        (["a", "b", "c", "d"], {}),
+        (["a"], {}),
+    ]
+
+
+def test_the_youngest_gives_way_and_is_computed_again_with_what_it_had() -> None:
+    # Four blocks: two each; the older one's 33rd token needs a fifth.
+    old, young = SimulatedSequence("old", 30, 20), SimulatedSequence("young", 28, 20)
+    scheduler = submitted(old, young, max_model_len=64, kv_tokens=64)
+    assert stepped(scheduler, 3)[1:] == [(["old", "young"], {})] * 2
+    assert (old.length, young.length) == (33, 31)
+    assert stepped(scheduler) == [(["old"], {})]
+    assert (young.preemptions, young.to_prefill, young.prefilled, young.capacity) == (1, 31, 0, 0)
+    assert (scheduler.running, scheduler.waiting, scheduler.preemptions) == (1, 1, 1)
+    until_it_fits = stepped(scheduler, 17)
+    assert until_it_fits[-1] == ([], {"young": 31})
+    assert young.generated == 4, "the step that recomputes also gives the next token"
+
+
+def test_nobody_is_admitted_in_a_step_that_had_to_preempt() -> None:
+    scheduler = submitted(SimulatedSequence("old", 32, 20), SimulatedSequence("young", 32, 20), kv_tokens=64,
+                          max_model_len=64)  # fmt: skip
+    stepped(scheduler)
+    scheduler.submit(SimulatedSequence("tiny", 1, 1))
+    assert stepped(scheduler) == [(["old"], {})]
+    assert [s.request_id for s in scheduler.sequences()] == ["old", "young", "tiny"]
+
+
+def test_a_sequence_as_long_as_the_memory_runs_to_its_end_alone() -> None:
+    sequence = SimulatedSequence("all", 50, 50)
+    scheduler = submitted(sequence, SimulatedSequence("other", 50, 50), kv_tokens=LONGEST)
+    while scheduler.running or scheduler.waiting:
+        stepped(scheduler)
+    assert (sequence.generated, sequence.preemptions) == (50, 0)
+
+
+def test_the_gate_is_shown_the_decoding_and_the_prompt_tokens_still_to_compute() -> None:
+    seen: list[tuple[list[str], int]] = []
+
+    class Watching(OpenGate):
+        def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
+            seen.append(([d.request_id for d in decoding], prefill_backlog))
+            return StepPlan(max_prefill_tokens=20)
+
+    stepped(submitted(SimulatedSequence("a", 30, 5), SimulatedSequence("b", 25, 5), gate=Watching()), 4)
+    assert seen == [([], 55), ([], 35), (["a"], 15), (["a", "b"], 0)]
+
+
+@pytest.mark.parametrize("mode", STEP_MODES)
+def test_a_loose_bound_decodes_in_its_share_of_the_steps(mode: str) -> None:
+    scheduler = submitted(
+        SimulatedSequence("strict", 5, 90, 0.03), SimulatedSequence("loose", 5, 90, 0.06), gate=CreditGate(),
+        step_mode=mode,
+    )  # fmt: skip
+    stepped(scheduler)
+    decoded = Counter(name for names, _ in stepped(scheduler, 40) for name in names)
+    assert decoded == {"strict": 40, "loose": 20}
+
+
+def test_the_gate_forgets_who_leaves() -> None:
+    gate = WhimsicalGate(39)  # caps prompts at 39 tokens
+    done, gone = SimulatedSequence("done", 5, 1), SimulatedSequence("gone", 5, 9)
+    scheduler = submitted(done, gone, gate=gate)
+    stepped(scheduler)
+    gone.abandoned = True
+    scheduler.drop_abandoned()
+    assert gate.forgotten == ["done", "gone"]
+
+
+@pytest.mark.parametrize("mode", STEP_MODES)
+def test_clearing_leaves_an_empty_engine_that_serves_again(mode: str) -> None:
+    first = [SimulatedSequence(str(i), 40, 20) for i in range(5)]
+    scheduler = submitted(*first, max_num_seqs=3, kv_tokens=128, step_mode=mode)
+    stepped(scheduler, 3)
+    assert {s.request_id for s in scheduler.clear()} == {s.request_id for s in first}
+    assert (scheduler.running, scheduler.waiting, scheduler.kv_usage) == (0, 0, 0.0)
+    assert scheduler.plan(0.0).empty
+    assert [s.generated for s in play(scheduler, [Comes(60, 40, None, 0)])] == [40]
+    assert scheduler.kv_usage == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"step_mode": "decode-first"}, "unknown step mode 'decode-first': use one of chunked, prefill-first"),
+        ({"kv_tokens": 99}, "kv_tokens (99) must hold one sequence of max_model_len (100) tokens"),
+    ],
+)
+def test_what_could_not_work_is_refused_with_what_would(limits: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        SimulatedScheduler(**{**WIDE, **limits})
+    assert str(refused.value) == says

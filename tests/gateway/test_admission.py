@@ -1,0 +1,164 @@
+"""The books of one engine: a request waits, runs, or is gone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_adapter.engine import EngineState
+from engine_adapter.step_time import StepTimeModel, StepTimes
+from gateway.admission import Admission
+from gateway.policies.base import Decision, reject_ttft
+from gateway.policies.fcfs import Fcfs
+from gateway.policies.names import POLICIES, make_policy
+from gateway.request import Request
+from gateway.slo import Slo
+
+TIMES = StepTimes(b=1e-4, d=0.01, alpha=1e-3)
+NOW = 50.0
+
+
+def engine(**changes: object) -> EngineState:
+    return EngineState(alive=True, step_time=StepTimeModel(times=TIMES, learn=False), **changes)
+
+
+def ask(name: str, *, at: float = NOW, ttft: float | None = None, tpot: float | None = None, prompt: int = 100,
+        group: str = "chat", output: float = 20) -> Request:  # fmt: skip
+    return Request(name, group, at, Slo(ttft, tpot), prompt, output)
+
+
+@dataclass
+class Scripted:
+    """Does with each that waits what ``does`` says: admit, reject, or anything else to keep it."""
+
+    does: Callable[[Request], str]
+    name: str = "scripted"
+    gated: bool = False
+
+    def order(self, request: Request) -> tuple[float, ...]:
+        return (request.deadline_s,)
+
+    def decide(
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
+    ) -> Decision:
+        decision = Decision(recheck_at=now + 9)
+        for request in waiting:
+            if self.does(request) == "admit":
+                decision.admit.append(request)
+            elif self.does(request) == "reject":
+                decision.reject.append(reject_ttft(request, 2.0, 2.0, 1.0, False))
+        return decision
+
+
+def admission(does: Callable[[Request], str], turns: Callable[[Request], bool] = lambda request: False) -> Admission:
+    return Admission(Scripted(does), engine(), turns)
+
+
+def test_who_is_admitted_runs_and_knows_since_when() -> None:
+    books, request = admission(lambda r: "admit"), ask("a", at=NOW - 3)
+    books.submit(request)
+    assert books.decide(NOW).admit == [request]
+    assert (list(books.waiting), list(books.running.values()), request.admitted_s) == ([], [request], NOW)
+    assert books.leave(request)
+    assert not books.leave(request)
+    assert not books.running
+
+
+def test_who_is_rejected_is_gone() -> None:
+    books, request = admission(lambda r: "reject"), ask("a", ttft=1)
+    books.submit(request)
+    assert [rejection.request for rejection in books.decide(NOW).reject] == [request]
+    assert (list(books.waiting), books.running, request.admitted_s) == ([], {}, None)
+    assert not books.withdraw(request)
+
+
+def test_who_is_kept_waits_on_and_may_withdraw() -> None:
+    books, request = admission(lambda r: "keep"), ask("a")
+    books.submit(request)
+    assert books.decide(NOW) == Decision(recheck_at=NOW + 9)
+    assert list(books.waiting) == [request]
+    assert books.withdraw(request)
+    assert not books.withdraw(request)
+
+
+def test_at_best_effort_a_rejected_request_waits_on_without_its_bounds() -> None:
+    books = admission(lambda r: "reject", lambda r: r.slo_class == "patient")
+    patient, strict, later = ask("p", ttft=1, group="patient"), ask("s", ttft=2), ask("l", ttft=3, group="patient")
+    for request in (patient, strict, later):
+        books.submit(request)
+    decision = books.decide(NOW)
+    assert [rejection.request.id for rejection in decision.reject] == ["s"]
+    assert decision.recheck_at == NOW, "without its bounds it may be admitted at once"
+    assert [r.id for r in books.waiting] == ["p", "l"]
+    assert all(r.best_effort and r.deadline_s == math.inf for r in books.waiting)
+
+
+def test_at_best_effort_a_request_stands_where_its_policy_puts_one_without_a_deadline() -> None:
+    books = admission(lambda r: "reject" if r.id == "late" else "keep", lambda r: True)
+    for request in (ask("late", ttft=1), ask("soon", ttft=2)):
+        books.submit(request)
+    books.decide(NOW)
+    assert [r.id for r in books.waiting] == ["soon", "late"]
+
+
+def test_best_effort_is_turned_once_and_then_rejected_for_good() -> None:
+    books = admission(lambda r: "reject", lambda r: True)
+    books.submit(ask("a", ttft=1))
+    assert books.decide(NOW).reject == []
+    (rejection,) = books.decide(NOW).reject
+    assert (rejection.request.id, len(books.waiting)) == ("a", 0)
+
+
+def test_the_work_ahead_is_what_waits_and_what_has_no_token_yet() -> None:
+    books = Admission(Fcfs(), engine())
+    for request in (ask("done", prompt=500), ask("begun", prompt=300)):
+        books.submit(request)
+    books.decide(NOW)
+    books.running["done"].first_token_s = NOW
+    books.submit(ask("new", prompt=200))
+    assert books.queued_prefill_s() == pytest.approx(0.2)
+    assert books.load() == (pytest.approx(0.5), 3)
+
+
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["submit", "submit", "decide", "withdraw", "leave", "token"]), st.integers(0, 99)),
+    max_size=40,
+)
+BOUNDS = [(None, None), (0.15, None), (1.0, 0.02), (5.0, 0.001), (0.05, 0.5)]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(events=EVENTS, seqs=st.integers(1, 5), turn=st.booleans())
+def test_under_every_policy_a_request_waits_runs_or_is_gone_and_is_told_once(
+    name: str, events: list[tuple[str, int]], seqs: int, turn: bool
+) -> None:
+    books = Admission(make_policy(name), engine(max_num_seqs=seqs), lambda r: turn)
+    known: list[Request] = []
+    admitted: list[str] = []
+    gone: list[str] = []
+    for number, (event, pick) in enumerate(events):
+        one = known[pick % len(known)] if known else ask("nobody")
+        now = NOW + number / 10
+        if event == "submit":
+            ttft, tpot = BOUNDS[pick % len(BOUNDS)]
+            known.append(ask(str(number), at=now, ttft=ttft, tpot=tpot, prompt=1 + pick * 5))
+            books.submit(known[-1])
+        elif event == "decide":
+            decision = books.decide(now)
+            admitted += [r.id for r in decision.admit]
+            gone += [rejection.request.id for rejection in decision.reject]
+        elif event == "token" and one.id in books.running:
+            one.first_token_s, one.generated = one.first_token_s or now, one.generated + 1
+        elif (event == "withdraw" and books.withdraw(one)) or (event == "leave" and books.leave(one)):
+            gone.append(one.id)
+        places = [{r.id for r in books.waiting}, set(books.running), set(gone)]
+        assert sum(map(len, places)) == len(known), "nobody is in two places"
+        assert set().union(*places) == {r.id for r in known}
+        assert len(set(gone)) == len(gone)
+        assert len(set(admitted)) == len(admitted)
+        assert set(admitted) == {r.id for r in known if r.admitted_s is not None}
