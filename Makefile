@@ -20,7 +20,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test check format clean
+.PHONY: help install serve test check figures format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ check: $(STAMPS)/dev ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+figures: $(STAMPS)/dev ## simulate every figure of docs/results again (minutes; no engine, no GPU)
+	@$(BIN)/python -m benchmarks.figures
 
 format: $(STAMPS)/dev ## let ruff format the code and fix what it can
 	@$(BIN)/ruff check --fix .

@@ -10,97 +10,37 @@ the engine completes the same workload when 64 requests are always in flight.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.dummy_model import write_dummy_model
 from benchmarks.load_client import Target, send_from_another_process
+from benchmarks.real_engine import DUMMY, RealEngine, dummy_engine
 from benchmarks.run_record import run_record
 from benchmarks.workload import make_workload
-from engine_adapter.build import BUILDERS
-from engine_adapter.engine import Engine, EngineEvents
+from engine_adapter.engine import Engine
 from gateway.app import Gateway
-from gateway.config import GatewayConfig, parse
 
-MODEL = "small"
 console = Console(stderr=True)
 
 
-def _engine(folder: Path) -> Engine:
-    flags = {
-        "load-format": "dummy",
-        "max-model-len": 2048,
-        "max-num-seqs": 256,
-        "max-num-batched-tokens": 512,
-        "enforce-eager": True,
-        "dtype": "float32",
-        "enable-prefix-caching": False,
-    }
-    env = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    model = str(write_dummy_model(folder))
-    return BUILDERS["vllm"](name=MODEL, model=model, served_model_name=MODEL, flags=flags, env=env)
-
-
-def _config(policy: str) -> GatewayConfig:
-    return parse(
-        {
-            "engines": [{"kind": "vllm", "model": MODEL}],  # the engine is made once, not from here
-            "predictor": {"enabled": False},
-            "policy": {"name": policy},
-            "classes": {"default": {"ttft_ms": 10_000, "tpot_ms": 1000, "max_waiting": 100_000}},
-            "default_class": "default",
-        }
-    )
-
-
-class _Relay:
-    """The engine's events go to whichever gateway is in front of it now."""
-
-    def __init__(self) -> None:
-        self.gateway: Gateway | None = None
-
-    def on_step(self) -> None:
-        if self.gateway is not None:
-            self.gateway.lanes[0].wake()
-
-
-@contextlib.asynccontextmanager
-async def _in_front(engine: Engine, policy: str, relay: _Relay) -> AsyncIterator[tuple[Gateway, str]]:
-    gateway = Gateway(_config(policy), [engine])
-    server = uvicorn.Server(uvicorn.Config(gateway, port=0, lifespan="off", log_level="warning"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    relay.gateway = gateway
-    try:
-        yield gateway, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        relay.gateway = None
-        server.should_exit = True
-        await serving
-
-
-async def _capacity(engine: Engine, relay: _Relay, seed: int) -> float:
+async def _capacity(real: RealEngine, seed: int) -> float:
     """Requests per second that the engine completes with 64 always in flight (no SLO in the way)."""
     import aiohttp
 
     workload = make_workload("small", qps=1000.0, requests=160, seed=seed)
-    async with _in_front(engine, "fcfs", relay) as (_, url), aiohttp.ClientSession(url) as session:
+    async with real.behind({"name": "fcfs"}) as (_, url), aiohttp.ClientSession(url) as session:
         places = asyncio.Semaphore(64)
 
         async def one(prompt_tokens: int, output_tokens: int) -> None:
-            body = {"model": MODEL, "prompt": [7] * prompt_tokens, "max_tokens": output_tokens, "ignore_eos": True}
+            body = {"model": DUMMY, "prompt": [7] * prompt_tokens, "max_tokens": output_tokens, "ignore_eos": True}
             async with places, session.post("/v1/completions", json=body) as response:
                 await response.read()
 
@@ -114,12 +54,11 @@ async def compare(
 ) -> dict[str, Any]:
     """All runs, in the order they were made, and what they were made with."""
     with tempfile.TemporaryDirectory() as folder:
-        relay = _Relay()
-        engine = _engine(Path(folder))
+        real = RealEngine(dummy_engine(Path(folder)))
         console.print("Starting vLLM…")
-        await engine.start(EngineEvents(on_step=relay.on_step))
+        await real.start()
         try:
-            capacity = await _capacity(engine, relay, seed)
+            capacity = await _capacity(real, seed)
             console.print(f"Capacity {capacity:.2f} requests/s; offering {overload:g} times that")
             runs = []
             for repeat in range(repeats):
@@ -131,9 +70,10 @@ async def compare(
                         seed=seed + repeat,
                         slo_scale=slo_scale,
                     )
-                    async with _in_front(engine, policy, relay) as (gateway, url):
-                        sent = await send_from_another_process(Target(url, MODEL), workload, seed + repeat)
-                        spent = _spent(gateway, engine)
+                    gate_s = real.engine.state.gate.gate_seconds
+                    async with real.behind({"name": policy}) as (gateway, url):
+                        sent = await send_from_another_process(Target(url, DUMMY), workload, seed + repeat)
+                        spent = _spent(gateway, real.engine, gate_s)
                     figures = run_record(
                         policy,
                         overload * capacity,
@@ -150,7 +90,7 @@ async def compare(
                         f"adherence {figures['slo_adherence']:.3f}"
                     )
         finally:
-            await engine.stop()
+            await real.engine.stop()
     return {
         "real": "vLLM on CPU, 8-layer 512-wide Llama with random weights",
         "capacity_rps": round(capacity, 3),
@@ -161,10 +101,14 @@ async def compare(
     }
 
 
-def _spent(gateway: Gateway, engine: Engine) -> dict[str, Any]:
+def _spent(gateway: Gateway, engine: Engine, gate_before_s: float) -> dict[str, Any]:
+    """What scheduling took: decisions in the gateway's process, step gates in the engine's."""
     lane = gateway.lanes[0]
+    gate_s = engine.state.gate.gate_seconds - gate_before_s
     return {
-        "scheduling_s": round(lane.deciding_s, 4),
+        "scheduling_s": round(lane.deciding_s + gate_s, 4),
+        "deciding_s": round(lane.deciding_s, 4),
+        "gate_s": round(gate_s, 4),
         "decisions": lane.decisions,
         "step_base_s": round(engine.state.step_time.times.d, 5),
         "step_per_sequence_s": round(engine.state.step_time.times.b, 6),

@@ -30,10 +30,10 @@ from engine_adapter.profile import Profile
 from engine_adapter.profile_fit import Steps, fit_regimes, quality
 from engine_adapter.step_time import StepTimeModel
 
-REPEATS = 3
+REPEATS = 2
 HELD_OUT = 0.3
 MAX_BATCH = 64
-_ROUND_PROMPT_TOKENS = 8192
+_ROUND_PROMPT_TOKENS = 2048
 """A decode round may not cost more prefill than this; wide batches get shorter contexts."""
 _SETTLE_S = 0.1
 """Reports of a round's last steps are on their way for up to this long."""
@@ -113,8 +113,8 @@ def plan_sweep(state: EngineState, max_batch: int, seed: int) -> list[Round]:
                 prompt = jittered(min(context, _ROUND_PROMPT_TOKENS / batch), 4, longest)
                 sweep.append(Round("decode", batch, ((prompt, 48),) * batch))
         for batch in batches[1:]:
-            prompts = np.exp(random.uniform(np.log(8), np.log(min(longest, 512)), 3 * batch)).astype(int)
-            outputs = random.integers(4, 48, 3 * batch)
+            prompts = np.exp(random.uniform(np.log(8), np.log(min(longest, 256)), 2 * batch)).astype(int)
+            outputs = random.integers(4, 48, 2 * batch)
             sweep.append(Round("mixed", batch, tuple(zip(prompts.tolist(), outputs.tolist(), strict=True))))
         rounds += [sweep[i] for i in random.permutation(len(sweep))]
     return rounds
@@ -287,7 +287,7 @@ async def sweep(
         max_num_batched_tokens=state.max_num_batched_tokens,
         max_model_len=state.max_model_len,
         kv_tokens=state.kv_tokens if told else state.max_num_seqs * state.max_model_len,
-        late_output=state.late_output,
+        plans_ahead=state.plans_ahead,
     )
     return profile.with_quality(quality(profile, held_out)), held_out
 

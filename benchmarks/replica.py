@@ -61,7 +61,8 @@ class Replica:
         self._gated = policy.gated
         self._profile = profile
         self._flights: dict[str, Flight] = {}
-        self._held = Finished([], [])
+        self._planned: Step | None = None
+        self._outcome = Finished([], [])
 
     @property
     def next_event_s(self) -> float:
@@ -103,9 +104,10 @@ class Replica:
     def start_step(self, now: float) -> None:
         """Begin the next step, if there is anything to do."""
         scheduler = self.scheduler
-        if not scheduler.running and not scheduler.waiting:
+        step, self._planned = self._planned or self._plan(now), None
+        if step is None:
             return
-        self.step = step = scheduler.plan(now)
+        self.step = step
         seconds = self._profile.step_seconds(
             len(step.decodes), step.decode_context, step.prefill_tokens, step.prefill_context, len(step.chunks) or 1
         )
@@ -116,20 +118,22 @@ class Replica:
         self.state.kv_usage = scheduler.kv_usage
         decodes = len(step.decodes)
         mean_context = step.decode_context / decodes if decodes else 0.0
-        # It is known to nobody before the step ends, but nobody looks before that.
+        # What comes of the step is certain now, and told when it ends. Nobody looks before that.
         self.state.step_time.observe(decodes, step.prefill_tokens, mean_context, self.step_ends_s - now)
+        self._outcome = scheduler.finish(step)
+        if self._profile.plans_ahead:
+            self._planned = self._plan(now)
+
+    def _plan(self, now: float) -> Step | None:
+        return self.scheduler.plan(now) if self.scheduler.running or self.scheduler.waiting else None
 
     def end_step(self) -> tuple[list[Request], list[Request]]:
         """The step's tokens are out: the requests that have their first token by it, and those that are done."""
-        assert self.step is not None
-        now, finished = self.step_ends_s, self.scheduler.finish(self.step)
+        now, finished = self.step_ends_s, self._outcome
         self.step, self.step_ends_s = None, math.inf
-        if self._profile.late_output:
-            finished, self._held = self._held, finished
+        if self._planned is not None:
+            # The next step was decided on before anybody could react to this one.
             self.start_step(now)
-            if self.step is None:  # nothing more to compute: what is held comes out at once
-                finished = Finished(finished.prefilled + self._held.prefilled, finished.done + self._held.done)
-                self._held = Finished([], [])
         first = []
         for sequence in finished.prefilled:
             request = self._flights[sequence.request_id].request

@@ -33,11 +33,16 @@ def http_engine(*, api_key_env: str | None, **options: Any) -> Engine:
     return HttpEngine(api_key=key, **options)
 
 
-def simulated_engine(*, step_times: StepTimes, **options: Any) -> Engine:
-    """A simulated engine."""
+def simulated_engine(*, step_times: StepTimes | None = None, profile: str | None = None, **options: Any) -> Engine:
+    """A simulated engine. What ``options`` leave out, or None, is the profile's or a default."""
+    from engine_adapter.profile import load_profile
     from engine_adapter.simulated import SimulatedEngine
 
-    return SimulatedEngine(times=step_times, **options)
+    given = {name: option for name, option in options.items() if option is not None}
+    try:
+        return SimulatedEngine(times=step_times, profile=None if profile is None else load_profile(profile), **given)
+    except ValueError as error:
+        raise EngineStartError(str(error)) from error
 
 
 BUILDERS: dict[str, Callable[..., Engine]] = {"vllm": vllm_engine, "http": http_engine, "simulated": simulated_engine}

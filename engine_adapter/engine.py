@@ -75,9 +75,8 @@ class EngineState:
     """A live view of one engine, read by policies and metrics. Sizes in tokens, times in seconds.
 
     ``alive`` is False while the engine is down or restarting; ``ready_in_s`` is then the expected wait. ``model``
-    is the name the engine serves its model under ("" when unknown). ``late_output``: a step's tokens come out when the
-    next step has ended, if there is one, as with vLLM's asynchronous scheduling where the model runs in the scheduler's
-    own process (on CPU).
+    is the name the engine serves its model under ("" when unknown). ``plans_ahead``: each step is decided on while the
+    one before it runs, as with vLLM's asynchronous scheduling.
     """
 
     alive: bool = False
@@ -88,7 +87,7 @@ class EngineState:
     max_num_batched_tokens: int = 2048
     max_model_len: int = 8192
     kv_tokens: int = 0
-    late_output: bool = False
+    plans_ahead: bool = False
     kv_usage: float = 0.0
     engine_running: int = 0
     engine_waiting: int = 0

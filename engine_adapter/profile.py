@@ -62,9 +62,9 @@ class Profile:
     """One model on one kind of hardware. Sizes in tokens.
 
     ``max_num_seqs``, ``max_num_batched_tokens``, ``max_model_len`` and ``kv_tokens`` are what such a deployment would
-    use; ``provenance`` says where the numbers come from. ``late_output``: tokens come out when the next step has
-    ended, if there is one (`EngineState.late_output`). ``quality`` has R2, RMSE (ms), MAPE (a fraction) and the
-    number of held-out steps under ``prefill`` and ``itl``; empty where the data behind a published form is unknown.
+    use; ``plans_ahead`` is as in `EngineState`. ``provenance`` says where the numbers come from; ``quality`` has R2,
+    RMSE (ms), MAPE (a fraction) and the number of held-out steps under ``prefill`` and ``itl``; empty where the data
+    behind a published form is unknown.
 
     Raises:
         ValueError: no regimes, regimes out of order, or a limit that is not positive.
@@ -78,7 +78,7 @@ class Profile:
     max_num_batched_tokens: int
     max_model_len: int
     kv_tokens: int
-    late_output: bool = False
+    plans_ahead: bool = False
     quality: dict[str, Any] = field(default_factory=dict)
     _bounds: tuple[float, ...] = field(init=False, repr=False, compare=False)
     _rows: tuple[_Row, ...] = field(init=False, repr=False, compare=False)
@@ -230,8 +230,8 @@ def _parse(document: Any) -> Profile:
     for key, kind in (("name", str), ("description", str), ("provenance", dict), ("regimes", list)):
         _expect(values[key], kind, key)
     _expect(values.get("quality", {}), dict, "quality")
-    if not isinstance(values.get("late_output", False), bool):
-        raise ValueError("late_output must be true or false")
+    if not isinstance(values.get("plans_ahead", False), bool):
+        raise ValueError("plans_ahead must be true or false")
     for key in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_tokens"):
         _expect(values[key], int, key)
     values["regimes"] = tuple(_regime(regime, f"regimes[{i}]") for i, regime in enumerate(values["regimes"]))

@@ -25,6 +25,13 @@ from engine_adapter.step_time import StepTimeModel, StepTimes
 FALLING_BEHIND_S = 0.25
 """Steps are timed from the scheduled end of the last one; beyond this lag the clock starts afresh."""
 _SHORTEST_STEP_S = 1e-4
+_LIMITS = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_model_len": 8192, "kv_tokens": 200_000}
+
+
+def _limits(profile: Profile | None, **given: int | None) -> dict[str, Any]:
+    """Each limit as it was given, else the profile's, else the default."""
+    known = _LIMITS if profile is None else {name: getattr(profile, name) for name in _LIMITS}
+    return {name: known[name] if limit is None else limit for name, limit in given.items()}
 
 
 class SimulatedEngine:
@@ -36,8 +43,10 @@ class SimulatedEngine:
         times: a step lasts ``ITL(B, L)`` (if anything decodes) plus ``t(prefill tokens)`` (if anything
             prefills).
         profile: a step lasts what this says instead.
-        max_num_seqs, max_num_batched_tokens, max_model_len: vLLM's limits of the same names.
-        kv_tokens: KV cache size in tokens, at least ``max_model_len``. When it runs out, the youngest is preempted.
+        max_num_seqs, max_num_batched_tokens, max_model_len: vLLM's limits of the same names; by default the
+            profile's, or 256, 2048 and 8192.
+        kv_tokens: KV cache size in tokens, at least ``max_model_len``; by default the profile's, or 200,000. When it
+            runs out, the youngest is preempted.
         gate: name in `step_gate.GATES`. Requests with a number under ``antares_tpot_ms`` in ``vllm_xargs``
             are gated.
         output_tokens: answer length for requests that do not fix it themselves: a number, a function of the
@@ -56,10 +65,10 @@ class SimulatedEngine:
         *,
         times: StepTimes | None = None,
         profile: Profile | None = None,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        max_model_len: int = 8192,
-        kv_tokens: int = 200_000,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_model_len: int | None = None,
+        kv_tokens: int | None = None,
         gate: str = "credit",
         output_tokens: int | Callable[[str], int] | None = None,
         time_scale: float = 1.0,
@@ -67,7 +76,14 @@ class SimulatedEngine:
     ) -> None:
         if gate not in GATES:
             raise ValueError(f"unknown step gate {gate!r}: use one of {', '.join(GATES)}")
-        if min(max_num_seqs, max_num_batched_tokens, max_model_len, kv_tokens, time_scale) <= 0:
+        limits = _limits(
+            profile,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            kv_tokens=kv_tokens,
+        )
+        if min(*limits.values(), time_scale) <= 0:
             raise ValueError("the simulated engine's limits and time_scale must be positive")
         self.name = name
         self.model = model
@@ -75,24 +91,15 @@ class SimulatedEngine:
         self.takes_xargs = True
         self.state = EngineState(
             model=model,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            kv_tokens=kv_tokens,
             step_time=StepTimeModel(times=self.times),
+            **limits,
         )
         self.output_tokens = output_tokens
         self._time_scale = time_scale
         self._restart_s = restart_s
         self._gate_name = gate
         self._profile = profile
-        self._scheduler = SimulatedScheduler(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            kv_tokens=kv_tokens,
-            gate=GATES[gate](),
-        )
+        self._scheduler = SimulatedScheduler(**limits, gate=GATES[gate]())
         self._wake = asyncio.Event()
         self._events = EngineEvents()
         self._loop_task: asyncio.Task[None] | None = None

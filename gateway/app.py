@@ -26,10 +26,16 @@ from gateway.status import Status
 class Gateway:
     """One gateway over its engines. An ASGI app; `start` and `stop` bracket its life.
 
-    ``predictor_url`` None leaves predictions to the running statistics.
+    ``predictor_url`` None leaves predictions to the running ``statistics``.
     """
 
-    def __init__(self, config: GatewayConfig, engines: list[Engine], predictor_url: str | None = None) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        engines: list[Engine],
+        predictor_url: str | None = None,
+        statistics: LengthStatistics | None = None,
+    ) -> None:
         classes = config.slo_classes()
         self.metrics = Metrics()
         self.lanes = [
@@ -47,7 +53,7 @@ class Gateway:
         self.predictor = LengthPredictor(
             predictor_url,
             config.predictor.timeout_ms / 1000,
-            LengthStatistics(expected=config.predictor.expected_tokens),
+            statistics or LengthStatistics(expected=config.predictor.expected_tokens),
         )
         self.metrics.watch(self.lanes, self.ledger)
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))

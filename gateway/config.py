@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from engine_adapter.profile import load_profile
 from engine_adapter.step_time import StepTimes
 from gateway.auth import ApiKey
 from gateway.policies.names import make_policy
@@ -87,16 +88,26 @@ class HttpEngineConfig(Section):
 
 
 class SimulatedEngineConfig(Section):
-    """A simulated engine: honest timing from a step-time model, meaningless text. For development."""
+    """A simulated engine: honest timing from step times, meaningless text. For development."""
 
     kind: Literal["simulated"]
     name: Name = "simulated"
     model: str = "simulated"
-    max_num_seqs: int = Field(256, ge=1)
-    max_num_batched_tokens: int = Field(2048, ge=1)
-    kv_tokens: int = Field(200_000, ge=1)
+    profile: str | None = Field(None, description="A shipped profile or a .json file: its step times and its limits.")
+    max_num_seqs: int | None = Field(None, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    max_model_len: int | None = Field(None, ge=1)
+    kv_tokens: int | None = Field(None, ge=1)
     gate: Literal["credit", "open"] = "credit"
-    step_times: StepTimesConfig = Field(default_factory=StepTimesConfig)
+    step_times: StepTimesConfig | None = Field(None, description="Instead of a profile's.")
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> SimulatedEngineConfig:
+        if self.profile is not None and self.step_times is not None:
+            raise ValueError("give profile or step_times, not both")
+        if self.profile is not None:
+            load_profile(self.profile)
+        return self
 
 
 EngineConfig = Annotated[VllmEngineConfig | HttpEngineConfig | SimulatedEngineConfig, Field(discriminator="kind")]

@@ -189,7 +189,7 @@ def with_regime(**change: Any) -> Any:
         (lambda d: d.update(colour="red"), "a profile has no colour"),
         (lambda d: d.update(max_num_seqs=1.5), "max_num_seqs must be a whole number, not float"),
         (lambda d: d.update(kv_tokens=True), "kv_tokens must be a whole number, not bool"),
-        (lambda d: d.update(late_output=1), "late_output must be true or false"),
+        (lambda d: d.update(plans_ahead=1), "plans_ahead must be true or false"),
         (lambda d: d.update(kv_tokens=0), "kv_tokens must be positive"),
         (lambda d: d.update(regimes=[]), "regimes need rising up_to_tokens"),
         (lambda d: d.update(regimes={}), "regimes must be a list"),

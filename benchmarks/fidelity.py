@@ -1,0 +1,199 @@
+"""The same trace on a real engine and in the simulator: how far can the simulator be believed?
+
+    python -m benchmarks.fidelity --json > docs/results/fidelity.json
+
+Starts the configuration's engine (vLLM on CPU with SmolLM2), sweeps it into a profile, measures its capacity, and then
+sends the same workloads to it and to the simulator under that profile, at several loads, for several policies. Lengths
+are known to both (`max_tokens` with `ignore_eos`). What a run's own steps took, against what the profile says of them,
+tells the machine's drift since the sweep from an error of the simulator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.load_client import Target, send_from_another_process
+from benchmarks.predictions import predict
+from benchmarks.profile_from_engine import Sample, StepRecorder, engine_of, sweep
+from benchmarks.real_engine import RealEngine
+from benchmarks.run_record import run_record
+from benchmarks.simulator import simulate
+from benchmarks.workload import Asked, make_workload
+from engine_adapter.profile import Profile, load_profile, save_profile
+from gateway.policies.names import make_policy
+
+KEYS = ("slo_adherence", "ttft_p50_s", "tpot_p50_s", "goodput", "rejected", "ttft_violations", "tpot_violations")
+IN_FLIGHT = 32
+
+console = Console(stderr=True)
+
+
+async def measure(
+    config: str,
+    known: Profile | None,
+    loads: list[float],
+    policies: list[str],
+    requests: int,
+    slo_scale: float,
+    seed: int,
+) -> tuple[Profile, dict[str, Any]]:
+    """The profile that was used, and every pair of runs."""
+    engine, words = engine_of(config)
+    real = RealEngine(engine)
+    console.print("Starting vLLM…")
+    await real.start()
+    try:
+        profile = known
+        if profile is None:
+            console.print("Sweeping it (5 to 10 minutes)…")
+            profile, _ = await sweep(engine, "cpu-smollm2", words, max_batch=engine.state.max_num_seqs, seed=seed)
+        capacity = await _capacity(real, seed)
+        console.print(f"Capacity {capacity:.2f} requests/s")
+        pairs = []
+        for at, load in enumerate(loads):
+            asked = make_workload("small", qps=load * capacity, requests=requests, seed=seed + at, slo_scale=slo_scale)
+            for policy in policies:
+                pair = await _pair(real, profile, policy, load, load * capacity, asked, seed + at)
+                console.print(_line(pair))
+                pairs.append(pair)
+    finally:
+        await engine.stop()
+    return profile, {
+        "real": words,
+        "capacity_rps": round(capacity, 3),
+        "slo_table": "llama-3.1-8b",
+        "slo_scale": slo_scale,
+        "profile_quality": profile.quality,
+        "pairs": pairs,
+    }
+
+
+async def _capacity(real: RealEngine, seed: int) -> float:
+    """Requests per second that the engine completes with `IN_FLIGHT` always in flight and no SLO in the way."""
+    workload = make_workload("small", qps=1000.0, requests=3 * IN_FLIGHT, seed=seed, slo_scale=1e6)
+    async with real.behind({"name": "fcfs"}) as (_, url):
+        target = Target(url, real.engine.state.model, max_connections=IN_FLIGHT)
+        sent = await send_from_another_process(target, workload, seed)
+    return len(workload) / sent.duration_s
+
+
+async def _pair(
+    real: RealEngine, profile: Profile, policy: str, load: float, qps: float, asked: list[Asked], seed: int
+) -> dict[str, Any]:
+    """One workload under one policy, on the engine and in the simulator."""
+    state = real.engine.state
+    state.step_time = recorder = StepRecorder(state.step_time)
+    gate_s = state.gate.gate_seconds
+    async with real.behind({"name": policy}, lengths_known=True) as (gateway, url):
+        sent = await send_from_another_process(Target(url, state.model), asked, seed)
+        deciding_s = gateway.lanes[0].deciding_s
+    measured = run_record(
+        policy,
+        qps,
+        seed,
+        sent.served(),
+        sent.duration_s,
+        wall_s=sent.duration_s,
+        scheduling_s=deciding_s + state.gate.gate_seconds - gate_s,
+        **sent.extras(),
+    )
+    came = simulate(asked, predict("oracle", asked, seed), profile, lambda: make_policy(policy))
+    simulated = run_record(policy, qps, seed, came.served, came.duration_s, wall_s=0.0)
+    return {
+        "policy": policy,
+        "load": load,
+        "qps": round(qps, 3),
+        "requests": len(asked),
+        "real": {key: measured[key] for key in (*KEYS, "client_lateness_p99_s", "scheduling_s", "duration_s")},
+        "simulated": {key: simulated[key] for key in KEYS},
+        "adherence_off": round(simulated["slo_adherence"] - measured["slo_adherence"], 4),
+        "ttft_p50_off": _relative(simulated["ttft_p50_s"], measured["ttft_p50_s"]),
+        "tpot_p50_off": _relative(simulated["tpot_p50_s"], measured["tpot_p50_s"]),
+        "steps": len(recorder.samples),
+        "simulated_steps": came.steps,
+        "drift": drift(profile, recorder.samples),
+    }
+
+
+def drift(profile: Profile, samples: list[Sample]) -> float | None:
+    """Median of what steps took over what ``profile`` says they take; 1 when the machine is as it was."""
+    ratios = [
+        s.seconds / profile.step_seconds(round(s.decodes), s.decodes * s.mean_context, int(s.prefill_tokens), 0)
+        for s in samples
+        if s.decodes + s.prefill_tokens >= 1
+    ]
+    return round(median(ratios), 4) if ratios else None
+
+
+def _relative(simulated: float | None, measured: float | None) -> float | None:
+    return round(simulated / measured - 1, 4) if simulated and measured else None
+
+
+def _line(pair: dict[str, Any]) -> str:
+    real, simulated = pair["real"], pair["simulated"]
+    return (
+        f"{pair['policy']} at {pair['load']:g}x ({pair['qps']:.2f}/s): adherence {real['slo_adherence']:.3f} real, "
+        f"{simulated['slo_adherence']:.3f} simulated; TTFT p50 {pair['ttft_p50_off']:+.1%}, "
+        f"TPOT p50 {pair['tpot_p50_off']:+.1%}; drift {pair['drift']}"
+    )
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"Real against simulated, capacity {result['capacity_rps']:.2f} requests/s")
+    for head in ("policy", "load", "adherence real", "simulated", "TTFT p50 real s", "simulated", "off",
+                 "TPOT p50 real s", "simulated", "off", "drift"):  # fmt: skip
+        table.add_column(head, justify="left" if head == "policy" else "right")
+    for pair in result["pairs"]:
+        real, simulated = pair["real"], pair["simulated"]
+        table.add_row(
+            pair["policy"],
+            f"{pair['load']:g}",
+            f"{real['slo_adherence']:.3f}",
+            f"{simulated['slo_adherence']:.3f}",
+            f"{real['ttft_p50_s']:.3f}",
+            f"{simulated['ttft_p50_s']:.3f}",
+            f"{pair['ttft_p50_off']:+.1%}",
+            f"{real['tpot_p50_s']:.4f}",
+            f"{simulated['tpot_p50_s']:.4f}",
+            f"{pair['tpot_p50_off']:+.1%}",
+            str(pair["drift"]),
+        )
+    return table
+
+
+def main(
+    config: Annotated[str, typer.Option(help="Whose first engine to use.")] = "configs/quickstart.yaml",
+    profile: Annotated[str | None, typer.Option(help="Use this profile instead of sweeping the engine.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Where to write the profile of the sweep.")] = None,
+    load: Annotated[list[float] | None, typer.Option(help="Multiple of capacity; repeat. [default: 0.5, 1, 2]")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="Repeat for several. [default: fcfs, scorpio]")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per run.")] = 200,
+    slo_scale: Annotated[float, typer.Option(help="Multiplies the paper's SLO table.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Of the first load's workload.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Run the same traces on a real engine and in the simulator."""
+    known = None if profile is None else load_profile(profile)
+    used, result = asyncio.run(
+        measure(config, known, load or [0.5, 1.0, 2.0], policy or ["fcfs", "scorpio"], requests, slo_scale, seed)
+    )
+    if save is not None:
+        save_profile(used, save)
+    if as_json:
+        json.dump(result, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        Console().print(_table(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
