@@ -108,7 +108,9 @@ def bench(
             raise ValueError("the workload has no requests: a longer --duration, or --requests")
         costs = _costs(bounds_profile)
         if plot is not None:
-            _can_plot(plot)
+            from benchmarks.plot_runs import check_plot
+
+            check_plot(plot)
     except ValueError as error:
         typer.echo(f"antares: {error}", err=True)
         raise typer.Exit(2) from error
@@ -175,16 +177,6 @@ def _costs(profile: str | None) -> list[Any] | None:
     from engine_adapter.profile import load_profile
 
     return works(load_profile(profile))
-
-
-def _can_plot(file: Path) -> None:
-    """Find out before the measurement, not after it. Raises `ValueError` or `ModuleNotFoundError`."""
-    from importlib.util import find_spec
-
-    if file.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot writes .png, .svg or .pdf, not {file.name!r}")
-    if find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("matplotlib", name="matplotlib")
 
 
 def _reached(target: Target, sample: Asked, warmup: int) -> Target:

@@ -21,7 +21,8 @@ from engine_adapter.profile import Profile, load_profile
 from gateway.policies.base import Policy
 from gateway.policies.names import make_policy
 
-_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "kv_tokens")
+MOST_QPS = 4096.0
+"""`capacity` looks no further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,13 @@ class Experiment:
     limits: dict[str, Any] = field(default_factory=dict)
 
     def engine(self) -> Profile:
-        """The profile, under the limits."""
-        return replace(load_profile(self.profile), **self.limits)
+        """The profile, under the limits. ValueError when its KV memory does not hold one sequence."""
+        profile = replace(load_profile(self.profile), **self.limits)
+        if profile.kv_tokens < profile.max_model_len:
+            raise ValueError(
+                f"kv_tokens ({profile.kv_tokens}) must hold one sequence of {profile.max_model_len} tokens"
+            )
+        return profile
 
     def asked(self, qps: float | None, seed: int) -> list[Asked]:
         """The workload at ``qps`` (None: a trace's own rate)."""
@@ -106,7 +112,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
     costs = works(profile)
     return run_record(
         run.policy,
-        run.qps if run.qps is not None else len(asked) / max(asked[-1].at_s, 1e-9),
+        _rate(asked) if run.qps is None else run.qps,
         run.seed,
         came.served,
         came.duration_s,
@@ -116,9 +122,15 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         steps=came.steps,
         decisions=came.decisions,
         preemptions=came.preemptions,
-        utilisation=round(came.busy_s / (came.duration_s * experiment.replicas), 4),
+        utilisation=round(came.busy_s / (came.duration_s * experiment.replicas), 4) if came.duration_s else 0.0,
         setup_s=round(began - started, 3),
     )
+
+
+def _rate(asked: Sequence[Asked]) -> float:
+    """The mean rate (1/s) of a trace at its own pace; 0 where all come at once."""
+    span_s = asked[-1].at_s - asked[0].at_s
+    return (len(asked) - 1) / span_s if span_s > 0 else 0.0
 
 
 def perform_all(experiment: Experiment, runs: Sequence[Run], jobs: int = 1) -> Iterator[dict[str, Any]]:
@@ -137,14 +149,13 @@ def capacity(
     adherence: float,
     *,
     precision: float = 0.02,
-    most_qps: float = 4096.0,
     jobs: int = 1,
     on_try: Callable[[float, float], None] = lambda qps, got: None,
 ) -> tuple[float, list[dict[str, Any]]]:
     """The highest rate (1/s, to a relative ``precision``) at which ``policy`` keeps ``adherence``, mean over ``seeds``.
 
     Doubles the rate until adherence falls below, then halves the interval. Returns the rate (0 when not even 0.25/s is
-    kept, ``most_qps`` when nothing up to there is too much), and the records of the runs made on the way.
+    kept, `MOST_QPS` when nothing up to there is too much), and the records of the runs made on the way.
     """
     made: list[dict[str, Any]] = []
 
@@ -158,7 +169,7 @@ def capacity(
     low, high = 0.0, 1.0
     while kept(high):
         low, high = high, high * 2
-        if high > most_qps:
+        if high > MOST_QPS:
             return low, made
     low = low or 0.25
     if low == 0.25 and not kept(low):

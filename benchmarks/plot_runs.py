@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,24 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = "osD^vPX"
 
 _BOUNDS = {"count_bound": ("count bound", "--"), "fair_bound": ("fair bound", ":")}
+
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Whether `plot_runs` can write ``path``: before a long run, not after it.
+
+    Raises:
+        ValueError: its ending is no format, or it has no folder.
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"--plot writes {', '.join(FORMATS)}; {path.name!r} is none of them")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot: there is no folder {path.parent}")
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'antares-gateway[bench]'", name="matplotlib")
 
 
 def plot_runs(runs: Sequence[Run], path: Path | str, title: str = "") -> None:

@@ -43,6 +43,8 @@ def predict(how: str, workload: Sequence[Asked], seed: int) -> list[Predicted]:
     Raises:
         ValueError: no such predictor; the message lists them.
     """
+    if not workload:
+        return []
     lengths = np.array([asked.output_tokens for asked in workload], dtype=float)
     kind, _, parameter = how.partition(":")
     if kind == "oracle" and not parameter:
@@ -73,12 +75,12 @@ def _as_shipped(lengths: Floats, random: np.random.Generator) -> list[Predicted]
         actual, p50, p90 = (held_out[key][by_length].astype(np.float64) for key in ("length", "p50", "p90"))
     n, known = len(lengths), len(actual)
     rank = np.empty(n)
-    rank[np.argsort(lengths, kind="stable")] = (np.arange(n) + 0.5) / max(n, 1)
+    rank[np.argsort(lengths, kind="stable")] = (np.arange(n) + 0.5) / n
     near = rank * known + random.uniform(-_NEIGHBOURS, _NEIGHBOURS, n) * known
     alike = np.clip(near.astype(int), 0, known - 1)
 
     def on_scale(predicted: Floats) -> list[float]:
-        found: list[float] = np.quantile(lengths, np.searchsorted(actual, predicted) / known).tolist() if n else []
+        found: list[float] = np.quantile(lengths, np.searchsorted(actual, predicted) / known).tolist()
         return found
 
     pairs = zip(on_scale(p50[alike]), on_scale(p90[alike]), strict=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 from engine_adapter.engine import EngineState
 from engine_adapter.profile import Profile
@@ -19,12 +20,15 @@ from gateway.request import Request
 _SHORTEST_STEP_S = 1e-4
 """A gate may leave a step empty; it still takes time, or virtual time would stand still."""
 
+_RECHECK_AFTER_S = 1e-3
+"""As the gateway's timer: a policy that wants to look again at once does so this much later."""
+
 
 @dataclass(slots=True, eq=False)
 class Flight(SimulatedSequence):
-    """The sequence of an admitted request."""
+    """The sequence of an admitted request. ``request`` hears of tokens when they are out."""
 
-    request: Request | None = None
+    request: Request = field(kw_only=True)
 
 
 class Replica:
@@ -41,6 +45,7 @@ class Replica:
             max_num_batched_tokens=profile.max_num_batched_tokens,
             max_model_len=profile.max_model_len,
             kv_tokens=profile.kv_tokens,
+            plans_ahead=profile.plans_ahead,
             step_time=StepTimeModel(times=profile.step_times(), learn=learn),
         )
         self.admission = Admission(policy, self.state)
@@ -60,9 +65,9 @@ class Replica:
         self.busy_s = 0.0
         self._gated = policy.gated
         self._profile = profile
-        self._flights: dict[str, Flight] = {}
+        self._step_began_s = 0.0
         self._planned: Step | None = None
-        self._outcome = Finished([], [])
+        self._outcome: Finished | None = None
 
     @property
     def next_event_s(self) -> float:
@@ -77,29 +82,24 @@ class Replica:
         self.recheck_at_s = math.inf
         if not self.admission.waiting:
             return Decision()
-        for sequence in self.scheduler.decoding:
-            request = self._flights[sequence.request_id].request
-            assert request is not None
-            request.generated = sequence.length - sequence.prompt_tokens
         started = time.perf_counter()
         decision = self.admission.decide(now)
         self.deciding_s += time.perf_counter() - started
         self.decisions += 1
         if decision.recheck_at is not None:
-            self.recheck_at_s = max(now, decision.recheck_at)
+            self.recheck_at_s = max(now + _RECHECK_AFTER_S, decision.recheck_at)
         return decision
 
     def send(self, request: Request, output_tokens: int) -> None:
         """An admitted ``request`` goes to the engine, which will generate ``output_tokens``."""
-        flight = Flight(
+        sequence = Flight(
             request_id=request.id,
             prompt_tokens=request.prompt_tokens,
             output_tokens=output_tokens,
             tpot_slo_s=request.tpot_slo_s if self._gated else None,
             request=request,
         )
-        self._flights[request.id] = flight
-        self.scheduler.submit(flight)
+        self.scheduler.submit(sequence)
 
     def start_step(self, now: float) -> None:
         """Begin the next step, if there is anything to do."""
@@ -111,17 +111,14 @@ class Replica:
         seconds = self._profile.step_seconds(
             len(step.decodes), step.decode_context, step.prefill_tokens, step.prefill_context, len(step.chunks) or 1
         )
-        self.step_ends_s = now + max(seconds, _SHORTEST_STEP_S)
+        self._step_began_s, self.step_ends_s = now, now + max(seconds, _SHORTEST_STEP_S)
         self.busy_s += self.step_ends_s - now
         self.steps += 1
         self.state.engine_running, self.state.engine_waiting = scheduler.running, scheduler.waiting
         self.state.kv_usage = scheduler.kv_usage
-        decodes = len(step.decodes)
-        mean_context = step.decode_context / decodes if decodes else 0.0
-        # What comes of the step is certain now, and told when it ends. Nobody looks before that.
-        self.state.step_time.observe(decodes, step.prefill_tokens, mean_context, self.step_ends_s - now)
-        self._outcome = scheduler.finish(step)
         if self._profile.plans_ahead:
+            # What will come of this step is certain, so the next is decided on now; it is told when this one ends.
+            self._outcome = scheduler.finish(step)
             self._planned = self._plan(now)
 
     def _plan(self, now: float) -> Step | None:
@@ -129,23 +126,26 @@ class Replica:
 
     def end_step(self) -> tuple[list[Request], list[Request]]:
         """The step's tokens are out: the requests that have their first token by it, and those that are done."""
-        now, finished = self.step_ends_s, self._outcome
+        step, now = self.step, self.step_ends_s
+        assert step is not None
+        finished, self._outcome = self._outcome or self.scheduler.finish(step), None
+        decodes = len(step.decodes)
+        mean_context = step.decode_context / decodes if decodes else 0.0
+        seconds = now - self._step_began_s
+        self.state.step_time.observe(decodes, step.prefill_tokens, mean_context, seconds)
         self.step, self.step_ends_s = None, math.inf
         if self._planned is not None:
-            # The next step was decided on before anybody could react to this one.
+            # Decided on before anybody could react to this one's tokens.
             self.start_step(now)
+        prefilled, done = cast(list[Flight], finished.prefilled), cast(list[Flight], finished.done)
         first = []
-        for sequence in finished.prefilled:
-            request = self._flights[sequence.request_id].request
-            assert request is not None
-            if request.first_token_s is None:
-                request.first_token_s = now
-                first.append(request)
-        return first, [self._land(sequence.request_id) for sequence in finished.done]
-
-    def _land(self, request_id: str) -> Request:
-        flight = self._flights.pop(request_id)
-        assert flight.request is not None
-        flight.request.generated = flight.generated
-        self.admission.leave(flight.request)
-        return flight.request
+        for flight in cast(list[Flight], step.decodes):
+            flight.request.generated += 1
+        for flight in prefilled:
+            flight.request.generated += 1
+            if flight.request.first_token_s is None:
+                flight.request.first_token_s = now
+                first.append(flight.request)
+        for flight in done:
+            self.admission.leave(flight.request)
+        return first, [flight.request for flight in done]

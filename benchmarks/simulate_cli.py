@@ -90,12 +90,12 @@ def simulate(
     """
     from benchmarks.experiment import Experiment, runs_of
 
-    seeds, policies = seed or [0], policy or ["fcfs", "scorpio"]
+    seeds, policies = list(dict.fromkeys(seed or [0])), list(dict.fromkeys(policy or ["fcfs", "scorpio"]))
     rates: list[float | None] = [*qps] if qps else [None if arrivals == "trace" else 20.0]
     asked: dict[str, Any] = {
         "name": workload,
         "requests": requests,
-        "duration_s": duration if duration or requests or arrivals == "trace" else 60.0,
+        "duration_s": 60.0 if duration is None and requests is None and arrivals != "trace" else duration,
         "arrivals": arrivals,
         "burstiness": burstiness,
         "trace": trace,
@@ -118,9 +118,14 @@ def simulate(
             learn=learn,
             limits={name: limit for name, limit in limits.items() if limit is not None},
         )
-        _check(experiment, policies, [1.0] if hold is not None else rates, seeds, hold)
+        if hold is not None:
+            _check_hold(experiment, hold, qps)
+            rates = [1.0]
+        _check(experiment, policies, rates, seeds, plot)
     except ValueError as error:
         _usage(str(error))
+    except ModuleNotFoundError as error:
+        _fail(error)
     workers = jobs or os.cpu_count() or 1
     document: dict[str, Any] = {"runs": []}
     try:
@@ -156,12 +161,26 @@ def _mix(text: str | None) -> dict[int, float] | None:
         raise ValueError(f"--mix is written CATEGORY=WEIGHT,..., such as 1=3,6=1; got {text!r}") from None
 
 
+def _check_hold(experiment: Experiment, hold: float, qps: list[float] | None) -> None:
+    """Refuse what `--hold` cannot go with. Raises ValueError."""
+    if not 0 < hold <= 1:
+        raise ValueError("--hold is a share of all requests, above 0 and at most 1")
+    if qps:
+        raise ValueError("--hold looks for the rate itself: leave --qps out")
+    if experiment.workload["arrivals"] == "trace":
+        raise ValueError("--hold needs arrivals whose rate can be chosen: poisson or gamma")
+    if experiment.workload["requests"] is not None:
+        raise ValueError("--hold needs arrivals that go on: give --duration instead of --requests")
+
+
 def _check(
-    experiment: Experiment, policies: list[str], rates: list[float | None], seeds: list[int], hold: float | None
+    experiment: Experiment, policies: list[str], rates: list[float | None], seeds: list[int], plot: Path | None
 ) -> None:
-    """Refuse at once what cannot run. Raises ValueError."""
+    """Refuse at once what cannot run. Raises ValueError, or ModuleNotFoundError for a missing package."""
     from benchmarks.experiment import parse_policy
+    from benchmarks.plot_runs import check_plot
     from benchmarks.predictions import predict
+    from benchmarks.workload import make_workload
     from engine_adapter.simulated_scheduler import STEP_MODES
 
     experiment.engine()
@@ -171,10 +190,8 @@ def _check(
         parse_policy(policy)
     if any(seed < 0 for seed in seeds):
         raise ValueError("--seed must be at least 0")
-    if hold is not None and not 0 < hold <= 1:
-        raise ValueError("--hold is a share of all requests, above 0 and at most 1")
-    from benchmarks.workload import make_workload
-
+    if plot is not None:
+        check_plot(plot)
     small = {**experiment.workload, "requests": 1}
     for rate in rates:
         predict(experiment.predictor, make_workload(qps=rate, seed=seeds[0], **small), 0)
@@ -222,20 +239,22 @@ def _plot(runs: list[dict[str, Any]], path: Path, title: str) -> None:
 
     try:
         plot_runs(runs, path, title)
-    except (ModuleNotFoundError, OSError) as error:
-        console.print(f"antares simulate: {error}")
-        raise typer.Exit(1) from error
+    except OSError as error:
+        _fail(error)
     console.print(f"Wrote {path}")
 
 
 def _print(document: dict[str, Any], experiment: Experiment, hold: float | None) -> None:
+    from benchmarks.experiment import MOST_QPS
+
     out = Console(highlight=False)
     if not out.is_terminal:
         out = Console(highlight=False, width=160)  # piped: nothing to fit into
     if hold is not None:
         for policy, rate in document["capacity_qps"].items():
+            most = "at least " if rate >= MOST_QPS else ""
             out.print(
-                f"{policy}: {rate:g} requests/s with {hold:.0%} of them attained "
+                f"{policy}: {most}{rate:g} requests/s with {hold:.0%} of them attained "
                 f"({experiment.profile}, {experiment.workload['name']})"
             )
         return
@@ -263,3 +282,8 @@ def _mean(values: list[float | None]) -> str:
 def _usage(text: str) -> NoReturn:
     console.print(f"antares simulate: {text}", markup=False)
     raise typer.Exit(2)
+
+
+def _fail(error: Exception) -> NoReturn:
+    console.print(f"antares simulate: {error}", markup=False)
+    raise typer.Exit(1) from error

@@ -78,6 +78,7 @@ class SimulatedScheduler:
         self._blocks = self._free_blocks = -(-kv_tokens // BLOCK_TOKENS)
         self._prefill_first = step_mode == "prefill-first"
         self._waiting: deque[SimulatedSequence] = deque()
+        self._waiting_tokens = 0
         self._prefilling: list[SimulatedSequence] = []
         self._decoding: list[SimulatedSequence] = []
 
@@ -112,21 +113,25 @@ class SimulatedScheduler:
     def submit(self, sequence: SimulatedSequence) -> None:
         """``sequence`` joins the engine's queue."""
         self._waiting.append(sequence)
+        self._waiting_tokens += sequence.to_prefill
 
     def drop_abandoned(self) -> None:
         """Sequences that nobody waits for leave, with their memory."""
-        for sequence in [s for s in chain(self._decoding, self._prefilling) if s.abandoned]:
+        for sequence in [s for s in self.sequences() if s.abandoned]:
             self._release(sequence)
+            self.gate.forget(sequence.request_id)
         if any(s.abandoned for s in self.sequences()):
             self._decoding = [s for s in self._decoding if not s.abandoned]
             self._prefilling = [s for s in self._prefilling if not s.abandoned]
             self._waiting = deque(s for s in self._waiting if not s.abandoned)
+            self._waiting_tokens = sum([s.to_prefill for s in self._waiting])
 
     def clear(self) -> list[SimulatedSequence]:
         """The engine dies: everything is gone; answers what was lost."""
         lost = list(self.sequences())
         self._decoding, self._prefilling = [], []
         self._waiting.clear()
+        self._waiting_tokens = 0
         self._free_blocks = self._blocks
         return lost
 
@@ -144,8 +149,8 @@ class SimulatedScheduler:
         """The gate's choice decodes; in chunked mode prompts get what is left of the budget."""
         prefill_backlog = 0
         if not self._prefill_first:
-            prefill_backlog = sum([s.to_prefill - s.prefilled for s in self._prefilling])
-            prefill_backlog += sum([s.to_prefill for s in self._waiting])
+            unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling])
+            prefill_backlog = self._waiting_tokens + unfinished
         plan = self.gate.plan(now, self._decoding, prefill_backlog)
         step.sat_out = plan.sit_out
         preempted = self._select_decodes(step)
@@ -191,6 +196,7 @@ class SimulatedScheduler:
         victim.preemptions += 1
         self.preemptions += 1
         self._waiting.appendleft(victim)
+        self._waiting_tokens += victim.to_prefill
 
     def _continue_prompts(self, step: Step, budget: int) -> int:
         for sequence in self._prefilling:
@@ -212,6 +218,7 @@ class SimulatedScheduler:
             if blocks > self._free_blocks:
                 break
             self._waiting.popleft()
+            self._waiting_tokens -= sequence.to_prefill
             self._free_blocks -= blocks
             sequence.capacity = blocks * BLOCK_TOKENS
             self._prefilling.append(sequence)
@@ -248,10 +255,10 @@ class SimulatedScheduler:
         if done:
             for sequence in done:
                 self._release(sequence)
+                self.gate.forget(sequence.request_id)
             self._decoding = [s for s in self._decoding if s.length < s.final_length]
         return Finished(prefilled, done)
 
     def _release(self, sequence: SimulatedSequence) -> None:
         self._free_blocks += sequence.capacity // BLOCK_TOKENS
         sequence.capacity = 0
-        self.gate.forget(sequence.request_id)

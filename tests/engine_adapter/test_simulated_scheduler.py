@@ -442,6 +442,16 @@ def test_the_gate_forgets_who_leaves() -> None:
     assert gate.forgotten == ["done", "gone"]
 
 
+def test_whoever_is_abandoned_in_the_middle_of_a_prompt_or_in_the_queue_leaves_too() -> None:
+    half, queued = SimulatedSequence("half", 80, 9), SimulatedSequence("queued", 80, 9)
+    scheduler = submitted(half, queued, max_num_batched_tokens=50, max_num_seqs=1)
+    stepped(scheduler)
+    assert (half.prefilled, scheduler.running, scheduler.waiting) == (50, 1, 1)
+    half.abandoned = queued.abandoned = True
+    scheduler.drop_abandoned()
+    assert (scheduler.running, scheduler.waiting, scheduler.kv_usage) == (0, 0, 0.0)
+
+
 @pytest.mark.parametrize("mode", STEP_MODES)
 def test_clearing_leaves_an_empty_engine_that_serves_again(mode: str) -> None:
     first = [SimulatedSequence(str(i), 40, 20) for i in range(5)]

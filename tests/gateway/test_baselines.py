@@ -131,6 +131,8 @@ def test_mooncakes_newcomers_fill_the_batch_for_those_behind_them() -> None:
     queue = [ask(str(i), at=NOW + i * 1e-6, tpot=0.0145) for i in range(6)]  # 11.125, 12.125, ... ms
     decision = decide(Mooncake(), queue, [])
     assert (admitted(decision), list(rejected(decision))) == (["0", "1", "2", "3"], ["4", "5"])
+    # The mean length is theirs too: five of 100 tokens, and 25 more half way.
+    assert decision.reject[0].predicted_s == pytest.approx(0.015125)
 
 
 def test_mooncake_counts_every_sequence_of_a_request() -> None:

@@ -75,6 +75,12 @@ def test_a_request_is_found_by_its_old_key_although_it_has_changed() -> None:
     assert names(queue) == ["slow"]
 
 
+def test_a_request_that_is_reordered_without_a_change_stays_where_it_was() -> None:
+    queue = queue_of(ask("a"), ask("b"), ask("c"))
+    queue.reorder(queue[0])
+    assert names(queue) == ["a", "b", "c"]
+
+
 def test_reordering_who_does_not_wait_changes_nothing() -> None:
     queue = queue_of(ask("a"))
     queue.reorder(ask("b"))
