@@ -30,7 +30,7 @@ class Experiment:
     """What stays the same over the runs of one experiment.
 
     ``workload``: `make_workload`'s arguments but for the rate and the seed. ``limits``: of the engine, where they
-    differ from the profile's. ``predictor``: see `benchmarks.predictions`.
+    differ from the profile's. ``predictor``: see `benchmarks.predictions`. ``apart``: see `simulate`.
     """
 
     profile: str = "a100-llama3.1-8b"
@@ -39,6 +39,7 @@ class Experiment:
     step_mode: str = "chunked"
     replicas: int = 1
     learn: bool = True
+    apart: bool = True
     limits: dict[str, Any] = field(default_factory=dict)
 
     def engine(self) -> Profile:
@@ -106,6 +107,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         step_mode=experiment.step_mode,
         replicas=experiment.replicas,
         learn=experiment.learn,
+        apart=experiment.apart,
         on_ended=on_ended,
     )
     wall_s = time.perf_counter() - began

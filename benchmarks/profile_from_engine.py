@@ -111,10 +111,10 @@ def plan_sweep(state: EngineState, max_batch: int, seed: int) -> list[Round]:
         for batch in batches:
             for context in (16, 128, 0.75 * longest):
                 prompt = jittered(min(context, _ROUND_PROMPT_TOKENS / batch), 4, longest)
-                sweep.append(Round("decode", batch, ((prompt, 48),) * batch))
+                sweep.append(Round("decode", batch, ((prompt, 24),) * batch))
         for batch in batches[1:]:
             prompts = np.exp(random.uniform(np.log(8), np.log(min(longest, 256)), 2 * batch)).astype(int)
-            outputs = random.integers(4, 48, 2 * batch)
+            outputs = random.integers(4, 24, 2 * batch)
             sweep.append(Round("mixed", batch, tuple(zip(prompts.tolist(), outputs.tolist(), strict=True))))
         rounds += [sweep[i] for i in random.permutation(len(sweep))]
     return rounds
@@ -183,21 +183,23 @@ def usable_steps(samples: list[Sample], rounds: list[Round], seed: int) -> tuple
     for kind in ("prefill", "decode", "mixed"):
         of_kind = [number for number, one in enumerate(rounds) if one.kind == kind]
         held_out.update(random.permutation(of_kind)[: round(HELD_OUT * len(of_kind))].tolist())
-    kept = _uninterrupted([s for s in samples if rounds[s.round].kind != "warm-up"])
+    kept = uninterrupted([s for s in samples if rounds[s.round].kind != "warm-up"])
     parts = ([s for s in kept if s.round not in held_out], [s for s in kept if s.round in held_out])
-    fitted, judged = (
-        Steps.of(
-            [
-                (s.decodes, s.decodes * s.mean_context, s.prefill_tokens, 0, int(s.prefill_tokens > 0), s.seconds)
-                for s in part
-            ]
-        )
-        for part in parts
-    )
+    fitted, judged = (as_steps(part) for part in parts)
     return fitted, judged
 
 
-def _uninterrupted(samples: list[Sample]) -> list[Sample]:
+def as_steps(samples: list[Sample]) -> Steps:
+    """Samples as rows to fit or to judge by."""
+    return Steps.of(
+        [
+            (s.decodes, s.decodes * s.mean_context, s.prefill_tokens, 0, int(s.prefill_tokens > 0), s.seconds)
+            for s in samples
+        ]
+    )
+
+
+def uninterrupted(samples: list[Sample]) -> list[Sample]:
     """Drop steps that took more than twice the median of their like, or less than half: the machine did other things.
 
     Alike are steps whose decodes, prefill tokens and context agree within half an octave; no fit decides what it is
@@ -263,11 +265,23 @@ async def sweep(
     on_start(sum(len(one.requests) for one in rounds))
     samples = await run_sweep(engine, rounds, seed, progress)
     fitted, held_out = usable_steps(samples, rounds, seed)
+    method = (
+        f"{REPEATS} sweeps, batches up to {max_batch}, seed {seed}; {len(samples)} steps reported, "
+        f"{len(fitted)} fitted, {len(held_out)} held out, the rest warm-up or interrupted"
+    )
+    return profile_of(engine.state, name, source, method, fitted, held_out), held_out
+
+
+def profile_of(state: EngineState, name: str, source: str, method: str, fitted: Steps, held_out: Steps) -> Profile:
+    """The profile that fits ``fitted`` under the limits in ``state``, judged by ``held_out``.
+
+    Raises:
+        RuntimeError: too few steps.
+    """
     try:
         regimes = fit_regimes(fitted)
     except ValueError as error:
         raise RuntimeError(f"the engine reported too little: {error}") from error
-    state = engine.state
     told = state.kv_tokens > 0
     profile = Profile(
         name=name,
@@ -276,8 +290,7 @@ async def sweep(
             "source": source,
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "version": f"antares-gateway {metadata.version('antares-gateway')}",
-            "method": f"{REPEATS} sweeps, batches up to {max_batch}, seed {seed}; {len(samples)} steps reported, "
-            f"{len(fitted)} fitted, {len(held_out)} held out, the rest warm-up or interrupted",
+            "method": method,
             "kv_tokens": "as the engine reports it" if told else "not told by the engine: room for every sequence",
             "date": datetime.date.today().isoformat(),
             "units": "seconds and tokens",
@@ -289,7 +302,7 @@ async def sweep(
         kv_tokens=state.kv_tokens if told else state.max_num_seqs * state.max_model_len,
         plans_ahead=state.plans_ahead,
     )
-    return profile.with_quality(quality(profile, held_out)), held_out
+    return profile.with_quality(quality(profile, held_out))
 
 
 def engine_of(source: str) -> tuple[Engine, str]:

@@ -70,6 +70,10 @@ def simulate(
     learn: Annotated[
         bool, typer.Option("--learn/--no-learn", help="Policies learn step times from the run, as they do live.")
     ] = True,
+    apart: Annotated[
+        bool,
+        typer.Option("--apart/--inside", help="The gateway reacts to a step when the next has begun, or at once."),
+    ] = True,
     seed: Annotated[list[int] | None, typer.Option(help="Repeat for several. [default: 0]")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core. 1 times runs best.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -116,6 +120,7 @@ def simulate(
             step_mode=step_mode,
             replicas=replicas,
             learn=learn,
+            apart=apart,
             limits={name: limit for name, limit in limits.items() if limit is not None},
         )
         if hold is not None:

@@ -2,7 +2,7 @@
 
 What is real: `gateway.admission` with the policy, the step gate, the rules of vLLM's scheduler
 (`engine_adapter.simulated_scheduler`), and the step-time model learning from the steps it sees. What is not: a step
-takes what the profile says, and neither the network nor the gateway itself takes time.
+takes what the profile says, and the network and the gateway take no time, but enough to come after the next step.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def simulate(
     step_mode: str = "chunked",
     replicas: int = 1,
     learn: bool = True,
+    apart: bool = True,
     on_ended: Callable[[int], None] = lambda ended: None,
 ) -> Simulated:
     """Play ``workload`` (sorted by time) to its last answer.
@@ -57,6 +58,8 @@ def simulate(
         step_mode: one of `simulated_scheduler.STEP_MODES`.
         replicas: engines; a request goes to the one with the least work ahead of it.
         learn: whether policies see step times learnt in the run, or those of the profile throughout.
+        apart: the gateway is a process of its own, so that the next step has begun before it reacts to the last one.
+            False puts it inside the engine, as SCORPIO's authors had it.
         on_ended: told, now and then, how many requests have ended.
 
     Raises:
@@ -88,6 +91,8 @@ def simulate(
             if engine.step is not None:
                 _, done = engine.end_step()
                 fates.finished(now, done)
+                if apart and engine.step is None:
+                    engine.start_step(now)
         decision = engine.decide(now)
         for request in decision.admit:
             engine.send(request, workload[int(request.id)].output_tokens)
