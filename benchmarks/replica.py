@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from engine_adapter.engine import EngineState
+from engine_adapter.gates import GATES
 from engine_adapter.profile import Profile
 from engine_adapter.simulated_scheduler import Finished, SimulatedScheduler, Step
 from engine_adapter.simulated_sequence import SimulatedSequence
-from engine_adapter.step_gate import GATES
 from engine_adapter.step_time import StepTimeModel
 from gateway.admission import Admission
-from gateway.policies.base import Decision, Policy
+from gateway.policies.base import UNGATED, Decision, Policy
 from gateway.request import Request
 
 _SHORTEST_STEP_S = 1e-4
@@ -54,7 +54,7 @@ class Replica:
             max_num_batched_tokens=profile.max_num_batched_tokens,
             max_model_len=profile.max_model_len,
             kv_tokens=profile.kv_tokens,
-            gate=GATES["credit" if policy.gated else "open"](),
+            gate=GATES[policy.gate](),
             step_mode=step_mode,
         )
         self.step: Step | None = None
@@ -63,7 +63,7 @@ class Replica:
         self.deciding_s = 0.0
         self.decisions = self.steps = 0
         self.busy_s = 0.0
-        self._gated = policy.gated
+        self._gated = policy.gate != UNGATED
         self._profile = profile
         self._step_began_s = 0.0
         self._planned: Step | None = None
@@ -133,6 +133,7 @@ class Replica:
         mean_context = step.decode_context / decodes if decodes else 0.0
         seconds = now - self._step_began_s
         self.state.step_time.observe(decodes, step.prefill_tokens, mean_context, seconds)
+        self.scheduler.gate.observe(decodes, step.prefill_tokens, mean_context, seconds)
         self.step, self.step_ends_s = None, math.inf
         if self._planned is not None:
             # Decided on before anybody could react to this one's tokens.

@@ -27,6 +27,10 @@ TPOT_XARG = "antares_tpot_ms"
 """Member of ``vllm_xargs`` that carries a request's TPOT bound (ms) to the step gate."""
 
 
+GATE_XARG = "antares_gate"
+"""Member of ``vllm_xargs`` that names the step gate that paces a request (`gates.GATES`)."""
+
+
 class TokenObserver(Protocol):
     """What an engine tells about one HTTP request while it serves it.
 

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from engine_adapter.assemble import can_rebuild
-from engine_adapter.engine import TPOT_XARG
+from engine_adapter.engine import GATE_XARG, TPOT_XARG
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -112,9 +112,10 @@ class CompletionPlan:
 
     @property
     def tpot_ms(self) -> float | None:
-        """The TPOT bound that the request carries for the step gate."""
+        """The TPOT bound by which the request sits steps out; None if it decodes in every step."""
         xargs = self.body.get("vllm_xargs")
-        bound = xargs.get(TPOT_XARG) if isinstance(xargs, dict) else None
+        skips = isinstance(xargs, dict) and xargs.get(GATE_XARG, "credit") == "credit"
+        bound = xargs.get(TPOT_XARG) if skips and isinstance(xargs, dict) else None
         return float(bound) if isinstance(bound, int | float) and bound > 0 else None
 
     def without_usage(self) -> None:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from engine_adapter.engine import ASGIApp, EngineEvents, EngineState, EngineUnreachable, GateReport
+from engine_adapter.gates import Gates
 from engine_adapter.profile import Profile
 from engine_adapter.simulated_app import SimulatedApp
 from engine_adapter.simulated_scheduler import SimulatedScheduler, Step
 from engine_adapter.simulated_sequence import SimulatedSequence
-from engine_adapter.step_gate import GATES
 from engine_adapter.step_time import StepTimeModel, StepTimes
 
 FALLING_BEHIND_S = 0.25
@@ -47,8 +47,8 @@ class SimulatedEngine:
             profile's, or 256, 2048 and 8192.
         kv_tokens: KV cache size in tokens, at least ``max_model_len``; by default the profile's, or 200,000. When it
             runs out, the youngest is preempted.
-        gate: name in `step_gate.GATES`. Requests with a number under ``antares_tpot_ms`` in ``vllm_xargs``
-            are gated.
+        gate: name in `gates.GATES`, of the gate for requests that name none. Those with a number under
+            ``antares_tpot_ms`` in ``vllm_xargs`` are gated.
         output_tokens: answer length for requests that do not fix it themselves: a number, a function of the
             prompt text, or None for 8 to 128 by a stable hash of the prompt.
         time_scale: every step's duration is multiplied by this.
@@ -74,8 +74,6 @@ class SimulatedEngine:
         time_scale: float = 1.0,
         restart_s: float = 0.5,
     ) -> None:
-        if gate not in GATES:
-            raise ValueError(f"unknown step gate {gate!r}: use one of {', '.join(GATES)}")
         limits = _limits(
             profile,
             max_num_seqs=max_num_seqs,
@@ -99,7 +97,7 @@ class SimulatedEngine:
         self._restart_s = restart_s
         self._gate_name = gate
         self._profile = profile
-        self._scheduler = SimulatedScheduler(**limits, gate=GATES[gate]())
+        self._scheduler = SimulatedScheduler(**limits, gate=Gates(gate))
         self._wake = asyncio.Event()
         self._events = EngineEvents()
         self._loop_task: asyncio.Task[None] | None = None
@@ -173,7 +171,7 @@ class SimulatedEngine:
             sequence.abandoned = True
 
     def _come_up(self) -> None:
-        self._scheduler.gate = GATES[self._gate_name]()
+        self._scheduler.gate = Gates(self._gate_name)
         self.state.gate = GateReport()
         self.state.ready_in_s = 0.0
         self.state.alive = True
@@ -235,6 +233,7 @@ class SimulatedEngine:
         decodes = len(step.decodes)
         mean_context = step.decode_context / decodes if decodes else 0.0
         self.state.step_time.observe(decodes, step.prefill_tokens, mean_context, seconds)
+        self._scheduler.gate.observe(decodes, step.prefill_tokens, mean_context, seconds)
         self._publish()
         self._events.on_step()
 

@@ -148,6 +148,7 @@ class SimulatedApp:
                 prompt_tokens=choice.prompt_tokens,
                 output_tokens=choice.output_tokens,
                 tpot_slo_s=request.tpot_slo_s,
+                gate=request.gate,
                 on_token=partial(on_token, choice),
                 on_lost=on_lost,
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from engine_adapter.engine import TPOT_XARG
+from engine_adapter.engine import GATE_XARG, TPOT_XARG
 
 
 class BadRequest(Exception):  # noqa: N818 - it becomes the answer of that name
@@ -26,6 +26,7 @@ class Completion:
     max_tokens: int | None
     ignore_eos: bool
     tpot_slo_s: float | None
+    gate: str
     fixed_output: int | None
 
     @classmethod
@@ -54,6 +55,7 @@ class Completion:
             max_tokens=limit if limit is not None else _whole(body, "max_tokens"),
             ignore_eos=bool(body.get("ignore_eos")),
             tpot_slo_s=None if tpot_ms is None else tpot_ms / 1000,
+            gate=str(xargs.get(GATE_XARG, "")),
             fixed_output=_whole(xargs, "simulated_output_tokens"),
         )
 

@@ -12,7 +12,7 @@ def _nobody_listens(*_: object) -> None:
 
 @dataclass(slots=True, eq=False)
 class SimulatedSequence:
-    """One sequence. Lengths in tokens; ``tpot_slo_s`` as in `step_gate.Decoding`.
+    """One sequence. Lengths in tokens; ``tpot_slo_s`` and ``gate`` as in `step_gate.Decoding`.
 
     ``on_token(generated, at)`` is called by the engine in real time at the end of each step that gave it a token;
     ``on_lost`` when that engine dies under it. ``abandoned`` is set by the app when nobody waits for it any more.
@@ -26,6 +26,7 @@ class SimulatedSequence:
     prompt_tokens: int
     output_tokens: int
     tpot_slo_s: float | None = None
+    gate: str = ""
     on_token: Callable[[int, float], None] = _nobody_listens
     on_lost: Callable[[], None] = _nobody_listens
     abandoned: bool = False

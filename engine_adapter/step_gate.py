@@ -22,6 +22,14 @@ class Decoding(Protocol):
     def tpot_slo_s(self) -> float | None:
         """Bound on seconds per output token, P_i; None when the request carries none."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of context: the prompt and what was generated, tokens on their way included."""
+
+    @property
+    def gate(self) -> str:
+        """The gate that paces it, by its name in `gates.GATES`; "" for the engine's own choice."""
+
 
 @dataclass(slots=True)
 class StepPlan:
@@ -40,6 +48,9 @@ class StepGate(Protocol):
     def forget(self, request_id: str) -> None:
         """The request left the running set for good; drop what was kept for it."""
 
+    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+        """A step took ``elapsed_s`` seconds; arguments as in `StepTimeModel.observe`."""
+
 
 class OpenGate:
     """Stock behaviour: everyone decodes, the engine's own token budget applies."""
@@ -50,6 +61,9 @@ class OpenGate:
 
     def forget(self, request_id: str) -> None:
         """Nothing is kept."""
+
+    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+        """Step times do not matter here."""
 
 
 _WHOLE = 1.0 - 1e-9
@@ -91,5 +105,5 @@ class CreditGate:
         """Drop the request's credit."""
         self._credit.pop(request_id, None)
 
-
-GATES: dict[str, type[OpenGate] | type[CreditGate]] = {"open": OpenGate, "credit": CreditGate}
+    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+        """Step times do not matter here."""

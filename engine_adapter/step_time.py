@@ -144,6 +144,10 @@ def fit_prefill(tokens: Floats, seconds: Floats) -> tuple[float, float, float, f
     return best
 
 
+MANY_TOKENS = 1 << 30
+"""More than any step takes."""
+
+
 @dataclass(slots=True)
 class StepTimeModel:
     """Both forms, refitted from the latest steps as they are reported.
@@ -171,6 +175,14 @@ class StepTimeModel:
     def prefill(self, tokens: float) -> float:
         """t(p) in seconds."""
         return self.times.prefill(tokens)
+
+    def prefill_tokens_within(self, seconds: float) -> int:
+        """The most prompt tokens whose prefill takes at most ``seconds``: the inverse of t(p)."""
+        times = self.times
+        most = int((seconds - times.beta) / times.alpha) if times.alpha > 0 else MANY_TOKENS
+        if most < times.theta:
+            most = int(times.theta) if seconds >= times.delta and times.theta > 0 else 0
+        return max(0, min(most, MANY_TOKENS))
 
     def observe(self, decode_requests: float, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
         """Learn from one step of ``elapsed_s`` seconds.

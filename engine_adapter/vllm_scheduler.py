@@ -4,8 +4,9 @@
 
 vLLM resolves the class by name inside its EngineCore process. A request's TPOT bound arrives in
 ``SamplingParams.extra_args`` (``vllm_xargs`` in an OpenAI body) as ``antares_tpot_ms``. Requests without it are never
-gated, so an engine that sees none behaves exactly as stock vLLM. Environment: ``ANTARES_GATE`` names the gate
-(``credit``, the default, or ``open``); ``ANTARES_GATE_SOCKET`` says where reports go, and unset they go nowhere.
+gated, so an engine that sees none behaves exactly as stock vLLM. ``antares_gate`` beside it names the gate that paces
+the request. Environment: ``ANTARES_GATE`` names the gate of those that name none (``credit``, the default, ``slack`` or
+``open``); ``ANTARES_GATE_SOCKET`` says where reports go, and unset they go nowhere.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import vllm
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from engine_adapter.engine import TPOT_XARG
+from engine_adapter.engine import GATE_XARG, TPOT_XARG
 from engine_adapter.gate_channel import GateReporter
 from engine_adapter.orphan import PARENT_ENV, exit_with_parent
-from engine_adapter.step_gate import GATES
+from engine_adapter.gates import Gates
 from engine_adapter.vllm_versions import GATE_VERSIONS, require
 
 if TYPE_CHECKING:
@@ -41,11 +42,16 @@ require(vllm.__version__, GATE_VERSIONS, "The Antares step gate")
 
 @dataclass(slots=True)
 class _Gated:
-    """What the gate knows of one request: its id, its TPOT bound (s), and the bound's label in the counters."""
+    """What the gate knows of one request: its id, its TPOT bound (s), its gate, its context length (tokens).
+
+    ``label`` is the bound's name in the counters.
+    """
 
     request_id: str
     tpot_slo_s: float | None
+    gate: str
     label: str
+    length: int = 0
 
 
 @dataclass(slots=True)
@@ -68,10 +74,10 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        name = os.environ.get(GATE_ENV, "credit")
-        if name not in GATES:
-            raise ValueError(f"{GATE_ENV}={name!r} is not a step gate; choose one of {', '.join(GATES)}")
-        self._gate = GATES[name]()
+        try:
+            self._gate = Gates(os.environ.get(GATE_ENV, "credit"))
+        except ValueError as error:
+            raise ValueError(f"{GATE_ENV}: {error}") from error
         self._gated: dict[str, _Gated] = {}
         self._reporter = GateReporter.from_env()
         if PARENT_ENV in os.environ:
@@ -117,6 +123,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             # whichever is later.
             elapsed = now - max(step.scheduled_at, self._last_step_end)
             self._reporter.step(now, step.decode_requests, step.prefill_tokens, step.mean_context, elapsed)
+            started = time.perf_counter()
+            self._gate.observe(step.decode_requests, step.prefill_tokens, step.mean_context, elapsed)
+            self._reporter.report.gate_seconds += time.perf_counter() - started
         self._last_step_end = now
         if not self.running:
             self._reporter.flush(now)
@@ -142,6 +151,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             ):
                 continue
             gated = self._gated.get(request.request_id) or self._remember(request)
+            gated.length = request.num_tokens + request.num_output_placeholders
             decoding.append(gated)
             context += request.num_computed_tokens
             bounded = bounded or gated.tpot_slo_s is not None
@@ -157,7 +167,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             for request_id in self._gated.keys() - self.requests.keys():
                 del self._gated[request_id]
                 self._gate.forget(request_id)
-        given = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(TPOT_XARG)
+        xargs = (request.sampling_params and request.sampling_params.extra_args) or {}
+        given = xargs.get(TPOT_XARG)
         # A bound of 0 or infinity would give somebody a TRP of 0, which is never to decode again.
         bound = None
         if isinstance(given, int | float) and 0 < given < math.inf:
@@ -165,6 +176,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         gated = _Gated(
             request_id=request.request_id,
             tpot_slo_s=None if bound is None else bound / 1000,
+            gate=str(xargs.get(GATE_XARG, "")),
             label=self._label("none" if bound is None else f"{bound:g}"),
         )
         self._gated[request.request_id] = gated

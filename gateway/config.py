@@ -67,7 +67,7 @@ class VllmEngineConfig(Section):
     served_model_name: str | None = None
     flags: dict[str, bool | int | float | str | list[str] | None] = Field(default_factory=dict)
     env: dict[str, str | int | float] = Field(default_factory=dict, description="Set before vLLM is imported.")
-    gate: Literal["credit", "open"] = "credit"
+    gate: Literal["credit", "slack", "open"] = Field("credit", description="Of requests that name none.")
     step_times: StepTimesConfig | None = None
     calibrate: bool = True
 
@@ -98,7 +98,7 @@ class SimulatedEngineConfig(Section):
     max_num_batched_tokens: int | None = Field(None, ge=1)
     max_model_len: int | None = Field(None, ge=1)
     kv_tokens: int | None = Field(None, ge=1)
-    gate: Literal["credit", "open"] = "credit"
+    gate: Literal["credit", "slack", "open"] = Field("credit", description="Of requests that name none.")
     step_times: StepTimesConfig | None = Field(None, description="Instead of a profile's.")
 
     @model_validator(mode="after")

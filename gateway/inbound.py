@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 from starlette.datastructures import Headers as HeaderView
 
-from engine_adapter.engine import TPOT_XARG, Engine, Receive, Scope
+from engine_adapter.engine import GATE_XARG, TPOT_XARG, Engine, Receive, Scope
 from gateway.errors import ApiError, Headers, bad_request
 
 MAX_HEADERS = 128
@@ -77,8 +77,8 @@ def check_with_engine(document: dict[str, Any], engine: Engine) -> None:
         raise bad_request(refusal, refusal.partition(":")[0], "unsupported_parameter")
 
 
-def body_for_engine(document: dict[str, Any], tpot_slo_s: float | None) -> bytes:
-    """The client's body with ``tpot_slo_s`` (None: no bound) for the step gate.
+def body_for_engine(document: dict[str, Any], tpot_slo_s: float | None, gate: str = "") -> bytes:
+    """The client's body with ``tpot_slo_s`` (None: no bound) for the step gate called ``gate``.
 
     A client may send ``vllm_xargs`` of its own, but never ours: they would let it claim a pace it was not granted.
     """
@@ -86,6 +86,7 @@ def body_for_engine(document: dict[str, Any], tpot_slo_s: float | None) -> bytes
     xargs = {k: v for k, v in given.items() if not k.startswith("antares_")} if isinstance(given, dict) else {}
     if tpot_slo_s is not None:
         xargs[TPOT_XARG] = round(tpot_slo_s * 1000, 3)
+        xargs[GATE_XARG] = gate
     if xargs:
         document["vllm_xargs"] = xargs
     elif isinstance(given, dict):

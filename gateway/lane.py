@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from engine_adapter.engine import Engine
 from gateway.admission import Admission
-from gateway.policies.base import Decision, Policy, Rejection, prefill_backlog
+from gateway.policies.base import UNGATED, Decision, Policy, Rejection, prefill_backlog
 from gateway.request import Request
 from gateway.slo import SloClass
 from gateway.waiting import WaitingQueue
@@ -175,7 +175,7 @@ class Lane:
             self._doubt(now)
         for request in decision.admit:
             backlog_s += self.engine.state.step_time.prefill(request.prompt_tokens)
-            told = self.policy.gated or request.slo.ttft_s
+            told = self.policy.gate != UNGATED or request.slo.ttft_s
             predicted_s = now - request.arrival_s + backlog_s if told else None
             if not self._tell(request, Admitted(self, predicted_s)):
                 # The client left in this very turn: nobody will run the request, so it must not count as running.

@@ -34,7 +34,7 @@ from gateway.inbound import (
 from gateway.lane import Admitted, Displaced, EngineDown, Lane, QueueFull
 from gateway.ledger import Entry, Ledger
 from gateway.metrics import Metrics
-from gateway.policies.base import Rejection
+from gateway.policies.base import UNGATED, Rejection
 from gateway.prediction import LengthPredictor
 from gateway.progress import Progress
 from gateway.prompt import Prompt, read_prompt
@@ -253,8 +253,9 @@ class Proxy:
         request = entry.request
         progress = Progress(request, on_first_token=lane.wake)
         exchange = Exchange(entry, progress, send, request_id, report=report, clock=self._clock)
-        gated = lane.policy.gated and lane.engine.takes_xargs
-        body = body_for_engine(document, request.tpot_slo_s if gated else None)
+        gate = lane.policy.gate
+        gated = gate != UNGATED and lane.engine.takes_xargs
+        body = body_for_engine(document, request.tpot_slo_s if gated else None, gate)
         inner_scope = engine_scope(scope, request_id, len(body))
         inner_scope[OBSERVER_KEY] = progress
         call = asyncio.ensure_future(_run(lane.engine.app, inner_scope, client.replay(body), exchange.send))

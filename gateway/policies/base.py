@@ -11,6 +11,10 @@ from gateway.request import E2E_SHARE_FOR_TTFT, Request
 from gateway.slo import Bound
 
 
+UNGATED = "open"
+"""The gate that lets everyone through: stock vLLM."""
+
+
 @dataclass(slots=True, frozen=True)
 class Rejection:
     """Why a request cannot attain its SLO.
@@ -69,8 +73,11 @@ class Policy(Protocol):
         """What the policy is called in configurations and metrics."""
 
     @property
-    def gated(self) -> bool:
-        """Whether admitted requests carry their TPOT bound into the engine's step gate."""
+    def gate(self) -> str:
+        """The step gate that paces admitted requests inside the engine, by its name in `engine_adapter.gates.GATES`.
+
+        `UNGATED`: none; their TPOT bounds stay at the gateway.
+        """
 
     def order(self, request: Request) -> tuple[float, ...]:
         """Where ``request`` stands among those that wait: the least comes first. Read when it comes in."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
-from gateway.policies.base import Decision
+from gateway.policies.base import UNGATED, Decision
 from gateway.request import Request
 
 
@@ -15,7 +15,7 @@ class Fcfs:
     """Admits all, in order of arrival; rejects none; gates nothing."""
 
     name: str = "fcfs"
-    gated: bool = False
+    gate: str = UNGATED
 
     def order(self, request: Request) -> tuple[float, ...]:
         """By arrival."""

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
-from gateway.policies.base import Decision, prefill_backlog, reject_tpot, reject_ttft
+from gateway.policies.base import UNGATED, Decision, prefill_backlog, reject_tpot, reject_ttft
 from gateway.request import Request
 
 
@@ -23,7 +23,7 @@ class Mooncake:
 
     tpot_check: bool = True
     name: str = "mooncake"
-    gated: bool = False
+    gate: str = UNGATED
 
     def order(self, request: Request) -> tuple[float, ...]:
         """By arrival."""

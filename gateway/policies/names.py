@@ -11,12 +11,14 @@ from gateway.policies.fcfs import Fcfs
 from gateway.policies.mooncake import Mooncake
 from gateway.policies.s3 import S3
 from gateway.policies.scorpio import Scorpio
+from gateway.policies.slack import Slack
 
-POLICIES: dict[str, tuple[type[Fcfs] | type[S3] | type[Mooncake] | type[Scorpio], dict[str, Any]]] = {
+POLICIES: dict[str, tuple[type[Fcfs] | type[S3] | type[Mooncake] | type[Scorpio] | type[Slack], dict[str, Any]]] = {
     "fcfs": (Fcfs, {}),
     "s3": (S3, {}),
     "mooncake": (Mooncake, {}),
     "scorpio": (Scorpio, {}),
+    "slack": (Slack, {}),
     "ttft_guard_only": (Scorpio, {"tpot_guard": False}),
     "tpot_guard_only": (Scorpio, {"ttft_guard": False}),
 }
@@ -29,7 +31,7 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
         raise ValueError(f"no policy is called {name!r}; choose one of {', '.join(POLICIES)}")
     options = options or {}
     kind, fixed = POLICIES[name]
-    known = {f.name for f in dataclasses.fields(kind)} - {"name", "gated"} - fixed.keys()
+    known = {f.name for f in dataclasses.fields(kind)} - {"name", "gate"} - fixed.keys()
     unknown = sorted(options.keys() - known)
     if unknown:
         takes = ", ".join(sorted(known)) or "none"

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
-from gateway.policies.base import Decision, Runway
+from gateway.policies.base import UNGATED, Decision, Runway
 from gateway.request import Request
 
 
@@ -22,7 +22,7 @@ class S3:
 
     runway_steps: float = 2.0
     name: str = "s3"
-    gated: bool = False
+    gate: str = UNGATED
 
     def order(self, request: Request) -> tuple[float, ...]:
         """Shortest predicted output first."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
 from engine_adapter.step_time import StepTimeModel
-from gateway.policies.base import Decision, Runway, prefill_backlog, reject_tpot, reject_ttft
+from gateway.policies.base import UNGATED, Decision, Runway, prefill_backlog, reject_tpot, reject_ttft
 from gateway.request import Request
 
 
@@ -38,9 +38,9 @@ class Scorpio:
     name: str = "scorpio"
 
     @property
-    def gated(self) -> bool:
+    def gate(self) -> str:
         """Credit-based batching is part of the TPOT guard."""
-        return self.tpot_guard
+        return "credit" if self.tpot_guard else UNGATED
 
     def order(self, request: Request) -> tuple[float, ...]:
         """Least deadline first; without the TTFT guard, by arrival."""

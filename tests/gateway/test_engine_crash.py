@@ -115,7 +115,7 @@ async def test_an_engine_that_breaks_in_an_unforeseen_way_is_a_502() -> None:
 
 async def test_a_policy_that_breaks_turns_its_requests_away_instead_of_keeping_them_for_ever() -> None:
     class Broken:
-        name, gated = "broken", False
+        name, gate = "broken", "open"
 
         def decide(self, *shown: object) -> None:
             raise ZeroDivisionError

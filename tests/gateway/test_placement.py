@@ -25,7 +25,7 @@ from gateway.policies.base import Decision
 class HoldEverything:
     """A policy that admits nothing."""
 
-    name, gated = "hold", False
+    name, gate = "hold", "open"
 
     def decide(self, now: float, waiting: object, running: object, engine: object) -> Decision:
         return Decision()

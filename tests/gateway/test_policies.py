@@ -226,7 +226,7 @@ def test_each_guard_can_be_switched_off() -> None:
     assert (admitted(only_ttft), rejected(only_ttft)) == (["strict"], ["late"])
     assert (admitted(only_tpot), rejected(only_tpot)) == (["late"], ["strict"])
     assert (admitted(neither), rejected(neither)) == (["late", "strict"], [])
-    assert (Scorpio().gated, Scorpio(tpot_guard=False).gated) == (True, False)
+    assert (Scorpio().gate, Scorpio(tpot_guard=False).gate) == ("credit", "open")
 
 
 def test_the_engines_own_queue_is_kept_as_short_as_the_runway() -> None:
@@ -295,7 +295,7 @@ def fields(request: Request) -> list[Any]:
 def test_fcfs_admits_all_in_order_of_arrival_and_gates_nothing() -> None:
     queue = [ask("b", at=NOW - 1, ttft=1e-6), ask("a", at=NOW - 2), ask("c", tpot=1e-6)]
     decision = decide(Fcfs(), NOW, queue, [running()], engine(max_num_seqs=1))
-    assert (admitted(decision), decision.reject, Fcfs().gated) == (["a", "b", "c"], [], False)
+    assert (admitted(decision), decision.reject, Fcfs().gate) == (["a", "b", "c"], [], "open")
 
 
 def test_the_prefill_backlog_is_what_was_admitted_and_has_no_token_yet() -> None:

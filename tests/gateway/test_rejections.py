@@ -22,7 +22,7 @@ class AdmitNothing:
     """A policy under which everybody waits."""
 
     name = "nothing"
-    gated = False
+    gate = "open"
 
     def decide(self, now: float, waiting: Collection[Any], running: Collection[Any], engine: Any) -> Decision:
         return Decision()
