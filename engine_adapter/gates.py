@@ -16,8 +16,8 @@ _RECENT_STEPS = 256
 class Gates:
     """A gate of gates. ``default`` paces requests that name none, or one that is not known here.
 
-    Usually all requests in an engine come from one policy and name one gate; where several meet, each plans for its own,
-    and the least prefill that one of them allows is what there is.
+    Usually all requests in an engine come from one policy and name one gate. Where several meet, each plans for its
+    own, and there is as much prefill as the one that allows least.
 
     Raises:
         ValueError: ``default`` is no gate.

@@ -22,14 +22,11 @@ from engine_adapter.step_gate import Decoding, StepPlan
 from engine_adapter.step_time import StepTimeModel
 
 LEAST_CHUNK = 32
-"""Prompt tokens. A smaller chunk costs a step's fixed share of prefill for next to nothing; the step then only decodes."""
-
-LONGEST_STEP_S = 1.0
-"""Where nobody's slack says otherwise."""
+"""Prompt tokens. A smaller chunk costs a step's fixed share of prefill for next to nothing; it then only decodes."""
 
 
 class SlackGate:
-    """Sizes each step's prefill by the least slack among the decoding. Learns step times from the steps it is told of."""
+    """Sizes each step's prefill by the least slack among the decoding. Learns step times as it goes."""
 
     def __init__(self, step_time: StepTimeModel | None = None) -> None:
         self._step_time = step_time or StepTimeModel()

@@ -23,8 +23,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from engine_adapter.engine import GATE_XARG, TPOT_XARG
 from engine_adapter.gate_channel import GateReporter
-from engine_adapter.orphan import PARENT_ENV, exit_with_parent
 from engine_adapter.gates import Gates
+from engine_adapter.orphan import PARENT_ENV, exit_with_parent
 from engine_adapter.vllm_versions import GATE_VERSIONS, require
 
 if TYPE_CHECKING:

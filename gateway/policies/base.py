@@ -10,7 +10,6 @@ from engine_adapter.engine import EngineState
 from gateway.request import E2E_SHARE_FOR_TTFT, Request
 from gateway.slo import Bound
 
-
 UNGATED = "open"
 """The gate that lets everyone through: stock vLLM."""
 
