@@ -1,0 +1,145 @@
+"""The slack gate: prefill gets what running requests can spare; and gates that share an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_adapter.gates import GATES, Gates
+from engine_adapter.slack_gate import LEAST_CHUNK, SlackGate
+from engine_adapter.step_gate import StepPlan
+from engine_adapter.step_time import StepTimeModel, StepTimes
+
+TIMES = StepTimes(a=0.0, b=1e-3, c=0.0, d=0.01, alpha=1e-4, beta=0.0)
+"""A step takes 10 ms, 1 ms a decode and 0.1 ms a prompt token."""
+
+
+@dataclass
+class Running:
+    request_id: str
+    tpot_slo_s: float | None = 0.03
+    length: int = 100
+    gate: str = ""
+
+
+def slack_gate(times: StepTimes = TIMES) -> SlackGate:
+    return SlackGate(StepTimeModel(times=times, learn=False))
+
+
+def test_a_step_is_as_long_as_the_least_slack_allows() -> None:
+    # Both have their first token at 0 and the next due at 30 and 50 ms. Decoding takes 12 ms: 18 ms are left.
+    plan = slack_gate().plan(0.0, [Running("strict"), Running("loose", 0.05)], prefill_backlog=1000)
+    assert plan.sit_out == set()
+    assert plan.max_prefill_tokens == pytest.approx(180, abs=1)
+
+
+def test_tokens_ahead_of_their_pace_are_slack_for_a_longer_step() -> None:
+    gate, request = slack_gate(), Running("r")
+    gate.plan(0.0, [request], 1000)
+    request.length += 4  # at 60 ms four more tokens are out; the next is due at 150 ms
+    assert gate.plan(0.06, [request], 1000).max_prefill_tokens == pytest.approx(790, abs=1)
+
+
+def test_whoever_is_late_already_holds_nobody_up() -> None:
+    gate, late = slack_gate(), Running("late")
+    gate.plan(0.0, [late], 1000)
+    assert gate.plan(5.0, [late, Running("fresh", 0.05)], 1000).max_prefill_tokens == pytest.approx(380, abs=1)
+    assert gate.plan(5.0, [late], 1000) == StepPlan()
+
+
+@pytest.mark.parametrize(
+    ("decoding", "backlog"),
+    [([], 1000), ([Running("r", None)], 1000), ([Running("r")], 0), ([Running("r")], 190)],
+    ids=["nobody decodes", "nobody has a bound", "nothing to prefill", "all of it fits"],
+)
+def test_where_nobody_is_at_risk_the_step_is_the_engines_own(decoding: list[Running], backlog: int) -> None:
+    assert slack_gate().plan(0.0, decoding, backlog) == StepPlan()
+
+
+def test_a_chunk_too_small_to_be_worth_it_waits() -> None:
+    plan = slack_gate().plan(0.0, [Running("r", 0.011 + (LEAST_CHUNK - 1) * 1e-4)], 1000)
+    assert plan.max_prefill_tokens == 0
+
+
+def test_the_last_few_tokens_of_a_prompt_are_worth_a_small_chunk() -> None:
+    plan = slack_gate().plan(0.0, [Running("r", 0.0125)], 10)
+    assert plan == StepPlan()
+
+
+def test_a_gate_that_forgot_a_request_starts_its_pace_anew() -> None:
+    gate, request = slack_gate(), Running("r")
+    gate.plan(0.0, [request], 1000)
+    gate.forget("r")
+    assert gate.plan(9.0, [request], 1000).max_prefill_tokens == pytest.approx(190, abs=1)
+
+
+def test_it_learns_how_long_steps_take() -> None:
+    gate = SlackGate()
+    for batch in range(1, 33):
+        gate.observe(batch, 0, 100.0, 0.02 + 1e-3 * batch)
+        gate.observe(batch, 100, 100.0, 0.02 + 1e-3 * batch + 0.05)
+    plan = gate.plan(0.0, [Running("r", 0.121)], 10_000)
+    assert plan.max_prefill_tokens == pytest.approx(200, rel=0.15)
+
+
+BOUNDS = st.lists(st.none() | st.floats(0.005, 1.0), min_size=1, max_size=20)
+
+
+@given(BOUNDS, st.integers(0, 5000))
+def test_no_step_that_it_allows_makes_anybody_late_who_is_not(bounds: list[float | None], backlog: int) -> None:
+    decoding = [Running(str(i), bound) for i, bound in enumerate(bounds)]
+    plan = slack_gate().plan(0.0, decoding, backlog)
+    assert plan.sit_out == set()
+    prefill = backlog if plan.max_prefill_tokens is None else min(backlog, plan.max_prefill_tokens)
+    strictest = min((bound for bound in bounds if bound is not None), default=None)
+    if prefill and strictest is not None:
+        assert TIMES.itl(len(decoding), 100) + TIMES.prefill(prefill) <= strictest + 1e-9
+
+
+@given(st.floats(0, 2), st.floats(1e-6, 1e-3), st.floats(0, 0.05), st.floats(0, 200), st.floats(0, 0.05))
+def test_what_fits_into_a_time_is_the_inverse_of_the_prefill_time(
+    seconds: float, alpha: float, beta: float, theta: float, delta: float
+) -> None:
+    times = StepTimes(alpha=alpha, beta=beta, theta=theta, delta=delta)
+    most = StepTimeModel(times=times).prefill_tokens_within(seconds)
+    if most:
+        assert times.prefill(most) <= seconds + 1e-9 or most < theta
+    assert times.prefill(max(most + 1, theta)) > seconds - 1e-9
+
+
+# --- several gates in one engine --------------------------------------------------------------------------------------
+
+
+def test_each_request_is_paced_by_the_gate_it_names() -> None:
+    gates = Gates("open")
+    credit = [Running("a", 0.03, gate="credit"), Running("b", 0.06, gate="credit")]
+    free = [Running("c", 0.5), Running("d", 0.9, gate="no such gate")]
+    sat_out = [gates.plan(0.1 * step, [*credit, *free], 0).sit_out for step in range(4)]
+    assert sat_out == [{"b"}, set(), {"b"}, set()]
+
+
+def test_the_least_prefill_that_a_gate_allows_is_what_there_is() -> None:
+    gates = Gates("open")
+    mixed = [Running("a", 0.03, gate="slack"), Running("b", 0.06, gate="credit")]
+    plan = gates.plan(0.0, mixed, 10_000)
+    assert plan.max_prefill_tokens is not None
+    assert plan.max_prefill_tokens < 10_000
+
+
+def test_a_gate_first_named_late_has_heard_of_the_steps_before() -> None:
+    gates = Gates("open")
+    gates.plan(0.0, [Running("a")], 0)
+    for batch in range(1, 65):
+        gates.observe(batch % 16 + 1, 0, 100.0, 0.5)
+        gates.observe(batch % 16 + 1, 50, 100.0, 0.6)
+    plan = gates.plan(1.0, [Running("b", 0.1, gate="slack")], 1000)
+    assert plan.max_prefill_tokens == 0, "steps take half a second here: there is no slack in a tenth"
+
+
+def test_every_gate_has_a_name_and_a_wrong_one_is_refused_with_the_right_ones() -> None:
+    assert set(GATES) == {"open", "credit", "slack"}
+    with pytest.raises(ValueError, match=r"'best' is not a step gate; choose one of open, credit, slack"):
+        Gates("best")
