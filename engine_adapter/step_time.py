@@ -13,6 +13,7 @@ All times in seconds, lengths in tokens.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -181,7 +182,7 @@ class StepTimeModel:
         times = self.times
         most = int((seconds - times.beta) / times.alpha) if times.alpha > 0 else MANY_TOKENS
         if most < times.theta:
-            most = int(times.theta) if seconds >= times.delta and times.theta > 0 else 0
+            most = math.ceil(times.theta) - 1 if seconds >= times.delta else 0
         return max(0, min(most, MANY_TOKENS))
 
     def observe(self, decode_requests: float, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:

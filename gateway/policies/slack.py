@@ -34,14 +34,17 @@ _LEAST_SHARE = 0.02
 
 @dataclass(slots=True)
 class Slack:
-    """``thrift``: how much engine time counts against a deadline when choosing whom to admit (0: deadlines alone).
+    """``fill``: the share of P* that the decodes may take.
 
-    ``fill``: the share of P* that the decodes may take. ``runway_steps``: steps' worth of prompt tokens that may lie
-    in the engine unprefilled.
+    ``thrift``: seconds of deadline that a second of engine time counts for when choosing whom to admit (0: deadlines
+    alone). ``patience_s``: a request without a TTFT bound is due so long after it came, or it would wait for ever.
+    ``optimism``: the share of its estimate by which a prompt is judged too late; the queue ahead of it thins out.
+    ``runway_steps``: steps' worth of prompt tokens that may lie in the engine unprefilled.
     """
 
     fill: float = 1.0
     thrift: float = 200.0
+    patience_s: float = 60.0
     optimism: float = 0.8
     runway_steps: float = 2.0
     name: str = "slack"
@@ -49,7 +52,7 @@ class Slack:
 
     def order(self, request: Request) -> tuple[float, ...]:
         """Earliest deadline first."""
-        return (request.deadline_s, request.arrival_s)
+        return (self._due_s(request), request.arrival_s)
 
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
@@ -60,7 +63,7 @@ class Slack:
         runway = Runway.of(running, engine, self.runway_steps)
         feasible = self._refuse_late(now, waiting, load, runway.tokens, engine, decision)
         times = engine.step_time.times
-        for request in sorted(feasible, key=lambda r: r.deadline_s + self.thrift * _cost(r, times)):
+        for request in sorted(feasible, key=lambda r: self._due_s(r) + self.thrift * _cost(r, times)):
             if load.size and load.size + request.sequences > engine.max_num_seqs:
                 continue
             if not runway.fits(request):
@@ -72,6 +75,9 @@ class Slack:
             decision.admit.append(request)
             runway.add(request)
         return decision
+
+    def _due_s(self, request: Request) -> float:
+        return min(request.deadline_s, request.arrival_s + self.patience_s)
 
     def _refuse_late(
         self,

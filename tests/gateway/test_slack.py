@@ -63,6 +63,15 @@ def test_under_pressure_the_requests_that_cost_least_go_first() -> None:
     assert admitted(decide(slack(thrift=0.0), NOW, queue, [running("old")], state)) == ["long", "short"]
 
 
+def test_a_request_without_a_bound_is_due_after_its_patience_and_is_never_refused() -> None:
+    state = engine(max_num_seqs=2)
+    fresh = [ask(str(i), ttft=5, tpot=1) for i in range(3)]
+    for waited, first in ((0.0, "0"), (59.0, "patient")):
+        queue = [ask("patient", at=NOW - waited), *fresh]
+        decision = decide(slack(), NOW, queue, [running("old")], state)
+        assert (admitted(decision), rejected(decision)) == ([first], [])
+
+
 def test_a_pace_that_not_even_an_idle_engine_keeps_is_refused_at_once() -> None:
     (rejection,) = decide(slack(), NOW, [ask(tpot=0.005)], [], engine()).reject
     assert (rejection.bound, rejection.hopeless) == ("tpot", True)
