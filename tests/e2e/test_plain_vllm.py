@@ -102,3 +102,14 @@ def test_the_light_gateway_loads_neither_torch_nor_vllm(served: Served) -> None:
     maps = Path(f"/proc/{served.process.pid}/maps").read_text()
     assert "libtorch" not in maps
     assert "vllm" not in maps
+
+
+async def test_gates_decide_when_tokens_come_and_not_which(vllm: str) -> None:
+    async with httpx.AsyncClient(base_url=vllm, timeout=120, trust_env=False) as http:
+        said = []
+        for gate in (None, "credit", "slack", "a gate of tomorrow"):
+            xargs = {} if gate is None else {"vllm_xargs": {"antares_tpot_ms": 500, "antares_gate": gate}}
+            answer = await http.post("/v1/completions", json={**body(20), "temperature": 0, **xargs})
+            assert answer.status_code == 200
+            said.append(answer.json()["choices"][0]["text"])
+    assert len(set(said)) == 1
