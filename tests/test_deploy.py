@@ -169,7 +169,7 @@ def test_make_lists_its_targets():
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     assert re.findall(r"^  make (\w+)", listed, re.MULTILINE) == [
-        "help", "install", "serve", "test", "check", "format", "clean",
+        "help", "install", "serve", "test", "check", "figures", "format", "clean",
     ]  # fmt: skip
 
 

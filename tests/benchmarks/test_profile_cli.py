@@ -86,4 +86,4 @@ def test_measuring_an_engine_writes_a_profile_that_loads(tmp_path: Path, monkeyp
     assert json.loads(result.stdout) == json.loads(output.read_text())
     assert (written.name, written.max_num_batched_tokens) == ("mine", 256)
     assert written.provenance["source"] == "simulated engine of gateway.yaml"
-    assert written.quality["itl"]["mape"] < 0.02
+    assert written.quality["itl"]["mape"] < 0.05

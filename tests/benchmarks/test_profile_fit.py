@@ -106,7 +106,11 @@ def test_active_sets_find_what_trying_every_support_finds(seed: int, k: int) -> 
     random = np.random.default_rng(seed)
     columns, target = random.normal(size=(30, k)), random.normal(size=30)
     expected = nonnegative_least_squares(columns, target, parsimonious=False)
-    assert nonnegative(columns, target) == pytest.approx(expected, abs=1e-8)
+    found = nonnegative(columns, target)
+    assert (found >= 0).all()
+    # A coefficient next to nothing may be left out; what counts is that nothing fits better.
+    losses = [float(((columns @ w - target) ** 2).sum()) for w in (found, expected)]
+    assert losses[0] <= losses[1] * (1 + 1e-9)
 
 
 @given(st.integers(0, 2**32 - 1))

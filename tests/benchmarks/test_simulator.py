@@ -253,8 +253,8 @@ class Watched:
         return self.policy.name
 
     @property
-    def gated(self) -> bool:
-        return self.policy.gated
+    def gate(self) -> str:
+        return self.policy.gate
 
     def order(self, request: Request) -> tuple[float, ...]:
         return self.policy.order(request)

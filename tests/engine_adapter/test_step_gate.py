@@ -7,13 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_adapter.step_gate import GATES, CreditGate, OpenGate
+from engine_adapter.gates import GATES
+from engine_adapter.step_gate import CreditGate, OpenGate
 
 
 @dataclass(frozen=True)
 class Running:
     request_id: str
     tpot_slo_s: float | None
+    length: int = 100
+    gate: str = ""
 
 
 def batch(*bounds_ms: float | None) -> list[Running]:
@@ -108,9 +111,9 @@ def test_the_first_k_steps_batch_the_floor_of_k_times_trp(mix: list[float | None
             assert floor(share - 1e-6) <= counts[request.request_id] <= floor(share + 1e-6)
 
 
-def test_no_gate_limits_prefill_by_itself() -> None:
-    for gate in GATES.values():
-        assert gate().plan(0.0, batch(10, 20), 5000).max_prefill_tokens is None
+def test_only_the_slack_gate_limits_prefill() -> None:
+    limits = {name: gate().plan(0.0, batch(10, 20), 5000).max_prefill_tokens for name, gate in GATES.items()}
+    assert limits == {"open": None, "credit": None, "slack": 0}
 
 
 def test_the_open_gate_lets_everyone_through() -> None:

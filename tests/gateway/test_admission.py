@@ -38,7 +38,7 @@ class Scripted:
 
     does: Callable[[Request], str]
     name: str = "scripted"
-    gated: bool = False
+    gate: str = "open"
 
     def order(self, request: Request) -> tuple[float, ...]:
         return (request.deadline_s,)

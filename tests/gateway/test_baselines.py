@@ -70,7 +70,7 @@ def test_s3_takes_the_shortest_predicted_output_first_and_among_equals_the_oldes
 
 def test_s3_never_rejects_and_never_gates() -> None:
     late = [ask(str(i), at=NOW - 50, ttft=1e-6, tpot=1e-6) for i in range(3)]
-    assert (len(decide(S3(), late, []).admit), S3().gated) == (3, False)
+    assert (len(decide(S3(), late, []).admit), S3().gate) == (3, "open")
 
 
 def test_s3_stops_at_the_first_that_finds_no_place_in_the_batch() -> None:
@@ -180,7 +180,7 @@ def test_mooncake_decides_at_once_and_never_keeps_anybody_waiting() -> None:
     queue = [ask(str(i), ttft=0.3, tpot=0.013) for i in range(9)]
     decision = decide(Mooncake(), queue, [], engine(max_num_seqs=1, max_num_batched_tokens=1))
     assert len(decision.admit) + len(decision.reject) == 9
-    assert (decision.recheck_at, Mooncake().gated) == (None, False)
+    assert (decision.recheck_at, Mooncake().gate) == (None, "open")
 
 
 # --- one guard of SCORPIO ---------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_one_guard_alone_is_scorpio_with_the_other_switched_off(
     alone, switched = make_policy(name), make_policy("scorpio", SWITCHES[name])
     assert decide(alone, waiting, old) == decide(switched, waiting, old)
     assert [alone.order(r) for r in waiting] == [switched.order(r) for r in waiting]
-    assert (alone.gated, alone.name) == (switched.gated, name)
+    assert (alone.gate, alone.name) == (switched.gate, name)
 
 
 def test_what_a_name_fixes_is_no_option_of_it_and_the_rest_is() -> None:
