@@ -1,19 +1,21 @@
-"""From the JSON of `benchmarks.compare_policies` to the table in docs/results and the README.
+"""From the JSON of `benchmarks.compare_policies` to its page in docs/results and the table in the README.
 
     python -m benchmarks.results_page docs/results/overload.json
 
-Rewrites docs/results/README.md and the marked part of README.md, so that a figure in the docs is always a measured one.
+Writes overload.md beside the JSON, and the marked parts of the index and of README.md, so that a figure in the docs is
+always a measured one.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from benchmarks.figures.page import with_block
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = {
@@ -45,19 +47,20 @@ def main(file: Annotated[Path, typer.Argument(help="What compare_policies --json
     result = json.loads(file.read_text())
     runs = result["runs"]
     rounds = len({run["seed"] for run in runs})
+    shares = []
+    for policy in dict.fromkeys(run["policy"] for run in runs if run["policy"] != "fcfs"):
+        own = [run for run in runs if run["policy"] == policy]
+        share = statistics.mean(run["scheduling_s"] / run["duration_s"] for run in own)
+        shares.append(f"{share:.2%} under `{policy}`")
+    policies = "".join(f" --policy {policy}" for policy in dict.fromkeys(run["policy"] for run in runs))
     command = (
-        f"python -m benchmarks.compare_policies --overload {result['overload']:g} --requests {runs[0]['requests']} "
-        f"--repeats {rounds} --slo-scale {result['slo_scale']:g} --seed {min(run['seed'] for run in runs)} --json"
+        f"python -m benchmarks.compare_policies{policies} --overload {result['overload']:g} "
+        f"--requests {runs[0]['requests']} --repeats {rounds} --slo-scale {result['slo_scale']:g} "
+        f"--seed {min(run['seed'] for run in runs)} --json"
     )
-    scorpio = [run for run in runs if run["policy"] == "scorpio"]
-    share = statistics.mean(run["scheduling_s"] / run["duration_s"] for run in scorpio)
     offered = result["overload"] * result["capacity_rps"]
     late_ms = max(run["client_lateness_p99_s"] for run in runs) * 1000
-    page = f"""# Results
-
-Rejected and failed requests stay in the denominator of adherence. Every table says what was real.
-
-## Twice the capacity of one real engine
+    page = f"""# Twice the capacity of one real engine
 
 **Real:** {result["real"]}, on two shared cores; real HTTP; the load client in a process of its own. **Not a GPU.**
 
@@ -70,22 +73,21 @@ turns in front of it, each round with a seed that both share. The SLO table is t
 requests/s, is what the engine completes of the same workload with 64 requests always in flight; {offered:.2f}
 requests/s were offered, Poisson. Times are measured by the client, which itself was at most {late_ms:.0f} ms late
 (99th percentile, worst run).
-Deciding took {share:.2%} of the run's time under `scorpio`. The predictor was off: lengths came from running
-statistics, cut at each request's `max_tokens`, which here is the true length.
+Scheduling (decisions in the gateway, gates in the engine) took {", ".join(shares)} of the run's time. The predictor was
+off: lengths came from running statistics, cut at each request's `max_tokens`, which here is the true length.
 
 ```
 {command} > docs/results/overload.json
 python -m benchmarks.results_page docs/results/overload.json
 ```
 """
-    (ROOT / "docs" / "results" / "README.md").write_text(page)
-    readme = ROOT / "README.md"
+    file.with_suffix(".md").write_text(page, encoding="utf-8")
     shown = table(result, ["goodput", "slo_adherence", "rejected", "tpot_violations"])
-    marked = f"<!-- results:start -->\n{shown}\n<!-- results:end -->"
-    text = re.sub(
-        r"<!-- results:start -->.*?<!-- results:end -->", lambda _: marked, readme.read_text(), flags=re.DOTALL
-    )
-    readme.write_text(text)
+    index, readme = file.with_name("README.md"), ROOT / "README.md"
+    told = f"[Twice the capacity of one real engine]({file.with_suffix('.md').name}):\n\n{shown}"
+    for target, name, block in ((index, "overload", told), (readme, "results", shown)):
+        text = with_block(target.read_text(encoding="utf-8"), name, block)
+        target.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""``python -m benchmarks.figures``: run the simulations, draw them, write the page."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.figures.catalogue import FIGURES
+from benchmarks.figures.figure import save
+from benchmarks.figures.lab import laboratory
+from benchmarks.figures.page import RESULTS, load, write_pages
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="Make this figure; repeat for several. [default: all]")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Say which figures there are, and stop.")] = False,
+    quick: Annotated[bool, typer.Option(help="Toy sizes, to see that everything works; needs --output.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for JSON, PNGs and pages.")] = RESULTS,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a core]")] = None,
+    redraw: Annotated[bool, typer.Option(help="Run nothing: pictures and pages from the JSON that is there.")] = False,
+) -> None:
+    """Make the figures of docs/results again, all of them simulated."""
+    if show:
+        for figure in FIGURES.values():
+            print(f"{figure.name:16}{figure.title}")
+        return
+    names = only or list(FIGURES)
+    unknown = [name for name in names if name not in FIGURES]
+    if unknown:
+        raise typer.BadParameter(f"no figure is called {unknown[0]!r}; there are {', '.join(FIGURES)}")
+    if quick and output.resolve() == RESULTS.resolve():
+        raise typer.BadParameter("--quick would overwrite docs/results with toy sizes: give --output")
+    if find_spec("matplotlib") is None:
+        print("figures need matplotlib: pip install 'antares-gateway[bench]'", file=sys.stderr)
+        raise typer.Exit(1)
+    output.mkdir(parents=True, exist_ok=True)
+    with laboratory(jobs or os.cpu_count() or 1) as lab:
+        for name in names:
+            figure, started = FIGURES[name], time.perf_counter()
+            if not redraw:
+                save(figure.measure(lab, quick), output / f"{name}.json")
+            made = load(output)
+            drawn = figure.draw(made[name], output) if name in made else []
+            took = time.perf_counter() - started
+            print(f"{name}: {took:.0f} s, {', '.join([f'{name}.json', *drawn])}", file=sys.stderr)
+    try:
+        for path in write_pages(output):
+            print(f"wrote {path}", file=sys.stderr)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    app.command()(main)
+    app(prog_name="python -m benchmarks.figures")

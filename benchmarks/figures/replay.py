@@ -1,0 +1,23 @@
+"""One simulation with each request's fate at hand, for figures that need more than a run record."""
+
+from __future__ import annotations
+
+from benchmarks.experiment import Experiment, Run, parse_policy
+from benchmarks.predictions import predict
+from benchmarks.simulator import Simulated, simulate
+from benchmarks.workload import Asked
+
+
+def played(experiment: Experiment, run: Run) -> tuple[list[Asked], Simulated]:
+    """What was asked, and what came of it."""
+    asked = experiment.asked(run.qps, run.seed)
+    came = simulate(
+        asked,
+        predict(experiment.predictor, asked, run.seed),
+        experiment.engine(),
+        lambda: parse_policy(run.policy),
+        step_mode=experiment.step_mode,
+        replicas=experiment.replicas,
+        learn=experiment.learn,
+    )
+    return asked, came
