@@ -47,8 +47,8 @@ from gateway.policies.names import make_policy
 
 KEYS = ("slo_adherence", "ttft_p50_s", "tpot_p50_s", "goodput", "rejected", "ttft_violations", "tpot_violations")
 IN_FLIGHT = 32
-TEACHING_LOADS = (0.5, 1.0, 2.0)
-TEACHING_REQUESTS = 80
+TEACHING_LOADS = (0.75, 1.5)
+TEACHING_REQUESTS = 60
 STRETCH = 40
 """Neighbouring steps are alike: they are held out together."""
 

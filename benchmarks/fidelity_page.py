@@ -31,7 +31,7 @@ _TAIL = """
 both decide by the profile's step times: what a policy learns in a run depends on the path that led there. In brackets:
 what the simulator says of an engine 5% faster, and 5% slower. *Drift* is the median of what the run's own steps took
 over what the profile says of them: how much the machine's speed differed from when the profile was learnt. The profile
-(`cpu-smollm2`, [profiles](../profiles.md)) comes from three other workloads, served by the same engine through the same
+(`cpu-smollm2`, [profiles](../profiles.md)) comes from two other workloads, served by the same engine through the same
 gateway. Held-out steps: {quality}.
 
 What it took to get there: the gateway and the client share the cores with the engine, so that the profile must be

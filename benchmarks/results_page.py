@@ -75,6 +75,7 @@ requests/s were offered, Poisson. Times are measured by the client, which itself
 (99th percentile, worst run).
 Scheduling (decisions in the gateway, gates in the engine) took {", ".join(shares)} of the run's time. The predictor was
 off: lengths came from running statistics, cut at each request's `max_tokens`, which here is the true length.
+{result.get("note", "")}
 
 ```
 {command} > docs/results/overload.json

@@ -120,10 +120,13 @@ The authors' 512 requests are {512 / PAPER_RATE:.0f} s of arrivals at 15/s:
 
 {_span_table(made)}
 
-So at 15/s our factor lies below or above the paper's by the length of the run alone. What the rest of the difference is
-made of cannot be told from here: the step times are those of another engine on the same card, and the authors' eager
-mode
-and their predictor on the same GPU, both of which make steps slower, are not modelled.
+So at 15/s our factor lies below or above the paper's by the length of the run alone. Two more differences make our
+15/s the lighter load. Prompts are shorter: opening turns without a chat template, 82 tokens on average, where the
+paper's
+appendix says about 150 for Gemma and slightly more for Llama, template included. And neither the authors' eager mode
+nor
+their predictor on the same GPU, which make steps slower, is modelled; the step times are those of another engine on the
+same card. How much each of them matters cannot be told from here.
 
 `mooncake` here also checks a request's predicted TPOT. The authors' code under that name checks only TTFT
 (`mooncake:tpot_check=false`), which does little here; it may be why SCORPIO is further ahead of Mooncake in the paper.
