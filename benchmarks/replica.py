@@ -12,7 +12,7 @@ from engine_adapter.gates import GATES
 from engine_adapter.profile import Profile
 from engine_adapter.simulated_scheduler import Finished, SimulatedScheduler, Step
 from engine_adapter.simulated_sequence import SimulatedSequence
-from engine_adapter.step_time import StepTimeModel
+from engine_adapter.step_time import StepTimeModel, StepTimes
 from gateway.admission import Admission
 from gateway.policies.base import UNGATED, Decision, Policy
 from gateway.request import Request
@@ -34,10 +34,19 @@ class Flight(SimulatedSequence):
 class Replica:
     """An engine in virtual time. While it is idle, ``step`` is None and ``step_ends_s`` infinite.
 
-    ``learn``: whether the policy's step-time model follows the steps it sees or stays as the profile has it.
+    ``times``: what the policy is told of step times at first, by default the profile's; ``learn``: whether its
+    step-time model then follows the steps it sees.
     """
 
-    def __init__(self, profile: Profile, policy: Policy, *, step_mode: str = "chunked", learn: bool = True) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        policy: Policy,
+        *,
+        step_mode: str = "chunked",
+        times: StepTimes | None = None,
+        learn: bool = True,
+    ) -> None:
         self.state = EngineState(
             alive=True,
             model=profile.name,
@@ -46,7 +55,7 @@ class Replica:
             max_model_len=profile.max_model_len,
             kv_tokens=profile.kv_tokens,
             plans_ahead=profile.plans_ahead,
-            step_time=StepTimeModel(times=profile.step_times(), learn=learn),
+            step_time=StepTimeModel(times=times or profile.step_times(), learn=learn),
         )
         self.admission = Admission(policy, self.state)
         self.scheduler = SimulatedScheduler(

@@ -16,6 +16,7 @@ from benchmarks.replica import Replica
 from benchmarks.run_record import Served
 from benchmarks.workload import Asked
 from engine_adapter.profile import Profile
+from engine_adapter.step_time import StepTimes
 from gateway.policies.base import Policy
 from gateway.progress import tpot
 from gateway.request import Request
@@ -46,6 +47,7 @@ def simulate(
     *,
     step_mode: str = "chunked",
     replicas: int = 1,
+    times: StepTimes | None = None,
     learn: bool = True,
     apart: bool = True,
     on_ended: Callable[[int], None] = lambda ended: None,
@@ -57,7 +59,8 @@ def simulate(
         make_policy: called once for each replica.
         step_mode: one of `simulated_scheduler.STEP_MODES`.
         replicas: engines; a request goes to the one with the least work ahead of it.
-        learn: whether policies see step times learnt in the run, or those of the profile throughout.
+        times: what policies are told of step times at first; by default the profile's own.
+        learn: whether they learn step times in the run, or keep those throughout.
         apart: the gateway is a process of its own, so that the next step has begun before it reacts to the last one.
             False puts it inside the engine, as SCORPIO's authors had it.
         on_ended: told, now and then, how many requests have ended.
@@ -72,7 +75,7 @@ def simulate(
             f"the workload has a request of {longest} tokens, but an engine of the profile {profile.name!r} holds "
             f"{profile.max_model_len}: limit it with --max-prompt and --max-output"
         )
-    engines = [Replica(profile, make_policy(), step_mode=step_mode, learn=learn) for _ in range(replicas)]
+    engines = [Replica(profile, make_policy(), step_mode=step_mode, times=times, learn=learn) for _ in range(replicas)]
     fates = _Fates(workload, on_ended)
     now, arrived = 0.0, 0
     while fates.open:
