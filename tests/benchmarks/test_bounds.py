@@ -15,6 +15,10 @@ from benchmarks.bounds import Work, _Jobs, _most, bounds, works
 from benchmarks.workload import Asked, make_workload
 from engine_adapter.profile import Profile, Regime, load_profile, profile_names
 
+pytestmark = (
+    pytest.mark.no_cover
+)  # whole simulations, four times slower under a tracer; the rooms have tests of their own
+
 A100 = load_profile("blis-a100")
 
 

@@ -19,6 +19,10 @@ from gateway.policies.names import POLICIES
 from gateway.policies.s3 import S3
 from gateway.policies.scorpio import Scorpio
 
+pytestmark = (
+    pytest.mark.no_cover
+)  # whole simulations, four times slower under a tracer; the rooms have tests of their own
+
 WALL_CLOCK = ("scheduling_s", "wall_s", "setup_s")
 SMALL = Experiment(workload={"name": "small", "requests": 40, "max_output": 40})
 

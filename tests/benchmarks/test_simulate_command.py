@@ -18,6 +18,10 @@ from benchmarks.cli import app
 from engine_adapter.profile import Profile, Regime, profile_names, save_profile
 from gateway.policies.names import POLICIES
 
+pytestmark = (
+    pytest.mark.no_cover
+)  # whole simulations, four times slower under a tracer; the rooms have tests of their own
+
 QUICK = ("--workload", "small", "--requests", "20", "--max-output", "40", "--qps", "30")
 KEYS = (
     "policy", "qps", "seed", "requests", "duration_s", "goodput", "slo_adherence", "rejected", "ttft_violations",

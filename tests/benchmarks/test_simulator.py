@@ -27,6 +27,10 @@ from gateway.policies.names import POLICIES, make_policy
 from gateway.request import Request
 from gateway.waiting import WaitingQueue
 
+pytestmark = (
+    pytest.mark.no_cover
+)  # whole simulations, four times slower under a tracer; the rooms have tests of their own
+
 HAND = Profile(
     name="hand",
     description="A step takes 10 ms, 1 ms for each prompt token and 1 ms for each sequence that decodes.",

@@ -37,7 +37,8 @@ async def test_tpot_of_several_answers_is_counted_for_each(stream: bool) -> None
         text = answer.text.split(": antares ")[1].split("\n")[0] if stream else json.dumps(answer.json()["antares"])
         verdict = json.loads(text)
         assert verdict["output_tokens"] == 24
-        assert 9 < verdict["tpot_ms"] < 20
+        # A step takes 10 ms. Counted as one sequence, three would make 3.3 or 30 of it.
+        assert 9 < verdict["tpot_ms"] < 28
 
 
 async def test_several_prompts_make_several_answers() -> None:
@@ -52,7 +53,8 @@ async def test_an_answer_in_one_piece_has_its_ttft_and_tpot_measured_in_the_engi
     async with live(fast_engine(times=StepTimes(d=0.01, alpha=0.02))) as antares:
         verdict = (await antares.ask(chat("a b"), x_slo_report="1")).json()["antares"]
         assert 39 < verdict["ttft_ms"] < 80
-        assert 9 < verdict["tpot_ms"] < 20
+        # A step takes 10 ms. Counted as one sequence, three would make 3.3 or 30 of it.
+        assert 9 < verdict["tpot_ms"] < 28
         assert verdict["e2e_ms"] == pytest.approx(verdict["ttft_ms"] + 7 * verdict["tpot_ms"], rel=0.2)
 
 
