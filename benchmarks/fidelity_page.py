@@ -34,14 +34,14 @@ what the run's own steps took over what the profile says of them. The profile (`
 Held-out steps: {quality}.
 
 **What the simulator needed:** the gateway and the client share the cores with the engine, so the profile must be learnt
-with them at work; a sweep without them is too fast by far. The gateway reacts to a step only when the next has begun.
+with them at work. The gateway reacts to a step only when the next has begun.
 
 **What it lacks:** a policy that holds requests back lets them in when an estimate falls below a threshold, and a first
 token waits for that moment. The real policy has learnt its step times on a path of its own; the simulated one is told
 the profile's; and the machine, which others use too, does not keep its speed. Batch, pace and adherence hardly notice.
-The median wait under `scorpio` does. In a later session, in which the machine became 10 to 22% slower after the profile
-was learnt, even `fcfs` at load 1, right at the edge of its bounds, was off by 43 points of adherence: the simulator is
-as good as the profile is of today's machine.
+The median wait under `scorpio` does. In a later session (80 requests a run, stopped half way, its JSON not kept) the
+machine became 10 to 22% slower after the profile was learnt, and even `fcfs` at load 1, right at the edge of its
+bounds, was off by 43 points of adherence: the simulator is as good as the profile is of today's machine.
 
 ```
 python -m benchmarks.fidelity --requests {requests} --seed {seed} --json > docs/results/fidelity.json

@@ -133,8 +133,8 @@ class Replica:
     def _plan(self, now: float) -> Step | None:
         return self.scheduler.plan(now) if self.scheduler.running or self.scheduler.waiting else None
 
-    def end_step(self) -> tuple[list[Request], list[Request]]:
-        """The step's tokens are out: the requests that have their first token by it, and those that are done."""
+    def end_step(self) -> list[Request]:
+        """The step's tokens are out, and the requests hear of theirs; answers those that are done."""
         step, now = self.step, self.step_ends_s
         assert step is not None
         finished, self._outcome = self._outcome or self.scheduler.finish(step), None
@@ -148,14 +148,12 @@ class Replica:
             # Decided on before anybody could react to this one's tokens.
             self.start_step(now)
         prefilled, done = cast(list[Flight], finished.prefilled), cast(list[Flight], finished.done)
-        first = []
         for flight in cast(list[Flight], step.decodes):
             flight.request.generated += 1
         for flight in prefilled:
             flight.request.generated += 1
             if flight.request.first_token_s is None:
                 flight.request.first_token_s = now
-                first.append(flight.request)
         for flight in done:
             self.admission.leave(flight.request)
-        return first, [flight.request for flight in done]
+        return [flight.request for flight in done]

@@ -92,8 +92,7 @@ def simulate(
         else:
             now = engine.next_event_s
             if engine.step is not None:
-                _, done = engine.end_step()
-                fates.finished(now, done)
+                fates.finished(now, engine.end_step())
                 if apart and engine.step is None:
                     engine.start_step(now)
         decision = engine.decide(now)
