@@ -11,11 +11,14 @@ from pathlib import Path
 
 from engine_adapter.smollm2 import prepare
 
-LAYERS, WIDTH, HEADS = 8, 512, 8
+LAYERS, WIDTH, HEAD_WIDTH = 8, 512, 64
 
 
-def write_dummy_model(folder: Path) -> Path:
-    """Write configuration and tokenizer into ``folder``; vLLM makes up the weights (`load-format: dummy`)."""
+def write_dummy_model(folder: Path, layers: int = LAYERS, width: int = WIDTH) -> Path:
+    """Write configuration and tokenizer into ``folder``; vLLM makes up the weights (`load-format: dummy`).
+
+    ``width`` is a multiple of 64, the width of an attention head.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     smollm2 = prepare()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -25,11 +28,11 @@ def write_dummy_model(folder: Path) -> Path:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "torch_dtype": "float32",
-        "hidden_size": WIDTH,
-        "intermediate_size": WIDTH * 11 // 4,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
+        "hidden_size": width,
+        "intermediate_size": width * 11 // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // HEAD_WIDTH,
+        "num_key_value_heads": width // HEAD_WIDTH,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",

@@ -39,8 +39,12 @@ class Served:
     base: str
     log: Path
 
+    def __post_init__(self) -> None:
+        # One client, kept: making one loads every certificate there is, which takes a busy machine a while.
+        self._http = httpx.Client(base_url=self.base, timeout=30, trust_env=False)
+
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.base + path, timeout=30)
+        return self._http.get(path)
 
     def metric(self, name: str, exposition: str | None = None, **labels: str) -> float:
         """The metric's value now (or in ``exposition``), summed over all its series with ``labels``; 0 without any."""
