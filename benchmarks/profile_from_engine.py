@@ -28,7 +28,7 @@ import numpy as np
 from engine_adapter.engine import Engine, EngineEvents, EngineState
 from engine_adapter.profile import Profile
 from engine_adapter.profile_fit import Steps, fit_regimes, quality
-from engine_adapter.step_time import StepTimeModel
+from engine_adapter.step_time import StepTimeModel, StepTimes
 
 REPEATS = 2
 HELD_OUT = 0.3
@@ -80,10 +80,10 @@ class Sample:
 
 
 class StepRecorder(StepTimeModel):
-    """A step-time model that also keeps every step it is told about."""
+    """A step-time model that also keeps every step it is told about. Without ``learn`` it stays at ``times``."""
 
-    def __init__(self, like: StepTimeModel) -> None:
-        super().__init__(times=like.times)
+    def __init__(self, times: StepTimes, *, learn: bool = True) -> None:
+        super().__init__(times=times, learn=learn)
         self.samples: list[Sample] = []
         self.round = 0
 
@@ -130,7 +130,7 @@ async def run_sweep(
         EngineLost: the engine died.
     """
     model = engine.state.step_time
-    recorder = StepRecorder(model)
+    recorder = StepRecorder(model.times)
     engine.state.step_time = recorder
     random = np.random.default_rng(seed)
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app=engine.app), base_url="http://engine", timeout=None)

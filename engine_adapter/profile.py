@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,12 @@ class Profile:
         object.__setattr__(self, "_bounds", bounds)
         object.__setattr__(self, "_rows", rows)
         object.__setattr__(self, "_times", None)
+
+    def at_speed(self, factor: float) -> Profile:
+        """The same hardware where every step takes ``factor`` times as long."""
+        times = [f.name for f in fields(Regime) if f.name != "up_to_tokens"]
+        regimes = tuple(replace(r, **{name: getattr(r, name) * factor for name in times}) for r in self.regimes)
+        return replace(self, regimes=regimes)
 
     def step_seconds(
         self,

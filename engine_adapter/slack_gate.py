@@ -11,6 +11,9 @@ A step that ends by min over i of due_i makes nobody late. What it takes beyond 
 
 When nothing waits for prefill, or all of it fits, the step is stock vLLM's. A request that is late already (whatever
 the reason) holds nobody up: only those that can still be on time are counted.
+
+Requests without a pace take what is left. Where a step of all of them, prefill included, would make somebody late, they
+sit it out; but never for longer than 1/`COURTESY` steps, so that they have at least that share of steps.
 """
 
 from __future__ import annotations
@@ -24,6 +27,12 @@ from engine_adapter.step_time import StepTimeModel
 LEAST_CHUNK = 32
 """Prompt tokens. A smaller chunk costs a step's fixed share of prefill for next to nothing; it then only decodes."""
 
+COURTESY = 0.05
+"""The share of steps, and of the engine's places, that requests without a pace have however full the engine is."""
+
+PATIENT_S = 1.0
+"""A bound of so many seconds a token or more is no pace that a step could break."""
+
 
 class SlackGate:
     """Sizes each step's prefill by the least slack among the decoding. Learns step times as it goes."""
@@ -32,33 +41,56 @@ class SlackGate:
         self._step_time = step_time or StepTimeModel()
         self._first: dict[str, tuple[float, int]] = {}
         """For each request: when it was first seen decoding (s), and its length then (tokens)."""
+        self._sat_out = 0
+        """Steps that those without a pace have sat out in a row."""
 
     def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
-        """Everyone decodes; prefill is cut to what the least slack leaves."""
+        """Everyone decodes who can; prefill is cut to what the least slack leaves."""
         plan = StepPlan()
         first = self._first
-        least, length = math.inf, 0
+        least, paced, paced_length, length = math.inf, 0, 0, 0
         for request in decoding:
             tokens = request.length
             length += tokens
             bound = request.tpot_slo_s
-            if bound is None:
+            if bound is None or bound >= PATIENT_S:
                 continue
+            paced += 1
+            paced_length += tokens
             seen = first.get(request.request_id)
             if seen is None:
                 first[request.request_id] = seen = (now, tokens)
             slack = seen[0] + (tokens - seen[1] + 1) * bound - now
             if 0 <= slack < least:
                 least = slack
-        if not prefill_backlog or least == math.inf:
+        if least == math.inf:
             return plan
         spare = least - self._decode_seconds(len(decoding), length)
+        if self._step_time.prefill_tokens_within(spare) < prefill_backlog or spare < 0:
+            spare = self._sit_out(plan, decoding, least, spare, paced, paced_length)
+        else:
+            self._sat_out = 0
+        if not prefill_backlog:
+            return plan
         chunk = self._step_time.prefill_tokens_within(spare)
         if chunk < min(LEAST_CHUNK, prefill_backlog):
             chunk = 0
         if chunk < prefill_backlog:
             plan.max_prefill_tokens = chunk
         return plan
+
+    def _sit_out(
+        self, plan: StepPlan, decoding: Sequence[Decoding], least: float, spare: float, paced: int, length: int
+    ) -> float:
+        """Those without a pace let this step pass, unless it is their turn; what is to spare then (s)."""
+        if paced == len(decoding):
+            return spare
+        self._sat_out += 1
+        if self._sat_out * COURTESY >= 1:
+            self._sat_out = 0
+            return spare
+        plan.sit_out.update([r.request_id for r in decoding if r.tpot_slo_s is None or r.tpot_slo_s >= PATIENT_S])
+        return least - self._decode_seconds(paced, length)
 
     def forget(self, request_id: str) -> None:
         """Drop what was kept for the request."""

@@ -1,31 +1,40 @@
 """`slack`: past SCORPIO. Feasibility as arithmetic, and under overload the requests that cost least.
 
 The invariant: **what runs can keep its pace, and what waits can still be on time.** With the running set R, its
-strictest bound P* = min P_i and the virtual batch V = sum over R of P*/P_i,
+strictest bound P* = min P_i, and T(R) what a step takes in which all of R decode,
 
-    T(V) <= P*                                  the decodes fit their pace (SCORPIO's eq. 8, without its factor eta),
-    share = 1 - T(V)/P*                         of time is left for prefill,
-    est_k = sum over j <= k of t(p_j) / share   is when the k-th prompt in the queue is done.
+    T(R) <= P*                                  everybody keeps pace (SCORPIO's eq. 8, without its factor eta),
+    share = 1 - T(R)/P*                         of time is left for prefill,
+    est_k = sum over j <= k of t(p_j) / share   is when the k-th prompt in the queue is done,
+    sum of m_i + z * sqrt(sum of s_i^2) <= M    the KV memory suffices, but for a chance of ``memory_risk``,
 
-A request is admitted only if the first holds with it; it is refused as soon as the last says that its deadline cannot
-be met. Who does not fit now never blocks the one behind (skip-over earliest deadline first). When not all can be
-served, those go first that take the least time of the engine,
+where m_i is the length (tokens) that request i is expected to reach, s_i how uncertain that is, M the KV memory.
+
+A request is admitted only if the first and the last hold with it; it is refused as soon as the third says that its
+deadline cannot be met. Who does not fit now never blocks the one behind (skip-over earliest deadline first). When not
+all can be served, those go first that take the least time of the engine,
 
     w_i = t(p_i) + y_i * (cost of one decode at its mean length),
 
-so that the time there is yields the most attained requests. Inside the engine, `slack_gate` gives prefill what
-running requests can spare.
+so that the time there is yields the most attained requests; but no SLO class and no tenant falls behind the rest by
+more than a stated share (`gateway.policies.floor`). Requests that nothing bounds take what is left, and a stated share
+at least. Inside the engine, `slack_gate` gives prefill what running requests can spare.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from engine_adapter.engine import EngineState
+from engine_adapter.slack_gate import COURTESY
 from engine_adapter.step_time import StepTimes
 from gateway.policies.base import Decision, Runway, reject_tpot, reject_ttft
+from gateway.policies.floor import Floor
+from gateway.policies.slack_load import Load, Queue
 from gateway.request import Request
 
 _LEAST_SHARE = 0.02
@@ -37,118 +46,146 @@ class Slack:
     """``fill``: the share of P* that the decodes may take.
 
     ``thrift``: seconds of deadline that a second of engine time counts for when choosing whom to admit (0: deadlines
-    alone). ``patience_s``: a request without a TTFT bound is due so long after it came, or it would wait for ever.
-    ``optimism``: the share of its estimate by which a prompt is judged too late; the queue ahead of it thins out.
-    ``runway_steps``: steps' worth of prompt tokens that may lie in the engine unprefilled.
+    alone). ``floor``: the share of the overall admission rate that every SLO class and tenant gets (0: no floor).
+    ``memory_risk``: the chance that what runs outgrows the KV memory. ``patience_s``: a request with a pace to keep but
+    no TTFT bound is due so long after it came. ``optimism``: the share of its estimate by which a prompt is judged too
+    late; the queue ahead of it thins out. ``runway_steps``: steps' worth of prompt tokens that may lie in the engine
+    unprefilled.
     """
 
     fill: float = 1.0
     thrift: float = 200.0
+    floor: float = 0.5
+    memory_risk: float = 0.01
     patience_s: float = 60.0
     optimism: float = 0.8
     runway_steps: float = 2.0
     name: str = "slack"
     gate: str = "slack"
+    _granted: Floor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._granted = Floor(self.floor)
 
     def order(self, request: Request) -> tuple[float, ...]:
-        """Earliest deadline first."""
-        return (self._due_s(request), request.arrival_s)
+        """Earliest deadline first; what nothing bounds comes after, by arrival."""
+        if is_unbounded(request):
+            return (math.inf, request.arrival_s)
+        return (min(request.deadline_s, request.arrival_s + self.patience_s), request.arrival_s)
 
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
         """Refuse what cannot be on time, admit the least costly of the rest while everybody keeps pace."""
         decision = Decision()
-        load = _Load.of(running)
-        runway = Runway.of(running, engine, self.runway_steps)
-        feasible = self._refuse_late(now, waiting, load, runway.tokens, engine, decision)
+        if not waiting:
+            return decision
         times = engine.step_time.times
-        for request in sorted(feasible, key=lambda r: self._due_s(r) + self.thrift * _cost(r, times)):
-            if load.size and load.size + request.sequences > engine.max_num_seqs:
+        load = Load.of(running, self.memory_risk)
+        runway = Runway.of(running, engine, self.runway_steps)
+        unbounded = [r for r in waiting if is_unbounded(r)]
+        bounded = [r for r in waiting if not is_unbounded(r)] if unbounded else waiting
+        queue = Queue.of(bounded, times, self.patience_s)
+        queue = self._refuse_hopeless_pace(queue, times, decision)
+        queue = self._refuse_late(now, queue, load, runway.tokens, times, decision)
+        held_back = self._admit_bounded(queue, load, runway, engine, decision)
+        self._admit_unbounded(unbounded, held_back, load, runway, engine, decision)
+        self._granted.note(decision)
+        return decision
+
+    def _refuse_hopeless_pace(self, queue: Queue, times: StepTimes, decision: Decision) -> Queue:
+        """A TPOT bound that even an otherwise idle engine would break is refused at once."""
+        alone_s = queue.decode_alone_s(times)
+        hopeless = alone_s > queue.tpot_s
+        if not hopeless.any():
+            return queue
+        for at in np.flatnonzero(hopeless).tolist():
+            decision.reject.append(reject_tpot(queue.requests[at], float(alone_s[at]), 0.0, hopeless=True))
+        return queue.only(~hopeless)
+
+    def _refuse_late(
+        self, now: float, queue: Queue, load: Load, unprefilled: int, times: StepTimes, decision: Decision
+    ) -> Queue:
+        """Walk the queue in deadline order; what cannot have its first token in time is refused."""
+        busy = load.step_s(times)
+        stretch = self.optimism / max(_LEAST_SHARE, 1 - busy / load.strictest)
+        fixed = now + busy / 2 + times.beta
+        work = times.alpha * unprefilled
+        margin = queue.deadline - (fixed + stretch * (work + np.cumsum(queue.prefill_s)))
+        late = margin < 0
+        if late.any():
+            # One that is refused is not ahead of those behind it, so from the first on they must be taken one by one.
+            first = int(np.argmax(late))
+            work += float(queue.prefill_s[:first].sum())
+            for at in range(first, len(queue.requests)):
+                request, own = queue.requests[at], float(queue.prefill_s[at])
+                late_by = fixed + stretch * (work + own) - request.deadline_s
+                late[at] = late_by > 0
+                margin[at] = -late_by
+                if late_by <= 0:
+                    work += own
+                    continue
+                predicted_s = request.ttft_slo_s + late_by
+                hopeless = own + times.beta > request.ttft_slo_s
+                decision.reject.append(reject_ttft(request, predicted_s, predicted_s, late_by, hopeless))
+            queue, margin = queue.only(~late), margin[~late]
+        if len(margin) and margin.min() < math.inf:
+            decision.recheck_at = now + float(margin.min())
+        return queue
+
+    def _admit_bounded(self, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision) -> bool:
+        """Admit the least costly that keep the invariant; whether any is left waiting."""
+        times = engine.step_time.times
+        # The batch only grows from here: what breaks a pace now need not be looked at again.
+        fits = queue.step_s_with(load, times) <= self.fill * np.minimum(queue.tpot_s, load.strictest)
+        key = queue.due + self.thrift * queue.cost_s(times)
+        behind = self._granted.behind()
+        if behind:
+            key = key - np.array([_FIRST if behind.has(r) else 0.0 for r in queue.requests])
+        admitted = 0
+        for at in np.flatnonzero(fits)[np.argsort(key[fits], kind="stable")].tolist():
+            request = queue.requests[at]
+            if load.places and load.places + request.sequences > engine.max_num_seqs:
                 continue
             if not runway.fits(request):
                 continue
-            candidate = load.plus(request)
-            if candidate.step_seconds(times) > self.fill * candidate.strictest:
+            more = load.plus(request)
+            if more.step_s(times) > self.fill * more.strictest or not more.fits_memory(engine.kv_tokens):
                 continue
-            load = candidate
-            decision.admit.append(request)
+            load.take(more)
             runway.add(request)
-        return decision
+            decision.admit.append(request)
+            admitted += 1
+        return admitted < len(queue.requests)
 
-    def _due_s(self, request: Request) -> float:
-        return min(request.deadline_s, request.arrival_s + self.patience_s)
-
-    def _refuse_late(
+    def _admit_unbounded(
         self,
-        now: float,
-        waiting: Sequence[Request],
-        load: _Load,
-        unprefilled: int,
+        unbounded: Sequence[Request],
+        held_back: bool,
+        load: Load,
+        runway: Runway,
         engine: EngineState,
         decision: Decision,
-    ) -> list[Request]:
-        """Walk the queue in deadline order; what cannot have its first token in time is refused."""
-        times = engine.step_time.times
-        busy = load.step_seconds(times) if load.size else 0.0
-        share = max(_LEAST_SHARE, 1 - busy / load.strictest)
-        work = times.alpha * unprefilled
-        kept: list[Request] = []
-        least_margin = math.inf
-        for request in waiting:
-            alone = times.itl(request.sequences, request.length + request.predicted_tokens / 2)
-            if request.tpot_slo_s is not None and not request.best_effort and alone > request.tpot_slo_s:
-                decision.reject.append(reject_tpot(request, alone, retry_after_s=0.0, hopeless=True))
-                continue
-            own = times.alpha * request.prompt_tokens
-            est = self.optimism * (work + own) / share + busy / 2 + times.beta
-            late_by = now + est - request.deadline_s
-            if late_by > 0:
-                hopeless = own + times.beta > request.ttft_slo_s
-                decision.reject.append(
-                    reject_ttft(request, now - request.arrival_s + est, request.ttft_slo_s + late_by, late_by, hopeless)
-                )
-                continue
-            work += own
-            kept.append(request)
-            least_margin = min(least_margin, -late_by)
-        if least_margin < math.inf:
-            decision.recheck_at = now + least_margin
-        return kept
+    ) -> None:
+        """By arrival, into the places that are left; while bounded requests wait, up to a share of all places."""
+        most = max(1.0, COURTESY * engine.max_num_seqs) if held_back else math.inf
+        for request in unbounded:
+            if load.unbounded and load.unbounded + request.sequences > most:
+                break
+            if load.places and load.places + request.sequences > engine.max_num_seqs:
+                break
+            more = load.plus(request)
+            if not runway.fits(request) or not more.fits_memory(engine.kv_tokens):
+                break
+            load.take(more)
+            runway.add(request)
+            decision.admit.append(request)
 
 
-def _cost(request: Request, times: StepTimes) -> float:
-    """w_i: seconds of engine time (s), at the margin."""
-    tokens = request.predicted_tokens
-    decode = times.b + times.a * (request.prompt_tokens + tokens / 2)
-    return request.sequences * (times.alpha * request.prompt_tokens + tokens * decode)
+_FIRST = 1e12
+"""Seconds by which a request of a class or tenant that is behind goes before those of the others."""
 
 
-@dataclass(slots=True, frozen=True)
-class _Load:
-    """The running set as sums. Lengths are taken where each request will be half way through what is left of it."""
-
-    size: int = 0
-    strictest: float = math.inf
-    length: float = 0.0
-
-    @classmethod
-    def of(cls, running: Collection[Request]) -> _Load:
-        size, strictest, length = 0, math.inf, 0.0
-        for r in running:
-            size += r.sequences
-            left = r.predicted_tokens - r.generated / r.sequences
-            length += (r.length + (left if left > 1 else 1.0) / 2) * r.sequences
-            bound = r.tpot_slo_s
-            if bound is not None and bound < strictest and not r.best_effort:
-                strictest = bound
-        return cls(size, strictest, length)
-
-    def plus(self, request: Request) -> _Load:
-        bound = math.inf if request.tpot_slo_s is None or request.best_effort else request.tpot_slo_s
-        length = (request.length + request.predicted_tokens / 2) * request.sequences
-        return _Load(self.size + request.sequences, min(self.strictest, bound), self.length + length)
-
-    def step_seconds(self, times: StepTimes) -> float:
-        """T of a step in which everybody decodes."""
-        return times.itl(self.size, self.length / self.size)
+def is_unbounded(request: Request) -> bool:
+    """Nothing bounds it, or nobody insists: it takes what is left."""
+    return request.deadline_s == math.inf and (request.tpot_slo_s is None or request.best_effort)

@@ -19,7 +19,7 @@ from benchmarks.profile_from_engine import (
 from engine_adapter.engine import EngineEvents, EngineState
 from engine_adapter.http_engine import HttpEngine
 from engine_adapter.simulated import SimulatedEngine
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_time import StepTimes
 
 TIMES = StepTimes(a=1e-7, b=1e-4, d=8e-3, alpha=1e-4, beta=2e-3)
 STATE = EngineState(max_num_seqs=32, max_num_batched_tokens=512, max_model_len=2048)
@@ -109,7 +109,7 @@ async def test_a_server_that_does_not_answer_is_no_engine_to_profile() -> None:
 
 
 def test_a_recorder_keeps_every_step_and_still_learns() -> None:
-    recorder = StepRecorder(StepTimeModel(times=TIMES))
+    recorder = StepRecorder(TIMES)
     recorder.round = 4
     for _ in range(40):
         recorder.observe(2, 0, 100.0, 0.02)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_policies import NOW, TIMES, admitted, ask, decide, engine, rejected, running
 
-from gateway.policies.slack import Slack, _cost, _Load
+from gateway.policies.floor import MOST_GROUPS, Floor
+from gateway.policies.slack import Slack
+from gateway.policies.slack_load import Load, Queue
+from gateway.request import Request
 
 # TIMES: 10 ms a step and 0.1 ms a sequence; 100 prompt tokens take 0.1 s.
 
@@ -63,13 +69,39 @@ def test_under_pressure_the_requests_that_cost_least_go_first() -> None:
     assert admitted(decide(slack(thrift=0.0), NOW, queue, [running("old")], state)) == ["long", "short"]
 
 
-def test_a_request_without_a_bound_is_due_after_its_patience_and_is_never_refused() -> None:
+def test_requests_without_bounds_come_last_but_have_a_share_of_the_places_to_themselves() -> None:
+    state = engine(max_num_seqs=60)  # a twentieth: three places
+    free = [ask(f"free{i}", at=NOW - 9) for i in range(5)]
+    bounded = [ask(f"b{i}", ttft=5, tpot=1, prompt=5, at=NOW) for i in range(80)]
+    decision = decide(slack(), NOW, [*free, *bounded], [running("old")], state)
+    assert (len(decision.admit), rejected(decision)) == (59, [])
+    assert not any(name.startswith("free") for name in admitted(decision))
+    room = decide(slack(), NOW, [*free, *bounded], [], engine(max_num_seqs=200))
+    assert admitted(room)[-5:] == [r.id for r in free], "with nobody held back they take what is left"
+    tight = [running(f"s{i}", tpot=0.0105) for i in range(4)]
+    held_back = decide(slack(), NOW, [*free, *[ask("x", ttft=5, tpot=0.0105)] * 1], tight, state)
+    assert admitted(held_back) == ["free0", "free1", "free2"]
+
+
+def test_a_request_with_a_pace_but_no_deadline_is_due_after_its_patience() -> None:
     state = engine(max_num_seqs=2)
     fresh = [ask(str(i), ttft=5, tpot=1) for i in range(3)]
     for waited, first in ((0.0, "0"), (59.0, "patient")):
-        queue = [ask("patient", at=NOW - waited), *fresh]
+        queue = [ask("patient", tpot=1, at=NOW - waited), *fresh]
         decision = decide(slack(), NOW, queue, [running("old")], state)
         assert (admitted(decision), rejected(decision)) == ([first], [])
+
+
+def test_nothing_is_admitted_that_would_probably_outgrow_the_kv_memory() -> None:
+    def admits(tokens: float, p90: float, kv_tokens: int = 1600) -> int:
+        queue = [ask(str(i), ttft=5, tpot=1, output=tokens, predicted_p90=p90) for i in range(10)]
+        return len(decide(slack(), NOW, queue, [], engine(kv_tokens=kv_tokens)).admit)
+
+    # 100 tokens of prompt and 100 of output each: eight of them would fit, if that were certain.
+    assert admits(100, 100) == 8
+    assert admits(100, 200) == 5
+    assert admits(100, 200, kv_tokens=0) == 10, "an engine that does not say how much it has"
+    assert admits(5000, 9000) == 1, "one always goes: the engine itself refuses what it cannot hold"
 
 
 def test_a_pace_that_not_even_an_idle_engine_keeps_is_refused_at_once() -> None:
@@ -84,17 +116,100 @@ def test_best_effort_is_not_refused_and_protects_nobody() -> None:
     assert admitted(decide(slack(), NOW, [ask(tpot=0.05)], beside, engine())) == ["r"]
 
 
-def test_the_load_of_a_batch_and_one_more_is_the_load_of_all() -> None:
-    batch, one = [running(str(i), tpot=0.02 + i / 100) for i in range(5)], ask("one", tpot=0.01, sequences=2)
-    together, apart = _Load.of([*batch, one]), _Load.of(batch).plus(one)
-    assert (together.size, together.strictest) == (apart.size, apart.strictest)
-    assert together.length == pytest.approx(apart.length)
+REQUESTS = st.builds(
+    lambda i, prompt, output, more, tpot, sequences, generated, effort: ask(
+        str(i), prompt=prompt, output=output, predicted_p90=output + more, tpot=tpot, sequences=sequences,
+        generated=generated * sequences, best_effort=effort,
+    ),
+    st.integers(), st.integers(1, 4000), st.integers(1, 2000), st.integers(0, 500), st.none() | st.floats(0.005, 3),
+    st.integers(1, 4), st.integers(0, 2500), st.booleans(),
+)  # fmt: skip
+
+
+@given(st.lists(REQUESTS, max_size=8), REQUESTS)
+def test_the_load_of_a_batch_and_one_more_is_the_load_of_all(batch: list[Request], one: Request) -> None:
+    together, apart = Load.of([*batch, one], 0.01), Load.of(batch, 0.01)
+    apart.take(apart.plus(one))
+    for name in Load.__slots__:
+        assert getattr(together, name) == pytest.approx(getattr(apart, name)), name
+
+
+@given(st.lists(REQUESTS, max_size=5), st.lists(REQUESTS, min_size=1, max_size=5))
+def test_the_columns_say_of_each_request_what_the_load_says_with_it(batch: list[Request], queue: list[Request]) -> None:
+    for request in queue:
+        request.generated = 0  # nothing that waits has begun
+    load = Load.of(batch, 0.01)
+    columns = Queue.of(queue, TIMES, 60.0).step_s_with(load, TIMES)
+    for request, step_s in zip(queue, columns.tolist(), strict=True):
+        if request.predicted_tokens > 1:
+            assert load.plus(request).step_s(TIMES) == pytest.approx(step_s)
 
 
 def test_cost_grows_with_prompt_output_and_sequences() -> None:
-    base = _cost(ask(), TIMES)
-    for dearer in (ask(prompt=101), ask(output=51), ask(sequences=2)):
-        assert _cost(dearer, TIMES) > base
+    queue = [ask(), ask(prompt=101), ask(output=51), ask(sequences=2)]
+    base, *dearer = Queue.of(queue, TIMES, 60.0).cost_s(TIMES)
+    assert np.all(np.array(dearer) > base)
+
+
+def test_refusing_in_one_sweep_is_refusing_one_by_one() -> None:
+    # Every third has a prompt that only fits when those refused before it are out of the way.
+    queue = [ask(f"{i:02}", ttft=0.2 + 0.05 * i, tpot=1.0, prompt=900 if i % 3 == 0 else 60) for i in range(30)]
+    decision = decide(slack(optimism=1.0), NOW, queue, [], engine())
+    ahead, late = 0.0, []
+    for request in queue:
+        own = TIMES.alpha * request.prompt_tokens
+        if TIMES.beta + ahead + own > request.ttft_slo_s:
+            late.append(request.id)
+        else:
+            ahead += own
+    assert rejected(decision) == late
+    assert 5 < len(late) < 30
+
+
+# --- the floor --------------------------------------------------------------------------------------------------------
+
+
+def test_a_tenant_that_thrift_turns_away_gets_its_share_all_the_same() -> None:
+    def shares(floor: float) -> tuple[float, float]:
+        """Admission rates of a cheap and of a dear tenant that ask in turn for the one place there is."""
+        policy, state = slack(floor=floor), engine(max_num_seqs=1)
+        asked, got = {"cheap": 0, "dear": 0}, {"cheap": 0, "dear": 0}
+        for turn in range(600):
+            queue = [
+                ask(f"{turn} {tenant}", ttft=0.5, tpot=1, at=NOW + turn, output=output, tenant=tenant)
+                for tenant, output in (("cheap", 20), ("dear", 900))
+            ]
+            decision = decide(policy, NOW + turn, queue, [], state)
+            late = decide(policy, NOW + turn + 1, [r for r in queue if r not in decision.admit], [], state)
+            assert len(late.reject) == 1
+            for request in queue:
+                asked[request.tenant] += 1
+                got[request.tenant] += request in decision.admit
+        return got["cheap"] / asked["cheap"], got["dear"] / asked["dear"]
+
+    cheap, dear = shares(floor=0.0)
+    assert (cheap, dear) == (1.0, 0.0)
+    cheap, dear = shares(floor=0.5)
+    assert dear == pytest.approx(0.5 * (cheap + dear) / 2, abs=0.02)
+
+
+def test_what_is_hopeless_or_best_effort_is_nothing_to_be_fair_about() -> None:
+    policy = slack()
+    decide(policy, NOW, [ask("h", tpot=0.001), ask("b", best_effort=True)], [], engine())
+    assert policy._granted == Floor(policy.floor)
+
+
+def test_the_floor_remembers_a_bounded_number_of_groups_and_stays_finite() -> None:
+    policy = slack()
+    for turn in range(MOST_GROUPS + 200):
+        decide(policy, NOW, [ask(tenant=f"t{turn}")], [], engine())
+    floor = policy._granted
+    assert len(floor._tenants) == MOST_GROUPS
+    floor._weight = 1e9
+    decide(policy, NOW, [ask(tenant="last")], [], engine())
+    assert floor._weight == 1.0
+    assert floor._all.share == 1.0
+    assert floor._tenants["last"].decided == pytest.approx(1.0)
 
 
 def test_the_next_decision_is_due_when_a_waiting_request_would_become_too_late() -> None:
