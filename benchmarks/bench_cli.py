@@ -11,6 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from benchmarks.workload_options import (
+    Arrivals,
+    Burstiness,
+    Duration,
+    MaxOutput,
+    MaxPrompt,
+    Mix,
+    Requests,
+    SloScale,
+    SloTable,
+    Speed,
+    Trace,
+    Window,
+    Workload,
+    workload_arguments,
+)
+
 if TYPE_CHECKING:
     from benchmarks.load_client import OnProgress, Sent, Target
     from benchmarks.workload import Asked
@@ -18,34 +35,21 @@ if TYPE_CHECKING:
 LATE_S = 0.010
 """A client whose 99th percentile of lateness is above this (s) says so loudly: its figures are partly its own."""
 
-Workload = Annotated[
-    str, typer.Option(help="Lengths: sharegpt, lmsys-like, azure-conv, azure-code or small (docs/bench.md).")
-]
-Arrivals = Annotated[str, typer.Option(help="poisson, gamma (bursts: --burstiness) or trace (recorded times).")]
-Burstiness = Annotated[float, typer.Option(help="Coefficient of variation of the gaps; above 1, bursts.")]
-Trace = Annotated[str | None, typer.Option(help="Whose arrival times: azure-conv or azure-code.")]
-Speed = Annotated[float, typer.Option(help="Replay a trace so many times as fast (or give --qps).")]
-Window = Annotated[float | None, typer.Option(help="Only the first so many seconds of the trace.")]
-SloTable = Annotated[str, typer.Option(help="The paper's bounds for llama-3.1-8b or gemma-2-27b.")]
-SloScale = Annotated[float, typer.Option(help="Multiplies every bound.")]
-Mix = Annotated[str | None, typer.Option(help="Weights of categories, such as 1=3,6=1. Default: all the same.")]
-MaxPrompt = Annotated[int | None, typer.Option(help="Longest prompt, in tokens.")]
-MaxOutput = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
-
 
 class BenchError(Exception):
     """The measurement cannot be made; the message says why and what to do."""
 
 
 def bench(
+    context: typer.Context,
     url: Annotated[str | None, typer.Argument(help="The server, such as http://127.0.0.1:8000.")] = None,
     url_option: Annotated[str | None, typer.Option("--url", help="The same, as an option.")] = None,
     model: Annotated[str | None, typer.Option(help="Default: the first of the server's /v1/models.")] = None,
     workload: Workload = "sharegpt",
     arrivals: Arrivals = "poisson",
     qps: Annotated[list[float] | None, typer.Option(help="Requests per second; repeat for a run each.")] = None,
-    requests: Annotated[int | None, typer.Option(help="Stop sending after so many requests.")] = None,
-    duration: Annotated[float | None, typer.Option(help="Stop sending after so many seconds.")] = None,
+    requests: Requests = None,
+    duration: Duration = None,
     burstiness: Burstiness = 1.0,
     trace: Trace = None,
     speed: Speed = 1.0,
@@ -80,22 +84,7 @@ def bench(
 
     try:
         target = _target(url, url_option, model, endpoint, prompt_style, ignore_eos, api_key, timeout, max_connections)
-        if arrivals == "poisson" and burstiness != 1:
-            arrivals = "gamma"
-        asked_for: dict[str, Any] = {
-            "arrivals": arrivals,
-            "burstiness": burstiness,
-            "trace": trace,
-            "speed": speed,
-            "window_s": window,
-            "slo_table": slo_table,
-            "slo_scale": slo_scale,
-            "mix": _mix(mix),
-            "max_prompt": max_prompt,
-            "max_output": max_output,
-            "requests": requests,
-            "duration_s": duration,
-        }
+        asked_for = workload_arguments(context.params)
         if qps is None and arrivals != "trace":
             raise ValueError("give at least one --qps")
         rates: list[float | None] = [*qps] if qps else [None]
@@ -159,15 +148,6 @@ def _target(
     if timeout <= 0 or max_connections < 0:
         raise ValueError("--timeout must be positive, --max-connections not negative")
     return Target(base, model or "", endpoint, style, ignore_eos, api_key or None, timeout, max_connections)
-
-
-def _mix(text: str | None) -> dict[int, float] | None:
-    if text is None:
-        return None
-    try:
-        return {int(category): float(weight) for category, weight in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise ValueError(f"--mix takes CATEGORY=WEIGHT,..., such as 1=3,6=1, not {text!r}") from None
 
 
 def _costs(profile: str | None) -> list[Any] | None:

@@ -14,7 +14,8 @@ profile's steps: the fixed cost of a step enters, spread over as many tokens as 
 step, and how it is split between prefill and decode is what the several differ in. Each gives a valid bound; the least
 counts.
 
-**Deadlines.** A request that attains its SLO is finished by D_i = arrival + TTFT bound + (o_i - 1) * TPOT bound, and
+**Deadlines.** A request that attains its SLO is finished by D_i = arrival + TTFT bound + (o_i - 1) * TPOT bound
+(or by its end-to-end bound), and
 nothing is computed for it before it arrives. So in any window that begins at s, for every t,
 
     sum of w_i over attained i that arrive from s on and have D_i <= t    <=    t - s.                    (3)
@@ -167,8 +168,8 @@ class _Jobs:
 
 
 def _jobs(workload: Sequence[Asked], cost: Work, engines: int) -> _Jobs:
-    columns = [(a.at_s, a.prompt_tokens, a.output_tokens, a.ttft_slo_s, a.tpot_slo_s) for a in workload]
-    arrival, prompt, output, ttft, tpot = np.array(columns, dtype=np.float64).T
+    columns = [(a.at_s, a.prompt_tokens, a.output_tokens, a.ttft_slo_s, a.tpot_slo_s, a.e2e_slo_s) for a in workload]
+    arrival, prompt, output, ttft, tpot, e2e = np.array(columns, dtype=np.float64).T
     decoded = np.maximum(output - 1, 0)
     context = decoded * prompt + decoded * (decoded - 1) / 2
     prefill = cost.per_prompt_token_s * prompt
@@ -176,9 +177,12 @@ def _jobs(workload: Sequence[Asked], cost: Work, engines: int) -> _Jobs:
     slack = 1 + _ROUNDING
     in_time = np.maximum(prefill, cost.shortest_step_s) <= ttft * slack
     apace = (decoded == 0) | (cost.shortest_step_s + cost.per_context_token_s * prompt <= tpot * slack)
-    jobs = _Jobs(arrival, (arrival + ttft + decoded * tpot) * slack, work / engines)
+    ends = prefill + decoded * cost.shortest_step_s <= e2e * slack
+    # A single token has no pace to keep, whatever that is.
+    tail = decoded * np.where(decoded > 0, tpot, 0.0)
+    jobs = _Jobs(arrival, (arrival + np.minimum(ttft + tail, e2e)) * slack, work / engines)
     order = np.argsort(jobs.deadline, kind="stable")
-    return jobs.only(order[(in_time & apace)[order]])
+    return jobs.only(order[(in_time & apace & ends)[order]])
 
 
 def _least(jobs: _Jobs, fill: Callable[[_Jobs], float]) -> float:

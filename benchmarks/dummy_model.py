@@ -1,6 +1,9 @@
-"""A small Llama with random weights: a real model to vLLM, fast enough on two cores to be driven into overload.
+"""Llamas with random weights: real models to vLLM, of any shape, with nothing to download but a small tokenizer.
 
-Its answers mean nothing; its step times have a GPU's shape (a base cost, a little per sequence, more per prompt token).
+    python -m benchmarks.dummy_model FOLDER --shape llama-3.1-8b
+
+Their answers mean nothing; their step times are those of the real model. `SMALL` is fast enough on two cores to be
+driven into overload, with a GPU's shape: a base cost, a little per sequence, more per prompt token.
 """
 
 from __future__ import annotations
@@ -8,36 +11,92 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from engine_adapter.smollm2 import prepare
 
-LAYERS, WIDTH, HEAD_WIDTH = 8, 512, 64
+SMALL: dict[str, Any] = {
+    "torch_dtype": "float32",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": SMALL,
+    "medium": {
+        **SMALL,
+        "hidden_size": 768,
+        "intermediate_size": 2112,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+    },
+    "llama-3.1-8b": {
+        "torch_dtype": "bfloat16",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 500_000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 128_256,
+    },
+}
+"""What differs between them in a `config.json`. Without ``vocab_size`` it is the tokenizer's."""
 
 
-def write_dummy_model(folder: Path, layers: int = LAYERS, width: int = WIDTH) -> Path:
+def write_dummy_model(folder: Path, shape: str = "small") -> Path:
     """Write configuration and tokenizer into ``folder``; vLLM makes up the weights (`load-format: dummy`).
 
-    ``width`` is a multiple of 64, the width of an attention head.
+    The tokenizer is SmolLM2's, with made-up tokens up to the shape's vocabulary. KeyError: no such shape.
     """
+    chosen = SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
     smollm2 = prepare()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(smollm2 / name, folder / name)
     tokens = json.loads((smollm2 / "config.json").read_text())
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "torch_dtype": "float32",
-        "hidden_size": width,
-        "intermediate_size": width * 11 // 4,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // HEAD_WIDTH,
-        "num_key_value_heads": width // HEAD_WIDTH,
-        "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
-        "tie_word_embeddings": True,
         **{key: tokens[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
+        **chosen,
     }
+    _write_tokenizer(smollm2 / "tokenizer.json", folder / "tokenizer.json", config["vocab_size"])
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
+
+
+def _write_tokenizer(source: Path, target: Path, vocabulary: int) -> None:
+    """Every id that random weights may produce must have a text."""
+    tokenizer = json.loads(source.read_text(encoding="utf-8"))
+    known: dict[str, int] = tokenizer["model"]["vocab"]
+    taken = {*known.values(), *(added["id"] for added in tokenizer["added_tokens"])}
+    known.update({f"<extra_{number}>": number for number in range(vocabulary) if number not in taken})
+    target.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "small",
+) -> None:
+    """Write a model with random weights for vLLM's `--load-format dummy`."""
+    if shape not in SHAPES:
+        typer.echo(f"no shape is called {shape!r}; choose one of {', '.join(SHAPES)}", err=True)
+        raise typer.Exit(2)
+    typer.echo(write_dummy_model(folder, shape))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -156,13 +156,17 @@ def capacity(
 ) -> tuple[float, list[dict[str, Any]]]:
     """The highest rate (1/s, to a relative ``precision``) at which ``policy`` keeps ``adherence``, mean over ``seeds``.
 
-    Doubles the rate until adherence falls below, then halves the interval. Returns the rate (0 when not even 0.25/s is
-    kept, `MOST_QPS` when nothing up to there is too much), and the records of the runs made on the way.
+    Doubles the rate until adherence falls below, then halves the interval. A rate at which nothing comes within the
+    workload's time is kept: nobody was let down. Returns the rate (0 when not even 0.25/s is kept, `MOST_QPS` when
+    nothing up to there is too much), and the records of the runs made on the way.
     """
     made: list[dict[str, Any]] = []
 
     def kept(qps: float) -> bool:
-        records = list(perform_all(experiment, [Run(policy, qps, seed) for seed in seeds], jobs))
+        runs = [Run(policy, qps, seed) for seed in seeds if experiment.asked(qps, seed)]
+        if not runs:
+            return True
+        records = list(perform_all(experiment, runs, jobs))
         made.extend(records)
         got = fmean(record["slo_adherence"] for record in records)
         on_try(qps, got)

@@ -5,6 +5,7 @@ What counts as a token in an event stream is what the gateway counts (`engine_ad
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,8 @@ async def ask(
     ``exact_length`` says that the server was told to write exactly as many tokens as were asked for.
     """
     answer.late_s = time.monotonic() - due
-    headers = {"x-slo-ttft-ms": f"{asked.ttft_slo_s * 1000:g}", "x-slo-tpot-ms": f"{asked.tpot_slo_s * 1000:g}"}
+    bounds = {"ttft": asked.ttft_slo_s, "tpot": asked.tpot_slo_s, "e2e": asked.e2e_slo_s}
+    headers = {f"x-slo-{name}-ms": f"{bound * 1000:g}" for name, bound in bounds.items() if bound < math.inf}
     stream = _Stream()
     try:
         async with session.post(path, data=body, headers=headers) as response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -213,7 +214,8 @@ async def send_from_another_process(
 def main() -> None:
     """Read a job from standard input; write progress and then the answers to standard output, a JSON object a line."""
     job = orjson.loads(sys.stdin.buffer.read())
-    workload = [Asked(*row) for row in job["workload"]]
+    # JSON has no infinity: a bound that is none.
+    workload = [Asked(*map(_or_infinite, row)) for row in job["workload"]]
 
     def put(found: dict[str, Any]) -> None:
         sys.stdout.buffer.write(orjson.dumps(found) + b"\n")
@@ -230,6 +232,10 @@ def main() -> None:
 
         sent = uvloop.run(job_done)
     put({"answers": [astuple(answer) for answer in sent.answers], "duration_s": sent.duration_s})
+
+
+def _or_infinite(value: Any) -> Any:
+    return math.inf if value is None else value
 
 
 def _allow_many_connections() -> None:

@@ -17,8 +17,8 @@ from benchmarks.predictions import SHIPPED
 
 def main() -> None:
     """Predict the test part of the split that the model's card names."""
+    from predictor_service.datasets import read_dataset
     from predictor_service.length_model import load_model
-    from predictor_service.sharegpt_model import read_dataset
 
     model = load_model()
     data = read_dataset(int(model.card["seed"]), lambda stage, share: None)

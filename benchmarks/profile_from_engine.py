@@ -243,27 +243,13 @@ async def profile_from_engine(
     """
     await engine.start(EngineEvents())
     try:
-        return await sweep(engine, name, source, max_batch=max_batch, seed=seed, on_start=on_start, progress=progress)
+        if not engine.state.alive:
+            raise RuntimeError("the engine does not answer")
+        rounds = plan_sweep(engine.state, max_batch, seed)
+        on_start(sum(len(one.requests) for one in rounds))
+        samples = await run_sweep(engine, rounds, seed, progress)
     finally:
         await engine.stop()
-
-
-async def sweep(
-    engine: Engine,
-    name: str,
-    source: str,
-    *,
-    max_batch: int = MAX_BATCH,
-    seed: int = 0,
-    on_start: Callable[[int], None] = lambda requests: None,
-    progress: Callable[[int], None] = lambda requests: None,
-) -> tuple[Profile, Steps]:
-    """`profile_from_engine` for an ``engine`` that has started, and that goes on running."""
-    if not engine.state.alive:
-        raise RuntimeError("the engine does not answer")
-    rounds = plan_sweep(engine.state, max_batch, seed)
-    on_start(sum(len(one.requests) for one in rounds))
-    samples = await run_sweep(engine, rounds, seed, progress)
     fitted, held_out = usable_steps(samples, rounds, seed)
     method = (
         f"{REPEATS} sweeps, batches up to {max_batch}, seed {seed}; {len(samples)} steps reported, "

@@ -149,9 +149,9 @@ class Replica:
             self.start_step(now)
         prefilled, done = cast(list[Flight], finished.prefilled), cast(list[Flight], finished.done)
         for flight in cast(list[Flight], step.decodes):
-            flight.request.generated += 1
+            flight.request.advance(1)
         for flight in prefilled:
-            flight.request.generated += 1
+            flight.request.advance(1)
             if flight.request.first_token_s is None:
                 flight.request.first_token_s = now
         for flight in done:

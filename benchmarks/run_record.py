@@ -46,9 +46,15 @@ class Served:
         return self.outcome == "finished" and self.tpot_s > self.asked.tpot_slo_s
 
     @property
+    def e2e_violated(self) -> bool:
+        """Finished, but the last token came too late."""
+        return self.outcome == "finished" and (self.e2e_s is None or self.e2e_s > self.asked.e2e_slo_s)
+
+    @property
     def attained(self) -> bool:
         """Finished and every bound met."""
-        return self.outcome == "finished" and not self.ttft_violated and not self.tpot_violated
+        late = self.ttft_violated or self.tpot_violated or self.e2e_violated
+        return self.outcome == "finished" and not late
 
 
 def run_record(
@@ -115,6 +121,7 @@ def _shares(served: Sequence[Served]) -> dict[str, float | None]:
         "failed": share(lambda one: one.outcome == "failed"),
         "ttft_violations": share(lambda one: one.ttft_violated),
         "tpot_violations": share(lambda one: one.tpot_violated),
+        "e2e_violations": share(lambda one: one.e2e_violated),
     }
 
 
@@ -122,11 +129,14 @@ def _quantiles(served: Sequence[Served]) -> dict[str, float | None]:
     finished = [one for one in served if one.outcome == "finished"]
     ttft = [one.ttft_s for one in finished if one.ttft_s is not None]
     tpot = [one.tpot_s for one in finished]
+    e2e = [one.e2e_s for one in finished if one.e2e_s is not None]
     return {
         "ttft_p50_s": quantile(ttft, 0.5),
         "ttft_p99_s": quantile(ttft, 0.99),
         "tpot_p50_s": quantile(tpot, 0.5),
         "tpot_p99_s": quantile(tpot, 0.99),
+        "e2e_p50_s": quantile(e2e, 0.5),
+        "e2e_p99_s": quantile(e2e, 0.99),
     }
 
 

@@ -15,6 +15,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.workload_options import (
+    Arrivals,
+    Burstiness,
+    Duration,
+    MaxOutput,
+    MaxPrompt,
+    Mix,
+    Requests,
+    SloScale,
+    SloTable,
+    Speed,
+    Trace,
+    Window,
+    Workload,
+    workload_arguments,
+)
+
 if TYPE_CHECKING:
     from benchmarks.experiment import Experiment, Run
 
@@ -24,10 +41,11 @@ _WALL_CLOCK = ("scheduling_s", "wall_s", "setup_s")
 
 
 def simulate(
+    context: typer.Context,
     profile: Annotated[
         str, typer.Option(help="Whose step times: a shipped profile, or a profile's .json file.")
     ] = "a100-llama3.1-8b",
-    workload: Annotated[str, typer.Option(help="Whose prompt and output lengths.")] = "sharegpt",
+    workload: Workload = "sharegpt",
     policy: Annotated[
         list[str] | None,
         typer.Option(help="NAME or NAME:OPTION=VALUE,...; repeat for several. [default: fcfs, scorpio]"),
@@ -42,24 +60,18 @@ def simulate(
     step_mode: Annotated[
         str, typer.Option(help="chunked (vLLM today) or prefill-first (vLLM 0.6, whole prompts).")
     ] = "chunked",
-    requests: Annotated[int | None, typer.Option(min=1, help="Arrivals end after so many requests.")] = None,
-    duration: Annotated[
-        float | None, typer.Option(help="Arrivals end after so many seconds. [default: 60]", metavar="SECONDS")
-    ] = None,
-    arrivals: Annotated[str, typer.Option(help="poisson, gamma (bursts) or trace (recorded times).")] = "poisson",
-    burstiness: Annotated[float, typer.Option(help="With gamma: coefficient of variation of the gaps.")] = 1.0,
-    trace: Annotated[str | None, typer.Option(help="With --arrivals trace: whose times.")] = None,
-    speed: Annotated[float, typer.Option(help="With --arrivals trace: replay so many times as fast.")] = 1.0,
-    window: Annotated[
-        float | None, typer.Option(help="With --arrivals trace: only its first so many seconds.", metavar="SECONDS")
-    ] = None,
-    slo_table: Annotated[str, typer.Option(help="The six categories' bounds.")] = "llama-3.1-8b",
-    slo_scale: Annotated[float, typer.Option(help="Multiplies every bound.")] = 1.0,
-    mix: Annotated[
-        str | None, typer.Option(help="Weights of categories, such as 1=3,6=1. [default: all the same]")
-    ] = None,
-    max_prompt: Annotated[int | None, typer.Option(min=1, help="Longest prompt (tokens).")] = None,
-    max_output: Annotated[int | None, typer.Option(min=1, help="Longest output (tokens).")] = None,
+    requests: Requests = None,
+    duration: Duration = None,
+    arrivals: Arrivals = "poisson",
+    burstiness: Burstiness = 1.0,
+    trace: Trace = None,
+    speed: Speed = 1.0,
+    window: Window = None,
+    slo_table: SloTable = "llama-3.1-8b",
+    slo_scale: SloScale = 1.0,
+    mix: Mix = None,
+    max_prompt: MaxPrompt = None,
+    max_output: MaxOutput = None,
     predictor: Annotated[
         str, typer.Option(help="Output lengths as the gateway is told them: oracle, noise:SIGMA, constant, shipped.")
     ] = "shipped",
@@ -96,23 +108,9 @@ def simulate(
 
     seeds, policies = list(dict.fromkeys(seed or [0])), list(dict.fromkeys(policy or ["fcfs", "scorpio"]))
     rates: list[float | None] = [*qps] if qps else [None if arrivals == "trace" else 20.0]
-    asked: dict[str, Any] = {
-        "name": workload,
-        "requests": requests,
-        "duration_s": 60.0 if duration is None and requests is None and arrivals != "trace" else duration,
-        "arrivals": arrivals,
-        "burstiness": burstiness,
-        "trace": trace,
-        "speed": speed,
-        "window_s": window,
-        "slo_table": slo_table,
-        "slo_scale": slo_scale,
-        "max_prompt": max_prompt,
-        "max_output": max_output,
-    }
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "kv_tokens": kv_tokens}
     try:
-        asked["mix"] = _mix(mix)
+        asked = {"name": workload, **workload_arguments(context.params, unless_told_s=60.0)}
         experiment = Experiment(
             profile=profile,
             workload=asked,
@@ -154,16 +152,6 @@ def simulate(
         sys.stdout.write("\n")
     else:
         _print(document, experiment, hold)
-
-
-def _mix(text: str | None) -> dict[int, float] | None:
-    if text is None:
-        return None
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        return {int(category): float(weight) for category, weight in pairs}
-    except ValueError:
-        raise ValueError(f"--mix is written CATEGORY=WEIGHT,..., such as 1=3,6=1; got {text!r}") from None
 
 
 def _check_hold(experiment: Experiment, hold: float, qps: list[float] | None) -> None:

@@ -18,6 +18,7 @@ from benchmarks.workload import Asked
 from engine_adapter.profile import Profile
 from engine_adapter.step_time import StepTimes
 from gateway.policies.base import Policy
+from gateway.policies.multi_instance import load
 from gateway.progress import tpot
 from gateway.request import Request
 from gateway.slo import Slo
@@ -158,7 +159,13 @@ def _next_event_s(engine: Replica) -> float:
 
 
 def _load(engine: Replica) -> tuple[float, int]:
-    return engine.admission.load()
+    return load(engine.admission)
+
+
+def asked_slo(asked: Asked) -> Slo:
+    """The bounds as a gateway has them: one that is infinite is none."""
+    bounds = (asked.ttft_slo_s, asked.tpot_slo_s, asked.e2e_slo_s)
+    return Slo(*(bound if bound < math.inf else None for bound in bounds))
 
 
 def _request(index: int, asked: Asked, predicted: Predicted) -> Request:
@@ -166,7 +173,7 @@ def _request(index: int, asked: Asked, predicted: Predicted) -> Request:
         id=str(index),
         slo_class=str(asked.category),
         arrival_s=asked.at_s,
-        slo=Slo(asked.ttft_slo_s, asked.tpot_slo_s),
+        slo=asked_slo(asked),
         prompt_tokens=asked.prompt_tokens,
         predicted_tokens=predicted.tokens,
         predicted_p90=predicted.p90,

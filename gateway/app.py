@@ -44,6 +44,7 @@ class Gateway:
                 make_policy(config.policy.name, dict(config.policy.options)),
                 classes,
                 on_decided=self.metrics.scheduling.labels(engine.name).observe,
+                shadow=config.shadow_policies(),
             )
             for engine in engines
         ]

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from engine_adapter.profile import load_profile
 from engine_adapter.step_time import StepTimes
 from gateway.auth import ApiKey
+from gateway.policies.base import Policy
 from gateway.policies.names import make_policy
 from gateway.slo import Slo, SloClass
 from gateway.slo_headers import LONGEST_MS, SHORTEST_MS
@@ -121,17 +122,42 @@ class PredictorConfig(Section):
     port: int = Field(0, ge=0, le=65535, description="Port of the supervised one; 0 picks a free one.")
     timeout_ms: PositiveMs = 20.0
     model_dir: str | None = None
+    state_dir: str | None = Field(
+        None, description="Where the supervised one keeps what it learnt; without, that ends with the gateway."
+    )
+    collect_dir: str | None = Field(
+        None, description="Where the supervised one collects features and lengths of finished requests; no text."
+    )
+    collect_limit_mb: int = Field(256, ge=1, le=1 << 20)
     expected_tokens: float = Field(128, gt=0, description="Output length to assume before any has been seen.")
 
 
 class PolicyConfig(Section):
     """Which policy decides, with its options."""
 
-    name: str = "scorpio"
+    name: str = "slack"
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _exists(self) -> PolicyConfig:
+        make_policy(self.name, dict(self.options))
+        return self
+
+
+class ShadowConfig(Section):
+    """A policy that only watches, with its options; a plain name stands for one without any (docs/shadow.md)."""
+
+    name: str
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    label: Name | None = Field(None, description="What metrics call it; by default, its name.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _exists(self) -> ShadowConfig:
         make_policy(self.name, dict(self.options))
         return self
 
@@ -187,6 +213,7 @@ class GatewayConfig(Section):
     engines: list[EngineConfig] = Field(min_length=1, max_length=64)
     predictor: PredictorConfig = Field(default_factory=PredictorConfig)
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    shadow: list[ShadowConfig] = Field(default_factory=list, max_length=8)
     classes: dict[Name, SloClassConfig] = Field(min_length=1, max_length=64)
     default_class: str
     keys: list[KeyConfig] = Field(default_factory=list, max_length=10_000)
@@ -204,6 +231,10 @@ class GatewayConfig(Section):
                 raise ValueError(f"keys[{index}]: its default class {default!r} is not among its allowed_classes")
             if any(key.sha256 == other.sha256 for other in self.keys[:index]):
                 raise ValueError(f"keys[{index}]: another key has the same digest")
+        labels = [shadow.label or shadow.name for shadow in self.shadow]
+        for index, label in enumerate(labels):
+            if label in labels[:index]:
+                raise ValueError(f"shadow[{index}]: another shadow is called {label!r}; give it a label of its own")
         names = [engine.name for engine in self.engines]
         if len(set(names)) < len(names):
             raise ValueError("engines: every engine needs a name of its own")
@@ -217,6 +248,10 @@ class GatewayConfig(Section):
     def _known_class(self, name: str, where: str) -> None:
         if name not in self.classes:
             raise ValueError(f"{where}: no class is called {name!r}; classes: {', '.join(self.classes)}")
+
+    def shadow_policies(self) -> dict[str, Policy]:
+        """Fresh policies for the shadows of one engine, by label."""
+        return {s.label or s.name: make_policy(s.name, dict(s.options)) for s in self.shadow}
 
     def slo_classes(self) -> dict[str, SloClass]:
         """The classes by name."""

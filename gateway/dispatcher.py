@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from gateway.lane import Lane, Verdict
+from gateway.policies.multi_instance import load as ahead
 from gateway.request import Request
 
 
@@ -24,12 +25,12 @@ class Dispatcher:
         return lane, lane.submit(request)
 
     def place(self, request: Request) -> Lane:
-        """The lane with the most SLO headroom: living engines first, then the least prefill work, then the fewest."""
+        """The lane with the most headroom, as its policy counts it (`multi_instance.load`); living engines first."""
         if len(self.lanes) == 1:
             return self.lanes[0]
 
         def load(lane: Lane) -> tuple[bool, float, int]:
-            return (not lane.engine.state.alive, *lane.admission.load())
+            return (not lane.engine.state.alive, *ahead(lane.admission))
 
         return min(self.lanes, key=load)
 

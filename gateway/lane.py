@@ -10,13 +10,15 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from engine_adapter.engine import Engine
 from gateway.admission import Admission
 from gateway.policies.base import UNGATED, Decision, Policy, Rejection, prefill_backlog
 from gateway.request import Request
+from gateway.shadow import Shadow
+from gateway.shadows import Shadows
 from gateway.slo import SloClass
 from gateway.waiting import WaitingQueue
 
@@ -60,7 +62,10 @@ Verdict = Displaced | Admitted | Rejection | EngineDown | QueueFull
 
 
 class Lane:
-    """Queues in front of one engine. ``unbounded_wait_s``: how long to wait for a dead one without a TTFT bound."""
+    """Queues in front of one engine. ``unbounded_wait_s``: how long to wait for a dead one without a TTFT bound.
+
+    ``shadow``: policies by name that decide nothing, beside the one that does (`gateway.shadow`).
+    """
 
     def __init__(
         self,
@@ -71,10 +76,16 @@ class Lane:
         clock: Clock = time.monotonic,
         unbounded_wait_s: float = 120.0,
         on_decided: Callable[[float], None] = lambda seconds: None,
+        shadow: Mapping[str, Policy] | None = None,
     ) -> None:
         self.engine = engine
         self.classes = classes
         self.admission = Admission(policy, engine.state, self._turns_best_effort)
+        beside = [
+            Shadow(name, policy, engine.state, classes, self._turns_best_effort)
+            for name, policy in (shadow or {}).items()
+        ]
+        self.shadows = Shadows(beside, engine.state, clock)
         self.decisions = 0
         self.deciding_s = 0.0
         self.another_lives: Callable[[], bool] = lambda: False
@@ -108,9 +119,11 @@ class Lane:
     def submit(self, request: Request) -> asyncio.Future[Verdict]:
         """Queue ``request``; the future tells what was decided. A full class queue answers at once."""
         verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self.shadows.submitted(request)
         limit = self.classes[request.slo_class].max_waiting
         if self.waiting.by_class[request.slo_class] >= limit:
             # A place is free once what waits has been prefilled, at the latest.
+            self.shadows.rejected(request)
             verdict.set_result(QueueFull(limit, retry_after_s=max(1.0, self.admission.queued_prefill_s())))
             return verdict
         self.admission.submit(request)
@@ -120,6 +133,7 @@ class Lane:
 
     def withdraw(self, request: Request) -> None:
         """The client left while its request waited."""
+        self.shadows.withdrawn(request)
         self._verdicts.pop(request.id, None)
         if self.admission.withdraw(request):
             self.wake()
@@ -127,11 +141,14 @@ class Lane:
     def leave(self, request: Request) -> None:
         """An admitted request is through with the engine, however it ended."""
         if self.admission.leave(request):
+            self.shadows.left(request)
             self.wake()
 
     def on_alive(self, alive: bool) -> None:
         """The engine came up or went down."""
         self._down_since = None if alive else self._clock()
+        if not alive:
+            self.shadows.engine_lost()
         self.wake()
 
     def wake(self) -> None:
@@ -139,11 +156,13 @@ class Lane:
         if not self._scheduled and self.waiting:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._decide)
+        self.shadows.wake()
 
     def close(self) -> None:
         """The gateway shuts down: stop the timer, turn away what still waits."""
         if self._timer is not None:
             self._timer.cancel()
+        self.shadows.close()
         for request in list(self.waiting):
             self._turn_away(request, EngineDown(retry_after_s=5.0))
 
@@ -177,10 +196,14 @@ class Lane:
             backlog_s += self.engine.state.step_time.prefill(request.prompt_tokens)
             told = self.policy.gate != UNGATED or request.slo.ttft_s
             predicted_s = now - request.arrival_s + backlog_s if told else None
-            if not self._tell(request, Admitted(self, predicted_s)):
+            if self._tell(request, Admitted(self, predicted_s)):
+                self.shadows.admitted(request)
+            else:
                 # The client left in this very turn: nobody will run the request, so it must not count as running.
                 self.admission.leave(request)
+                self.shadows.withdrawn(request)
         for rejection in decision.reject:
+            self.shadows.rejected(rejection.request)
             self._tell(rejection.request, rejection)
 
     def _turns_best_effort(self, request: Request) -> bool:
@@ -195,6 +218,7 @@ class Lane:
 
     def _turn_away(self, request: Request, verdict: Verdict) -> None:
         self.admission.withdraw(request)
+        self.shadows.withdrawn(request)
         self._tell(request, verdict)
 
     def _fail_all_waiting(self, error: Exception) -> None:
@@ -202,6 +226,8 @@ class Lane:
         log.error("policy %s failed: %s", self.policy.name, type(error).__name__, exc_info=error)
         verdicts = list(self._verdicts.values())
         self._verdicts.clear()
+        for request in self.waiting:
+            self.shadows.withdrawn(request)
         self.waiting.clear()
         for verdict in verdicts:
             if not verdict.done():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gateway.prediction import Prediction
 from gateway.request import Request
 from gateway.slo import Bound
 
@@ -20,7 +21,7 @@ class LedgerError(RuntimeError):
 
 @dataclass(slots=True)
 class Entry:
-    """One accepted request in the ledger.
+    """One accepted request in the ledger. ``prediction``: of its output length, once there is one.
 
     After closing: ``outcome`` and ``reason`` (a short, bounded word), the measured ``ttft_s`` (None: no token was
     seen), ``tpot_s``, ``e2e_s``, and the bounds it ``violated``.
@@ -28,6 +29,7 @@ class Entry:
 
     request: Request
     engine: str = ""
+    prediction: Prediction | None = None
     outcome: Outcome | None = None
     reason: str = ""
     ttft_s: float | None = None

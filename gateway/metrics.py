@@ -105,7 +105,7 @@ class Metrics:
                 self.ttft.labels(*labels).observe(entry.ttft_s)
             self.tpot.labels(*labels).observe(entry.tpot_s)
             self.e2e.labels(*labels).observe(entry.e2e_s)
-            self.prediction_error.observe(abs(request.generated / request.sequences - request.predicted_tokens))
+            self.prediction_error.observe(abs(request.generated / request.sequences - request.predicted_at_arrival))
 
     def watch(self, lanes: Sequence[Lane], ledger: Ledger) -> None:
         """Read the state of lanes, engines and the ledger whenever Prometheus scrapes."""
@@ -146,7 +146,26 @@ _LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str,
         CounterMetricFamily, "Decode opportunities that were taken.", ("engine", "tpot_ms"),
     ),
     "antares_gate_seconds_total": (CounterMetricFamily, "Time spent in the step gate.", ("engine",)),
+    "antares_shadow_up": (GaugeMetricFamily, "1 until a shadow fails and is switched off.", ("policy", "engine")),
+    "antares_shadow_requests_total": (
+        CounterMetricFamily, "Requests by what a shadow would have decided (docs/shadow.md).",
+        ("policy", "engine", "slo_class", "outcome", "reason"),
+    ),
+    "antares_shadow_agreement_total": (
+        CounterMetricFamily, "Requests by what the active policy and a shadow decided.",
+        ("policy", "engine", "active", "shadow"),
+    ),
+    "antares_shadow_waiting_requests": (
+        GaugeMetricFamily, "Requests waiting in a shadow's world.", ("policy", "engine"),
+    ),
+    "antares_shadow_running_requests": (
+        GaugeMetricFamily, "Requests running in a shadow's world.", ("policy", "engine"),
+    ),
+    "antares_shadow_looks_total": (CounterMetricFamily, "Times a shadow decided.", ("policy", "engine")),
+    "antares_shadow_seconds_total": (CounterMetricFamily, "Time spent in a shadow.", ("policy", "engine")),
 }  # fmt: skip
+
+_AGREEMENT = [(active, shadow) for active in ("admitted", "rejected") for shadow in ("admitted", "rejected")]
 
 
 class _LiveState(Collector):
@@ -188,6 +207,18 @@ class _LiveState(Collector):
             for tpot, count in state.gate.eligible.items():
                 put("antares_gate_eligible_total", count, engine, tpot)
                 put("antares_gate_batched_total", state.gate.batched.get(tpot, 0), engine, tpot)
+            for shadow in lane.shadows.all:
+                of = (shadow.name, engine)
+                put("antares_shadow_up", shadow.up, *of)
+                put("antares_shadow_waiting_requests", shadow.waiting, *of)
+                put("antares_shadow_running_requests", shadow.running, *of)
+                put("antares_shadow_looks_total", shadow.looks, *of)
+                put("antares_shadow_seconds_total", shadow.seconds, *of)
+                for slo_class, outcome, reason in shadow.outcomes:
+                    count = shadow.outcomes[slo_class, outcome, reason]
+                    put("antares_shadow_requests_total", count, *of, slo_class, outcome, reason)
+                for both in _AGREEMENT:
+                    put("antares_shadow_agreement_total", shadow.agreement[both], *of, *both)
         return families.values()
 
 

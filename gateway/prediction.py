@@ -1,6 +1,7 @@
 """Output lengths for the scheduler: asked of the predictor service within a time box, else from running statistics.
 
-The predictor is always optional: without it a request is scheduled by the lengths its class has shown so far.
+The predictor is always optional: without it a request is scheduled by the lengths its class has shown so far. What
+finishes is told to the running statistics and, where the service had predicted it, to the service.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import httpx
 import orjson
+
+from gateway.length_reports import LengthReport, LengthReports, UnreachableError
 
 log = logging.getLogger("antares.prediction")
 
@@ -25,11 +28,15 @@ HEAD_CHARS, TAIL_CHARS = 15_360, 1024
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Predicted output tokens of one sequence, with the 0.9 quantile, and who predicted (service or fallback)."""
+    """Predicted output tokens of one sequence, with the 0.9 quantile, and who predicted (service or fallback).
+
+    ``raw``: the service's p50 and p90 before it corrected them by what finished; it wants them back with the outcome.
+    """
 
     tokens: float
     p90: float
     source: str
+    raw: tuple[float, float] | None = None
 
 
 @dataclass(slots=True)
@@ -112,6 +119,8 @@ class LengthPredictor:
         self._statistics = statistics
         self._breaker = CircuitBreaker()
         self._client: httpx.AsyncClient | None = None
+        self.reports = LengthReports(self._post_reports)
+        """What finished, on its way to the service."""
         self._asked: deque[_Asked] = deque()
         self._sender: asyncio.Task[None] | None = None
         self._calls = 0
@@ -128,18 +137,31 @@ class LengthPredictor:
         return self._sender is not None and not self._sender.done() and self._blamed == self._calls
 
     async def predict(
-        self, prompt: str, prompt_tokens: int, slo_class: str, max_tokens: int | None, min_tokens: int = 0
+        self,
+        prompt: str,
+        prompt_tokens: int,
+        slo_class: str,
+        max_tokens: int | None,
+        min_tokens: int = 0,
+        *,
+        model: str = "",
+        request_id: str | None = None,
     ) -> Prediction:
-        """Predict within the time box; never raises."""
+        """Predict what ``model`` answers, within the time box; never raises."""
         prediction = None
         if self.url is not None and self._breaker.allows():
-            prediction = await self._ask(prompt, prompt_tokens, max_tokens)
+            # A limit that the service would refuse must not spoil the call for those who share it.
+            limit = max_tokens if max_tokens is not None and 1 <= max_tokens <= _MAX_TOKENS else None
+            question = {"prompt": _shortened(prompt), "prompt_tokens": prompt_tokens, "max_tokens": limit}
+            question |= {"model": _name(model), "slo_class": _name(slo_class), "id": request_id}
+            prediction = await self._ask(question)
         prediction = prediction or self._statistics.predict(slo_class)
         high = float(max_tokens) if max_tokens is not None else float("inf")
         return Prediction(
             tokens=max(1.0, min_tokens, min(prediction.tokens, high)),
             p90=max(1.0, min_tokens, min(prediction.p90, high)),
             source=prediction.source,
+            raw=prediction.raw,
         )
 
     async def warm_up(self, patience_s: float = 5.0) -> bool:
@@ -156,8 +178,20 @@ class LengthPredictor:
         """A request finished: remember its length for the fallback."""
         self._statistics.observe(slo_class, tokens)
 
+    def report(
+        self, prediction: Prediction, request_id: str, model: str, slo_class: str, tokens: int, censored: bool
+    ) -> None:
+        """Tell the service what came of its ``prediction``; costs the caller nothing. ``censored``: a limit stopped it.
+
+        Nothing is told of a prediction that was not the service's.
+        """
+        if prediction.raw is not None:
+            names = (_name(model) or "", _name(slo_class) or "")
+            self.reports.add(LengthReport(request_id, *names, *prediction.raw, tokens, censored))
+
     async def close(self) -> None:
         """Close the connection."""
+        await self.reports.close()
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.cancel()
@@ -167,13 +201,10 @@ class LengthPredictor:
         if client is not None:
             await client.aclose()
 
-    async def _ask(self, prompt: str, prompt_tokens: int, max_tokens: int | None) -> Prediction | None:
+    async def _ask(self, question: dict[str, object]) -> Prediction | None:
         """The service's answer, or None when there is none in time."""
         if self._late:
             return None  # this one would only wait behind it
-        # A limit that the service would refuse must not spoil the call for those who share it.
-        limit = max_tokens if max_tokens is not None and 1 <= max_tokens <= _MAX_TOKENS else None
-        question = {"prompt": _shortened(prompt), "prompt_tokens": prompt_tokens, "max_tokens": limit}
         asked = _Asked(question, asyncio.get_running_loop().create_future())
         self._asked.append(asked)
         if self._sender is None or self._sender.done():
@@ -214,35 +245,61 @@ class LengthPredictor:
                     asked.answer.set_result(answer)
 
     async def _post(self, questions: list[dict[str, object]]) -> list[Prediction]:
-        if self._client is None:
-            limits = httpx.Limits(max_connections=4, max_keepalive_connections=2)
-            # Loading the certificate store blocks the loop for 50 ms and serves nobody on a plain connection.
-            verify = (self.url or "").startswith("https")
-            self._client = httpx.AsyncClient(trust_env=False, timeout=_CALL_TIMEOUT_S, limits=limits, verify=verify)
         try:
-            response = await self._client.post(
-                f"{self.url}/v1/predict",
-                content=orjson.dumps({"inputs": questions}),
-                headers={"content-type": "application/json", "x-deadline-ms": str(round(_CALL_TIMEOUT_S * 1000))},
-            )
+            response = await self._call("/v1/predict", {"inputs": questions})
             if response.status_code in (400, 413, 422):
                 raise _RefusedError
             if response.status_code != 200:
                 raise _FailedError
-            found = [
-                Prediction(float(answer["length"]), float(answer["p90"]), "service")
-                for answer in orjson.loads(response.content)["predictions"]
-            ]
+            found = [_read(answer) for answer in orjson.loads(response.content)["predictions"]]
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, LookupError, TypeError) as error:
             raise _FailedError from error
         if len(found) != len(questions) or not all(math.isfinite(p.tokens + p.p90) for p in found):
             raise _FailedError
         return found
 
+    async def _post_reports(self, reports: list[LengthReport]) -> None:
+        observations = [
+            {**asdict(report), "model": report.model or None, "slo_class": report.slo_class or None}
+            for report in reports
+        ]
+        try:
+            response = await self._call("/v1/observe", {"observations": observations})
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            raise UnreachableError from error
+        if response.status_code >= 500:
+            raise UnreachableError
+
+    async def _call(self, path: str, document: dict[str, object]) -> httpx.Response:
+        if self._client is None:
+            limits = httpx.Limits(max_connections=4, max_keepalive_connections=2)
+            # Loading the certificate store blocks the loop for 50 ms and serves nobody on a plain connection.
+            verify = (self.url or "").startswith("https")
+            self._client = httpx.AsyncClient(trust_env=False, timeout=_CALL_TIMEOUT_S, limits=limits, verify=verify)
+        return await self._client.post(
+            f"{self.url}{path}",
+            content=orjson.dumps(document),
+            headers={"content-type": "application/json", "x-deadline-ms": str(round(_CALL_TIMEOUT_S * 1000))},
+        )
+
 
 _MAX_BATCH = 64
+_MAX_NAME_CHARS = 256
 _MAX_TOKENS = 1 << 30
 _CALL_TIMEOUT_S = 1.0
+
+
+def _read(answer: dict[str, float]) -> Prediction:
+    """One prediction of the service. A predictor that does not learn online sends no raw quantiles."""
+    raw = (float(answer["raw_p50"]), float(answer["raw_p90"])) if "raw_p50" in answer else None
+    if raw is not None and not math.isfinite(sum(raw)):
+        raise ValueError
+    return Prediction(float(answer["length"]), float(answer["p90"]), "service", raw)
+
+
+def _name(text: str) -> str | None:
+    """A model's or class's name as far as the service takes it."""
+    return text if 0 < len(text) <= _MAX_NAME_CHARS and text.isprintable() else None
 
 
 def _shortened(prompt: str) -> str:

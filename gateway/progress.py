@@ -35,7 +35,7 @@ class Progress:
     def on_tokens(self, sequence: str, count: int, at: float) -> None:
         """New output tokens."""
         request = self.request
-        request.generated += count
+        request.advance(count)
         seen = self._sequences.get(sequence)
         if seen is not None:
             seen.tokens += count

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -154,6 +155,8 @@ class Proxy:
             predicted_tokens=1.0,
             sequences=prompt.sequences,
             tenant=key.tenant,
+            model=candidate.state.model,
+            max_tokens=math.inf if prompt.max_tokens is None else prompt.max_tokens,
         )
         entry = self._ledger.open(request)
         if self.in_flight > self._max_open:
@@ -161,7 +164,7 @@ class Proxy:
             raise queue_full("The gateway has as many open requests as it takes.", self._max_open, 1.0)
         client = ClientSide(receive)
         try:
-            await self._predict(request, prompt)
+            await self._predict(entry, prompt)
             report = headers.get(REPORT_HEADER) == "1"
             served, tries = False, 0
             while not served:
@@ -189,10 +192,16 @@ class Proxy:
         finally:
             client.close()
 
-    async def _predict(self, request: Request, prompt: Prompt) -> None:
-        started = self._clock()
-        prediction = await self._predictor.predict(
-            prompt.text, prompt.tokens, request.slo_class, prompt.max_tokens, prompt.min_tokens
+    async def _predict(self, entry: Entry, prompt: Prompt) -> None:
+        started, request = self._clock(), entry.request
+        prediction = entry.prediction = await self._predictor.predict(
+            prompt.text,
+            prompt.tokens,
+            request.slo_class,
+            prompt.max_tokens,
+            prompt.min_tokens,
+            model=request.model,
+            request_id=request.id,
         )
         request.predict(prediction.tokens, prediction.p90)
         self._metrics.predictions.labels(prediction.source).inc()
@@ -303,7 +312,19 @@ class Proxy:
             self._ledger.close(entry, "rejected", "engine_busy" if exchange.status == 429 else "engine_refused")
         else:
             self._ledger.close(entry, "finished")
-            self._predictor.observe(request.slo_class, round(request.generated / request.sequences))
+            self._learn_length(entry, lane)
+
+    def _learn_length(self, entry: Entry, lane: Lane) -> None:
+        """Predictions are to follow what is served."""
+        request = entry.request
+        self._predictor.observe(request.slo_class, round(request.generated / request.sequences))
+        # Of several sequences only the mean is known, which is no answer's length.
+        if entry.prediction is not None and request.sequences == 1 and request.generated:
+            limit = min(request.max_tokens, lane.engine.state.max_model_len - request.prompt_tokens)
+            censored = request.generated >= limit
+            self._predictor.report(
+                entry.prediction, request.id, request.model, request.slo_class, request.generated, censored
+            )
 
     # --- everything else under /v1 ------------------------------------------------------------------------------------
 

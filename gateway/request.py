@@ -6,9 +6,14 @@ import math
 from dataclasses import dataclass, field
 
 from gateway.slo import Slo
+from gateway.survival import surviving_quantile
 
-E2E_SHARE_FOR_TTFT = 0.25
-"""An end-to-end bound alone leaves open how it is spent; this share of it is planned for the first token."""
+E2E_PACE_S = 0.03
+"""An end-to-end bound alone leaves open how it is spent. Its tokens are planned at so many seconds each, and what that
+leaves of it goes to the first one: the longer the predicted answer, the earlier it must begin."""
+
+E2E_LEAST_FOR_TTFT, E2E_MOST_FOR_TTFT = 0.05, 0.5
+"""Shares of the bound that the first token's part stays between: no answer begins at once, nor waits and then races."""
 
 BEST_EFFORT_STRETCH, BEST_EFFORT_PACE_S = 4.0, 1.0
 """A best-effort request is paced at this multiple of the TPOT bound it could not have, but at no less than so many
@@ -20,7 +25,9 @@ class Request:
     """One request. Times are monotonic seconds, sizes are tokens.
 
     ``predicted_tokens`` is y_i of the paper, the predicted output length, ``predicted_p90`` its 90th percentile (0:
-    not known). ``generated`` counts output tokens of all its sequences; ``sequences`` how many it asked for.
+    not known), both per sequence and never above ``max_tokens``. They are what is expected *now*: once a request has
+    outlived its predicted length, they are those of the answers that do (`advance`). ``predicted_at_arrival`` stays as
+    it was. ``generated`` counts output tokens of all its sequences; ``sequences`` how many it asked for.
 
     The bounds to plan with follow from these and are kept at hand, because policies read them for every request at
     every decision: ``ttft_slo_s`` is T_i (infinite when nothing bounds the first token), ``deadline_s`` is
@@ -37,6 +44,7 @@ class Request:
     sequences: int = 1
     tenant: str = "anonymous"
     model: str = ""
+    max_tokens: float = math.inf
     best_effort: bool = False
     admitted_s: float | None = None
     first_token_s: float | None = None
@@ -44,14 +52,39 @@ class Request:
     ttft_slo_s: float = field(init=False)
     tpot_slo_s: float | None = field(init=False)
     deadline_s: float = field(init=False)
+    predicted_at_arrival: float = field(init=False)
+    _foretold_p90: float = field(init=False)
+    _revise_at: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._plan()
+        self.predict(self.predicted_tokens, self.predicted_p90)
 
     def predict(self, tokens: float, p90: float) -> None:
-        """Take a new prediction of the output length (tokens)."""
+        """Take the prediction of the output length (tokens), as of before its first token."""
         self.predicted_tokens, self.predicted_p90 = tokens, p90
+        self.predicted_at_arrival, self._foretold_p90 = tokens, p90
+        self._revise_at = tokens * self.sequences
         self._plan()
+
+    def advance(self, tokens: int) -> None:
+        """So many more output tokens are out.
+
+        A request that reaches its predicted length L without ending is expected to become as long as half of those that
+        do, Q(1/2 | L > g) (`gateway.survival`), and is looked at again half way there. So this is one comparison a
+        token, and a handful of revisions in a long answer. The pace that an end-to-end bound implies stays as it was
+        planned: the engine was told, and paces by it.
+        """
+        self.generated += tokens
+        if self.generated >= self._revise_at:
+            self._outlived()
+
+    def _outlived(self) -> None:
+        each = self.generated / self.sequences
+        p50, p90, most = self.predicted_at_arrival, self._foretold_p90, self.max_tokens
+        self.predicted_tokens = min(surviving_quantile(0.5, each, p50, p90), most)
+        self.predicted_p90 = max(min(surviving_quantile(0.9, each, p50, p90), most), self.predicted_tokens)
+        ahead = max((self.predicted_tokens - each) / 2, 1.0)
+        self._revise_at = (each + ahead) * self.sequences
 
     def serve_at_best_effort(self) -> None:
         """Its SLO cannot be attained; it is served all the same, at nobody's cost."""
@@ -63,13 +96,31 @@ class Request:
         """Tokens of context per sequence: the prompt and what was generated so far."""
         return self.prompt_tokens + self.generated / self.sequences
 
+    @property
+    def e2e_share_for_ttft(self) -> float:
+        """The share of the end-to-end bound that is planned for the first token; 0 without one."""
+        if self.slo.e2e_s is None:
+            return 0.0
+        left = 1 - max(1.0, self.predicted_at_arrival) * E2E_PACE_S / self.slo.e2e_s
+        return min(max(left, E2E_LEAST_FOR_TTFT), E2E_MOST_FOR_TTFT)
+
+    def e2e_for_ttft(self, ttft_s: float) -> float:
+        """The least end-to-end bound (s) of which ``ttft_s`` would be planned for the first token."""
+        tail = max(1.0, self.predicted_at_arrival) * E2E_PACE_S
+        return max(ttft_s / E2E_MOST_FOR_TTFT, min(ttft_s + tail, ttft_s / E2E_LEAST_FOR_TTFT))
+
+    def e2e_for_tpot(self, tpot_s: float) -> float:
+        """An end-to-end bound (s) that leaves room for a pace of ``tpot_s``, and as much again for the first token."""
+        return tpot_s * max(1.0, self.predicted_at_arrival) / (1 - E2E_MOST_FOR_TTFT)
+
     def _plan(self) -> None:
         slo = self.slo
         ttft = math.inf if slo.ttft_s is None else slo.ttft_s
         tpot = slo.tpot_s
         if slo.e2e_s is not None:
-            ttft = min(ttft, slo.e2e_s * E2E_SHARE_FOR_TTFT)
-            implied = slo.e2e_s * (1 - E2E_SHARE_FOR_TTFT) / max(1.0, self.predicted_tokens)
+            share = self.e2e_share_for_ttft
+            ttft = min(ttft, slo.e2e_s * share)
+            implied = slo.e2e_s * (1 - share) / max(1.0, self.predicted_tokens)
             tpot = implied if tpot is None else min(tpot, implied)
         if self.best_effort:
             ttft = math.inf

@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -41,9 +42,11 @@ async def serve(config: GatewayConfig) -> None:
     started = time.monotonic()
     listener = _listen(config.server.host, config.server.port)
     port: int = listener.getsockname()[1]
-    supervisor, predictor_url = _predictor(config)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
+        # What the predictor learnt outlives at least its own restarts.
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="antares-", ignore_cleanup_errors=True))
+        supervisor, predictor_url = _predictor(config, scratch)
         if supervisor is not None:
             await supervisor.start()
             stack.push_async_callback(supervisor.stop)
@@ -104,8 +107,11 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _predictor(config: GatewayConfig) -> tuple[Supervisor | None, str | None]:
-    """The supervised predictor and its URL; no supervisor when it runs elsewhere, neither when it is off."""
+def _predictor(config: GatewayConfig, scratch: str) -> tuple[Supervisor | None, str | None]:
+    """The supervised predictor and its URL; no supervisor when it runs elsewhere, neither when it is off.
+
+    ``scratch``: a folder for its state where the configuration names none.
+    """
     if not config.predictor.enabled:
         return None, None
     if config.predictor.url:
@@ -113,8 +119,12 @@ def _predictor(config: GatewayConfig) -> tuple[Supervisor | None, str | None]:
     port = config.predictor.port or _free_port()
     command = [sys.executable, "-m", "predictor_service.cli", "serve"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--exit-with-parent"]
+    command += ["--state", config.predictor.state_dir or scratch]
     if config.predictor.model_dir:
         command += ["--model", config.predictor.model_dir]
+    if config.predictor.collect_dir:
+        command += ["--collect", config.predictor.collect_dir]
+        command += ["--collect-limit-mb", str(config.predictor.collect_limit_mb)]
     return Supervisor("predictor", command), f"http://127.0.0.1:{port}"
 
 

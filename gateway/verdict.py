@@ -38,7 +38,7 @@ def verdict(entry: Entry) -> dict[str, Any]:
         "slo_tpot_ms": _ms(slo.tpot_s),
         "slo_e2e_ms": _ms(slo.e2e_s),
         "predicted_ttft_ms": _ms(entry.predicted_ttft_s),
-        "predicted_tokens": round(request.predicted_tokens, 1),
+        "predicted_tokens": round(request.predicted_at_arrival, 1),
         "output_tokens": request.generated,
         "best_effort": request.best_effort,
         "engine": entry.engine,

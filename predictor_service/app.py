@@ -1,4 +1,4 @@
-"""The predictor's HTTP face: ``POST /v1/predict``, ``GET /health``, ``GET /metrics``.
+"""The predictor's HTTP face: ``POST /v1/predict``, ``POST /v1/observe``, ``GET /health``, ``GET /metrics``.
 
 Nothing of a prompt leaves through here: bodies are parsed by hand (no validation error echoes them), and an
 unexpected exception is logged by its type and place only.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
@@ -16,16 +16,20 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from predictor_service.batching import Batcher, BatchLimits, DeadlinePassed, QueueFull
-from predictor_service.length_model import LengthModel, Prediction
+from predictor_service.learning import Learning
+from predictor_service.length_model import LengthPredictor
 from predictor_service.metrics import PredictorMetrics
 from predictor_service.wire import (
     MAX_BODY_BYTES,
     BadRequest,
     Input,
+    Predicted,
     parse_deadline_ms,
+    parse_observations,
     parse_request,
     render_error,
     render_health,
+    render_observed,
     render_predictions,
 )
 
@@ -35,25 +39,36 @@ DEADLINE_HEADER = "x-deadline-ms"
 """Milliseconds, counted from the call's arrival, after which its answer is of no use: 504 instead."""
 
 
-def create_app(model: LengthModel, limits: BatchLimits | None = None) -> FastAPI:
-    """The ASGI app that serves ``model``. Its lifespan starts and stops the batcher."""
-    metrics = PredictorMetrics()
+def create_app(
+    model: LengthPredictor,
+    limits: BatchLimits | None = None,
+    learning: Learning | None = None,
+    known_models: frozenset[str] = frozenset(),
+) -> FastAPI:
+    """The ASGI app that serves ``model``. Its lifespan starts and stops the batcher and ``learning``.
 
-    def compute(inputs: list[Input]) -> list[Prediction]:
-        predictions = model.predict([one.to_features() for one in inputs])
-        return [
-            prediction.clamped(one.min_tokens, one.max_tokens)
-            for one, prediction in zip(inputs, predictions, strict=True)
-        ]
+    With ``known_models``, requests that name another served model are refused.
+    """
+    metrics, learning = PredictorMetrics(), learning or Learning()
 
-    batcher: Batcher[Input, Prediction] = Batcher(compute, limits, on_batch=metrics.batch_size.observe)
+    def compute(inputs: list[Input]) -> list[Predicted]:
+        if model.reads_text:
+            raw = model.predict([one.prompt for one in inputs])
+            return learning.served(inputs, raw)
+        features = [one.to_features() for one in inputs]
+        return learning.served(inputs, model.predict(features), features)
+
+    batcher: Batcher[Input, Predicted] = Batcher(compute, limits, on_batch=metrics.batch_size.observe)
     metrics.queue_depth.set_function(lambda: batcher.waiting)
+    metrics.watch(learning)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await batcher.start()
+        await learning.start()
         yield
         await batcher.stop()
+        await learning.stop()
 
     app = FastAPI(title="Antares output-length predictor", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.openapi_url = None
@@ -61,10 +76,27 @@ def create_app(model: LengthModel, limits: BatchLimits | None = None) -> FastAPI
     @app.post("/v1/predict")
     async def predict(request: Request) -> Response:
         began = time.perf_counter()
-        response = await _answer(request, model.name, batcher)
+
+        async def answer() -> Response:
+            timeout_s = parse_deadline_ms(request.headers.get(DEADLINE_HEADER))
+            inputs = parse_request(await _body(request), known_models, takes_features=not model.reads_text)
+            if timeout_s is not None:
+                timeout_s -= time.perf_counter() - began
+            return _json(render_predictions(model.name, await batcher.submit(inputs, timeout_s)))
+
+        response = await _or_error(answer)
         metrics.requests.labels(str(response.status_code)).inc()
         metrics.latency.observe(time.perf_counter() - began)
         return response
+
+    @app.post("/v1/observe")
+    async def observe(request: Request) -> Response:
+        async def answer() -> Response:
+            observations = parse_observations(await _body(request), known_models)
+            learning.observe(observations)
+            return _json(render_observed(len(observations)), 202)
+
+        return await _or_error(answer)
 
     @app.get("/health")
     async def health() -> Response:
@@ -83,15 +115,10 @@ def create_app(model: LengthModel, limits: BatchLimits | None = None) -> FastAPI
     return app
 
 
-async def _answer(request: Request, model: str, batcher: Batcher[Input, Prediction]) -> Response:
-    """Read, batch, answer; every way it can go wrong has its status here."""
-    began = time.perf_counter()
+async def _or_error(answer: Callable[[], Awaitable[Response]]) -> Response:
+    """What ``answer`` answers; every way it can go wrong has its status here."""
     try:
-        timeout_s = parse_deadline_ms(request.headers.get(DEADLINE_HEADER))
-        inputs = parse_request(await _body(request))
-        if timeout_s is not None:
-            timeout_s -= time.perf_counter() - began
-        return _json(render_predictions(model, await batcher.submit(inputs, timeout_s)))
+        return await answer()
     except BadRequest as wrong:
         return _json(render_error(wrong.message, "invalid_request_error", wrong.code, wrong.param), wrong.status)
     except QueueFull:
@@ -101,8 +128,8 @@ async def _answer(request: Request, model: str, batcher: Batcher[Input, Predicti
         message = "The deadline passed before the prediction was ready."
         return _json(render_error(message, "timeout_error", "deadline_passed", DEADLINE_HEADER), 504)
     except Exception as error:  # its message may quote a prompt: type and place only
-        log.error("prediction failed: %s at %s", type(error).__name__, _place(error))
-        return _json(render_error("The prediction failed.", "server_error", "internal_error"), 500)
+        log.error("a call failed: %s at %s", type(error).__name__, _place(error))
+        return _json(render_error("The call failed.", "server_error", "internal_error"), 500)
 
 
 async def _body(request: Request) -> bytes:

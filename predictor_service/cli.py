@@ -1,4 +1,4 @@
-"""``antares predictor train | evaluate | serve``.
+"""``antares predictor train | evaluate | serve | collect``.
 
 Logs, tables and progress go to stderr; with ``--json`` stdout holds one JSON document. Exit 0 done, 1 failed,
 2 bad usage. Everything heavy is imported inside the commands, so that ``--help`` is instant.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -35,20 +36,74 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+class Family(StrEnum):
+    """Which kind of model to train."""
+
+    HASHED = "hashed"
+    CLASSIFIER = "classifier"
+
+
+class Binning(StrEnum):
+    """How lengths are cut into bins."""
+
+    EQUAL_WIDTH = "equal-width"
+    EQUAL_FREQUENCY = "equal-frequency"
+
+
+DataFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="JSONL of prompts, or of collected features, and lengths (docs/predictor.md); ShareGPT by default.",
+        exists=True,
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Backbone of a classifier: a local folder or a Hugging Face name.", show_default=False),
+]
+Epochs = Annotated[int, typer.Option(help="Passes over the training part (classifier).", min=1)]
+BatchRows = Annotated[int, typer.Option("--batch", help="Prompts in one optimiser step (classifier).", min=1)]
+LearningRate = Annotated[float, typer.Option(help="Adam's constant learning rate (classifier).", min=0.0)]
+
+
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="Folder to write the model into.", file_okay=False)],
+    family: Annotated[
+        Family, typer.Option(help="'hashed' serves on a CPU; 'classifier' is the paper's, on a backbone.")
+    ] = Family.HASHED,
+    data: DataFile = None,
     seed: Annotated[int, typer.Option(help="Seed of the split by conversation.", min=0)] = 0,
+    base: Base = None,
+    bins: Annotated[int, typer.Option(help="Bins of lengths (classifier).", min=2, max=10_000)] = 100,
+    strategy: Annotated[Binning, typer.Option(help="How bins are cut (classifier).")] = Binning.EQUAL_WIDTH,
+    epochs: Epochs = 8,
+    batch: BatchRows = 64,
+    learning_rate: LearningRate = 2e-5,
     as_json: Annotated[bool, typer.Option("--json", help="Print the model card as JSON on stdout.")] = False,
 ) -> None:
-    """Train the length model on ShareGPT (about a minute on one core; needs the extra 'train')."""
-    from predictor_service.sharegpt import TrainingDataMissing
-    from predictor_service.sharegpt_model import train_on_sharegpt
+    """Train a length model. Interrupted, it goes on where it was when called again with the same options.
 
+    The CPU model on ShareGPT takes about two minutes on one core and needs the extra 'train'.
+    """
+    from predictor_service import training_run
+    from predictor_service.datasets import BadData
+    from predictor_service.sharegpt import TrainingDataMissing
+
+    if family is Family.HASHED and base is not None:
+        raise typer.BadParameter("only --family classifier has a backbone", param_hint="--base")
     try:
         with _progress() as progress:
-            card = train_on_sharegpt(output, seed, progress)
-    except (TrainingDataMissing, OSError) as failed:
+            if family is Family.HASHED:
+                card = training_run.train_hashed(output, seed, data, progress)
+            else:
+                recipe = _classifier_recipe(
+                    base, bins=bins, strategy=strategy.value, epochs=epochs, batch=batch, learning_rate=learning_rate
+                )
+                card = training_run.train_classifier(output, replace(recipe, seed=seed), data, progress)
+    except (TrainingDataMissing, BadData, ValueError, OSError) as failed:
         _fail(str(failed))
     _table(f"{card['model']}: held-out test split", card["metrics"]["test"])
     typer.echo(f"written to {output}", err=True)
@@ -59,22 +114,54 @@ def train(
 @app.command()
 def evaluate(
     model: ModelFolder = None,
+    data: DataFile = None,
+    bins: Annotated[
+        bool, typer.Option("--bins", help="The paper's bucket study instead: 10 to 1000 bins, both strategies.")
+    ] = False,
+    base: Base = None,
+    epochs: Epochs = 8,
+    batch: BatchRows = 64,
+    learning_rate: LearningRate = 2e-5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Measure a model on the ShareGPT conversations that its training held out (needs the extra 'train')."""
+    """Measure a model on conversations that its training held out (ShareGPT needs the extra 'train').
+
+    With --bins and --base, or a classifier as --model, a classifier is fine-tuned for each set of bins.
+    """
+    from predictor_service import training_run
+    from predictor_service.datasets import BadData
     from predictor_service.length_model import SHIPPED_MODEL, ModelUnusable, load_model
     from predictor_service.sharegpt import TrainingDataMissing
-    from predictor_service.sharegpt_model import evaluate_on_sharegpt
 
+    if base is not None and not bins:
+        raise typer.BadParameter("only the bucket study takes a backbone: add --bins", param_hint="--base")
     try:
+        loaded = load_model(model or SHIPPED_MODEL)
+        if base is None and loaded.reads_text and model is not None:
+            base = str(model / "backbone")
         with _progress() as progress:
-            metrics = evaluate_on_sharegpt(load_model(model or SHIPPED_MODEL), progress)
-    except (TrainingDataMissing, ModelUnusable) as failed:
+            if not bins:
+                metrics = training_run.evaluate_held_out(loaded, data, progress)
+            else:
+                recipe = base and _classifier_recipe(base, epochs=epochs, batch=batch, learning_rate=learning_rate)
+                rows = training_run.study_buckets(loaded, data, recipe or None, progress)
+    except (TrainingDataMissing, BadData, ModelUnusable, ValueError, OSError) as failed:
         _fail(str(failed))
     if as_json:
-        _print_json(metrics)
+        _print_json({"model": base or loaded.name, "buckets": rows} if bins else metrics)
+    elif bins:
+        _rows(f"{base or loaded.name}: bucket study, held-out", rows)
     else:
-        _table("held-out test split", metrics)
+        _table(f"{loaded.name}: held-out", metrics)
+
+
+def _classifier_recipe(base: str | None, **options: Any) -> Any:
+    """The paper's recipe with these options. Ends the command where torch or transformers is missing."""
+    try:
+        from predictor_service.classifier_train import ClassifierRecipe
+    except ImportError as missing:
+        _fail(f"the classifier family needs torch and transformers: {missing.name} is not installed")
+    return ClassifierRecipe(**options) if base is None else ClassifierRecipe(base=base, **options)
 
 
 @app.command()
@@ -87,14 +174,26 @@ def serve(
         float, typer.Option(help="How long an idle service waits to batch calls.", min=0, max=100)
     ] = 1.0,
     max_waiting: Annotated[int, typer.Option(help="Inputs that may wait; beyond them, calls get 503.", min=1)] = 2048,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder in which what was learnt online survives a restart.", file_okay=False)
+    ] = None,
+    collect_into: Annotated[
+        Path | None,
+        typer.Option("--collect", help="Folder for finished requests' features and lengths.", file_okay=False),
+    ] = None,
+    collect_limit_mb: Annotated[int, typer.Option(help="The most that folder may hold.", min=1)] = 256,
+    only_model: Annotated[
+        list[str] | None, typer.Option(help="Refuse requests that name another served model; may be repeated.")
+    ] = None,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop once the starting process is gone.")
     ] = False,
 ) -> None:
-    """Serve predictions over HTTP: POST /v1/predict, GET /health, GET /metrics."""
+    """Serve predictions over HTTP: POST /v1/predict, POST /v1/observe, GET /health, GET /metrics."""
     from predictor_service.batching import BatchLimits
+    from predictor_service.calibration_state import StateUnusable
     from predictor_service.length_model import SHIPPED_MODEL, ModelUnusable
-    from predictor_service.serve import CannotListen, run_server
+    from predictor_service.serve import CannotListen, LearningFolders, run_server
 
     limits = BatchLimits(window_s=batch_window_ms / 1e3, max_waiting=max_waiting)
     try:
@@ -103,11 +202,35 @@ def serve(
             port,
             model=model or SHIPPED_MODEL,
             limits=limits,
+            folders=LearningFolders(state, collect_into, collect_limit_mb << 20),
+            known_models=frozenset(only_model or ()),
             log_level=log_level.value,
             exit_with_parent=exit_with_parent,
         )
-    except (ModelUnusable, CannotListen) as failed:
+    except (ModelUnusable, CannotListen, StateUnusable, OSError) as failed:
         _fail(str(failed))
+
+
+@app.command()
+def collect(
+    folder: Annotated[Path, typer.Argument(help="Folder that a predictor collects into.", file_okay=False)],
+    output: Annotated[Path, typer.Option(help="JSONL file to write, for `train`.", dir_okay=False)],
+    model: Annotated[str | None, typer.Option(help="Only what this served model answered.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON on stdout.")] = False,
+) -> None:
+    """Export what `serve --collect` has gathered: features and lengths of finished requests, never text."""
+    from predictor_service.collecting import export
+
+    if not folder.is_dir():
+        _fail(f"nothing has been collected in {folder}. Collect with  antares predictor serve --collect DIR")
+    try:
+        counts = export(folder, output, model)
+    except OSError as failed:
+        _fail(str(failed))
+    if as_json:
+        _print_json(counts)
+    else:
+        _table(f"written to {output}", {f"{name}, finished requests": rows for name, rows in counts["models"].items()})
 
 
 def _fail(message: str) -> NoReturn:
@@ -130,6 +253,18 @@ def _table(title: str, metrics: dict[str, Any]) -> None:
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         table.add_row(name, str(value))
+    Console(stderr=True).print(table)
+
+
+def _rows(title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
     Console(stderr=True).print(table)
 
 

@@ -1,12 +1,12 @@
-"""The length model as it is served: a linear score over hashed n-grams, read as quantiles of the answer's
-length.
+"""The CPU length model as it is served: linear scores over hashed n-grams, trees on top, read as quantiles of the
+answer's length.
 
-    score(x) = intercept + sum over blocks B of  <v_B, w_B> / ||v_B||  +  z' u,      v_j = (1 + ln count_j) *
-    idf_j
+    s_k(x) = intercept_k + sum over blocks B of  <v_B, w_Bk> / ||v_B||  +  z' u_k,      v_j = (1 + ln count_j) * idf_j
+    estimate(x) = sum over trees of  leaf(s(x), lexical measures of x)
 
-with blocks words and character n-grams (`predictor_service.features`), z the standardised lexical measures
-clipped to +-`LEXICAL_CLIP`. The score estimates the answer's rank among all answers (0 shortest, 1 longest);
-a calibration curve (`predictor_service.calibration`) turns it into tokens. Served with numpy alone.
+with blocks words and character n-grams (`predictor_service.features`), z the standardised lexical measures clipped to
++-`LEXICAL_CLIP`. The estimate is the answer's median in tokens; `predictor_service.calibration` makes quantiles of it,
+and `predictor_service.train` says how all of it is fitted. Served with numpy alone.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from predictor_service.calibration import Calibration
-from predictor_service.features import (
-    BUCKETS,
-    FEATURES_VERSION,
-    LEXICAL_SIZE,
-    WORD_BUCKETS,
-    Features,
-)
+from predictor_service.features import BUCKETS, FEATURES_VERSION, WORD_BUCKETS, Features
+from predictor_service.lexical import LEXICAL_SIZE
+from predictor_service.trees import FIELDS as TREE_FIELDS
+from predictor_service.trees import Trees
 
 SHIPPED_MODEL = Path(__file__).parent / "model"
 """The model that comes with the package; ``antares predictor train`` makes another."""
 
 WEIGHTS_FILE, CARD_FILE = "length_model.safetensors", "model_card.json"
+
+CLASSIFIER = "classifier"
+"""What the card of the other family says under ``family`` (`predictor_service.classifier`)."""
+
+LINEAR_FIELDS = ("idf", "weight", "lexical_mean", "lexical_scale", "lexical_weight", "intercept")
+CALIBRATION_FIELDS = ("middle", "estimate", "tail")
 LEXICAL_CLIP = 4.0
 MAX_TOKENS = 1 << 30
 """Token counts above this are not counts; also the widest clamp."""
@@ -65,12 +68,30 @@ class Prediction:
         return Prediction(*(min(max(x, low), high) for x in (self.length, self.p50, self.p90)))
 
 
-@dataclass(slots=True, frozen=True)
-class LengthModel:
-    """Weights, calibration and card.
+class LengthPredictor(Protocol):
+    """What the service asks of a model, whatever its family."""
 
-    ``idf`` and ``weight``: shape (BUCKETS,); ``lexical_mean``, ``lexical_scale`` and ``lexical_weight``:
-    shape (LEXICAL_SIZE,). Immutable, so one instance serves any number of threads.
+    reads_text: ClassVar[bool]
+    """Whether `predict` takes prompts (str) instead of their `Features`."""
+
+    @property
+    def card(self) -> Card:
+        """What it is, what it was trained on, how good it was."""
+
+    @property
+    def name(self) -> str:
+        """The predictor model's id, from its card."""
+
+    def predict(self, rows: Sequence[Any]) -> list[Prediction]:
+        """One `Prediction` a prompt, before any clamp."""
+
+
+@dataclass(slots=True, frozen=True)
+class Linear:
+    """The linear scores.
+
+    ``idf``: shape (BUCKETS,); ``weight``: shape (BUCKETS, scores); ``lexical_mean`` and ``lexical_scale``: shape
+    (LEXICAL_SIZE,); ``lexical_weight``: shape (LEXICAL_SIZE, scores); ``intercept``: shape (scores,).
     """
 
     idf: NDArray[np.float32]
@@ -78,42 +99,46 @@ class LengthModel:
     lexical_mean: Floats
     lexical_scale: Floats
     lexical_weight: Floats
-    intercept: float
+    intercept: Floats
+
+    def scores(self, rows: Sequence[Features], lexical: Floats) -> Floats:
+        """s_k of each row, shape (len(rows), scores), given their lexical measures (rows, LEXICAL_SIZE)."""
+        scores = np.empty((len(rows), len(self.intercept)))
+        for at, row in enumerate(rows):
+            values = (1.0 + _LOG[row.counts]) * self.idf[row.indices]
+            cut = int(np.searchsorted(row.indices, WORD_BUCKETS))
+            for block in (slice(0, cut), slice(cut, None)):
+                values[block] /= float(np.sqrt(values[block] @ values[block])) or 1.0
+            scores[at] = values @ self.weight[row.indices]
+        scores += standardised(lexical, self.lexical_mean, self.lexical_scale) @ self.lexical_weight
+        return scores + self.intercept
+
+
+@dataclass(slots=True, frozen=True)
+class LengthModel:
+    """Scores, trees, calibration and card. Immutable, so one instance serves any number of threads."""
+
+    linear: Linear
+    trees: Trees
     calibration: Calibration
     card: Card
+    reads_text: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         """The predictor model's id, from its card."""
         return str(self.card["model"])
 
-    def score(self, rows: Sequence[Features]) -> Floats:
-        """Rank scores, shape (len(rows),); see the module's equation."""
-        scores = np.empty(len(rows))
-        for at, row in enumerate(rows):
-            values = (1.0 + _LOG[row.counts]) * self.idf[row.indices]
-            products = values * self.weight[row.indices]
-            cut = int(np.searchsorted(row.indices, WORD_BUCKETS))
-            scores[at] = sum(
-                float(products[block].sum()) / (float(np.sqrt(values[block] @ values[block])) or 1.0)
-                for block in (slice(0, cut), slice(cut, None))
-            )
+    def estimate(self, rows: Sequence[Features]) -> Floats:
+        """Uncalibrated medians in tokens, shape (len(rows),); see the module's equation."""
         lexical = np.array([row.lexical for row in rows], dtype=np.float64).reshape(len(rows), LEXICAL_SIZE)
-        scores += standardised(lexical, self.lexical_mean, self.lexical_scale) @ self.lexical_weight
-        return scores + self.intercept
+        opening = np.zeros(len(rows), dtype=np.bool_)
+        return self.trees.predict(tree_inputs(self.linear.scores(rows, lexical), lexical, opening))
 
     def predict(self, rows: Sequence[Features]) -> list[Prediction]:
         """One `Prediction` a row, before any clamp; at least one token each."""
-        return self.quantiles(self.score(rows))
-
-    def quantiles(self, scores: Floats) -> list[Prediction]:
-        """The calibration curve at ``scores`` (shape (rows,))."""
-        curve = self.calibration
-        middle = np.maximum(np.interp(scores, curve.score, curve.p50), 1.0)
-        tail = np.maximum(np.interp(scores, curve.score, curve.p90), middle)
-        return [
-            Prediction(length=p50, p50=p50, p90=p90) for p50, p90 in zip(middle.tolist(), tail.tolist(), strict=True)
-        ]
+        p50, p90 = self.calibration.quantiles(self.estimate(rows))
+        return [Prediction(length=a, p50=a, p90=b) for a, b in zip(p50.tolist(), p90.tolist(), strict=True)]
 
     def save(self, folder: Path) -> None:
         """Write weights and card into ``folder``, made if need be. Plain data: nothing in it is executed on
@@ -121,25 +146,25 @@ class LengthModel:
         from safetensors.numpy import save
 
         folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, NDArray[Any]] = {
-            "idf": self.idf.astype(np.float16),
-            "weight": self.weight.astype(np.float16),
-            "lexical_mean": self.lexical_mean,
-            "lexical_scale": self.lexical_scale,
-            "lexical_weight": self.lexical_weight,
-            "intercept": np.array([self.intercept]),
-            "calibration_score": self.calibration.score,
-            "calibration_p50": self.calibration.p50,
-            "calibration_p90": self.calibration.p90,
-        }
+        tensors: dict[str, NDArray[Any]] = {name: getattr(self.linear, name) for name in LINEAR_FIELDS}
+        tensors |= {name: tensors[name].astype(np.float16) for name in ("idf", "weight")}
+        tensors |= {f"tree_{name}": getattr(self.trees, name) for name in TREE_FIELDS}
+        tensors["tree_depth"] = np.array([self.trees.depth])
+        tensors |= {f"calibration_{name}": getattr(self.calibration, name) for name in CALIBRATION_FIELDS}
         (folder / WEIGHTS_FILE).write_bytes(save(tensors))  # the umask decides who reads it, not safetensors
-        self.save_card(folder, self.card)
+        write_card(folder, self.card)
 
-    @staticmethod
-    def save_card(folder: Path, card: Card) -> None:
-        """Write ``card`` beside the weights."""
-        text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
-        (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write ``card`` beside the weights."""
+    text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def tree_inputs(scores: Floats, lexical: Floats, later: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """What the trees ask about: scores, lexical measures, and whether a turn is not its conversation's first, side by
+    side; shape (rows, scores + LEXICAL_SIZE + 1). Predictions are for opening turns."""
+    return np.column_stack([scores, lexical, later]).astype(np.float32)
 
 
 def standardised(lexical: Floats, mean: Floats, scale: Floats) -> Floats:
@@ -147,53 +172,92 @@ def standardised(lexical: Floats, mean: Floats, scale: Floats) -> Floats:
     return np.clip((lexical - mean) / scale, -LEXICAL_CLIP, LEXICAL_CLIP)
 
 
-def load_model(folder: Path = SHIPPED_MODEL) -> LengthModel:
-    """Read a model that `LengthModel.save` wrote. Raises `ModelUnusable`."""
+def load_model(folder: Path = SHIPPED_MODEL) -> LengthPredictor:
+    """Read the model in ``folder``; its card says which family it is. Raises `ModelUnusable`."""
+    card = _read_card(folder)
+    if card.get("family") != CLASSIFIER:
+        return load_hashed(folder, card)
+    try:
+        from predictor_service.classifier import load_classifier
+    except ImportError as missing:
+        raise ModelUnusable(
+            f"the model in {folder} is a classifier and needs torch and transformers: {missing.name} is not installed"
+        ) from None
+    return load_classifier(folder, card)
+
+
+def _read_card(folder: Path) -> Card:
+    try:
+        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _nothing_in(folder, CARD_FILE) from None
+    except (OSError, ValueError) as broken:
+        raise ModelUnusable(f"the length model in {folder} cannot be read: {broken}") from None
+    if not isinstance(card, dict) or "model" not in card:
+        raise ModelUnusable(f"the card of the length model in {folder} names no model. Train it anew")
+    return card
+
+
+def _nothing_in(folder: Path, file: str) -> ModelUnusable:
+    return ModelUnusable(
+        f"no length model in {folder}: {file} is missing. Train one with  antares predictor train --output DIR"
+    )
+
+
+def load_hashed(folder: Path, card: Card) -> LengthModel:
+    """Read what `LengthModel.save` wrote. Raises `ModelUnusable`."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    try:
-        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except FileNotFoundError as missing:
-        raise ModelUnusable(
-            f"no length model in {folder}: {missing.filename or WEIGHTS_FILE} is missing. "
-            "Train one with  antares predictor train --output DIR"
-        ) from None
-    except (OSError, ValueError, SafetensorError) as broken:
-        raise ModelUnusable(f"the length model in {folder} cannot be read: {broken}") from None
-    if not isinstance(card, dict) or card.get("features_version") != FEATURES_VERSION or "model" not in card:
+    if card.get("features_version") != FEATURES_VERSION:
         raise ModelUnusable(
             f"the length model in {folder} needs another version of Antares (features version "
             f"{FEATURES_VERSION} is served here). Train it anew with  antares predictor train"
         )
-    _check(folder, tensors)
-    return LengthModel(
-        idf=tensors["idf"].astype(np.float32),
-        weight=tensors["weight"].astype(np.float32),
-        lexical_mean=tensors["lexical_mean"].astype(np.float64),
-        lexical_scale=tensors["lexical_scale"].astype(np.float64),
-        lexical_weight=tensors["lexical_weight"].astype(np.float64),
-        intercept=float(tensors["intercept"][0]),
-        calibration=Calibration(
-            *(tensors[f"calibration_{name}"].astype(np.float64) for name in ("score", "p50", "p90"))
-        ),
-        card=card,
-    )
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except FileNotFoundError:
+        raise _nothing_in(folder, WEIGHTS_FILE) from None
+    except (OSError, ValueError, SafetensorError) as broken:
+        raise ModelUnusable(f"the length model in {folder} cannot be read: {broken}") from None
+    try:
+        model = LengthModel(
+            linear=Linear(
+                idf=tensors["idf"].astype(np.float32),
+                weight=tensors["weight"].astype(np.float32),
+                **{name: tensors[name].astype(np.float64) for name in LINEAR_FIELDS[2:]},
+            ),
+            trees=Trees(**{name: tensors[f"tree_{name}"] for name in TREE_FIELDS}, depth=int(tensors["tree_depth"][0])),
+            calibration=Calibration(
+                **{name: tensors[f"calibration_{name}"].astype(np.float64) for name in CALIBRATION_FIELDS}
+            ),
+            card=card,
+        )
+        _check(model, tensors)
+    except (KeyError, ValueError) as damaged:
+        raise ModelUnusable(f"the length model in {folder} is damaged: {damaged}. Train it anew") from None
+    return model
 
 
-def _check(folder: Path, tensors: dict[str, NDArray[Any]]) -> None:
-    knots = len(tensors.get("calibration_score", ()))
+def _check(model: LengthModel, tensors: dict[str, NDArray[Any]]) -> None:
+    """Raises ValueError where a tensor's shape or value is none that `LengthModel.save` writes."""
+    scores, knots = len(model.linear.intercept), len(model.calibration.estimate)
     shapes = {
-        **dict.fromkeys(("idf", "weight"), (BUCKETS,)),
-        **dict.fromkeys(("lexical_mean", "lexical_scale", "lexical_weight"), (LEXICAL_SIZE,)),
-        **dict.fromkeys(("calibration_score", "calibration_p50", "calibration_p90"), (max(knots, 1),)),
-        "intercept": (1,),
+        "idf": (BUCKETS,),
+        "weight": (BUCKETS, scores),
+        "lexical_mean": (LEXICAL_SIZE,),
+        "lexical_scale": (LEXICAL_SIZE,),
+        "lexical_weight": (LEXICAL_SIZE, scores),
+        "calibration_middle": (1,),
+        **{f"calibration_{name}": (max(knots, 1),) for name in ("estimate", "tail")},
     }
     for name, shape in shapes.items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.shape != shape or not np.isfinite(tensor).all():
-            raise ModelUnusable(f"the length model in {folder} is damaged: tensor {name!r}. Train it anew")
+        if tensors[name].shape != shape:
+            raise ValueError(f"tensor {name!r} has another shape")
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"tensor {name!r} is not finite")
+    model.trees.check(columns=scores + LEXICAL_SIZE + 1)
 
 
 _LOG = np.log(np.maximum(np.arange(256), 1)).astype(np.float32)

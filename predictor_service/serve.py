@@ -13,10 +13,14 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from predictor_service.batching import BatchLimits
+from predictor_service.calibration_state import CalibrationState, fingerprint
+from predictor_service.collecting import Collector
+from predictor_service.learning import Learning
 from predictor_service.length_model import load_model
 
 log = logging.getLogger("antares.predictor")
@@ -33,12 +37,31 @@ class CannotListen(Exception):  # noqa: N818 - it names what happened
     """The address cannot be bound; the message says which and why."""
 
 
+@dataclass(slots=True, frozen=True)
+class LearningFolders:
+    """``state``: where corrections survive a restart. ``collect``: where finished requests' features and lengths go, at
+    most ``collect_limit_bytes`` of them. None: neither."""
+
+    state: Path | None = None
+    collect: Path | None = None
+    collect_limit_bytes: int = 256 << 20
+
+
 def run_server(
-    host: str, port: int, *, model: Path, limits: BatchLimits, log_level: str, exit_with_parent: bool
+    host: str,
+    port: int,
+    *,
+    model: Path,
+    limits: BatchLimits,
+    folders: LearningFolders,
+    known_models: frozenset[str],
+    log_level: str,
+    exit_with_parent: bool,
 ) -> None:
     """Serve until told to stop.
 
-    Raises `predictor_service.length_model.ModelUnusable`, and `CannotListen` when the address is taken or not ours.
+    Raises `predictor_service.length_model.ModelUnusable`, `CannotListen` when the address is taken or not ours, and
+    `predictor_service.calibration_state.StateUnusable`; OSError when the folder to collect in cannot be made.
     """
     if exit_with_parent:
         _watch_parent(os.getppid())
@@ -49,6 +72,10 @@ def run_server(
         stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     served = load_model(model)
+    learning = Learning(
+        state=CalibrationState(folders.state, fingerprint(served.name, model)) if folders.state else None,
+        collector=Collector(folders.collect, folders.collect_limit_bytes) if folders.collect else None,
+    )
 
     import uvicorn
 
@@ -57,7 +84,7 @@ def run_server(
     listening = _listen(host, port)
     log.info("serving %s on http://%s:%d", served.name, host, port)
     config = uvicorn.Config(
-        create_app(served, limits),
+        create_app(served, limits, learning, known_models),
         access_log=False,
         log_config=None,
         log_level=log_level.lower(),

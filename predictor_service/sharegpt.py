@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from predictor_service.features import Features
+
 TRAIN_EXTRA = "antares-gateway[train]"
 """The extra that installs what training on ShareGPT needs."""
 
@@ -42,7 +44,7 @@ class Turn:
     """One user turn and its answer's length in tokens.
 
     ``first`` says that it opens the conversation. ``censored`` says that the answer was cut off, so that
-    ``length`` is a lower bound.
+    ``length`` is a lower bound. Where only the prompt's ``features`` were kept, ``prompt`` is empty.
     """
 
     conversation: str
@@ -50,6 +52,7 @@ class Turn:
     prompt: str
     length: int
     censored: bool
+    features: Features | None = None
 
 
 def read_turns(progress: Callable[[float], None] = lambda share: None) -> list[Turn]:
@@ -113,7 +116,7 @@ def split_by_conversation(turns: Sequence[Turn], seed: int, validation: float = 
     learnt and tested. ``later`` leaves out held-out conversations and every turn that repeats a held-out
     prompt.
     """
-    keys = [_prompt_key(turn.prompt) for turn in turns]
+    keys = [_prompt_key(turn) for turn in turns]
     group_of: dict[bytes, int] = {}
     for turn, key in zip(turns, keys, strict=True):
         if turn.first:
@@ -132,8 +135,21 @@ def split_by_conversation(turns: Sequence[Turn], seed: int, validation: float = 
     return Split(**{name: np.array(rows, dtype=np.int64) for name, rows in parts.items()})
 
 
-def _prompt_key(prompt: str) -> bytes:
-    return hashlib.blake2b(" ".join(prompt.lower().split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def groups_by_opening(turns: Sequence[Turn]) -> Rows:
+    """A number for each turn, shape (turns,): the same for one conversation's turns and for conversations that open
+    with one and the same prompt."""
+    opening = {turn.conversation: _prompt_key(turn) for turn in turns if turn.first}
+    number: dict[bytes, int] = {}
+    names = (opening.get(t.conversation) or t.conversation.encode("utf-8", "surrogatepass") for t in turns)
+    return np.array([number.setdefault(name, len(number)) for name in names], dtype=np.int64)
+
+
+def _prompt_key(turn: Turn) -> bytes:
+    if turn.features is not None:
+        shown = turn.features.indices.tobytes() + turn.features.counts.tobytes()
+    else:
+        shown = " ".join(turn.prompt.lower().split()).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(shown, digest_size=16).digest()
 
 
 def _needed(package: str) -> Any:

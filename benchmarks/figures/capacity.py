@@ -59,7 +59,7 @@ class Search:
 
 def _searches(quick: bool) -> list[Search]:
     if quick:
-        return [Search(FIRST, policy, duration_s=8.0) for policy in POLICIES]
+        return [Search(FIRST, policy, duration_s=2.0) for policy in POLICIES]
     kinds: list[dict[str, Any]] = [
         *({"profile": profile} for profile in PROFILES),
         {"profile": FIRST, "hold": 0.99},

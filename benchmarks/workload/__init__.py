@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.workload import code_chat
 from benchmarks.workload.arrivals import renewal, replayed
 from benchmarks.workload.lengths import SMALL_OUTPUTS, SMALL_PROMPTS, TRACES, WORKLOADS, Ints, Lengths, cut, rows
 
@@ -37,9 +38,19 @@ PAPER_SLOS: dict[str, tuple[tuple[float, float], ...]] = {
 }
 
 
+SLO_TABLES: dict[str, tuple[tuple[float, float, float], ...]] = {
+    # (TTFT s, TPOT ms, e2e s) of each category.
+    **{name: tuple((ttft, tpot, math.inf) for ttft, tpot in slos) for name, slos in PAPER_SLOS.items()},
+    **code_chat.SLOS,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request: when it is sent (s after the start), its sizes (tokens), its bounds (s), its category (1 to 6)."""
+    """One request: when it is sent (s after the start), its sizes (tokens), its bounds (s), its category (from 1).
+
+    A bound that it does not carry is infinite.
+    """
 
     at_s: float
     prompt_tokens: int
@@ -47,6 +58,7 @@ class Asked:
     ttft_slo_s: float
     tpot_slo_s: float
     category: int
+    e2e_slo_s: float = math.inf
 
 
 def workload_names() -> list[str]:
@@ -56,7 +68,7 @@ def workload_names() -> list[str]:
 
 def slo_table_names() -> list[str]:
     """The SLO tables that `make_workload` knows."""
-    return list(PAPER_SLOS)
+    return list(SLO_TABLES)
 
 
 def make_workload(
@@ -93,7 +105,8 @@ def make_workload(
             replayed under its own name keeps its own lengths too; under another workload's (the paper's figure 5) it
             gives only the times.
         window_s: only the first so many seconds of the trace, before ``speed`` (the paper: 1200).
-        slo_table: one of `slo_table_names`; ``slo_scale`` multiplies its bounds.
+        slo_table: one of `slo_table_names`; ``slo_scale`` multiplies its bounds. ``code-chat`` has its own and takes
+            those instead of the default.
         mix: weight of each category, numbered from 1; categories not named get none. By default all weigh the same.
         max_prompt, max_output: limits in tokens. ``sharegpt`` leaves out what is longer (1024 each by default),
             the others cut it (log-normals have limits of their own, traces none by default).
@@ -102,6 +115,8 @@ def make_workload(
         ValueError: an unknown name (the message lists what exists), a number out of range, or arguments that
             contradict each other.
     """
+    if name == code_chat.NAME and slo_table in PAPER_SLOS:
+        slo_table = code_chat.NAME
     _check(name, qps, requests, duration_s, arrivals, burstiness, speed, trace, window_s, slo_table, slo_scale, seed)
     for limit, value in (("max_prompt", max_prompt), ("max_output", max_output)):
         if value is not None and value < 1:
@@ -120,10 +135,12 @@ def make_workload(
         prompts, outputs = cut(rows(name).prompt_tokens[:n], max_prompt), cut(rows(name).output_tokens[:n], max_output)
     else:
         prompts, outputs = WORKLOADS[name](sizes, n, max_prompt, max_output)
-    slos = PAPER_SLOS[slo_table]
-    ttft, tpot = np.array(slos, dtype=float).T * slo_scale
+    slos = SLO_TABLES[slo_table]
+    ttft, tpot, e2e = np.array(slos, dtype=float).T * slo_scale
     categories = _categories(kinds, n, len(slos), mix)
-    columns = (at_s, prompts, outputs, ttft[categories], tpot[categories] / 1000, categories + 1)
+    if name == code_chat.NAME:
+        prompts, outputs = code_chat.draw(sizes, np.isfinite(e2e[categories]), max_prompt, max_output)
+    columns = (at_s, prompts, outputs, ttft[categories], tpot[categories] / 1000, categories + 1, e2e[categories])
     return [Asked(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
@@ -161,7 +178,7 @@ def _check(
         ("workload", name, WORKLOADS),
         ("arrivals", arrivals, ARRIVALS),
         ("trace", trace or TRACES[0], TRACES),
-        ("SLO table", slo_table, PAPER_SLOS),
+        ("SLO table", slo_table, SLO_TABLES),
     ):
         if value not in known:
             raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")

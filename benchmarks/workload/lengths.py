@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.workload import code_chat
+
 Ints = NDArray[np.int64]
 
 DATA = Path(__file__).parents[1] / "workload_data"
@@ -110,6 +112,7 @@ WORKLOADS: dict[str, Draw] = {
     "lmsys-like": _lognormal(LMSYS_PROMPTS, LMSYS_OUTPUTS),
     "azure-conv": _azure("azure-conv"),
     "azure-code": _azure("azure-code"),
+    "code-chat": code_chat.draw_any,
     "small": _lognormal(SMALL_PROMPTS, SMALL_OUTPUTS),
 }
 

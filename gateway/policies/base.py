@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine_adapter.engine import EngineState
-from gateway.request import E2E_SHARE_FOR_TTFT, Request
+from gateway.request import Request
 from gateway.slo import Bound
 
 UNGATED = "open"
@@ -40,8 +40,8 @@ def reject_ttft(
     """
     if request.slo.ttft_s == request.ttft_slo_s:
         return Rejection(request, "ttft", predicted_s, attainable_s, retry_after_s, hopeless)
-    share = E2E_SHARE_FOR_TTFT
-    return Rejection(request, "e2e", predicted_s / share, attainable_s / share, retry_after_s, hopeless)
+    predicted_s, attainable_s = request.e2e_for_ttft(predicted_s), request.e2e_for_ttft(attainable_s)
+    return Rejection(request, "e2e", predicted_s, attainable_s, retry_after_s, hopeless)
 
 
 def reject_tpot(request: Request, predicted_s: float, retry_after_s: float, hopeless: bool) -> Rejection:
@@ -51,7 +51,7 @@ def reject_tpot(request: Request, predicted_s: float, retry_after_s: float, hope
     """
     if request.slo.tpot_s == request.tpot_slo_s:
         return Rejection(request, "tpot", predicted_s, predicted_s, retry_after_s, hopeless)
-    e2e_s = predicted_s * max(1.0, request.predicted_tokens) / (1 - E2E_SHARE_FOR_TTFT)
+    e2e_s = request.e2e_for_tpot(predicted_s)
     return Rejection(request, "e2e", e2e_s, e2e_s, retry_after_s, hopeless)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from gateway.policies.annealing import Annealing
 from gateway.policies.base import Policy
 from gateway.policies.fcfs import Fcfs
 from gateway.policies.mooncake import Mooncake
@@ -13,11 +14,14 @@ from gateway.policies.s3 import S3
 from gateway.policies.scorpio import Scorpio
 from gateway.policies.slack import Slack
 
-POLICIES: dict[str, tuple[type[Fcfs] | type[S3] | type[Mooncake] | type[Scorpio] | type[Slack], dict[str, Any]]] = {
+_Kind = type[Fcfs] | type[S3] | type[Mooncake] | type[Scorpio] | type[Annealing] | type[Slack]
+
+POLICIES: dict[str, tuple[_Kind, dict[str, Any]]] = {
     "fcfs": (Fcfs, {}),
     "s3": (S3, {}),
     "mooncake": (Mooncake, {}),
     "scorpio": (Scorpio, {}),
+    "annealing": (Annealing, {}),
     "slack": (Slack, {}),
     "ttft_guard_only": (Scorpio, {"tpot_guard": False}),
     "tpot_guard_only": (Scorpio, {"ttft_guard": False}),

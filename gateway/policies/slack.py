@@ -3,12 +3,14 @@
 The invariant: **what runs can keep its pace, and what waits can still be on time.** With the running set R, its
 strictest bound P* = min P_i, and T(R) what a step takes in which all of R decode,
 
-    T(R) <= P*                                  everybody keeps pace (SCORPIO's eq. 8, without its factor eta),
-    share = 1 - T(R)/P*                         of time is left for prefill,
+    T(R) + A(R) <= P*                           everybody keeps pace (SCORPIO's eq. 8, without its factor eta),
+    A(R) = sum over R of t(p_i) / y_i           with the prefill that comes with so many requests, in every step,
+    share = 1 - T(R)/P*                         of time is left for prefill now,
     est_k = sum over j <= k of t(p_j) / share   is when the k-th prompt in the queue is done,
     sum of m_i + z * sqrt(sum of s_i^2) <= M    the KV memory suffices, but for a chance of ``memory_risk``,
 
-where m_i is the length (tokens) that request i is expected to reach, s_i how uncertain that is, M the KV memory.
+where request i has p_i prompt tokens and y_i more predicted, and is expected to reach a length of m_i, uncertain by
+s_i; M is the KV memory, in tokens.
 
 A request is admitted only if the first and the last hold with it; it is refused as soon as the third says that its
 deadline cannot be met. Who does not fit now never blocks the one behind (skip-over earliest deadline first). When not
@@ -43,7 +45,7 @@ _LEAST_SHARE = 0.02
 
 @dataclass(slots=True)
 class Slack:
-    """``fill``: the share of P* that the decodes may take.
+    """``fill``: the share of P* that what runs may take.
 
     ``thrift``: seconds of deadline that a second of engine time counts for when choosing whom to admit (0: deadlines
     alone). ``floor``: the share of the overall admission rate that every SLO class and tenant gets (0: no floor).
@@ -54,12 +56,12 @@ class Slack:
     """
 
     fill: float = 1.0
-    thrift: float = 200.0
+    thrift: float = 100.0
     floor: float = 0.5
     memory_risk: float = 0.01
     patience_s: float = 60.0
     optimism: float = 0.8
-    runway_steps: float = 2.0
+    runway_steps: float = 1.0
     name: str = "slack"
     gate: str = "slack"
     _granted: Floor = field(init=False, repr=False, compare=False)
@@ -108,8 +110,11 @@ class Slack:
     ) -> Queue:
         """Walk the queue in deadline order; what cannot have its first token in time is refused."""
         busy = load.step_s(times)
-        stretch = self.optimism / max(_LEAST_SHARE, 1 - busy / load.strictest)
-        fixed = now + busy / 2 + times.beta
+        full_stretch = 1 / max(_LEAST_SHARE, 1 - busy / load.strictest)
+        stretch = self.optimism * full_stretch
+        # The step under way must end, and the one that brings the first token takes what any step takes.
+        step = max(busy, times.d)
+        fixed = now + busy / 2 + step + times.beta
         work = times.alpha * unprefilled
         margin = queue.deadline - (fixed + stretch * (work + np.cumsum(queue.prefill_s)))
         late = margin < 0
@@ -126,8 +131,10 @@ class Slack:
                     work += own
                     continue
                 predicted_s = request.ttft_slo_s + late_by
-                hopeless = own + times.beta > request.ttft_slo_s
-                decision.reject.append(reject_ttft(request, predicted_s, predicted_s, late_by, hopeless))
+                # Asking again takes a moment, and optimism is not for promises: without it, and a step to spare.
+                attainable_s = predicted_s + (full_stretch - stretch) * (work + own) + step
+                hopeless = own + times.d + times.beta > request.ttft_slo_s
+                decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_by, hopeless))
             queue, margin = queue.only(~late), margin[~late]
         if len(margin) and margin.min() < math.inf:
             decision.recheck_at = now + float(margin.min())
@@ -137,7 +144,7 @@ class Slack:
         """Admit the least costly that keep the invariant; whether any is left waiting."""
         times = engine.step_time.times
         # The batch only grows from here: what breaks a pace now need not be looked at again.
-        fits = queue.step_s_with(load, times) <= self.fill * np.minimum(queue.tpot_s, load.strictest)
+        fits = queue.pace_s_with(load, times) <= self.fill * np.minimum(queue.tpot_s, load.strictest)
         key = queue.due + self.thrift * queue.cost_s(times)
         behind = self._granted.behind()
         if behind:
@@ -145,12 +152,14 @@ class Slack:
         admitted = 0
         for at in np.flatnonzero(fits)[np.argsort(key[fits], kind="stable")].tolist():
             request = queue.requests[at]
+            if load.places >= engine.max_num_seqs:
+                break
             if load.places and load.places + request.sequences > engine.max_num_seqs:
                 continue
             if not runway.fits(request):
                 continue
             more = load.plus(request)
-            if more.step_s(times) > self.fill * more.strictest or not more.fits_memory(engine.kv_tokens):
+            if more.pace_s(times) > self.fill * more.strictest or not more.fits_memory(engine.kv_tokens):
                 continue
             load.take(more)
             runway.add(request)

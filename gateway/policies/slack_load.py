@@ -29,15 +29,17 @@ class Load:
 
     ``places``: sequences in the engine, ``unbounded`` of them without a pace to keep. ``decoding`` counts those that
     take part in a step, one without a pace for the share of steps that is its due (`slack_gate`), and ``length`` sums
-    their contexts (tokens), each where it will be half way through what is left of it. ``strictest`` is P* (s).
-    ``memory`` sums the lengths that they are expected to reach (tokens), ``variance`` what that is uncertain by;
-    ``z``: how many standard deviations to allow.
+    their contexts (tokens): as they are now, since others take their places and begin short; of one that is yet to run,
+    its mean. ``prefill`` is what their places need of prompts per step (tokens): p_i / y_i each, as whoever is through
+    after y_i steps is followed by another. ``strictest`` is P* (s). ``memory`` sums the lengths that they are expected
+    to reach (tokens), ``variance`` what that is uncertain by; ``z``: how many standard deviations to allow.
     """
 
     places: int = 0
     unbounded: int = 0
     decoding: float = 0.0
     length: float = 0.0
+    prefill: float = 0.0
     strictest: float = math.inf
     memory: float = 0.0
     variance: float = 0.0
@@ -64,7 +66,8 @@ class Load:
         out = request.generated / sequences
         left = predicted - out
         self.decoding += weight
-        self.length += (request.prompt_tokens + out + (left if left > 1 else 1.0) / 2) * weight
+        self.length += (request.prompt_tokens + (out if request.admitted_s is not None else predicted / 2)) * weight
+        self.prefill += request.prompt_tokens / (predicted if predicted > 1 else 1.0) * weight
         self.memory += (request.prompt_tokens + (predicted if left > 1 else out + 1)) * sequences
         doubt = request.predicted_p90 - predicted
         if doubt > 0:
@@ -77,6 +80,7 @@ class Load:
             self.unbounded,
             self.decoding,
             self.length,
+            self.prefill,
             self.strictest,
             self.memory,
             self.variance,
@@ -93,6 +97,10 @@ class Load:
     def step_s(self, times: StepTimes) -> float:
         """T(R): seconds of a step in which everybody decodes; 0 when nobody does."""
         return times.itl(self.decoding, self.length / self.decoding) if self.decoding else 0.0
+
+    def pace_s(self, times: StepTimes) -> float:
+        """T(R) + A(R): seconds a token in the long run, prompts included."""
+        return self.step_s(times) + times.alpha * self.prefill
 
     def fits_memory(self, kv_tokens: int) -> bool:
         """Whether ``kv_tokens`` (0: not known) suffice, but for the risk. One request always fits."""
@@ -146,10 +154,12 @@ class Queue:
         """Seconds a token in an otherwise idle engine."""
         return _step_s(self.sequences, self.length * self.sequences, times)
 
-    def step_s_with(self, load: Load, times: StepTimes) -> Floats:
-        """T(R + i) for each."""
+    def pace_s_with(self, load: Load, times: StepTimes) -> Floats:
+        """T(R) + A(R) for each, were it admitted."""
         weight = np.where(self.tpot_s < math.inf, self.sequences, COURTESY * self.sequences)
-        return _step_s(load.decoding + weight, load.length + self.length * weight, times)
+        decodes = _step_s(load.decoding + weight, load.length + self.length * weight, times)
+        prefill = times.alpha * load.prefill + self.prefill_s / np.maximum(self.tokens, 1.0) * weight
+        return np.asarray(decodes + prefill, dtype=np.float64)
 
     def cost_s(self, times: StepTimes) -> Floats:
         """w_i: seconds of engine time, at the margin."""

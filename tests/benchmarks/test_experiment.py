@@ -203,3 +203,11 @@ def test_capacity_found_on_a_simulated_engine_is_kept_there_and_doubles_with_a_s
     two, _ = capacity(replace(experiment, replicas=2), "fcfs", [0], 0.9, precision=0.1)
     assert max(record["qps"] for record in records if record["slo_adherence"] >= 0.9) == pytest.approx(one, abs=1e-3)
     assert 1.6 * one < two < 3 * one
+
+
+def test_a_rate_at_which_nobody_comes_is_kept() -> None:
+    brief = Experiment(workload={"name": "small", "duration_s": 0.05, "max_output": 4})
+    assert not brief.asked(1.0, 0)
+    rate, records = capacity(brief, "fcfs", [0], 0.9, precision=0.5)
+    assert rate >= 1
+    assert all(record["requests"] for record in records)

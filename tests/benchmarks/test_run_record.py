@@ -13,7 +13,7 @@ from benchmarks.workload import Asked
 KEYS = {
     "policy", "qps", "seed", "requests", "duration_s", "goodput", "slo_adherence", "rejected", "ttft_violations",
     "tpot_violations", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "per_class", "count_bound", "fair_bound",
-    "scheduling_s", "wall_s", "finished", "failed",
+    "scheduling_s", "wall_s", "finished", "failed", "e2e_violations", "e2e_p50_s", "e2e_p99_s",
 }  # fmt: skip
 
 

@@ -189,7 +189,7 @@ def test_hold_goes_with_nothing_that_fixes_the_rate_or_the_number(other: tuple[s
         (("--mix", "fast"), ("--mix is written CATEGORY=WEIGHT",)),
         (("--mix", "9=1"), ("no category 9",)),
         (("--qps", "-3"), ("qps must be a positive number",)),
-        (("--burstiness", "3"), ("arrivals='gamma'",)),
+        (("--burstiness", "-3"), ("burstiness must be a positive number",)),
         (("--seed", "-1"), ("--seed must be at least 0",)),
         (("--hold", "1.5"), ("--hold is a share of all requests",)),
         (("--hold", "0"), ("--hold is a share of all requests",)),

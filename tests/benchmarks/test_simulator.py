@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import simulator
 from benchmarks.predictions import Predicted, predict
 from benchmarks.replica import Replica
 from benchmarks.run_record import Served
 from benchmarks.simulator import Simulated, simulate
 from benchmarks.workload import Asked, make_workload
 from engine_adapter.engine import EngineState
-from engine_adapter.profile import Profile, Regime
+from engine_adapter.profile import Profile, Regime, load_profile
 from engine_adapter.simulated_scheduler import STEP_MODES
 from engine_adapter.step_time import StepTimeModel
 from gateway.admission import Admission
@@ -381,3 +382,43 @@ def test_unknown_steps_and_too_little_memory_are_refused() -> None:
         run([asked()], step_mode="whole")
     with pytest.raises(ValueError, match=r"kv_tokens \(999\) must hold one sequence"):
         run([asked()], profile=replace(HAND, kv_tokens=999))
+
+
+def test_while_no_bound_is_at_risk_slack_makes_the_very_steps_of_stock_vllm() -> None:
+    # Busy enough that batches form, with bounds so loose that no step can break one.
+    asked = make_workload("sharegpt", qps=15.0, duration_s=10.0, seed=1, slo_scale=10.0)
+    predictions, profile = predict("shipped", asked, 1), load_profile("a100-llama3.1-8b")
+    stock, ours = (
+        simulate(asked, predictions, profile, lambda name=name: make_policy(name)) for name in ("fcfs", "slack")
+    )
+    assert len(asked) > 100
+    assert ours.served == stock.served
+    assert (ours.steps, ours.busy_s) == (stock.steps, stock.busy_s)
+
+
+def test_a_tenant_with_costly_requests_is_not_below_its_floor_at_three_times_what_stock_vllm_bears() -> None:
+    asked = make_workload("sharegpt", qps=70.0, duration_s=20.0, seed=2)
+    predictions, profile = predict("shipped", asked, 2), load_profile("a100-llama3.1-8b")
+    dearest = sorted(p.tokens for p in predictions)[int(0.8 * len(asked))]
+
+    def adherence(floor: float) -> tuple[float, float]:
+        """Of the tenant whose answers are the longest fifth, and of everybody."""
+        with pytest.MonkeyPatch.context() as patch:
+            original = simulator._request
+
+            def of_a_tenant(index: int, asked: Asked, predicted: Predicted) -> Request:
+                request = original(index, asked, predicted)
+                request.tenant = "dear" if predicted.tokens > dearest else "others"
+                return request
+
+            patch.setattr(simulator, "_request", of_a_tenant)
+            came = simulate(asked, predictions, profile, lambda: make_policy("slack", {"floor": floor}))
+        attained = [served.attained for served in came.served]
+        dear = [ok for ok, p in zip(attained, predictions, strict=True) if p.tokens > dearest]
+        return sum(dear) / len(dear), sum(attained) / len(attained)
+
+    without, everybody = adherence(0.0)
+    assert without < 0.55 * everybody
+    dear, with_a_floor = adherence(0.8)
+    assert dear > 0.8 * with_a_floor - 0.02
+    assert with_a_floor > everybody - 0.03, "fairness costs next to nothing"

@@ -39,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "name": "small",
         # Slow enough, at tens of milliseconds a step, that the engine is what everything here waits for. With steps
         # of a few milliseconds the gateway falls behind on a busy machine, and tells of moments long past.
-        "model": str(write_dummy_model(folder / "model", layers=12, width=768)),
+        "model": str(write_dummy_model(folder / "model", "medium")),
         "served_model_name": "small",
         "flags": flags,
         "env": {"VLLM_CPU_KVCACHE_SPACE": 1, "HF_HUB_OFFLINE": 1, "VLLM_LOGGING_LEVEL": "ERROR"},

@@ -1,99 +1,22 @@
-"""The simulated engines' scheduler keeps vLLM's limits, loses no token, and decides step by step as vLLM does."""
+"""The simulated engines' scheduler keeps vLLM's limits and loses no token."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scheduler_play import COMERS, GATES, LIMITS, LONGEST, Comes, WhimsicalGate, play
 
 from engine_adapter.simulated_scheduler import BLOCK_TOKENS, STEP_MODES, Finished, SimulatedScheduler, Step
 from engine_adapter.simulated_sequence import SimulatedSequence
 from engine_adapter.step_gate import CreditGate, Decoding, OpenGate, StepPlan
 
-LONGEST = 100
-WIDE = {"max_num_seqs": 8, "max_num_batched_tokens": 1000, "max_model_len": LONGEST, "kv_tokens": 10_000}
-
-
-class WhimsicalGate:
-    """Holds back about half of the batch and caps prompts, by the step's number; every fourth step is open."""
-
-    def __init__(self, whim: int) -> None:
-        self.whim, self.steps = whim, 0
-        self.forgotten: list[str] = []
-
-    def sits_out(self, request_id: str) -> bool:
-        return self.steps % 4 != 0 and (self.whim >> (self.steps + sum(request_id.encode())) % 16) & 1 == 1
-
-    def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
-        self.steps += 1
-        most = None if self.steps % 4 == 0 else self.whim % 40
-        return StepPlan({d.request_id for d in decoding if self.sits_out(d.request_id)}, most)
-
-    def forget(self, request_id: str) -> None:
-        self.forgotten.append(request_id)
-
-
-@dataclass(frozen=True)
-class Comes:
-    """A sequence, and the step before which it comes, and before which nobody waits for it any more."""
-
-    prompt: int
-    output: int
-    tpot_s: float | None
-    step: int
-    leaves: int | None = None
-
-
-COMERS = st.lists(
-    st.builds(
-        Comes, st.integers(1, 60), st.integers(1, 40), st.sampled_from([None, 0.03, 0.05, 0.06]), st.integers(0, 30)
-    ),
-    min_size=1,
-    max_size=10,
-)
-LIMITS = st.fixed_dictionaries(
-    {
-        "max_num_seqs": st.integers(1, 6),
-        "max_num_batched_tokens": st.integers(1, 80),
-        "max_model_len": st.just(LONGEST),
-        "kv_tokens": st.integers(LONGEST, 260),
-    }
-)
-GATES = st.one_of(st.builds(OpenGate), st.builds(CreditGate), st.builds(WhimsicalGate, st.integers(0, 2**16 - 1)))
 MODES = st.sampled_from(STEP_MODES)
-
-
-def sequences_of(comers: Sequence[Comes]) -> list[SimulatedSequence]:
-    return [SimulatedSequence(str(i), c.prompt, c.output, c.tpot_s) for i, c in enumerate(comers)]
-
-
-def play(
-    scheduler: SimulatedScheduler,
-    comers: Sequence[Comes],
-    look: Callable[[Step], None] = lambda step: None,
-    after: Callable[[Step, Finished], None] = lambda step, finished: None,
-) -> list[SimulatedSequence]:
-    """Step until nobody is left; the sequences in the order of ``comers``. Fails if that takes too long."""
-    sequences = sequences_of(comers)
-    # A prompt that loses its memory is computed again; each time somebody older got a block, which is a step forward.
-    patience = 200 + 20 * sum(s.final_length for s in sequences)
-    for number in range(patience):
-        for sequence, comes in zip(sequences, comers, strict=True):
-            if comes.step == number:
-                scheduler.submit(sequence)
-            sequence.abandoned = sequence.abandoned or comes.leaves == number
-        scheduler.drop_abandoned()
-        if number > 30 and not (scheduler.running or scheduler.waiting):
-            return sequences
-        step = scheduler.plan(float(number))
-        look(step)
-        after(step, scheduler.finish(step))
-    raise AssertionError(f"{scheduler.running + scheduler.waiting} sequences are left after {patience} steps")
+WIDE = {"max_num_seqs": 8, "max_num_batched_tokens": 1000, "max_model_len": LONGEST, "kv_tokens": 10_000}
 
 
 def held_blocks(scheduler: SimulatedScheduler) -> int:
@@ -213,124 +136,6 @@ def test_whoever_is_abandoned_leaves_with_their_memory_and_everybody_else_finish
     sequences = play(scheduler, comers, look)
     assert all(s.abandoned or s.generated == s.output_tokens for s in sequences)
     assert scheduler.kv_usage == 0
-
-
-# --- step by step as vLLM ---------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Row:
-    """A request in the reference: tokens it has, and how many of those are computed."""
-
-    id: str
-    tokens: int
-    final: int
-    prompt: int
-    computed: int = 0
-    blocks: int = 0
-
-
-class Reference:
-    """`vllm.v1.core.sched.scheduler.Scheduler.schedule`, 0.32, without what a plain text model does not use.
-
-    There is one running list in order of admission and no notion of a phase: a request's computed tokens catch up with
-    its tokens. One departure: a prompt takes all of its blocks when it is admitted (vLLM checks that they are there).
-    """
-
-    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, kv_tokens: int) -> None:
-        self.seqs, self.budget, self.free = max_num_seqs, max_num_batched_tokens, -(-kv_tokens // BLOCK_TOKENS)
-        self.running: list[Row] = []
-        self.waiting: deque[Row] = deque()
-
-    def schedule(self, held_back: set[str], most_prompt_tokens: int | None) -> dict[str, int]:
-        decoding = [r for r in self.running if r.computed >= r.prompt and r.id not in held_back]
-        budget = self.budget
-        if most_prompt_tokens is not None:  # as SloScheduler does: by the step's own budget
-            budget = min(budget, len(decoding) + most_prompt_tokens)
-        scheduled: dict[str, int] = {}
-        at, preempted = 0, False
-        while at < len(self.running) and budget > 0:
-            row = self.running[at]
-            at += 1
-            if row.id in held_back and row.computed >= row.prompt:
-                continue
-            new = min(row.tokens - row.computed, budget)
-            more = max(0, -(-(row.computed + new) // BLOCK_TOKENS) - row.blocks)
-            while self.free < more:
-                victim = self.running.pop()
-                self.free += victim.blocks
-                victim.computed = victim.blocks = 0
-                victim.prompt = victim.tokens
-                self.waiting.appendleft(victim)
-                preempted = True
-                if victim is row:
-                    break
-            if not row.blocks:
-                break
-            self.free -= more
-            row.blocks += more
-            scheduled[row.id] = new
-            budget -= new
-        while not preempted and self.waiting and budget > 0 and len(self.running) < self.seqs:
-            row = self.waiting[0]
-            row.blocks = -(-row.tokens // BLOCK_TOKENS)
-            if row.blocks > self.free:
-                row.blocks = 0
-                break
-            self.free -= row.blocks
-            self.running.append(self.waiting.popleft())
-            scheduled[row.id] = min(row.tokens, budget)
-            budget -= scheduled[row.id]
-        return scheduled
-
-    def update(self, scheduled: dict[str, int]) -> None:
-        for row in self.running[:]:
-            row.computed += scheduled.get(row.id, 0)
-            if row.computed == row.tokens:
-                row.tokens += 1
-            if row.tokens == row.final:
-                self.free += row.blocks
-                self.running.remove(row)
-
-
-def side_by_side(comers: list[Comes], limits: dict[str, int], gate: Any) -> tuple[list[Any], list[Any]]:
-    """The tokens of each step by sequence: ours, and the reference's under our gate's decisions."""
-    ours, theirs = [], []
-    reference = Reference(**limits)
-    arrivals = {id(c): Row(str(i), c.prompt, c.prompt + c.output, c.prompt) for i, c in enumerate(comers)}
-    caps: list[int | None] = []
-    plan = gate.plan
-
-    def recorded(*seen: Any) -> StepPlan:
-        caps.append((planned := plan(*seen)).max_prefill_tokens)
-        return planned
-
-    gate.plan = recorded
-
-    def look(step: Step) -> None:
-        ours.append({s.request_id: 1 for s in step.decodes} | {s.request_id: tokens for s, tokens in step.chunks})
-        for comes in comers:
-            if comes.step == len(theirs):
-                reference.waiting.append(arrivals[id(comes)])
-        theirs.append(reference.schedule(step.sat_out, caps[-1]))
-        reference.update(theirs[-1])
-
-    play(SimulatedScheduler(**limits, gate=gate), comers, look)
-    return ours, theirs
-
-
-@given(COMERS, LIMITS)
-def test_chunked_steps_are_vllms(comers: list[Comes], limits: dict[str, int]) -> None:
-    ours, theirs = side_by_side(comers, limits, OpenGate())
-    assert ours == theirs
-
-
-@given(COMERS, LIMITS, st.integers(0, 2**16 - 1))
-def test_gated_steps_are_those_of_vllm_with_our_scheduler_class(
-    comers: list[Comes], limits: dict[str, int], whim: int
-) -> None:
-    ours, theirs = side_by_side(comers, limits, WhimsicalGate(whim))
-    assert ours == theirs
 
 
 # --- by example -------------------------------------------------------------------------------------------------------

@@ -161,8 +161,9 @@ def test_mooncake_says_when_asking_again_cannot_help() -> None:
 def test_mooncake_answers_an_end_to_end_bound_in_its_own_terms() -> None:
     (rejection,) = decide(Mooncake(), [ask(e2e=0.3)], []).reject
     assert (rejection.bound, rejection.hopeless) == ("e2e", True)
-    assert rejection.attainable_s == pytest.approx(0.4)
-    assert admitted(decide(Mooncake(), [ask(e2e=1.0)], [])) == ["r"]
+    # 0.1 s to the first token, and 50 tokens at 30 ms.
+    assert rejection.attainable_s == pytest.approx(1.6)
+    assert admitted(decide(Mooncake(), [ask(e2e=1.61)], [])) == ["r"]
 
 
 def test_mooncake_without_its_tpot_check_is_what_scorpios_authors_ran() -> None:

@@ -13,7 +13,7 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from live_gateway import live, serving
+from live_gateway import chat, eventually, live, serving
 
 from gateway.prediction import CircuitBreaker, LengthPredictor, LengthStatistics, Prediction
 
@@ -58,7 +58,8 @@ async def test_the_service_is_asked_and_its_answer_used() -> None:
         asking = predictor(url)
         assert await asking.predict("hello", 3, "chat", 100) == Prediction(12.5, 60.0, "service")
         ((body, headers),) = service.asked
-        assert body == {"inputs": [{"prompt": "hello", "prompt_tokens": 3, "max_tokens": 100}]}
+        question = {"prompt": "hello", "prompt_tokens": 3, "max_tokens": 100}
+        assert body == {"inputs": [{**question, "model": None, "slo_class": "chat", "id": None}]}
         assert int(headers[b"x-deadline-ms"]) > 0
         assert asking.up
         await asking.close()
@@ -83,7 +84,9 @@ async def test_a_service_that_never_answers_costs_no_more_than_the_time_box() ->
 @pytest.mark.parametrize(
     "answer",
     [{}, [], None, {"predictions": []}, {"predictions": [None]}, {"predictions": [{}]}, answering("many"),
-     answering(None), answering("nan"), answering("inf"), answering(1, "nan")],
+     answering(None), answering("nan"), answering("inf"), answering(1, "nan"),
+     {"predictions": [{"length": 1, "p90": 2, "raw_p50": "nan", "raw_p90": 2}]},
+     {"predictions": [{"length": 1, "p90": 2, "raw_p50": 1}]}],
 )  # fmt: skip
 async def test_a_nonsense_answer_falls_back(answer: Any) -> None:
     async with serving(Service(answer)) as url:
@@ -131,6 +134,19 @@ async def test_only_the_two_ends_of_a_long_prompt_are_sent() -> None:
         await asking.predict("a" * 10_000 + "b" * 10_000, 5000, "chat", 10)
         (asked,) = service.asked[0][0]["inputs"]
         assert asked["prompt"] == "a" * 10_000 + "b" * 6_384
+        await asking.close()
+
+
+async def test_the_service_hears_for_which_model_and_class_and_its_raw_quantiles_are_kept() -> None:
+    service = Service({"predictions": [{"length": 7, "p90": 20, "raw_p50": 70, "raw_p90": 200}]})
+    async with serving(service) as url:
+        asking = predictor(url)
+        made = await asking.predict("hi", 1, "chat", None, model="llama", request_id="r1")
+        assert made == Prediction(7, 20, "service", (70, 200))
+        (asked,) = service.asked[0][0]["inputs"]
+        assert (asked["model"], asked["slo_class"], asked["id"]) == ("llama", "chat", "r1")
+        await asking.predict("hi", 1, "chat", None, model="two\nlines" * 99)
+        assert service.asked[1][0]["inputs"][0]["model"] is None
         await asking.close()
 
 
@@ -208,6 +224,35 @@ def test_a_prediction_respects_the_requests_own_limits(most: int | None, least: 
     assert made.tokens >= max(1, least)
     assert made.p90 >= made.tokens
     assert most is None or made.tokens <= max(1, most, least)
+
+
+def raw_answers(question: Any) -> Any:
+    """Of a predictor that learns: 200 predicted for a reported length of anything."""
+    one = {"length": 50, "p90": 90, "raw_p50": 40, "raw_p90": 80}
+    return {"predictions": [one] * len(question["inputs"])} if "inputs" in question else {"observed": 1}
+
+
+async def test_what_finishes_is_reported_with_what_had_been_said_of_it() -> None:
+    service = Service(raw_answers)
+    async with serving(service) as url, live(predictor_url=url, predictor={"timeout_ms": 5000}) as antares:
+        await antares.ask()
+        await antares.ask(chat(max_tokens=3), x_slo_class="free")
+        await antares.ask(chat(n=2))
+        await eventually(lambda: antares.gateway.predictor.reports.sent == 2)
+        asked = [body["inputs"][0] for body, _ in service.asked if "inputs" in body]
+        reported = [one for body, _ in service.asked for one in body.get("observations", [])]
+    common = {"model": "simulated", "raw_p50": 40, "raw_p90": 80}
+    assert reported == [
+        {**common, "id": asked[0]["id"], "slo_class": "chat", "tokens": 8, "censored": False},
+        {**common, "id": asked[1]["id"], "slo_class": "free", "tokens": 3, "censored": True},
+    ]
+
+
+async def test_nothing_is_reported_that_the_service_had_not_predicted() -> None:
+    service = Service({}, 500)
+    async with serving(service) as url, live(predictor_url=url, predictor={"timeout_ms": 5000}) as antares:
+        assert (await antares.ask()).status_code == 200
+        assert antares.gateway.predictor.reports._sender is None
 
 
 async def test_requests_are_served_while_the_predictor_hangs() -> None:

@@ -73,7 +73,7 @@ async def test_the_usage_chunk_passes_through(antares: Live) -> None:
 async def test_the_tpot_bound_travels_to_the_engine_and_shows_in_the_gates_counters(antares: Live) -> None:
     bodies = remember_bodies(antares)
     await antares.ask(x_slo_tpot_ms="250")
-    assert bodies[0]["vllm_xargs"] == {"antares_tpot_ms": 250, "antares_gate": "credit"}
+    assert bodies[0]["vllm_xargs"] == {"antares_tpot_ms": 250, "antares_gate": "slack"}
     metrics = (await antares.http.get("/metrics")).text
     assert 'antares_gate_batched_total{engine="simulated",tpot_ms="250"} 7.0' in metrics
 
@@ -81,15 +81,15 @@ async def test_the_tpot_bound_travels_to_the_engine_and_shows_in_the_gates_count
 async def test_an_e2e_bound_travels_as_the_pace_it_implies(antares: Live) -> None:
     bodies = remember_bodies(antares)
     await antares.ask(x_slo_class="free", x_slo_e2e_ms="3200")
-    # Three quarters of it, over the 8 tokens that are expected.
-    assert bodies[0]["vllm_xargs"] == {"antares_tpot_ms": 300, "antares_gate": "credit"}
+    # Half of it, over the 8 tokens that are expected.
+    assert bodies[0]["vllm_xargs"] == {"antares_tpot_ms": 200, "antares_gate": "slack"}
 
 
 async def test_a_clients_own_xargs_are_kept_and_ours_cannot_be_forged(antares: Live) -> None:
     bodies = remember_bodies(antares)
     forged = {"simulated_output_tokens": 3, "antares_tpot_ms": 0.001, "antares_other": 1}
     await antares.ask(chat(vllm_xargs=forged))
-    assert bodies[0]["vllm_xargs"] == {"simulated_output_tokens": 3, "antares_tpot_ms": 1000, "antares_gate": "credit"}
+    assert bodies[0]["vllm_xargs"] == {"simulated_output_tokens": 3, "antares_tpot_ms": 1000, "antares_gate": "slack"}
 
 
 @pytest.mark.parametrize("forged", [{"antares_tpot_ms": 0.001}, {}])

@@ -30,16 +30,16 @@ def test_at_light_load_everybody_goes_at_once() -> None:
 
 def test_nobody_is_admitted_by_whom_a_running_requests_pace_would_break() -> None:
     def admits(strictest: float) -> bool:
-        batch = [running(str(i), tpot=strictest) for i in range(20)]
-        return bool(decide(slack(), NOW, [ask(tpot=1.0)], batch, engine()).admit)
+        batch = [running(str(i), tpot=strictest, prompt=100, output=10_000) for i in range(20)]
+        return bool(decide(slack(), NOW, [ask(tpot=1.0, prompt=5)], batch, engine()).admit)
 
-    # 21 at 0.1 ms each on 10 ms, and a little for their context: about 12.4 ms. SCORPIO wants 1.3 times that.
+    # 21 at 0.1 ms each on 10 ms, and a little for their context and prompts: 12.4 ms. SCORPIO wants 1.3 times that.
     assert admits(0.013)
     assert not admits(0.0115)
 
 
 def test_a_request_that_does_not_fit_now_never_blocks_the_one_behind_it() -> None:
-    batch = [running(str(i), tpot=0.02) for i in range(30)]
+    batch = [running(str(i), tpot=0.02, prompt=10, output=1000) for i in range(30)]
     queue = [ask("strict", ttft=5, tpot=0.0125), ask("easy", ttft=9, tpot=0.5)]
     decision = decide(slack(), NOW, queue, batch, engine())
     assert (admitted(decision), rejected(decision)) == (["easy"], [])
@@ -59,6 +59,16 @@ def test_whoever_waits_behind_work_that_takes_too_long_is_refused_and_told_what_
     decision = decide(slack(optimism=1.0), NOW + 1e-5, queue, [], engine())
     assert rejected(decision) == ["3", "4", "5"]
     assert all(r.bound == "ttft" and r.attainable_s > 0.35 for r in decision.reject)
+
+
+def test_a_place_in_the_batch_is_counted_with_the_prompts_that_will_come_to_it() -> None:
+    def admits(prompt: int, output: float) -> int:
+        queue = [ask(str(i), ttft=50, tpot=0.05, prompt=prompt, output=output) for i in range(40)]
+        return len(decide(slack(runway_steps=100), NOW, queue, [], engine()).admit)
+
+    # t(p) is 1 ms a token: with as much prompt as output, each place costs a millisecond of every step.
+    assert admits(prompt=100, output=1000) == 40
+    assert 30 <= admits(prompt=100, output=100) <= 37
 
 
 def test_under_pressure_the_requests_that_cost_least_go_first() -> None:
@@ -139,10 +149,10 @@ def test_the_columns_say_of_each_request_what_the_load_says_with_it(batch: list[
     for request in queue:
         request.generated = 0  # nothing that waits has begun
     load = Load.of(batch, 0.01)
-    columns = Queue.of(queue, TIMES, 60.0).step_s_with(load, TIMES)
+    columns = Queue.of(queue, TIMES, 60.0).pace_s_with(load, TIMES)
     for request, step_s in zip(queue, columns.tolist(), strict=True):
         if request.predicted_tokens > 1:
-            assert load.plus(request).step_s(TIMES) == pytest.approx(step_s)
+            assert load.plus(request).pace_s(TIMES) == pytest.approx(step_s)
 
 
 def test_cost_grows_with_prompt_output_and_sequences() -> None:
@@ -214,4 +224,4 @@ def test_the_floor_remembers_a_bounded_number_of_groups_and_stays_finite() -> No
 
 def test_the_next_decision_is_due_when_a_waiting_request_would_become_too_late() -> None:
     decision = decide(slack(), NOW, [ask(ttft=1.0)], [], engine())
-    assert decision.recheck_at == pytest.approx(NOW + 1.0 - 0.08)
+    assert decision.recheck_at == pytest.approx(NOW + 1.0 - 0.09)

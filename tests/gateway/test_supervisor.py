@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from live_gateway import eventually
+from live_gateway import eventually, gateway_config
 
 from gateway import supervisor as supervisor_module
+from gateway.serve import _predictor
 from gateway.supervisor import Supervisor
 
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
@@ -97,3 +98,16 @@ async def test_a_command_that_vanishes_is_tried_again_until_it_is_back(tmp_path:
     command.symlink_to("/bin/false")
     await eventually(lambda: child.restarts >= 1)
     await child.stop()
+
+
+def test_the_predictor_is_told_where_to_keep_what_it_learns_and_where_to_collect() -> None:
+    supervisor, url = _predictor(gateway_config(predictor={}), "/scratch")
+    assert supervisor is not None
+    assert url is not None
+    assert supervisor._command[-2:] == ["--state", "/scratch"]
+    section = {"state_dir": "/state", "collect_dir": "/lengths", "collect_limit_mb": 64}
+    supervisor, _ = _predictor(gateway_config(predictor=section), "/scratch")
+    assert supervisor is not None
+    assert supervisor._command[-6:] == ["--state", "/state", "--collect", "/lengths", "--collect-limit-mb", "64"]
+    assert _predictor(gateway_config(predictor={"url": "http://elsewhere/"}), "/scratch") == (None, "http://elsewhere")
+    assert _predictor(gateway_config(predictor={"enabled": False}), "/scratch") == (None, None)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from predictor_service.datasets import read_dataset
 from predictor_service.length_model import load_model
-from predictor_service.sharegpt_model import read_dataset
 
 ROWS = 300
 TARGET = Path(__file__).with_name("held_out.npz")
@@ -29,7 +29,8 @@ def main() -> None:
         lexical=np.stack([f.lexical for f in examples.features]),
         length=examples.length.astype(np.int32),
         censored=examples.censored,
-        train_median=np.median([data.turns[row].length for row in data.split.train]),
+        train_median=np.median(data.lengths(data.split.train)),
+        train_longest=data.lengths(data.split.train).max(),
     )
 
 

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from predictor_service.features import (
     BUCKETS,
+    FEATURES_VERSION,
     HEAD_CHARS,
-    LEXICAL_SIZE,
     TAIL_CHARS,
     WORD_BUCKETS,
     MalformedFeatures,
     features_from_wire,
     prompt_features,
 )
+from predictor_service.lexical import ASKS, LEXICAL_NAMES, LEXICAL_SIZE
 
 PINNED_INDICES = [1470, 1735, 4173, 4386, 10057, 11314]
 PINNED_SUM = 4414059
@@ -88,6 +89,49 @@ def test_a_long_prompt_is_read_at_its_two_ends():
     assert (a.lexical == b.lexical).all()
 
 
+def measures(prompt: str) -> dict[str, float]:
+    return dict(zip(LEXICAL_NAMES, prompt_features(prompt).lexical.tolist(), strict=True))
+
+
+def test_amounts_asked_for_are_read_with_their_units():
+    seen = measures("Write a 500-word essay in 3 short paragraphs and 10 blog post ideas. Then 800 words more.")
+    amounts = {name: round(np.expm1(x)) for name, x in seen.items() if name.startswith("log_asked_") and x}
+    assert amounts == {"log_asked_words": 500, "log_asked_paragraphs": 3, "log_asked_items": 10}
+    assert not any(x for name, x in measures("in 1984 the 3rd").items() if name.startswith("log_asked_"))
+
+
+def test_asking_words_are_counted_and_placed():
+    seen = measures("Explain this: " + "filler " * 60 + " and summarize, then summarize")
+    assert seen["log_explain"] == pytest.approx(np.log(2))
+    assert seen["log_brief"] == pytest.approx(np.log(3))
+    assert (seen["head_explain"], seen["tail_explain"], seen["head_brief"], seen["tail_brief"]) == (1, 0, 0, 1)
+
+
+def test_no_asking_word_is_of_two_kinds():
+    words = [word for kind in ASKS.values() for word in kind.split()]
+    assert len(words) == len(set(words))
+
+
+@pytest.mark.parametrize(
+    ("text", "script"),
+    [("naïve", "latin"), ("привет", "cyrillic"), ("مرحبا", "arabic"), ("नमस्ते", "indic"), ("かな", "kana"),
+     ("猫", "han"), ("안녕", "hangul")],
+)  # fmt: skip
+def test_scripts_are_told_apart(text, script):
+    shares = {name.removesuffix("_share"): x for name, x in measures(text).items() if name.endswith("_share")}
+    scripts = ("latin", "cyrillic", "arabic", "indic", "kana", "han", "hangul")
+    assert [name for name in scripts if shares[name] > 0] == [script]
+
+
+def test_lines_are_measured():
+    seen = measures("first\n\n  indented line here\nlast")
+    exact = {name: round(np.expm1(seen[name])) for name in seen if name.startswith("log_") and "line" in name}
+    assert exact == {
+        "log_lines": 3, "log_list_lines": 0, "log_indented_lines": 1, "log_empty_lines": 1, "log_first_line": 5,
+        "log_last_line": 4, "log_longest_line": 20,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -105,7 +149,7 @@ def test_a_long_prompt_is_read_at_its_two_ends():
 )
 def test_a_malformed_wire_form_is_refused_naming_the_field_and_not_its_value(change, named):
     wire = {
-        "version": 1,
+        "version": FEATURES_VERSION,
         "indices": base64.b64encode(np.array([5, BUCKETS - 1], "<u2").tobytes()).decode(),
         "counts": base64.b64encode(b"\x01\x02").decode(),
         "lexical": [0.0] * LEXICAL_SIZE,

@@ -11,8 +11,12 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from predictor_service import cli, sharegpt_model
+from predictor_service import cli, datasets, training_run
+from predictor_service.buckets import PAPER_BINS, STRATEGIES
+from predictor_service.evaluate import MEASURES
+from predictor_service.length_model import CARD_FILE, WEIGHTS_FILE
 from predictor_service.sharegpt import Turn
+from predictor_service.train import Recipe
 
 SECRET = "xyzzy-private-prompt"
 
@@ -89,6 +93,42 @@ def test_the_process_ends_with_its_parent_when_asked_to():
             os.kill(child, signal.SIGKILL)
 
 
+def test_what_was_learnt_survives_sigkill_but_for_the_last_second_and_sigterm_whole(tmp_path):
+    finished = {"model": "m", "slo_class": "c", "raw_p50": 100.0, "raw_p90": 250.0, "tokens": 10}
+    question = {"model": "m", "slo_class": "c", "inputs": [{"prompt": SECRET}]}
+    file = tmp_path / "state" / "calibration.json"
+
+    def kept() -> int:
+        windows = json.loads(file.read_bytes())["windows"] if file.exists() else []
+        return sum(len(window["rows"]) for window in windows)
+
+    def serve_once(observations: int, end: int) -> dict[str, float]:
+        port = free_port()
+        process = subprocess.Popen(serve_command(port, "--state", str(file.parent)), stderr=subprocess.DEVNULL)
+        try:
+            wait_healthy(port)
+            answer = httpx.post(f"http://127.0.0.1:{port}/v1/predict", json=question).json()["predictions"][0]
+            body = {"observations": [finished] * observations}
+            assert httpx.post(f"http://127.0.0.1:{port}/v1/observe", json=body).status_code == 202
+            until = time.monotonic() + 20
+            while end == signal.SIGKILL and kept() < observations and time.monotonic() < until:
+                time.sleep(0.02)
+            process.send_signal(end)
+            process.wait(timeout=20)
+        finally:
+            process.kill()
+            process.wait()
+        return answer
+
+    before = serve_once(150, signal.SIGKILL)
+    assert before["p50"] == before["raw_p50"]
+    after = serve_once(7, signal.SIGTERM)
+    assert after["raw_p50"] == before["raw_p50"]
+    assert after["p50"] == pytest.approx(before["p50"] / 10, rel=0.2)
+    assert kept() == 157
+    assert SECRET.encode() not in file.read_bytes()
+
+
 def test_a_taken_port_and_a_missing_model_end_with_status_1(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -100,6 +140,11 @@ def test_a_taken_port_and_a_missing_model_end_with_status_1(tmp_path):
     answer = CliRunner().invoke(cli.app, ["serve", "--model", str(tmp_path)])
     assert answer.exit_code == 1
     assert "predictor train" in answer.output
+    (tmp_path / "file").write_text("")
+    for option in ("--state", "--collect"):
+        answer = CliRunner().invoke(cli.app, ["serve", option, str(tmp_path / "file" / "folder")])
+        assert answer.exit_code == 1
+        assert "error:" in answer.output
 
 
 def test_bad_usage_ends_with_status_2():
@@ -124,20 +169,28 @@ def test_train_and_evaluate_end_to_end_on_made_up_conversations(tmp_path, monkey
         for turn in range(2)
         for verb, length in [list(lengths.items())[(n + turn) % 2]]
     ]
-    monkeypatch.setattr(sharegpt_model, "read_turns", lambda progress: turns)
-    trained = CliRunner().invoke(cli.app, ["train", "--output", str(tmp_path / "model"), "--seed", "5", "--json"])
+    pytest.importorskip("lightgbm")
+    monkeypatch.setattr(datasets, "read_turns", lambda progress: turns)
+    monkeypatch.setattr(training_run, "Recipe", lambda seed: Recipe(folds=2, trees=60, tree_rate=0.1, seed=seed))
+    folder = tmp_path / "model"
+    trained = CliRunner().invoke(cli.app, ["train", "--output", str(folder), "--seed", "5", "--json"])
     assert trained.exit_code == 0, trained.output
-    evaluated = CliRunner().invoke(cli.app, ["evaluate", "--model", str(tmp_path / "model"), "--json"])
+    evaluated = CliRunner().invoke(cli.app, ["evaluate", "--model", str(folder), "--json"])
     assert evaluated.exit_code == 0, evaluated.output
     metrics, card = json.loads(evaluated.stdout), json.loads(trained.stdout)
-    assert metrics["seed"] == card["seed"] == 5
+    assert tuple(metrics) == MEASURES
+    assert card["seed"] == 5
     assert metrics["mae_tokens"] < metrics["mae_constant"] / 2
     assert metrics["mae_tokens"] == pytest.approx(card["metrics"]["test"]["mae_tokens"], abs=0.01)
-    assert {"kendall_tau", "rmse_tokens", "coverage_p90", "latency_ms_p50", "latency_ms_p99", "throughput_rps"} <= set(
-        metrics
-    )
     assert SECRET not in trained.output + evaluated.output
-    assert not any(SECRET.encode() in file.read_bytes() for file in (tmp_path / "model").iterdir())
+    assert {file.name for file in folder.iterdir()} == {WEIGHTS_FILE, CARD_FILE}
+    assert not any(SECRET.encode() in file.read_bytes() for file in folder.iterdir())
+
+    studied = CliRunner().invoke(cli.app, ["evaluate", "--model", str(folder), "--bins", "--json"])
+    assert studied.exit_code == 0, studied.output
+    table = json.loads(studied.stdout)["buckets"]
+    assert len(table) == len(PAPER_BINS) * len(STRATEGIES)
+    assert {"strategy", "bins", "kendall_tau", "accuracy", "off_by_1", "off_by_2", "rmse_tokens"} <= table[0].keys()
 
 
 def test_the_command_line_starts_at_once():

