@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine_adapter.engine import EngineState
 from gateway.policies.annealing import Annealing
@@ -63,4 +63,4 @@ class AnnealingOnSlack:
 
 def _patient(slack: Slack) -> Slack:
     """`slack` as it is, but without refusals for lateness or a floor: those were decided on the whole queue."""
-    return Slack(slack.fill, slack.thrift, 0.0, slack.memory_risk, math.inf, 0.0, slack.runway_steps)
+    return replace(slack, floor=0.0, patience_s=math.inf, optimism=0.0)

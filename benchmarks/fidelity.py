@@ -2,13 +2,14 @@
 
     python -m benchmarks.fidelity --json > docs/results/fidelity.json
 
-Starts the configuration's engine (vLLM on CPU with SmolLM2), measures its capacity, fits a profile to the steps that it
-reports while it serves a few workloads of their own seeds, and then sends other workloads to it and to the simulator
-under that profile, at several loads, for several policies. The profile comes from serving and not from a sweep because
-here the gateway and the load client share two cores with the engine, which slows its steps. Lengths are known to both
-sides (`max_tokens` with `ignore_eos`), and policies believe the profile's step times on both, throughout. What a run's own
-steps took, against what the profile says of them, is the machine's drift since the profile was learnt; the run is
-also simulated at that speed. Simulating it a few per cent faster and slower tells how closely it can be predicted.
+Starts the configuration's engine (vLLM on CPU with SmolLM2), measures its capacity, fits a profile to the steps that
+it reports while it serves a few workloads of their own seeds, and then sends other workloads to it and to the
+simulator under that profile, at several loads, for several policies. The profile comes from serving and not from a
+sweep because here the gateway and the load client share two cores with the engine, which slows its steps. Lengths are
+known to both sides (`max_tokens` with `ignore_eos`), and policies believe the profile's step times on both,
+throughout. What a run's own steps took, against what the profile says of them, is the machine's drift since the
+profile was learnt; the run is also simulated at that speed. Simulating it a few per cent faster and slower tells how
+closely it can be predicted.
 """
 
 from __future__ import annotations

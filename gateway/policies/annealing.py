@@ -4,7 +4,8 @@ At every decision the queue is planned anew (`annealing_search`): which requests
 follow. What the plan has first is admitted.
 
 *The paper's:* the objective G, the bilinear latency predictor, output lengths as predicted, the search, and that
-nothing is refused for the sake of others. It plans a standing set of requests for an idle engine that takes whole batches.
+nothing is refused for the sake of others. It plans a standing set of requests for an idle engine that takes whole
+batches.
 
 *Ours*, so that it serves a queue that never stands still in front of an engine that batches continuously:
 

@@ -69,8 +69,8 @@ def best_plan(board: Board, known: float = 0.0, *, prune: bool = True, budget: f
 def _at_best(board: Board, mask: int) -> tuple[float, list[float]]:
     """What no plan of these jobs can beat: the summed latency (s) were they next, and their latest starts, ascending.
 
-    Each takes no less than alone; of n in batches of p, at least n - j*p have j batches before them, each with one of the
-    others in it.
+    Each takes no less than alone; of n in batches of p, at least n - j*p have j batches before them, each with one of
+    the others in it.
     """
     alone = [board.batch(1 << i) for i in members_of(mask)]
     board.work += SUM + SUM_EACH * len(alone)
