@@ -19,7 +19,9 @@ Burstiness = Annotated[float, typer.Option(help="Coefficient of variation of the
 Trace = Annotated[str | None, typer.Option(help="Whose arrival times: azure-conv or azure-code.")]
 Speed = Annotated[float, typer.Option(help="Replay a trace so many times as fast (or give --qps).")]
 Window = Annotated[float | None, typer.Option(help="Only the first so many seconds of the trace.", metavar="SECONDS")]
-SloTable = Annotated[str, typer.Option(help="The papers' bounds: llama-3.1-8b, gemma-2-27b, annealing-paper; or code-chat.")]
+SloTable = Annotated[
+    str, typer.Option(help="The papers' bounds: llama-3.1-8b, gemma-2-27b, annealing-paper; or code-chat.")
+]
 SloScale = Annotated[float, typer.Option(help="Multiplies every bound.")]
 Mix = Annotated[str | None, typer.Option(help="Weights of categories, such as 1=3,6=1. Default: all the same.")]
 MaxPrompt = Annotated[int | None, typer.Option(min=1, help="Longest prompt, in tokens.")]

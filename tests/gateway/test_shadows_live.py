@@ -85,7 +85,7 @@ async def test_a_client_that_leaves_leaves_the_shadows_too() -> None:
 
 
 async def test_shadows_outlive_a_crash_of_the_engine() -> None:
-    async with live(fast_engine(times=SLOW, output_tokens=50), shadow=["fcfs"]) as antares:
+    async with live(fast_engine(times=SLOW, output_tokens=500), shadow=["fcfs"]) as antares:
         dying = asyncio.create_task(antares.ask())
         await eventually(lambda: the(antares, "fcfs").running)
         antares.engine.crash()
