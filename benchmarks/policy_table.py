@@ -78,6 +78,8 @@ def measure(settings: list[str], seeds: list[int], duration_s: float, jobs: int)
 def page(found: dict[str, Any]) -> str:
     """The tables in Markdown: goodput of each policy at each load, mean (and standard deviation) over the seeds."""
     seeds, duration = found["seeds"], found["duration_s"]
+    settings = [part["setting"] for part in found["settings"]]
+    chosen = "" if settings == list(SETTINGS) else "".join(f' --setting "{name}"' for name in settings)
     lines = [
         "# Policies, everywhere",
         "",
@@ -86,7 +88,7 @@ def page(found: dict[str, Any]) -> str:
         "*Best other* is the best of the other policies at that load; *ratio* is `slack` over it.",
         "",
         "```",
-        f"python -m benchmarks.policy_table --duration {duration:g} --seeds {len(seeds)} --json \\",
+        f"python -m benchmarks.policy_table{chosen} --duration {duration:g} --seeds {len(seeds)} --json \\",
         "    > docs/results/policies.json",
         "python -m benchmarks.policy_table --page docs/results/policies.json",
         "```",
@@ -120,6 +122,24 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw(part: dict[str, Any], target: Path) -> None:
+    """Goodput of each policy over the load, for one setting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for policy in dict.fromkeys(run["policy"] for run in part["runs"]):
+        goodput = [fmean(_of(part, policy, load, "goodput")) for load in LOADS]
+        axes.plot([load * part["stock_qps"] for load in LOADS], goodput, marker="o", label=policy,
+                  linewidth=3 if policy == "slack" else 1.2)  # fmt: skip
+    axes.axvline(part["stock_qps"], color="grey", linestyle=":", linewidth=1)
+    axes.set(xlabel="offered, requests/s (dotted: what stock vLLM bears)", ylabel="attained, requests/s",
+             title=f"Simulated: {part['setting']}")  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(target, dpi=130)
+
+
 def _of(part: dict[str, Any], policy: str, load: float, key: str) -> list[float]:
     return [run[key] for run in part["runs"] if run["policy"] == policy and run["load"] == load]
 
@@ -135,12 +155,14 @@ def main(
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page of this JSON beside it, and end.")
+        Path | None, typer.Option("--page", help="Write the page and picture of this JSON beside it, and end.")
     ] = None,
 ) -> None:
     """Simulate every policy on every profile and workload."""
     if page_of is not None:
-        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        found = json.loads(page_of.read_text(encoding="utf-8"))
+        page_of.with_suffix(".md").write_text(page(found), encoding="utf-8")
+        draw(found["settings"][0], page_of.with_suffix(".png"))
         return
     unknown = sorted(set(setting or ()) - set(SETTINGS))
     if unknown:
