@@ -160,7 +160,8 @@ async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times
     for _ in range(10):
         async with connect(served) as http:
             staying = [asyncio.create_task(read_stream(http, 48)) for _ in range(32)]
-            leaving = [asyncio.create_task(read_stream(http, 48, leave_after=4)) for _ in range(32)]
+            # They ask for as much as there is: the engine, ahead of a busy machine, must not be done before they leave.
+            leaving = [asyncio.create_task(read_stream(http, 900, leave_after=4)) for _ in range(32)]
             await asyncio.gather(*leaving)
             await eventually(in_engine, 2, lambda sequences: sequences <= 32)
             assert left_open() <= 32
@@ -170,7 +171,7 @@ async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times
         files.append(open_files())
         memory.append(resident_kb())
     ledger = served.get("/status").json()["ledger"]
-    assert ledger["cancelled"] == before + 320
+    assert ledger["cancelled"] == before + 320, ledger
     assert ledger["accepted"] == sum(ledger[outcome] for outcome in ("finished", "rejected", "failed", "cancelled"))
     # The first rounds fill the connection pool to the predictor, which is bounded.
     assert files[-1] <= files[1] + 16, f"open files, by round: {files}"
@@ -182,7 +183,7 @@ async def test_a_client_that_leaves_before_an_answer_in_one_piece_frees_the_engi
 ) -> None:
     before = served.get("/status").json()["ledger"]["cancelled"]
     with pytest.raises(httpx.TimeoutException):
-        await http.post("/v1/completions", json=body(400), headers=LOOSE, timeout=0.6)
+        await http.post("/v1/completions", json=body(900), headers=LOOSE, timeout=0.6)
     await eventually(lambda: served.metric("antares_engine_running_sequences"), 2, lambda running: running == 0)
     await eventually(lambda: served.get("/status").json()["ledger"]["cancelled"], 2, lambda n: n == before + 1)
 
