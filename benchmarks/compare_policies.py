@@ -1,15 +1,16 @@
-"""Policies side by side on one real engine: vLLM on CPU with a small random model, loaded past its capacity.
+"""Policies side by side on one real engine: vLLM on CPU with a small random model, up to and past its capacity.
 
-    python -m benchmarks.compare_policies --policy fcfs --policy scorpio --repeats 3
+    python -m benchmarks.compare_policies --policy fcfs --policy slack --load 1 --load 2 --repeats 3
 
-One engine for the whole run; the policies take turns in front of it, round by round, each round with a seed of its own
-that all policies share, so that a machine that drifts drifts for all. The capacity is measured first: the rate at which
-the engine completes the same workload when 64 requests are always in flight.
+One engine for the whole run; the policies take turns in front of it at each load, round by round, each round with a
+seed of its own that all policies share, so that a machine that drifts drifts for all. The capacity is measured first:
+the rate at which the engine completes the same workload when 64 requests are always in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import statistics
 import sys
@@ -50,7 +51,7 @@ async def _capacity(real: RealEngine, seed: int) -> float:
 
 
 async def compare(
-    policies: list[str], overload: float, requests: int, repeats: int, slo_scale: float, seed: int
+    policies: list[str], loads: list[float], duration_s: float, repeats: int, slo_scale: float, seed: int
 ) -> dict[str, Any]:
     """All runs, in the order they were made, and what they were made with."""
     with tempfile.TemporaryDirectory() as folder:
@@ -59,42 +60,38 @@ async def compare(
         await real.start()
         try:
             capacity = await _capacity(real, seed)
-            console.print(f"Capacity {capacity:.2f} requests/s; offering {overload:g} times that")
+            console.print(f"Capacity {capacity:.2f} requests/s; offering {', '.join(map(str, loads))} times that")
             runs = []
-            for repeat in range(repeats):
-                for policy in policies:
-                    workload = make_workload(
-                        "small",
-                        qps=overload * capacity,
-                        requests=requests,
-                        seed=seed + repeat,
-                        slo_scale=slo_scale,
-                    )
-                    gate_s = real.engine.state.gate.gate_seconds
-                    async with real.behind({"name": policy}) as (gateway, url):
-                        sent = await send_from_another_process(Target(url, DUMMY), workload, seed + repeat)
-                        spent = _spent(gateway, real.engine, gate_s)
-                    figures = run_record(
-                        policy,
-                        overload * capacity,
-                        seed + repeat,
-                        sent.served(),
-                        sent.duration_s,
-                        wall_s=sent.duration_s,
-                        **sent.extras(),
-                        **spent,
-                    )
-                    runs.append(figures)
-                    console.print(
-                        f"round {repeat + 1} {policy}: goodput {figures['goodput']:.2f}/s, "
-                        f"adherence {figures['slo_adherence']:.3f}"
-                    )
+            for repeat, load, policy in itertools.product(range(repeats), loads, policies):
+                workload = make_workload(
+                    "small", qps=load * capacity, duration_s=duration_s, seed=seed + repeat, slo_scale=slo_scale
+                )
+                gate_s = real.engine.state.gate.gate_seconds
+                async with real.behind({"name": policy}) as (gateway, url):
+                    sent = await send_from_another_process(Target(url, DUMMY), workload, seed + repeat)
+                    spent = _spent(gateway, real.engine, gate_s)
+                figures = run_record(
+                    policy,
+                    load * capacity,
+                    seed + repeat,
+                    sent.served(),
+                    sent.duration_s,
+                    wall_s=sent.duration_s,
+                    load=load,
+                    **sent.extras(),
+                    **spent,
+                )
+                runs.append(figures)
+                console.print(
+                    f"round {repeat + 1}, load {load:g}, {policy}: goodput {figures['goodput']:.2f}/s, "
+                    f"adherence {figures['slo_adherence']:.3f}"
+                )
         finally:
             await real.engine.stop()
     return {
         "real": "vLLM on CPU, 8-layer 512-wide Llama with random weights",
         "capacity_rps": round(capacity, 3),
-        "overload": overload,
+        "duration_s": duration_s,
         "slo_table": "llama-3.1-8b",
         "slo_scale": slo_scale,
         "runs": runs,
@@ -117,32 +114,32 @@ def _spent(gateway: Gateway, engine: Engine, gate_before_s: float) -> dict[str, 
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['overload']:g} x capacity ({result['capacity_rps']:.2f} requests/s), mean and range")
-    for head in ("policy", "goodput /s", "adherence", "rejected", "late TTFT", "late TPOT"):
+    table = Table(title=f"Load in capacities of {result['capacity_rps']:.2f} requests/s; mean and range")
+    for head in ("load", "policy", "goodput /s", "adherence", "rejected", "late TTFT", "late TPOT"):
         table.add_column(head, justify="left" if head == "policy" else "right")
-    for policy in dict.fromkeys(run["policy"] for run in result["runs"]):
-        runs = [run for run in result["runs"] if run["policy"] == policy]
+    for load, policy in dict.fromkeys((run["load"], run["policy"]) for run in result["runs"]):
+        runs = [run for run in result["runs"] if (run["load"], run["policy"]) == (load, policy)]
 
         def cell(key: str, runs: list[dict[str, Any]] = runs) -> str:
             values = [run[key] for run in runs]
             return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
         keys = ("goodput", "slo_adherence", "rejected", "ttft_violations", "tpot_violations")
-        table.add_row(policy, *(cell(key) for key in keys))
+        table.add_row(f"{load:g}", policy, *(cell(key) for key in keys))
     return table
 
 
 def main(
     policy: Annotated[list[str] | None, typer.Option(help="A policy; repeat for several.")] = None,
-    overload: Annotated[float, typer.Option(help="Offered load as a multiple of the measured capacity.")] = 2.0,
-    requests: Annotated[int, typer.Option(help="Requests per run.")] = 400,
+    load: Annotated[list[float] | None, typer.Option(help="In measured capacities; repeat. [default: 2]")] = None,
+    duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals in a run.")] = 30.0,
     repeats: Annotated[int, typer.Option(help="Rounds; the policies take turns within each.")] = 3,
     slo_scale: Annotated[float, typer.Option(help="Multiplies the paper's SLO table.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of the first round.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compare policies on a real engine."""
-    result = asyncio.run(compare(policy or ["fcfs", "scorpio"], overload, requests, repeats, slo_scale, seed))
+    result = asyncio.run(compare(policy or ["fcfs", "scorpio"], load or [2.0], duration, repeats, slo_scale, seed))
     if as_json:
         json.dump(result, sys.stdout, indent=2)
     else:

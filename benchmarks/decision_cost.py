@@ -36,7 +36,7 @@ from engine_adapter.engine import EngineState
 from engine_adapter.gates import Gates
 from engine_adapter.profile import Profile, load_profile
 from engine_adapter.simulated import SimulatedEngine
-from engine_adapter.step_time import StepTimeModel
+from engine_adapter.step_model import StepTimeModel
 from gateway.admission import Admission
 from gateway.lane import Admitted, Lane
 from gateway.policies.names import POLICIES, make_policy

@@ -3,12 +3,15 @@
 oracle          the true length
 noise:SIGMA     the true length times exp(N(0, SIGMA))
 constant        the workload's median for everybody
+reversed        the workload's lengths in reverse: whose answer is the longest is told the shortest, and so on
+shipped         what the shipped model would say
+shipped:FACTOR  the same times FACTOR, as a model would that was trained on shorter answers, or on longer ones
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,30 +44,63 @@ def predict(how: str, workload: Sequence[Asked], seed: int) -> list[Predicted]:
     """A prediction for each request of ``workload``; the same ``seed`` gives the same errors.
 
     Raises:
-        ValueError: no such predictor; the message lists them.
+        ValueError: no such predictor, or a parameter that it cannot have; the message says what there is.
     """
     if not workload:
         return []
     lengths = np.array([asked.output_tokens for asked in workload], dtype=float)
-    kind, _, parameter = how.partition(":")
-    if kind == "oracle" and not parameter:
-        return [Predicted(length, length) for length in lengths.tolist()]
-    if kind == "constant" and not parameter:
-        return [Predicted(float(np.median(lengths)), float(np.quantile(lengths, 0.9)))] * len(lengths)
+    if how in _WITHOUT_PARAMETER:
+        return _WITHOUT_PARAMETER[how](lengths)
+    kind, colon, parameter = how.partition(":")
     if kind == "noise":
-        sigma = _sigma(parameter)
-        errors = np.exp(np.random.default_rng([seed, 0x9E37]).normal(0.0, sigma, len(lengths)))
-        p90 = math.exp(_Z90 * sigma)
-        return [Predicted(max(1.0, tokens), max(1.0, tokens * p90)) for tokens in (lengths * errors).tolist()]
-    if kind == "shipped" and not parameter:
-        return _as_shipped(lengths, np.random.default_rng([seed, 0x51E9]))
+        sigma = _number(parameter, 10)
+        if sigma is None:
+            raise ValueError(f"noise:SIGMA needs a number from 0 to 10, such as noise:0.5, but got {parameter!r}")
+        return _noisy(lengths, sigma, np.random.default_rng([seed, 0x9E37]))
+    if kind == "shipped":
+        factor = _number(parameter, 1000) if colon else 1.0
+        if not factor:
+            raise ValueError(
+                f"shipped:FACTOR needs a number above 0 and below 1000, such as shipped:2, but got {parameter!r}"
+            )
+        return _as_shipped(lengths, factor, np.random.default_rng([seed, 0x51E9]))
     raise ValueError(
-        f"no predictor is called {how!r}; choose shipped, oracle, noise:SIGMA (such as noise:0.5) or constant"
+        f"no predictor is called {how!r}; choose shipped, shipped:FACTOR (such as shipped:2), oracle, "
+        "noise:SIGMA (such as noise:0.5), constant or reversed"
     )
 
 
-def _as_shipped(lengths: Floats, random: np.random.Generator) -> list[Predicted]:
-    """The shipped model's errors in rank, on this workload's own scale.
+def _oracle(lengths: Floats) -> list[Predicted]:
+    return [Predicted(length, length) for length in lengths.tolist()]
+
+
+def _constant(lengths: Floats) -> list[Predicted]:
+    return [Predicted(float(np.median(lengths)), float(np.quantile(lengths, 0.9)))] * len(lengths)
+
+
+def _reversed(lengths: Floats) -> list[Predicted]:
+    """Wrong about the order alone: lengths and their spread are the workload's own."""
+    told = np.empty(len(lengths))
+    told[np.argsort(lengths, kind="stable")] = np.sort(lengths)[::-1]
+    p90 = float(np.quantile(lengths, 0.9))
+    return [Predicted(tokens, max(tokens, p90)) for tokens in told.tolist()]
+
+
+_WITHOUT_PARAMETER: dict[str, Callable[[Floats], list[Predicted]]] = {
+    "oracle": _oracle,
+    "constant": _constant,
+    "reversed": _reversed,
+}
+
+
+def _noisy(lengths: Floats, sigma: float, random: np.random.Generator) -> list[Predicted]:
+    errors = np.exp(random.normal(0.0, sigma, len(lengths)))
+    p90 = math.exp(_Z90 * sigma)
+    return [Predicted(max(1.0, tokens), max(1.0, tokens * p90)) for tokens in (lengths * errors).tolist()]
+
+
+def _as_shipped(lengths: Floats, factor: float, random: np.random.Generator) -> list[Predicted]:
+    """The shipped model's errors in rank, on this workload's own scale, times ``factor``.
 
     A length at rank u of the workload errs as a held-out answer near rank u does: if the model put that answer's p50
     at the held-out lengths' rank v, the workload's v quantile is predicted. On the lengths that the model was trained
@@ -80,18 +116,17 @@ def _as_shipped(lengths: Floats, random: np.random.Generator) -> list[Predicted]
     alike = np.clip(near.astype(int), 0, known - 1)
 
     def on_scale(predicted: Floats) -> list[float]:
-        found: list[float] = np.quantile(lengths, np.searchsorted(actual, predicted) / known).tolist()
+        found: list[float] = (np.quantile(lengths, np.searchsorted(actual, predicted) / known) * factor).tolist()
         return found
 
     pairs = zip(on_scale(p50[alike]), on_scale(p90[alike]), strict=True)
     return [Predicted(max(1.0, tokens), max(1.0, tokens, upper)) for tokens, upper in pairs]
 
 
-def _sigma(text: str) -> float:
+def _number(text: str, below: float) -> float | None:
+    """``text`` as a number of at least 0; None where it is none, or too large."""
     try:
-        sigma = float(text)
+        number = float(text)
     except ValueError:
-        sigma = math.nan
-    if not 0 <= sigma < 10:
-        raise ValueError(f"noise:SIGMA needs a number from 0 to 10, such as noise:0.5, but got {text!r}")
-    return sigma
+        return None
+    return number if 0 <= number < below else None

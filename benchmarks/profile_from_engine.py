@@ -28,7 +28,8 @@ import numpy as np
 from engine_adapter.engine import Engine, EngineEvents, EngineState
 from engine_adapter.profile import Profile
 from engine_adapter.profile_fit import Steps, fit_regimes, quality
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes
 
 REPEATS = 2
 HELD_OUT = 0.3

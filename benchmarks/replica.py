@@ -12,7 +12,8 @@ from engine_adapter.gates import GATES
 from engine_adapter.profile import Profile
 from engine_adapter.simulated_scheduler import Finished, SimulatedScheduler, Step
 from engine_adapter.simulated_sequence import SimulatedSequence
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes
 from gateway.admission import Admission
 from gateway.policies.base import UNGATED, Decision, Policy
 from gateway.request import Request

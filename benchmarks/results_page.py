@@ -28,11 +28,12 @@ COLUMNS = {
 }
 
 
-def table(result: dict[str, Any], keys: list[str]) -> str:
+def table(result: dict[str, Any], load: float, keys: list[str]) -> str:
     """A Markdown table: one row a policy, mean over the rounds with the range."""
     lines = ["| policy | " + " | ".join(COLUMNS[key] for key in keys) + " |", "|---|" + "---|" * len(keys)]
-    for policy in dict.fromkeys(run["policy"] for run in result["runs"]):
-        runs = [run for run in result["runs"] if run["policy"] == policy]
+    at_load = [run for run in result["runs"] if run["load"] == load]
+    for policy in dict.fromkeys(run["policy"] for run in at_load):
+        runs = [run for run in at_load if run["policy"] == policy]
         cells = []
         for key in keys:
             values = [run[key] for run in runs]
@@ -43,7 +44,7 @@ def table(result: dict[str, Any], keys: list[str]) -> str:
 
 
 def main(file: Annotated[Path, typer.Argument(help="What compare_policies --json printed.")]) -> None:
-    """Write docs/results/README.md and the results in README.md from FILE."""
+    """Write the page beside FILE, and the results in docs/results/README.md and README.md (of the highest load)."""
     result = json.loads(file.read_text())
     runs = result["runs"]
     rounds = len({run["seed"] for run in runs})
@@ -53,26 +54,31 @@ def main(file: Annotated[Path, typer.Argument(help="What compare_policies --json
         share = statistics.mean(run["scheduling_s"] / run["duration_s"] for run in own)
         shares.append(f"{share:.2%} under `{policy}`")
     policies = "".join(f" --policy {policy}" for policy in dict.fromkeys(run["policy"] for run in runs))
+    loads = sorted({run["load"] for run in runs})
+    options = "".join(f" --load {load:g}" for load in loads)
     command = (
-        f"python -m benchmarks.compare_policies{policies} --overload {result['overload']:g} "
-        f"--requests {runs[0]['requests']} --repeats {rounds} --slo-scale {result['slo_scale']:g} "
+        f"python -m benchmarks.compare_policies{policies}{options} "
+        f"--duration {result['duration_s']:g} --repeats {rounds} --slo-scale {result['slo_scale']:g} "
         f"--seed {min(run['seed'] for run in runs)} --json"
     )
-    offered = result["overload"] * result["capacity_rps"]
+    tables = "\n\n".join(
+        f"## {load:g} x capacity: {load * result['capacity_rps']:.2f} requests/s offered\n\n"
+        f"{table(result, load, list(COLUMNS))}"
+        for load in loads
+    )
     late_ms = max(run["client_lateness_p99_s"] for run in runs) * 1000
-    page = f"""# Twice the capacity of one real engine
+    page = f"""# One real engine, up to and past its capacity
 
 **Real:** {result["real"]}, on two shared cores; real HTTP; the load client in a process of its own. **Not a GPU.**
 
-{table(result, list(COLUMNS))}
+{tables}
 
-Mean and range over {rounds} rounds of {runs[0]["requests"]} requests. One engine for the whole run; the policies take
-turns in front of it, each round with a seed that both share. The SLO table is the paper's for Llama-3.1-8B times
-{result["slo_scale"]:g} (the strictest bounds: {0.5 * result["slo_scale"]:g} s to the first token,
+Mean and range over {rounds} rounds of {result["duration_s"]:g} s of arrivals. One engine for the whole run; the
+policies take turns in front of it, each round with a seed that all share. The SLO table is the paper's for
+Llama-3.1-8B times {result["slo_scale"]:g} (the strictest bounds: {0.5 * result["slo_scale"]:g} s to the first token,
 {30 * result["slo_scale"]:g} ms a token), six categories evenly. The capacity, {result["capacity_rps"]:.2f}
-requests/s, is what the engine completes of the same workload with 64 requests always in flight; {offered:.2f}
-requests/s were offered, Poisson. Times are measured by the client, which itself was at most {late_ms:.0f} ms late
-(99th percentile, worst run).
+requests/s, is what the engine completes of the same workload with 64 requests always in flight; arrivals are Poisson.
+Times are measured by the client, which itself was at most {late_ms:.0f} ms late (99th percentile, worst run).
 Scheduling (decisions in the gateway, gates in the engine) took {", ".join(shares)} of the run's time. The predictor was
 off: lengths came from running statistics, cut at each request's `max_tokens`, which here is the true length.
 {result.get("note", "")}
@@ -83,9 +89,9 @@ python -m benchmarks.results_page docs/results/overload.json
 ```
 """
     file.with_suffix(".md").write_text(page, encoding="utf-8")
-    shown = table(result, ["goodput", "slo_adherence", "rejected", "tpot_violations"])
+    shown = table(result, loads[-1], ["goodput", "slo_adherence", "rejected", "tpot_violations"])
     index, readme = file.with_name("README.md"), ROOT / "README.md"
-    told = f"[Twice the capacity of one real engine]({file.with_suffix('.md').name}):\n\n{shown}"
+    told = f"[One real engine]({file.with_suffix('.md').name}) at {loads[-1]:g} times its capacity:\n\n{shown}"
     for target, name, block in ((index, "overload", told), (readme, "results", shown)):
         text = with_block(target.read_text(encoding="utf-8"), name, block)
         target.write_text(text, encoding="utf-8")

@@ -73,7 +73,8 @@ def simulate(
     max_prompt: MaxPrompt = None,
     max_output: MaxOutput = None,
     predictor: Annotated[
-        str, typer.Option(help="Output lengths as the gateway is told them: oracle, noise:SIGMA, constant, shipped.")
+        str,
+        typer.Option(help="Lengths as told to the gateway: shipped[:FACTOR], oracle, noise:SIGMA, constant, reversed."),
     ] = "shipped",
     replicas: Annotated[int, typer.Option(min=1, help="Engines behind the gateway.")] = 1,
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="vLLM's. [default: the profile's]")] = None,

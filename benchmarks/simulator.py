@@ -51,6 +51,7 @@ def simulate(
     times: StepTimes | None = None,
     learn: bool = True,
     apart: bool = True,
+    tenants: Sequence[str] | None = None,
     on_ended: Callable[[int], None] = lambda ended: None,
 ) -> Simulated:
     """Play ``workload`` (sorted by time) to its last answer.
@@ -64,6 +65,7 @@ def simulate(
         learn: whether they learn step times in the run, or keep those throughout.
         apart: the gateway is a process of its own, so that the next step has begun before it reacts to the last one.
             False puts it inside the engine, as SCORPIO's authors had it.
+        tenants: whose each request of ``workload`` is; by default all are the same one's.
         on_ended: told, now and then, how many requests have ended.
 
     Raises:
@@ -88,7 +90,8 @@ def simulate(
             now = due_s
             if len(engines) > 1:
                 engine = min(engines, key=_load)
-            engine.admission.submit(_request(arrived, workload[arrived], predictions[arrived]))
+            tenant = tenants[arrived] if tenants else "anonymous"
+            engine.admission.submit(_request(arrived, workload[arrived], predictions[arrived], tenant))
             arrived += 1
         else:
             now = engine.next_event_s
@@ -168,7 +171,7 @@ def asked_slo(asked: Asked) -> Slo:
     return Slo(*(bound if bound < math.inf else None for bound in bounds))
 
 
-def _request(index: int, asked: Asked, predicted: Predicted) -> Request:
+def _request(index: int, asked: Asked, predicted: Predicted, tenant: str) -> Request:
     return Request(
         id=str(index),
         slo_class=str(asked.category),
@@ -177,4 +180,5 @@ def _request(index: int, asked: Asked, predicted: Predicted) -> Request:
         prompt_tokens=asked.prompt_tokens,
         predicted_tokens=predicted.tokens,
         predicted_p90=predicted.p90,
+        tenant=tenant,
     )

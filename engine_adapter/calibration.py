@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from engine_adapter.step_time import StepTimeModel
+from engine_adapter.step_model import StepTimeModel
 
 CALIBRATION_S = 4.0
 """About how long a calibration takes: half of it for prefill, half for decode; no round starts later."""

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from engine_adapter.step_time import StepTimeModel
+from engine_adapter.step_model import StepTimeModel
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

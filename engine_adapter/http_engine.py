@@ -12,7 +12,8 @@ import httpx
 from engine_adapter.connection_shards import ConnectionShards
 from engine_adapter.engine import ASGIApp, EngineEvents, EngineStartError, EngineState
 from engine_adapter.http_proxy import HttpProxy
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes
 
 log = logging.getLogger("antares.engine.http")
 
@@ -140,8 +141,7 @@ class HttpEngine:
 
     async def probe(self) -> None:
         """A remote server gets no work that nobody asked for: go back to the first guess, and learn anew."""
-        self.state.step_time.forget()
-        self.state.step_time.times = self._first_guess
+        self.state.step_time.start_over(self._first_guess)
 
     def refuse(self, body: dict[str, Any]) -> str | None:
         """None: the server refuses for itself."""

@@ -20,7 +20,8 @@ from engine_adapter.profile import Profile
 from engine_adapter.simulated_app import SimulatedApp
 from engine_adapter.simulated_scheduler import SimulatedScheduler, Step
 from engine_adapter.simulated_sequence import SimulatedSequence
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes
 
 FALLING_BEHIND_S = 0.25
 """Steps are timed from the scheduled end of the last one; beyond this lag the clock starts afresh."""
@@ -144,8 +145,7 @@ class SimulatedEngine:
 
     async def probe(self) -> None:
         """Its step times never change: learn them anew from its first guess."""
-        self.state.step_time.forget()
-        self.state.step_time.times = self.times
+        self.state.step_time.start_over(self.times)
 
     def refuse(self, body: dict[str, Any]) -> str | None:
         """Nothing is refused."""

@@ -7,10 +7,11 @@ out, token g + 1 is due at
 
 A step that ends by min over i of due_i makes nobody late. What it takes beyond its decodes is the prefill that fits:
 
-    chunk = max p with  T(decodes, p) <= min_i due_i - now.
+    chunk = max p with  T(decodes, p) <= min_i due_i - now
 
-When nothing waits for prefill, or all of it fits, the step is stock vLLM's. A request that is late already (whatever
-the reason) holds nobody up: only those that can still be on time are counted.
+(`step_curve`), unless so few fit that the slack is better saved: then the step only decodes. When nothing waits for
+prefill, or all of it fits, the step is stock vLLM's. A request that is late already (whatever the reason) holds nobody
+up: only those that can still be on time are counted.
 
 Requests without a pace take what is left. Where a step of all of them, prefill included, would make somebody late, they
 sit it out; but never for longer than 1/`COURTESY` steps, so that they have at least that share of steps.
@@ -22,10 +23,7 @@ import math
 from collections.abc import Sequence
 
 from engine_adapter.step_gate import Decoding, StepPlan
-from engine_adapter.step_time import StepTimeModel
-
-LEAST_CHUNK = 32
-"""Prompt tokens. A smaller chunk costs a step's fixed share of prefill for next to nothing; it then only decodes."""
+from engine_adapter.step_model import StepTimeModel
 
 COURTESY = 0.05
 """The share of steps, and of the engine's places, that requests without a pace have however full the engine is."""
@@ -48,13 +46,14 @@ class SlackGate:
         """Everyone decodes who can; prefill is cut to what the least slack leaves."""
         plan = StepPlan()
         first = self._first
-        least, paced, paced_length, length = math.inf, 0, 0, 0
+        least, strictest, paced, paced_length, length = math.inf, math.inf, 0, 0, 0
         for request in decoding:
             tokens = request.length
             length += tokens
             bound = request.tpot_slo_s
             if bound is None or bound >= PATIENT_S:
                 continue
+            strictest = min(strictest, bound)
             paced += 1
             paced_length += tokens
             seen = first.get(request.request_id)
@@ -65,32 +64,29 @@ class SlackGate:
                 least = slack
         if least == math.inf:
             return plan
-        spare = least - self._decode_seconds(len(decoding), length)
-        if self._step_time.prefill_tokens_within(spare) < prefill_backlog or spare < 0:
-            spare = self._sit_out(plan, decoding, least, spare, paced, paced_length)
-        else:
+        curve = self._step_time.curve
+        decodes = len(decoding)
+        if curve.step_s(decodes, length, prefill_backlog) <= least:
             self._sat_out = 0
-        if not prefill_backlog:
             return plan
-        chunk = self._step_time.prefill_tokens_within(spare)
-        if chunk < min(LEAST_CHUNK, prefill_backlog):
-            chunk = 0
-        if chunk < prefill_backlog:
-            plan.max_prefill_tokens = chunk
+        if self._sits_out(plan, decoding, paced):
+            decodes, length = paced, paced_length
+        if prefill_backlog:
+            chunk = curve.chunk(decodes, length, least, strictest, prefill_backlog)
+            if chunk < prefill_backlog:
+                plan.max_prefill_tokens = chunk
         return plan
 
-    def _sit_out(
-        self, plan: StepPlan, decoding: Sequence[Decoding], least: float, spare: float, paced: int, length: int
-    ) -> float:
-        """Those without a pace let this step pass, unless it is their turn; what is to spare then (s)."""
+    def _sits_out(self, plan: StepPlan, decoding: Sequence[Decoding], paced: int) -> bool:
+        """Whether those without a pace let this step pass: there are any, and it is not their turn."""
         if paced == len(decoding):
-            return spare
+            return False
         self._sat_out += 1
         if self._sat_out * COURTESY >= 1:
             self._sat_out = 0
-            return spare
+            return False
         plan.sit_out.update([r.request_id for r in decoding if r.tpot_slo_s is None or r.tpot_slo_s >= PATIENT_S])
-        return least - self._decode_seconds(paced, length)
+        return True
 
     def forget(self, request_id: str) -> None:
         """Drop what was kept for the request."""
@@ -99,6 +95,3 @@ class SlackGate:
     def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
         """Learn from a step."""
         self._step_time.observe(decode_requests, prefill_tokens, mean_context, elapsed_s)
-
-    def _decode_seconds(self, decodes: int, length: int) -> float:
-        return self._step_time.itl(decodes, length / decodes)

@@ -13,10 +13,7 @@ All times in seconds, lengths in tokens.
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -143,94 +140,3 @@ def fit_prefill(tokens: Floats, seconds: Floats) -> tuple[float, float, float, f
         if loss < best_loss * (1 - 1e-3):
             best_loss, best = loss, (float(alpha), float(beta), float(theta), delta)
     return best
-
-
-MANY_TOKENS = 1 << 30
-"""More than any step takes."""
-
-
-@dataclass(slots=True)
-class StepTimeModel:
-    """Both forms, refitted from the latest steps as they are reported.
-
-    ``observe`` is cheap (two appends); every ``refit_every`` steps the forms are fitted again over the last
-    ``window`` steps of each kind, with outliers beyond five times the median dropped. Until ``min_samples`` steps of a
-    kind have been seen, the initial coefficients of its form hold.
-    """
-
-    times: StepTimes = field(default_factory=StepTimes)
-    window: int = 512
-    refit_every: int = 32
-    min_samples: int = 5
-    learn: bool = True
-    itl_quality: FitQuality | None = None
-    prefill_quality: FitQuality | None = None
-    steps_seen: int = 0
-    _decode: deque[tuple[float, float, float]] = field(default_factory=deque, repr=False)
-    _mixed: deque[tuple[float, float, float, float]] = field(default_factory=deque, repr=False)
-
-    def itl(self, batch: float, length: float) -> float:
-        """ITL(B, L) in seconds."""
-        return self.times.itl(batch, length)
-
-    def prefill(self, tokens: float) -> float:
-        """t(p) in seconds."""
-        return self.times.prefill(tokens)
-
-    def prefill_tokens_within(self, seconds: float) -> int:
-        """The most prompt tokens whose prefill takes at most ``seconds``: the inverse of t(p)."""
-        times = self.times
-        most = int((seconds - times.beta) / times.alpha) if times.alpha > 0 else MANY_TOKENS
-        if most < times.theta:
-            most = math.ceil(times.theta) - 1 if seconds >= times.delta else 0
-        return max(0, min(most, MANY_TOKENS))
-
-    def observe(self, decode_requests: float, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
-        """Learn from one step of ``elapsed_s`` seconds.
-
-        ``decode_requests`` decoded in it (or on average), ``prefill_tokens`` prompt tokens were prefilled.
-        """
-        if not self.learn or elapsed_s <= 0 or decode_requests + prefill_tokens == 0:
-            return
-        if prefill_tokens:
-            self._mixed.append((float(prefill_tokens), float(decode_requests), mean_context, elapsed_s))
-            if len(self._mixed) > self.window:
-                self._mixed.popleft()
-        else:
-            self._decode.append((float(decode_requests), mean_context, elapsed_s))
-            if len(self._decode) > self.window:
-                self._decode.popleft()
-        self.steps_seen += 1
-        if self.steps_seen % self.refit_every == 0:
-            self.refit()
-
-    def forget(self) -> None:
-        """Drop the steps in the window: they tell of times that are over. The coefficients stay until new ones come."""
-        self._decode.clear()
-        self._mixed.clear()
-
-    def refit(self) -> None:
-        """Fit both forms to the steps in the window, where there are enough of them."""
-        if len(self._decode) >= self.min_samples:
-            batch, length, seconds = _columns(self._decode)
-            kept = seconds <= 5 * np.median(seconds)
-            batch, length, seconds = batch[kept], length[kept], seconds[kept]
-            a, b, c, d = fit_itl(batch, length, seconds, prior=self.times)
-            self.times = replace(self.times, a=a, b=b, c=c, d=d)
-            self.itl_quality = fit_quality((a * batch + c) * length + b * batch + d, seconds)
-        if len(self._mixed) >= self.min_samples:
-            tokens, batch, length, seconds = _columns(self._mixed)
-            # A prefill rides along with decodes: what it adds to the step is what a queue of prefills costs.
-            decoding = np.where(batch > 0, (self.times.a * batch + self.times.c) * length + self.times.b * batch, 0.0)
-            decoding += np.where(batch > 0, self.times.d, 0.0)
-            extra = np.maximum(seconds - decoding, 0.0)
-            kept = extra <= 5 * max(float(np.median(extra)), 1e-6) * np.maximum(tokens / np.median(tokens), 1.0)
-            alpha, beta, theta, delta = fit_prefill(tokens[kept], extra[kept])
-            if alpha > 0:
-                self.times = replace(self.times, alpha=alpha, beta=beta, theta=theta, delta=delta)
-                predicted = np.where(tokens < theta, delta, alpha * tokens + beta)
-                self.prefill_quality = fit_quality(predicted[kept], extra[kept])
-
-
-def _columns(rows: Iterable[tuple[float, ...]]) -> tuple[Floats, ...]:
-    return tuple(np.asarray(list(rows), dtype=np.float64).T)

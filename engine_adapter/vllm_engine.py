@@ -32,7 +32,8 @@ from engine_adapter.engine import (
     TokenObserver,
 )
 from engine_adapter.gate_channel import GateListener
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes
 from engine_adapter.vllm_launch import command_line, create_llm, prepare_environment
 from engine_adapter.vllm_observation import current_observer, observe_outputs
 

@@ -53,6 +53,7 @@ class Admission:
         for request in decision.admit:
             self.waiting.remove(request)
             request.admitted_s = now
+            request.tpot_slo_s = decision.paces.get(request.id, request.tpot_slo_s)
             self.running[request.id] = request
         rejected = []
         for rejection in decision.reject:

@@ -86,6 +86,19 @@ class Request:
         ahead = max((self.predicted_tokens - each) / 2, 1.0)
         self._revise_at = (each + ahead) * self.sequences
 
+    def pace_from(self, now: float) -> float:
+        """P_i (s, infinite where nothing bounds it) were it let in at ``now``.
+
+        What the plan set aside of an end-to-end bound for the first token, and waiting did not use, goes to the other
+        tokens: (a_i + E_i - now) / y_i.
+        """
+        if self.tpot_slo_s is None or self.best_effort:
+            return math.inf
+        if self.slo.e2e_s is None:
+            return self.tpot_slo_s
+        left = max(self.arrival_s + self.slo.e2e_s - now, 0.0) / max(1.0, self.predicted_at_arrival)
+        return left if self.slo.tpot_s is None else min(left, self.slo.tpot_s)
+
     def serve_at_best_effort(self) -> None:
         """Its SLO cannot be attained; it is served all the same, at nobody's cost."""
         self.best_effort = True

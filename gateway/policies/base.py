@@ -57,11 +57,16 @@ def reject_tpot(request: Request, predicted_s: float, retry_after_s: float, hope
 
 @dataclass(slots=True)
 class Decision:
-    """Admit these, in order; reject those; keep the rest. ``recheck_at`` (monotonic s): decide again by then."""
+    """Admit these, in order; reject those; keep the rest. ``recheck_at`` (monotonic s): decide again by then.
+
+    ``paces``: by the id of an admitted request, the seconds per token to plan with from now on, where that is not what
+    its ``tpot_slo_s`` says.
+    """
 
     admit: list[Request] = field(default_factory=list)
     reject: list[Rejection] = field(default_factory=list)
     recheck_at: float | None = None
+    paces: dict[str, float] = field(default_factory=dict)
 
 
 class Policy(Protocol):

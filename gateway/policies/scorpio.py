@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
-from engine_adapter.step_time import StepTimeModel
+from engine_adapter.step_model import StepTimeModel
 from gateway.policies.base import UNGATED, Decision, Runway, prefill_backlog, reject_tpot, reject_ttft
 from gateway.request import Request
 

@@ -4,19 +4,21 @@ The invariant: **what runs can keep its pace, and what waits can still be on tim
 strictest bound P* = min P_i, and T(R) what a step takes in which all of R decode,
 
     T(R) + A(R) <= P*                           everybody keeps pace (SCORPIO's eq. 8, without its factor eta),
-    A(R) = sum over R of t(p_i) / y_i           with the prefill that comes with so many requests, in every step,
+    A(R) = mu(R) * sum over R of p_i / y_i      with the prefill that comes with so many requests, in every step,
     share = 1 - T(R)/P*                         of time is left for prefill now,
-    est_k = sum over j <= k of t(p_j) / share   is when the k-th prompt in the queue is done,
+    est_k = sum over j <= k of mu*p_j / share   is when the k-th prompt in the queue is done,
     sum of m_i + z * sqrt(sum of s_i^2) <= M    the KV memory suffices, but for a chance of ``memory_risk``,
 
-where request i has p_i prompt tokens and y_i more predicted, and is expected to reach a length of m_i, uncertain by
-s_i; M is the KV memory, in tokens.
+where a prompt token costs mu(R) beside what runs (`step_curve`), and request i has p_i prompt tokens, y_i more
+predicted, and is expected to reach a length of m_i, uncertain by s_i; M is the KV memory, in tokens. No more prompts
+come to a place than come at all (`prompt_rate`). An end-to-end bound leaves a pace: what is left of it when the request
+is let in, over y_i.
 
 A request is admitted only if the first and the last hold with it; it is refused as soon as the third says that its
 deadline cannot be met. Who does not fit now never blocks the one behind (skip-over earliest deadline first). When not
 all can be served, those go first that take the least time of the engine,
 
-    w_i = t(p_i) + y_i * (cost of one decode at its mean length),
+    w_i = mu*p_i + y_i * (cost of one decode at its mean length),
 
 so that the time there is yields the most attained requests; but no SLO class and no tenant falls behind the rest by
 more than a stated share (`gateway.policies.floor`). Requests that nothing bounds take what is left, and a stated share
@@ -33,9 +35,9 @@ import numpy as np
 
 from engine_adapter.engine import EngineState
 from engine_adapter.slack_gate import COURTESY
-from engine_adapter.step_time import StepTimes
 from gateway.policies.base import Decision, Runway, reject_tpot, reject_ttft
 from gateway.policies.floor import Floor
+from gateway.policies.prompt_rate import PromptRate
 from gateway.policies.slack_load import Load, Queue
 from gateway.request import Request
 
@@ -55,7 +57,7 @@ class Slack:
     unprefilled.
     """
 
-    fill: float = 1.0
+    fill: float = 0.98
     thrift: float = 100.0
     floor: float = 0.5
     memory_risk: float = 0.01
@@ -65,6 +67,7 @@ class Slack:
     name: str = "slack"
     gate: str = "slack"
     _granted: Floor = field(init=False, repr=False, compare=False)
+    _prompts: PromptRate = field(init=False, repr=False, compare=False, default_factory=PromptRate)
 
     def __post_init__(self) -> None:
         self._granted = Floor(self.floor)
@@ -82,22 +85,23 @@ class Slack:
         decision = Decision()
         if not waiting:
             return decision
-        times = engine.step_time.times
-        load = Load.of(running, self.memory_risk)
+        load = Load.of(running, self.memory_risk, self._prompts.per_s(now))
         runway = Runway.of(running, engine, self.runway_steps)
         unbounded = [r for r in waiting if is_unbounded(r)]
         bounded = [r for r in waiting if not is_unbounded(r)] if unbounded else waiting
-        queue = Queue.of(bounded, times, self.patience_s)
-        queue = self._refuse_hopeless_pace(queue, times, decision)
-        queue = self._refuse_late(now, queue, load, runway.tokens, times, decision)
-        held_back = self._admit_bounded(queue, load, runway, engine, decision)
+        queue = Queue.of(now, bounded, load.prefill_token_s(engine), self.patience_s)
+        fresh = queue.arrival > self._prompts.newest_s
+        self._prompts.note(now, float(queue.prompt[fresh].sum()), float(queue.arrival.max(initial=-math.inf)))
+        queue = self._refuse_hopeless_pace(queue, engine, decision)
+        queue = self._refuse_late(now, queue, load, runway.tokens, engine, decision)
+        held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
         self._admit_unbounded(unbounded, held_back, load, runway, engine, decision)
         self._granted.note(decision)
         return decision
 
-    def _refuse_hopeless_pace(self, queue: Queue, times: StepTimes, decision: Decision) -> Queue:
+    def _refuse_hopeless_pace(self, queue: Queue, engine: EngineState, decision: Decision) -> Queue:
         """A TPOT bound that even an otherwise idle engine would break is refused at once."""
-        alone_s = queue.decode_alone_s(times)
+        alone_s = queue.decode_alone_s(engine)
         hopeless = alone_s > queue.tpot_s
         if not hopeless.any():
             return queue
@@ -106,16 +110,16 @@ class Slack:
         return queue.only(~hopeless)
 
     def _refuse_late(
-        self, now: float, queue: Queue, load: Load, unprefilled: int, times: StepTimes, decision: Decision
+        self, now: float, queue: Queue, load: Load, unprefilled: int, engine: EngineState, decision: Decision
     ) -> Queue:
         """Walk the queue in deadline order; what cannot have its first token in time is refused."""
-        busy = load.step_s(times)
+        busy, curve = load.step_s(engine), engine.step_time.curve
         full_stretch = 1 / max(_LEAST_SHARE, 1 - busy / load.strictest)
         stretch = self.optimism * full_stretch
         # The step under way must end, and the one that brings the first token takes what any step takes.
-        step = max(busy, times.d)
-        fixed = now + busy / 2 + step + times.beta
-        work = times.alpha * unprefilled
+        step = max(busy, curve.step_s(1, 0))
+        fixed = now + busy / 2 + step + curve.h
+        work = load.prefill_token_s(engine) * unprefilled
         margin = queue.deadline - (fixed + stretch * (work + np.cumsum(queue.prefill_s)))
         late = margin < 0
         if late.any():
@@ -133,19 +137,22 @@ class Slack:
                 predicted_s = request.ttft_slo_s + late_by
                 # Asking again takes a moment, and optimism is not for promises: without it, and a step to spare.
                 attainable_s = predicted_s + (full_stretch - stretch) * (work + own) + step
-                hopeless = own + times.d + times.beta > request.ttft_slo_s
+                hopeless = curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
                 decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_by, hopeless))
             queue, margin = queue.only(~late), margin[~late]
         if len(margin) and margin.min() < math.inf:
             decision.recheck_at = now + float(margin.min())
         return queue
 
-    def _admit_bounded(self, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision) -> bool:
+    def _admit_bounded(
+        self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision
+    ) -> bool:
         """Admit the least costly that keep the invariant; whether any is left waiting."""
-        times = engine.step_time.times
-        # The batch only grows from here: what breaks a pace now need not be looked at again.
-        fits = queue.pace_s_with(load, times) <= self.fill * np.minimum(queue.tpot_s, load.strictest)
-        key = queue.due + self.thrift * queue.cost_s(times)
+        # The batch only grows from here: what breaks a pace now need not be looked at again. An idle engine takes one
+        # whatever may come after it: that it can keep its own pace was seen to before.
+        fits = queue.pace_s_with(load, engine) <= self.fill * np.minimum(queue.tpot_s, load.strictest)
+        fits |= load.places == 0
+        key = queue.due + self.thrift * queue.cost_s(engine.step_time.times)
         behind = self._granted.behind()
         if behind:
             key = key - np.array([_FIRST if behind.has(r) else 0.0 for r in queue.requests])
@@ -158,14 +165,26 @@ class Slack:
                 continue
             if not runway.fits(request):
                 continue
-            more = load.plus(request)
-            if more.pace_s(times) > self.fill * more.strictest or not more.fits_memory(engine.kv_tokens):
+            pace_s = float(queue.tpot_s[at])
+            more = load.plus(request, pace_s)
+            prompts = runway.tokens + request.prompt_tokens
+            if load.places and not self._holds(more, prompts, request.deadline_s - now, engine):
                 continue
             load.take(more)
             runway.add(request)
             decision.admit.append(request)
+            if request.slo.e2e_s is not None:
+                decision.paces[request.id] = pace_s
             admitted += 1
         return admitted < len(queue.requests)
+
+    def _holds(self, more: Load, prompts: int, within_s: float, engine: EngineState) -> bool:
+        """The invariant, with ``more`` running and so many prompt tokens to be done within ``within_s``."""
+        return (
+            more.pace_s(engine) <= self.fill * more.strictest
+            and more.prefilled_in_s(prompts, engine) <= within_s
+            and more.fits_memory(engine.kv_tokens)
+        )
 
     def _admit_unbounded(
         self,
@@ -184,7 +203,7 @@ class Slack:
             if load.places and load.places + request.sequences > engine.max_num_seqs:
                 break
             more = load.plus(request)
-            if not runway.fits(request) or not more.fits_memory(engine.kv_tokens):
+            if not runway.fits(request) or (load.places and not more.fits_memory(engine.kv_tokens)):
                 break
             load.take(more)
             runway.add(request)

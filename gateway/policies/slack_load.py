@@ -14,6 +14,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from engine_adapter.engine import EngineState
 from engine_adapter.slack_gate import COURTESY
 from engine_adapter.step_time import StepTimes
 from gateway.request import Request
@@ -33,6 +34,7 @@ class Load:
     its mean. ``prefill`` is what their places need of prompts per step (tokens): p_i / y_i each, as whoever is through
     after y_i steps is followed by another. ``strictest`` is P* (s). ``memory`` sums the lengths that they are expected
     to reach (tokens), ``variance`` what that is uncertain by; ``z``: how many standard deviations to allow.
+    ``prompt_rate``: prompt tokens that come in a second; all places together bring no more than those.
     """
 
     places: int = 0
@@ -44,25 +46,26 @@ class Load:
     memory: float = 0.0
     variance: float = 0.0
     z: float = 0.0
+    prompt_rate: float = math.inf
 
     @classmethod
-    def of(cls, running: Collection[Request], memory_risk: float) -> Load:
+    def of(cls, running: Collection[Request], memory_risk: float, prompt_rate: float = math.inf) -> Load:
         """The sums over ``running``; memory may be outgrown with a probability of ``memory_risk``."""
-        load = cls(z=NormalDist().inv_cdf(1 - memory_risk))
+        load = cls(z=NormalDist().inv_cdf(1 - memory_risk), prompt_rate=prompt_rate)
         for request in running:
-            load._add(request)
+            bound = request.tpot_slo_s
+            load._add(request, math.inf if bound is None or request.best_effort else bound)
         return load
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request, pace_s: float) -> None:
         sequences, predicted = request.sequences, request.predicted_tokens
-        bound = request.tpot_slo_s
         weight: float = sequences
         self.places += sequences
-        if bound is None or request.best_effort:
+        if pace_s == math.inf:
             self.unbounded += sequences
             weight *= COURTESY
-        elif bound < self.strictest:
-            self.strictest = bound
+        elif pace_s < self.strictest:
+            self.strictest = pace_s
         out = request.generated / sequences
         left = predicted - out
         self.decoding += weight
@@ -73,8 +76,8 @@ class Load:
         if doubt > 0:
             self.variance += sequences * (doubt / _Z90) ** 2
 
-    def plus(self, request: Request) -> Load:
-        """R and one more."""
+    def plus(self, request: Request, pace_s: float = math.inf) -> Load:
+        """R and one more, which has to keep a pace of ``pace_s``."""
         more = Load(
             self.places,
             self.unbounded,
@@ -85,8 +88,9 @@ class Load:
             self.memory,
             self.variance,
             self.z,
+            self.prompt_rate,
         )
-        more._add(request)
+        more._add(request, pace_s)
         return more
 
     def take(self, more: Load) -> None:
@@ -94,17 +98,28 @@ class Load:
         for name in self.__slots__:
             setattr(self, name, getattr(more, name))
 
-    def step_s(self, times: StepTimes) -> float:
+    def step_s(self, engine: EngineState) -> float:
         """T(R): seconds of a step in which everybody decodes; 0 when nobody does."""
-        return times.itl(self.decoding, self.length / self.decoding) if self.decoding else 0.0
+        return engine.step_time.curve.step_s(self.decoding, self.length)
 
-    def pace_s(self, times: StepTimes) -> float:
+    def prefill_token_s(self, engine: EngineState) -> float:
+        """mu(R): seconds that a prompt token costs beside what runs, in the long run."""
+        return float(engine.step_time.curve.prefill_token_s(self.decoding, engine.max_num_batched_tokens))
+
+    def pace_s(self, engine: EngineState) -> float:
         """T(R) + A(R): seconds a token in the long run, prompts included."""
-        return self.step_s(times) + times.alpha * self.prefill
+        coming = min(self.prefill, self.prompt_rate * self.strictest)
+        return self.step_s(engine) + self.prefill_token_s(engine) * coming
+
+    def prefilled_in_s(self, tokens: int, engine: EngineState) -> float:
+        """Seconds until ``tokens`` of prompts are prefilled in the share of time that decodes leave, and a step."""
+        step = self.step_s(engine)
+        share = 1 - step / self.strictest
+        return step + self.prefill_token_s(engine) * tokens / share if share > 0 else math.inf
 
     def fits_memory(self, kv_tokens: int) -> bool:
-        """Whether ``kv_tokens`` (0: not known) suffice, but for the risk. One request always fits."""
-        if kv_tokens <= 0 or self.places <= 1:
+        """Whether ``kv_tokens`` (0: not known) suffice, but for the risk."""
+        if kv_tokens <= 0:
             return True
         return self.memory + self.z * math.sqrt(self.variance) <= kv_tokens
 
@@ -113,53 +128,61 @@ class Load:
 class Queue:
     """Waiting requests with bounds, in deadline order, and what is reckoned with as columns of shape (n,).
 
-    ``deadline``: of the first token (s, infinite without one); ``due``: the same, or when patience ends; ``tpot_s``:
-    bound (s, infinite without one); ``sequences``; ``length``: mean tokens of context over its life; ``tokens``:
-    predicted output; ``prefill_s``: t(p) at the margin.
+    ``arrival`` (s); ``deadline``: of the first token (s, infinite without one); ``due``: the same, or when patience
+    ends; ``tpot_s``: bound (s, infinite without one); ``sequences``; ``length``: mean tokens of context over its life;
+    ``prompt`` and ``tokens``: of predicted output; ``prefill_s``: mu * p.
     """
 
     requests: Sequence[Request]
+    arrival: Floats
     deadline: Floats
     due: Floats
     tpot_s: Floats
     sequences: Floats
     length: Floats
+    prompt: Floats
     tokens: Floats
     prefill_s: Floats
 
     @classmethod
-    def of(cls, requests: Sequence[Request], times: StepTimes, patience_s: float) -> Queue:
-        """The columns of ``requests``."""
+    def of(cls, now: float, requests: Sequence[Request], prefill_token_s: float, patience_s: float) -> Queue:
+        """The columns of ``requests`` at ``now``, with prompt tokens at ``prefill_token_s`` each."""
         deadline = _column(r.deadline_s for r in requests)
         arrival = _column(r.arrival_s for r in requests)
         prompt = _column(r.prompt_tokens for r in requests)
         tokens = _column(r.predicted_tokens for r in requests)
         return cls(
             requests=requests,
+            arrival=arrival,
             deadline=deadline,
             due=np.minimum(deadline, arrival + patience_s),
-            tpot_s=_column(math.inf if r.tpot_slo_s is None or r.best_effort else r.tpot_slo_s for r in requests),
+            tpot_s=_column(r.pace_from(now) for r in requests),
             sequences=_column(r.sequences for r in requests),
             length=prompt + tokens / 2,
+            prompt=prompt,
             tokens=tokens,
-            prefill_s=times.alpha * prompt,
+            prefill_s=prefill_token_s * prompt,
         )
 
     def only(self, which: NDArray[np.bool_]) -> Queue:
         """Those where ``which`` holds."""
-        columns = (self.deadline, self.due, self.tpot_s, self.sequences, self.length, self.tokens, self.prefill_s)
-        return Queue(list(compress(self.requests, which.tolist())), *(column[which] for column in columns))
+        columns = (getattr(self, name)[which] for name in self.__slots__ if name != "requests")
+        return Queue(list(compress(self.requests, which.tolist())), *columns)
 
-    def decode_alone_s(self, times: StepTimes) -> Floats:
+    def decode_alone_s(self, engine: EngineState) -> Floats:
         """Seconds a token in an otherwise idle engine."""
-        return _step_s(self.sequences, self.length * self.sequences, times)
+        return engine.step_time.curve.decode_s(self.sequences, self.length * self.sequences)
 
-    def pace_s_with(self, load: Load, times: StepTimes) -> Floats:
+    def pace_s_with(self, load: Load, engine: EngineState) -> Floats:
         """T(R) + A(R) for each, were it admitted."""
         weight = np.where(self.tpot_s < math.inf, self.sequences, COURTESY * self.sequences)
-        decodes = _step_s(load.decoding + weight, load.length + self.length * weight, times)
-        prefill = times.alpha * load.prefill + self.prefill_s / np.maximum(self.tokens, 1.0) * weight
-        return np.asarray(decodes + prefill, dtype=np.float64)
+        decoding, curve = load.decoding + weight, engine.step_time.curve
+        prefill = load.prefill + self.prompt / np.maximum(self.tokens, 1.0) * weight
+        prefill = np.minimum(prefill, load.prompt_rate * np.minimum(self.tpot_s, load.strictest))
+        return np.asarray(
+            curve.decode_s(decoding, load.length + self.length * weight)
+            + curve.prefill_token_s(decoding, engine.max_num_batched_tokens) * prefill
+        )
 
     def cost_s(self, times: StepTimes) -> Floats:
         """w_i: seconds of engine time, at the margin."""
@@ -168,8 +191,3 @@ class Queue:
 
 def _column(values: Iterable[float]) -> Floats:
     return np.fromiter(values, dtype=np.float64)
-
-
-def _step_s(decoding: Floats, length: Floats, times: StepTimes) -> Floats:
-    """`StepTimes.itl` over columns: ``decoding`` sequences with contexts that sum to ``length``."""
-    return times.a * length + times.c * length / decoding + times.b * decoding + times.d

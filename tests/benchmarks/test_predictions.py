@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.predictions import Predicted, predict
 from benchmarks.workload import Asked, make_workload
 
-WAYS = ("oracle", "noise:0.5", "constant", "shipped")
+WAYS = ("oracle", "noise:0.5", "constant", "reversed", "shipped", "shipped:2", "shipped:0.01")
 SHAREGPT = make_workload("sharegpt", qps=10, requests=4000, seed=11)
 
 
@@ -55,7 +55,9 @@ def test_noise_of_nothing_is_the_oracle() -> None:
     assert predict("noise:0", SHAREGPT[:50], 1) == predict("oracle", SHAREGPT[:50], 1)
 
 
-@pytest.mark.parametrize(("how", "off"), [("noise:0.5", 0.02), ("constant", 0.02), ("shipped", 0.05)])
+@pytest.mark.parametrize(
+    ("how", "off"), [("noise:0.5", 0.02), ("constant", 0.02), ("reversed", 0.02), ("shipped", 0.05)]
+)
 def test_about_nine_in_ten_answers_are_no_longer_than_their_90th_percentile(how: str, off: float) -> None:
     p90 = np.array([predicted.p90 for predicted in predict(how, SHAREGPT, 0)])
     assert float((true(SHAREGPT) <= p90).mean()) == pytest.approx(0.9, abs=off)
@@ -72,6 +74,21 @@ def test_the_shipped_predictors_errors_are_on_the_workloads_own_scale() -> None:
     assert 1 <= tokens("shipped", short).min() <= tokens("shipped", short).max() <= 39
 
 
+def test_a_scale_that_is_off_leaves_the_order_of_the_shipped_predictor() -> None:
+    right, twice, half = (tokens(how, SHAREGPT) for how in ("shipped", "shipped:2", "shipped:0.5"))
+    assert twice == pytest.approx(2 * right)
+    assert half == pytest.approx(np.maximum(right / 2, 1.0))
+    p90 = np.array([predicted.p90 for predicted in predict("shipped", SHAREGPT, 0)])
+    assert np.array([predicted.p90 for predicted in predict("shipped:2", SHAREGPT, 0)]) == pytest.approx(2 * p90)
+    assert predict("shipped:1", SHAREGPT, 3) == predict("shipped", SHAREGPT, 3)
+
+
+def test_reversed_tells_the_longest_answer_that_it_is_the_shortest_and_so_on() -> None:
+    assert tokens("reversed", of_lengths(1, 500, 30, 40)).tolist() == [500, 1, 40, 30]
+    assert concordance(tokens("reversed", SHAREGPT), true(SHAREGPT)) < -0.9
+    assert sorted(tokens("reversed", SHAREGPT)) == sorted(true(SHAREGPT))
+
+
 @given(
     st.sampled_from(WAYS), st.lists(st.integers(1, 4000), min_size=1, max_size=30), st.integers(0, 2**31), st.booleans()
 )
@@ -85,23 +102,33 @@ def test_one_prediction_a_request_that_is_finite_and_at_least_a_token(
     assert predictions == predict(how, workload, seed)
 
 
-@pytest.mark.parametrize("how", ["noise:0.5", "shipped"])
+@pytest.mark.parametrize("how", ["noise:0.5", "shipped", "shipped:2"])
 def test_another_seed_errs_otherwise(how: str) -> None:
     assert predict(how, SHAREGPT[:40], 1) != predict(how, SHAREGPT[:40], 2)
 
 
-@pytest.mark.parametrize("how", ["oracle", "noise:0.5", "shipped"])
+@pytest.mark.parametrize("how", WAYS)
 def test_nobody_asked_is_nobody_predicted(how: str) -> None:
     assert predict(how, [], 0) == []
 
 
-@pytest.mark.parametrize("how", ["", "magic", "oracle:1", "constant:5", "shipped:x", "Oracle", "noises"])
+@pytest.mark.parametrize("how", ["", "magic", "oracle:1", "constant:5", "reversed:2", "Oracle", "noises"])
 def test_an_unknown_predictor_names_those_there_are(how: str) -> None:
-    with pytest.raises(ValueError, match=r"choose shipped, oracle, noise:SIGMA \(such as noise:0.5\) or constant"):
+    with pytest.raises(ValueError, match="no predictor is called") as refused:
         predict(how, of_lengths(5), 0)
+    there_are = (
+        "shipped, shipped:FACTOR (such as shipped:2), oracle, noise:SIGMA (such as noise:0.5), constant or reversed"
+    )
+    assert str(refused.value).endswith(f"choose {there_are}")
 
 
 @pytest.mark.parametrize("how", ["noise", "noise:", "noise:much", "noise:-1", "noise:10", "noise:nan", "noise:inf"])
 def test_noise_needs_a_sensible_sigma(how: str) -> None:
     with pytest.raises(ValueError, match=r"noise:SIGMA needs a number from 0 to 10, such as noise:0\.5"):
+        predict(how, of_lengths(5), 0)
+
+
+@pytest.mark.parametrize("how", ["shipped:", "shipped:x", "shipped:0", "shipped:-2", "shipped:1000", "shipped:nan"])
+def test_a_scale_needs_a_sensible_factor(how: str) -> None:
+    with pytest.raises(ValueError, match=r"shipped:FACTOR needs a number above 0 and below 1000, such as shipped:2"):
         predict(how, of_lengths(5), 0)

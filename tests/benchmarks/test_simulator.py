@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import simulator
 from benchmarks.predictions import Predicted, predict
 from benchmarks.replica import Replica
 from benchmarks.run_record import Served
@@ -21,7 +20,7 @@ from benchmarks.workload import Asked, make_workload
 from engine_adapter.engine import EngineState
 from engine_adapter.profile import Profile, Regime, load_profile
 from engine_adapter.simulated_scheduler import STEP_MODES
-from engine_adapter.step_time import StepTimeModel
+from engine_adapter.step_model import StepTimeModel
 from gateway.admission import Admission
 from gateway.policies.base import Decision, Policy
 from gateway.policies.names import POLICIES, make_policy
@@ -403,16 +402,8 @@ def test_a_tenant_with_costly_requests_is_not_below_its_floor_at_three_times_wha
 
     def adherence(floor: float) -> tuple[float, float]:
         """Of the tenant whose answers are the longest fifth, and of everybody."""
-        with pytest.MonkeyPatch.context() as patch:
-            original = simulator._request
-
-            def of_a_tenant(index: int, asked: Asked, predicted: Predicted) -> Request:
-                request = original(index, asked, predicted)
-                request.tenant = "dear" if predicted.tokens > dearest else "others"
-                return request
-
-            patch.setattr(simulator, "_request", of_a_tenant)
-            came = simulate(asked, predictions, profile, lambda: make_policy("slack", {"floor": floor}))
+        tenants = ["dear" if p.tokens > dearest else "others" for p in predictions]
+        came = simulate(asked, predictions, profile, lambda: make_policy("slack", {"floor": floor}), tenants=tenants)
         attained = [served.attained for served in came.served]
         dear = [ok for ok, p in zip(attained, predictions, strict=True) if p.tokens > dearest]
         return sum(dear) / len(dear), sum(attained) / len(attained)

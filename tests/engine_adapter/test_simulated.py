@@ -13,7 +13,8 @@ from live_server import Recorder, eventually, observed, serve
 
 from engine_adapter.engine import Engine, EngineEvents, EngineLost
 from engine_adapter.simulated import SimulatedEngine
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes
 
 FAST = StepTimes(b=0.0, d=2e-3, alpha=1e-5)
 CHAT = "/v1/chat/completions"

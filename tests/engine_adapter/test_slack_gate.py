@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_adapter.gates import GATES, Gates
-from engine_adapter.slack_gate import COURTESY, LEAST_CHUNK, SlackGate
+from engine_adapter.slack_gate import COURTESY, SlackGate
+from engine_adapter.step_curve import StepCurve
 from engine_adapter.step_gate import StepPlan
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes
 
 TIMES = StepTimes(a=0.0, b=1e-3, c=0.0, d=0.01, alpha=1e-4, beta=0.0)
 """A step takes 10 ms, 1 ms a decode and 0.1 ms a prompt token."""
@@ -52,16 +54,20 @@ def test_whoever_is_late_already_holds_nobody_up() -> None:
 
 @pytest.mark.parametrize(
     ("decoding", "backlog"),
-    [([], 1000), ([Running("r", None)], 1000), ([Running("r")], 0), ([Running("r")], 190)],
+    [([], 1000), ([Running("r", None)], 1000), ([Running("r")], 0), ([Running("r")], 189)],
     ids=["nobody decodes", "nobody has a bound", "nothing to prefill", "all of it fits"],
 )
 def test_where_nobody_is_at_risk_the_step_is_the_engines_own(decoding: list[Running], backlog: int) -> None:
     assert slack_gate().plan(0.0, decoding, backlog) == StepPlan()
 
 
-def test_a_chunk_too_small_to_be_worth_it_waits() -> None:
-    plan = slack_gate().plan(0.0, [Running("r", 0.011 + (LEAST_CHUNK - 1) * 1e-4)], 1000)
-    assert plan.max_prefill_tokens == 0
+def test_a_chunk_too_small_to_be_worth_it_waits_until_there_is_slack_for_a_large_one() -> None:
+    # 5 ms for any prefill at all, and 0.1 ms a token: 10 tokens would cost 6 ms, 140 cost 19.
+    curve = replace(StepCurve.of(TIMES), h=0.005)
+    gate, request = SlackGate(StepTimeModel(times=TIMES, curve=curve, learn=False)), Running("r", 0.05)
+    gate.plan(0.0, [request], 1000)
+    assert gate.plan(0.033, [request], 1000).max_prefill_tokens == 0, "17 ms are left of 50, a step takes 11"
+    assert gate.plan(0.020, [request], 1000).max_prefill_tokens == pytest.approx(140, abs=1)
 
 
 def test_the_last_few_tokens_of_a_prompt_are_worth_a_small_chunk() -> None:
@@ -80,7 +86,7 @@ def test_it_learns_how_long_steps_take() -> None:
     gate = SlackGate()
     for batch in range(1, 33):
         gate.observe(batch, 0, 100.0, 0.02 + 1e-3 * batch)
-        gate.observe(batch, 100, 100.0, 0.02 + 1e-3 * batch + 0.05)
+        gate.observe(batch, 10 * batch, 100.0, 0.02 + 1e-3 * batch + 0.5e-3 * 10 * batch)
     plan = gate.plan(0.0, [Running("r", 0.121)], 10_000)
     assert plan.max_prefill_tokens == pytest.approx(200, rel=0.15)
 
@@ -118,17 +124,6 @@ def test_no_step_that_it_allows_makes_anybody_late_who_is_not(bounds: list[float
     strictest = min((bound for bound in bounds if bound is not None), default=None)
     if prefill and strictest is not None:
         assert TIMES.itl(len(decoding) - len(plan.sit_out), 100) + TIMES.prefill(prefill) <= strictest + 1e-9
-
-
-@given(st.floats(0, 2), st.floats(1e-6, 1e-3), st.floats(0, 0.05), st.floats(0, 200), st.floats(0, 0.05))
-def test_what_fits_into_a_time_is_the_inverse_of_the_prefill_time(
-    seconds: float, alpha: float, beta: float, theta: float, delta: float
-) -> None:
-    times = StepTimes(alpha=alpha, beta=beta, theta=theta, delta=delta)
-    most = StepTimeModel(times=times).prefill_tokens_within(seconds)
-    if most:
-        assert times.prefill(most) <= seconds + 1e-9
-    assert times.prefill(max(most + 1, theta)) > seconds - 1e-9
 
 
 # --- several gates in one engine --------------------------------------------------------------------------------------

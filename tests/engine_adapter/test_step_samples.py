@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from engine_adapter.engine import EngineState
+from engine_adapter.step_model import StepTimeModel
 from engine_adapter.step_samples import SAMPLE_EVERY, StepSampler, StreamTiming
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_time import StepTimes
 
 
 class RecordedSteps(StepTimeModel):

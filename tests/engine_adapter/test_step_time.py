@@ -7,14 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_adapter.step_time import (
-    StepTimeModel,
-    StepTimes,
-    fit_itl,
-    fit_prefill,
-    fit_quality,
-    nonnegative_least_squares,
-)
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes, fit_itl, fit_prefill, fit_quality, nonnegative_least_squares
 
 TRUE = StepTimes(a=4e-8, b=1.5e-4, c=2e-6, d=6e-3, alpha=1e-4, beta=2e-3)
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_adapter.engine import EngineState
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes
 from gateway.admission import Admission
 from gateway.policies.base import Decision, reject_ttft
 from gateway.policies.fcfs import Fcfs

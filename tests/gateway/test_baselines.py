@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_adapter.engine import EngineState
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes
 from gateway.policies.base import Decision, Policy
 from gateway.policies.mooncake import Mooncake
 from gateway.policies.names import POLICIES, make_policy

@@ -73,7 +73,7 @@ async def test_what_waits_for_a_dead_engine_moves_to_one_that_lives() -> None:
 
 async def test_an_idle_engine_that_refuses_everything_is_probed_and_serves_again(antares: Live) -> None:
     model = antares.engine.state.step_time
-    model.times = StepTimes(d=10.0)  # what it would have learnt from a machine that stood still
+    model.start_over(StepTimes(d=10.0))  # what it would have learnt from a machine that stood still
     refused = await antares.ask()
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "tpot_unattainable")
     assert (await antares.ask()).status_code == 200

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_adapter.engine import EngineState
-from engine_adapter.step_time import StepTimeModel, StepTimes
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes
 from gateway.policies.base import Decision, Policy, prefill_backlog
 from gateway.policies.fcfs import Fcfs
 from gateway.policies.names import POLICIES, make_policy

@@ -1,0 +1,190 @@
+"""The page of `benchmarks.slack_study`: tables, and what they say in numbers. All of it comes from the JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks.slack_without import FULL, WITHOUT
+
+Record = dict[str, Any]
+
+EVERYBODY = "everybody"
+"""The group that all requests are in."""
+
+_HEAD = """# `slack`, taken apart and lied to
+
+**Simulated**: an A100 with Llama-3.1-8B, ShareGPT, the paper's six categories, {duration:g} s of Poisson arrivals, the
+shipped predictor's errors but where it says otherwise; seeds {seeds}. *Goodput* is attained requests a second, drain
+included, *adherence* attained over all requests. Numbers are means over the seeds, standard deviations in brackets.
+*S* is what stock vLLM bears with 90% adherence: {stock:g}/s.
+
+```
+python -m benchmarks.slack_study{parts} --seeds {count} --duration {duration:g} --stock-qps {stock:g} \\
+    --json docs/results/slack_study.json
+python -m benchmarks.slack_study --page docs/results/slack_study.json
+```
+"""
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page in Markdown, of the parts that ``found`` has."""
+    parts = found["parts"]
+    chosen = "" if parts.keys() == _WRITERS.keys() else "".join(f" --part {name}" for name in parts)
+    seeds = ", ".join(map(str, found["seeds"]))
+    head = _HEAD.format(
+        duration=found["duration_s"], seeds=seeds, stock=found["stock_qps"], count=len(found["seeds"]), parts=chosen
+    )
+    return "\n".join([head, *("\n".join(_WRITERS[name](records)) + "\n" for name, records in parts.items())])
+
+
+def ablation(records: Sequence[Record]) -> list[str]:
+    """A table a load; and one for an engine with little memory."""
+    lines = [
+        "## Without one of its parts",
+        "",
+        "*Of full* is the goodput over that of `slack` in full with the same seed: below 1, the part earns its place.",
+        "The floor is not there for goodput but for those it serves, below; memory is short in the last table only.",
+    ]
+    for load, memory in dict.fromkeys((r["load"], r.get("kv_tokens")) for r in records):
+        here = [r for r in records if (r["load"], r.get("kv_tokens")) == (load, memory)]
+        where = f", {memory:,} tokens of KV memory" if memory else ""
+        lines += ["", f"### {load:g} S{where}", ""]
+        lines += _header("without", "which means", "goodput", "of full", "adherence", "preemptions")
+        full = _of(here, "goodput", row=FULL)
+        for row in _names(here, "row"):
+            goodput = _of(here, "goodput", row=row)
+            ratios = [_ratio(a, b) for a, b in zip(goodput, full, strict=True)]
+            cells = (
+                _cell(goodput, 1),
+                _cell(ratios, 2),
+                _cell(_of(here, "slo_adherence", row=row), 3),
+                _cell(_of(here, "preemptions", row=row), 0),
+            )
+            lines.append(f"| {row} | {WITHOUT[row].says} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def tenants(records: Sequence[Record]) -> list[str]:
+    """Whom the floor serves, and what it costs."""
+    lines = [
+        "## Whom it serves when not all can be",
+        "",
+        "Three tenants: the tenth of all requests with the most tokens (prompt and predicted answer) is the dear",
+        "one's, the larger half of the others the middling one's, the rest the cheap one's. *Of all* is a group's rate",
+        "of admission over everybody's; of that the floor promises 0.5 to every class and tenant.",
+    ]
+    for load in _names(records, "load"):
+        on, off = ([r for r in records if (r["row"], r["load"]) == (row, load)] for row in (FULL, "floor"))
+        lines += ["", f"### {load:g} S", ""]
+        lines += _header("group", "admitted", "of all", "adherence", "no floor: admitted", "of all", "adherence")
+        groups = sorted(on[0]["groups"], key=lambda name: name != EVERYBODY)
+        lines += [f"| {group} | {_served(on, group)} | {_served(off, group)} |" for group in groups]
+        least = [min(_of_all(run, group) for run in runs for group in groups) for runs in (on, off)]
+        goodput = [_of(runs, "goodput") for runs in (on, off)]
+        costs = [100 - 100 * _ratio(a, b) for a, b in zip(*goodput, strict=True)]
+        lines += [
+            "",
+            f"The least of all that any class or tenant had in any run: **{least[0]:.2f}** with the floor,",
+            f"{least[1]:.2f} without. Goodput is {_cell(goodput[0], 1)} with it and {_cell(goodput[1], 1)} without: it",
+            f"costs **{_cell(costs, 1)}%**.",
+        ]
+    return lines
+
+
+def _served(runs: Sequence[Record], group: str) -> str:
+    """Three cells: the group's admission rate, the same over everybody's, its adherence."""
+    of_group = [run["groups"][group] for run in runs]
+    shares = (
+        [of["admitted"] for of in of_group],
+        [_of_all(run, group) for run in runs],
+        [of["attained"] for of in of_group],
+    )
+    return " | ".join(_cell(values, 2) for values in shares)
+
+
+def predictors(records: Sequence[Record]) -> list[str]:
+    """Wrong output lengths."""
+    return [
+        "## Told wrong output lengths",
+        "",
+        "*Reverse order*: whose answer is the longest is told the shortest, and so on.",
+        "",
+        *_beside_scorpio(records, "lengths are"),
+    ]
+
+
+def step_times(records: Sequence[Record]) -> list[str]:
+    """Wrong step times."""
+    return [
+        "## Told wrong step times",
+        "",
+        "What the policy believes of step times, as a multiple of the true ones, with and without learning from the",
+        "steps of the run. The gate inside the engine knows nothing at first, and always learns.",
+        "",
+        *_beside_scorpio(records, "step times are"),
+    ]
+
+
+_WRITERS: dict[str, Callable[[Sequence[Record]], list[str]]] = {
+    "ablation": ablation,
+    "tenants": tenants,
+    "predictors": predictors,
+    "step-times": step_times,
+}
+"""What writes each part."""
+
+
+def _beside_scorpio(records: Sequence[Record], what: str) -> list[str]:
+    """A line a load and error: every policy's goodput and adherence, and `slack` over the better SCORPIO.
+
+    The first row of a load is the one without an error; *of right* is `slack`'s goodput over that there.
+    """
+    rows, columns = _names(records, "row"), _names(records, "column")
+    lines = _header("load", what, *(f"`{name}`" for name in columns), "`slack` of right", "over the better SCORPIO")
+    least = float("inf"), "", 0.0
+    for load in _names(records, "load"):
+        right = _of(records, "goodput", load=load, row=rows[0], column="slack")
+        for row in rows:
+            goodput = {name: _of(records, "goodput", load=load, row=row, column=name) for name in columns}
+            adherence = {name: _of(records, "slo_adherence", load=load, row=row, column=name) for name in columns}
+            best = max(fmean(values) for name, values in goodput.items() if name != "slack")
+            ratio = _ratio(fmean(goodput["slack"]), best)
+            least = min(least, (ratio, row, load))
+            cells = [f"{_cell(goodput[name], 1)}, {fmean(adherence[name]):.2f}" for name in columns]
+            kept = _cell([_ratio(a, b) for a, b in zip(goodput["slack"], right, strict=True)], 2)
+            lines.append(f"| {load:g} S | {row} | " + " | ".join(cells) + f" | {kept} | {ratio:.2f} |")
+    lines += [
+        "",
+        f"Goodput and adherence. The least of `slack` over the better SCORPIO: **{least[0]:.2f}** ({least[1]}, "
+        f"{least[2]:g} S).",
+    ]
+    return lines
+
+
+def _header(*heads: str) -> list[str]:
+    return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+
+
+def _names(records: Sequence[Record], key: str) -> list[Any]:
+    return list(dict.fromkeys(record[key] for record in records))
+
+
+def _of(records: Sequence[Record], key: str, **where: Any) -> list[float]:
+    """``key`` of those records where everything holds, in the order of seeds."""
+    found = [record for record in records if all(record[name] == value for name, value in where.items())]
+    return [record[key] for record in sorted(found, key=lambda record: record["seed"])]
+
+
+def _of_all(record: Record, group: str) -> float:
+    """The group's admission rate over everybody's."""
+    return _ratio(record["groups"][group]["admitted"], record["groups"][EVERYBODY]["admitted"])
+
+
+def _ratio(value: float, of: float) -> float:
+    return value / of if of else float("nan")
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    return f"{fmean(values):.{digits}f}" + (f" ({stdev(values):.{digits}f})" if len(values) > 1 else "")

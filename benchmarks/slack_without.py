@@ -1,0 +1,143 @@
+"""`slack` without one of its parts, for `benchmarks.slack_study`: what is missed then is what the part is worth.
+
+Most parts are taken out by an option of `Slack`. For the others there are replacements here, rather than switches in
+the product that nobody should touch.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from unittest.mock import patch
+
+import numpy as np
+
+from engine_adapter.engine import EngineState
+from engine_adapter.step_curve import StepCurve
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import Floats
+from gateway.policies.base import UNGATED, Decision, Policy, Runway
+from gateway.policies.slack import Slack
+from gateway.policies.slack_load import Load, Queue
+from gateway.request import Request
+
+
+class Forgetful(Slack):
+    """Does not know how much KV memory there is."""
+
+    def decide(
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
+    ) -> Decision:
+        """As `slack`, for an engine that does not tell."""
+        return super().decide(now, waiting, running, replace(engine, kv_tokens=0))
+
+
+class NeverTooLate(Slack):
+    """Refuses nobody as late: whoever waits is served some time. Earlier deadlines still go first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.patience_s = math.inf
+
+    def decide(
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
+    ) -> Decision:
+        """As `slack`, with all deadlines put off."""
+        for request in waiting:
+            request.deadline_s = request.arrival_s + request.ttft_slo_s + _NEVER_S
+        return super().decide(now, waiting, running, engine)
+
+
+_NEVER_S = 1e6
+"""By so much all deadlines are put off."""
+
+
+class Blocking(Slack):
+    """The first that does not fit blocks those behind it."""
+
+    def _admit_bounded(
+        self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision
+    ) -> bool:
+        for request in self._in_turn(queue, engine):
+            alone = queue.only(np.array([other is request for other in queue.requests]))
+            if super()._admit_bounded(now, alone, load, runway, engine, decision):
+                return True
+        return False
+
+    def _in_turn(self, queue: Queue, engine: EngineState) -> list[Request]:
+        """All of them in the order in which `slack` tries them: the one in which a boundless engine would take them."""
+        boundless, taken = copy(self), Decision()
+        boundless.fill = math.inf
+        engine = replace(engine, max_num_seqs=sys.maxsize, kv_tokens=0)
+        Slack._admit_bounded(boundless, -math.inf, queue, Load(), Runway(0, math.inf), engine, taken)
+        return taken.admit
+
+
+@contextmanager
+def no_prompts_to_come() -> Iterator[None]:
+    """A(R) is 0: places in the batch bring no prompts with them."""
+    add, pace_s_with = Load._add, Queue.pace_s_with
+
+    def without_prefill(load: Load, request: Request, pace_s: float) -> None:
+        add(load, request, pace_s)
+        load.prefill = 0.0
+
+    def of_decodes_alone(queue: Queue, load: Load, engine: EngineState) -> Floats:
+        # p_i / y_i is nothing in an answer without end.
+        return pace_s_with(replace(queue, tokens=np.full_like(queue.tokens, np.inf)), load, engine)
+
+    with patch.object(Load, "_add", without_prefill), patch.object(Queue, "pace_s_with", of_decodes_alone):
+        yield
+
+
+@contextmanager
+def straight_lines() -> Iterator[None]:
+    """Policy and gate believe the two linear forms (SCORPIO eq. 4 and 6), and nothing else, of step times."""
+
+    def then_straight(learn: Callable[[StepTimeModel], None]) -> Callable[[StepTimeModel], None]:
+        def learn_and_forget_the_curve(model: StepTimeModel) -> None:
+            learn(model)
+            model.curve = StepCurve.of(model.times)
+
+        return learn_and_forget_the_curve
+
+    with (
+        patch.object(StepTimeModel, "__post_init__", then_straight(StepTimeModel.__post_init__)),
+        patch.object(StepTimeModel, "refit", then_straight(StepTimeModel.refit)),
+    ):
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Without:
+    """What takes a part out: a policy, and what holds around its run. ``says``: in words."""
+
+    says: str
+    make: Callable[[], Policy] = Slack
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+FULL = "nothing"
+
+WITHOUT: dict[str, Without] = {
+    FULL: Without("`slack` as it is"),
+    "thrift": Without("deadlines alone say who goes first", partial(Slack, thrift=0.0)),
+    "floor": Without("no class or tenant goes first for being behind", partial(Slack, floor=0.0)),
+    "optimism": Without("the queue ahead is not expected to thin out", partial(Slack, optimism=1.0)),
+    "memory": Without("the KV memory is not looked at", Forgetful),
+    "runway": Without(
+        "prompts are handed to the engine as soon as there is a place", partial(Slack, runway_steps=math.inf)
+    ),
+    "step gate": Without("the engine sizes its prefill as stock vLLM does", partial(Slack, gate=UNGATED)),
+    "refusing": Without("nobody is refused as late", NeverTooLate),
+    "pace": Without("whoever comes in time is let in (`fill` without end)", partial(Slack, fill=math.inf)),
+    "prompts to come": Without("A(R) is 0", around=no_prompts_to_come),
+    "skip-over": Without("the first that does not fit blocks the rest", Blocking),
+    "curve": Without("step times are linear, for policy and gate", around=straight_lines),
+}
+"""Each part of `slack` by name, and what takes it out."""

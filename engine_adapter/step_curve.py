@@ -1,0 +1,205 @@
+"""The shape of step times: not a line, because hardware works in waves.
+
+A step of D decodes with contexts that sum to C, beside p prompt tokens, takes
+
+    T(D, C, p) = f(D + p) + a*C + e*p + h*[p > 0]
+
+with f piecewise linear in the number of tokens. While a step is bound by memory, more tokens cost next to nothing, and
+where a new wave of tiles begins they cost a leap. Whoever believes in one slope (SCORPIO's eq. 4 and 6) leaves tokens
+that are all but free, and pays for few where many cost the same.
+
+f is learnt from the steps that were seen by least squares with a penalty on every change of slope that the curve before
+did not have: where there are no data it keeps its old shape, moved to the pace of today.
+All times in seconds, sizes in tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine_adapter.step_time import Floats, StepTimes
+
+KNOTS: Floats = np.array(
+    [0, 1, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256, 288, 320, 352, 384, 448, 512, 640,
+     768, 1024, 1536, 2048, 4096, 8192], dtype=np.float64
+)  # fmt: skip
+"""Tokens in a step between which f is a line: closer where steps are small and leaps matter."""
+
+WORTH = 0.8
+"""A chunk goes if it computes at least so many tokens a second, as a share of what the best chunk would."""
+
+_TYPICAL = 16
+"""Sequences."""
+
+_STIFFNESS = 1.0
+"""What a change of slope weighs, in steps: this many that say otherwise are believed half."""
+
+_MEMORY = 3e-4
+"""What the curve before weighs at each knot, in steps: where there are no data its bends count, not its heights."""
+
+_PRIOR_STEPS = 3.0
+"""What the other coefficients of before weigh, in steps (as in `step_time.fit_itl`)."""
+
+
+@dataclass(slots=True, frozen=True)
+class StepCurve:
+    """f at `KNOTS` (s, shape (knots,)), and the coefficients a, e and h of T(D, C, p)."""
+
+    at_knots: Floats
+    a: float
+    e: float
+    h: float
+    _knots: list[float] = field(init=False, repr=False, compare=False)
+    _values: list[float] = field(init=False, repr=False, compare=False)
+    _hulls: dict[int, Floats] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Plain floats: the gate looks single values up, for which an array is slow.
+        object.__setattr__(self, "_knots", KNOTS.tolist())
+        object.__setattr__(self, "_values", self.at_knots.tolist())
+
+    @classmethod
+    def of(cls, times: StepTimes) -> StepCurve:
+        """What SCORPIO's two forms say: one slope for decodes, one for prompt tokens on top of them.
+
+        A prompt alone takes t(p), as eq. 6 has it, which the fixed cost d of every step is part of. Without theta and
+        delta, and with c*L, which is not a cost of any token, as it is in a batch of `_TYPICAL`.
+        """
+        fixed = max(times.beta - times.d, 0.0)
+        return cls(times.d + times.b * KNOTS, times.a + times.c / _TYPICAL, times.alpha - times.b, fixed)
+
+    def step_s(self, decodes: float, context: float, prefill: float = 0.0) -> float:
+        """T(D, C, p); 0 for a step without tokens."""
+        tokens = decodes + prefill
+        if tokens <= 0:
+            return 0.0
+        seconds = self._f(tokens) + self.a * context
+        return seconds + self.e * prefill + self.h if prefill else seconds
+
+    def decode_s(self, decodes: Floats, context: Floats) -> Floats:
+        """T(D, C, 0) over arrays."""
+        return np.asarray(np.interp(decodes, KNOTS, self.at_knots) + self.a * context, dtype=np.float64)
+
+    def prefill_token_s(self, decodes: Floats | float, most: int) -> Floats:
+        """mu(D): seconds that a prompt token adds where they are cheapest, in steps of up to ``most`` tokens.
+
+        The least slope from T(D, C, 0) to T(D, C, p): what prefill costs in the long run, as steps may take turns.
+        ``decodes``: any shape, as is what it returns.
+        """
+        if most not in self._hulls:
+            self._hulls[most] = self._hull(most)
+        return np.asarray(np.interp(decodes, KNOTS, self._hulls[most]), dtype=np.float64)
+
+    def chunk(self, decodes: float, context: float, within_s: float, pace_s: float, backlog: int) -> int:
+        """The most prompt tokens, up to ``backlog``, with which a step ends within ``within_s``.
+
+        0 when none do, or when so few that they would be computed at less than `WORTH` of the rate of the best chunk in
+        a step of ``pace_s``: slack is then better saved until there is as much.
+        """
+        alone = self.step_s(decodes, context)
+        spare, usual = within_s - alone, pace_s - alone
+        if spare <= 0:
+            return 0
+        costs = [(p, max(self._extra(decodes, p), 1e-9)) for p in self._chunks(decodes, backlog)]
+        fitting = _within(spare, costs)
+        best = max((p / cost for p, cost in (_within(usual, costs) if usual > spare else fitting)), default=0.0)
+        return next((int(p) for p, cost in fitting if p / cost >= WORTH * best), 0)
+
+    def _f(self, tokens: float) -> float:
+        knots, values = self._knots, self._values
+        at = min(max(bisect_left(knots, tokens), 1), len(knots) - 1)
+        left, right = knots[at - 1], knots[at]
+        return values[at - 1] + (values[at] - values[at - 1]) * (tokens - left) / (right - left)
+
+    def _extra(self, decodes: float, prefill: float) -> float:
+        """Seconds that a chunk adds to a step."""
+        alone = self._f(decodes) if decodes > 0 else 0.0
+        return self._f(decodes + prefill) - alone + self.e * prefill + self.h
+
+    def _hull(self, most: int) -> Floats:
+        """mu at `KNOTS`."""
+        tokens = np.append(KNOTS[most > KNOTS], most)
+        f = np.interp(tokens, KNOTS, self.at_knots)
+        alone = np.where(KNOTS > 0, self.at_knots, 0.0)
+        prefill = tokens[None, :] - KNOTS[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            slope = (f[None, :] - alone[:, None] + self.h) / prefill + self.e
+        slope[prefill <= 0] = np.inf
+        least = slope.min(axis=1)
+        # A batch that leaves no room in a step prefills at the pace of the fullest that does.
+        return np.where(np.isfinite(least), least, least[np.isfinite(least)][-1])
+
+    def _chunks(self, decodes: float, most: float) -> list[float]:
+        """Sizes at which the cost of a chunk changes its slope, and ``most``."""
+        return [knot - decodes for knot in self._knots if decodes < knot < decodes + most] + (
+            [most] if most > 0 else []
+        )
+
+
+def _within(limit: float, costs: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (tokens, seconds) along a line through ``costs``, those at its corners and where it crosses ``limit``.
+
+    The largest first; none above ``limit``.
+    """
+    found: list[tuple[float, float]] = []
+    above: tuple[float, float] | None = None
+    for tokens, seconds in reversed(costs):
+        if seconds > limit:
+            above = (tokens, seconds)
+            continue
+        if above is not None:
+            found.append((tokens + (above[0] - tokens) * (limit - seconds) / (above[1] - seconds), limit))
+            above = None
+        found.append((tokens, seconds))
+    return found
+
+
+def refitted(before: StepCurve, decodes: Floats, context: Floats, prefill: Floats, seconds: Floats) -> StepCurve:
+    """``before``, corrected by steps that took ``seconds`` (all of shape (samples,))."""
+    knots = len(KNOTS)
+    tokens = decodes + prefill
+    columns = np.zeros((len(tokens), knots + 3))
+    right = np.clip(np.searchsorted(KNOTS, tokens), 1, knots - 1)
+    share = (tokens - KNOTS[right - 1]) / (KNOTS[right] - KNOTS[right - 1])
+    rows = np.arange(len(tokens))
+    columns[rows, right - 1], columns[rows, right] = 1 - share, share
+    columns[:, knots], columns[:, knots + 1], columns[:, knots + 2] = context, prefill, prefill > 0
+    guess = np.concatenate([before.at_knots, [before.a, before.e, before.h]])
+    expected = columns @ guess
+    pace = float(np.median(seconds / np.maximum(expected, 1e-9)))
+    guess, expected = guess * pace, expected * pace
+    # Relative errors: a short step tells as much as a long one, and a hiccup no more than that it was none.
+    weight = 1 / np.maximum(np.maximum(expected, seconds), 1e-9) ** 2
+    found = _solved(guess, columns, seconds, weight)
+    off = np.abs(seconds / np.maximum(columns @ found, 1e-9) - 1)
+    # Once more, with what is far off by the standards of this sample counting for less (Huber's weights).
+    usual = max(3 * float(np.median(off)), 0.02)
+    found = _solved(guess, columns, seconds, weight * np.minimum(1.0, usual / np.maximum(off, 1e-9)))
+    a, e, h = (float(value) for value in found[knots:])
+    return StepCurve(np.maximum.accumulate(np.maximum(found[:knots], 0.0)), max(a, 0.0), e, max(h, 0.0))
+
+
+def _solved(guess: Floats, columns: Floats, seconds: Floats, weight: Floats) -> Floats:
+    """The coefficients near ``guess`` that explain ``seconds`` best."""
+    knots, typical = len(KNOTS), float(weight.mean())
+    weighted = columns * weight[:, None]
+    gram, moment = columns.T @ weighted, weighted.T @ (seconds - columns @ guess)
+    gram[:knots, :knots] += _STIFFNESS * typical * _BENDING + _MEMORY * typical * np.eye(knots)
+    for at in range(knots, knots + 3):
+        gram[at, at] += _PRIOR_STEPS * max(float((weight * columns[:, at] ** 2).mean()), 1e-12)
+    return np.asarray(guess + np.linalg.solve(gram, moment), dtype=np.float64)
+
+
+def _bending() -> Floats:
+    """B with v'Bv the sum over inner knots of (how far v is from the line between its neighbours)^2."""
+    rows = np.zeros((len(KNOTS) - 2, len(KNOTS)))
+    for at in range(1, len(KNOTS) - 1):
+        share = (KNOTS[at] - KNOTS[at - 1]) / (KNOTS[at + 1] - KNOTS[at - 1])
+        rows[at - 1, at - 1 : at + 2] = -(1 - share), 1.0, -share
+    return np.asarray(rows.T @ rows, dtype=np.float64)
+
+
+_BENDING = _bending()

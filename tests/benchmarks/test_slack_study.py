@@ -1,0 +1,341 @@
+"""What is taken out of `slack` is really out, and only then; wrong beliefs reach the policy; the page is the JSON's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import slack_study
+from benchmarks.experiment import Experiment, Run
+from benchmarks.figures.lab import Lab
+from benchmarks.predictions import predict
+from benchmarks.replica import Replica
+from benchmarks.run_record import Served
+from benchmarks.simulator import Simulated, simulate
+from benchmarks.slack_study import CONTENDERS, PARTS, Study, Trial, play, tenants_of
+from benchmarks.slack_study_page import EVERYBODY, page
+from benchmarks.slack_without import FULL, WITHOUT, Blocking, no_prompts_to_come, straight_lines
+from benchmarks.workload import Asked, make_workload
+from engine_adapter.engine import EngineState
+from engine_adapter.profile import load_profile
+from engine_adapter.step_curve import StepCurve
+from engine_adapter.step_model import StepTimeModel
+from gateway.policies.slack import Slack
+from gateway.policies.slack_load import Load, Queue
+from gateway.request import Request
+from gateway.slo import Slo
+
+pytestmark = (
+    pytest.mark.no_cover
+)  # whole simulations, four times slower under a tracer; the rooms have tests of their own
+
+A100 = load_profile("a100-llama3.1-8b")
+BRIEF = Experiment(workload={"name": "sharegpt", "duration_s": 4.0})
+CROWDED = make_workload("sharegpt", qps=120.0, duration_s=4.0, seed=3)
+
+
+def came_of(name: str, workload: Sequence[Asked] = CROWDED, **limits: Any) -> Simulated:
+    """The workload under `slack` without the part called ``name``."""
+    without = WITHOUT[name]
+    with without.around():
+        return simulate(workload, predict("shipped", workload, 0), replace(A100, **limits), without.make)
+
+
+def asking(name: str, *, prompt: int = 100, predicted: float = 200.0, ttft: float = 2.0, tpot: float = 0.03) -> Request:
+    return Request(name, "chat", 0.0, Slo(ttft, tpot), prompt, predicted)
+
+
+def engine() -> EngineState:
+    return EngineState(alive=True, step_time=StepTimeModel(A100.step_times()))
+
+
+@pytest.fixture(scope="module")
+def in_full() -> list[Served]:
+    return came_of(FULL).served
+
+
+# --- without a part ---------------------------------------------------------------------------------------------------
+
+
+def test_nothing_taken_out_is_the_product(in_full: list[Served]) -> None:
+    assert WITHOUT[FULL].make() == Slack()
+    assert in_full == simulate(CROWDED, predict("shipped", CROWDED, 0), A100, Slack).served
+
+
+@pytest.mark.parametrize("name", [name for name in WITHOUT if name not in {FULL, "floor", "memory"}])
+def test_without_a_part_another_thing_happens_under_overload(name: str, in_full: list[Served]) -> None:
+    without = came_of(name).served
+    assert len(without) == len(CROWDED)
+    assert without != in_full
+
+
+def test_the_floor_is_taken_out_for_classes_and_tenants_alike() -> None:
+    assert WITHOUT["floor"].make() == Slack(floor=0.0)
+
+
+def test_without_its_part_memory_overflows_where_it_is_short() -> None:
+    workload = make_workload("sharegpt", qps=60.0, duration_s=10.0, seed=1)
+    with_it, without = (came_of(name, workload, kv_tokens=9000) for name in (FULL, "memory"))
+    assert with_it.preemptions < without.preemptions
+
+
+def test_nobody_is_refused_as_late_and_all_end(in_full: list[Served]) -> None:
+    assert {one.outcome for one in came_of("refusing").served} == {"finished"}
+    assert any(one.outcome == "rejected" for one in in_full)
+
+
+def test_the_first_that_does_not_fit_blocks_the_one_behind() -> None:
+    # 1,500 and 1,000 prompt tokens are more than the engine's runway holds; the third is short enough.
+    waiting = [asking("a", prompt=1500, ttft=1.0), asking("b", prompt=1000, ttft=1.5), asking("c", prompt=50, ttft=2.0)]
+    admitted = {
+        kind: [r.id for r in kind(thrift=0.0).decide(0.0, waiting, [], engine()).admit] for kind in (Slack, Blocking)
+    }
+    assert admitted == {Slack: ["a", "c"], Blocking: ["a"]}
+
+
+def test_without_prompts_to_come_a_place_is_its_decode_and_afterwards_it_is_not() -> None:
+    state, request = engine(), asking("a", prompt=4000, predicted=100.0)
+
+    def paces() -> tuple[float, float]:
+        load = Load.of([request], 0.01)
+        queue = Queue.of(0.0, [request], load.prefill_token_s(state), 60.0)
+        return load.pace_s(state) - load.step_s(state), float(queue.pace_s_with(Load(), state)[0])
+
+    with no_prompts_to_come():
+        assert paces() == (0.0, pytest.approx(state.step_time.curve.step_s(1, 4050)))
+    more, pace = paces()
+    assert more > 0
+    assert pace > state.step_time.curve.step_s(1, 4050) + 1e-3
+
+
+def test_on_straight_lines_nothing_but_the_two_forms_is_learnt_and_afterwards_a_curve_is() -> None:
+    def learnt() -> StepTimeModel:
+        model = StepTimeModel(A100.step_times())
+        for at in range(200):
+            decodes, prefill = 1 + at % 60, 64 * (at % 7)
+            model.observe(decodes, prefill, 300, A100.step_seconds(decodes, 300 * decodes, prefill, 0))
+        return model
+
+    with straight_lines():
+        model = learnt()
+    assert model.steps_seen == 200
+    lines = StepCurve.of(model.times)
+    assert model.curve.at_knots == pytest.approx(lines.at_knots)
+    assert (model.curve.a, model.curve.e, model.curve.h) == (lines.a, lines.e, lines.h)
+    assert model.times != A100.step_times()
+    curved = learnt()
+    assert curved.curve.at_knots != pytest.approx(StepCurve.of(curved.times).at_knots, rel=0.01)
+
+
+# --- trials -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_has_every_row_at_every_load_with_every_seed_and_each_once(part: str) -> None:
+    trials = PARTS[part](Study(BRIEF, 20.0, [0, 1]))
+    cases = [(t.row, t.column, t.load, t.run.seed, str(t.experiment.limits)) for t in trials]
+    assert len(set(cases)) == len(cases)
+    assert {t.run.seed for t in trials} == {0, 1}
+    assert all(t.run.qps == 20 * t.load for t in trials)
+    expected = {
+        "ablation": 2 * (3 * len(WITHOUT) + 2),
+        "tenants": 2 * 2 * 2,
+        "predictors": 2 * 3 * 3 * len(slack_study.PREDICTORS),
+        "step-times": 2 * 3 * 3 * len(slack_study.BELIEFS),
+    }
+    assert len(trials) == expected[part]
+
+
+def test_the_same_trial_has_the_same_record() -> None:
+    trial = Trial("x", "slack", 2.0, BRIEF, Run("slack", 40.0, 1), by_tenant=True)
+    assert play(trial) == play(trial)
+    assert json.loads(json.dumps(play(trial), allow_nan=False)) == play(trial)
+
+
+@pytest.mark.parametrize("column", CONTENDERS)
+def test_what_is_told_of_step_times_and_lengths_reaches_the_simulator(
+    column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[Any, ...]] = []
+
+    def spying(asked: Any, predictions: Any, profile: Any, make: Any, **more: Any) -> Simulated:
+        told.append((make().name, predictions, more))
+        return simulate(asked, predictions, profile, make, **more)
+
+    monkeypatch.setattr(slack_study, "simulate", spying)
+    study = Study(replace(BRIEF, predictor="constant", learn=False), 20.0, [5])
+    (trial,) = study.trials("x", 1.0, column, believed=2.0)
+    play(trial)
+    policy, mode = CONTENDERS[column]
+    ((name, predictions, more),) = told
+    assert (name, more["step_mode"], more["learn"]) == (policy, mode, False)
+    assert len({p.tokens for p in predictions}) == 1
+    assert more["times"].itl(20, 300) == pytest.approx(2 * A100.step_times().itl(20, 300))
+    assert more["times"].prefill(500) == pytest.approx(2 * A100.step_times().prefill(500))
+
+
+def test_whoever_is_told_of_other_step_times_has_no_better_curve_of_them() -> None:
+    times = A100.at_speed(2.0).step_times()
+    curve = Replica(A100, Slack(), times=times, learn=False).state.step_time.curve
+    for step in ((1, 300, 0), (40, 12_000, 0), (40, 12_000, 512)):
+        assert curve.step_s(*step) == pytest.approx(StepCurve.of(times).step_s(*step))
+
+
+def test_a_wrong_belief_that_is_never_corrected_costs_slack_something() -> None:
+    def goodput(believed: float, *, learn: bool) -> float:
+        trial = Trial("x", "slack", 3.0, replace(BRIEF, learn=learn), Run("slack", 60.0, 0), believed=believed)
+        return float(play(trial)["goodput"])
+
+    assert goodput(3.0, learn=False) < 0.9 * goodput(1.0, learn=False)
+
+
+# --- tenants ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_dearest_tenth_of_all_requests_is_one_tenants_and_the_others_are_two_halves() -> None:
+    predictions = predict("shipped", CROWDED, 0)
+    owners = tenants_of(CROWDED, predictions)
+    tokens = [a.prompt_tokens + p.tokens for a, p in zip(CROWDED, predictions, strict=True)]
+    of = {owner: [n for n, o in zip(tokens, owners, strict=True) if o == owner] for owner in set(owners)}
+    assert {owner: round(len(members) / len(CROWDED), 2) for owner, members in of.items()} == {
+        "dear": pytest.approx(0.1, abs=0.01), "middling": pytest.approx(0.45, abs=0.01),
+        "cheap": pytest.approx(0.45, abs=0.01)
+    }  # fmt: skip
+    assert max(of["cheap"]) <= min(of["middling"]) <= max(of["middling"]) <= min(of["dear"])
+
+
+def test_the_floor_holds_for_the_tenant_that_is_turned_away_without_it() -> None:
+    longer = Experiment(workload={"name": "sharegpt", "duration_s": 20.0})
+    study = Study(longer, 20.75, [0])
+    records = [
+        play(trial) for name in (FULL, "floor") for trial in study.trials(name, 3.0, without=name, by_tenant=True)
+    ]
+    shares = [r["groups"]["tenant: dear"]["admitted"] / r["groups"][EVERYBODY]["admitted"] for r in records]
+    assert shares[1] < 0.4
+    assert shares[0] > 0.5 - 0.05
+
+
+def test_classes_and_tenants_each_add_up_to_everybody() -> None:
+    groups = play(Trial(FULL, "slack", 2.0, BRIEF, Run("slack", 50.0, 2), by_tenant=True))["groups"]
+    for kind, many in (("class", 6), ("tenant", 3)):
+        members = [group for name, group in groups.items() if name.startswith(f"{kind}")]
+        assert len(members) == many
+        for share in ("admitted", "attained"):
+            total = sum(group["requests"] * group[share] for group in members)
+            assert total == pytest.approx(groups[EVERYBODY]["requests"] * groups[EVERYBODY][share], abs=0.5)
+    assert all(0 <= group["attained"] <= group["admitted"] <= 1 for group in groups.values())
+
+
+# --- page and command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    study = Study(replace(BRIEF, workload={"name": "sharegpt", "duration_s": 0.3, "max_output": 12}), 20.75, [0, 1])
+    parts = {name: slack_study.measure(study, name, Lab(None)) for name in PARTS}
+    return {"seeds": [0, 1], "duration_s": 0.3, "stock_qps": 20.75, "parts": json.loads(json.dumps(parts))}
+
+
+def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it(found: dict[str, Any]) -> None:
+    text = page(found)
+    for name, without in WITHOUT.items():
+        assert text.count(f"| {name} | {without.says} |") == (4 if name in {FULL, "memory"} else 3)
+    for row in (*slack_study.PREDICTORS, *slack_study.BELIEFS):
+        assert text.count(f"S | {row} |") == 3
+    assert "python -m benchmarks.slack_study --seeds 2 --duration 0.3 --stock-qps 20.75 \\" in text
+    assert "**Simulated**" in text
+    assert "nan |" not in text
+    for above, line in pairwise(text.split("\n")):
+        if above.startswith("|") and line.startswith("|"):
+            assert above.count("|") == line.count("|")
+
+
+def test_a_part_is_compared_with_slack_in_full_seed_by_seed(found: dict[str, Any]) -> None:
+    records = [
+        {"row": row, "column": "slack", "load": 2.0, "seed": seed, "goodput": goodput, "slo_adherence": 0.5,
+         "preemptions": 3}
+        for row, seed, goodput in ((FULL, 0, 10.0), (FULL, 1, 20.0), ("thrift", 1, 16.0), ("thrift", 0, 8.0))
+    ]  # fmt: skip
+    text = page(found | {"parts": {"ablation": records}})
+    says = WITHOUT["thrift"].says
+    assert f"| thrift | {says} | 12.0 (5.7) | 0.80 (0.00) | 0.500 (0.000) | 3 (0) |" in text
+    assert "benchmarks.slack_study --part ablation --seeds" in text
+
+
+def test_the_floor_is_read_off_the_least_share_of_everybodys_admission_rate(found: dict[str, Any]) -> None:
+    def record(row: str, goodput: float, least: float) -> dict[str, Any]:
+        groups = {EVERYBODY: (0.8, 0.7), "class 1: 0.5 s, 30 ms": (least, 0.3), "tenant: short": (0.9, 0.9)}
+        return {"row": row, "load": 2.0, "seed": 0, "goodput": goodput} | {
+            "groups": {name: {"requests": 9, "admitted": a, "attained": b} for name, (a, b) in groups.items()}
+        }
+
+    text = page(found | {"parts": {"tenants": [record(FULL, 19.0, 0.44), record("floor", 20.0, 0.2)]}})
+    assert "| class 1: 0.5 s, 30 ms | 0.44 | 0.55 | 0.30 | 0.20 | 0.25 | 0.30 |" in text
+    flowing = text.replace("\n", " ")
+    assert "any class or tenant had in any run: **0.55** with the floor, 0.25 without." in flowing
+    assert "Goodput is 19.0 with it and 20.0 without: it costs **5.0%**." in flowing
+
+
+def test_the_worst_case_beside_scorpio_is_named(found: dict[str, Any]) -> None:
+    goodput = {
+        ("right", "slack"): 20.0,
+        ("right", "scorpio"): 10.0,
+        ("wrong", "slack"): 9.0,
+        ("wrong", "scorpio"): 12.0,
+    }
+    records = [
+        {"row": row, "column": column, "load": 2.0, "seed": 0, "goodput": value, "slo_adherence": 0.25}
+        for (row, column), value in goodput.items()
+    ]
+    text = page(found | {"parts": {"step-times": records}})
+    assert "| 2 S | wrong | 9.0, 0.25 | 12.0, 0.25 | 0.45 | 0.75 |" in text
+    assert "The least of `slack` over the better SCORPIO: **0.75** (wrong, 2 S)." in text
+
+
+def invoke(*arguments: str) -> Any:
+    app = typer.Typer()
+    app.command()(slack_study.main)
+    return CliRunner().invoke(app, arguments)
+
+
+def test_an_unknown_part_is_refused_with_those_there_are() -> None:
+    done = invoke("--part", "soup", "--stock-qps", "20")
+    assert done.exit_code == 2
+    assert "there are ablation, tenants, predictors, step-times" in " ".join(done.output.replace("│", " ").split())
+
+
+def test_parts_of_the_same_settings_are_kept_and_of_others_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    brief = ("--seeds", "1", "--duration", "1", "--json", str(path))
+
+    def parts_after(*arguments: str) -> list[str]:
+        done = invoke(*brief, *arguments)
+        assert done.exit_code == 0, done.output
+        return list(json.loads(path.read_text())["parts"])
+
+    assert parts_after("--part", "tenants", "--stock-qps", "20") == ["tenants"]
+    path.write_text(path.read_text().replace('"tenants"', '"ablation"'))
+    assert parts_after("--part", "tenants", "--stock-qps", "20") == ["ablation", "tenants"]
+    assert parts_after("--part", "tenants", "--stock-qps", "21") == ["tenants"]
+    assert invoke("--page", str(path)).exit_code == 0
+    assert path.with_suffix(".md").read_text() == page(json.loads(path.read_text()))
+
+
+def test_s_is_looked_for_where_it_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(slack_study, "capacity", lambda *args, **more: (asked.append(args), (20.7512, []))[1])
+    path = tmp_path / "study.json"
+    assert invoke("--seeds", "3", "--duration", "1", "--part", "tenants", "--json", str(path)).exit_code == 0
+    ((how, policy, seeds, keeps),) = asked
+    assert (how.profile, policy, seeds, keeps) == ("a100-llama3.1-8b", "fcfs", [0, 1], 0.9)
+    assert json.loads(path.read_text())["stock_qps"] == 20.75
+    assert not math.isnan(json.loads(path.read_text())["parts"]["tenants"][0]["goodput"])

@@ -1,0 +1,124 @@
+"""The curve of step times: it learns leaps that no line has, and is asked for chunks and for what prefill costs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine_adapter.profile import load_profile
+from engine_adapter.step_curve import KNOTS, WORTH, StepCurve, refitted
+from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time import StepTimes
+
+A100 = load_profile("a100-llama3.1-8b")
+LINE = A100.step_times()
+Steps = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def steps(count: int, seed: int, least: int = 1, most: int = 220, noise: float = 0.05) -> Steps:
+    """Decodes, contexts, prompt tokens and seconds; half of the steps prefill, as a full engine's do."""
+    random = np.random.default_rng(seed)
+    decodes = random.integers(least, most, count).astype(float)
+    context = decodes * random.uniform(200, 600, count)
+    prefill = np.where(random.random(count) < 0.5, random.integers(1, 600, count), 0).astype(float)
+    true = [A100.step_seconds(int(d), c, int(p), 0) for d, c, p in zip(decodes, context, prefill, strict=True)]
+    return decodes, context, prefill, np.array(true) * random.normal(1, noise, count)
+
+
+def errors(curve: StepCurve, of: Steps) -> float:
+    told = np.array([curve.step_s(d, c, p) for d, c, p in zip(*of[:3], strict=True)])
+    return float(np.mean(np.abs(told / of[3] - 1)))
+
+
+def test_it_begins_as_the_two_forms() -> None:
+    times = StepTimes(a=1e-7, b=1e-4, d=0.01, alpha=3e-4, beta=0.012)
+    curve = StepCurve.of(times)
+    assert curve.step_s(20, 20 * 300) == pytest.approx(times.itl(20, 300))
+    assert curve.step_s(0, 0, 500) == pytest.approx(times.prefill(500)), "a prompt alone"
+    assert curve.step_s(20, 6000, 500) == pytest.approx(times.itl(20, 300) + times.prefill(500) - times.d)
+    assert curve.step_s(0, 0, 0) == 0
+    several = curve.decode_s(np.array([1.0, 20.0]), np.array([300.0, 6000.0]))
+    assert several == pytest.approx([times.itl(1, 300), times.itl(20, 300)])
+
+
+def test_it_learns_the_leaps_of_an_a100_within_a_few_hundred_steps() -> None:
+    unseen = steps(400, seed=9, noise=0.0)
+    curve = StepCurve.of(LINE)
+    line = errors(curve, unseen)
+    curve = refitted(curve, *steps(600, seed=1))
+    assert errors(curve, unseen) < 0.03
+    assert errors(curve, unseen) < line / 3
+
+
+def test_hiccups_teach_it_nothing() -> None:
+    decodes, context, prefill, seconds = steps(600, seed=2, noise=0.02)
+    seconds[::15] *= 20
+    assert errors(refitted(StepCurve.of(LINE), decodes, context, prefill, seconds), steps(300, 3, noise=0.0)) < 0.04
+
+
+def test_on_a_slower_machine_what_it_has_not_seen_again_is_slower_too() -> None:
+    known = refitted(StepCurve.of(LINE), *steps(600, seed=4))
+    decodes, context, prefill, seconds = steps(100, seed=5, least=100, most=140)
+    slower = refitted(known, decodes, context, prefill, 2 * seconds)
+    few = steps(300, seed=6, most=60, noise=0.0)
+    assert errors(slower, (*few[:3], 2 * few[3])) < 0.1
+
+
+def test_more_tokens_never_take_less() -> None:
+    curve = refitted(StepCurve.of(LINE), *steps(60, seed=7, noise=0.3))
+    assert (np.diff(curve.at_knots) >= 0).all()
+    assert curve.a >= 0
+    assert curve.h >= 0
+
+
+CURVES = st.builds(
+    lambda rises, a, h: StepCurve(0.005 + np.cumsum(rises), a, 0.0, h),
+    st.lists(st.floats(1e-6, 0.02), min_size=len(KNOTS), max_size=len(KNOTS)), st.floats(0, 1e-6), st.floats(0, 0.01),
+)  # fmt: skip
+
+
+@settings(max_examples=200)
+@given(CURVES, st.integers(0, 300), st.floats(0, 0.5), st.floats(0, 0.5), st.integers(1, 4000))
+def test_a_chunk_fits_and_is_worth_it(
+    curve: StepCurve, decodes: int, within_s: float, pace_s: float, backlog: int
+) -> None:
+    context = 400.0 * decodes
+    chunk = curve.chunk(decodes, context, within_s, pace_s, backlog)
+    assert 0 <= chunk <= backlog
+    alone = curve.step_s(decodes, context)
+
+    def rate(prefill: int) -> float:
+        return prefill / max(curve.step_s(decodes, context, prefill) - alone, 1e-9)
+
+    if chunk:
+        assert curve.step_s(decodes, context, chunk) <= within_s + 1e-9
+        for other in range(chunk, backlog + 1, max(1, (backlog - chunk) // 20)):
+            if curve.step_s(decodes, context, other) <= max(within_s, pace_s) - 1e-9:
+                # Whole tokens: the last is cut off.
+                assert rate(chunk) * (chunk + 1) / chunk >= 0.99 * WORTH * rate(other)
+    if within_s >= pace_s and curve.step_s(decodes, context, backlog) <= within_s:
+        assert chunk, "there is slack enough for all of it"
+
+
+@given(CURVES, st.integers(0, 40), st.integers(1, 2000))
+def test_no_chunk_is_cheaper_than_the_hull(curve: StepCurve, knot: int, prefill: int) -> None:
+    decodes = float(KNOTS[min(knot, len(KNOTS) - 5)])
+    cheapest = curve.prefill_token_s(decodes, 10_000)
+    extra = curve.step_s(decodes, 0, prefill) - (curve.step_s(decodes, 0) if decodes else 0.0)
+    assert cheapest <= extra / prefill + 1e-12
+
+
+def test_a_batch_that_fills_a_step_prefills_as_the_fullest_that_leaves_room() -> None:
+    curve = StepCurve.of(LINE)
+    assert curve.prefill_token_s(600, 512) == pytest.approx(curve.prefill_token_s(448, 512))
+
+
+def test_the_model_keeps_the_curve_up_to_date_and_starts_over_with_it() -> None:
+    model = StepTimeModel(times=LINE)
+    for decodes, context, prefill, seconds in zip(*steps(320, seed=8), strict=True):
+        model.observe(decodes, int(prefill), context / decodes, seconds)
+    assert errors(model.curve, steps(200, seed=9, noise=0.0)) < 0.04
+    model.start_over(LINE)
+    assert model.curve.step_s(64, 6400) == StepCurve.of(LINE).step_s(64, 6400)
