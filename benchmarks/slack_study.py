@@ -39,6 +39,9 @@ OVERLOADS = (2.0, 3.0)
 LITTLE_MEMORY = 16_384
 """Tokens. The profile's own KV memory never fills at these bounds, so that its part is tried with this much."""
 
+CODE_QPS = 1.76
+"""S of the azure-code workload on this profile (`benchmarks.policy_table`)."""
+
 CONTENDERS = {
     "slack": ("slack", "chunked"),
     "scorpio": ("scorpio", "chunked"),
@@ -72,8 +75,9 @@ KEYS = ("goodput", "slo_adherence", "rejected", "ttft_violations", "tpot_violati
 class Trial:
     """One run. ``row``, ``column`` and ``load`` (in S) say where it stands in the tables.
 
-    ``without``: of `WITHOUT`. ``believed``: step times that the policy is told, over the true ones. ``by_tenant``:
-    whether requests have tenants (`tenants_of`), and groups of requests are recorded.
+    ``without``: of `WITHOUT`. ``believed``: step times that the policy is told, over the true ones. ``where``: what is
+    not as in the other trials. ``by_tenant``: whether requests have tenants (`tenants_of`), and groups of requests are
+    recorded.
     """
 
     row: str
@@ -83,6 +87,7 @@ class Trial:
     run: Run
     without: str = FULL
     believed: float = 1.0
+    where: str = ""
     by_tenant: bool = False
 
 
@@ -104,11 +109,16 @@ class Study:
 
 
 def ablation(study: Study) -> list[Trial]:
-    """`slack` in full, and with each part taken out; the memory's part also where memory is short."""
+    """`slack` in full, and with each part taken out; two of them also where they matter."""
     little = replace(study.experiment, limits={"kv_tokens": LITTLE_MEMORY})
+    code = replace(study.experiment, workload=study.experiment.workload | {"name": "azure-code"})
     trials = [t for load in LOADS for name in WITHOUT for t in study.trials(name, load, without=name)]
     for name in (FULL, "memory"):
-        trials += study.trials(name, OVERLOADS[0], without=name, experiment=little)
+        where = f"{LITTLE_MEMORY:,} tokens of KV memory"
+        trials += study.trials(name, OVERLOADS[0], without=name, experiment=little, where=where)
+    for name in (FULL, "prompt rate", "curve"):
+        there = replace(study, experiment=code, stock_qps=CODE_QPS)
+        trials += there.trials(name, 1.0, without=name, where="the azure-code workload: long prompts, short answers")
     return trials
 
 
@@ -184,7 +194,7 @@ def play(trial: Trial) -> dict[str, Any]:
         )
     record = run_record(run.policy, run.qps or 0.0, run.seed, came.served, came.duration_s, wall_s=0.0,
                         preemptions=came.preemptions)  # fmt: skip
-    where = {"row": trial.row, "column": trial.column, "load": trial.load, "seed": run.seed, **how.limits}
+    where = {"row": trial.row, "column": trial.column, "load": trial.load, "seed": run.seed, "where": trial.where}
     groups = {"groups": _groups(came.served, owners)} if owners else {}
     return where | {key: record[key] for key in KEYS} | groups
 

@@ -40,17 +40,17 @@ def page(found: dict[str, Any]) -> str:
 
 
 def ablation(records: Sequence[Record]) -> list[str]:
-    """A table a load; and one for an engine with little memory."""
+    """A table a load, and those of other circumstances."""
     lines = [
         "## Without one of its parts",
         "",
         "*Of full* is the goodput over that of `slack` in full with the same seed: below 1, the part earns its place.",
-        "The floor is not there for goodput but for those it serves, below; memory is short in the last table only.",
+        "The floor is not there for goodput but for those it serves, below; memory is short, and prompts are long for",
+        "their answers, in the last tables only.",
     ]
-    for load, memory in dict.fromkeys((r["load"], r.get("kv_tokens")) for r in records):
-        here = [r for r in records if (r["load"], r.get("kv_tokens")) == (load, memory)]
-        where = f", {memory:,} tokens of KV memory" if memory else ""
-        lines += ["", f"### {load:g} S{where}", ""]
+    for load, where in dict.fromkeys((r["load"], r.get("where", "")) for r in records):
+        here = [r for r in records if (r["load"], r.get("where", "")) == (load, where)]
+        lines += ["", f"### {load:g} S{', ' if where else ''}{where}", ""]
         lines += _header("without", "which means", "goodput", "of full", "adherence", "preemptions")
         full = _of(here, "goodput", row=FULL)
         for row in _names(here, "row"):

@@ -20,8 +20,8 @@ import numpy as np
 from engine_adapter.engine import EngineState
 from engine_adapter.step_curve import StepCurve
 from engine_adapter.step_model import StepTimeModel
-from engine_adapter.step_time import Floats
 from gateway.policies.base import UNGATED, Decision, Policy, Runway
+from gateway.policies.prompt_rate import PromptRate
 from gateway.policies.slack import Slack
 from gateway.policies.slack_load import Load, Queue
 from gateway.request import Request
@@ -78,21 +78,24 @@ class Blocking(Slack):
         return taken.admit
 
 
-@contextmanager
-def no_prompts_to_come() -> Iterator[None]:
-    """A(R) is 0: places in the batch bring no prompts with them."""
-    add, pace_s_with = Load._add, Queue.pace_s_with
+class Steady(PromptRate):
+    """Always says ``rate``."""
 
-    def without_prefill(load: Load, request: Request, pace_s: float) -> None:
-        add(load, request, pace_s)
-        load.prefill = 0.0
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
 
-    def of_decodes_alone(queue: Queue, load: Load, engine: EngineState) -> Floats:
-        # p_i / y_i is nothing in an answer without end.
-        return pace_s_with(replace(queue, tokens=np.full_like(queue.tokens, np.inf)), load, engine)
+    def per_s(self, now: float) -> float:
+        """``rate``."""
+        return self.rate
 
-    with patch.object(Load, "_add", without_prefill), patch.object(Queue, "pace_s_with", of_decodes_alone):
-        yield
+
+class Expecting(Slack):
+    """Is sure that so many prompt tokens come in a second."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self._prompts = Steady(rate)
 
 
 @contextmanager
@@ -136,7 +139,8 @@ WITHOUT: dict[str, Without] = {
     "step gate": Without("the engine sizes its prefill as stock vLLM does", partial(Slack, gate=UNGATED)),
     "refusing": Without("nobody is refused as late", NeverTooLate),
     "pace": Without("whoever comes in time is let in (`fill` without end)", partial(Slack, fill=math.inf)),
-    "prompts to come": Without("A(R) is 0", around=no_prompts_to_come),
+    "prompts to come": Without("A(R) is 0", partial(Expecting, 0.0)),
+    "prompt rate": Without("places bring prompts, whether any come or not", partial(Expecting, math.inf)),
     "skip-over": Without("the first that does not fit blocks the rest", Blocking),
     "curve": Without("step times are linear, for policy and gate", around=straight_lines),
 }

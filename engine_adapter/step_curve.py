@@ -19,6 +19,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine_adapter.step_time import Floats, StepTimes
 
@@ -103,7 +104,7 @@ class StepCurve:
         spare, usual = within_s - alone, pace_s - alone
         if spare <= 0:
             return 0
-        costs = [(p, max(self._extra(decodes, p), 1e-9)) for p in self._chunks(decodes, backlog)]
+        costs = self._costs(decodes, backlog)
         fitting = _within(spare, costs)
         best = max((p / cost for p, cost in (_within(usual, costs) if usual > spare else fitting)), default=0.0)
         return next((int(p) for p, cost in fitting if p / cost >= WORTH * best), 0)
@@ -114,10 +115,18 @@ class StepCurve:
         left, right = knots[at - 1], knots[at]
         return values[at - 1] + (values[at] - values[at - 1]) * (tokens - left) / (right - left)
 
-    def _extra(self, decodes: float, prefill: float) -> float:
-        """Seconds that a chunk adds to a step."""
+    def _costs(self, decodes: float, most: int) -> list[tuple[float, float]]:
+        """Chunks at which the slope changes, and the one of ``most``, with the seconds that each adds to a step."""
         alone = self._f(decodes) if decodes > 0 else 0.0
-        return self._f(decodes + prefill) - alone + self.e * prefill + self.h
+        e, base = self.e, self.h - alone
+        corners = [
+            (knot - decodes, max(value + e * (knot - decodes) + base, 1e-9))
+            for knot, value in zip(self._knots, self._values, strict=True)
+            if decodes < knot < decodes + most
+        ]
+        if most > 0:
+            corners.append((most, max(self._f(decodes + most) + e * most + base, 1e-9)))
+        return corners
 
     def _hull(self, most: int) -> Floats:
         """mu at `KNOTS`."""
@@ -131,12 +140,6 @@ class StepCurve:
         least = slope.min(axis=1)
         # A batch that leaves no room in a step prefills at the pace of the fullest that does.
         return np.where(np.isfinite(least), least, least[np.isfinite(least)][-1])
-
-    def _chunks(self, decodes: float, most: float) -> list[float]:
-        """Sizes at which the cost of a chunk changes its slope, and ``most``."""
-        return [knot - decodes for knot in self._knots if decodes < knot < decodes + most] + (
-            [most] if most > 0 else []
-        )
 
 
 def _within(limit: float, costs: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -159,38 +162,61 @@ def _within(limit: float, costs: list[tuple[float, float]]) -> list[tuple[float,
 
 def refitted(before: StepCurve, decodes: Floats, context: Floats, prefill: Floats, seconds: Floats) -> StepCurve:
     """``before``, corrected by steps that took ``seconds`` (all of shape (samples,))."""
-    knots = len(KNOTS)
-    tokens = decodes + prefill
-    columns = np.zeros((len(tokens), knots + 3))
-    right = np.clip(np.searchsorted(KNOTS, tokens), 1, knots - 1)
-    share = (tokens - KNOTS[right - 1]) / (KNOTS[right] - KNOTS[right - 1])
-    rows = np.arange(len(tokens))
-    columns[rows, right - 1], columns[rows, right] = 1 - share, share
-    columns[:, knots], columns[:, knots + 1], columns[:, knots + 2] = context, prefill, prefill > 0
     guess = np.concatenate([before.at_knots, [before.a, before.e, before.h]])
-    expected = columns @ guess
-    pace = float(np.median(seconds / np.maximum(expected, 1e-9)))
-    guess, expected = guess * pace, expected * pace
+    terms = _Terms.of(decodes, context, prefill)
+    pace = float(np.median(seconds / np.maximum(terms.times(guess), 1e-9)))
+    guess *= pace
     # Relative errors: a short step tells as much as a long one, and a hiccup no more than that it was none.
-    weight = 1 / np.maximum(np.maximum(expected, seconds), 1e-9) ** 2
-    found = _solved(guess, columns, seconds, weight)
-    off = np.abs(seconds / np.maximum(columns @ found, 1e-9) - 1)
+    weight = 1 / np.maximum(np.maximum(terms.times(guess), seconds), 1e-9) ** 2
+    found = terms.solved(guess, seconds, weight)
+    off = np.abs(seconds / np.maximum(terms.times(found), 1e-9) - 1)
     # Once more, with what is far off by the standards of this sample counting for less (Huber's weights).
     usual = max(3 * float(np.median(off)), 0.02)
-    found = _solved(guess, columns, seconds, weight * np.minimum(1.0, usual / np.maximum(off, 1e-9)))
-    a, e, h = (float(value) for value in found[knots:])
-    return StepCurve(np.maximum.accumulate(np.maximum(found[:knots], 0.0)), max(a, 0.0), e, max(h, 0.0))
+    found = terms.solved(guess, seconds, weight * np.minimum(1.0, usual / np.maximum(off, 1e-9)))
+    a, e, h = found[len(KNOTS) :].tolist()
+    return StepCurve(np.maximum.accumulate(np.maximum(found[: len(KNOTS)], 0.0)), max(a, 0.0), e, max(h, 0.0))
 
 
-def _solved(guess: Floats, columns: Floats, seconds: Floats, weight: Floats) -> Floats:
-    """The coefficients near ``guess`` that explain ``seconds`` best."""
-    knots, typical = len(KNOTS), float(weight.mean())
-    weighted = columns * weight[:, None]
-    gram, moment = columns.T @ weighted, weighted.T @ (seconds - columns @ guess)
-    gram[:knots, :knots] += _STIFFNESS * typical * _BENDING + _MEMORY * typical * np.eye(knots)
-    for at in range(knots, knots + 3):
-        gram[at, at] += _PRIOR_STEPS * max(float((weight * columns[:, at] ** 2).mean()), 1e-12)
-    return np.asarray(guess + np.linalg.solve(gram, moment), dtype=np.float64)
+@dataclass(slots=True, frozen=True)
+class _Terms:
+    """T(D, C, p) of steps as what multiplies the coefficients (f at `KNOTS`, a, e, h).
+
+    Each step has but five that are not 0: two knots, C, p and [p > 0]. ``which``: their numbers, ``by``: what they are
+    multiplied by, both of shape (samples, 5). So sums over steps need no matrix product, which would wake the threads
+    of a BLAS beside an engine that needs the cores.
+    """
+
+    which: NDArray[np.intp]
+    by: Floats
+
+    @classmethod
+    def of(cls, decodes: Floats, context: Floats, prefill: Floats) -> _Terms:
+        tokens, knots = decodes + prefill, len(KNOTS)
+        right = np.clip(np.searchsorted(KNOTS, tokens), 1, knots - 1)
+        share = (tokens - KNOTS[right - 1]) / (KNOTS[right] - KNOTS[right - 1])
+        others = (np.full_like(right, knots + more) for more in range(3))
+        return cls(
+            np.stack([right - 1, right, *others], axis=1),
+            np.stack([1 - share, share, context, prefill, prefill > 0], axis=1),
+        )
+
+    def times(self, coefficients: Floats) -> Floats:
+        """T of each step, shape (samples,)."""
+        return np.asarray((coefficients[self.which] * self.by).sum(axis=1))
+
+    def solved(self, guess: Floats, seconds: Floats, weight: Floats) -> Floats:
+        """The coefficients near ``guess`` that explain ``seconds`` best."""
+        size, knots, typical = len(guess), len(KNOTS), float(weight.mean())
+        weighted = self.by * weight[:, None]
+        pairs = self.which[:, :, None] * size + self.which[:, None, :]
+        products = weighted[:, :, None] * self.by[:, None, :]
+        gram: Floats = np.bincount(pairs.ravel(), products.ravel(), size * size).astype(float).reshape(size, size)
+        off = weighted * (seconds - self.times(guess))[:, None]
+        moment = np.bincount(self.which.ravel(), off.ravel(), size)
+        prior = _PRIOR_STEPS / len(seconds) * gram.diagonal()[knots:]
+        gram[:knots, :knots] += typical * (_STIFFNESS * _BENDING + _MEMORY * np.eye(knots))
+        np.fill_diagonal(gram[knots:, knots:], gram.diagonal()[knots:] + np.maximum(prior, 1e-12))
+        return np.asarray(guess + np.linalg.solve(gram, moment), dtype=np.float64)
 
 
 def _bending() -> Floats:

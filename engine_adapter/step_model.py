@@ -16,10 +16,10 @@ from engine_adapter.step_time import FitQuality, Floats, StepTimes, fit_itl, fit
 class StepTimeModel:
     """Both forms and the curve, refitted from the latest steps as they are reported.
 
-    ``observe`` is cheap (an append); every ``refit_every`` steps all are fitted again over the last ``window`` steps of
-    each kind. For the forms, outliers beyond five times the median are dropped; until ``min_samples`` steps of a kind
-    have been seen, the initial coefficients of its form hold. ``curve``: what is known of it, by default what the forms
-    say.
+    ``observe`` is cheap (an append). All are fitted again over the last ``window`` steps of each kind every
+    ``refit_every`` steps, and four times as seldom once ``window`` steps have been seen. For the forms, outliers beyond
+    five times the median are dropped; until ``min_samples`` steps of a kind have been seen, the initial coefficients of
+    its form hold. ``curve``: what is known of it, by default what the forms say.
     """
 
     times: StepTimes = field(default_factory=StepTimes)
@@ -62,7 +62,7 @@ class StepTimeModel:
             if len(self._decode) > self.window:
                 self._decode.popleft()
         self.steps_seen += 1
-        if self.steps_seen % self.refit_every == 0:
+        if self.steps_seen % (self.refit_every if self.steps_seen <= self.window else 4 * self.refit_every) == 0:
             self.refit()
 
     def start_over(self, times: StepTimes) -> None:

@@ -32,6 +32,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
 from engine_adapter.slack_gate import COURTESY
@@ -85,13 +86,14 @@ class Slack:
         decision = Decision()
         if not waiting:
             return decision
-        load = Load.of(running, self.memory_risk, self._prompts.per_s(now))
+        load = Load.of(running, self.memory_risk)
         runway = Runway.of(running, engine, self.runway_steps)
-        unbounded = [r for r in waiting if is_unbounded(r)]
+        unbounded = [r for r in waiting if r.deadline_s == math.inf and is_unbounded(r)]
         bounded = [r for r in waiting if not is_unbounded(r)] if unbounded else waiting
         queue = Queue.of(now, bounded, load.prefill_token_s(engine), self.patience_s)
         fresh = queue.arrival > self._prompts.newest_s
         self._prompts.note(now, float(queue.prompt[fresh].sum()), float(queue.arrival.max(initial=-math.inf)))
+        load.prompt_rate = self._prompts.per_s(now)
         queue = self._refuse_hopeless_pace(queue, engine, decision)
         queue = self._refuse_late(now, queue, load, runway.tokens, engine, decision)
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
@@ -103,10 +105,14 @@ class Slack:
         """A TPOT bound that even an otherwise idle engine would break is refused at once."""
         alone_s = queue.decode_alone_s(engine)
         hopeless = alone_s > queue.tpot_s
+        for at in np.flatnonzero(hopeless).tolist():
+            request, alone = queue.requests[at], float(alone_s[at])
+            if request.tpot_slo_s is not None and alone <= request.tpot_slo_s:
+                hopeless[at] = False  # It has waited too long, which is another matter.
+            else:
+                decision.reject.append(reject_tpot(request, alone, 0.0, hopeless=True))
         if not hopeless.any():
             return queue
-        for at in np.flatnonzero(hopeless).tolist():
-            decision.reject.append(reject_tpot(queue.requests[at], float(alone_s[at]), 0.0, hopeless=True))
         return queue.only(~hopeless)
 
     def _refuse_late(
@@ -148,27 +154,19 @@ class Slack:
         self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision
     ) -> bool:
         """Admit the least costly that keep the invariant; whether any is left waiting."""
-        # The batch only grows from here: what breaks a pace now need not be looked at again. An idle engine takes one
-        # whatever may come after it: that it can keep its own pace was seen to before.
-        fits = queue.pace_s_with(load, engine) <= self.fill * np.minimum(queue.tpot_s, load.strictest)
-        fits |= load.places == 0
         key = queue.due + self.thrift * queue.cost_s(engine.step_time.times)
         behind = self._granted.behind()
         if behind:
             key = key - np.array([_FIRST if behind.has(r) else 0.0 for r in queue.requests])
-        admitted = 0
-        for at in np.flatnonzero(fits)[np.argsort(key[fits], kind="stable")].tolist():
-            request = queue.requests[at]
-            if load.places >= engine.max_num_seqs:
-                break
-            if load.places and load.places + request.sequences > engine.max_num_seqs:
-                continue
-            if not runway.fits(request):
-                continue
-            pace_s = float(queue.tpot_s[at])
+        first, admitted = np.argsort(key, kind="stable"), 0
+        first = first[self._holding(now, queue, load, runway, engine)[first]]
+        while len(first):
+            at, first = int(first[0]), first[1:]
+            request, pace_s = queue.requests[at], float(queue.tpot_s[at])
             more = load.plus(request, pace_s)
-            prompts = runway.tokens + request.prompt_tokens
-            if load.places and not self._holds(more, prompts, request.deadline_s - now, engine):
+            if not self._holds(more, request, request.deadline_s - now, runway, engine):
+                # Those before it took its room, and that of most behind it: they are looked at together.
+                first = first[self._holding(now, queue, load, runway, engine)[first]]
                 continue
             load.take(more)
             runway.add(request)
@@ -178,11 +176,24 @@ class Slack:
             admitted += 1
         return admitted < len(queue.requests)
 
-    def _holds(self, more: Load, prompts: int, within_s: float, engine: EngineState) -> bool:
-        """The invariant, with ``more`` running and so many prompt tokens to be done within ``within_s``."""
+    def _holding(self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState) -> NDArray[np.bool_]:
+        """Of which the invariant holds, were it to run beside ``load``."""
+        if not load.places:
+            return np.ones(len(queue.requests), dtype=bool)
+        room = load.places + queue.sequences <= engine.max_num_seqs
+        if runway.tokens:
+            room &= runway.tokens + queue.prompt <= runway.limit
+        return room & queue.holds_with(load, self.fill, runway.tokens, queue.deadline - now, engine)
+
+    def _holds(self, more: Load, request: Request, within_s: float, runway: Runway, engine: EngineState) -> bool:
+        """The same of one. An idle engine takes it, whatever may come after: whether it keeps its pace was seen to."""
+        if more.places <= request.sequences:
+            return True
         return (
-            more.pace_s(engine) <= self.fill * more.strictest
-            and more.prefilled_in_s(prompts, engine) <= within_s
+            more.places <= engine.max_num_seqs
+            and runway.fits(request)
+            and more.pace_s(engine) <= self.fill * more.strictest
+            and more.prefilled_in_s(runway.tokens + request.prompt_tokens, engine) <= within_s
             and more.fits_memory(engine.kv_tokens)
         )
 

@@ -49,9 +49,9 @@ class Load:
     prompt_rate: float = math.inf
 
     @classmethod
-    def of(cls, running: Collection[Request], memory_risk: float, prompt_rate: float = math.inf) -> Load:
+    def of(cls, running: Collection[Request], memory_risk: float) -> Load:
         """The sums over ``running``; memory may be outgrown with a probability of ``memory_risk``."""
-        load = cls(z=NormalDist().inv_cdf(1 - memory_risk), prompt_rate=prompt_rate)
+        load = cls(z=NormalDist().inv_cdf(1 - memory_risk))
         for request in running:
             bound = request.tpot_slo_s
             load._add(request, math.inf if bound is None or request.best_effort else bound)
@@ -108,7 +108,7 @@ class Load:
 
     def pace_s(self, engine: EngineState) -> float:
         """T(R) + A(R): seconds a token in the long run, prompts included."""
-        coming = min(self.prefill, self.prompt_rate * self.strictest)
+        coming = min(self.prefill, self.prompt_rate * self.strictest) if self.strictest < math.inf else self.prefill
         return self.step_s(engine) + self.prefill_token_s(engine) * coming
 
     def prefilled_in_s(self, tokens: int, engine: EngineState) -> float:
@@ -130,7 +130,7 @@ class Queue:
 
     ``arrival`` (s); ``deadline``: of the first token (s, infinite without one); ``due``: the same, or when patience
     ends; ``tpot_s``: bound (s, infinite without one); ``sequences``; ``length``: mean tokens of context over its life;
-    ``prompt`` and ``tokens``: of predicted output; ``prefill_s``: mu * p.
+    ``prompt`` and ``tokens``: of predicted output, uncertain by ``variance``; ``prefill_s``: mu * p.
     """
 
     requests: Sequence[Request]
@@ -142,6 +142,7 @@ class Queue:
     length: Floats
     prompt: Floats
     tokens: Floats
+    variance: Floats
     prefill_s: Floats
 
     @classmethod
@@ -151,16 +152,22 @@ class Queue:
         arrival = _column(r.arrival_s for r in requests)
         prompt = _column(r.prompt_tokens for r in requests)
         tokens = _column(r.predicted_tokens for r in requests)
+        sequences = _column(r.sequences for r in requests)
+        tpot = _column(math.inf if r.tpot_slo_s is None or r.best_effort else r.tpot_slo_s for r in requests)
+        for at, request in enumerate(requests):
+            if request.slo.e2e_s is not None:
+                tpot[at] = request.pace_from(now)
         return cls(
             requests=requests,
             arrival=arrival,
             deadline=deadline,
             due=np.minimum(deadline, arrival + patience_s),
-            tpot_s=_column(r.pace_from(now) for r in requests),
-            sequences=_column(r.sequences for r in requests),
+            tpot_s=tpot,
+            sequences=sequences,
             length=prompt + tokens / 2,
             prompt=prompt,
             tokens=tokens,
+            variance=sequences * (np.maximum(_column(r.predicted_p90 for r in requests) - tokens, 0.0) / _Z90) ** 2,
             prefill_s=prefill_token_s * prompt,
         )
 
@@ -173,16 +180,30 @@ class Queue:
         """Seconds a token in an otherwise idle engine."""
         return engine.step_time.curve.decode_s(self.sequences, self.length * self.sequences)
 
-    def pace_s_with(self, load: Load, engine: EngineState) -> Floats:
-        """T(R) + A(R) for each, were it admitted."""
-        weight = np.where(self.tpot_s < math.inf, self.sequences, COURTESY * self.sequences)
-        decoding, curve = load.decoding + weight, engine.step_time.curve
-        prefill = load.prefill + self.prompt / np.maximum(self.tokens, 1.0) * weight
-        prefill = np.minimum(prefill, load.prompt_rate * np.minimum(self.tpot_s, load.strictest))
-        return np.asarray(
-            curve.decode_s(decoding, load.length + self.length * weight)
-            + curve.prefill_token_s(decoding, engine.max_num_batched_tokens) * prefill
+    def holds_with(
+        self, load: Load, fill: float, prompts: int, within_s: Floats, engine: EngineState
+    ) -> NDArray[np.bool_]:
+        """For each, whether the invariant holds with it beside ``load``: what `Load` says of R and one more, at once.
+
+        ``prompts`` tokens are to be prefilled before it, and all of it ``within_s`` (s).
+        """
+        curve, paced = engine.step_time.curve, self.tpot_s < math.inf
+        weight = np.where(paced, self.sequences, COURTESY * self.sequences)
+        strictest = np.minimum(self.tpot_s, load.strictest)
+        decoding = load.decoding + weight
+        step = curve.decode_s(decoding, load.length + self.length * weight)
+        token = curve.prefill_token_s(decoding, engine.max_num_batched_tokens)
+        coming = load.prefill + self.prompt / np.maximum(self.tokens, 1.0) * weight
+        bounded = strictest < math.inf
+        coming[bounded] = np.minimum(coming[bounded], load.prompt_rate * strictest[bounded])
+        share = np.maximum(1 - step / strictest, 1e-12)
+        holds = (step + token * coming <= fill * strictest) & (
+            step + token * (prompts + self.prompt) / share <= within_s
         )
+        if engine.kv_tokens > 0:
+            memory = load.memory + self.sequences * (self.prompt + np.maximum(self.tokens, 1.0))
+            holds = holds & (memory + load.z * np.sqrt(load.variance + self.variance) <= engine.kv_tokens)
+        return np.asarray(holds, dtype=np.bool_)
 
     def cost_s(self, times: StepTimes) -> Floats:
         """w_i: seconds of engine time, at the margin."""

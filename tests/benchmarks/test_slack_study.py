@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import typer
@@ -23,14 +24,14 @@ from benchmarks.run_record import Served
 from benchmarks.simulator import Simulated, simulate
 from benchmarks.slack_study import CONTENDERS, PARTS, Study, Trial, play, tenants_of
 from benchmarks.slack_study_page import EVERYBODY, page
-from benchmarks.slack_without import FULL, WITHOUT, Blocking, no_prompts_to_come, straight_lines
+from benchmarks.slack_without import FULL, WITHOUT, Blocking, Expecting, straight_lines
 from benchmarks.workload import Asked, make_workload
 from engine_adapter.engine import EngineState
 from engine_adapter.profile import load_profile
 from engine_adapter.step_curve import StepCurve
 from engine_adapter.step_model import StepTimeModel
+from gateway.policies.base import Policy
 from gateway.policies.slack import Slack
-from gateway.policies.slack_load import Load, Queue
 from gateway.request import Request
 from gateway.slo import Slo
 
@@ -71,7 +72,7 @@ def test_nothing_taken_out_is_the_product(in_full: list[Served]) -> None:
     assert in_full == simulate(CROWDED, predict("shipped", CROWDED, 0), A100, Slack).served
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT if name not in {FULL, "floor", "memory"}])
+@pytest.mark.parametrize("name", [name for name in WITHOUT if name not in {FULL, "floor", "memory", "prompt rate"}])
 def test_without_a_part_another_thing_happens_under_overload(name: str, in_full: list[Served]) -> None:
     without = came_of(name).served
     assert len(without) == len(CROWDED)
@@ -102,19 +103,15 @@ def test_the_first_that_does_not_fit_blocks_the_one_behind() -> None:
     assert admitted == {Slack: ["a", "c"], Blocking: ["a"]}
 
 
-def test_without_prompts_to_come_a_place_is_its_decode_and_afterwards_it_is_not() -> None:
-    state, request = engine(), asking("a", prompt=4000, predicted=100.0)
+def test_without_prompts_to_come_more_are_let_in_and_with_all_that_could_fewer() -> None:
+    waiting = [asking(str(at), prompt=40, predicted=2.0) for at in range(40)]
 
-    def paces() -> tuple[float, float]:
-        load = Load.of([request], 0.01)
-        queue = Queue.of(0.0, [request], load.prefill_token_s(state), 60.0)
-        return load.pace_s(state) - load.step_s(state), float(queue.pace_s_with(Load(), state)[0])
+    def lets_in(policy: Policy) -> int:
+        return len(policy.decide(1.0, waiting, [], engine()).admit)
 
-    with no_prompts_to_come():
-        assert paces() == (0.0, pytest.approx(state.step_time.curve.step_s(1, 4050)))
-    more, pace = paces()
-    assert more > 0
-    assert pace > state.step_time.curve.step_s(1, 4050) + 1e-3
+    assert lets_in(Expecting(0.0)) > lets_in(Expecting(math.inf))
+    assert lets_in(Expecting(0.0)) >= lets_in(Expecting(10_000.0)) >= lets_in(Expecting(math.inf))
+    assert lets_in(Slack()) == lets_in(Expecting(math.inf)), "at first it knows of no rate"
 
 
 def test_on_straight_lines_nothing_but_the_two_forms_is_learnt_and_afterwards_a_curve_is() -> None:
@@ -142,12 +139,12 @@ def test_on_straight_lines_nothing_but_the_two_forms_is_learnt_and_afterwards_a_
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_has_every_row_at_every_load_with_every_seed_and_each_once(part: str) -> None:
     trials = PARTS[part](Study(BRIEF, 20.0, [0, 1]))
-    cases = [(t.row, t.column, t.load, t.run.seed, str(t.experiment.limits)) for t in trials]
+    cases = [(t.row, t.column, t.load, t.run.seed, t.where) for t in trials]
     assert len(set(cases)) == len(cases)
     assert {t.run.seed for t in trials} == {0, 1}
-    assert all(t.run.qps == 20 * t.load for t in trials)
+    assert all(t.run.qps == (slack_study.CODE_QPS if "code" in t.where else 20 * t.load) for t in trials)
     expected = {
-        "ablation": 2 * (3 * len(WITHOUT) + 2),
+        "ablation": 2 * (3 * len(WITHOUT) + 2 + 3),
         "tenants": 2 * 2 * 2,
         "predictors": 2 * 3 * 3 * len(slack_study.PREDICTORS),
         "step-times": 2 * 3 * 3 * len(slack_study.BELIEFS),
@@ -241,14 +238,16 @@ def test_classes_and_tenants_each_add_up_to_everybody() -> None:
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     study = Study(replace(BRIEF, workload={"name": "sharegpt", "duration_s": 0.3, "max_output": 12}), 20.75, [0, 1])
-    parts = {name: slack_study.measure(study, name, Lab(None)) for name in PARTS}
+    with patch.object(slack_study, "CODE_QPS", 20.75):
+        parts = {name: slack_study.measure(study, name, Lab(None)) for name in PARTS}
     return {"seeds": [0, 1], "duration_s": 0.3, "stock_qps": 20.75, "parts": json.loads(json.dumps(parts))}
 
 
 def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it(found: dict[str, Any]) -> None:
     text = page(found)
     for name, without in WITHOUT.items():
-        assert text.count(f"| {name} | {without.says} |") == (4 if name in {FULL, "memory"} else 3)
+        elsewhere = {FULL: 2, "memory": 1, "prompt rate": 1, "curve": 1}
+        assert text.count(f"| {name} | {without.says} |") == 3 + elsewhere.get(name, 0)
     for row in (*slack_study.PREDICTORS, *slack_study.BELIEFS):
         assert text.count(f"S | {row} |") == 3
     assert "python -m benchmarks.slack_study --seeds 2 --duration 0.3 --stock-qps 20.75 \\" in text

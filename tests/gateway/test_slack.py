@@ -145,15 +145,25 @@ def test_the_load_of_a_batch_and_one_more_is_the_load_of_all(batch: list[Request
         assert getattr(together, name) == pytest.approx(getattr(apart, name)), name
 
 
-@given(st.lists(REQUESTS, max_size=5), st.lists(REQUESTS, min_size=1, max_size=5))
-def test_the_columns_say_of_each_request_what_the_load_says_with_it(batch: list[Request], queue: list[Request]) -> None:
+@given(st.lists(REQUESTS, max_size=5), st.lists(REQUESTS, min_size=1, max_size=5), st.floats(0.5, 1.5),
+       st.floats(0, 5), st.integers(500, 20_000), st.integers(0, 500), st.floats(10, 1e6))  # fmt: skip
+def test_the_columns_say_of_each_request_what_the_load_says_with_it(
+    batch: list[Request], queue: list[Request], fill: float, within_s: float, kv_tokens: int, prompts: int, rate: float
+) -> None:
     for request in queue:
         request.generated = 0  # nothing that waits has begun
-    load = Load.of(batch, 0.01)
-    columns = Queue.of(NOW, queue, 1e-3, 60.0).pace_s_with(load, engine())
-    for request, step_s in zip(queue, columns.tolist(), strict=True):
-        if request.predicted_tokens > 1:
-            assert load.plus(request, request.pace_from(NOW)).pace_s(engine()) == pytest.approx(step_s)
+    state, load = engine(kv_tokens=kv_tokens), Load.of(batch, 0.01)
+    load.prompt_rate = rate
+    columns = Queue.of(NOW, queue, 1e-3, 60.0).holds_with(load, fill, prompts, np.full(len(queue), within_s), state)
+    for request, holds in zip(queue, columns.tolist(), strict=True):
+        more = load.plus(request, request.pace_from(NOW))
+        ways = (
+            more.pace_s(state) / more.strictest / fill,
+            more.prefilled_in_s(prompts + request.prompt_tokens, state) / max(within_s, 1e-9),
+            (more.memory + more.z * more.variance**0.5) / kv_tokens,
+        )
+        if all(abs(way - 1) > 1e-6 for way in ways):
+            assert holds == all(way < 1 for way in ways)
 
 
 def test_cost_grows_with_prompt_output_and_sequences() -> None:
