@@ -1,7 +1,9 @@
 """What scheduling costs: one decision of each policy, one step of each gate, and what a shadow adds to a request.
 
     python -m benchmarks.decision_cost
-    python -m benchmarks.decision_cost --policy slack --waiting 10000 --json
+    python -m benchmarks.decision_cost --policy slack --waiting 10000
+    python -m benchmarks.decision_cost --json > docs/results/decision_cost.json
+    python -m benchmarks.decision_cost --page docs/results/decision_cost.json
 
 The objects are those that serve: `gateway.admission.Admission` with its queue and policy, `engine_adapter.gates.Gates`,
 `gateway.lane.Lane` with its shadows. Requests have the lengths of the ShareGPT workload and the TPOT bounds of the
@@ -25,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -235,6 +238,35 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return drawn
 
 
+def page(found: dict[str, Any]) -> str:
+    """The same in Markdown, with the command that makes it again."""
+    made = found["made_with"]
+    lines = [
+        "# What scheduling costs",
+        "",
+        f"**CPU time** on one of two shared cores, microseconds, over {made['repeats']} decisions of a kind "
+        f"(profile {made['profile']}, seed {made['seed']}). *full*: nothing changes, the policy looks at all that "
+        "waits. *turnover*: one request has left, one has come. *burst*: so many at once, for policies that let nobody "
+        "wait. A gate's step is *plan* and *observe*; every 128th of the latter fits the step times anew. *shadow*: a "
+        "request's way through the gateway's books with so many shadow policies beside the active one.",
+        "",
+        "```",
+        "python -m benchmarks.decision_cost --json > docs/results/decision_cost.json",
+        "python -m benchmarks.decision_cost --page docs/results/decision_cost.json",
+        "```",
+        "",
+        "| what | name | case | waiting | running | median | 99th percentile | mean |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["costs"]:
+        figures = (f"{row[key]:,.0f}" if key in row else "" for key in ("p50_us", "p99_us", "mean_us"))
+        sizes = (f"{row[key]:,}" if row[key] else "" for key in ("waiting", "running"))
+        lines.append(
+            f"| {row['what']} | `{row['name']}` | {row['case']} | {' | '.join(sizes)} | {' | '.join(figures)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main(
     policy: Annotated[list[str] | None, typer.Option(help="Repeat for several. [default: all]")] = None,
     waiting: Annotated[
@@ -245,8 +277,14 @@ def main(
     profile: Annotated[str, typer.Option(help="Whose step times.")] = "a100-llama3.1-8b",
     seed: Annotated[int, typer.Option(help="Of the requests' sizes.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    page_of: Annotated[
+        Path | None, typer.Option("--page", help="Write the page of this JSON beside it, and end.")
+    ] = None,
 ) -> None:
     """Time decisions, gates and shadows on this machine."""
+    if page_of is not None:
+        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        return
     known = load_profile(profile)
     asked = make_workload("sharegpt", qps=1.0, requests=2048, seed=seed)
     rows: list[dict[str, Any]] = []

@@ -27,12 +27,12 @@ DUMMY = "small"
 _UNBOUNDED = 1e9
 
 
-def dummy_engine(folder: Path) -> Engine:
+def dummy_engine(folder: Path, max_num_seqs: int = 256) -> Engine:
     """vLLM on CPU with a small random Llama: fast enough on two cores to be driven into overload."""
     flags = {
         "load-format": "dummy",
         "max-model-len": 2048,
-        "max-num-seqs": 256,
+        "max-num-seqs": max_num_seqs,
         "max-num-batched-tokens": 512,
         "enforce-eager": True,
         "dtype": "float32",

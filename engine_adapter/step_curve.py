@@ -80,6 +80,11 @@ class StepCurve:
         seconds = self._f(tokens) + self.a * context
         return seconds + self.e * prefill + self.h if prefill else seconds
 
+    def steps_s(self, decodes: Floats, context: Floats, prefill: Floats) -> Floats:
+        """T(D, C, p) over arrays."""
+        seconds = np.interp(decodes + prefill, KNOTS, self.at_knots) + self.a * context
+        return np.asarray(seconds + self.e * prefill + self.h * (prefill > 0), dtype=np.float64)
+
     def decode_s(self, decodes: Floats, context: Floats) -> Floats:
         """T(D, C, 0) over arrays."""
         return np.asarray(np.interp(decodes, KNOTS, self.at_knots) + self.a * context, dtype=np.float64)

@@ -30,6 +30,7 @@ class StepTimeModel:
     curve: StepCurve = None  # type: ignore[assignment]  # until __post_init__
     itl_quality: FitQuality | None = None
     prefill_quality: FitQuality | None = None
+    curve_quality: FitQuality | None = None
     steps_seen: int = 0
     _decode: deque[tuple[float, float, float]] = field(default_factory=deque, repr=False)
     _mixed: deque[tuple[float, float, float, float]] = field(default_factory=deque, repr=False)
@@ -87,7 +88,9 @@ class StepTimeModel:
             batch = np.concatenate([decode[0], mixed[1]])
             context = batch * np.concatenate([decode[1], mixed[2]])
             tokens = np.concatenate([np.zeros(len(decode[0])), mixed[0]])
-            self.curve = refitted(self.curve, batch, context, tokens, np.concatenate([decode[2], mixed[3]]))
+            seconds = np.concatenate([decode[2], mixed[3]])
+            self.curve = refitted(self.curve, batch, context, tokens, seconds)
+            self.curve_quality = fit_quality(self.curve.steps_s(batch, context, tokens), seconds)
 
     def _refit_itl(self, batch: Floats, length: Floats, seconds: Floats) -> None:
         kept = seconds <= 5 * np.median(seconds)

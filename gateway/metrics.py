@@ -197,6 +197,7 @@ class _LiveState(Collector):
             for form, quality in (
                 ("itl", state.step_time.itl_quality),
                 ("prefill", state.step_time.prefill_quality),
+                ("curve", state.step_time.curve_quality),
             ):
                 if quality is not None:
                     put("antares_step_time_r2", quality.r2, engine, form)

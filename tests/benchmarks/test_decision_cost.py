@@ -32,6 +32,8 @@ def test_every_policy_gate_and_shadow_is_timed() -> None:
     figures = [row for row in costs if "mean_us" not in row]
     assert all(0 <= row["p50_us"] <= row["p99_us"] <= row["max_us"] for row in figures)
     assert decision_cost.table(costs).row_count == len(figures)
+    told = decision_cost.page(json.loads(done.stdout))
+    assert sum(line.startswith(("| decide |", "| gate |", "| shadow |")) for line in told.splitlines()) == len(costs)
 
 
 @pytest.mark.parametrize("policy", sorted(set(POLICIES) - set(decision_cost.LET_NOBODY_WAIT)))
