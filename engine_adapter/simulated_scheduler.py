@@ -150,7 +150,7 @@ class SimulatedScheduler:
         prefill_backlog = 0
         if not self._prefill_first:
             unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling])
-            prefill_backlog = self._waiting_tokens + unfinished
+            prefill_backlog = min(self._waiting_tokens + unfinished, self._budget)
         plan = self.gate.plan(now, self._decoding, prefill_backlog)
         step.sat_out = plan.sit_out
         preempted = self._select_decodes(step)

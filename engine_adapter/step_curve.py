@@ -25,12 +25,18 @@ from engine_adapter.step_time import Floats, StepTimes
 
 KNOTS: Floats = np.array(
     [0, 1, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256, 288, 320, 352, 384, 448, 512, 640,
-     768, 1024, 1536, 2048, 4096, 8192], dtype=np.float64
+     768, 1024, 1536, 2048, 4096, 8192, 65536], dtype=np.float64
 )  # fmt: skip
 """Tokens in a step between which f is a line: closer where steps are small and leaps matter."""
 
 WORTH = 0.8
 """A chunk goes if it computes at least so many tokens a second, as a share of what the best chunk would."""
+
+_LEAST_CHUNK = 128
+"""Tokens: what smaller chunks cost is too little beside a step to be learnt well."""
+
+_CHEAPEST = 0.25
+"""Beside decodes a prompt token costs at least so much of what it costs in a step full of prompts."""
 
 _TYPICAL = 16
 """Sequences."""
@@ -121,30 +127,40 @@ class StepCurve:
         return values[at - 1] + (values[at] - values[at - 1]) * (tokens - left) / (right - left)
 
     def _costs(self, decodes: float, most: int) -> list[tuple[float, float]]:
-        """Chunks at which the slope changes, and the one of ``most``, with the seconds that each adds to a step."""
+        """Chunks at which the slope changes, and the one of ``most``, with the seconds that each adds to a step.
+
+        More never adds less: noise in what was learnt may say so.
+        """
         alone = self._f(decodes) if decodes > 0 else 0.0
         e, base = self.e, self.h - alone
-        corners = [
-            (knot - decodes, max(value + e * (knot - decodes) + base, 1e-9))
-            for knot, value in zip(self._knots, self._values, strict=True)
-            if decodes < knot < decodes + most
-        ]
+        corners: list[tuple[float, float]] = []
+        least = 1e-9
+        for knot, value in zip(self._knots, self._values, strict=True):
+            if decodes < knot < decodes + most:
+                least = max(least, value + e * (knot - decodes) + base)
+                corners.append((knot - decodes, least))
         if most > 0:
-            corners.append((most, max(self._f(decodes + most) + e * most + base, 1e-9)))
+            corners.append((most, max(least, self._f(decodes + most) + e * most + base)))
         return corners
 
     def _hull(self, most: int) -> Floats:
-        """mu at `KNOTS`."""
+        """mu at `KNOTS`.
+
+        Of chunks large enough that noise in what was learnt is small against what they cost, and never below a
+        `_CHEAPEST` share of what prompts cost alone.
+        """
         tokens = np.append(KNOTS[most > KNOTS], most)
         f = np.interp(tokens, KNOTS, self.at_knots)
         alone = np.where(KNOTS > 0, self.at_knots, 0.0)
         prefill = tokens[None, :] - KNOTS[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
             slope = (f[None, :] - alone[:, None] + self.h) / prefill + self.e
+        slope[prefill < np.minimum(_LEAST_CHUNK, most - KNOTS)[:, None]] = np.inf
         slope[prefill <= 0] = np.inf
         least = slope.min(axis=1)
         # A batch that leaves no room in a step prefills at the pace of the fullest that does.
-        return np.where(np.isfinite(least), least, least[np.isfinite(least)][-1])
+        least = np.where(np.isfinite(least), least, least[np.isfinite(least)][-1])
+        return np.asarray(np.maximum(least, _CHEAPEST * self.step_s(0, 0, most) / most))
 
 
 def _within(limit: float, costs: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -170,7 +186,8 @@ def refitted(before: StepCurve, decodes: Floats, context: Floats, prefill: Float
     guess = np.concatenate([before.at_knots, [before.a, before.e, before.h]])
     terms = _Terms.of(decodes, context, prefill)
     pace = float(np.median(seconds / np.maximum(terms.times(guess), 1e-9)))
-    guess *= pace
+    # What no step tells of stays as it is, or it would drift with the noise of the others.
+    guess[: len(KNOTS) + 1 if not prefill.any() else None] *= pace
     # Relative errors: a short step tells as much as a long one, and a hiccup no more than that it was none.
     weight = 1 / np.maximum(np.maximum(terms.times(guess), seconds), 1e-9) ** 2
     found = terms.solved(guess, seconds, weight)

@@ -93,7 +93,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         sat_out: set[str] = set()
         budget: int = self.max_num_scheduled_tokens
         if bounded:
-            plan = self._gate.plan(time.monotonic(), decoding, self._prefill_backlog())
+            plan = self._gate.plan(time.monotonic(), decoding, min(self._prefill_backlog(), budget))
             sat_out = plan.sit_out
             if plan.max_prefill_tokens is not None:
                 # NOTE: the step's own budget, never long_prefill_token_threshold: that one caps each request.

@@ -284,7 +284,7 @@ class Proxy:
                 call.exception()  # heard, or asyncio would log it, and it may quote the request
             raise ClientLeftError
         if not call.cancelled() and isinstance(call.exception(), EngineUnreachable):
-            request.admitted_s = None
+            request.wait_again()
             return False
         await self._conclude(call, exchange, entry, lane)
         return True

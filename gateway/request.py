@@ -72,7 +72,7 @@ class Request:
         A request that reaches its predicted length L without ending is expected to become as long as half of those that
         do, Q(1/2 | L > g) (`gateway.survival`), and is looked at again half way there. So this is one comparison a
         token, and a handful of revisions in a long answer. The pace that an end-to-end bound implies stays as it was
-        planned: the engine was told, and paces by it.
+        when the request was let in: the engine was told, and paces by it.
         """
         self.generated += tokens
         if self.generated >= self._revise_at:
@@ -86,18 +86,22 @@ class Request:
         ahead = max((self.predicted_tokens - each) / 2, 1.0)
         self._revise_at = (each + ahead) * self.sequences
 
-    def pace_from(self, now: float) -> float:
-        """P_i (s, infinite where nothing bounds it) were it let in at ``now``.
+    def pace_after(self, first_token_s: float) -> float:
+        """P_i (s, infinite where nothing bounds it) were its first token to come at ``first_token_s`` (monotonic).
 
-        What the plan set aside of an end-to-end bound for the first token, and waiting did not use, goes to the other
-        tokens: (a_i + E_i - now) / y_i.
+        What is left of an end-to-end bound then is for the other tokens: (a_i + E_i - first) / y_i.
         """
         if self.tpot_slo_s is None or self.best_effort:
             return math.inf
         if self.slo.e2e_s is None:
             return self.tpot_slo_s
-        left = max(self.arrival_s + self.slo.e2e_s - now, 0.0) / max(1.0, self.predicted_at_arrival)
+        left = max(self.arrival_s + self.slo.e2e_s - first_token_s, 0.0) / max(1.0, self.predicted_at_arrival)
         return left if self.slo.tpot_s is None else min(left, self.slo.tpot_s)
+
+    def wait_again(self) -> None:
+        """The engine that it was let in to never took it."""
+        self.admitted_s = None
+        self._plan()
 
     def serve_at_best_effort(self) -> None:
         """Its SLO cannot be attained; it is served all the same, at nobody's cost."""

@@ -11,12 +11,13 @@ strictest bound P* = min P_i, and T(R) what a step takes in which all of R decod
 
 where a prompt token costs mu(R) beside what runs (`step_curve`), and request i has p_i prompt tokens, y_i more
 predicted, and is expected to reach a length of m_i, uncertain by s_i; M is the KV memory, in tokens. No more prompts
-come to a place than come at all (`prompt_rate`). An end-to-end bound leaves a pace: what is left of it when the request
-is let in, over y_i.
+come to the places than come at all (`prompt_rate`). An end-to-end bound leaves a pace: what is left of it after the
+first token, over y_i.
 
-A request is admitted only if the first and the last hold with it; it is refused as soon as the third says that its
-deadline cannot be met. Who does not fit now never blocks the one behind (skip-over earliest deadline first). When not
-all can be served, those go first that take the least time of the engine,
+A request is admitted only if the first and the last hold with it, and the prompts in the engine and its own are done in
+time; it is refused as soon as est says that its deadline cannot be met. Who does not fit now never blocks the one
+behind (skip-over earliest deadline first). When not all can be served, those go first that take the least time of the
+engine,
 
     w_i = mu*p_i + y_i * (cost of one decode at its mean length),
 
@@ -90,20 +91,21 @@ class Slack:
         runway = Runway.of(running, engine, self.runway_steps)
         unbounded = [r for r in waiting if r.deadline_s == math.inf and is_unbounded(r)]
         bounded = [r for r in waiting if not is_unbounded(r)] if unbounded else waiting
-        queue = Queue.of(now, bounded, load.prefill_token_s(engine), self.patience_s)
-        fresh = queue.arrival > self._prompts.newest_s
-        self._prompts.note(now, float(queue.prompt[fresh].sum()), float(queue.arrival.max(initial=-math.inf)))
         load.prompt_rate = self._prompts.per_s(now)
+        queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s)
+        queue.pace_ends(now, load, runway.tokens, engine)
         queue = self._refuse_hopeless_pace(queue, engine, decision)
         queue = self._refuse_late(now, queue, load, runway.tokens, engine, decision)
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
         self._admit_unbounded(unbounded, held_back, load, runway, engine, decision)
         self._granted.note(decision)
+        decided = (*decision.admit, *(rejection.request for rejection in decision.reject))
+        self._prompts.note(now, sum([r.prompt_tokens * (COURTESY if is_unbounded(r) else 1.0) for r in decided]))
         return decision
 
     def _refuse_hopeless_pace(self, queue: Queue, engine: EngineState, decision: Decision) -> Queue:
-        """A TPOT bound that even an otherwise idle engine would break is refused at once."""
-        alone_s = queue.decode_alone_s(engine)
+        """A TPOT bound that even an otherwise idle engine would break, or all but break, is refused at once."""
+        alone_s = queue.decode_alone_s(engine) / self.fill
         hopeless = alone_s > queue.tpot_s
         for at in np.flatnonzero(hopeless).tolist():
             request, alone = queue.requests[at], float(alone_s[at])

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
-from engine_adapter.slack_gate import COURTESY
+from engine_adapter.slack_gate import COURTESY, PATIENT_S
 from engine_adapter.step_time import StepTimes
 from gateway.request import Request
 
 Floats = NDArray[np.float64]
 
+_SLOWEST_S = 0.9 * PATIENT_S
 _Z90 = NormalDist().inv_cdf(0.9)
 
 
@@ -128,13 +129,12 @@ class Load:
 class Queue:
     """Waiting requests with bounds, in deadline order, and what is reckoned with as columns of shape (n,).
 
-    ``arrival`` (s); ``deadline``: of the first token (s, infinite without one); ``due``: the same, or when patience
+    ``deadline``: of the first token (s, infinite without one); ``due``: the same, or when patience
     ends; ``tpot_s``: bound (s, infinite without one); ``sequences``; ``length``: mean tokens of context over its life;
     ``prompt`` and ``tokens``: of predicted output, uncertain by ``variance``; ``prefill_s``: mu * p.
     """
 
     requests: Sequence[Request]
-    arrival: Floats
     deadline: Floats
     due: Floats
     tpot_s: Floats
@@ -146,20 +146,16 @@ class Queue:
     prefill_s: Floats
 
     @classmethod
-    def of(cls, now: float, requests: Sequence[Request], prefill_token_s: float, patience_s: float) -> Queue:
-        """The columns of ``requests`` at ``now``, with prompt tokens at ``prefill_token_s`` each."""
+    def of(cls, requests: Sequence[Request], prefill_token_s: float, patience_s: float) -> Queue:
+        """The columns of ``requests``, with prompt tokens at ``prefill_token_s`` each."""
         deadline = _column(r.deadline_s for r in requests)
         arrival = _column(r.arrival_s for r in requests)
         prompt = _column(r.prompt_tokens for r in requests)
         tokens = _column(r.predicted_tokens for r in requests)
         sequences = _column(r.sequences for r in requests)
         tpot = _column(math.inf if r.tpot_slo_s is None or r.best_effort else r.tpot_slo_s for r in requests)
-        for at, request in enumerate(requests):
-            if request.slo.e2e_s is not None:
-                tpot[at] = request.pace_from(now)
         return cls(
             requests=requests,
-            arrival=arrival,
             deadline=deadline,
             due=np.minimum(deadline, arrival + patience_s),
             tpot_s=tpot,
@@ -170,6 +166,19 @@ class Queue:
             variance=sequences * (np.maximum(_column(r.predicted_p90 for r in requests) - tokens, 0.0) / _Z90) ** 2,
             prefill_s=prefill_token_s * prompt,
         )
+
+    def pace_ends(self, now: float, load: Load, prompts: int, engine: EngineState) -> None:
+        """Give those with an end-to-end bound the pace that is left of it, were they to go now, behind ``prompts``.
+
+        Their first token is expected as soon as prefill gets to it, at the latest when it is due; and a pace that the
+        step gate would take for none is none that their end could be kept with.
+        """
+        step, one = load.prefilled_in_s(0, engine), load.prefilled_in_s(1, engine)
+        token = one - step if one < math.inf else math.inf
+        for at, request in enumerate(self.requests):
+            if request.slo.e2e_s is not None:
+                first_s = now + step + token * (prompts + request.prompt_tokens)
+                self.tpot_s[at] = min(request.pace_after(min(first_s, request.deadline_s)), _SLOWEST_S)
 
     def only(self, which: NDArray[np.bool_]) -> Queue:
         """Those where ``which`` holds."""

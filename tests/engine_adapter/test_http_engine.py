@@ -342,20 +342,24 @@ def test_a_base_url_must_be_one() -> None:
         HttpEngine("remote", "localhost:8000")
 
 
-async def test_step_times_are_learnt_from_the_streams(simulated: SimulatedEngine) -> None:
+async def test_step_times_are_learnt_from_the_streams() -> None:
     steps: list[None] = []
-    async with serve(simulated.app) as url:
+    # Long steps: a busy machine is late by some milliseconds.
+    slow = SimulatedEngine(times=StepTimes(b=0.0, d=0.012))
+    await slow.start(EngineEvents())
+    async with serve(slow.app) as url:
         engine = HttpEngine("remote", url)
         await engine.start(EngineEvents(on_step=lambda: steps.append(None)))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
-            asked = ask(stream=True, max_tokens=200, ignore_eos=True)
+            asked = ask(stream=True, max_tokens=100, ignore_eos=True)
             await asyncio.gather(*(client.post(CHAT, json=asked) for _ in range(3)))
             await client.post(CHAT, json=asked)
         await engine.stop()
+    await slow.stop()
     model = engine.state.step_time
-    assert 30 <= model.steps_seen == len(steps) <= 45, "one sample in twenty tokens, and one for the lone prefill"
+    assert 13 <= model.steps_seen == len(steps) <= 25, "one sample in twenty tokens, and one for the lone prefill"
     model.refit()
-    assert model.itl(3, 100) == pytest.approx(2e-3, rel=0.5)
+    assert model.itl(3, 100) == pytest.approx(0.012, rel=0.5)
 
 
 async def test_an_error_inside_a_stream_becomes_the_status_of_a_plain_answer() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -102,12 +104,49 @@ def test_a_chunk_fits_and_is_worth_it(
         assert chunk, "there is slack enough for all of it"
 
 
-@given(CURVES, st.integers(0, 40), st.integers(1, 2000))
-def test_no_chunk_is_cheaper_than_the_hull(curve: StepCurve, knot: int, prefill: int) -> None:
-    decodes = float(KNOTS[min(knot, len(KNOTS) - 5)])
-    cheapest = curve.prefill_token_s(decodes, 10_000)
-    extra = curve.step_s(decodes, 0, prefill) - (curve.step_s(decodes, 0) if decodes else 0.0)
-    assert cheapest <= extra / prefill + 1e-12
+@given(CURVES, st.integers(0, 300), st.integers(128, 2000))
+def test_large_chunks_are_no_cheaper_than_the_hull_says(curve: StepCurve, decodes: int, prefill: int) -> None:
+    knot = float(KNOTS[decodes >= KNOTS][-1])
+    cheapest = float(curve.prefill_token_s(knot, 2048))
+    assert cheapest > 0
+    if knot + prefill <= 2048:
+        extra = curve.step_s(knot, 0, prefill) - (curve.step_s(knot, 0) if knot else 0.0)
+        least = 0.25 * curve.step_s(0, 0, 2048) / 2048
+        assert cheapest <= max(extra / prefill, least) + 1e-12
+
+
+@pytest.mark.parametrize(("a_decode", "a_token"), [(5e-4, 3e-5), (5e-5, 5e-5), (2e-5, 2e-4)])
+def test_noise_makes_no_prompt_free(a_decode: float, a_token: float) -> None:
+    for seed in range(10):
+        random = np.random.default_rng(seed)
+        curve = StepCurve.of(StepTimes())
+        for _ in range(3):
+            decodes = random.integers(1, 64, 512).astype(float)
+            prefill = np.where(random.random(512) < 0.5, random.integers(128, 2000, 512), 0).astype(float)
+            seconds = (0.008 + a_decode * decodes + a_token * prefill) * random.normal(1, 0.05, 512)
+            curve = refitted(curve, decodes, 300 * decodes, prefill, seconds)
+        told = curve.prefill_token_s(np.array([1.0, 8.0, 32.0, 64.0]), 2048)
+        assert (told > 0.25 * a_token).all()
+        assert (told < 2 * (a_token + 0.008 / 2048)).all()
+        costs = [cost for _, cost in curve._costs(32, 2000)]
+        assert costs == sorted(costs)
+
+
+def test_beyond_what_a_step_usually_holds_both_ways_to_ask_agree() -> None:
+    curve = StepCurve.of(LINE)
+    several = curve.steps_s(np.array([0.0, 10.0]), np.array([0.0, 3000.0]), np.array([20_000.0, 16_384.0]))
+    assert several == pytest.approx([curve.step_s(0, 0, 20_000), curve.step_s(10, 3000, 16_384)])
+    assert float(curve.prefill_token_s(8.0, 32_768)) == pytest.approx(LINE.alpha, rel=0.05)
+
+
+def test_what_no_step_tells_of_does_not_drift() -> None:
+    curve = before = replace(StepCurve.of(LINE), h=0.003)
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        decodes = random.integers(1, 64, 256).astype(float)
+        seconds = (LINE.d + LINE.b * decodes) * np.where(random.random(256) < 0.15, 1.5, 1.0)
+        curve = refitted(curve, decodes, 0 * decodes, 0 * decodes, seconds)
+    assert (curve.e, curve.h) == pytest.approx((before.e, before.h), rel=0.05)
 
 
 def test_a_batch_that_fills_a_step_prefills_as_the_fullest_that_leaves_room() -> None:

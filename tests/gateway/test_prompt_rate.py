@@ -1,4 +1,4 @@
-"""How many prompt tokens come in a second: right from the start, and forgetting."""
+"""How many prompt tokens come in a second: right from the start, quick to see a surge, slow to forget."""
 
 from __future__ import annotations
 
@@ -7,32 +7,48 @@ import math
 import numpy as np
 import pytest
 
-from gateway.policies.prompt_rate import MEMORY_S, PromptRate
+from gateway.policies.prompt_rate import PromptRate
+
+
+def steady(rate: PromptRate, since: float, until: float, per_s: float) -> None:
+    for at in np.arange(since, until, 0.05).tolist():
+        rate.note(at, per_s * 0.05)
 
 
 @pytest.mark.parametrize("seconds", [2, 30, 300])
 def test_a_steady_stream_is_told_as_it_is_from_the_first_seconds_on(seconds: int) -> None:
     rate = PromptRate()
-    for at in np.arange(0.0, seconds, 0.1).tolist():
-        rate.note(at, 50.0, at)
+    steady(rate, 0.0, seconds, 500.0)
     assert rate.per_s(seconds) == pytest.approx(500, rel=0.1)
 
 
-def test_it_is_boundless_until_time_has_passed_and_forgets() -> None:
+def test_it_is_boundless_until_time_has_passed() -> None:
     rate = PromptRate()
     assert rate.per_s(5.0) == math.inf
-    rate.note(5.0, 1000.0, 5.0)
+    rate.note(5.0, 1000.0)
     assert rate.per_s(5.0) == math.inf
-    soon, later = rate.per_s(6.0), rate.per_s(5.0 + 3 * MEMORY_S)
-    assert soon == pytest.approx(1000, rel=0.1)
-    assert later < 0.06 * soon
-    assert rate.newest_s == 5.0
+    assert rate.per_s(5.5) < math.inf
+
+
+def test_a_surge_after_a_lull_is_seen_within_two_seconds() -> None:
+    rate = PromptRate()
+    steady(rate, 0.0, 20.0, 500.0)
+    assert rate.per_s(80.0) < 5
+    steady(rate, 80.0, 82.0, 5000.0)
+    assert rate.per_s(82.0) > 4000
+
+
+def test_a_moment_of_quiet_is_not_taken_for_the_end() -> None:
+    rate = PromptRate()
+    steady(rate, 0.0, 60.0, 5000.0)
+    assert rate.per_s(62.0) > 3500
 
 
 def test_noting_nothing_changes_nothing() -> None:
     rate = PromptRate()
-    rate.note(0.0, 100.0, 0.0)
+    rate.note(0.0, 0.0)
+    assert rate.per_s(3.0) == math.inf, "nothing has come yet"
+    rate.note(0.0, 100.0)
     before = rate.per_s(3.0)
-    for at in (1.0, 2.0, 2.0):
-        rate.note(at, 0.0, -math.inf)
+    rate.note(1.0, 0.0)
     assert rate.per_s(3.0) == pytest.approx(before)

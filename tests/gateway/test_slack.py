@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_policies import NOW, TIMES, admitted, ask, decide, engine, rejected, running
 
+from engine_adapter.slack_gate import PATIENT_S
 from gateway.admission import Admission
 from gateway.policies.floor import MOST_GROUPS, Floor
 from gateway.policies.slack import Slack
@@ -140,7 +141,7 @@ REQUESTS = st.builds(
 @given(st.lists(REQUESTS, max_size=8), REQUESTS)
 def test_the_load_of_a_batch_and_one_more_is_the_load_of_all(batch: list[Request], one: Request) -> None:
     together, apart = Load.of([*batch, one], 0.01), Load.of(batch, 0.01)
-    apart.take(apart.plus(one, one.pace_from(NOW)))
+    apart.take(apart.plus(one, one.pace_after(NOW)))
     for name in Load.__slots__:
         assert getattr(together, name) == pytest.approx(getattr(apart, name)), name
 
@@ -154,9 +155,9 @@ def test_the_columns_say_of_each_request_what_the_load_says_with_it(
         request.generated = 0  # nothing that waits has begun
     state, load = engine(kv_tokens=kv_tokens), Load.of(batch, 0.01)
     load.prompt_rate = rate
-    columns = Queue.of(NOW, queue, 1e-3, 60.0).holds_with(load, fill, prompts, np.full(len(queue), within_s), state)
+    columns = Queue.of(queue, 1e-3, 60.0).holds_with(load, fill, prompts, np.full(len(queue), within_s), state)
     for request, holds in zip(queue, columns.tolist(), strict=True):
-        more = load.plus(request, request.pace_from(NOW))
+        more = load.plus(request, request.pace_after(NOW))
         ways = (
             more.pace_s(state) / more.strictest / fill,
             more.prefilled_in_s(prompts + request.prompt_tokens, state) / max(within_s, 1e-9),
@@ -168,7 +169,7 @@ def test_the_columns_say_of_each_request_what_the_load_says_with_it(
 
 def test_cost_grows_with_prompt_output_and_sequences() -> None:
     queue = [ask(), ask(prompt=101), ask(output=51), ask(sequences=2)]
-    base, *dearer = Queue.of(NOW, queue, 1e-3, 60.0).cost_s(TIMES)
+    base, *dearer = Queue.of(queue, 1e-3, 60.0).cost_s(TIMES)
     assert np.all(np.array(dearer) > base)
 
 
@@ -239,12 +240,18 @@ def test_the_next_decision_is_due_when_a_waiting_request_would_become_too_late()
 
 
 def test_places_bring_no_more_prompts_than_come_at_all() -> None:
-    policy, batch = slack(), [running("old", tpot=0.03, prompt=10, output=1000)]
     # 200 tokens of prompt on 2 predicted: were such to come at every other step, each step would take 0.1 s.
-    (first,) = [ask("first", ttft=9, tpot=0.03, prompt=200, output=2)]
-    assert admitted(decide(policy, NOW, [first], batch, engine())) == []
-    later = decide(policy, NOW + 5, [first], batch, engine())
-    assert admitted(later) == ["first"], "in five seconds nothing else came"
+    batch, heavy = (
+        [running("old", tpot=0.03, prompt=10, output=1000)],
+        ask("heavy", ttft=9, tpot=0.03, prompt=200, output=2),
+    )
+    policy = slack()
+    assert admitted(decide(policy, NOW, [heavy], batch, engine())) == [], "it does not know yet what comes"
+    assert admitted(decide(policy, NOW, [ask("a", ttft=9, prompt=10)], batch, engine())) == ["a"]
+    assert admitted(decide(policy, NOW + 8, [heavy], batch, engine())) == ["heavy"], "ten tokens in eight seconds"
+    busy = slack()
+    busy._prompts.note(NOW, 50_000.0)
+    assert admitted(decide(busy, NOW + 1, [heavy], batch, engine())) == []
 
 
 def test_an_idle_engine_takes_one_whatever_may_come_after_it() -> None:
@@ -259,20 +266,46 @@ def test_nobody_is_let_in_whose_prompt_would_be_late_beside_those_who_run() -> N
         assert (admitted(decision), rejected(decision)) == (gone, [])
 
 
-def test_what_waiting_did_not_use_of_an_end_to_end_bound_is_for_its_tokens() -> None:
-    request = ask(e2e=4.0, output=100)
+def test_what_is_left_of_an_end_to_end_bound_after_the_first_token_is_for_the_others() -> None:
+    request = ask(e2e=4.0, output=100, prompt=100)
     books = Admission(slack(), engine())
     books.submit(request)
     planned = request.tpot_slo_s
     assert [r.id for r in books.decide(NOW + 0.5).admit] == ["r"]
-    assert request.tpot_slo_s == pytest.approx(3.5 / 100)
+    assert request.tpot_slo_s == pytest.approx((4.0 - 0.5 - 0.1) / 100, rel=1e-3), (
+        "half a second is over, the prompt takes 0.1 s"
+    )
     assert planned is not None
     assert request.tpot_slo_s > planned
 
 
+def test_a_plan_for_an_end_to_end_bound_never_ends_after_it() -> None:
+    # 25 who decode for 12.5 of 13 ms: prefill gets a twenty-fifth of the time.
+    batch = [running(str(i), tpot=0.0131, prompt=10, output=10_000) for i in range(25)]
+    request = ask(e2e=20.0, output=100, prompt=100)
+    queue = Queue.of([request], 1e-3, 60.0)
+    queue.pace_ends(NOW, Load.of(batch, 0.01), 0, engine())
+    assert queue.tpot_s[0] * 100 + 2.0 < 20.0, "the prompt will take two seconds at least"
+    assert queue.tpot_s[0] * 100 + request.ttft_slo_s >= 20.0 - 1e-6 or queue.tpot_s[0] == pytest.approx(0.9)
+
+
+def test_an_end_far_away_still_leaves_a_pace() -> None:
+    queue = Queue.of([ask(e2e=100.0, output=8)], 1e-3, 60.0)
+    queue.pace_ends(NOW, Load(), 0, engine())
+    assert queue.tpot_s[0] < PATIENT_S
+
+
+def test_a_pace_that_only_an_empty_engine_would_keep_is_not_waited_for() -> None:
+    # Alone a step takes 10.1 ms and a little; with 2% to spare, that is more than 10.2.
+    (rejection,) = decide(slack(), NOW, [ask(tpot=0.0102)], [running("old")], engine()).reject
+    assert (rejection.bound, rejection.hopeless) == ("tpot", True)
+    again = ask(tpot=rejection.attainable_s)
+    assert rejected(decide(slack(), NOW, [again], [], engine())) == []
+
+
 def test_the_pace_of_an_end_to_end_bound_is_never_looser_than_a_bound_on_the_pace() -> None:
-    assert ask(e2e=4.0, tpot=0.02, output=100).pace_from(NOW) == 0.02
-    assert ask(e2e=1.0, tpot=0.02, output=100).pace_from(NOW) == pytest.approx(0.01)
-    assert ask(e2e=1.0, output=100).pace_from(NOW + 2) == 0.0
-    assert ask(e2e=1.0, output=100, best_effort=True).pace_from(NOW) == np.inf
-    assert ask(ttft=1.0).pace_from(NOW) == np.inf
+    assert ask(e2e=4.0, tpot=0.02, output=100).pace_after(NOW) == 0.02
+    assert ask(e2e=1.0, tpot=0.02, output=100).pace_after(NOW) == pytest.approx(0.01)
+    assert ask(e2e=1.0, output=100).pace_after(NOW + 2) == 0.0
+    assert ask(e2e=1.0, output=100, best_effort=True).pace_after(NOW) == np.inf
+    assert ask(ttft=1.0).pace_after(NOW) == np.inf
