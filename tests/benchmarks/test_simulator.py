@@ -290,11 +290,12 @@ def test_a_policy_decides_as_it_does_before_a_real_engine_shown_the_same(policy:
         max_num_batched_tokens=1000,
         step_time=StepTimeModel(times=HAND.step_times(), learn=False),
     )
+    afresh = make_policy(policy)  # one for all: it may remember what it decided
     for now, waiting, running, decision in watched.seen:
         queue = WaitingQueue(watched.order)
         for request in sorted(waiting, key=lambda r: r.arrival_s):
             queue.add(request)
-        again = make_policy(policy).decide(now, queue, running, engine)
+        again = afresh.decide(now, queue, running, engine)
         assert [r.id for r in again.admit] == [r.id for r in decision.admit]
         assert [(r.request.id, r.bound) for r in again.reject] == [(r.request.id, r.bound) for r in decision.reject]
 
