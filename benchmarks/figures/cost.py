@@ -15,7 +15,7 @@ from benchmarks.predictions import predict
 from benchmarks.simulator import simulate
 
 NAME = "cost"
-POLICIES = ("fcfs", "s3", "mooncake", "scorpio")
+POLICIES = ("fcfs", "s3", "mooncake", "scorpio", "slack")
 PROFILE = "a100-llama3.1-8b"
 QPS = 60.0
 SEED = 0
