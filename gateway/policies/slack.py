@@ -22,8 +22,9 @@ engine,
     w_i = mu*p_i + y_i * (cost of one decode at its mean length),
 
 so that the time there is yields the most attained requests; but no SLO class and no tenant falls behind the rest by
-more than a stated share (`gateway.policies.floor`). Requests that nothing bounds take what is left, and a stated share
-at least. Inside the engine, `slack_gate` gives prefill what running requests can spare.
+more than a stated share (`gateway.policies.floor`). Requests that nothing bounds take what is left, and once they have
+waited for ``patience_s`` they go first, up to a stated share of the places. Inside the engine, `slack_gate` gives
+prefill what running requests can spare.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class Slack:
     ``thrift``: seconds of deadline that a second of engine time counts for when choosing whom to admit (0: deadlines
     alone). ``floor``: the share of the overall admission rate that every SLO class and tenant gets (0: no floor).
     ``memory_risk``: the chance that what runs outgrows the KV memory. ``patience_s``: a request with a pace to keep but
-    no TTFT bound is due so long after it came. ``optimism``: the share of its estimate by which a prompt is judged too
-    late; the queue ahead of it thins out. ``runway_steps``: steps' worth of prompt tokens that may lie in the engine
-    unprefilled.
+    no TTFT bound is due so long after it came, and one without any bound has its share of the places. ``optimism``: the
+    share of its estimate by which a prompt is judged too late; the queue ahead of it thins out. ``runway_steps``:
+    steps' worth of prompt tokens that may lie in the engine unprefilled.
     """
 
     fill: float = 0.98
@@ -96,8 +97,12 @@ class Slack:
         queue.pace_ends(now, load, runway.tokens, engine)
         queue = self._refuse_hopeless_pace(queue, engine, decision)
         queue = self._refuse_late(now, queue, load, runway.tokens, engine, decision)
+        patient = [r for r in unbounded if now - r.arrival_s > self.patience_s]
+        share = max(1.0, COURTESY * engine.max_num_seqs)
+        self._admit_unbounded(patient, share, load, runway, engine, decision, overdue=True)
+        left = unbounded[len(decision.admit) :]
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
-        self._admit_unbounded(unbounded, held_back, load, runway, engine, decision)
+        self._admit_unbounded(left, share if held_back else math.inf, load, runway, engine, decision)
         self._granted.note(decision)
         decided = (*decision.admit, *(rejection.request for rejection in decision.reject))
         self._prompts.note(now, sum([r.prompt_tokens * (COURTESY if is_unbounded(r) else 1.0) for r in decided]))
@@ -202,21 +207,21 @@ class Slack:
     def _admit_unbounded(
         self,
         unbounded: Sequence[Request],
-        held_back: bool,
+        most: float,
         load: Load,
         runway: Runway,
         engine: EngineState,
         decision: Decision,
+        overdue: bool = False,
     ) -> None:
-        """By arrival, into the places that are left; while bounded requests wait, up to a share of all places."""
-        most = max(1.0, COURTESY * engine.max_num_seqs) if held_back else math.inf
+        """By arrival, into the places that are left, up to ``most`` of them. ``overdue``: the runway is no reason."""
         for request in unbounded:
             if load.unbounded and load.unbounded + request.sequences > most:
                 break
             if load.places and load.places + request.sequences > engine.max_num_seqs:
                 break
             more = load.plus(request)
-            if not runway.fits(request) or (load.places and not more.fits_memory(engine.kv_tokens)):
+            if not (overdue or runway.fits(request)) or (load.places and not more.fits_memory(engine.kv_tokens)):
                 break
             load.take(more)
             runway.add(request)

@@ -309,3 +309,17 @@ def test_the_pace_of_an_end_to_end_bound_is_never_looser_than_a_bound_on_the_pac
     assert ask(e2e=1.0, output=100).pace_after(NOW + 2) == 0.0
     assert ask(e2e=1.0, output=100, best_effort=True).pace_after(NOW) == np.inf
     assert ask(ttft=1.0).pace_after(NOW) == np.inf
+
+
+def test_requests_without_bounds_never_wait_for_ever() -> None:
+    # Places are short, bounded requests come without end, and the runway is never empty.
+    state, policy = engine(max_num_seqs=4, max_num_batched_tokens=500), slack(patience_s=10.0)
+    free = ask("free", prompt=900)
+    batch = [running(str(i), tpot=1.0) for i in range(2)] + [running("prefilling", tpot=1.0, prompt=100)]
+    batch[-1].first_token_s = None
+    for second in range(11):
+        crowd = [ask(f"b{second}.{i}", ttft=5, tpot=1, prompt=10, at=NOW + second) for i in range(3)]
+        first = admitted(decide(policy, NOW + second, [*crowd, free], batch, state))
+        assert first == [f"b{second}.0"]
+    crowd = [ask(f"late{i}", ttft=5, tpot=1, prompt=10, at=NOW + 11) for i in range(3)]
+    assert admitted(decide(policy, NOW + 11, [*crowd, free], batch, state)) == ["free"]
