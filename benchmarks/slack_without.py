@@ -105,6 +105,7 @@ def straight_lines() -> Iterator[None]:
     def then_straight(learn: Callable[[StepTimeModel], None]) -> Callable[[StepTimeModel], None]:
         def learn_and_forget_the_curve(model: StepTimeModel) -> None:
             learn(model)
+            model.forms = True
             model.curve = StepCurve.of(model.times)
 
         return learn_and_forget_the_curve

@@ -5,13 +5,16 @@ out, token g + 1 is due at
 
     due_i = f_i + g * P_i.
 
-A step that ends by min over i of due_i makes nobody late. What it takes beyond its decodes is the prefill that fits:
+A step that ends by min over i of due_i makes nobody late. When nothing waits for prefill, or all of it fits,
 
-    chunk = max p with  T(decodes, p) <= min_i due_i - now
+    T(decodes, all that waits) <= min_i due_i - now,
 
-(`step_curve`), unless so few fit that the slack is better saved: then the step only decodes. When nothing waits for
-prefill, or all of it fits, the step is stock vLLM's. A request that is late already (whatever the reason) holds nobody
-up: only those that can still be on time are counted.
+the step is stock vLLM's. Else it takes the chunk on which the slack is spent best, now or later (`StepCurve.chunk`); a
+fifth of the time that is there for it is kept back, since what a chunk takes is known less well than what decodes take.
+A request that is late already (whatever the reason) holds nobody up: only those that can still be on time are counted.
+
+While prompts wait, steps take the pace on the average, also where prompt tokens are believed to be dear. So a gate that
+believes too much of them sees soon that they take less, and no step needs to be made for the sake of learning.
 
 Requests without a pace take what is left. Where a step of all of them, prefill included, would make somebody late, they
 sit it out; but never for longer than 1/`COURTESY` steps, so that they have at least that share of steps.
@@ -36,35 +39,36 @@ class SlackGate:
     """Sizes each step's prefill by the least slack among the decoding. Learns step times as it goes."""
 
     def __init__(self, step_time: StepTimeModel | None = None) -> None:
-        self._step_time = step_time or StepTimeModel()
-        self._first: dict[str, tuple[float, int]] = {}
-        """For each request: when it was first seen decoding (s), and its length then (tokens)."""
+        self._step_time = step_time or StepTimeModel(forms=False)
+        self._due: dict[str, float] = {}
+        """For each request, due_i less its length times P_i (s), which stays the same as it grows."""
         self._sat_out = 0
         """Steps that those without a pace have sat out in a row."""
 
     def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
         """Everyone decodes who can; prefill is cut to what the least slack leaves."""
         plan = StepPlan()
-        first = self._first
-        least, strictest, paced, paced_length, length = math.inf, math.inf, 0, 0, 0
+        dues = self._due
+        due, strictest, paced, paced_length, length = math.inf, math.inf, 0, 0, 0
         for request in decoding:
             tokens = request.length
             length += tokens
             bound = request.tpot_slo_s
             if bound is None or bound >= PATIENT_S:
                 continue
-            strictest = min(strictest, bound)
+            if bound < strictest:  # noqa: PLR1730  # Each request of each step comes by: min() takes three times as long.
+                strictest = bound
             paced += 1
             paced_length += tokens
-            seen = first.get(request.request_id)
-            if seen is None:
-                first[request.request_id] = seen = (now, tokens)
-            slack = seen[0] + (tokens - seen[1] + 1) * bound - now
-            if 0 <= slack < least:
-                least = slack
-        if least == math.inf:
+            begun = dues.get(request.request_id)
+            if begun is None:
+                dues[request.request_id] = begun = now - (tokens - 1) * bound
+            own = begun + tokens * bound
+            if now <= own < due:
+                due = own
+        if due == math.inf:
             return plan
-        curve = self._step_time.curve
+        least, curve = due - now, self._step_time.curve
         decodes = len(decoding)
         if curve.step_s(decodes, length, prefill_backlog) <= least:
             self._sat_out = 0
@@ -90,7 +94,7 @@ class SlackGate:
 
     def forget(self, request_id: str) -> None:
         """Drop what was kept for the request."""
-        self._first.pop(request_id, None)
+        self._due.pop(request_id, None)
 
     def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
         """Learn from a step."""

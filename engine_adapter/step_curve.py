@@ -30,7 +30,10 @@ KNOTS: Floats = np.array(
 """Tokens in a step between which f is a line: closer where steps are small and leaps matter."""
 
 WORTH = 0.8
-"""A chunk goes if it computes at least so many tokens a second, as a share of what the best chunk would."""
+"""A second of slack is spent if it computes at least so many tokens, as a share of what it would compute later."""
+
+SPENT = 0.8
+"""Of the time that is there for a chunk, what it takes by what is known: it may turn out 1/`SPENT` as dear."""
 
 _LEAST_CHUNK = 128
 """Tokens: what smaller chunks cost is too little beside a step to be learnt well."""
@@ -106,19 +109,24 @@ class StepCurve:
         return np.asarray(np.interp(decodes, KNOTS, self._hulls[most]), dtype=np.float64)
 
     def chunk(self, decodes: float, context: float, within_s: float, pace_s: float, backlog: int) -> int:
-        """The most prompt tokens, up to ``backlog``, with which a step ends within ``within_s``.
+        """Prompt tokens, up to ``backlog``, for a step that is to end within ``within_s``.
 
-        0 when none do, or when so few that they would be computed at less than `WORTH` of the rate of the best chunk in
-        a step of ``pace_s``: slack is then better saved until there is as much.
+        Slack that is not spent now can be spent later, but no more of it than steps of ``pace_s`` leave. So a second of
+        it has a price: the slope at pace_s - T(D, C, 0) of the concave hull of tokens over the seconds that they add
+        (steps may take turns). The chunk is the one that is worth most of those that fit,
+
+            max of p - WORTH * price * (T(D, C, p) - T(D, C, 0))   with   T(D, C, p) - T(D, C, 0) <= SPENT * spare,
+
+        and 0 where none is worth anything. Where slack is plenty, the step takes the pace at least: time that nobody
+        uses is no good later, and what is believed to be dear is found to be cheap only where it is tried.
         """
         alone = self.step_s(decodes, context)
-        spare, usual = within_s - alone, pace_s - alone
+        spare = SPENT * (within_s - alone)
         if spare <= 0:
             return 0
         costs = self._costs(decodes, backlog)
-        fitting = _within(spare, costs)
-        best = max((p / cost for p, cost in (_within(usual, costs) if usual > spare else fitting)), default=0.0)
-        return next((int(p) for p, cost in fitting if p / cost >= WORTH * best), 0)
+        price = WORTH * _price(pace_s - alone, costs)
+        return int(max([(0.0, 0.0), *((p - price * cost, p) for p, cost in _within(spare, costs))])[1])
 
     def _f(self, tokens: float) -> float:
         knots, values = self._knots, self._values
@@ -179,6 +187,19 @@ def _within(limit: float, costs: list[tuple[float, float]]) -> list[tuple[float,
             above = None
         found.append((tokens, seconds))
     return found
+
+
+def _price(seconds: float, costs: list[tuple[float, float]]) -> float:
+    """Tokens that the last of so many ``seconds`` buys: the slope there of the concave hull of ``costs`` and nothing.
+
+    0 when all of them take less.
+    """
+    tokens = spent = 0.0
+    while dearer := [((p - tokens) / (cost - spent), p, cost) for p, cost in costs if cost > spent]:
+        slope, tokens, spent = max(dearer)
+        if spent >= seconds:
+            return slope
+    return 0.0
 
 
 def refitted(before: StepCurve, decodes: Floats, context: Floats, prefill: Floats, seconds: Floats) -> StepCurve:

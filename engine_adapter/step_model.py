@@ -19,7 +19,8 @@ class StepTimeModel:
     ``observe`` is cheap (an append). All are fitted again over the last ``window`` steps of each kind every
     ``refit_every`` steps, and four times as seldom once ``window`` steps have been seen. For the forms, outliers beyond
     five times the median are dropped; until ``min_samples`` steps of a kind have been seen, the initial coefficients of
-    its form hold. ``curve``: what is known of it, by default what the forms say.
+    its form hold. ``forms``: False where nobody asks for them; they are then left as they are. ``curve``: what is known
+    of it, by default what the forms say.
     """
 
     times: StepTimes = field(default_factory=StepTimes)
@@ -27,6 +28,7 @@ class StepTimeModel:
     refit_every: int = 32
     min_samples: int = 5
     learn: bool = True
+    forms: bool = True
     curve: StepCurve = None  # type: ignore[assignment]  # until __post_init__
     itl_quality: FitQuality | None = None
     prefill_quality: FitQuality | None = None
@@ -80,9 +82,9 @@ class StepTimeModel:
         """Fit all to the steps in the window, where there are enough of them."""
         decode = _columns(self._decode, 3)
         mixed = _columns(self._mixed, 4)
-        if len(self._decode) >= self.min_samples:
+        if self.forms and len(self._decode) >= self.min_samples:
             self._refit_itl(*decode)
-        if len(self._mixed) >= self.min_samples:
+        if self.forms and len(self._mixed) >= self.min_samples:
             self._refit_prefill(*mixed)
         if len(self._decode) + len(self._mixed) >= self.min_samples:
             batch = np.concatenate([decode[0], mixed[1]])

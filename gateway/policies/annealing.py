@@ -77,7 +77,7 @@ class Annealing:
         )
         if not queue or seen == self._settled:
             return decision
-        runway = Runway.of(running, engine, self.runway_steps)
+        runway = Runway.of(running, self.runway_steps * engine.max_num_batched_tokens)
         most, places = int(self.max_batch or engine.max_num_seqs), sum([r.sequences for r in running])
         overdue = [r for r in queue if now - r.arrival_s > self.patience_s]
         planned = self.planned(now, queue, running, engine, latency)
@@ -100,7 +100,7 @@ class Annealing:
         """Who goes now: the first batch of the plan, in the order of ``queue``."""
         latency = latency or self._latency(queue, running, engine)
         queue = queue[: max(1, int(self.horizon))]
-        runway = Runway.of(running, engine, self.runway_steps)
+        runway = Runway.of(running, self.runway_steps * engine.max_num_batched_tokens)
         held = sum(
             [(r.prompt_tokens + max(r.predicted_tokens, r.length - r.prompt_tokens)) * r.sequences for r in running]
         )

@@ -115,10 +115,9 @@ class Runway:
     limit: float
 
     @classmethod
-    def of(cls, running: Collection[Request], engine: EngineState, steps: float) -> Runway:
-        """What is left of ``steps`` steps' worth of prompt tokens."""
-        tokens = sum([r.prompt_tokens for r in running if r.first_token_s is None])
-        return cls(tokens, steps * engine.max_num_batched_tokens)
+    def of(cls, running: Collection[Request], limit: float) -> Runway:
+        """What is left of ``limit`` prompt tokens."""
+        return cls(sum([r.prompt_tokens for r in running if r.first_token_s is None]), limit)
 
     def fits(self, request: Request) -> bool:
         """Whether the request's prompt may go now."""

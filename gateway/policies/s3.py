@@ -33,7 +33,7 @@ class S3:
     ) -> Decision:
         """Admit from the head of the queue until a place in the batch or the runway is missing."""
         decision = Decision()
-        runway = Runway.of(running, engine, self.runway_steps)
+        runway = Runway.of(running, self.runway_steps * engine.max_num_batched_tokens)
         sequences = sum([r.sequences for r in running])
         for request in waiting:
             places = sequences == 0 or sequences + request.sequences <= engine.max_num_seqs

@@ -86,7 +86,7 @@ class Scorpio:
         self, queue: Sequence[Request], running: Collection[Request], engine: EngineState, decision: Decision
     ) -> None:
         """Admit in order; a request that does not fit now never blocks the one behind it."""
-        runway = Runway.of(running, engine, self.runway_steps)
+        runway = Runway.of(running, self.runway_steps * engine.max_num_batched_tokens)
         batch: _Batch | None = None
         for request in queue:
             if not runway.fits(request):

@@ -8,6 +8,7 @@ strictest bound P* = min P_i, and T(R) what a step takes in which all of R decod
     share = 1 - T(R)/P*                         of time is left for prefill now,
     est_k = sum over j <= k of mu*p_j / share   is when the k-th prompt in the queue is done,
     sum of m_i + z * sqrt(sum of s_i^2) <= M    the KV memory suffices, but for a chance of ``memory_risk``,
+    chunk = (P* - T(R)) / mu(R)                 prompt tokens are what a step has time for,
 
 where a prompt token costs mu(R) beside what runs (`step_curve`), and request i has p_i prompt tokens, y_i more
 predicted, and is expected to reach a length of m_i, uncertain by s_i; M is the KV memory, in tokens. No more prompts
@@ -24,7 +25,8 @@ engine,
 so that the time there is yields the most attained requests; but no SLO class and no tenant falls behind the rest by
 more than a stated share (`gateway.policies.floor`). Requests that nothing bounds take what is left, and once they have
 waited for ``patience_s`` they go first, up to a stated share of the places. Inside the engine, `slack_gate` gives
-prefill what running requests can spare.
+prefill what running requests can spare; no more than a few chunks lie there unprefilled, so that who goes next is
+decided here, as late as can be.
 """
 
 from __future__ import annotations
@@ -57,16 +59,16 @@ class Slack:
     ``memory_risk``: the chance that what runs outgrows the KV memory. ``patience_s``: a request with a pace to keep but
     no TTFT bound is due so long after it came, and one without any bound has its share of the places. ``optimism``: the
     share of its estimate by which a prompt is judged too late; the queue ahead of it thins out. ``runway_steps``:
-    steps' worth of prompt tokens that may lie in the engine unprefilled.
+    chunks that may lie in the engine unprefilled: one that goes into the step under way, and one for the next.
     """
 
-    fill: float = 0.98
-    thrift: float = 100.0
+    fill: float = 1.0
+    thrift: float = 150.0
     floor: float = 0.5
     memory_risk: float = 0.01
     patience_s: float = 60.0
-    optimism: float = 0.8
-    runway_steps: float = 1.0
+    optimism: float = 0.5
+    runway_steps: float = 2.0
     name: str = "slack"
     gate: str = "slack"
     _granted: Floor = field(init=False, repr=False, compare=False)
@@ -89,7 +91,7 @@ class Slack:
         if not waiting:
             return decision
         load = Load.of(running, self.memory_risk)
-        runway = Runway.of(running, engine, self.runway_steps)
+        runway = Runway.of(running, self.runway_steps * load.chunk(engine))
         unbounded = [r for r in waiting if r.deadline_s == math.inf and is_unbounded(r)]
         bounded = [r for r in waiting if not is_unbounded(r)] if unbounded else waiting
         load.prompt_rate = self._prompts.per_s(now)
@@ -133,7 +135,9 @@ class Slack:
         step = max(busy, curve.step_s(1, 0))
         fixed = now + busy / 2 + step + curve.h
         work = load.prefill_token_s(engine) * unprefilled
-        margin = queue.deadline - (fixed + stretch * (work + np.cumsum(queue.prefill_s)))
+        # The queue ahead thins out, a request's own prompt does not.
+        own_s = (full_stretch - stretch) * queue.prefill_s
+        margin = queue.deadline - (fixed + stretch * (work + np.cumsum(queue.prefill_s)) + own_s)
         late = margin < 0
         if late.any():
             # One that is refused is not ahead of those behind it, so from the first on they must be taken one by one.
@@ -141,7 +145,7 @@ class Slack:
             work += float(queue.prefill_s[:first].sum())
             for at in range(first, len(queue.requests)):
                 request, own = queue.requests[at], float(queue.prefill_s[at])
-                late_by = fixed + stretch * (work + own) - request.deadline_s
+                late_by = fixed + stretch * work + full_stretch * own - request.deadline_s
                 late[at] = late_by > 0
                 margin[at] = -late_by
                 if late_by <= 0:
@@ -149,7 +153,7 @@ class Slack:
                     continue
                 predicted_s = request.ttft_slo_s + late_by
                 # Asking again takes a moment, and optimism is not for promises: without it, and a step to spare.
-                attainable_s = predicted_s + (full_stretch - stretch) * (work + own) + step
+                attainable_s = predicted_s + (full_stretch - stretch) * work + step
                 hopeless = curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
                 decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_by, hopeless))
             queue, margin = queue.only(~late), margin[~late]

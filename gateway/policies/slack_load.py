@@ -22,6 +22,9 @@ from gateway.request import Request
 Floats = NDArray[np.float64]
 
 _SLOWEST_S = 0.9 * PATIENT_S
+_LEAST_CHUNK = 16
+"""Tokens. However full the batch, prompts must be at hand when a decode ends."""
+
 _Z90 = NormalDist().inv_cdf(0.9)
 
 
@@ -106,6 +109,13 @@ class Load:
     def prefill_token_s(self, engine: EngineState) -> float:
         """mu(R): seconds that a prompt token costs beside what runs, in the long run."""
         return float(engine.step_time.curve.prefill_token_s(self.decoding, engine.max_num_batched_tokens))
+
+    def chunk(self, engine: EngineState) -> float:
+        """Prompt tokens that a step of P* seconds has time for beside the decodes; `_LEAST_CHUNK` at least."""
+        spare_s, most = self.strictest - self.step_s(engine), engine.max_num_batched_tokens
+        if spare_s == math.inf:
+            return most
+        return min(max(spare_s / max(self.prefill_token_s(engine), 1e-12), _LEAST_CHUNK), most)
 
     def pace_s(self, engine: EngineState) -> float:
         """T(R) + A(R): seconds a token in the long run, prompts included."""

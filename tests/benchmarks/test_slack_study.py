@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def engine() -> EngineState:
     return EngineState(alive=True, step_time=StepTimeModel(A100.step_times()))
 
 
-@pytest.fixture(scope="module")
+@cache  # not a fixture: those are set up under the tracer
 def in_full() -> list[Served]:
     return came_of(FULL).served
 
@@ -67,16 +68,16 @@ def in_full() -> list[Served]:
 # --- without a part ---------------------------------------------------------------------------------------------------
 
 
-def test_nothing_taken_out_is_the_product(in_full: list[Served]) -> None:
+def test_nothing_taken_out_is_the_product() -> None:
     assert WITHOUT[FULL].make() == Slack()
-    assert in_full == simulate(CROWDED, predict("shipped", CROWDED, 0), A100, Slack).served
+    assert in_full() == simulate(CROWDED, predict("shipped", CROWDED, 0), A100, Slack).served
 
 
 @pytest.mark.parametrize("name", [name for name in WITHOUT if name not in {FULL, "floor", "memory", "prompt rate"}])
-def test_without_a_part_another_thing_happens_under_overload(name: str, in_full: list[Served]) -> None:
+def test_without_a_part_another_thing_happens_under_overload(name: str) -> None:
     without = came_of(name).served
     assert len(without) == len(CROWDED)
-    assert without != in_full
+    assert without != in_full()
 
 
 def test_the_floor_is_taken_out_for_classes_and_tenants_alike() -> None:
@@ -89,14 +90,14 @@ def test_without_its_part_memory_overflows_where_it_is_short() -> None:
     assert with_it.preemptions < without.preemptions
 
 
-def test_nobody_is_refused_as_late_and_all_end(in_full: list[Served]) -> None:
+def test_nobody_is_refused_as_late_and_all_end() -> None:
     assert {one.outcome for one in came_of("refusing").served} == {"finished"}
-    assert any(one.outcome == "rejected" for one in in_full)
+    assert any(one.outcome == "rejected" for one in in_full())
 
 
 def test_the_first_that_does_not_fit_blocks_the_one_behind() -> None:
-    # 1,500 and 1,000 prompt tokens are more than the engine's runway holds; the third is short enough.
-    waiting = [asking("a", prompt=1500, ttft=1.0), asking("b", prompt=1000, ttft=1.5), asking("c", prompt=50, ttft=2.0)]
+    # 3,500 and 1,000 prompt tokens are more than the engine's runway holds; the third is short enough.
+    waiting = [asking("a", prompt=3500, ttft=1.0), asking("b", prompt=1000, ttft=1.5), asking("c", prompt=50, ttft=2.0)]
     admitted = {
         kind: [r.id for r in kind(thrift=0.0).decide(0.0, waiting, [], engine()).admit] for kind in (Slack, Blocking)
     }
@@ -154,8 +155,9 @@ def test_a_part_has_every_row_at_every_load_with_every_seed_and_each_once(part: 
 
 def test_the_same_trial_has_the_same_record() -> None:
     trial = Trial("x", "slack", 2.0, BRIEF, Run("slack", 40.0, 1), by_tenant=True)
-    assert play(trial) == play(trial)
-    assert json.loads(json.dumps(play(trial), allow_nan=False)) == play(trial)
+    record = play(trial)
+    assert record == play(trial)
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
 
 
 @pytest.mark.parametrize("column", CONTENDERS)
@@ -235,7 +237,7 @@ def test_classes_and_tenants_each_add_up_to_everybody() -> None:
 # --- page and command -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@cache
 def found() -> dict[str, Any]:
     study = Study(replace(BRIEF, workload={"name": "sharegpt", "duration_s": 0.3, "max_output": 12}), 20.75, [0, 1])
     with patch.object(slack_study, "CODE_QPS", 20.75):
@@ -243,8 +245,8 @@ def found() -> dict[str, Any]:
     return {"seeds": [0, 1], "duration_s": 0.3, "stock_qps": 20.75, "parts": json.loads(json.dumps(parts))}
 
 
-def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it(found: dict[str, Any]) -> None:
-    text = page(found)
+def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it() -> None:
+    text = page(found())
     for name, without in WITHOUT.items():
         elsewhere = {FULL: 2, "memory": 1, "prompt rate": 1, "curve": 1}
         assert text.count(f"| {name} | {without.says} |") == 3 + elsewhere.get(name, 0)
@@ -258,33 +260,33 @@ def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it(found: 
             assert above.count("|") == line.count("|")
 
 
-def test_a_part_is_compared_with_slack_in_full_seed_by_seed(found: dict[str, Any]) -> None:
+def test_a_part_is_compared_with_slack_in_full_seed_by_seed() -> None:
     records = [
         {"row": row, "column": "slack", "load": 2.0, "seed": seed, "goodput": goodput, "slo_adherence": 0.5,
          "preemptions": 3}
         for row, seed, goodput in ((FULL, 0, 10.0), (FULL, 1, 20.0), ("thrift", 1, 16.0), ("thrift", 0, 8.0))
     ]  # fmt: skip
-    text = page(found | {"parts": {"ablation": records}})
+    text = page(found() | {"parts": {"ablation": records}})
     says = WITHOUT["thrift"].says
     assert f"| thrift | {says} | 12.0 (5.7) | 0.80 (0.00) | 0.500 (0.000) | 3 (0) |" in text
     assert "benchmarks.slack_study --part ablation --seeds" in text
 
 
-def test_the_floor_is_read_off_the_least_share_of_everybodys_admission_rate(found: dict[str, Any]) -> None:
+def test_the_floor_is_read_off_the_least_share_of_everybodys_admission_rate() -> None:
     def record(row: str, goodput: float, least: float) -> dict[str, Any]:
         groups = {EVERYBODY: (0.8, 0.7), "class 1: 0.5 s, 30 ms": (least, 0.3), "tenant: short": (0.9, 0.9)}
         return {"row": row, "load": 2.0, "seed": 0, "goodput": goodput} | {
             "groups": {name: {"requests": 9, "admitted": a, "attained": b} for name, (a, b) in groups.items()}
         }
 
-    text = page(found | {"parts": {"tenants": [record(FULL, 19.0, 0.44), record("floor", 20.0, 0.2)]}})
+    text = page(found() | {"parts": {"tenants": [record(FULL, 19.0, 0.44), record("floor", 20.0, 0.2)]}})
     assert "| class 1: 0.5 s, 30 ms | 0.44 | 0.55 | 0.30 | 0.20 | 0.25 | 0.30 |" in text
     flowing = text.replace("\n", " ")
     assert "any class or tenant had in any run: **0.55** with the floor, 0.25 without." in flowing
     assert "Goodput is 19.0 with it and 20.0 without: it costs **5.0%**." in flowing
 
 
-def test_the_worst_case_beside_scorpio_is_named(found: dict[str, Any]) -> None:
+def test_the_worst_case_beside_scorpio_is_named() -> None:
     goodput = {
         ("right", "slack"): 20.0,
         ("right", "scorpio"): 10.0,
@@ -295,7 +297,7 @@ def test_the_worst_case_beside_scorpio_is_named(found: dict[str, Any]) -> None:
         {"row": row, "column": column, "load": 2.0, "seed": 0, "goodput": value, "slo_adherence": 0.25}
         for (row, column), value in goodput.items()
     ]
-    text = page(found | {"parts": {"step-times": records}})
+    text = page(found() | {"parts": {"step-times": records}})
     assert "| 2 S | wrong | 9.0, 0.25 | 12.0, 0.25 | 0.45 | 0.75 |" in text
     assert "The least of `slack` over the better SCORPIO: **0.75** (wrong, 2 S)." in text
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_adapter.gates import GATES, Gates
+from engine_adapter.profile import load_profile
 from engine_adapter.slack_gate import COURTESY, SlackGate
-from engine_adapter.step_curve import StepCurve
+from engine_adapter.step_curve import SPENT, StepCurve
 from engine_adapter.step_gate import StepPlan
 from engine_adapter.step_model import StepTimeModel
 from engine_adapter.step_time import StepTimes
@@ -31,24 +32,24 @@ def slack_gate(times: StepTimes = TIMES) -> SlackGate:
     return SlackGate(StepTimeModel(times=times, learn=False))
 
 
-def test_a_step_is_as_long_as_the_least_slack_allows() -> None:
+def test_a_step_is_as_long_as_the_least_slack_allows_but_for_what_is_kept_back() -> None:
     # Both have their first token at 0 and the next due at 30 and 50 ms. Decoding takes 12 ms: 18 ms are left.
     plan = slack_gate().plan(0.0, [Running("strict"), Running("loose", 0.05)], prefill_backlog=1000)
     assert plan.sit_out == set()
-    assert plan.max_prefill_tokens == pytest.approx(180, abs=1)
+    assert plan.max_prefill_tokens == pytest.approx(SPENT * 180, abs=1)
 
 
 def test_tokens_ahead_of_their_pace_are_slack_for_a_longer_step() -> None:
     gate, request = slack_gate(), Running("r")
     gate.plan(0.0, [request], 1000)
     request.length += 4  # at 60 ms four more tokens are out; the next is due at 150 ms
-    assert gate.plan(0.06, [request], 1000).max_prefill_tokens == pytest.approx(790, abs=1)
+    assert gate.plan(0.06, [request], 1000).max_prefill_tokens == pytest.approx(SPENT * 790, abs=1)
 
 
 def test_whoever_is_late_already_holds_nobody_up() -> None:
     gate, late = slack_gate(), Running("late")
     gate.plan(0.0, [late], 1000)
-    assert gate.plan(5.0, [late, Running("fresh", 0.05)], 1000).max_prefill_tokens == pytest.approx(380, abs=1)
+    assert gate.plan(5.0, [late, Running("fresh", 0.05)], 1000).max_prefill_tokens == pytest.approx(SPENT * 380, abs=1)
     assert gate.plan(5.0, [late], 1000) == StepPlan()
 
 
@@ -62,12 +63,12 @@ def test_where_nobody_is_at_risk_the_step_is_the_engines_own(decoding: list[Runn
 
 
 def test_a_chunk_too_small_to_be_worth_it_waits_until_there_is_slack_for_a_large_one() -> None:
-    # 5 ms for any prefill at all, and 0.1 ms a token: 10 tokens would cost 6 ms, 140 cost 19.
+    # 5 ms for any prefill at all, and 0.1 ms a token: the slack for 50 tokens in three steps computes 250 in one.
     curve = replace(StepCurve.of(TIMES), h=0.005)
     gate, request = SlackGate(StepTimeModel(times=TIMES, curve=curve, learn=False)), Running("r", 0.05)
     gate.plan(0.0, [request], 1000)
-    assert gate.plan(0.033, [request], 1000).max_prefill_tokens == 0, "17 ms are left of 50, a step takes 11"
-    assert gate.plan(0.020, [request], 1000).max_prefill_tokens == pytest.approx(140, abs=1)
+    assert gate.plan(0.026, [request], 1000).max_prefill_tokens == 0, "24 ms are left of 50, a step takes 11"
+    assert gate.plan(0.010, [request], 1000).max_prefill_tokens == pytest.approx(SPENT * 290 - 50, abs=1)
 
 
 def test_the_last_few_tokens_of_a_prompt_are_worth_a_small_chunk() -> None:
@@ -79,7 +80,7 @@ def test_a_gate_that_forgot_a_request_starts_its_pace_anew() -> None:
     gate, request = slack_gate(), Running("r")
     gate.plan(0.0, [request], 1000)
     gate.forget("r")
-    assert gate.plan(9.0, [request], 1000).max_prefill_tokens == pytest.approx(190, abs=1)
+    assert gate.plan(9.0, [request], 1000).max_prefill_tokens == pytest.approx(SPENT * 190, abs=1)
 
 
 def test_it_learns_how_long_steps_take() -> None:
@@ -88,7 +89,56 @@ def test_it_learns_how_long_steps_take() -> None:
         gate.observe(batch, 0, 100.0, 0.02 + 1e-3 * batch)
         gate.observe(batch, 10 * batch, 100.0, 0.02 + 1e-3 * batch + 0.5e-3 * 10 * batch)
     plan = gate.plan(0.0, [Running("r", 0.121)], 10_000)
-    assert plan.max_prefill_tokens == pytest.approx(200, rel=0.15)
+    assert plan.max_prefill_tokens == pytest.approx(SPENT * 200, rel=0.15)
+
+
+A100, PACE_S, BATCH, CONTEXT = load_profile("a100-llama3.1-8b"), 0.03, 116, 400
+
+
+def seconds(decodes: int, prefill: int) -> float:
+    return A100.step_seconds(decodes, CONTEXT * decodes, prefill, 0)
+
+
+def prefilled(told: list[tuple[int, int]], count: int) -> list[int]:
+    """Prompt tokens in each step of a full A100, where a request ends and one begins every other step; ``told``: steps
+    (of decodes and prompt tokens) that its gate has seen before."""
+    gate, chunks, now = SlackGate(), [], 0.0
+    for decodes, prefill in told:
+        gate.observe(decodes, prefill, CONTEXT, seconds(decodes, prefill))
+    batch = [Running(str(number), PACE_S, CONTEXT) for number in range(BATCH)]
+    for step in range(count):
+        chunk = gate.plan(now, batch, prefill_backlog=2048).max_prefill_tokens
+        assert chunk is not None
+        chunks.append(chunk)
+        gate.observe(BATCH, chunk, CONTEXT, seconds(BATCH, chunk))
+        now += seconds(BATCH, chunk)
+        for request in batch:
+            request.length += 1
+        if step % 2:
+            gate.forget(batch.pop(0).request_id)
+            batch.append(Running(str(BATCH + step), PACE_S, CONTEXT))
+    assert now <= count * PACE_S
+    return chunks
+
+
+def test_a_gate_that_believes_prompt_tokens_dear_finds_out_by_spending_what_is_spare() -> None:
+    # Few tokens are free until the next wave begins. Who took those and no others, as the best bargain, would never see
+    # what larger chunks cost, while there is time for ten times as many.
+    small = [(tokens, prefill) for tokens in range(1, 129) for prefill in (0, 129 - tokens)]
+    of_all_sizes = small + [(tokens, 2 * prefill) for tokens in range(1, 256, 4) for prefill in range(0, 256, 8)]
+    cold, knowing, free = prefilled(small, 256), prefilled(of_all_sizes, 256), 128 - BATCH
+    assert sum(knowing) > 10 * 256 * free
+    assert cold[0] > 4 * free, "before it knows better"
+    assert sum(cold[:64]) > 0.4 * sum(knowing[:64])
+    assert sum(cold[128:256]) > 0.6 * sum(knowing[128:256])
+    assert max(cold[128:256]) > 2.5 * cold[0]
+
+
+def test_a_chunk_may_turn_out_a_quarter_dearer_than_believed_and_nobody_is_late() -> None:
+    gate, request = slack_gate(), Running("r")
+    chunk = gate.plan(0.0, [request], 1000).max_prefill_tokens
+    assert chunk is not None
+    assert TIMES.itl(1, 100) + 1.25 * TIMES.prefill(chunk) <= 0.03
 
 
 def test_those_without_a_pace_let_a_full_step_pass_but_have_their_share_of_steps() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_adapter.profile import load_profile
-from engine_adapter.step_curve import KNOTS, WORTH, StepCurve, refitted
+from engine_adapter.step_curve import KNOTS, SPENT, StepCurve, refitted
 from engine_adapter.step_model import StepTimeModel
 from engine_adapter.step_time import StepTimes
 
@@ -83,25 +83,32 @@ CURVES = st.builds(
 
 @settings(max_examples=200)
 @given(CURVES, st.integers(0, 300), st.floats(0, 0.5), st.floats(0, 0.5), st.integers(1, 4000))
-def test_a_chunk_fits_and_is_worth_it(
+def test_a_chunk_leaves_something_of_the_time_there_is(
     curve: StepCurve, decodes: int, within_s: float, pace_s: float, backlog: int
 ) -> None:
-    context = 400.0 * decodes
-    chunk = curve.chunk(decodes, context, within_s, pace_s, backlog)
+    chunk = curve.chunk(decodes, 400.0 * decodes, within_s, pace_s, backlog)
     assert 0 <= chunk <= backlog
-    alone = curve.step_s(decodes, context)
-
-    def rate(prefill: int) -> float:
-        return prefill / max(curve.step_s(decodes, context, prefill) - alone, 1e-9)
-
+    alone = curve.step_s(decodes, 400.0 * decodes)
     if chunk:
-        assert curve.step_s(decodes, context, chunk) <= within_s + 1e-9
-        for other in range(chunk, backlog + 1, max(1, (backlog - chunk) // 20)):
-            if curve.step_s(decodes, context, other) <= max(within_s, pace_s) - 1e-9:
-                # Whole tokens: the last is cut off.
-                assert rate(chunk) * (chunk + 1) / chunk >= 0.99 * WORTH * rate(other)
-    if within_s >= pace_s and curve.step_s(decodes, context, backlog) <= within_s:
-        assert chunk, "there is slack enough for all of it"
+        assert curve.step_s(decodes, 400.0 * decodes, chunk) <= alone + SPENT * (within_s - alone) + 1e-9
+
+
+@settings(max_examples=200)
+@given(CURVES, st.integers(0, 300), st.floats(0, 0.5), st.integers(1, 4000))
+def test_where_slack_is_plenty_a_step_takes_the_pace_at_least_however_dear_prompts_are_believed(
+    curve: StepCurve, decodes: int, pace_s: float, backlog: int
+) -> None:
+    context = 400.0 * decodes
+    chunk = curve.chunk(decodes, context, 1e6, pace_s, backlog)
+    # Whole tokens: the last is cut off.
+    assert chunk == backlog or curve.step_s(decodes, context, chunk + 1) >= pace_s - 1e-9
+
+
+def test_tokens_that_are_free_are_not_all_that_slack_is_spent_on() -> None:
+    # 16 are free until the next wave begins, from there on they cost 0.2 ms each.
+    curve = StepCurve(0.01 + 2e-4 * np.maximum(KNOTS - 32, 0), a=0.0, e=0.0, h=0.0)
+    assert curve.chunk(16, 0, within_s=0.05, pace_s=0.02, backlog=1000) == 16 + int(SPENT * 200)
+    assert curve.chunk(16, 0, within_s=0.010001, pace_s=0.02, backlog=1000) == 16, "they go even when no time is left"
 
 
 @given(CURVES, st.integers(0, 300), st.integers(128, 2000))
@@ -161,3 +168,14 @@ def test_the_model_keeps_the_curve_up_to_date_and_starts_over_with_it() -> None:
     assert errors(model.curve, steps(200, seed=9, noise=0.0)) < 0.04
     model.start_over(LINE)
     assert model.curve.step_s(64, 6400) == StepCurve.of(LINE).step_s(64, 6400)
+
+
+def test_a_model_that_is_asked_for_the_curve_alone_has_the_same_one_and_leaves_the_forms() -> None:
+    both, alone = StepTimeModel(times=LINE), StepTimeModel(times=LINE, forms=False)
+    for decodes, context, prefill, seconds in zip(*steps(64, seed=8), strict=True):
+        for model in (both, alone):
+            model.observe(decodes, int(prefill), context / decodes, seconds)
+    assert (alone.curve.at_knots == both.curve.at_knots).all()
+    assert alone.times == LINE != both.times
+    assert alone.itl_quality is None
+    assert alone.curve_quality == both.curve_quality is not None

@@ -49,9 +49,9 @@ def test_a_request_that_does_not_fit_now_never_blocks_the_one_behind_it() -> Non
 
 def test_prefill_takes_longer_by_the_share_of_time_that_decodes_leave() -> None:
     # Alone: 0.1 s. With decodes that take half of the pace, twice that.
-    idle = decide(slack(), NOW, [ask(ttft=0.12)], [], engine())
+    idle = decide(slack(optimism=0.8), NOW, [ask(ttft=0.12)], [], engine())
     batch = [running(str(i), tpot=0.025) for i in range(20)]
-    busy = decide(slack(), NOW, [ask(ttft=0.12)], batch, engine())
+    busy = decide(slack(optimism=0.8), NOW, [ask(ttft=0.12)], batch, engine())
     assert (rejected(idle), rejected(busy)) == ([], ["r"])
     assert busy.reject[0].predicted_s > 1.5 * 0.1
 
@@ -91,8 +91,20 @@ def test_requests_without_bounds_come_last_but_have_a_share_of_the_places_to_the
     room = decide(slack(), NOW, [*free, *bounded], [], engine(max_num_seqs=200))
     assert admitted(room)[-5:] == [r.id for r in free], "with nobody held back they take what is left"
     tight = [running(f"s{i}", tpot=0.0105) for i in range(4)]
-    held_back = decide(slack(), NOW, [*free, *[ask("x", ttft=5, tpot=0.0105)] * 1], tight, state)
-    assert admitted(held_back) == ["free0", "free1", "free2"]
+    short = [ask(f"short{i}", at=NOW - 9, prompt=5) for i in range(5)]
+    held_back = decide(slack(), NOW, [*short, ask("x", ttft=50, tpot=0.0105)], tight, state)
+    assert admitted(held_back) == ["short0", "short1", "short2"]
+
+
+def test_no_more_prompts_go_to_the_engine_than_two_steps_have_time_for() -> None:
+    # A prompt token takes 1 ms. Of 40 ms a step takes 12.1: 28 tokens, and as many for the step after.
+    batch = [running(str(i), tpot=0.04, output=1000) for i in range(20)]
+    queue = [ask(str(i), ttft=5, tpot=1.0, prompt=10) for i in range(20)]
+    assert len(decide(slack(), NOW, queue, batch, engine()).admit) == 5
+    assert len(decide(slack(runway_steps=1.0), NOW, queue, batch, engine()).admit) == 2
+    (long,) = decide(slack(), NOW, [ask("long", ttft=5, tpot=1.0, prompt=90)], batch, engine()).admit
+    assert long.id == "long", "a prompt longer than that goes when nothing else is unprefilled"
+    assert len(decide(slack(), NOW, queue, [], engine()).admit) == 20, "with no pace to keep, a step's worth is more"
 
 
 def test_a_request_with_a_pace_but_no_deadline_is_due_after_its_patience() -> None:
@@ -236,7 +248,7 @@ def test_the_floor_remembers_a_bounded_number_of_groups_and_stays_finite() -> No
 
 def test_the_next_decision_is_due_when_a_waiting_request_would_become_too_late() -> None:
     decision = decide(slack(), NOW, [ask(ttft=1.0)], [], engine())
-    assert decision.recheck_at == pytest.approx(NOW + 1.0 - 0.09, abs=1e-3)
+    assert decision.recheck_at == pytest.approx(NOW + 1.0 - 0.11, abs=1e-3)
 
 
 def test_places_bring_no_more_prompts_than_come_at_all() -> None:
@@ -297,10 +309,10 @@ def test_an_end_far_away_still_leaves_a_pace() -> None:
 
 def test_a_pace_that_only_an_empty_engine_would_keep_is_not_waited_for() -> None:
     # Alone a step takes 10.1 ms and a little; with 2% to spare, that is more than 10.2.
-    (rejection,) = decide(slack(), NOW, [ask(tpot=0.0102)], [running("old")], engine()).reject
+    (rejection,) = decide(slack(fill=0.98), NOW, [ask(tpot=0.0102)], [running("old")], engine()).reject
     assert (rejection.bound, rejection.hopeless) == ("tpot", True)
     again = ask(tpot=rejection.attainable_s)
-    assert rejected(decide(slack(), NOW, [again], [], engine())) == []
+    assert rejected(decide(slack(fill=0.98), NOW, [again], [], engine())) == []
 
 
 def test_the_pace_of_an_end_to_end_bound_is_never_looser_than_a_bound_on_the_pace() -> None:
