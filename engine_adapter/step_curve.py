@@ -89,14 +89,10 @@ class StepCurve:
         seconds = self._f(tokens) + self.a * context
         return seconds + self.e * prefill + self.h if prefill else seconds
 
-    def steps_s(self, decodes: Floats, context: Floats, prefill: Floats) -> Floats:
+    def steps_s(self, decodes: Floats, context: Floats, prefill: Floats | float = 0.0) -> Floats:
         """T(D, C, p) over arrays."""
         seconds = np.interp(decodes + prefill, KNOTS, self.at_knots) + self.a * context
-        return np.asarray(seconds + self.e * prefill + self.h * (prefill > 0), dtype=np.float64)
-
-    def decode_s(self, decodes: Floats, context: Floats) -> Floats:
-        """T(D, C, 0) over arrays."""
-        return np.asarray(np.interp(decodes, KNOTS, self.at_knots) + self.a * context, dtype=np.float64)
+        return np.asarray(seconds + self.e * prefill + self.h * np.greater(prefill, 0), dtype=np.float64)
 
     def prefill_token_s(self, decodes: Floats | float, most: int) -> Floats:
         """mu(D): seconds that a prompt token adds where they are cheapest, in steps of up to ``most`` tokens.

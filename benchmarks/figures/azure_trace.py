@@ -80,7 +80,7 @@ def _replays(quick: bool) -> list[Replay]:
 
 def measure(lab: Lab, quick: bool) -> Document:
     """Every replay under every policy."""
-    window_s = 60.0 if quick else WINDOW_S
+    window_s = 20.0 if quick else WINDOW_S
     tasks = [(replay, policy, window_s) for replay in _replays(quick) for policy in POLICIES]
     replays = lab.each("Figure 5", replayed, tasks)
     return document(

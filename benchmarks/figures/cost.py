@@ -27,7 +27,7 @@ LINEAR = 1.25
 
 def measure(lab: Lab, quick: bool) -> Document:
     """First the 900, in this process with nothing beside it; then the large ones, shared among the lab's processes."""
-    few, sizes = (20, (20, 40)) if quick else (REQUESTS, SIZES)
+    few, sizes = (5, (5, 10)) if quick else (REQUESTS, SIZES)
     lab.begin("Cost: the small runs", ROUNDS * len(POLICIES))
     timings = []
     for _ in range(ROUNDS):

@@ -52,7 +52,7 @@ def measure(lab: Lab, quick: bool) -> Document:
     """Every panel: policies, rates, seeds."""
     seeds = (0,) if quick else SEEDS
     tasks = [
-        (panel.experiment(2.0 if quick else DURATION_S), Run(policy, float(qps), seed))
+        (panel.experiment(1.0 if quick else DURATION_S), Run(policy, float(qps), seed))
         for panel in PANELS
         for policy in panel.policies
         for qps in (panel.rates[:1] if quick else panel.rates)

@@ -20,13 +20,13 @@ time; it is refused as soon as est says that its deadline cannot be met. Who doe
 behind (skip-over earliest deadline first). When not all can be served, those go first that take the least time of the
 engine,
 
-    w_i = mu*p_i + y_i * (cost of one decode at its mean length),
+    w_i = mu * (p_i + y_i) + a * y_i * (its mean length),
 
-so that the time there is yields the most attained requests; but no SLO class and no tenant falls behind the rest by
-more than a stated share (`gateway.policies.floor`). Requests that nothing bounds take what is left, and once they have
-waited for ``patience_s`` they go first, up to a stated share of the places. Inside the engine, `slack_gate` gives
-prefill what running requests can spare; no more than a few chunks lie there unprefilled, so that who goes next is
-decided here, as late as can be.
+where a is what a token of context costs a decode: the time there is yields the most attained requests. But no SLO class
+and no tenant falls behind the rest by more than a stated share (`gateway.policies.floor`). Requests that nothing bounds
+take what is left, and once they have waited for ``patience_s`` they go first, up to a stated share of the places.
+Inside the engine, `slack_gate` gives prefill what running requests can spare; no more than a few chunks lie there
+unprefilled, so that who goes next is decided here, as late as can be.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ class Slack:
         self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision
     ) -> bool:
         """Admit the least costly that keep the invariant; whether any is left waiting."""
-        key = queue.due + self.thrift * queue.cost_s(engine.step_time.times)
+        cost_s = queue.cost_s(load.prefill_token_s(engine), engine.step_time.curve.a)
+        key = queue.due + self.thrift * cost_s
         behind = self._granted.behind()
         if behind:
             key = key - np.array([_FIRST if behind.has(r) else 0.0 for r in queue.requests])

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
 from engine_adapter.slack_gate import COURTESY, PATIENT_S
-from engine_adapter.step_time import StepTimes
 from gateway.request import Request
 
 Floats = NDArray[np.float64]
@@ -197,7 +196,7 @@ class Queue:
 
     def decode_alone_s(self, engine: EngineState) -> Floats:
         """Seconds a token in an otherwise idle engine."""
-        return engine.step_time.curve.decode_s(self.sequences, self.length * self.sequences)
+        return engine.step_time.curve.steps_s(self.sequences, self.length * self.sequences)
 
     def holds_with(
         self, load: Load, fill: float, prompts: int, within_s: Floats, engine: EngineState
@@ -210,7 +209,7 @@ class Queue:
         weight = np.where(paced, self.sequences, COURTESY * self.sequences)
         strictest = np.minimum(self.tpot_s, load.strictest)
         decoding = load.decoding + weight
-        step = curve.decode_s(decoding, load.length + self.length * weight)
+        step = curve.steps_s(decoding, load.length + self.length * weight)
         token = curve.prefill_token_s(decoding, engine.max_num_batched_tokens)
         coming = load.prefill + self.prompt / np.maximum(self.tokens, 1.0) * weight
         bounded = strictest < math.inf
@@ -224,9 +223,9 @@ class Queue:
             holds = holds & (memory + load.z * np.sqrt(load.variance + self.variance) <= engine.kv_tokens)
         return np.asarray(holds, dtype=np.bool_)
 
-    def cost_s(self, times: StepTimes) -> Floats:
-        """w_i: seconds of engine time, at the margin."""
-        return self.sequences * (self.prefill_s + self.tokens * (times.b + times.a * self.length))
+    def cost_s(self, token_s: float, context_s: float) -> Floats:
+        """w_i: seconds of engine time; a token takes ``token_s``, one of context ``context_s`` in each decode."""
+        return self.sequences * (token_s * (self.prompt + self.tokens) + context_s * self.tokens * self.length)
 
 
 def _column(values: Iterable[float]) -> Floats:

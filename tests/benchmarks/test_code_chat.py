@@ -22,6 +22,9 @@ from gateway.slo import Slo
 
 A100 = load_profile("a100-llama3.1-8b")
 
+simulates = pytest.mark.no_cover
+"""Whole simulations, four times slower under a tracer; the rooms have tests of their own."""
+
 
 def test_code_is_bounded_end_to_end_and_chat_by_its_tokens_with_lengths_of_their_own() -> None:
     asked = make_workload("code-chat", qps=5.0, requests=4000, seed=3)
@@ -59,6 +62,7 @@ def test_no_bound_on_attainment_is_passed_and_a_hopeless_end_to_end_bound_is_lef
     assert bounds([possible, hopeless, one_token], works(A100))[0] == pytest.approx(2 / 3)
 
 
+@simulates
 @pytest.mark.parametrize("policy", ["fcfs", "s3", "mooncake", "scorpio", "slack", "annealing"])
 def test_every_policy_serves_both_kinds(policy: str) -> None:
     experiment = Experiment(workload={"name": "code-chat", "requests": 24})
@@ -77,12 +81,14 @@ def test_the_longer_the_predicted_answer_the_earlier_an_end_to_end_bound_wants_i
     assert deadline(5000) == pytest.approx(100.5)
 
 
+@simulates
 def test_a_standing_set_is_served_by_each_of_several_instances() -> None:
     one, _ = serve("annealing", standing(16, 0, 0.5), 2, 1, "oracle", 0)
     four, _ = serve("annealing", standing(16, 0, 0.5), 2, 4, "oracle", 0)
     assert one < four <= 1.0
 
 
+@simulates
 def test_annealing_on_slack_serves_everything_once() -> None:
     asked = make_workload("code-chat", qps=60.0, requests=60, seed=1)
     for mode in ("order", "set"):

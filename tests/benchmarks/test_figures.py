@@ -99,6 +99,7 @@ def test_json_of_other_code_is_named_with_the_command_that_makes_it_again(made, 
         write_pages(tmp_path)
 
 
+@pytest.mark.no_cover  # a whole simulation, as those of the other process
 def test_the_same_figure_twice_is_the_same_file(made, tmp_path):
     save(FIGURES["ablation"].measure(Lab(None), True), tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (made / "ablation.json").read_bytes()

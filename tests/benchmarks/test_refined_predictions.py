@@ -11,6 +11,10 @@ from gateway.policies.names import make_policy
 from gateway.request import Request
 from gateway.slo import Slo
 
+pytestmark = (
+    pytest.mark.no_cover
+)  # whole simulations, four times slower under a tracer; the rooms have tests of their own
+
 
 def test_scorpio_reads_no_running_requests_prediction_and_slack_does() -> None:
     rows = {row["policy"]: row for row in compare("a100-llama3.1-8b", qps=42, duration_s=2, seeds=1)}

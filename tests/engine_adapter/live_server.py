@@ -43,7 +43,8 @@ def observed(app: ASGIApp, observer: Any) -> ASGIApp:
 @asynccontextmanager
 async def serve(app: ASGIApp) -> AsyncIterator[str]:
     """Serve an ASGI app on a free port of 127.0.0.1; gives its base URL."""
-    with socket.socket() as listening:
+    # The protocol is named so that asyncio sets TCP_NODELAY, without which many an answer takes 40 ms more.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         config = uvicorn.Config(app, lifespan="off", log_level="critical")
         config.load()

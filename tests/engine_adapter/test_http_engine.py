@@ -353,7 +353,7 @@ async def test_step_times_are_learnt_from_the_streams() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
             asked = ask(stream=True, max_tokens=100, ignore_eos=True)
             await asyncio.gather(*(client.post(CHAT, json=asked) for _ in range(3)))
-            await client.post(CHAT, json=asked)
+            await client.post(CHAT, json=asked | {"max_tokens": 40})
         await engine.stop()
     await slow.stop()
     model = engine.state.step_time

@@ -41,7 +41,7 @@ def test_it_begins_as_the_two_forms() -> None:
     assert curve.step_s(0, 0, 500) == pytest.approx(times.prefill(500)), "a prompt alone"
     assert curve.step_s(20, 6000, 500) == pytest.approx(times.itl(20, 300) + times.prefill(500) - times.d)
     assert curve.step_s(0, 0, 0) == 0
-    several = curve.decode_s(np.array([1.0, 20.0]), np.array([300.0, 6000.0]))
+    several = curve.steps_s(np.array([1.0, 20.0]), np.array([300.0, 6000.0]))
     assert several == pytest.approx([times.itl(1, 300), times.itl(20, 300)])
 
 

@@ -108,7 +108,7 @@ def our_tasks() -> set[asyncio.Task[object]]:
 async def test_half_the_clients_of_64_streams_hang_up_and_nothing_is_left_behind() -> None:
     async with live(fast_engine(times=StepTimes(d=2e-3), output_tokens=40)) as antares:
         before = our_tasks()
-        for turn in range(1, 4):
+        for turn in (1, 2):
             patient = [antares.ask(chat(f"story {i}", stream=True)) for i in range(32)]
             leaving = [antares.hang_up_after(1 + i % 5, f"tale {i}") for i in range(32)]
             answers = await asyncio.gather(*patient, *leaving)

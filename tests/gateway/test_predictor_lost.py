@@ -16,6 +16,7 @@ import orjson
 import pytest
 from live_gateway import Live, eventually, live
 
+from gateway import supervisor as supervisor_module
 from gateway.prediction import Prediction
 from gateway.supervisor import Supervisor
 
@@ -66,8 +67,9 @@ class Load:
 
 
 async def test_hanging_killing_and_restarting_it_under_load_fails_no_request_and_loses_no_correction(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(supervisor_module, "_BACKOFF_S", (0.05,))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -181,7 +181,8 @@ def test_the_columns_say_of_each_request_what_the_load_says_with_it(
 
 def test_cost_grows_with_prompt_output_and_sequences() -> None:
     queue = [ask(), ask(prompt=101), ask(output=51), ask(sequences=2)]
-    base, *dearer = Queue.of(queue, 1e-3, 60.0).cost_s(TIMES)
+    base, *dearer = Queue.of(queue, 1e-3, 60.0).cost_s(1e-3, 1e-6)
+    assert base == pytest.approx(0.15 + 1e-6 * 50 * 125)
     assert np.all(np.array(dearer) > base)
 
 

@@ -5,18 +5,23 @@ import json
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+from tests.untraced import untraced
 
-from starlette.testclient import TestClient  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
+with untraced():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    # With it comes much of the package, which loads its parts where they are first asked for.
+    OPTModel = transformers.OPTModel
 
-from predictor_service import classifier_train, cli, training_run  # noqa: E402
-from predictor_service.app import create_app  # noqa: E402
-from predictor_service.classifier import LengthClassifier, NeedsText  # noqa: E402
-from predictor_service.classifier_train import ClassifierRecipe, Labelled, fit_classifier  # noqa: E402
-from predictor_service.features import prompt_features  # noqa: E402
-from predictor_service.length_model import CARD_FILE, ModelUnusable, load_model  # noqa: E402
+from starlette.testclient import TestClient
+from typer.testing import CliRunner
+
+from predictor_service import classifier_train, cli, training_run
+from predictor_service.app import create_app
+from predictor_service.classifier import LengthClassifier, NeedsText
+from predictor_service.classifier_train import ClassifierRecipe, Labelled, fit_classifier
+from predictor_service.features import prompt_features
+from predictor_service.length_model import CARD_FILE, ModelUnusable, load_model
 
 WORDS = ["define", "translate", "explain", "draft", "tides", "moss", "copper", "kites", "please", "[PAD]", "[UNK]"]
 TYPICAL = {"define": 30, "explain": 250, "draft": 600}
@@ -42,7 +47,7 @@ def base(tmp_path_factory):
         vocab_size=len(WORDS), hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1,
         num_attention_heads=4, max_position_embeddings=64, pad_token_id=9, bos_token_id=9, eos_token_id=9,
     )  # fmt: skip
-    transformers.OPTModel(config).save_pretrained(folder)
+    OPTModel(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")

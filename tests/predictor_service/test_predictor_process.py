@@ -31,25 +31,32 @@ def serve_command(port: int, *more: str) -> list[str]:
     return [sys.executable, "-m", "predictor_service.cli", "serve", "--port", str(port), *more]
 
 
-def wait_healthy(port: int) -> None:
+@pytest.fixture(scope="module")
+def http():
+    """One client for all: each would read the certificates that TLS may need, which takes 40 ms."""
+    with httpx.Client(trust_env=False, verify=False, headers={"connection": "close"}) as client:
+        yield client
+
+
+def wait_healthy(http: httpx.Client, port: int) -> None:
     for _ in range(500):
         with suppress(httpx.TransportError):
-            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+            if http.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                 return
         time.sleep(0.02)
     raise AssertionError("the predictor did not come up")
 
 
-def test_the_real_process_predicts_and_leaves_in_order_on_sigterm():
+def test_the_real_process_predicts_and_leaves_in_order_on_sigterm(http):
     port = free_port()
     process = subprocess.Popen(serve_command(port, "--log-level", "debug"), stderr=subprocess.PIPE, text=True)
     try:
-        wait_healthy(port)
+        wait_healthy(http, port)
         url = f"http://127.0.0.1:{port}/v1/predict"
-        answer = httpx.post(url, json={"inputs": [{"prompt": SECRET, "max_tokens": 64}]})
+        answer = http.post(url, json={"inputs": [{"prompt": SECRET, "max_tokens": 64}]})
         assert answer.status_code == 200
         assert 1 <= answer.json()["predictions"][0]["p50"] <= 64
-        assert httpx.post(url, content=SECRET).status_code == 400
+        assert http.post(url, content=SECRET).status_code == 400
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=10)
     finally:
@@ -58,11 +65,11 @@ def test_the_real_process_predicts_and_leaves_in_order_on_sigterm():
     assert SECRET not in log
     assert "127.0.0.1" in log
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"http://127.0.0.1:{port}/health")
+        http.get(f"http://127.0.0.1:{port}/health")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes have no parents there")
-def test_the_process_ends_with_its_parent_when_asked_to():
+def test_the_process_ends_with_its_parent_when_asked_to(http):
     port = free_port()
     starter = (
         "import subprocess, sys, time; child = subprocess.Popen(sys.argv[1:]); "
@@ -76,12 +83,12 @@ def test_the_process_ends_with_its_parent_when_asked_to():
     )
     child = int(parent.stdout.readline())
     try:
-        wait_healthy(port)
+        wait_healthy(http, port)
         parent.kill()
         parent.wait()
         for _ in range(250):
             with suppress(httpx.TransportError):
-                httpx.get(f"http://127.0.0.1:{port}/health")
+                http.get(f"http://127.0.0.1:{port}/health")
                 time.sleep(0.02)
                 continue
             break
@@ -93,7 +100,7 @@ def test_the_process_ends_with_its_parent_when_asked_to():
             os.kill(child, signal.SIGKILL)
 
 
-def test_what_was_learnt_survives_sigkill_but_for_the_last_second_and_sigterm_whole(tmp_path):
+def test_what_was_learnt_survives_sigkill_but_for_the_last_second_and_sigterm_whole(http, tmp_path):
     finished = {"model": "m", "slo_class": "c", "raw_p50": 100.0, "raw_p90": 250.0, "tokens": 10}
     question = {"model": "m", "slo_class": "c", "inputs": [{"prompt": SECRET}]}
     file = tmp_path / "state" / "calibration.json"
@@ -106,10 +113,10 @@ def test_what_was_learnt_survives_sigkill_but_for_the_last_second_and_sigterm_wh
         port = free_port()
         process = subprocess.Popen(serve_command(port, "--state", str(file.parent)), stderr=subprocess.DEVNULL)
         try:
-            wait_healthy(port)
-            answer = httpx.post(f"http://127.0.0.1:{port}/v1/predict", json=question).json()["predictions"][0]
+            wait_healthy(http, port)
+            answer = http.post(f"http://127.0.0.1:{port}/v1/predict", json=question).json()["predictions"][0]
             body = {"observations": [finished] * observations}
-            assert httpx.post(f"http://127.0.0.1:{port}/v1/observe", json=body).status_code == 202
+            assert http.post(f"http://127.0.0.1:{port}/v1/observe", json=body).status_code == 202
             until = time.monotonic() + 20
             while end == signal.SIGKILL and kept() < observations and time.monotonic() < until:
                 time.sleep(0.02)

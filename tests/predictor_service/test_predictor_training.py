@@ -16,9 +16,11 @@ from predictor_service.length_model import LengthModel, load_model
 from predictor_service.ridge import fit_ridge
 from predictor_service.sharegpt import Turn, groups_by_opening, split_by_conversation, user_turns
 from predictor_service.train import Examples, Recipe, fit_length_model, mid_ranks
+from tests.untraced import untraced
 
-pytest.importorskip("lightgbm")
-sparse = pytest.importorskip("scipy.sparse")
+with untraced():
+    pytest.importorskip("lightgbm")
+    sparse = pytest.importorskip("scipy.sparse")
 
 CARD = {"model": "synthetic", "features_version": FEATURES_VERSION}
 RNG = np.random.default_rng(7)
