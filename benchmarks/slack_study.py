@@ -248,7 +248,7 @@ def main(
         raise typer.BadParameter(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}", param_hint="--part")
     how, numbers = experiment(SETTING, duration), list(range(seeds))
     if stock_qps is None:
-        stock_qps = round(capacity(how, "fcfs", numbers[:2], KEEPS, precision=0.05, jobs=jobs)[0], 2)
+        stock_qps = round(capacity(how, "fcfs", numbers, KEEPS, precision=0.01, jobs=jobs)[0], 2)
     settings = {"seeds": numbers, "duration_s": duration, "stock_qps": stock_qps}
     made = _made(json_to, settings)
     with laboratory(jobs) as lab:
