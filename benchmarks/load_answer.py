@@ -59,6 +59,9 @@ class _Stream:
             self.first = at
         self.last = at
 
+    def on_untold(self) -> None:
+        """A client sees for itself."""
+
     def feed(self, data: bytes, at: float) -> None:
         """Bytes that arrived at ``at`` (monotonic s)."""
         for event in self._events.feed(data):

@@ -44,6 +44,9 @@ class TokenObserver(Protocol):
     def on_tokens(self, sequence: str, count: int, at: float) -> None:
         """``count`` new output tokens of ``sequence`` came out of the engine at time ``at``."""
 
+    def on_untold(self) -> None:
+        """Of its tokens nothing will be told before the answer is complete."""
+
 
 @dataclass(slots=True, frozen=True)
 class StepReport:

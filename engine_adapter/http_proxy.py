@@ -45,6 +45,8 @@ class _Unobserved:
 
     def on_tokens(self, sequence: str, count: int, at: float) -> None: ...
 
+    def on_untold(self) -> None: ...
+
 
 @dataclass(slots=True)
 class _Exchange:
@@ -132,6 +134,8 @@ class HttpProxy:
         prompt_tokens = len(exchange.raw) / BYTES_PER_TOKEN
         timing = self._sampler.sent(time.monotonic(), prompt_tokens, plan.sequences, plan.tpot_ms)
         usage: dict[str, Any] = {}
+        if not plan.streams:
+            exchange.observer.on_untold()
         try:
             async with self._answer(exchange.scope, plan.encoded()) as response:
                 if not (plan.asked_usage and response.status_code in (400, 422)):

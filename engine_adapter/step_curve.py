@@ -64,7 +64,9 @@ class StepCurve:
     h: float
     _knots: list[float] = field(init=False, repr=False, compare=False)
     _values: list[float] = field(init=False, repr=False, compare=False)
-    _hulls: dict[int, Floats] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _slopes: dict[int, tuple[Floats, Floats, Floats]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         # Plain floats: the gate looks single values up, for which an array is slow.
@@ -94,15 +96,22 @@ class StepCurve:
         seconds = np.interp(decodes + prefill, KNOTS, self.at_knots) + self.a * context
         return np.asarray(seconds + self.e * prefill + self.h * np.greater(prefill, 0), dtype=np.float64)
 
-    def prefill_token_s(self, decodes: Floats | float, most: int) -> Floats:
-        """mu(D): seconds that a prompt token adds where they are cheapest, in steps of up to ``most`` tokens.
+    def prefill_token_s(self, decodes: Floats | float, most: int, spare_s: Floats | float = 0.0) -> Floats:
+        """mu(D): seconds that a prompt token adds in chunks that take ``spare_s`` or more; steps hold ``most`` tokens.
 
-        The least slope from T(D, C, 0) to T(D, C, p): what prefill costs in the long run, as steps may take turns.
-        ``decodes``: any shape, as is what it returns.
+        The least slope from T(D, C, 0) to T(D, C, p) over such p: what prefill costs in the long run, as steps may take
+        turns. Smaller chunks may cost less a token, but a spare second is not filled with them: each is a step of its
+        own. ``decodes`` and ``spare_s``: any shape, as is what it returns.
         """
-        if most not in self._hulls:
-            self._hulls[most] = self._hull(most)
-        return np.asarray(np.interp(decodes, KNOTS, self._hulls[most]), dtype=np.float64)
+        if most not in self._slopes:
+            self._slopes[most] = self._least_slopes(most)
+        sizes, slopes, taken = self._slopes[most]
+        alone = np.where(np.greater(decodes, 0), np.interp(decodes, KNOTS, taken), 0.0)
+        filled = np.interp(alone + spare_s - self.h, taken, KNOTS)
+        at = np.searchsorted(sizes, np.minimum(filled, most))
+        right = np.clip(np.searchsorted(KNOTS, decodes), 1, len(KNOTS) - 1)
+        share = np.clip((decodes - KNOTS[right - 1]) / (KNOTS[right] - KNOTS[right - 1]), 0.0, 1.0)
+        return np.asarray((1 - share) * slopes[right - 1, at] + share * slopes[right, at], dtype=np.float64)
 
     def chunk(self, decodes: float, context: float, within_s: float, pace_s: float, backlog: int) -> int:
         """Prompt tokens, up to ``backlog``, for a step that is to end within ``within_s``.
@@ -113,8 +122,8 @@ class StepCurve:
 
             max of p - WORTH * price * (T(D, C, p) - T(D, C, 0))   with   T(D, C, p) - T(D, C, 0) <= SPENT * spare,
 
-        and 0 where none is worth anything. Where slack is plenty, the step takes the pace at least: time that nobody
-        uses is no good later, and what is believed to be dear is found to be cheap only where it is tried.
+        and 0 where none is worth anything. Where slack is plenty, prefill gets all that there is up to the pace: time
+        that nobody uses is no good later, and what is believed to be dear is found to be cheap only where it is tried.
         """
         alone = self.step_s(decodes, context)
         spare = SPENT * (within_s - alone)
@@ -147,24 +156,26 @@ class StepCurve:
             corners.append((most, max(least, self._f(decodes + most) + e * most + base)))
         return corners
 
-    def _hull(self, most: int) -> Floats:
-        """mu at `KNOTS`.
+    def _least_slopes(self, most: int) -> tuple[Floats, Floats, Floats]:
+        """Tokens in a step, up to ``most``; mu beside the decodes of `KNOTS` in steps of so many or more; f + e*n.
 
         Of chunks large enough that noise in what was learnt is small against what they cost, and never below a
         `_CHEAPEST` share of what prompts cost alone.
         """
-        tokens = np.append(KNOTS[most > KNOTS], most)
-        f = np.interp(tokens, KNOTS, self.at_knots)
+        sizes = np.append(KNOTS[most > KNOTS], most)
+        f = np.interp(sizes, KNOTS, self.at_knots)
         alone = np.where(KNOTS > 0, self.at_knots, 0.0)
-        prefill = tokens[None, :] - KNOTS[:, None]
+        prefill = sizes[None, :] - KNOTS[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
             slope = (f[None, :] - alone[:, None] + self.h) / prefill + self.e
         slope[prefill < np.minimum(_LEAST_CHUNK, most - KNOTS)[:, None]] = np.inf
         slope[prefill <= 0] = np.inf
-        least = slope.min(axis=1)
+        least = np.minimum.accumulate(slope[:, ::-1], axis=1)[:, ::-1]
         # A batch that leaves no room in a step prefills at the pace of the fullest that does.
-        least = np.where(np.isfinite(least), least, least[np.isfinite(least)][-1])
-        return np.asarray(np.maximum(least, _CHEAPEST * self.step_s(0, 0, most) / most))
+        room = int(np.isfinite(least[:, -1]).sum())
+        least[room:] = least[room - 1]
+        least = np.maximum(least, max(_CHEAPEST * self.step_s(0, 0, most) / most, 0.0))
+        return sizes, least, np.maximum.accumulate(self.at_knots + self.e * KNOTS)
 
 
 def _within(limit: float, costs: list[tuple[float, float]]) -> list[tuple[float, float]]:

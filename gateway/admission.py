@@ -74,6 +74,6 @@ class Admission:
 
     def load(self) -> tuple[float, int]:
         """How much is ahead of a newcomer, to compare engines: seconds of prefill work, then requests."""
-        unfinished = [r for r in self.running.values() if r.first_token_s is None]
+        unfinished = [r for r in self.running.values() if r.prefilling]
         work = self.queued_prefill_s() + prefill_seconds(unfinished, self.engine)
         return work, len(self.waiting) + len(self.running)

@@ -32,6 +32,10 @@ class Progress:
         self.prompt_tokens = max(self.prompt_tokens, tokens)
         self.request.prompt_tokens = self.prompt_tokens
 
+    def on_untold(self) -> None:
+        """Its prompt must not count as unprefilled for as long as it runs."""
+        self.request.untold = True
+
     def on_tokens(self, sequence: str, count: int, at: float) -> None:
         """New output tokens."""
         request = self.request

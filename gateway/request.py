@@ -27,7 +27,8 @@ class Request:
     ``predicted_tokens`` is y_i of the paper, the predicted output length, ``predicted_p90`` its 90th percentile (0:
     not known), both per sequence and never above ``max_tokens``. They are what is expected *now*: once a request has
     outlived its predicted length, they are those of the answers that do (`advance`). ``predicted_at_arrival`` stays as
-    it was. ``generated`` counts output tokens of all its sequences; ``sequences`` how many it asked for.
+    it was. ``generated`` counts output tokens of all its sequences; ``sequences`` how many it asked for. ``untold``:
+    the engine says nothing of its tokens before all are there.
 
     The bounds to plan with follow from these and are kept at hand, because policies read them for every request at
     every decision: ``ttft_slo_s`` is T_i (infinite when nothing bounds the first token), ``deadline_s`` is
@@ -48,6 +49,7 @@ class Request:
     best_effort: bool = False
     admitted_s: float | None = None
     first_token_s: float | None = None
+    untold: bool = False
     generated: int = 0
     ttft_slo_s: float = field(init=False)
     tpot_slo_s: float | None = field(init=False)
@@ -58,6 +60,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.predict(self.predicted_tokens, self.predicted_p90)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether it is to be expected, of one that was admitted, that its prompt is not prefilled yet."""
+        return self.first_token_s is None and not self.untold
 
     def predict(self, tokens: float, p90: float) -> None:
         """Take the prediction of the output length (tokens), as of before its first token."""

@@ -73,7 +73,7 @@ class Annealing:
             len(waiting),
             tuple([r.id for r in queue]),
             len(running),
-            sum([r.first_token_s is None for r in running]),
+            sum([r.prefilling for r in running]),
         )
         if not queue or seen == self._settled:
             return decision

@@ -100,7 +100,7 @@ def prefill_seconds(requests: Iterable[Request], engine: EngineState) -> float:
 
 def prefill_backlog(running: Collection[Request], engine: EngineState) -> float:
     """Seconds of prefill work that was admitted but has not produced its first token yet."""
-    return prefill_seconds([r for r in running if r.first_token_s is None], engine)
+    return prefill_seconds([r for r in running if r.prefilling], engine)
 
 
 @dataclass(slots=True)
@@ -117,10 +117,12 @@ class Runway:
     @classmethod
     def of(cls, running: Collection[Request], limit: float) -> Runway:
         """What is left of ``limit`` prompt tokens."""
-        return cls(sum([r.prompt_tokens for r in running if r.first_token_s is None]), limit)
+        return cls(sum([r.prompt_tokens for r in running if r.prefilling]), limit)
 
-    def fits(self, request: Request) -> bool:
-        """Whether the request's prompt may go now."""
+    def fits(self, request: Request, its_turn: bool = False) -> bool:
+        """Whether the request's prompt may go now; when it is its turn, unless there are too many already."""
+        if its_turn and self.tokens <= self.limit:
+            return True
         return not self.tokens or self.tokens + request.prompt_tokens <= self.limit
 
     def add(self, request: Request) -> None:

@@ -92,7 +92,7 @@ class Slack:
             return decision
         load = Load.of(running, self.memory_risk)
         runway = Runway.of(running, self.runway_steps * load.chunk(engine))
-        unbounded = [r for r in waiting if r.deadline_s == math.inf and is_unbounded(r)]
+        unbounded = [r for r in waiting if is_unbounded(r)]
         bounded = [r for r in waiting if not is_unbounded(r)] if unbounded else waiting
         load.prompt_rate = self._prompts.per_s(now)
         queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s)
@@ -166,17 +166,27 @@ class Slack:
     ) -> bool:
         """Admit the least costly that keep the invariant; whether any is left waiting."""
         cost_s = queue.cost_s(load.prefill_token_s(engine), engine.step_time.curve.a)
-        key = queue.due + self.thrift * cost_s
-        behind = self._granted.behind()
+        goes_first, behind = queue.due < now, self._granted.behind()
         if behind:
-            key = key - np.array([_FIRST if behind.has(r) else 0.0 for r in queue.requests])
-        first, admitted = np.argsort(key, kind="stable"), 0
-        first = first[self._holding(now, queue, load, runway, engine)[first]]
+            goes_first |= np.array([behind.has(request) for request in queue.requests], dtype=bool)
+        key = queue.due + self.thrift * cost_s - _FIRST * goes_first
+        order, admitted, waiting_tokens = np.argsort(key, kind="stable"), 0, float(queue.prompt.sum())
+        first = order[self._holding(now, queue, load, runway, engine)[order]]
+        turn = int(order[0]) if goes_first.any() else None
+        if turn is not None:
+            # Shorter prompts may never let the runway run empty: it does not wait for that.
+            first = np.concatenate([[turn], first[first != turn]])
         while len(first):
             at, first = int(first[0]), first[1:]
             request, pace_s = queue.requests[at], float(queue.tpot_s[at])
-            more = load.plus(request, pace_s)
-            if not self._holds(more, request, request.deadline_s - now, runway, engine):
+            more, others = load.plus(request, pace_s), waiting_tokens - request.prompt_tokens
+            # An idle engine takes it, whatever may come after: whether it keeps its pace was seen to.
+            if more.places > request.sequences and not (
+                runway.fits(request, its_turn=at == turn)
+                and self._keeps_pace(more, engine)
+                and now + more.prefilled_in_s(runway.tokens, request.prompt_tokens, others, engine)
+                <= request.deadline_s
+            ):
                 # Those before it took its room, and that of most behind it: they are looked at together.
                 first = first[self._holding(now, queue, load, runway, engine)[first]]
                 continue
@@ -197,15 +207,11 @@ class Slack:
             room &= runway.tokens + queue.prompt <= runway.limit
         return room & queue.holds_with(load, self.fill, runway.tokens, queue.deadline - now, engine)
 
-    def _holds(self, more: Load, request: Request, within_s: float, runway: Runway, engine: EngineState) -> bool:
-        """The same of one. An idle engine takes it, whatever may come after: whether it keeps its pace was seen to."""
-        if more.places <= request.sequences:
-            return True
+    def _keeps_pace(self, more: Load, engine: EngineState) -> bool:
+        """Whether ``more`` have places, and keep pace, and have memory."""
         return (
             more.places <= engine.max_num_seqs
-            and runway.fits(request)
             and more.pace_s(engine) <= self.fill * more.strictest
-            and more.prefilled_in_s(runway.tokens + request.prompt_tokens, engine) <= within_s
             and more.fits_memory(engine.kv_tokens)
         )
 
@@ -234,7 +240,7 @@ class Slack:
 
 
 _FIRST = 1e12
-"""Seconds by which a request of a class or tenant that is behind goes before those of the others."""
+"""Seconds by which one goes before the others whose class or tenant is behind, or who is out of patience."""
 
 
 def is_unbounded(request: Request) -> bool:

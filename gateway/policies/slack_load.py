@@ -21,6 +21,8 @@ from gateway.request import Request
 Floats = NDArray[np.float64]
 
 _SLOWEST_S = 0.9 * PATIENT_S
+"""Seconds a token that an end-to-end bound leaves at most: the step gate would take more for no pace at all."""
+
 _LEAST_CHUNK = 16
 """Tokens. However full the batch, prompts must be at hand when a decode ends."""
 
@@ -106,8 +108,9 @@ class Load:
         return engine.step_time.curve.step_s(self.decoding, self.length)
 
     def prefill_token_s(self, engine: EngineState) -> float:
-        """mu(R): seconds that a prompt token costs beside what runs, in the long run."""
-        return float(engine.step_time.curve.prefill_token_s(self.decoding, engine.max_num_batched_tokens))
+        """mu(R): seconds that a prompt token costs in the chunks that fill what R leaves of a step of P* seconds."""
+        spare_s = self.strictest - self.step_s(engine)
+        return float(engine.step_time.curve.prefill_token_s(self.decoding, engine.max_num_batched_tokens, spare_s))
 
     def chunk(self, engine: EngineState) -> float:
         """Prompt tokens that a step of P* seconds has time for beside the decodes; `_LEAST_CHUNK` at least."""
@@ -121,11 +124,17 @@ class Load:
         coming = min(self.prefill, self.prompt_rate * self.strictest) if self.strictest < math.inf else self.prefill
         return self.step_s(engine) + self.prefill_token_s(engine) * coming
 
-    def prefilled_in_s(self, tokens: int, engine: EngineState) -> float:
-        """Seconds until ``tokens`` of prompts are prefilled in the share of time that decodes leave, and a step."""
-        step = self.step_s(engine)
+    def prefilled_in_s(self, ahead: float, prompt: float, behind: float, engine: EngineState) -> float:
+        """Seconds until a prompt is prefilled behind ``ahead`` tokens of others, in the time that decodes leave.
+
+        And a step: the one under way must end first, and the last is shared with ``behind`` tokens that wait. While
+        there are so many of others', steps take P*.
+        """
+        step, token = self.step_s(engine), self.prefill_token_s(engine)
         share = 1 - step / self.strictest
-        return step + self.prefill_token_s(engine) * tokens / share if share > 0 else math.inf
+        if share <= 0:
+            return math.inf
+        return max(step, min(self.strictest, step + token * (ahead + behind))) + token * (ahead + prompt) / share
 
     def fits_memory(self, kv_tokens: int) -> bool:
         """Whether ``kv_tokens`` (0: not known) suffice, but for the risk."""
@@ -182,11 +191,11 @@ class Queue:
         Their first token is expected as soon as prefill gets to it, at the latest when it is due; and a pace that the
         step gate would take for none is none that their end could be kept with.
         """
-        step, one = load.prefilled_in_s(0, engine), load.prefilled_in_s(1, engine)
-        token = one - step if one < math.inf else math.inf
+        fixed_s = load.prefilled_in_s(prompts, 0.0, 0.0, engine)
+        token_s = load.prefilled_in_s(prompts, 1.0, 0.0, engine) - fixed_s if fixed_s < math.inf else math.inf
         for at, request in enumerate(self.requests):
             if request.slo.e2e_s is not None:
-                first_s = now + step + token * (prompts + request.prompt_tokens)
+                first_s = now + fixed_s + token_s * request.prompt_tokens
                 self.tpot_s[at] = min(request.pace_after(min(first_s, request.deadline_s)), _SLOWEST_S)
 
     def only(self, which: NDArray[np.bool_]) -> Queue:
@@ -210,14 +219,14 @@ class Queue:
         strictest = np.minimum(self.tpot_s, load.strictest)
         decoding = load.decoding + weight
         step = curve.steps_s(decoding, load.length + self.length * weight)
-        token = curve.prefill_token_s(decoding, engine.max_num_batched_tokens)
+        token = curve.prefill_token_s(decoding, engine.max_num_batched_tokens, strictest - step)
         coming = load.prefill + self.prompt / np.maximum(self.tokens, 1.0) * weight
         bounded = strictest < math.inf
         coming[bounded] = np.minimum(coming[bounded], load.prompt_rate * strictest[bounded])
-        share = np.maximum(1 - step / strictest, 1e-12)
-        holds = (step + token * coming <= fill * strictest) & (
-            step + token * (prompts + self.prompt) / share <= within_s
-        )
+        others = prompts + self.prompt.sum() - self.prompt
+        full = np.maximum(step, np.minimum(strictest, step + token * others))
+        first = full + token * (prompts + self.prompt) / np.maximum(1 - step / strictest, 1e-12)
+        holds = (step + token * coming <= fill * strictest) & (first <= within_s)
         if engine.kv_tokens > 0:
             memory = load.memory + self.sequences * (self.prompt + np.maximum(self.tokens, 1.0))
             holds = holds & (memory + load.z * np.sqrt(load.variance + self.variance) <= engine.kv_tokens)

@@ -337,6 +337,6 @@ def test_s_is_looked_for_where_it_is_not_known(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "study.json"
     assert invoke("--seeds", "3", "--duration", "1", "--part", "tenants", "--json", str(path)).exit_code == 0
     ((how, policy, seeds, keeps),) = asked
-    assert (how.profile, policy, seeds, keeps) == ("a100-llama3.1-8b", "fcfs", [0, 1], 0.9)
+    assert (how.profile, policy, seeds, keeps) == ("a100-llama3.1-8b", "fcfs", [0, 1, 2], 0.9)
     assert json.loads(path.read_text())["stock_qps"] == 20.75
     assert not math.isnan(json.loads(path.read_text())["parts"]["tenants"][0]["goodput"])

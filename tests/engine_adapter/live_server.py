@@ -20,6 +20,10 @@ class Recorder:
 
     prompts: dict[str, int] = field(default_factory=dict)
     tokens: list[tuple[str, int, float]] = field(default_factory=list)
+    untold: bool = False
+
+    def on_untold(self) -> None:
+        self.untold = True
 
     def on_prompt(self, sequence: str, tokens: int) -> None:
         self.prompts[sequence] = tokens

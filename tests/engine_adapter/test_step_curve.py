@@ -146,6 +146,18 @@ def test_beyond_what_a_step_usually_holds_both_ways_to_ask_agree() -> None:
     assert float(curve.prefill_token_s(8.0, 32_768)) == pytest.approx(LINE.alpha, rel=0.05)
 
 
+def test_a_spare_second_is_not_filled_with_chunks_that_are_all_but_free() -> None:
+    # Up to 128 tokens a step takes 10 ms; each one beyond 50 us more.
+    curve = replace(StepCurve.of(LINE), at_knots=0.01 + 5e-5 * np.maximum(KNOTS - 128, 0.0), a=0.0, e=0.0, h=0.0)
+    small, large = curve.prefill_token_s(16.0, 2048), curve.prefill_token_s(16.0, 2048, 0.03)
+    assert small == pytest.approx(0.25 * curve.step_s(0, 0, 2048) / 2048), "next to nothing, and never less than this"
+    # 30 ms hold 112 tokens for nothing, and 600.
+    assert float(large) == pytest.approx(0.03 / 712, rel=0.1)
+    assert float(curve.prefill_token_s(16.0, 2048, np.inf)) == pytest.approx((2048 - 128) * 5e-5 / 2032, rel=0.01)
+    several = curve.prefill_token_s(np.array([16.0, 16.0]), 2048, np.array([0.0, 0.03]))
+    assert several == pytest.approx([float(small), float(large)])
+
+
 def test_what_no_step_tells_of_does_not_drift() -> None:
     curve = before = replace(StepCurve.of(LINE), h=0.003)
     random = np.random.default_rng(0)

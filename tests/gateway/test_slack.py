@@ -12,12 +12,18 @@ from test_policies import NOW, TIMES, admitted, ask, decide, engine, rejected, r
 
 from engine_adapter.slack_gate import PATIENT_S
 from gateway.admission import Admission
+from gateway.policies.base import Decision, Rejection, reject_ttft
 from gateway.policies.floor import MOST_GROUPS, Floor
 from gateway.policies.slack import Slack
 from gateway.policies.slack_load import Load, Queue
+from gateway.progress import Progress
 from gateway.request import Request
 
 # TIMES: 10 ms a step and 0.1 ms a sequence; 100 prompt tokens take 0.1 s.
+
+
+def refusal(request: Request) -> Rejection:
+    return reject_ttft(request, 1.0, 1.0, 0.1, hopeless=False)
 
 
 def slack(**options: Any) -> Slack:
@@ -107,6 +113,43 @@ def test_no_more_prompts_go_to_the_engine_than_two_steps_have_time_for() -> None
     assert len(decide(slack(), NOW, queue, [], engine()).admit) == 20, "with no pace to keep, a step's worth is more"
 
 
+def test_an_answer_of_whose_tokens_nothing_is_told_does_not_hold_the_runway() -> None:
+    batch = [running(str(i), tpot=0.04, output=1000) for i in range(20)]
+    queue = [ask(ttft=5, tpot=1.0, prompt=90)]
+    whole = running("whole", tpot=1.0, prompt=400)
+    whole.first_token_s = None
+    assert not decide(slack(), NOW, queue, [*batch, whole], engine()).admit
+    Progress(whole, lambda: None).on_untold()
+    assert decide(slack(), NOW, queue, [*batch, whole], engine()).admit
+
+
+def test_a_long_prompt_whose_turn_it_is_does_not_wait_for_a_runway_that_is_never_empty() -> None:
+    batch = [running(str(i), tpot=0.04, output=1000) for i in range(20)]
+    batch[-1].first_token_s = None  # the prompt of 100 tokens lies in the engine
+    long, refused = ask("long", ttft=20, tpot=1.0, prompt=900), ask("refused")
+    long.slo_class = refused.slo_class = "documents"
+    short = [ask(str(i), ttft=2, tpot=1.0, prompt=5, at=NOW - 1) for i in range(3)]
+    wide = {"runway_steps": 4.0}  # 110 tokens
+    assert "long" not in admitted(decide(slack(**wide), NOW, [*short, long], batch, engine()))
+    policy = slack(**wide)
+    for _ in range(60):
+        policy._granted.note(Decision(admit=[ask()], reject=[refusal(refused)]))
+    assert admitted(decide(policy, NOW, [*short, long], batch, engine()))[0] == "long", "its class is behind"
+    paced = ask("paced", tpot=1.0, prompt=900)
+    later = NOW + 61
+    short = [ask(str(i), ttft=2, tpot=1.0, prompt=5, at=later) for i in range(3)]
+    assert admitted(decide(slack(**wide), later, [*short, paced], batch, engine()))[0] == "paced", "out of patience"
+
+
+def test_while_others_prompts_wait_a_step_takes_the_pace() -> None:
+    # 0.1 s of prompt beside 12 ms of 100 ms. Alone it needs one step of each; in a crowd, steps are full.
+    batch = [running(str(i), tpot=0.1, output=1000) for i in range(20)]
+    load = Load.of(batch, 0.01)
+    assert load.prefilled_in_s(0.0, 100.0, 0.0, engine()) == pytest.approx(0.0124 + 0.1 / 0.876, rel=0.01)
+    assert load.prefilled_in_s(0.0, 100.0, 900.0, engine()) == pytest.approx(0.1 + 0.1 / 0.876, rel=0.01)
+    assert load.prefilled_in_s(50.0, 100.0, 0.0, engine()) == pytest.approx(0.0624 + 0.15 / 0.876, rel=0.01)
+
+
 def test_a_request_with_a_pace_but_no_deadline_is_due_after_its_patience() -> None:
     state = engine(max_num_seqs=2)
     fresh = [ask(str(i), ttft=5, tpot=1) for i in range(3)]
@@ -167,12 +210,13 @@ def test_the_columns_say_of_each_request_what_the_load_says_with_it(
         request.generated = 0  # nothing that waits has begun
     state, load = engine(kv_tokens=kv_tokens), Load.of(batch, 0.01)
     load.prompt_rate = rate
+    total = sum(request.prompt_tokens for request in queue)
     columns = Queue.of(queue, 1e-3, 60.0).holds_with(load, fill, prompts, np.full(len(queue), within_s), state)
     for request, holds in zip(queue, columns.tolist(), strict=True):
-        more = load.plus(request, request.pace_after(NOW))
+        more, others = load.plus(request, request.pace_after(NOW)), total - request.prompt_tokens
         ways = (
             more.pace_s(state) / more.strictest / fill,
-            more.prefilled_in_s(prompts + request.prompt_tokens, state) / max(within_s, 1e-9),
+            more.prefilled_in_s(prompts, request.prompt_tokens, others, state) / max(within_s, 1e-9),
             (more.memory + more.z * more.variance**0.5) / kv_tokens,
         )
         if all(abs(way - 1) > 1e-6 for way in ways):
