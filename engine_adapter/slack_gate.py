@@ -13,8 +13,8 @@ the step is stock vLLM's. Else it takes the chunk on which the slack is spent be
 fifth of the time that is there for it is kept back, since what a chunk takes is known less well than what decodes take.
 A request that is late already (whatever the reason) holds nobody up: only those that can still be on time are counted.
 
-While prompts wait, steps use what there is to use up to the pace, also where prompt tokens are believed to be dear. So a
-gate that believes too much of them sees soon that they take less, and no step needs to be made for the sake of learning.
+While prompts wait, steps use what there is to use up to the pace, also where prompt tokens are believed to be dear. So
+a gate that believes too much of them sees soon that they take less; no step needs to be made for the sake of learning.
 
 Requests without a pace take what is left. Where a step of all of them, prefill included, would make somebody late, they
 sit it out; but never for longer than 1/`COURTESY` steps, so that they have at least that share of steps.

@@ -106,12 +106,13 @@ class StepCurve:
         if most not in self._slopes:
             self._slopes[most] = self._least_slopes(most)
         sizes, slopes, taken = self._slopes[most]
-        alone = np.where(np.greater(decodes, 0), np.interp(decodes, KNOTS, taken), 0.0)
-        filled = np.interp(alone + spare_s - self.h, taken, KNOTS)
+        filled = np.interp(np.interp(decodes, KNOTS, taken) + (spare_s - self.h), taken, KNOTS)
         at = np.searchsorted(sizes, np.minimum(filled, most))
-        right = np.clip(np.searchsorted(KNOTS, decodes), 1, len(KNOTS) - 1)
-        share = np.clip((decodes - KNOTS[right - 1]) / (KNOTS[right] - KNOTS[right - 1]), 0.0, 1.0)
-        return np.asarray((1 - share) * slopes[right - 1, at] + share * slopes[right, at], dtype=np.float64)
+        right = np.minimum(np.maximum(np.searchsorted(KNOTS, decodes), 1), len(KNOTS) - 1)
+        left = right - 1
+        share = (decodes - KNOTS[left]) / (KNOTS[right] - KNOTS[left])
+        below = slopes[left, at]
+        return np.asarray(below + share * (slopes[right, at] - below), dtype=np.float64)
 
     def chunk(self, decodes: float, context: float, within_s: float, pace_s: float, backlog: int) -> int:
         """Prompt tokens, up to ``backlog``, for a step that is to end within ``within_s``.
@@ -175,7 +176,7 @@ class StepCurve:
         room = int(np.isfinite(least[:, -1]).sum())
         least[room:] = least[room - 1]
         least = np.maximum(least, max(_CHEAPEST * self.step_s(0, 0, most) / most, 0.0))
-        return sizes, least, np.maximum.accumulate(self.at_knots + self.e * KNOTS)
+        return sizes, least, np.maximum.accumulate(alone + self.e * KNOTS)
 
 
 def _within(limit: float, costs: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -117,7 +117,7 @@ class Runway:
     @classmethod
     def of(cls, running: Collection[Request], limit: float) -> Runway:
         """What is left of ``limit`` prompt tokens."""
-        return cls(sum([r.prompt_tokens for r in running if r.prefilling]), limit)
+        return cls(sum([r.prompt_tokens for r in running if r.first_token_s is None and not r.untold]), limit)
 
     def fits(self, request: Request, its_turn: bool = False) -> bool:
         """Whether the request's prompt may go now; when it is its turn, unless there are too many already."""

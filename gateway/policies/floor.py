@@ -6,8 +6,8 @@ A group is *behind* while
     A_g < floor * A,
 
 and its requests then go first. So over any stretch that is long against the memory, a group that keeps asking has at
-least ``floor`` times everybody's chance of being admitted, as far as its deadlines can be met and what runs can keep its
-pace: nobody is kept out for the sake of one that does not fit yet.
+least ``floor`` times everybody's chance of being admitted, as far as its deadlines can be met and what runs can keep
+its pace: nobody is kept out for the sake of one that does not fit yet.
 """
 
 from __future__ import annotations

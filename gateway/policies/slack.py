@@ -92,7 +92,8 @@ class Slack:
             return decision
         load = Load.of(running, self.memory_risk)
         runway = Runway.of(running, self.runway_steps * load.chunk(engine))
-        unbounded = [r for r in waiting if is_unbounded(r)]
+        # Of those with a deadline, thousands may wait: that is looked at first.
+        unbounded = [r for r in waiting if r.deadline_s == math.inf and is_unbounded(r)]
         bounded = [r for r in waiting if not is_unbounded(r)] if unbounded else waiting
         load.prompt_rate = self._prompts.per_s(now)
         queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s)

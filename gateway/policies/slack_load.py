@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from operator import attrgetter
 from statistics import NormalDist
 
 import numpy as np
@@ -52,6 +53,8 @@ class Load:
     variance: float = 0.0
     z: float = 0.0
     prompt_rate: float = math.inf
+    _token_s: float | None = None
+    """mu(R), once it was asked for: it is, several times a decision."""
 
     @classmethod
     def of(cls, running: Collection[Request], memory_risk: float) -> Load:
@@ -65,6 +68,7 @@ class Load:
     def _add(self, request: Request, pace_s: float) -> None:
         sequences, predicted = request.sequences, request.predicted_tokens
         weight: float = sequences
+        self._token_s = None
         self.places += sequences
         if pace_s == math.inf:
             self.unbounded += sequences
@@ -109,8 +113,10 @@ class Load:
 
     def prefill_token_s(self, engine: EngineState) -> float:
         """mu(R): seconds that a prompt token costs in the chunks that fill what R leaves of a step of P* seconds."""
-        spare_s = self.strictest - self.step_s(engine)
-        return float(engine.step_time.curve.prefill_token_s(self.decoding, engine.max_num_batched_tokens, spare_s))
+        if self._token_s is None:
+            spare_s, most = self.strictest - self.step_s(engine), engine.max_num_batched_tokens
+            self._token_s = float(engine.step_time.curve.prefill_token_s(self.decoding, most, spare_s))
+        return self._token_s
 
     def chunk(self, engine: EngineState) -> float:
         """Prompt tokens that a step of P* seconds has time for beside the decodes; `_LEAST_CHUNK` at least."""
@@ -166,11 +172,11 @@ class Queue:
     @classmethod
     def of(cls, requests: Sequence[Request], prefill_token_s: float, patience_s: float) -> Queue:
         """The columns of ``requests``, with prompt tokens at ``prefill_token_s`` each."""
-        deadline = _column(r.deadline_s for r in requests)
-        arrival = _column(r.arrival_s for r in requests)
-        prompt = _column(r.prompt_tokens for r in requests)
-        tokens = _column(r.predicted_tokens for r in requests)
-        sequences = _column(r.sequences for r in requests)
+        deadline = _column(map(attrgetter("deadline_s"), requests))
+        arrival = _column(map(attrgetter("arrival_s"), requests))
+        prompt = _column(map(attrgetter("prompt_tokens"), requests))
+        tokens = _column(map(attrgetter("predicted_tokens"), requests))
+        sequences = _column(map(attrgetter("sequences"), requests))
         tpot = _column(math.inf if r.tpot_slo_s is None or r.best_effort else r.tpot_slo_s for r in requests)
         return cls(
             requests=requests,
@@ -181,7 +187,8 @@ class Queue:
             length=prompt + tokens / 2,
             prompt=prompt,
             tokens=tokens,
-            variance=sequences * (np.maximum(_column(r.predicted_p90 for r in requests) - tokens, 0.0) / _Z90) ** 2,
+            variance=sequences
+            * (np.maximum(_column(map(attrgetter("predicted_p90"), requests)) - tokens, 0.0) / _Z90) ** 2,
             prefill_s=prefill_token_s * prompt,
         )
 
@@ -191,12 +198,15 @@ class Queue:
         Their first token is expected as soon as prefill gets to it, at the latest when it is due; and a pace that the
         step gate would take for none is none that their end could be kept with.
         """
+        ends = [at for at, request in enumerate(self.requests) if request.slo.e2e_s is not None]
+        if not ends:
+            return
         fixed_s = load.prefilled_in_s(prompts, 0.0, 0.0, engine)
         token_s = load.prefilled_in_s(prompts, 1.0, 0.0, engine) - fixed_s if fixed_s < math.inf else math.inf
-        for at, request in enumerate(self.requests):
-            if request.slo.e2e_s is not None:
-                first_s = now + fixed_s + token_s * request.prompt_tokens
-                self.tpot_s[at] = min(request.pace_after(min(first_s, request.deadline_s)), _SLOWEST_S)
+        for at in ends:
+            request = self.requests[at]
+            first_s = now + fixed_s + token_s * request.prompt_tokens
+            self.tpot_s[at] = min(request.pace_after(min(first_s, request.deadline_s)), _SLOWEST_S)
 
     def only(self, which: NDArray[np.bool_]) -> Queue:
         """Those where ``which`` holds."""
