@@ -38,8 +38,9 @@ class Load:
     take part in a step, one without a pace for the share of steps that is its due (`slack_gate`), and ``length`` sums
     their contexts (tokens): as they are now, since others take their places and begin short; of one that is yet to run,
     its mean. ``prefill`` is what their places need of prompts per step (tokens): p_i / y_i each, as whoever is through
-    after y_i steps is followed by another. ``strictest`` is P* (s). ``memory`` sums the lengths that they are expected
-    to reach (tokens), ``variance`` what that is uncertain by; ``z``: how many standard deviations to allow.
+    after y_i steps is followed by another (several sequences of one request share its prompt, which is cached).
+    ``strictest`` is P* (s). ``memory`` sums the lengths that they are expected to reach (tokens), ``variance`` what
+    that is uncertain by; ``z``: how many standard deviations to allow.
     ``prompt_rate``: prompt tokens that come in a second; all places together bring no more than those.
     """
 
@@ -79,7 +80,7 @@ class Load:
         left = predicted - out
         self.decoding += weight
         self.length += (request.prompt_tokens + (out if request.admitted_s is not None else predicted / 2)) * weight
-        self.prefill += request.prompt_tokens / (predicted if predicted > 1 else 1.0) * weight
+        self.prefill += request.prompt_tokens / (predicted if predicted > 1 else 1.0) * weight / sequences
         self.memory += (request.prompt_tokens + (predicted if left > 1 else out + 1)) * sequences
         doubt = request.predicted_p90 - predicted
         if doubt > 0:
@@ -230,7 +231,7 @@ class Queue:
         decoding = load.decoding + weight
         step = curve.steps_s(decoding, load.length + self.length * weight)
         token = curve.prefill_token_s(decoding, engine.max_num_batched_tokens, strictest - step)
-        coming = load.prefill + self.prompt / np.maximum(self.tokens, 1.0) * weight
+        coming = load.prefill + self.prompt / np.maximum(self.tokens, 1.0) * weight / self.sequences
         bounded = strictest < math.inf
         coming[bounded] = np.minimum(coming[bounded], load.prompt_rate * strictest[bounded])
         others = prompts + self.prompt.sum() - self.prompt
@@ -244,7 +245,8 @@ class Queue:
 
     def cost_s(self, token_s: float, context_s: float) -> Floats:
         """w_i: seconds of engine time; a token takes ``token_s``, one of context ``context_s`` in each decode."""
-        return self.sequences * (token_s * (self.prompt + self.tokens) + context_s * self.tokens * self.length)
+        decodes = self.sequences * self.tokens
+        return token_s * (self.prompt + decodes) + context_s * decodes * self.length
 
 
 def _column(values: Iterable[float]) -> Floats:

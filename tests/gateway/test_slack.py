@@ -230,6 +230,14 @@ def test_cost_grows_with_prompt_output_and_sequences() -> None:
     assert np.all(np.array(dearer) > base)
 
 
+def test_several_sequences_of_a_request_bring_one_prompt() -> None:
+    one, four = (Load.of([running("r", tpot=0.1, prompt=400, output=100, sequences=n)], 0.01) for n in (1, 4))
+    assert (one.prefill, four.prefill) == (4.0, 4.0)
+    assert four.decoding == 4 * one.decoding
+    single, several = Queue.of([ask(prompt=400), ask(prompt=400, sequences=4)], 1e-3, 60.0).cost_s(1e-3, 0.0)
+    assert (single, several) == (pytest.approx(0.45), pytest.approx(0.4 + 4 * 0.05))
+
+
 def test_refusing_in_one_sweep_is_refusing_one_by_one() -> None:
     # Every third has a prompt that only fits when those refused before it are out of the way.
     queue = [ask(f"{i:02}", ttft=0.2 + 0.05 * i, tpot=1.0, prompt=900 if i % 3 == 0 else 60) for i in range(30)]
