@@ -154,20 +154,31 @@ async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times
         status = Path(f"/proc/{served.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0])
 
+    def cancelled() -> int:
+        return int(served.get("/status").json()["ledger"]["cancelled"])
+
     files: list[int] = []
     memory: list[int] = []
-    before = served.get("/status").json()["ledger"]["cancelled"]
-    for _ in range(10):
+    before, slept = cancelled(), 0
+    while len(files) < 10:
         async with connect(served) as http:
+            already, started = cancelled(), time.monotonic()
             staying = [asyncio.create_task(read_stream(http, 48)) for _ in range(32)]
             # They ask for as much as there is: the engine, ahead of a busy machine, must not be done before they leave.
             leaving = [asyncio.create_task(read_stream(http, 900, leave_after=4)) for _ in range(32)]
             await asyncio.gather(*leaving)
+            took_s = time.monotonic() - started
             await eventually(in_engine, 2, lambda sequences: sequences <= 32)
             assert left_open() <= 32
             assert all(ended_in_full(lines) for lines in await asyncio.gather(*staying))
         await eventually(left_open, 2, lambda requests: requests == 0)
         await eventually(in_engine, 2, lambda sequences: sequences == 0)
+        if cancelled() == already and took_s > 30 and slept < 3:
+            # Some kernels let a process wait for a core for as long as the engine's threads spin on it: minutes. Then
+            # the answers were whole before these clients, or the gateway, came to anything, and nobody hung up.
+            slept += 1
+            continue
+        assert cancelled() == already + 32, f"left after {took_s:.1f} s"
         files.append(open_files())
         memory.append(resident_kb())
     ledger = served.get("/status").json()["ledger"]
