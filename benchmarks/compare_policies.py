@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.experiment import parse_policy, policy_spec
 from benchmarks.load_client import Target, send_from_another_process
 from benchmarks.real_engine import DUMMY, RealEngine, dummy_engine
 from benchmarks.run_record import run_record
@@ -67,7 +68,7 @@ async def compare(
                     "small", qps=load * capacity, duration_s=duration_s, seed=seed + repeat, slo_scale=slo_scale
                 )
                 gate_s = real.engine.state.gate.gate_seconds
-                async with real.behind({"name": policy}) as (gateway, url):
+                async with real.behind(policy_spec(policy)) as (gateway, url):
                     sent = await send_from_another_process(Target(url, DUMMY), workload, seed + repeat)
                     spent = _spent(gateway, real.engine, gate_s)
                 figures = run_record(
@@ -130,7 +131,7 @@ def _table(result: dict[str, Any]) -> Table:
 
 
 def main(
-    policy: Annotated[list[str] | None, typer.Option(help="A policy; repeat for several.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="NAME or NAME:OPTION=VALUE,...; repeat for several.")] = None,
     load: Annotated[list[float] | None, typer.Option(help="In measured capacities; repeat. [default: 2]")] = None,
     duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals in a run.")] = 30.0,
     repeats: Annotated[int, typer.Option(help="Rounds; the policies take turns within each.")] = 3,
@@ -139,7 +140,13 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compare policies on a real engine."""
-    result = asyncio.run(compare(policy or ["fcfs", "scorpio"], load or [2.0], duration, repeats, slo_scale, seed))
+    policies = policy or ["fcfs", "scorpio"]
+    try:
+        for each in policies:
+            parse_policy(each)
+    except ValueError as wrong:
+        raise typer.BadParameter(str(wrong), param_hint="--policy") from wrong
+    result = asyncio.run(compare(policies, load or [2.0], duration, repeats, slo_scale, seed))
     if as_json:
         json.dump(result, sys.stdout, indent=2)
     else:

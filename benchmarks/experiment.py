@@ -16,6 +16,7 @@ from benchmarks.bounds import bounds, works
 from benchmarks.predictions import predict
 from benchmarks.run_record import run_record
 from benchmarks.simulator import simulate
+from benchmarks.unsteady import Unsteadiness
 from benchmarks.workload import Asked, make_workload
 from engine_adapter.profile import Profile, load_profile
 from gateway.policies.base import Policy
@@ -30,7 +31,7 @@ class Experiment:
     """What stays the same over the runs of one experiment.
 
     ``workload``: `make_workload`'s arguments but for the rate and the seed. ``limits``: of the engine, where they
-    differ from the profile's. ``predictor``: see `benchmarks.predictions`. ``apart``: see `simulate`.
+    differ from the profile's. ``predictor``: see `benchmarks.predictions`. ``apart``, ``unsteady``: see `simulate`.
     """
 
     profile: str = "a100-llama3.1-8b"
@@ -41,6 +42,7 @@ class Experiment:
     learn: bool = True
     apart: bool = True
     limits: dict[str, Any] = field(default_factory=dict)
+    unsteady: Unsteadiness | None = None
 
     def engine(self) -> Profile:
         """The profile, under the limits. ValueError when its KV memory does not hold one sequence."""
@@ -66,10 +68,20 @@ class Run:
 
 
 def parse_policy(text: str) -> Policy:
-    """A policy from ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``.
+    """A policy from what `policy_spec` reads.
 
     Raises:
         ValueError: no such policy or option, or a value it cannot have; the message says what there is.
+    """
+    spec = policy_spec(text)
+    return make_policy(spec["name"], spec["options"])
+
+
+def policy_spec(text: str) -> dict[str, Any]:
+    """``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` as a configuration file has it: ``name`` and ``options``.
+
+    Raises:
+        ValueError: an option without a value.
     """
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
@@ -78,7 +90,7 @@ def parse_policy(text: str) -> Policy:
         if not equals:
             raise ValueError(f"policy options are written NAME:OPTION=VALUE,..., but {part!r} has no value")
         options[option.strip()] = _value(value.strip())
-    return make_policy(name.strip(), options)
+    return {"name": name.strip(), "options": options}
 
 
 def _value(text: str) -> Any:
@@ -108,6 +120,8 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         replicas=experiment.replicas,
         learn=experiment.learn,
         apart=experiment.apart,
+        unsteady=experiment.unsteady,
+        seed=run.seed,
         on_ended=on_ended,
     )
     wall_s = time.perf_counter() - began

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import cast
 
+from benchmarks.unsteady import Speeds
 from engine_adapter.engine import EngineState
 from engine_adapter.gates import GATES
 from engine_adapter.profile import Profile
@@ -16,6 +17,7 @@ from engine_adapter.step_model import StepTimeModel
 from engine_adapter.step_time import StepTimes
 from gateway.admission import Admission
 from gateway.policies.base import UNGATED, Decision, Policy
+from gateway.progress import tpot
 from gateway.request import Request
 
 _SHORTEST_STEP_S = 1e-4
@@ -36,7 +38,7 @@ class Replica:
     """An engine in virtual time. While it is idle, ``step`` is None and ``step_ends_s`` infinite.
 
     ``times``: what the policy is told of step times at first, by default the profile's; ``learn``: whether its
-    step-time model then follows the steps it sees.
+    step-time model then follows the steps it sees. ``speeds``: what its steps' times are multiplied by.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Replica:
         step_mode: str = "chunked",
         times: StepTimes | None = None,
         learn: bool = True,
+        speeds: Speeds | None = None,
     ) -> None:
         self.state = EngineState(
             alive=True,
@@ -75,6 +78,7 @@ class Replica:
         self.busy_s = 0.0
         self._gated = policy.gate != UNGATED
         self._profile = profile
+        self._speeds = speeds
         self._step_began_s = 0.0
         self._planned: Step | None = None
         self._outcome: Finished | None = None
@@ -121,6 +125,8 @@ class Replica:
         seconds = self._profile.step_seconds(
             len(step.decodes), step.decode_context, step.prefill_tokens, step.prefill_context, len(step.chunks) or 1
         )
+        if self._speeds is not None:
+            seconds *= self._speeds.next()
         self._step_began_s, self.step_ends_s = now, now + max(seconds, _SHORTEST_STEP_S)
         self.busy_s += self.step_ends_s - now
         self.steps += 1
@@ -156,5 +162,11 @@ class Replica:
             if flight.request.first_token_s is None:
                 flight.request.first_token_s = now
         for flight in done:
-            self.admission.leave(flight.request)
+            self._leave(flight.request, now)
         return [flight.request for flight in done]
+
+    def _leave(self, request: Request, now: float) -> None:
+        """As the gateway does when an answer has ended."""
+        self.admission.leave(request)
+        if self._gated and request.slo.tpot_s is not None and request.first_token_s is not None:
+            self.state.punctuality.note(tpot(request.first_token_s, now, request.generated), request.slo.tpot_s)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from benchmarks.predictions import Predicted
 from benchmarks.replica import Replica
 from benchmarks.run_record import Served
+from benchmarks.unsteady import Unsteadiness
 from benchmarks.workload import Asked
 from engine_adapter.profile import Profile
 from engine_adapter.step_time import StepTimes
@@ -52,6 +53,8 @@ def simulate(
     learn: bool = True,
     apart: bool = True,
     tenants: Sequence[str] | None = None,
+    unsteady: Unsteadiness | None = None,
+    seed: int = 0,
     on_ended: Callable[[int], None] = lambda ended: None,
 ) -> Simulated:
     """Play ``workload`` (sorted by time) to its last answer.
@@ -65,6 +68,7 @@ def simulate(
         learn: whether they learn step times in the run, or keep those throughout.
         apart: the gateway is a process of its own, so that the next step has begun before it reacts to the last one.
             False puts it inside the engine, as SCORPIO's authors had it.
+        unsteady: how much the engines' steps vary, as ``seed`` has it; by default they take what the profile says.
         tenants: whose each request of ``workload`` is; by default all are the same one's.
         on_ended: told, now and then, how many requests have ended.
 
@@ -78,7 +82,10 @@ def simulate(
             f"the workload has a request of {longest} tokens, but an engine of the profile {profile.name!r} holds "
             f"{profile.max_model_len}: limit it with --max-prompt and --max-output"
         )
-    engines = [Replica(profile, make_policy(), step_mode=step_mode, times=times, learn=learn) for _ in range(replicas)]
+    speeds = [unsteady.speeds(seed * replicas + n) if unsteady else None for n in range(replicas)]
+    engines = [
+        Replica(profile, make_policy(), step_mode=step_mode, times=times, learn=learn, speeds=each) for each in speeds
+    ]
     fates = _Fates(workload, on_ended)
     now, arrived = 0.0, 0
     while fates.open:

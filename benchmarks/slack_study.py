@@ -29,6 +29,7 @@ from benchmarks.run_record import Served, run_record
 from benchmarks.simulator import simulate
 from benchmarks.slack_study_page import EVERYBODY, page
 from benchmarks.slack_without import FULL, WITHOUT
+from benchmarks.unsteady import Unsteadiness
 from benchmarks.workload import Asked
 
 SETTING = "a100-llama3.1-8b"
@@ -67,6 +68,14 @@ BELIEFS = {
     "twice, never learning": (2.0, False),
 }
 """Step times that a policy believes, over the true ones; and whether it learns from the steps it sees."""
+
+UNSTEADY = {
+    "as expected": None,
+    "5%, drifting by 3%": Unsteadiness(0.05, 0.03),
+    "20%, drifting by 10%": Unsteadiness(0.2, 0.1),
+}
+"""How much steps vary, by `benchmarks.unsteady`."""
+_WILD = "20%, drifting by 10%"
 
 KEYS = ("goodput", "slo_adherence", "rejected", "ttft_violations", "tpot_violations", "preemptions")
 
@@ -116,9 +125,12 @@ def ablation(study: Study) -> list[Trial]:
     for name in (FULL, "memory"):
         where = f"{LITTLE_MEMORY:,} tokens of KV memory"
         trials += study.trials(name, OVERLOADS[0], without=name, experiment=little, where=where)
-    for name in (FULL, "prompt rate", "curve"):
+    for name in (FULL, "curve"):
         there = replace(study, experiment=code, stock_qps=CODE_QPS)
         trials += there.trials(name, 1.0, without=name, where="the azure-code workload: long prompts, short answers")
+    wild = replace(study.experiment, unsteady=UNSTEADY[_WILD])
+    for name in (FULL, "punctuality"):
+        trials += study.trials(name, OVERLOADS[0], without=name, experiment=wild, where=f"steps vary by {_WILD}")
     return trials
 
 
@@ -156,11 +168,23 @@ def step_times(study: Study) -> list[Trial]:
     ]
 
 
+def unsteady(study: Study) -> list[Trial]:
+    """Steps that vary, for `slack` and SCORPIO alike."""
+    return [
+        trial
+        for load in LOADS
+        for row, unsteady in UNSTEADY.items()
+        for column in CONTENDERS
+        for trial in study.trials(row, load, column, experiment=replace(study.experiment, unsteady=unsteady))
+    ]
+
+
 PARTS: dict[str, Callable[[Study], list[Trial]]] = {
     "ablation": ablation,
     "tenants": tenants,
     "predictors": predictors,
     "step-times": step_times,
+    "unsteady": unsteady,
 }
 
 
@@ -191,6 +215,8 @@ def play(trial: Trial) -> dict[str, Any]:
             times=None if trial.believed == 1 else profile.at_speed(trial.believed).step_times(),
             learn=how.learn,
             tenants=owners,
+            unsteady=how.unsteady,
+            seed=run.seed,
         )
     record = run_record(run.policy, run.qps or 0.0, run.seed, came.served, came.duration_s, wall_s=0.0,
                         preemptions=came.preemptions)  # fmt: skip

@@ -45,8 +45,8 @@ def ablation(records: Sequence[Record]) -> list[str]:
         "## Without one of its parts",
         "",
         "*Of full* is the goodput over that of `slack` in full with the same seed: below 1, the part earns its place.",
-        "The floor is not there for goodput but for those it serves, below; memory is short, and prompts are long for",
-        "their answers, in the last tables only.",
+        "The floor is not there for goodput but for those it serves, below; memory is short, prompts are long for",
+        "their answers, and steps vary, in the last tables only.",
     ]
     for load, where in dict.fromkeys((r["load"], r.get("where", "")) for r in records):
         here = [r for r in records if (r["load"], r.get("where", "")) == (load, where)]
@@ -127,11 +127,26 @@ def step_times(records: Sequence[Record]) -> list[str]:
     ]
 
 
+def unsteady(records: Sequence[Record]) -> list[str]:
+    """Steps that vary."""
+    return [
+        "## With steps that vary",
+        "",
+        "Standard deviations of what a step takes over what is to be expected: from step to step, and of a drift that",
+        "lasts for some 40 steps; the mean stays. This engine is a hard one for it: from 129 to 160 tokens its steps",
+        "grow from 21 to 28 ms and then hardly any more, so that with a pace of 30 ms a few percent decide whether a",
+        "step holds 130 tokens or 270.",
+        "",
+        *_beside_scorpio(records, "steps vary by"),
+    ]
+
+
 _WRITERS: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "ablation": ablation,
     "tenants": tenants,
     "predictors": predictors,
     "step-times": step_times,
+    "unsteady": unsteady,
 }
 """What writes each part."""
 

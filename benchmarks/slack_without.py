@@ -7,21 +7,20 @@ the product that nobody should touch.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
 from engine_adapter.engine import EngineState
+from engine_adapter.punctuality import Punctuality
 from engine_adapter.step_curve import StepCurve
 from engine_adapter.step_model import StepTimeModel
 from gateway.policies.base import UNGATED, Decision, Policy, Runway
-from gateway.policies.prompt_rate import PromptRate
 from gateway.policies.slack import Slack
 from gateway.policies.slack_load import Load, Queue
 from gateway.request import Request
@@ -63,39 +62,12 @@ class Blocking(Slack):
     def _admit_bounded(
         self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision
     ) -> bool:
-        for request in self._in_turn(queue, engine):
+        order, _ = self._in_turn(now, queue, load, engine)
+        for request in [queue.requests[at] for at in order.tolist()]:
             alone = queue.only(np.array([other is request for other in queue.requests]))
             if super()._admit_bounded(now, alone, load, runway, engine, decision):
                 return True
         return False
-
-    def _in_turn(self, queue: Queue, engine: EngineState) -> list[Request]:
-        """All of them in the order in which `slack` tries them: the one in which a boundless engine would take them."""
-        boundless, taken = copy(self), Decision()
-        boundless.fill = math.inf
-        engine = replace(engine, max_num_seqs=sys.maxsize, kv_tokens=0)
-        Slack._admit_bounded(boundless, -math.inf, queue, Load(), Runway(0, math.inf), engine, taken)
-        return taken.admit
-
-
-class Steady(PromptRate):
-    """Always says ``rate``."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def per_s(self, now: float) -> float:
-        """``rate``."""
-        return self.rate
-
-
-class Expecting(Slack):
-    """Is sure that so many prompt tokens come in a second."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self._prompts = Steady(rate)
 
 
 @contextmanager
@@ -117,13 +89,18 @@ def straight_lines() -> Iterator[None]:
         yield
 
 
+def never_sooner() -> AbstractContextManager[Any]:
+    """Nothing is learnt from answers that were late."""
+    return patch.object(Punctuality, "note", lambda self, tpot_s, bound_s: None)
+
+
 @dataclass(frozen=True, slots=True)
 class Without:
     """What takes a part out: a policy, and what holds around its run. ``says``: in words."""
 
     says: str
     make: Callable[[], Policy] = Slack
-    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 FULL = "nothing"
@@ -139,9 +116,7 @@ WITHOUT: dict[str, Without] = {
     ),
     "step gate": Without("the engine sizes its prefill as stock vLLM does", partial(Slack, gate=UNGATED)),
     "refusing": Without("nobody is refused as late", NeverTooLate),
-    "pace": Without("whoever comes in time is let in (`fill` without end)", partial(Slack, fill=math.inf)),
-    "prompts to come": Without("A(R) is 0", partial(Expecting, 0.0)),
-    "prompt rate": Without("places bring prompts, whether any come or not", partial(Expecting, math.inf)),
+    "punctuality": Without("answers are paced by their bounds exactly, though steps vary", around=never_sooner),
     "skip-over": Without("the first that does not fit blocks the rest", Blocking),
     "curve": Without("step times are linear, for policy and gate", around=straight_lines),
 }

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from engine_adapter.punctuality import Punctuality
 from engine_adapter.step_model import StepTimeModel
 
 Scope = MutableMapping[str, Any]
@@ -100,6 +101,7 @@ class EngineState:
     engine_waiting: int = 0
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     gate: GateReport = field(default_factory=GateReport)
+    punctuality: Punctuality = field(default_factory=Punctuality)
 
 
 @dataclass(slots=True)

@@ -107,7 +107,7 @@ class Request:
 
     def wait_again(self) -> None:
         """The engine that it was let in to never took it."""
-        self.admitted_s = None
+        self.admitted_s, self.untold = None, False
         self._plan()
 
     def serve_at_best_effort(self) -> None:

@@ -35,7 +35,7 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
         raise ValueError(f"no policy is called {name!r}; choose one of {', '.join(POLICIES)}")
     options = options or {}
     kind, fixed = POLICIES[name]
-    known = {f.name for f in dataclasses.fields(kind)} - {"name", "gate"} - fixed.keys()
+    known = {f.name for f in dataclasses.fields(kind) if f.init} - {"name", "gate"} - fixed.keys()
     unknown = sorted(options.keys() - known)
     if unknown:
         takes = ", ".join(sorted(known)) or "none"

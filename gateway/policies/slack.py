@@ -3,17 +3,16 @@
 The invariant: **what runs can keep its pace, and what waits can still be on time.** With the running set R, its
 strictest bound P* = min P_i, and T(R) what a step takes in which all of R decode,
 
-    T(R) + A(R) <= P*                           everybody keeps pace (SCORPIO's eq. 8, without its factor eta),
-    A(R) = mu(R) * sum over R of p_i / y_i      with the prefill that comes with so many requests, in every step,
-    share = 1 - T(R)/P*                         of time is left for prefill now,
+    T(R) <= P*                                  everybody keeps pace (SCORPIO's eq. 8, without its factor eta),
+    share = 1 - T(R)/P*                         of time is left for prefill,
     est_k = sum over j <= k of mu*p_j / share   is when the k-th prompt in the queue is done,
     sum of m_i + z * sqrt(sum of s_i^2) <= M    the KV memory suffices, but for a chance of ``memory_risk``,
     chunk = (P* - T(R)) / mu(R)                 prompt tokens are what a step has time for,
 
 where a prompt token costs mu(R) beside what runs (`step_curve`), and request i has p_i prompt tokens, y_i more
-predicted, and is expected to reach a length of m_i, uncertain by s_i; M is the KV memory, in tokens. No more prompts
-come to the places than come at all (`prompt_rate`). An end-to-end bound leaves a pace: what is left of it after the
-first token, over y_i.
+predicted, and is expected to reach a length of m_i, uncertain by s_i; M is the KV memory, in tokens. An end-to-end
+bound leaves a pace: what is left of it after the first token, over y_i. P_i is the bound, or a little less where steps
+vary so that too many who keep to it exactly end late (`engine_adapter.punctuality`).
 
 A request is admitted only if the first and the last hold with it, and the prompts in the engine and its own are done in
 time; it is refused as soon as est says that its deadline cannot be met. Who does not fit now never blocks the one
@@ -42,7 +41,6 @@ from engine_adapter.engine import EngineState
 from engine_adapter.slack_gate import COURTESY
 from gateway.policies.base import Decision, Runway, reject_tpot, reject_ttft
 from gateway.policies.floor import Floor
-from gateway.policies.prompt_rate import PromptRate
 from gateway.policies.slack_load import Load, Queue
 from gateway.request import Request
 
@@ -52,9 +50,7 @@ _LEAST_SHARE = 0.02
 
 @dataclass(slots=True)
 class Slack:
-    """``fill``: the share of P* that what runs may take.
-
-    ``thrift``: seconds of deadline that a second of engine time counts for when choosing whom to admit (0: deadlines
+    """``thrift``: seconds of deadline that a second of engine time counts for when choosing whom to admit (0: deadlines
     alone). ``floor``: the share of the overall admission rate that every SLO class and tenant gets (0: no floor).
     ``memory_risk``: the chance that what runs outgrows the KV memory. ``patience_s``: a request with a pace to keep but
     no TTFT bound is due so long after it came, and one without any bound has its share of the places. ``optimism``: the
@@ -62,7 +58,6 @@ class Slack:
     chunks that may lie in the engine unprefilled: one that goes into the step under way, and one for the next.
     """
 
-    fill: float = 1.0
     thrift: float = 150.0
     floor: float = 0.5
     memory_risk: float = 0.01
@@ -72,7 +67,6 @@ class Slack:
     name: str = "slack"
     gate: str = "slack"
     _granted: Floor = field(init=False, repr=False, compare=False)
-    _prompts: PromptRate = field(init=False, repr=False, compare=False, default_factory=PromptRate)
 
     def __post_init__(self) -> None:
         self._granted = Floor(self.floor)
@@ -95,25 +89,23 @@ class Slack:
         # Of those with a deadline, thousands may wait: that is looked at first.
         unbounded = [r for r in waiting if r.deadline_s == math.inf and is_unbounded(r)]
         bounded = [r for r in waiting if not is_unbounded(r)] if unbounded else waiting
-        load.prompt_rate = self._prompts.per_s(now)
-        queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s)
-        queue.pace_ends(now, load, runway.tokens, engine)
+        share = engine.punctuality.share
+        queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s, share)
+        queue.pace_ends(now, load, runway.tokens, share, engine)
         queue = self._refuse_hopeless_pace(queue, engine, decision)
         queue = self._refuse_late(now, queue, load, runway.tokens, engine, decision)
         patient = [r for r in unbounded if now - r.arrival_s > self.patience_s]
-        share = max(1.0, COURTESY * engine.max_num_seqs)
-        self._admit_unbounded(patient, share, load, runway, engine, decision, overdue=True)
+        places = max(1.0, COURTESY * engine.max_num_seqs)
+        self._admit_unbounded(patient, places, load, runway, engine, decision, overdue=True)
         left = unbounded[len(decision.admit) :]
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
-        self._admit_unbounded(left, share if held_back else math.inf, load, runway, engine, decision)
+        self._admit_unbounded(left, places if held_back else math.inf, load, runway, engine, decision)
         self._granted.note(decision)
-        decided = (*decision.admit, *(rejection.request for rejection in decision.reject))
-        self._prompts.note(now, sum([r.prompt_tokens * (COURTESY if is_unbounded(r) else 1.0) for r in decided]))
         return decision
 
     def _refuse_hopeless_pace(self, queue: Queue, engine: EngineState, decision: Decision) -> Queue:
         """A TPOT bound that even an otherwise idle engine would break, or all but break, is refused at once."""
-        alone_s = queue.decode_alone_s(engine) / self.fill
+        alone_s = queue.decode_alone_s(engine)
         hopeless = alone_s > queue.tpot_s
         for at in np.flatnonzero(hopeless).tolist():
             request, alone = queue.requests[at], float(alone_s[at])
@@ -166,14 +158,9 @@ class Slack:
         self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision
     ) -> bool:
         """Admit the least costly that keep the invariant; whether any is left waiting."""
-        cost_s = queue.cost_s(load.prefill_token_s(engine), engine.step_time.curve.a)
-        goes_first, behind = queue.due < now, self._granted.behind()
-        if behind:
-            goes_first |= np.array([behind.has(request) for request in queue.requests], dtype=bool)
-        key = queue.due + self.thrift * cost_s - _FIRST * goes_first
-        order, admitted, waiting_tokens = np.argsort(key, kind="stable"), 0, float(queue.prompt.sum())
+        order, turn = self._in_turn(now, queue, load, engine)
+        admitted, waiting_tokens = 0, float(queue.prompt.sum())
         first = order[self._holding(now, queue, load, runway, engine)[order]]
-        turn = int(order[0]) if goes_first.any() else None
         if turn is not None:
             # Shorter prompts may never let the runway run empty: it does not wait for that.
             first = np.concatenate([[turn], first[first != turn]])
@@ -194,10 +181,21 @@ class Slack:
             load.take(more)
             runway.add(request)
             decision.admit.append(request)
-            if request.slo.e2e_s is not None:
+            if pace_s != request.tpot_slo_s and pace_s < math.inf:
                 decision.paces[request.id] = pace_s
             admitted += 1
         return admitted < len(queue.requests)
+
+    def _in_turn(
+        self, now: float, queue: Queue, load: Load, engine: EngineState
+    ) -> tuple[NDArray[np.intp], int | None]:
+        """The queue in the order in which it is tried; and who is first, if for a claim: behind, or out of patience."""
+        cost_s = queue.cost_s(load.prefill_token_s(engine), engine.step_time.curve.a)
+        claims, behind = queue.due < now, self._granted.behind()
+        if behind:
+            claims |= np.array([behind.has(request) for request in queue.requests], dtype=bool)
+        order = np.lexsort((queue.due + self.thrift * cost_s, ~claims))
+        return order, int(order[0]) if claims.any() else None
 
     def _holding(self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState) -> NDArray[np.bool_]:
         """Of which the invariant holds, were it to run beside ``load``."""
@@ -206,13 +204,13 @@ class Slack:
         room = load.places + queue.sequences <= engine.max_num_seqs
         if runway.tokens:
             room &= runway.tokens + queue.prompt <= runway.limit
-        return room & queue.holds_with(load, self.fill, runway.tokens, queue.deadline - now, engine)
+        return room & queue.holds_with(load, runway.tokens, queue.deadline - now, engine)
 
     def _keeps_pace(self, more: Load, engine: EngineState) -> bool:
         """Whether ``more`` have places, and keep pace, and have memory."""
         return (
             more.places <= engine.max_num_seqs
-            and more.pace_s(engine) <= self.fill * more.strictest
+            and more.step_s(engine) <= more.strictest
             and more.fits_memory(engine.kv_tokens)
         )
 
@@ -238,10 +236,6 @@ class Slack:
             load.take(more)
             runway.add(request)
             decision.admit.append(request)
-
-
-_FIRST = 1e12
-"""Seconds by which one goes before the others whose class or tenant is behind, or who is out of patience."""
 
 
 def is_unbounded(request: Request) -> bool:

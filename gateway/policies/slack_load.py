@@ -37,23 +37,18 @@ class Load:
     ``places``: sequences in the engine, ``unbounded`` of them without a pace to keep. ``decoding`` counts those that
     take part in a step, one without a pace for the share of steps that is its due (`slack_gate`), and ``length`` sums
     their contexts (tokens): as they are now, since others take their places and begin short; of one that is yet to run,
-    its mean. ``prefill`` is what their places need of prompts per step (tokens): p_i / y_i each, as whoever is through
-    after y_i steps is followed by another (several sequences of one request share its prompt, which is cached).
-    ``strictest`` is P* (s). ``memory`` sums the lengths that they are expected to reach (tokens), ``variance`` what
-    that is uncertain by; ``z``: how many standard deviations to allow.
-    ``prompt_rate``: prompt tokens that come in a second; all places together bring no more than those.
+    its mean. ``strictest`` is P* (s). ``memory`` sums the lengths that they are expected to reach (tokens),
+    ``variance`` what that is uncertain by; ``z``: how many standard deviations to allow.
     """
 
     places: int = 0
     unbounded: int = 0
     decoding: float = 0.0
     length: float = 0.0
-    prefill: float = 0.0
     strictest: float = math.inf
     memory: float = 0.0
     variance: float = 0.0
     z: float = 0.0
-    prompt_rate: float = math.inf
     _token_s: float | None = None
     """mu(R), once it was asked for: it is, several times a decision."""
 
@@ -80,7 +75,6 @@ class Load:
         left = predicted - out
         self.decoding += weight
         self.length += (request.prompt_tokens + (out if request.admitted_s is not None else predicted / 2)) * weight
-        self.prefill += request.prompt_tokens / (predicted if predicted > 1 else 1.0) * weight / sequences
         self.memory += (request.prompt_tokens + (predicted if left > 1 else out + 1)) * sequences
         doubt = request.predicted_p90 - predicted
         if doubt > 0:
@@ -93,12 +87,10 @@ class Load:
             self.unbounded,
             self.decoding,
             self.length,
-            self.prefill,
             self.strictest,
             self.memory,
             self.variance,
             self.z,
-            self.prompt_rate,
         )
         more._add(request, pace_s)
         return more
@@ -126,11 +118,6 @@ class Load:
             return most
         return min(max(spare_s / max(self.prefill_token_s(engine), 1e-12), _LEAST_CHUNK), most)
 
-    def pace_s(self, engine: EngineState) -> float:
-        """T(R) + A(R): seconds a token in the long run, prompts included."""
-        coming = min(self.prefill, self.prompt_rate * self.strictest) if self.strictest < math.inf else self.prefill
-        return self.step_s(engine) + self.prefill_token_s(engine) * coming
-
     def prefilled_in_s(self, ahead: float, prompt: float, behind: float, engine: EngineState) -> float:
         """Seconds until a prompt is prefilled behind ``ahead`` tokens of others, in the time that decodes leave.
 
@@ -154,8 +141,8 @@ class Load:
 class Queue:
     """Waiting requests with bounds, in deadline order, and what is reckoned with as columns of shape (n,).
 
-    ``deadline``: of the first token (s, infinite without one); ``due``: the same, or when patience
-    ends; ``tpot_s``: bound (s, infinite without one); ``sequences``; ``length``: mean tokens of context over its life;
+    ``deadline``: of the first token (s, infinite without one); ``due``: the same, or when patience ends; ``tpot_s``:
+    the pace to keep (s, infinite without a bound); ``sequences``; ``length``: mean tokens of context over its life;
     ``prompt`` and ``tokens``: of predicted output, uncertain by ``variance``; ``prefill_s``: mu * p.
     """
 
@@ -171,8 +158,8 @@ class Queue:
     prefill_s: Floats
 
     @classmethod
-    def of(cls, requests: Sequence[Request], prefill_token_s: float, patience_s: float) -> Queue:
-        """The columns of ``requests``, with prompt tokens at ``prefill_token_s`` each."""
+    def of(cls, requests: Sequence[Request], prefill_token_s: float, patience_s: float, share: float = 1.0) -> Queue:
+        """The columns of ``requests``, with prompt tokens at ``prefill_token_s``; ``share`` of a bound is its pace."""
         deadline = _column(map(attrgetter("deadline_s"), requests))
         arrival = _column(map(attrgetter("arrival_s"), requests))
         prompt = _column(map(attrgetter("prompt_tokens"), requests))
@@ -183,7 +170,7 @@ class Queue:
             requests=requests,
             deadline=deadline,
             due=np.minimum(deadline, arrival + patience_s),
-            tpot_s=tpot,
+            tpot_s=share * tpot,
             sequences=sequences,
             length=prompt + tokens / 2,
             prompt=prompt,
@@ -193,7 +180,7 @@ class Queue:
             prefill_s=prefill_token_s * prompt,
         )
 
-    def pace_ends(self, now: float, load: Load, prompts: int, engine: EngineState) -> None:
+    def pace_ends(self, now: float, load: Load, prompts: int, share: float, engine: EngineState) -> None:
         """Give those with an end-to-end bound the pace that is left of it, were they to go now, behind ``prompts``.
 
         Their first token is expected as soon as prefill gets to it, at the latest when it is due; and a pace that the
@@ -207,7 +194,7 @@ class Queue:
         for at in ends:
             request = self.requests[at]
             first_s = now + fixed_s + token_s * request.prompt_tokens
-            self.tpot_s[at] = min(request.pace_after(min(first_s, request.deadline_s)), _SLOWEST_S)
+            self.tpot_s[at] = min(share * request.pace_after(min(first_s, request.deadline_s)), _SLOWEST_S)
 
     def only(self, which: NDArray[np.bool_]) -> Queue:
         """Those where ``which`` holds."""
@@ -218,9 +205,7 @@ class Queue:
         """Seconds a token in an otherwise idle engine."""
         return engine.step_time.curve.steps_s(self.sequences, self.length * self.sequences)
 
-    def holds_with(
-        self, load: Load, fill: float, prompts: int, within_s: Floats, engine: EngineState
-    ) -> NDArray[np.bool_]:
+    def holds_with(self, load: Load, prompts: int, within_s: Floats, engine: EngineState) -> NDArray[np.bool_]:
         """For each, whether the invariant holds with it beside ``load``: what `Load` says of R and one more, at once.
 
         ``prompts`` tokens are to be prefilled before it, and all of it ``within_s`` (s).
@@ -231,13 +216,10 @@ class Queue:
         decoding = load.decoding + weight
         step = curve.steps_s(decoding, load.length + self.length * weight)
         token = curve.prefill_token_s(decoding, engine.max_num_batched_tokens, strictest - step)
-        coming = load.prefill + self.prompt / np.maximum(self.tokens, 1.0) * weight / self.sequences
-        bounded = strictest < math.inf
-        coming[bounded] = np.minimum(coming[bounded], load.prompt_rate * strictest[bounded])
         others = prompts + self.prompt.sum() - self.prompt
         full = np.maximum(step, np.minimum(strictest, step + token * others))
         first = full + token * (prompts + self.prompt) / np.maximum(1 - step / strictest, 1e-12)
-        holds = (step + token * coming <= fill * strictest) & (first <= within_s)
+        holds = (step <= strictest) & (first <= within_s)
         if engine.kv_tokens > 0:
             memory = load.memory + self.sequences * (self.prompt + np.maximum(self.tokens, 1.0))
             holds = holds & (memory + load.z * np.sqrt(load.variance + self.variance) <= engine.kv_tokens)

@@ -25,13 +25,13 @@ from benchmarks.run_record import Served
 from benchmarks.simulator import Simulated, simulate
 from benchmarks.slack_study import CONTENDERS, PARTS, Study, Trial, play, tenants_of
 from benchmarks.slack_study_page import EVERYBODY, page
-from benchmarks.slack_without import FULL, WITHOUT, Blocking, Expecting, straight_lines
+from benchmarks.slack_without import FULL, WITHOUT, Blocking, straight_lines
 from benchmarks.workload import Asked, make_workload
 from engine_adapter.engine import EngineState
 from engine_adapter.profile import load_profile
+from engine_adapter.punctuality import Punctuality
 from engine_adapter.step_curve import StepCurve
 from engine_adapter.step_model import StepTimeModel
-from gateway.policies.base import Policy
 from gateway.policies.slack import Slack
 from gateway.request import Request
 from gateway.slo import Slo
@@ -73,7 +73,7 @@ def test_nothing_taken_out_is_the_product() -> None:
     assert in_full() == simulate(CROWDED, predict("shipped", CROWDED, 0), A100, Slack).served
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT if name not in {FULL, "floor", "memory", "prompt rate"}])
+@pytest.mark.parametrize("name", [name for name in WITHOUT if name not in {FULL, "floor", "memory", "punctuality"}])
 def test_without_a_part_another_thing_happens_under_overload(name: str) -> None:
     without = came_of(name).served
     assert len(without) == len(CROWDED)
@@ -90,6 +90,15 @@ def test_without_its_part_memory_overflows_where_it_is_short() -> None:
     assert with_it.preemptions < without.preemptions
 
 
+def test_without_punctuality_nothing_is_learnt_from_who_was_late() -> None:
+    learnt = Punctuality()
+    with WITHOUT["punctuality"].around():
+        learnt.note(0.051, 0.05)
+    assert learnt.share == 1.0
+    learnt.note(0.051, 0.05)
+    assert learnt.share < 1.0
+
+
 def test_nobody_is_refused_as_late_and_all_end() -> None:
     assert {one.outcome for one in came_of("refusing").served} == {"finished"}
     assert any(one.outcome == "rejected" for one in in_full())
@@ -102,17 +111,6 @@ def test_the_first_that_does_not_fit_blocks_the_one_behind() -> None:
         kind: [r.id for r in kind(thrift=0.0).decide(0.0, waiting, [], engine()).admit] for kind in (Slack, Blocking)
     }
     assert admitted == {Slack: ["a", "c"], Blocking: ["a"]}
-
-
-def test_without_prompts_to_come_more_are_let_in_and_with_all_that_could_fewer() -> None:
-    waiting = [asking(str(at), prompt=40, predicted=2.0) for at in range(40)]
-
-    def lets_in(policy: Policy) -> int:
-        return len(policy.decide(1.0, waiting, [], engine()).admit)
-
-    assert lets_in(Expecting(0.0)) > lets_in(Expecting(math.inf))
-    assert lets_in(Expecting(0.0)) >= lets_in(Expecting(10_000.0)) >= lets_in(Expecting(math.inf))
-    assert lets_in(Slack()) == lets_in(Expecting(math.inf)), "at first it knows of no rate"
 
 
 def test_on_straight_lines_nothing_but_the_two_forms_is_learnt_and_afterwards_a_curve_is() -> None:
@@ -145,10 +143,11 @@ def test_a_part_has_every_row_at_every_load_with_every_seed_and_each_once(part: 
     assert {t.run.seed for t in trials} == {0, 1}
     assert all(t.run.qps == (slack_study.CODE_QPS if "code" in t.where else 20 * t.load) for t in trials)
     expected = {
-        "ablation": 2 * (3 * len(WITHOUT) + 2 + 3),
+        "ablation": 2 * (3 * len(WITHOUT) + 2 + 2 + 2),
         "tenants": 2 * 2 * 2,
         "predictors": 2 * 3 * 3 * len(slack_study.PREDICTORS),
         "step-times": 2 * 3 * 3 * len(slack_study.BELIEFS),
+        "unsteady": 2 * 3 * 3 * len(slack_study.UNSTEADY),
     }
     assert len(trials) == expected[part]
 
@@ -248,9 +247,9 @@ def found() -> dict[str, Any]:
 def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it() -> None:
     text = page(found())
     for name, without in WITHOUT.items():
-        elsewhere = {FULL: 2, "memory": 1, "prompt rate": 1, "curve": 1}
+        elsewhere = {FULL: 3, "memory": 1, "curve": 1, "punctuality": 1}
         assert text.count(f"| {name} | {without.says} |") == 3 + elsewhere.get(name, 0)
-    for row in (*slack_study.PREDICTORS, *slack_study.BELIEFS):
+    for row in (*slack_study.PREDICTORS, *slack_study.BELIEFS, *slack_study.UNSTEADY):
         assert text.count(f"S | {row} |") == 3
     assert "python -m benchmarks.slack_study --seeds 2 --duration 0.3 --stock-qps 20.75 \\" in text
     assert "**Simulated**" in text
@@ -311,7 +310,8 @@ def invoke(*arguments: str) -> Any:
 def test_an_unknown_part_is_refused_with_those_there_are() -> None:
     done = invoke("--part", "soup", "--stock-qps", "20")
     assert done.exit_code == 2
-    assert "there are ablation, tenants, predictors, step-times" in " ".join(done.output.replace("│", " ").split())
+    said = " ".join(done.output.replace("│", " ").split())
+    assert "there are ablation, tenants, predictors, step-times, unsteady" in said
 
 
 def test_parts_of_the_same_settings_are_kept_and_of_others_are_not(tmp_path: Path) -> None:
