@@ -14,18 +14,19 @@ predicted, and is expected to reach a length of m_i, uncertain by s_i; M is the 
 bound leaves a pace: what is left of it after the first token, over y_i. P_i is the bound, or a little less where steps
 vary so that too many who keep to it exactly end late (`engine_adapter.punctuality`).
 
-A request is admitted only if the first and the last hold with it, and the prompts in the engine and its own are done in
+A request is admitted only if pace and memory suffice with it, and the prompts in the engine and its own are done in
 time; it is refused as soon as est says that its deadline cannot be met. Who does not fit now never blocks the one
 behind (skip-over earliest deadline first). When not all can be served, those go first that take the least time of the
 engine,
 
-    w_i = mu * (p_i + y_i) + a * y_i * (its mean length),
+    w_i = mu * p_i + (d + a * (its mean length)) * y_i,
 
-where a is what a token of context costs a decode: the time there is yields the most attained requests. But no SLO class
-and no tenant falls behind the rest by more than a stated share (`gateway.policies.floor`). Requests that nothing bounds
-take what is left, and once they have waited for ``patience_s`` they go first, up to a stated share of the places.
-Inside the engine, `slack_gate` gives prefill what running requests can spare; no more than a few chunks lie there
-unprefilled, so that who goes next is decided here, as late as can be.
+where d is what a decode costs (no less than a token of prompt: it holds a place besides) and a what a token of its
+context does: the time there is yields the most attained requests. But no SLO class and no tenant falls behind the rest
+by more than a stated share (`gateway.policies.floor`). Requests that nothing bounds take what is left, and once they
+have waited for ``patience_s`` they go first, up to a stated share of the places. Inside the engine, `slack_gate` gives
+prefill what running requests can spare; no more than a few chunks lie there unprefilled, so that who goes next is
+decided here, as late as can be.
 """
 
 from __future__ import annotations
@@ -190,7 +191,8 @@ class Slack:
         self, now: float, queue: Queue, load: Load, engine: EngineState
     ) -> tuple[NDArray[np.intp], int | None]:
         """The queue in the order in which it is tried; and who is first, if for a claim: behind, or out of patience."""
-        cost_s = queue.cost_s(load.prefill_token_s(engine), engine.step_time.curve.a)
+        token_s, curve = load.prefill_token_s(engine), engine.step_time.curve
+        cost_s = queue.cost_s(token_s, token_s + max(-curve.e, 0.0), curve.a)
         claims, behind = queue.due < now, self._granted.behind()
         if behind:
             claims |= np.array([behind.has(request) for request in queue.requests], dtype=bool)

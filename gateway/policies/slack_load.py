@@ -225,10 +225,10 @@ class Queue:
             holds = holds & (memory + load.z * np.sqrt(load.variance + self.variance) <= engine.kv_tokens)
         return np.asarray(holds, dtype=np.bool_)
 
-    def cost_s(self, token_s: float, context_s: float) -> Floats:
-        """w_i: seconds of engine time; a token takes ``token_s``, one of context ``context_s`` in each decode."""
+    def cost_s(self, prefill_token_s: float, decode_s: float, context_s: float) -> Floats:
+        """w_i: seconds of engine time, where a token of context takes ``context_s`` in each decode."""
         decodes = self.sequences * self.tokens
-        return token_s * (self.prompt + decodes) + context_s * decodes * self.length
+        return prefill_token_s * self.prompt + (decode_s + context_s * self.length) * decodes
 
 
 def _column(values: Iterable[float]) -> Floats:

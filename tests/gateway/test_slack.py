@@ -225,7 +225,7 @@ def test_answers_are_paced_by_less_than_their_bounds_once_too_many_were_late() -
 
 def test_cost_grows_with_prompt_output_and_sequences() -> None:
     queue = [ask(), ask(prompt=101), ask(output=51), ask(sequences=2)]
-    base, *dearer = Queue.of(queue, 1e-3, 60.0).cost_s(1e-3, 1e-6)
+    base, *dearer = Queue.of(queue, 1e-3, 60.0).cost_s(1e-3, 1e-3, 1e-6)
     assert base == pytest.approx(0.15 + 1e-6 * 50 * 125)
     assert np.all(np.array(dearer) > base)
 
@@ -233,7 +233,7 @@ def test_cost_grows_with_prompt_output_and_sequences() -> None:
 def test_several_sequences_of_a_request_bring_one_prompt() -> None:
     one, four = (Load.of([running("r", tpot=0.1, prompt=400, output=100, sequences=n)], 0.01) for n in (1, 4))
     assert four.decoding == 4 * one.decoding
-    single, several = Queue.of([ask(prompt=400), ask(prompt=400, sequences=4)], 1e-3, 60.0).cost_s(1e-3, 0.0)
+    single, several = Queue.of([ask(prompt=400), ask(prompt=400, sequences=4)], 1e-3, 60.0).cost_s(1e-3, 1e-3, 0.0)
     assert (single, several) == (pytest.approx(0.45), pytest.approx(0.4 + 4 * 0.05))
 
 
