@@ -87,9 +87,7 @@ class Slack:
             return decision
         load = Load.of(running, self.memory_risk)
         runway = Runway.of(running, self.runway_steps * load.chunk(engine))
-        # Of those with a deadline, thousands may wait: that is looked at first.
-        unbounded = [r for r in waiting if r.deadline_s == math.inf and is_unbounded(r)]
-        bounded = [r for r in waiting if not is_unbounded(r)] if unbounded else waiting
+        bounded, unbounded = _by_bounds(waiting)
         share = engine.punctuality.share
         queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s, share)
         queue.pace_ends(now, load, runway.tokens, share, engine)
@@ -165,7 +163,7 @@ class Slack:
         if turn is not None:
             # Shorter prompts may never let the runway run empty: it does not wait for that.
             first = np.concatenate([[turn], first[first != turn]])
-        while len(first):
+        while len(first) and load.places < engine.max_num_seqs:
             at, first = int(first[0]), first[1:]
             request, pace_s = queue.requests[at], float(queue.tpot_s[at])
             more, others = load.plus(request, pace_s), waiting_tokens - request.prompt_tokens
@@ -238,6 +236,14 @@ class Slack:
             load.take(more)
             runway.add(request)
             decision.admit.append(request)
+
+
+def _by_bounds(waiting: Sequence[Request]) -> tuple[Sequence[Request], Sequence[Request]]:
+    """Those with bounds, and those without, which by `Slack.order` come last."""
+    bounded = len(waiting)
+    while bounded and is_unbounded(waiting[bounded - 1]):
+        bounded -= 1
+    return waiting[:bounded], waiting[bounded:]
 
 
 def is_unbounded(request: Request) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from operator import attrgetter
 from statistics import NormalDist
@@ -56,43 +56,43 @@ class Load:
     def of(cls, running: Collection[Request], memory_risk: float) -> Load:
         """The sums over ``running``; memory may be outgrown with a probability of ``memory_risk``."""
         load = cls(z=NormalDist().inv_cdf(1 - memory_risk))
-        for request in running:
-            bound = request.tpot_slo_s
-            load._add(request, math.inf if bound is None or request.best_effort else bound)
+        load._add(running, [math.inf if r.tpot_slo_s is None or r.best_effort else r.tpot_slo_s for r in running])
         return load
 
-    def _add(self, request: Request, pace_s: float) -> None:
-        sequences, predicted = request.sequences, request.predicted_tokens
-        weight: float = sequences
+    def _add(self, requests: Collection[Request], paces_s: Sequence[float]) -> None:
+        # Each running request comes by in every decision: the loop has no call in it, and its sums are locals.
+        places = unbounded = 0
+        decoding = length = memory = variance = 0.0
+        strictest = self.strictest
+        for request, pace_s in zip(requests, paces_s, strict=True):
+            sequences, predicted = request.sequences, request.predicted_tokens
+            weight: float = sequences
+            places += sequences
+            if pace_s == math.inf:
+                unbounded += sequences
+                weight *= COURTESY
+            elif pace_s < strictest:
+                strictest = pace_s
+            out = request.generated / sequences
+            decoding += weight
+            length += (request.prompt_tokens + (out if request.admitted_s is not None else predicted / 2)) * weight
+            memory += (request.prompt_tokens + (predicted if predicted - out > 1 else out + 1)) * sequences
+            doubt = request.predicted_p90 - predicted
+            if doubt > 0:
+                variance += sequences * (doubt / _Z90) ** 2
+        self.places += places
+        self.unbounded += unbounded
+        self.decoding += decoding
+        self.length += length
+        self.strictest = strictest
+        self.memory += memory
+        self.variance += variance
         self._token_s = None
-        self.places += sequences
-        if pace_s == math.inf:
-            self.unbounded += sequences
-            weight *= COURTESY
-        elif pace_s < self.strictest:
-            self.strictest = pace_s
-        out = request.generated / sequences
-        left = predicted - out
-        self.decoding += weight
-        self.length += (request.prompt_tokens + (out if request.admitted_s is not None else predicted / 2)) * weight
-        self.memory += (request.prompt_tokens + (predicted if left > 1 else out + 1)) * sequences
-        doubt = request.predicted_p90 - predicted
-        if doubt > 0:
-            self.variance += sequences * (doubt / _Z90) ** 2
 
     def plus(self, request: Request, pace_s: float = math.inf) -> Load:
         """R and one more, which has to keep a pace of ``pace_s``."""
-        more = Load(
-            self.places,
-            self.unbounded,
-            self.decoding,
-            self.length,
-            self.strictest,
-            self.memory,
-            self.variance,
-            self.z,
-        )
-        more._add(request, pace_s)
+        more = replace(self)
+        more._add((request,), (pace_s,))
         return more
 
     def take(self, more: Load) -> None:
