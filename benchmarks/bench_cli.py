@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,6 +71,9 @@ def bench(
         typer.Option(help="ids: exactly so many token ids; words: text of about so many. Chat takes words only."),
     ] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Ask for exactly the workload's lengths (vLLM's extension).")] = True,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of the sampling; 0 is greedy.", show_default="the server's")
+    ] = None,
     max_connections: Annotated[int, typer.Option(help="0: as many as it takes (open loop).")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds after which an answer counts as failed.")] = 600.0,
     warmup: Annotated[int, typer.Option(help="Requests sent one by one before anything is measured.")] = 1,
@@ -84,6 +88,7 @@ def bench(
 
     try:
         target = _target(url, url_option, model, endpoint, prompt_style, ignore_eos, api_key, timeout, max_connections)
+        target = replace(target, temperature=temperature)
         asked_for = workload_arguments(context.params)
         if qps is None and arrivals != "trace":
             raise ValueError("give at least one --qps")

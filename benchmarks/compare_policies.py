@@ -33,7 +33,7 @@ from gateway.app import Gateway
 console = Console(stderr=True)
 
 
-async def _capacity(real: RealEngine, seed: int) -> float:
+async def _capacity(real: RealEngine, seed: int, temperature: float) -> float:
     """Requests per second that the engine completes with 64 always in flight (no SLO in the way)."""
     import aiohttp
 
@@ -43,6 +43,7 @@ async def _capacity(real: RealEngine, seed: int) -> float:
 
         async def one(prompt_tokens: int, output_tokens: int) -> None:
             body = {"model": DUMMY, "prompt": [7] * prompt_tokens, "max_tokens": output_tokens, "ignore_eos": True}
+            body["temperature"] = temperature
             async with places, session.post("/v1/completions", json=body) as response:
                 await response.read()
 
@@ -52,7 +53,13 @@ async def _capacity(real: RealEngine, seed: int) -> float:
 
 
 async def compare(
-    policies: list[str], loads: list[float], duration_s: float, repeats: int, slo_scale: float, seed: int
+    policies: list[str],
+    loads: list[float],
+    duration_s: float,
+    repeats: int,
+    slo_scale: float,
+    seed: int,
+    temperature: float,
 ) -> dict[str, Any]:
     """All runs, in the order they were made, and what they were made with."""
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +67,7 @@ async def compare(
         console.print("Starting vLLM…")
         await real.start()
         try:
-            capacity = await _capacity(real, seed)
+            capacity = await _capacity(real, seed, temperature)
             console.print(f"Capacity {capacity:.2f} requests/s; offering {', '.join(map(str, loads))} times that")
             runs = []
             for repeat, load, policy in itertools.product(range(repeats), loads, policies):
@@ -69,7 +76,9 @@ async def compare(
                 )
                 gate_s = real.engine.state.gate.gate_seconds
                 async with real.behind(policy_spec(policy)) as (gateway, url):
-                    sent = await send_from_another_process(Target(url, DUMMY), workload, seed + repeat)
+                    sent = await send_from_another_process(
+                        Target(url, DUMMY, temperature=temperature), workload, seed + repeat
+                    )
                     spent = _spent(gateway, real.engine, gate_s)
                 figures = run_record(
                     policy,
@@ -95,6 +104,7 @@ async def compare(
         "duration_s": duration_s,
         "slo_table": "llama-3.1-8b",
         "slo_scale": slo_scale,
+        "temperature": temperature,
         "runs": runs,
     }
 
@@ -137,6 +147,9 @@ def main(
     repeats: Annotated[int, typer.Option(help="Rounds; the policies take turns within each.")] = 3,
     slo_scale: Annotated[float, typer.Option(help="Multiplies the paper's SLO table.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of the first round.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 is greedy. Sampling a word from 49,152 takes a CPU longer than decoding it.")
+    ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compare policies on a real engine."""
@@ -146,7 +159,7 @@ def main(
             parse_policy(each)
     except ValueError as wrong:
         raise typer.BadParameter(str(wrong), param_hint="--policy") from wrong
-    result = asyncio.run(compare(policies, load or [2.0], duration, repeats, slo_scale, seed))
+    result = asyncio.run(compare(policies, load or [2.0], duration, repeats, slo_scale, seed, temperature))
     if as_json:
         json.dump(result, sys.stdout, indent=2)
     else:

@@ -41,6 +41,7 @@ class Target:
     (exactly so many token ids; completions only) or ``words`` (text of about so many tokens). ``ignore_eos`` asks for
     exactly the workload's output lengths (vLLM's extension). ``timeout_s`` is the most that one answer may take.
     ``max_connections`` 0 is no limit; with one, waiting for a free connection counts as lateness and as latency.
+    ``temperature``: None leaves it to the server.
     """
 
     url: str
@@ -51,6 +52,7 @@ class Target:
     api_key: str | None = None
     timeout_s: float = 600.0
     max_connections: int = 0
+    temperature: float | None = None
 
     @property
     def path(self) -> str:
@@ -72,6 +74,8 @@ class Target:
         }
         if self.ignore_eos:
             fields["ignore_eos"] = True
+        if self.temperature is not None:
+            fields["temperature"] = self.temperature
         if self.endpoint == "chat":
             fields["messages"] = [{"role": "user", "content": self._text(asked.prompt_tokens, random)}]
         elif self.prompt_style == "ids":

@@ -219,6 +219,9 @@ async def test_each_request_says_what_it_wants() -> None:
     assert (body["model"], body["max_tokens"], body["ignore_eos"], body["stream"]) == ("m", 6, True, True)
     assert body["stream_options"] == {"include_usage": True}
     assert len(body["prompt"]) == 5
+    assert "temperature" not in body
+    await ask(stub, asked, temperature=0.0)
+    assert stub.bodies[1]["temperature"] == 0
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
