@@ -67,6 +67,7 @@ def main(file: Annotated[Path, typer.Argument(help="What compare_policies --json
         f"{table(result, load, list(COLUMNS))}"
         for load in loads
     )
+    answers = "greedy" if result["temperature"] == 0 else "sampled"
     late_ms = max(run["client_lateness_p99_s"] for run in runs) * 1000
     page = f"""# One real engine, up to and past its capacity
 
@@ -77,8 +78,9 @@ def main(file: Annotated[Path, typer.Argument(help="What compare_policies --json
 Mean and range over {rounds} rounds of {result["duration_s"]:g} s of arrivals. One engine for the whole run; the
 policies take turns in front of it, each round with a seed that all share. The SLO table is the paper's for
 Llama-3.1-8B times {result["slo_scale"]:g} (the strictest bounds: {0.5 * result["slo_scale"]:g} s to the first token,
-{30 * result["slo_scale"]:g} ms a token), six categories evenly; answers are {"greedy" if result["temperature"] == 0 else "sampled"}. The capacity, {result["capacity_rps"]:.2f}
-requests/s, is what the engine completes of the same workload with 64 requests always in flight; arrivals are Poisson.
+{30 * result["slo_scale"]:g} ms a token), six categories evenly; answers are {answers}. The capacity,
+{result["capacity_rps"]:.2f} requests/s, is what the engine completes of the same workload with 64 requests always in
+flight; arrivals are Poisson.
 Times are measured by the client, which itself was at most {late_ms:.0f} ms late (99th percentile, worst run).
 Scheduling (decisions in the gateway, gates in the engine) took {", ".join(shares)} of the run's time. The predictor was
 off: lengths came from running statistics, cut at each request's `max_tokens`, which here is the true length.
