@@ -57,6 +57,7 @@ class AnnealingOnSlack:
             one = Slack.decide(_patient(self.slack), now, [request], going, engine)
             if one.admit:
                 decision.admit.append(request)
+                decision.paces |= one.paces
                 going.append(request)
         return decision
 

@@ -17,7 +17,6 @@ from engine_adapter.step_model import StepTimeModel
 from engine_adapter.step_time import StepTimes
 from gateway.admission import Admission
 from gateway.policies.base import UNGATED, Decision, Policy
-from gateway.progress import tpot
 from gateway.request import Request
 
 _SHORTEST_STEP_S = 1e-4
@@ -162,11 +161,5 @@ class Replica:
             if flight.request.first_token_s is None:
                 flight.request.first_token_s = now
         for flight in done:
-            self._leave(flight.request, now)
+            self.admission.leave(flight.request)
         return [flight.request for flight in done]
-
-    def _leave(self, request: Request, now: float) -> None:
-        """As the gateway does when an answer has ended."""
-        self.admission.leave(request)
-        if self._gated and request.slo.tpot_s is not None and request.first_token_s is not None:
-            self.state.punctuality.note(tpot(request.first_token_s, now, request.generated), request.slo.tpot_s)

@@ -47,6 +47,7 @@ def main(file: Annotated[Path, typer.Argument(help="What compare_policies --json
     """Write the page beside FILE, and the results in docs/results/README.md and README.md (of the highest load)."""
     result = json.loads(file.read_text())
     runs = result["runs"]
+    temperature = result.get("temperature", 1.0)
     rounds = len({run["seed"] for run in runs})
     shares = []
     for policy in dict.fromkeys(run["policy"] for run in runs if run["policy"] != "fcfs"):
@@ -59,7 +60,7 @@ def main(file: Annotated[Path, typer.Argument(help="What compare_policies --json
     command = (
         f"python -m benchmarks.compare_policies{policies}{options} "
         f"--duration {result['duration_s']:g} --repeats {rounds} --slo-scale {result['slo_scale']:g} "
-        f"--temperature {result['temperature']:g} "
+        f"--temperature {temperature:g} "
         f"--seed {min(run['seed'] for run in runs)} --json"
     )
     tables = "\n\n".join(
@@ -67,7 +68,7 @@ def main(file: Annotated[Path, typer.Argument(help="What compare_policies --json
         f"{table(result, load, list(COLUMNS))}"
         for load in loads
     )
-    answers = "greedy" if result["temperature"] == 0 else "sampled"
+    answers = "greedy" if temperature == 0 else "sampled"
     late_ms = max(run["client_lateness_p99_s"] for run in runs) * 1000
     page = f"""# One real engine, up to and past its capacity
 

@@ -75,7 +75,6 @@ UNSTEADY = {
     "20%, drifting by 10%": Unsteadiness(0.2, 0.1),
 }
 """How much steps vary, by `benchmarks.unsteady`."""
-_WILD = "20%, drifting by 10%"
 
 KEYS = ("goodput", "slo_adherence", "rejected", "ttft_violations", "tpot_violations", "preemptions")
 
@@ -128,9 +127,6 @@ def ablation(study: Study) -> list[Trial]:
     for name in (FULL, "curve"):
         there = replace(study, experiment=code, stock_qps=CODE_QPS)
         trials += there.trials(name, 1.0, without=name, where="the azure-code workload: long prompts, short answers")
-    wild = replace(study.experiment, unsteady=UNSTEADY[_WILD])
-    for name in (FULL, "punctuality"):
-        trials += study.trials(name, OVERLOADS[0], without=name, experiment=wild, where=f"steps vary by {_WILD}")
     return trials
 
 

@@ -11,13 +11,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
 from engine_adapter.engine import EngineState
-from engine_adapter.punctuality import Punctuality
 from engine_adapter.step_curve import StepCurve
 from engine_adapter.step_model import StepTimeModel
 from gateway.policies.base import UNGATED, Decision, Policy, Runway
@@ -89,18 +87,13 @@ def straight_lines() -> Iterator[None]:
         yield
 
 
-def never_sooner() -> AbstractContextManager[Any]:
-    """Nothing is learnt from answers that were late."""
-    return patch.object(Punctuality, "note", lambda self, tpot_s, bound_s: None)
-
-
 @dataclass(frozen=True, slots=True)
 class Without:
     """What takes a part out: a policy, and what holds around its run. ``says``: in words."""
 
     says: str
     make: Callable[[], Policy] = Slack
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 FULL = "nothing"
@@ -116,7 +109,6 @@ WITHOUT: dict[str, Without] = {
     ),
     "step gate": Without("the engine sizes its prefill as stock vLLM does", partial(Slack, gate=UNGATED)),
     "refusing": Without("nobody is refused as late", NeverTooLate),
-    "punctuality": Without("answers are paced by their bounds exactly, though steps vary", around=never_sooner),
     "skip-over": Without("the first that does not fit blocks the rest", Blocking),
     "curve": Without("step times are linear, for policy and gate", around=straight_lines),
 }

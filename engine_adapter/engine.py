@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from engine_adapter.punctuality import Punctuality
 from engine_adapter.step_model import StepTimeModel
 
 Scope = MutableMapping[str, Any]
@@ -101,7 +100,6 @@ class EngineState:
     engine_waiting: int = 0
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     gate: GateReport = field(default_factory=GateReport)
-    punctuality: Punctuality = field(default_factory=Punctuality)
 
 
 @dataclass(slots=True)

@@ -144,12 +144,6 @@ class Lane:
             self.shadows.left(request)
             self.wake()
 
-    def finished(self, request: Request, tpot_s: float) -> None:
-        """What the engine served took ``tpot_s`` seconds a token, by the times at which tokens left it."""
-        bound = request.slo.tpot_s
-        if bound is not None and not request.best_effort and self.policy.gate != UNGATED:
-            self.engine.state.punctuality.note(tpot_s, bound)
-
     def on_alive(self, alive: bool) -> None:
         """The engine came up or went down."""
         self._down_since = None if alive else self._clock()

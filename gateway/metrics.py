@@ -130,9 +130,6 @@ _LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str,
     "antares_engine_waiting_sequences": (GaugeMetricFamily, "Sequences in the engine's own queue.", ("engine",)),
     "antares_engine_kv_usage_ratio": (GaugeMetricFamily, "Share of KV memory in use.", ("engine",)),
     "antares_engine_steps_total": (CounterMetricFamily, "Engine steps the step-time model saw.", ("engine",)),
-    "antares_pace_share_ratio": (
-        GaugeMetricFamily, "Share of their TPOT bounds by which answers are paced, so that few are late.", ("engine",),
-    ),
     "antares_step_time_coefficient": (
         GaugeMetricFamily,
         "Coefficients of ITL(B,L)=aBL+bB+cL+d and t(p)=delta if p<theta else alpha*p+beta (s, tokens).",
@@ -195,7 +192,6 @@ class _LiveState(Collector):
             put("antares_engine_waiting_sequences", state.engine_waiting, engine)
             put("antares_engine_kv_usage_ratio", state.kv_usage, engine)
             put("antares_engine_steps_total", state.step_time.steps_seen, engine)
-            put("antares_pace_share_ratio", state.punctuality.share, engine)
             for name in ("a", "b", "c", "d", "alpha", "beta", "theta", "delta"):
                 put("antares_step_time_coefficient", getattr(state.step_time.times, name), engine, name)
             for form, quality in (

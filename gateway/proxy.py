@@ -287,8 +287,6 @@ class Proxy:
             request.wait_again()
             return False
         await self._conclude(call, exchange, entry, lane)
-        if entry.outcome == "finished":
-            lane.finished(request, progress.tpot_s)
         return True
 
     async def _conclude(self, call: asyncio.Future[None], exchange: Exchange, entry: Entry, lane: Lane) -> None:

@@ -11,8 +11,7 @@ strictest bound P* = min P_i, and T(R) what a step takes in which all of R decod
 
 where a prompt token costs mu(R) beside what runs (`step_curve`), and request i has p_i prompt tokens, y_i more
 predicted, and is expected to reach a length of m_i, uncertain by s_i; M is the KV memory, in tokens. An end-to-end
-bound leaves a pace: what is left of it after the first token, over y_i. P_i is the bound, or a little less where steps
-vary so that too many who keep to it exactly end late (`engine_adapter.punctuality`).
+bound leaves a pace: what is left of it after the first token, over y_i. P_i is ``fill`` of the bound.
 
 A request is admitted only if pace and memory suffice with it, and the prompts in the engine and its own are done in
 time; it is refused as soon as est says that its deadline cannot be met. Who does not fit now never blocks the one
@@ -51,14 +50,17 @@ _LEAST_SHARE = 0.02
 
 @dataclass(slots=True)
 class Slack:
-    """``thrift``: seconds of deadline that a second of engine time counts for when choosing whom to admit (0: deadlines
-    alone). ``floor``: the share of the overall admission rate that every SLO class and tenant gets (0: no floor).
+    """``fill``: the share of its TPOT bound by which a request is paced; where steps vary, whoever is paced by all
+    of it ends late now and then. ``thrift``: seconds of deadline that a second of engine time counts for when
+    choosing whom to admit (0: deadlines alone). ``floor``: the share of the overall admission rate that every SLO class
+    and tenant gets (0: no floor).
     ``memory_risk``: the chance that what runs outgrows the KV memory. ``patience_s``: a request with a pace to keep but
     no TTFT bound is due so long after it came, and one without any bound has its share of the places. ``optimism``: the
     share of its estimate by which a prompt is judged too late; the queue ahead of it thins out. ``runway_steps``:
     chunks that may lie in the engine unprefilled: one that goes into the step under way, and one for the next.
     """
 
+    fill: float = 1.0
     thrift: float = 150.0
     floor: float = 0.5
     memory_risk: float = 0.01
@@ -70,6 +72,8 @@ class Slack:
     _granted: Floor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not 0 < self.fill <= 1:
+            raise ValueError(f"fill must be above 0 and at most 1, but it is {self.fill!r}")
         self._granted = Floor(self.floor)
 
     def order(self, request: Request) -> tuple[float, ...]:
@@ -88,9 +92,8 @@ class Slack:
         load = Load.of(running, self.memory_risk)
         runway = Runway.of(running, self.runway_steps * load.chunk(engine))
         bounded, unbounded = _by_bounds(waiting)
-        share = engine.punctuality.share
-        queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s, share)
-        queue.pace_ends(now, load, runway.tokens, share, engine)
+        queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s, self.fill)
+        queue.pace_ends(now, load, runway.tokens, self.fill, engine)
         queue = self._refuse_hopeless_pace(queue, engine, decision)
         queue = self._refuse_late(now, queue, load, runway.tokens, engine, decision)
         patient = [r for r in unbounded if now - r.arrival_s > self.patience_s]
@@ -107,11 +110,11 @@ class Slack:
         alone_s = queue.decode_alone_s(engine)
         hopeless = alone_s > queue.tpot_s
         for at in np.flatnonzero(hopeless).tolist():
-            request, alone = queue.requests[at], float(alone_s[at])
-            if request.tpot_slo_s is not None and alone <= request.tpot_slo_s:
-                hopeless[at] = False  # It has waited too long, which is another matter.
+            request, attainable_s = queue.requests[at], float(alone_s[at]) / self.fill
+            if request.tpot_slo_s is not None and attainable_s <= request.tpot_slo_s:
+                hopeless[at] = False  # With its end-to-end bound it has waited too long, which is another matter.
             else:
-                decision.reject.append(reject_tpot(request, alone, 0.0, hopeless=True))
+                decision.reject.append(reject_tpot(request, attainable_s, 0.0, hopeless=True))
         if not hopeless.any():
             return queue
         return queue.only(~hopeless)

@@ -159,7 +159,10 @@ class Queue:
 
     @classmethod
     def of(cls, requests: Sequence[Request], prefill_token_s: float, patience_s: float, share: float = 1.0) -> Queue:
-        """The columns of ``requests``, with prompt tokens at ``prefill_token_s``; ``share`` of a bound is its pace."""
+        """The columns of ``requests``, with prompt tokens at ``prefill_token_s``.
+
+        ``share`` of a bound is the pace, but for bounds that the step gate takes for none.
+        """
         deadline = _column(map(attrgetter("deadline_s"), requests))
         arrival = _column(map(attrgetter("arrival_s"), requests))
         prompt = _column(map(attrgetter("prompt_tokens"), requests))
@@ -170,7 +173,7 @@ class Queue:
             requests=requests,
             deadline=deadline,
             due=np.minimum(deadline, arrival + patience_s),
-            tpot_s=share * tpot,
+            tpot_s=np.where(tpot < PATIENT_S, share * tpot, tpot),
             sequences=sequences,
             length=prompt + tokens / 2,
             prompt=prompt,

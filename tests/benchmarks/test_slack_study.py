@@ -29,7 +29,6 @@ from benchmarks.slack_without import FULL, WITHOUT, Blocking, straight_lines
 from benchmarks.workload import Asked, make_workload
 from engine_adapter.engine import EngineState
 from engine_adapter.profile import load_profile
-from engine_adapter.punctuality import Punctuality
 from engine_adapter.step_curve import StepCurve
 from engine_adapter.step_model import StepTimeModel
 from gateway.policies.slack import Slack
@@ -73,7 +72,7 @@ def test_nothing_taken_out_is_the_product() -> None:
     assert in_full() == simulate(CROWDED, predict("shipped", CROWDED, 0), A100, Slack).served
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT if name not in {FULL, "floor", "memory", "punctuality"}])
+@pytest.mark.parametrize("name", [name for name in WITHOUT if name not in {FULL, "floor", "memory"}])
 def test_without_a_part_another_thing_happens_under_overload(name: str) -> None:
     without = came_of(name).served
     assert len(without) == len(CROWDED)
@@ -90,13 +89,11 @@ def test_without_its_part_memory_overflows_where_it_is_short() -> None:
     assert with_it.preemptions < without.preemptions
 
 
-def test_without_punctuality_nothing_is_learnt_from_who_was_late() -> None:
-    learnt = Punctuality()
-    with WITHOUT["punctuality"].around():
-        learnt.note(0.051, 0.05)
-    assert learnt.share == 1.0
-    learnt.note(0.051, 0.05)
-    assert learnt.share < 1.0
+def test_steps_that_vary_are_what_a_trial_with_them_meets() -> None:
+    wild = replace(BRIEF, unsteady=slack_study.UNSTEADY["20%, drifting by 10%"])
+    one, other, steady = (play(Trial("x", "slack", 2.0, how, Run("slack", 40.0, 1))) for how in (wild, wild, BRIEF))
+    assert one == other
+    assert one != steady
 
 
 def test_nobody_is_refused_as_late_and_all_end() -> None:
@@ -143,7 +140,7 @@ def test_a_part_has_every_row_at_every_load_with_every_seed_and_each_once(part: 
     assert {t.run.seed for t in trials} == {0, 1}
     assert all(t.run.qps == (slack_study.CODE_QPS if "code" in t.where else 20 * t.load) for t in trials)
     expected = {
-        "ablation": 2 * (3 * len(WITHOUT) + 2 + 2 + 2),
+        "ablation": 2 * (3 * len(WITHOUT) + 2 + 2),
         "tenants": 2 * 2 * 2,
         "predictors": 2 * 3 * 3 * len(slack_study.PREDICTORS),
         "step-times": 2 * 3 * 3 * len(slack_study.BELIEFS),
@@ -247,7 +244,7 @@ def found() -> dict[str, Any]:
 def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it() -> None:
     text = page(found())
     for name, without in WITHOUT.items():
-        elsewhere = {FULL: 3, "memory": 1, "curve": 1, "punctuality": 1}
+        elsewhere = {FULL: 2, "memory": 1, "curve": 1}
         assert text.count(f"| {name} | {without.says} |") == 3 + elsewhere.get(name, 0)
     for row in (*slack_study.PREDICTORS, *slack_study.BELIEFS, *slack_study.UNSTEADY):
         assert text.count(f"S | {row} |") == 3

@@ -11,7 +11,6 @@ import pytest
 from live_gateway import CHAT, CLASSES, TEXT, Live, chat, eventually, fast_engine, live
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine_adapter.punctuality import Punctuality
 from engine_adapter.step_time import StepTimes
 from gateway import logs
 from gateway.metrics import METRIC_NAMES
@@ -170,37 +169,3 @@ def test_json_logs_are_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> 
     (line,) = capsys.readouterr().err.splitlines()
     entry = json.loads(line)
     assert (entry["level"], entry["logger"], entry["message"]) == ("warning", "antares.proxy", "two\nlines, a value")
-
-
-class Heard(Punctuality):
-    """Remembers what it is told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[tuple[float, float]] = []
-
-    def note(self, tpot_s: float, bound_s: float) -> None:
-        self.notes.append((tpot_s, bound_s))
-        super().note(tpot_s, bound_s)
-
-
-@pytest.mark.parametrize(("policy", "counts"), [("slack", True), ("fcfs", False)])
-async def test_how_paces_were_kept_is_learnt_from_answers_that_a_gate_paced_and_that_finished(
-    policy: str, counts: bool
-) -> None:
-    engine = fast_engine()
-    engine.state.punctuality = heard = Heard()
-    async with live(engine, policy={"name": policy}) as antares:
-        for stream in (True, False):
-            await antares.ask(chat(stream=stream), x_slo_tpot_ms="200")
-        await antares.ask(x_slo_class="free")
-        await antares.ask(chat(max_tokens=10**6))
-        await antares.hang_up_after(1)
-        await eventually(antares.is_idle)
-        assert [bound for _, bound in heard.notes] == [0.2, 0.2] * counts
-        assert all(0 < tpot < 0.2 for tpot, _ in heard.notes)
-        share = 'antares_pace_share_ratio{engine="simulated"}'
-        assert f"{share} 1.0\n" in await exposition(antares)
-        heard.note(0.201, 0.2)
-        assert f"{share} {heard.share}\n" in await exposition(antares)
-        assert heard.share < 1

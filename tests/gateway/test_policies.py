@@ -310,6 +310,8 @@ def test_the_prefill_backlog_is_what_was_admitted_and_has_no_token_yet() -> None
         ("scorpio", {"etta": 1}, "has no option 'etta'; its options: eta,"),
         ("fcfs", {"eta": 1}, "its options: none"),
         ("scorpio", {"name": "x"}, "has no option 'name'"),
+        ("slack", {"_granted": 1}, "has no option '_granted'; its options: fill, floor,"),
+        ("slack", {"fill": 0.0}, "fill must be above 0 and at most 1"),
         ("scorpio", {"eta": "much"}, "eta must be a number"),
         ("scorpio", {"eta": math.nan}, "eta must be a number"),
         ("scorpio", {"slack_s": -1}, "slack_s must be a number"),

@@ -212,15 +212,11 @@ def test_the_columns_say_of_each_request_what_the_load_says_with_it(
             assert holds == all(way < 1 for way in ways)
 
 
-def test_answers_are_paced_by_less_than_their_bounds_once_too_many_were_late() -> None:
-    state, asked = engine(), [ask("a", ttft=9, tpot=0.05), ask("b", ttft=9), ask("c", ttft=9, tpot=0.05, e2e=50.0)]
-    assert decide(slack(), NOW, asked[:2], [running("old")], state).paces == {}, "by their bounds, at first"
-    for _ in range(4):
-        state.punctuality.note(0.0501, 0.05)
-    share = state.punctuality.share
-    assert 0.97 < share < 0.99
-    paces = decide(slack(), NOW, asked, [running("old")], state).paces
-    assert paces == {"a": pytest.approx(0.05 * share), "c": pytest.approx(0.05 * share)}
+def test_answers_are_paced_by_the_share_of_their_bounds_that_is_to_be_filled() -> None:
+    asked = [ask("a", ttft=9, tpot=0.05), ask("b", ttft=9), ask("c", ttft=9, tpot=0.05, e2e=50.0), ask("d", tpot=1.0)]
+    assert "a" not in decide(slack(), NOW, asked, [running("old")], engine()).paces
+    paces = decide(slack(fill=0.98), NOW, asked, [running("old")], engine()).paces
+    assert paces == {"a": pytest.approx(0.049), "c": pytest.approx(0.049)}, "a second a token is no pace"
 
 
 def test_cost_grows_with_prompt_output_and_sequences() -> None:
@@ -342,6 +338,14 @@ def test_an_end_far_away_still_leaves_a_pace() -> None:
     queue = Queue.of([ask(e2e=100.0, output=8)], 1e-3, 60.0)
     queue.pace_ends(NOW, Load(), 0, 1.0, engine())
     assert queue.tpot_s[0] < PATIENT_S
+
+
+def test_a_pace_that_only_an_empty_engine_would_keep_is_not_waited_for() -> None:
+    # Alone a step takes 10.1 ms and a little; with 2% to spare, that is more than 10.2.
+    (rejection,) = decide(slack(fill=0.98), NOW, [ask(tpot=0.0102)], [running("old")], engine()).reject
+    assert (rejection.bound, rejection.hopeless) == ("tpot", True)
+    again = ask(tpot=rejection.attainable_s)
+    assert rejected(decide(slack(fill=0.98), NOW, [again], [], engine())) == []
 
 
 def test_the_pace_of_an_end_to_end_bound_is_never_looser_than_a_bound_on_the_pace() -> None:
