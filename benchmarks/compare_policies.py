@@ -42,8 +42,8 @@ async def _capacity(real: RealEngine, seed: int, temperature: float) -> float:
         places = asyncio.Semaphore(64)
 
         async def one(prompt_tokens: int, output_tokens: int) -> None:
-            body = {"model": DUMMY, "prompt": [7] * prompt_tokens, "max_tokens": output_tokens, "ignore_eos": True}
-            body["temperature"] = temperature
+            sizes = {"prompt": [7] * prompt_tokens, "max_tokens": output_tokens, "ignore_eos": True}
+            body = {"model": DUMMY, "temperature": temperature, **sizes}
             async with places, session.post("/v1/completions", json=body) as response:
                 await response.read()
 
@@ -147,9 +147,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Rounds; the policies take turns within each.")] = 3,
     slo_scale: Annotated[float, typer.Option(help="Multiplies the paper's SLO table.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of the first round.")] = 0,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0 is greedy. Sampling a word from 49,152 takes a CPU longer than decoding it.")
-    ] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the sampling; 0 is greedy.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compare policies on a real engine."""

@@ -11,7 +11,7 @@ with the same seed see the same requests.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -142,36 +142,36 @@ def tenants(study: Study) -> list[Trial]:
 
 def predictors(study: Study) -> list[Trial]:
     """Output lengths that are wrong, for `slack` and SCORPIO alike."""
-    return [
-        trial
-        for load in LOADS
-        for row, predictor in PREDICTORS.items()
-        for column in CONTENDERS
-        for trial in study.trials(row, load, column, experiment=replace(study.experiment, predictor=predictor))
-    ]
+    how = study.experiment
+    return contended(study, {row: {"experiment": replace(how, predictor=told)} for row, told in PREDICTORS.items()})
 
 
 def step_times(study: Study) -> list[Trial]:
     """Step times that are wrong, for `slack` and SCORPIO alike. The gate in the engine always learns for itself."""
-    return [
-        trial
-        for load in LOADS
-        for row, (believed, learn) in BELIEFS.items()
-        for column in CONTENDERS
-        for trial in study.trials(
-            row, load, column, believed=believed, experiment=replace(study.experiment, learn=learn)
-        )
-    ]
+    how = study.experiment
+    return contended(
+        study,
+        {
+            row: {"believed": believed, "experiment": replace(how, learn=learn)}
+            for row, (believed, learn) in BELIEFS.items()
+        },
+    )
 
 
 def unsteady(study: Study) -> list[Trial]:
     """Steps that vary, for `slack` and SCORPIO alike."""
+    how = study.experiment
+    return contended(study, {row: {"experiment": replace(how, unsteady=by)} for row, by in UNSTEADY.items()})
+
+
+def contended(study: Study, rows: Mapping[str, dict[str, Any]]) -> list[Trial]:
+    """Every contender at every load with each row's changes (`Study.trials`)."""
     return [
         trial
         for load in LOADS
-        for row, unsteady in UNSTEADY.items()
+        for row, changes in rows.items()
         for column in CONTENDERS
-        for trial in study.trials(row, load, column, experiment=replace(study.experiment, unsteady=unsteady))
+        for trial in study.trials(row, load, column, **changes)
     ]
 
 

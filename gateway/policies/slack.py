@@ -50,14 +50,14 @@ _LEAST_SHARE = 0.02
 
 @dataclass(slots=True)
 class Slack:
-    """``fill``: the share of its TPOT bound by which a request is paced; where steps vary, whoever is paced by all
-    of it ends late now and then. ``thrift``: seconds of deadline that a second of engine time counts for when
-    choosing whom to admit (0: deadlines alone). ``floor``: the share of the overall admission rate that every SLO class
-    and tenant gets (0: no floor).
-    ``memory_risk``: the chance that what runs outgrows the KV memory. ``patience_s``: a request with a pace to keep but
-    no TTFT bound is due so long after it came, and one without any bound has its share of the places. ``optimism``: the
-    share of its estimate by which a prompt is judged too late; the queue ahead of it thins out. ``runway_steps``:
-    chunks that may lie in the engine unprefilled: one that goes into the step under way, and one for the next.
+    """``fill``: the share of its TPOT bound by which a request is paced; where steps vary, whoever is paced by all of
+    it ends late now and then. ``thrift``: seconds of deadline that a second of engine time counts for when choosing
+    whom to admit (0: deadlines alone). ``floor``: the share of the overall admission rate that every SLO class and
+    tenant gets (0: no floor). ``memory_risk``: the chance that what runs outgrows the KV memory. ``patience_s``: a
+    request with a pace to keep but no TTFT bound is due so long after it came, and one without any bound has its share
+    of the places. ``optimism``: the share of its estimate by which a prompt is judged too late; the queue ahead of it
+    thins out. ``runway_steps``: chunks that may lie in the engine unprefilled: one that goes into the step under way,
+    and one for the next.
     """
 
     fill: float = 1.0
