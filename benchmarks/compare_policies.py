@@ -32,24 +32,36 @@ from gateway.app import Gateway
 
 console = Console(stderr=True)
 
+_IN_FLIGHT = 64
+
 
 async def _capacity(real: RealEngine, seed: int, temperature: float) -> float:
-    """Requests per second that the engine completes with 64 always in flight (no SLO in the way)."""
+    """Requests per second that the engine completes while 64 are in flight (no SLO in the way).
+
+    Counted from the 64th that ends to the last that starts: neither the filling nor the emptying of the engine.
+    """
     import aiohttp
 
-    workload = make_workload("small", qps=1000.0, requests=160, seed=seed)
+    workload = make_workload("small", qps=1000.0, requests=_IN_FLIGHT * 5, seed=seed)
+    clock = asyncio.get_running_loop().time
+    ended: list[float] = []
+    started = 0.0
     async with real.behind({"name": "fcfs"}) as (_, url), aiohttp.ClientSession(url) as session:
-        places = asyncio.Semaphore(64)
+        places = asyncio.Semaphore(_IN_FLIGHT)
 
         async def one(prompt_tokens: int, output_tokens: int) -> None:
+            nonlocal started
             sizes = {"prompt": [7] * prompt_tokens, "max_tokens": output_tokens, "ignore_eos": True}
             body = {"model": DUMMY, "temperature": temperature, **sizes}
-            async with places, session.post("/v1/completions", json=body) as response:
-                await response.read()
+            async with places:
+                started = clock()
+                async with session.post("/v1/completions", json=body) as response:
+                    await response.read()
+            ended.append(clock())
 
-        started = asyncio.get_running_loop().time()
         await asyncio.gather(*(one(a.prompt_tokens, a.output_tokens) for a in workload))
-        return len(workload) / (asyncio.get_running_loop().time() - started)
+    begin = ended[_IN_FLIGHT - 1]
+    return sum(begin < at <= started for at in ended) / (started - begin)
 
 
 async def compare(

@@ -26,7 +26,10 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
+    "vocab_size": 4096,
 }
+"""With the tokenizer's 49,152 tokens half of its weights would be the output layer's, which only decodes pay for; in
+an 8B model these are 6%."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": SMALL,
@@ -37,6 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
         "num_key_value_heads": 12,
+        "vocab_size": 49_152,
     },
     "llama-3.1-8b": {
         "torch_dtype": "bfloat16",
@@ -51,13 +55,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128_256,
     },
 }
-"""What differs between them in a `config.json`. Without ``vocab_size`` it is the tokenizer's."""
+"""What differs between them in a `config.json`."""
 
 
 def write_dummy_model(folder: Path, shape: str = "small") -> Path:
     """Write configuration and tokenizer into ``folder``; vLLM makes up the weights (`load-format: dummy`).
 
-    The tokenizer is SmolLM2's, with made-up tokens up to the shape's vocabulary. KeyError: no such shape.
+    The tokenizer is SmolLM2's, cut off at the shape's vocabulary, or with made-up tokens up to it. KeyError: no such
+    shape.
     """
     chosen = SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +75,7 @@ def write_dummy_model(folder: Path, shape: str = "small") -> Path:
         "model_type": "llama",
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
-        **{key: tokens[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
+        **{key: tokens[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         **chosen,
     }
     _write_tokenizer(smollm2 / "tokenizer.json", folder / "tokenizer.json", config["vocab_size"])
@@ -79,12 +84,21 @@ def write_dummy_model(folder: Path, shape: str = "small") -> Path:
 
 
 def _write_tokenizer(source: Path, target: Path, vocabulary: int) -> None:
-    """Every id that random weights may produce must have a text."""
+    """Every id that random weights may produce must have a text, and no text an id that they know nothing of."""
     tokenizer = json.loads(source.read_text(encoding="utf-8"))
-    known: dict[str, int] = tokenizer["model"]["vocab"]
+    model = tokenizer["model"]
+    # Tokens are numbered in the order in which they were merged: the first of them are a tokenizer too.
+    known: dict[str, int] = {token: number for token, number in model["vocab"].items() if number < vocabulary}
     taken = {*known.values(), *(added["id"] for added in tokenizer["added_tokens"])}
     known.update({f"<extra_{number}>": number for number in range(vocabulary) if number not in taken})
+    model["vocab"] = known
+    model["merges"] = [pair for pair in model["merges"] if _merged(pair) in known]
     target.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+
+def _merged(pair: str | list[str]) -> str:
+    """What a merge makes; tokenizer files write the two with a space between them, or as a list."""
+    return "".join(pair.split(" ") if isinstance(pair, str) else pair)
 
 
 def main(

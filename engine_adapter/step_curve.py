@@ -15,7 +15,7 @@ All times in seconds, sizes in tokens.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +55,20 @@ _PRIOR_STEPS = 3.0
 
 
 @dataclass(slots=True, frozen=True)
+class _Slopes:
+    """What a prompt token costs in steps of up to so many tokens.
+
+    ``sizes``: tokens in a step, shape (k,); ``slopes``: mu beside the decodes of `KNOTS` in steps of so many or more,
+    shape (knots, k); ``taken``: f + e*n at `KNOTS`, never falling. ``lists``: the three again, as plain floats.
+    """
+
+    sizes: Floats
+    slopes: Floats
+    taken: Floats
+    lists: tuple[list[float], list[list[float]], list[float]]
+
+
+@dataclass(slots=True, frozen=True)
 class StepCurve:
     """f at `KNOTS` (s, shape (knots,)), and the coefficients a, e and h of T(D, C, p)."""
 
@@ -64,9 +78,7 @@ class StepCurve:
     h: float
     _knots: list[float] = field(init=False, repr=False, compare=False)
     _values: list[float] = field(init=False, repr=False, compare=False)
-    _slopes: dict[int, tuple[Floats, Floats, Floats]] = field(
-        init=False, repr=False, compare=False, default_factory=dict
-    )
+    _slopes: dict[int, _Slopes] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         # Plain floats: the gate looks single values up, for which an array is slow.
@@ -96,16 +108,27 @@ class StepCurve:
         seconds = np.interp(decodes + prefill, KNOTS, self.at_knots) + self.a * context
         return np.asarray(seconds + self.e * prefill + self.h * np.greater(prefill, 0), dtype=np.float64)
 
-    def prefill_token_s(self, decodes: Floats | float, most: int, spare_s: Floats | float = 0.0) -> Floats:
+    def prefill_token_s(self, decodes: float, most: int, spare_s: float = 0.0) -> float:
         """mu(D): seconds that a prompt token adds in chunks that take ``spare_s`` or more; steps hold ``most`` tokens.
 
         The least slope from T(D, C, 0) to T(D, C, p) over such p: what prefill costs in the long run, as steps may take
         turns. Smaller chunks may cost less a token, but a spare second is not filled with them: each is a step of its
-        own. ``decodes`` and ``spare_s``: any shape, as is what it returns.
+        own.
         """
-        if most not in self._slopes:
-            self._slopes[most] = self._least_slopes(most)
-        sizes, slopes, taken = self._slopes[most]
+        knots, known = self._knots, self._least_slopes(most)
+        sizes, slopes, taken = known.lists
+        filled = _interpolated(_interpolated(decodes, knots, taken) + (spare_s - self.h), taken, knots)
+        at = bisect_left(sizes, min(filled, most))
+        right = min(max(bisect_left(knots, decodes), 1), len(knots) - 1)
+        left = right - 1
+        share = (decodes - knots[left]) / (knots[right] - knots[left])
+        below = slopes[left][at]
+        return below + share * (slopes[right][at] - below)
+
+    def prefill_tokens_s(self, decodes: Floats, most: int, spare_s: Floats | float = 0.0) -> Floats:
+        """`prefill_token_s` over arrays."""
+        known = self._least_slopes(most)
+        sizes, slopes, taken = known.sizes, known.slopes, known.taken
         filled = np.interp(np.interp(decodes, KNOTS, taken) + (spare_s - self.h), taken, KNOTS)
         at = np.searchsorted(sizes, np.minimum(filled, most))
         right = np.minimum(np.maximum(np.searchsorted(KNOTS, decodes), 1), len(KNOTS) - 1)
@@ -157,12 +180,13 @@ class StepCurve:
             corners.append((most, max(least, self._f(decodes + most) + e * most + base)))
         return corners
 
-    def _least_slopes(self, most: int) -> tuple[Floats, Floats, Floats]:
-        """Tokens in a step, up to ``most``; mu beside the decodes of `KNOTS` in steps of so many or more; f + e*n.
+    def _least_slopes(self, most: int) -> _Slopes:
+        """Of chunks large enough that noise in what was learnt is small against what they cost.
 
-        Of chunks large enough that noise in what was learnt is small against what they cost, and never below a
-        `_CHEAPEST` share of what prompts cost alone.
+        And never below a `_CHEAPEST` share of what prompts cost alone. Reckoned once for each ``most``.
         """
+        if most in self._slopes:
+            return self._slopes[most]
         sizes = np.append(KNOTS[most > KNOTS], most)
         f = np.interp(sizes, KNOTS, self.at_knots)
         alone = np.where(KNOTS > 0, self.at_knots, 0.0)
@@ -176,7 +200,19 @@ class StepCurve:
         room = int(np.isfinite(least[:, -1]).sum())
         least[room:] = least[room - 1]
         least = np.maximum(least, max(_CHEAPEST * self.step_s(0, 0, most) / most, 0.0))
-        return sizes, least, np.maximum.accumulate(alone + self.e * KNOTS)
+        taken = np.maximum.accumulate(alone + self.e * KNOTS)
+        self._slopes[most] = _Slopes(sizes, least, taken, (sizes.tolist(), least.tolist(), taken.tolist()))
+        return self._slopes[most]
+
+
+def _interpolated(x: float, xs: list[float], ys: list[float]) -> float:
+    """`numpy.interp` of one number, for which an array is slow."""
+    if x < xs[0]:
+        return ys[0]
+    if x >= xs[-1]:
+        return ys[-1]
+    at = bisect_right(xs, x) - 1
+    return ys[at] + (ys[at + 1] - ys[at]) / (xs[at + 1] - xs[at]) * (x - xs[at])
 
 
 def _within(limit: float, costs: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -207,7 +207,7 @@ class Slack:
         room = load.places + queue.sequences <= engine.max_num_seqs
         if runway.tokens:
             room &= runway.tokens + queue.prompt <= runway.limit
-        return room & queue.holds_with(load, runway.tokens, queue.deadline - now, engine)
+        return room & queue.holds_with(load, runway.tokens, queue.deadline - now, engine) if room.any() else room
 
     def _keeps_pace(self, more: Load, engine: EngineState) -> bool:
         """Whether ``more`` have places, and keep pace, and have memory."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress
 from operator import attrgetter
 from statistics import NormalDist
@@ -91,7 +91,7 @@ class Load:
 
     def plus(self, request: Request, pace_s: float = math.inf) -> Load:
         """R and one more, which has to keep a pace of ``pace_s``."""
-        more = replace(self)
+        more = Load(*[getattr(self, name) for name in self.__slots__])
         more._add((request,), (pace_s,))
         return more
 
@@ -108,7 +108,7 @@ class Load:
         """mu(R): seconds that a prompt token costs in the chunks that fill what R leaves of a step of P* seconds."""
         if self._token_s is None:
             spare_s, most = self.strictest - self.step_s(engine), engine.max_num_batched_tokens
-            self._token_s = float(engine.step_time.curve.prefill_token_s(self.decoding, most, spare_s))
+            self._token_s = engine.step_time.curve.prefill_token_s(self.decoding, most, spare_s)
         return self._token_s
 
     def chunk(self, engine: EngineState) -> float:
@@ -218,7 +218,7 @@ class Queue:
         strictest = np.minimum(self.tpot_s, load.strictest)
         decoding = load.decoding + weight
         step = curve.steps_s(decoding, load.length + self.length * weight)
-        token = curve.prefill_token_s(decoding, engine.max_num_batched_tokens, strictest - step)
+        token = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest - step)
         others = prompts + self.prompt.sum() - self.prompt
         full = np.maximum(step, np.minimum(strictest, step + token * others))
         first = full + token * (prompts + self.prompt) / np.maximum(1 - step / strictest, 1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -114,7 +115,7 @@ def test_tokens_that_are_free_are_not_all_that_slack_is_spent_on() -> None:
 @given(CURVES, st.integers(0, 300), st.integers(128, 2000))
 def test_large_chunks_are_no_cheaper_than_the_hull_says(curve: StepCurve, decodes: int, prefill: int) -> None:
     knot = float(KNOTS[decodes >= KNOTS][-1])
-    cheapest = float(curve.prefill_token_s(knot, 2048))
+    cheapest = curve.prefill_token_s(knot, 2048)
     assert cheapest > 0
     if knot + prefill <= 2048:
         extra = curve.step_s(knot, 0, prefill) - (curve.step_s(knot, 0) if knot else 0.0)
@@ -132,7 +133,7 @@ def test_noise_makes_no_prompt_free(a_decode: float, a_token: float) -> None:
             prefill = np.where(random.random(512) < 0.5, random.integers(128, 2000, 512), 0).astype(float)
             seconds = (0.008 + a_decode * decodes + a_token * prefill) * random.normal(1, 0.05, 512)
             curve = refitted(curve, decodes, 300 * decodes, prefill, seconds)
-        told = curve.prefill_token_s(np.array([1.0, 8.0, 32.0, 64.0]), 2048)
+        told = curve.prefill_tokens_s(np.array([1.0, 8.0, 32.0, 64.0]), 2048)
         assert (told > 0.25 * a_token).all()
         assert (told < 2 * (a_token + 0.008 / 2048)).all()
         costs = [cost for _, cost in curve._costs(32, 2000)]
@@ -143,7 +144,7 @@ def test_beyond_what_a_step_usually_holds_both_ways_to_ask_agree() -> None:
     curve = StepCurve.of(LINE)
     several = curve.steps_s(np.array([0.0, 10.0]), np.array([0.0, 3000.0]), np.array([20_000.0, 16_384.0]))
     assert several == pytest.approx([curve.step_s(0, 0, 20_000), curve.step_s(10, 3000, 16_384)])
-    assert float(curve.prefill_token_s(8.0, 32_768)) == pytest.approx(LINE.alpha, rel=0.05)
+    assert curve.prefill_token_s(8.0, 32_768) == pytest.approx(LINE.alpha, rel=0.05)
 
 
 def test_a_spare_second_is_not_filled_with_chunks_that_are_all_but_free() -> None:
@@ -152,10 +153,21 @@ def test_a_spare_second_is_not_filled_with_chunks_that_are_all_but_free() -> Non
     small, large = curve.prefill_token_s(16.0, 2048), curve.prefill_token_s(16.0, 2048, 0.03)
     assert small == pytest.approx(0.25 * curve.step_s(0, 0, 2048) / 2048), "next to nothing, and never less than this"
     # 30 ms hold 112 tokens for nothing, and 600.
-    assert float(large) == pytest.approx(0.03 / 712, rel=0.1)
-    assert float(curve.prefill_token_s(16.0, 2048, np.inf)) == pytest.approx((2048 - 128) * 5e-5 / 2032, rel=0.01)
-    several = curve.prefill_token_s(np.array([16.0, 16.0]), 2048, np.array([0.0, 0.03]))
-    assert several == pytest.approx([float(small), float(large)])
+    assert large == pytest.approx(0.03 / 712, rel=0.1)
+    assert curve.prefill_token_s(16.0, 2048, np.inf) == pytest.approx((2048 - 128) * 5e-5 / 2032, rel=0.01)
+    several = curve.prefill_tokens_s(np.array([16.0, 16.0]), 2048, np.array([0.0, 0.03]))
+    assert several == pytest.approx([small, large])
+
+
+@given(
+    CURVES,
+    st.floats(0, 9000),
+    st.one_of(st.floats(-0.1, 1.0), st.just(math.inf)),
+    st.sampled_from([128, 512, 2048, 16_384]),
+)
+def test_one_batch_is_told_what_many_are(curve: StepCurve, decodes: float, spare_s: float, most: int) -> None:
+    many = curve.prefill_tokens_s(np.array([decodes]), most, np.array([spare_s]))
+    assert curve.prefill_token_s(decodes, most, spare_s) == pytest.approx(float(many[0]), rel=1e-9, abs=1e-15)
 
 
 def test_what_no_step_tells_of_does_not_drift() -> None:
