@@ -91,10 +91,12 @@ class Replica:
         return self.recheck_at_s if self.step is None else self.step_ends_s
 
     def decide(self, now: float) -> Decision:
-        """As the gateway does on every event: let the policy decide, and hand what it admits to the engine."""
-        self.recheck_at_s = math.inf
+        """As the gateway does when there is news: let the policy decide, and hand what it admits to the engine."""
         if not self.admission.waiting:
+            self.recheck_at_s = math.inf
+        if not self.admission.decides(now):
             return Decision()
+        self.recheck_at_s = math.inf
         started = time.perf_counter()
         decision = self.admission.decide(now)
         self.deciding_s += time.perf_counter() - started
@@ -160,6 +162,7 @@ class Replica:
             flight.request.advance(1)
             if flight.request.first_token_s is None:
                 flight.request.first_token_s = now
+                self.admission.makes_room()
         for flight in done:
             self.admission.leave(flight.request)
         return [flight.request for flight in done]

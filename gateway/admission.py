@@ -6,11 +6,12 @@ virtual time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine_adapter.engine import EngineState
-from gateway.policies.base import Decision, Policy, prefill_seconds
+from gateway.policies.base import LOOK_AGAIN_S, Decision, Policy, prefill_seconds
 from gateway.request import Request
 from gateway.waiting import WaitingQueue
 
@@ -19,7 +20,9 @@ from gateway.waiting import WaitingQueue
 class Admission:
     """The books of one engine. A request is in ``waiting``, in ``running``, or gone.
 
-    ``turns_best_effort`` says of a request that cannot attain its SLO whether it is served all the same.
+    ``turns_best_effort`` says of a request that cannot attain its SLO whether it is served all the same. ``full``: as
+    the latest decision has it, while no answer began or ended since. ``look_again_s``: when a decision is due although
+    nothing happened (monotonic s).
     """
 
     policy: Policy
@@ -27,6 +30,9 @@ class Admission:
     turns_best_effort: Callable[[Request], bool] = lambda request: False
     waiting: WaitingQueue = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
+    full: bool = False
+    _news: bool = True
+    look_again_s: float = -math.inf
 
     def __post_init__(self) -> None:
         self.waiting = WaitingQueue(self.policy.order)
@@ -34,14 +40,26 @@ class Admission:
     def submit(self, request: Request) -> None:
         """``request`` waits from now on."""
         self.waiting.add(request)
+        if not self.full:
+            self._news = True
 
     def withdraw(self, request: Request) -> bool:
         """``request`` waits no more; False when it did not."""
+        self._news = True
         return self.waiting.remove(request)
 
     def leave(self, request: Request) -> bool:
         """An admitted request is through with the engine, however it ended; False when it did not run."""
+        self.makes_room()
         return self.running.pop(request.id, None) is not None
+
+    def makes_room(self) -> None:
+        """An answer began, or ended, or the engine is another: what did not fit may fit now."""
+        self.full, self._news = False, True
+
+    def decides(self, now: float) -> bool:
+        """Whether a decision at ``now`` may differ from the latest."""
+        return len(self.waiting) > 0 and (self._news or now >= self.look_again_s)
 
     def decide(self, now: float) -> Decision:
         """Have the policy decide at ``now`` (monotonic s), and keep the books by its decision.
@@ -66,6 +84,10 @@ class Admission:
                 self.waiting.remove(request)
                 rejected.append(rejection)
         decision.reject = rejected
+        self.full, self._news = decision.full, False
+        self.look_again_s = now + LOOK_AGAIN_S
+        if decision.recheck_at is not None:
+            self.look_again_s = min(self.look_again_s, decision.recheck_at)
         return decision
 
     def queued_prefill_s(self) -> float:

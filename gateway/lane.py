@@ -149,10 +149,16 @@ class Lane:
         self._down_since = None if alive else self._clock()
         if not alive:
             self.shadows.engine_lost()
+        self.admission.makes_room()
+        self.wake()
+
+    def on_first_token(self) -> None:
+        """An answer began: its prompt is out of the way."""
+        self.admission.makes_room()
         self.wake()
 
     def wake(self) -> None:
-        """Something changed: decide in this turn of the event loop, once."""
+        """Something may have changed: see to it in this turn of the event loop, once."""
         if not self._scheduled and self.waiting:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._decide)
@@ -174,6 +180,10 @@ class Lane:
         if not self.engine.state.alive:
             self._turn_away_what_cannot_wait(now)
             return
+        if not self.admission.decides(now):
+            if self._timer is None and self.waiting:
+                self._set_timer(now, self.admission.look_again_s)
+            return
         started = time.perf_counter()
         try:
             backlog_s = prefill_backlog(self.running.values(), self.engine.state)
@@ -186,7 +196,7 @@ class Lane:
         spent = time.perf_counter() - started
         self.deciding_s += spent
         self._on_decided(spent)
-        self._set_timer(now, decision.recheck_at)
+        self._set_timer(now, self.admission.look_again_s if self.waiting else None)
 
     def _apply(self, now: float, decision: Decision, backlog_s: float) -> None:
         """Tell those who wait what was decided; ``backlog_s`` of prefill work was in the engine before."""
@@ -263,4 +273,8 @@ class Lane:
             self._timer = None
         if at is not None:
             delay = max(0.001, at - now)
-            self._timer = asyncio.get_running_loop().call_later(delay, self.wake)
+            self._timer = asyncio.get_running_loop().call_later(delay, self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        self.wake()

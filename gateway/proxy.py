@@ -260,7 +260,7 @@ class Proxy:
     ) -> bool:
         """Have the lane's engine serve the request; False if the engine was gone before it took it."""
         request = entry.request
-        progress = Progress(request, on_first_token=lane.wake)
+        progress = Progress(request, on_first_token=lane.on_first_token)
         exchange = Exchange(entry, progress, send, request_id, report=report, clock=self._clock)
         gate = lane.policy.gate
         gated = gate != UNGATED and lane.engine.takes_xargs

@@ -55,9 +55,15 @@ def reject_tpot(request: Request, predicted_s: float, retry_after_s: float, hope
     return Rejection(request, "e2e", e2e_s, e2e_s, retry_after_s, hopeless)
 
 
+LOOK_AGAIN_S = 0.1
+"""Seconds. What a step alone changes, contexts that grow and time that passes, can wait so long for a decision."""
+
+
 @dataclass(slots=True)
 class Decision:
     """Admit these, in order; reject those; keep the rest. ``recheck_at`` (monotonic s): decide again by then.
+
+    ``full``: nothing more can go before an answer begins or ends, whoever comes; so newcomers need not be looked at.
 
     ``paces``: by the id of an admitted request, the seconds per token to plan with from now on, where that is not what
     its ``tpot_slo_s`` says.
@@ -67,6 +73,7 @@ class Decision:
     reject: list[Rejection] = field(default_factory=list)
     recheck_at: float | None = None
     paces: dict[str, float] = field(default_factory=dict)
+    full: bool = False
 
 
 class Policy(Protocol):
@@ -89,7 +96,11 @@ class Policy(Protocol):
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        """Decide at ``now`` (monotonic s). ``waiting`` is sorted by `order`, equals by arrival."""
+        """Decide at ``now`` (monotonic s). ``waiting`` is sorted by `order`, equals by arrival.
+
+        Asked when a request comes, begins its answer or leaves, and while any wait within `LOOK_AGAIN_S`; not on every
+        step.
+        """
 
 
 def prefill_seconds(requests: Iterable[Request], engine: EngineState) -> float:
@@ -124,6 +135,11 @@ class Runway:
         if its_turn and self.tokens <= self.limit:
             return True
         return not self.tokens or self.tokens + request.prompt_tokens <= self.limit
+
+    @property
+    def full(self) -> bool:
+        """Whether nobody's prompt may go, however short."""
+        return self.tokens > self.limit
 
     def add(self, request: Request) -> None:
         """The request goes."""

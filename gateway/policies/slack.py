@@ -103,6 +103,7 @@ class Slack:
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
         self._admit_unbounded(left, places if held_back else math.inf, load, runway, engine, decision)
         self._granted.note(decision)
+        decision.full = load.places >= engine.max_num_seqs or runway.full
         return decision
 
     def _refuse_hopeless_pace(self, queue: Queue, engine: EngineState, decision: Decision) -> Queue:

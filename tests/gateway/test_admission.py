@@ -14,7 +14,7 @@ from engine_adapter.engine import EngineState
 from engine_adapter.step_model import StepTimeModel
 from engine_adapter.step_time import StepTimes
 from gateway.admission import Admission
-from gateway.policies.base import Decision, reject_ttft
+from gateway.policies.base import LOOK_AGAIN_S, Decision, reject_ttft
 from gateway.policies.fcfs import Fcfs
 from gateway.policies.names import POLICIES, make_policy
 from gateway.request import Request
@@ -85,6 +85,60 @@ def test_who_is_kept_waits_on_and_may_withdraw() -> None:
     assert list(books.waiting) == [request]
     assert books.withdraw(request)
     assert not books.withdraw(request)
+
+
+@dataclass
+class Full(Scripted):
+    """Admits nobody, and says that there is no room."""
+
+    full: bool = True
+
+    def decide(
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
+    ) -> Decision:
+        return Decision(full=self.full)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_decision_is_due_when_there_is_news_and_newcomers_to_a_full_engine_are_none(full: bool) -> None:
+    books = Admission(Full(lambda r: "keep", full=full), engine())
+    assert not books.decides(NOW), "nobody waits"
+    old, first, second = ask("old"), ask("1"), ask("2")
+    books.running[old.id] = old
+    books.submit(first)
+    assert books.decides(NOW)
+    books.decide(NOW)
+    assert not books.decides(NOW + LOOK_AGAIN_S / 2), "a step alone is no news"
+    assert books.decides(NOW + LOOK_AGAIN_S), "but somebody waits"
+    books.submit(second)
+    assert books.decides(NOW) == (not full)
+    books.decide(NOW)
+    for event in (books.makes_room, lambda: books.withdraw(second), lambda: books.leave(old)):
+        event()
+        assert books.decides(NOW)
+        books.decide(NOW)
+        assert not books.decides(NOW)
+
+
+def test_who_comes_once_there_is_room_again_is_decided_on_at_once() -> None:
+    policy = Full(lambda r: "keep")
+    books, old, waited = Admission(policy, engine()), ask("old"), ask("waited")
+    books.running[old.id] = old
+    books.submit(waited)
+    books.decide(NOW)
+    books.withdraw(waited)
+    books.leave(old)
+    books.submit(ask("new"))
+    assert books.decides(NOW)
+
+
+def test_a_policy_that_wants_to_look_again_sooner_does() -> None:
+    books = Admission(Scripted(lambda r: "keep"), engine())
+    books.policy.decide = lambda *_: Decision(recheck_at=NOW + 0.01)  # type: ignore[method-assign]
+    books.submit(ask("a"))
+    books.decide(NOW)
+    assert not books.decides(NOW + 0.009)
+    assert books.decides(NOW + 0.01)
 
 
 def test_at_best_effort_a_rejected_request_waits_on_without_its_bounds() -> None:

@@ -212,6 +212,37 @@ def test_the_columns_say_of_each_request_what_the_load_says_with_it(
             assert holds == all(way < 1 for way in ways)
 
 
+@given(st.lists(REQUESTS, max_size=6), st.lists(REQUESTS, max_size=6), REQUESTS, st.integers(1, 8))
+def test_a_full_engine_has_no_place_for_any_newcomer(
+    batch: list[Request], queue: list[Request], newcomer: Request, places: int
+) -> None:
+    for number, request in enumerate([*batch, *queue, newcomer]):
+        request.id = str(number)
+    for request in batch:
+        request.admitted_s = NOW
+        request.first_token_s = NOW if request.generated else None
+    for request in (*queue, newcomer):
+        request.generated = 0
+    policy, state = slack(), engine(max_num_seqs=places)
+    decision = decide(policy, NOW, queue, batch, state)
+    if decision.full:
+        left = [r for r in queue if r not in decision.admit and r.id not in rejected(decision)]
+        for request in decision.admit:
+            request.admitted_s = NOW
+        later = decide(policy, NOW, [*left, newcomer], [*batch, *decision.admit], state)
+        assert newcomer.id not in admitted(later)
+
+
+def test_an_engine_is_full_while_more_prompts_lie_in_it_than_go_into_two_steps() -> None:
+    state = engine(max_num_batched_tokens=512)
+    fits, too_many = ask("1", ttft=9, prompt=900), ask("2", ttft=9, prompt=1100)
+    assert not decide(slack(), NOW, [fits], [], state).full
+    assert decide(slack(), NOW, [too_many], [], state).full
+    one_place = engine(max_num_seqs=1)
+    assert decide(slack(), NOW, [ask(ttft=9)], [running()], one_place).full
+    assert not decide(slack(), NOW, [ask(ttft=9)], [], engine(max_num_seqs=2)).full
+
+
 def test_answers_are_paced_by_the_share_of_their_bounds_that_is_to_be_filled() -> None:
     asked = [ask("a", ttft=9, tpot=0.05), ask("b", ttft=9), ask("c", ttft=9, tpot=0.05, e2e=50.0), ask("d", tpot=1.0)]
     assert "a" not in decide(slack(), NOW, asked, [running("old")], engine()).paces

@@ -1,0 +1,83 @@
+"""A lane has its policy decide when there is news, and looks again by itself while anybody waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from engine_adapter.engine import EngineState
+from engine_adapter.simulated import SimulatedEngine
+from gateway.lane import Admitted, Lane
+from gateway.policies.base import LOOK_AGAIN_S, Decision
+from gateway.request import Request
+from gateway.slo import Slo, SloClass
+
+
+@dataclass
+class Waits:
+    """Admits all that waits once ``opens``; until then the engine is full."""
+
+    opens: bool = False
+    asked: list[int] = field(default_factory=list)
+    name: str = "waits"
+    gate: str = "open"
+
+    def order(self, request: Request) -> tuple[float, ...]:
+        return (request.arrival_s,)
+
+    def decide(
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
+    ) -> Decision:
+        self.asked.append(len(waiting))
+        return Decision(admit=list(waiting)) if self.opens else Decision(full=True)
+
+
+def lane_of(policy: Waits) -> Lane:
+    engine = SimulatedEngine()
+    engine.state.alive = True
+    return Lane(engine, policy, {"chat": SloClass("chat", Slo())})
+
+
+async def turns(lane: Lane, count: int = 5) -> None:
+    for _ in range(count):
+        lane.wake()
+        await asyncio.sleep(0)
+
+
+async def test_steps_without_news_cost_no_decision() -> None:
+    policy = Waits()
+    lane = lane_of(policy)
+    lane.submit(Request("a", "chat", 0.0, Slo(), 10, 10))
+    await turns(lane)
+    lane.submit(Request("b", "chat", 0.0, Slo(), 10, 10))
+    await turns(lane)
+    assert policy.asked == [1], "a full engine has no place for a newcomer either"
+    lane.on_first_token()
+    await turns(lane)
+    assert policy.asked == [1, 2]
+    lane.close()
+
+
+async def test_whoever_waits_is_looked_at_again_before_long_even_if_nothing_happens() -> None:
+    policy = Waits()
+    lane = lane_of(policy)
+    first = lane.submit(Request("a", "chat", 0.0, Slo(), 10, 10))
+    await turns(lane)
+    policy.opens = True
+    assert isinstance(await asyncio.wait_for(first, 20 * LOOK_AGAIN_S), Admitted)
+    lane.close()
+
+
+async def test_who_comes_to_a_full_engine_where_nobody_waits_is_looked_at_before_long() -> None:
+    policy = Waits()
+    lane = lane_of(policy)
+    gone = Request("gone", "chat", 0.0, Slo(), 10, 10)
+    lane.submit(gone)
+    await turns(lane)
+    lane.admission.waiting.remove(gone)  # not as one who leaves: that would be news
+    verdict = lane.submit(Request("new", "chat", 0.0, Slo(), 10, 10))
+    await turns(lane)
+    policy.opens = True
+    assert isinstance(await asyncio.wait_for(verdict, 20 * LOOK_AGAIN_S), Admitted)
+    lane.close()
