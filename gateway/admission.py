@@ -20,9 +20,8 @@ from gateway.waiting import WaitingQueue
 class Admission:
     """The books of one engine. A request is in ``waiting``, in ``running``, or gone.
 
-    ``turns_best_effort`` says of a request that cannot attain its SLO whether it is served all the same. ``full``: as
-    the latest decision has it, while no answer began or ended since. ``look_again_s``: when a decision is due although
-    nothing happened (monotonic s).
+    ``turns_best_effort`` says of a request that cannot attain its SLO whether it is served all the same.
+    ``look_again_s``: when a decision is due although nothing happened (monotonic s).
     """
 
     policy: Policy
@@ -30,9 +29,9 @@ class Admission:
     turns_best_effort: Callable[[Request], bool] = lambda request: False
     waiting: WaitingQueue = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
-    full: bool = False
-    _news: bool = True
     look_again_s: float = -math.inf
+    _news: bool = True
+    _latest: Decision = field(default_factory=Decision)
 
     def __post_init__(self) -> None:
         self.waiting = WaitingQueue(self.policy.order)
@@ -40,8 +39,8 @@ class Admission:
     def submit(self, request: Request) -> None:
         """``request`` waits from now on."""
         self.waiting.add(request)
-        if not self.full:
-            self._news = True
+        # After other news it is looked at anyway, and what fitted then may not be what fits now.
+        self._news = self._news or self._latest.fits(request)
 
     def withdraw(self, request: Request) -> bool:
         """``request`` waits no more; False when it did not."""
@@ -55,7 +54,7 @@ class Admission:
 
     def makes_room(self) -> None:
         """An answer began, or ended, or the engine is another: what did not fit may fit now."""
-        self.full, self._news = False, True
+        self._news = True
 
     def decides(self, now: float) -> bool:
         """Whether a decision at ``now`` may differ from the latest."""
@@ -84,7 +83,7 @@ class Admission:
                 self.waiting.remove(request)
                 rejected.append(rejection)
         decision.reject = rejected
-        self.full, self._news = decision.full, False
+        self._latest, self._news = decision, False
         self.look_again_s = now + LOOK_AGAIN_S
         if decision.recheck_at is not None:
             self.look_again_s = min(self.look_again_s, decision.recheck_at)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -63,7 +63,8 @@ LOOK_AGAIN_S = 0.1
 class Decision:
     """Admit these, in order; reject those; keep the rest. ``recheck_at`` (monotonic s): decide again by then.
 
-    ``full``: nothing more can go before an answer begins or ends, whoever comes; so newcomers need not be looked at.
+    ``fits``: whether a newcomer could go before an answer begins or ends. One that could not need not be looked at
+    sooner.
 
     ``paces``: by the id of an admitted request, the seconds per token to plan with from now on, where that is not what
     its ``tpot_slo_s`` says.
@@ -73,7 +74,7 @@ class Decision:
     reject: list[Rejection] = field(default_factory=list)
     recheck_at: float | None = None
     paces: dict[str, float] = field(default_factory=dict)
-    full: bool = False
+    fits: Callable[[Request], bool] = field(default=lambda request: True, compare=False)
 
 
 class Policy(Protocol):
@@ -98,8 +99,8 @@ class Policy(Protocol):
     ) -> Decision:
         """Decide at ``now`` (monotonic s). ``waiting`` is sorted by `order`, equals by arrival.
 
-        Asked when a request comes, begins its answer or leaves, and while any wait within `LOOK_AGAIN_S`; not on every
-        step.
+        Asked when a request comes that `Decision.fits`, or begins its answer, or leaves, and while any wait within
+        `LOOK_AGAIN_S`; not on every step.
         """
 
 
@@ -135,11 +136,6 @@ class Runway:
         if its_turn and self.tokens <= self.limit:
             return True
         return not self.tokens or self.tokens + request.prompt_tokens <= self.limit
-
-    @property
-    def full(self) -> bool:
-        """Whether nobody's prompt may go, however short."""
-        return self.tokens > self.limit
 
     def add(self, request: Request) -> None:
         """The request goes."""

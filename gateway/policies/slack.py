@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +104,7 @@ class Slack:
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
         self._admit_unbounded(left, places if held_back else math.inf, load, runway, engine, decision)
         self._granted.note(decision)
-        decision.full = load.places >= engine.max_num_seqs or runway.full
+        decision.fits = partial(self._fits, load=load, runway=runway, engine=engine)
         return decision
 
     def _refuse_hopeless_pace(self, queue: Queue, engine: EngineState, decision: Decision) -> Queue:
@@ -209,6 +210,15 @@ class Slack:
         if runway.tokens:
             room &= runway.tokens + queue.prompt <= runway.limit
         return room & queue.holds_with(load, runway.tokens, queue.deadline - now, engine) if room.any() else room
+
+    def _fits(self, request: Request, load: Load, runway: Runway, engine: EngineState) -> bool:
+        """Whether it could go beside ``load``, but for its deadline; decided on without looking at those that wait."""
+        if not load.places:
+            return True
+        if is_unbounded(request):
+            return runway.fits(request) and load.places < engine.max_num_seqs
+        bound = math.inf if request.tpot_slo_s is None or request.best_effort else request.tpot_slo_s
+        return runway.fits(request) and self._keeps_pace(load.plus(request, bound), engine)
 
     def _keeps_pace(self, more: Load, engine: EngineState) -> bool:
         """Whether ``more`` have places, and keep pace, and have memory."""

@@ -96,7 +96,7 @@ class Full(Scripted):
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        return Decision(full=self.full)
+        return Decision(fits=lambda request: not self.full)
 
 
 @pytest.mark.parametrize("full", [False, True])

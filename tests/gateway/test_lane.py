@@ -30,7 +30,7 @@ class Waits:
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
         self.asked.append(len(waiting))
-        return Decision(admit=list(waiting)) if self.opens else Decision(full=True)
+        return Decision(admit=list(waiting)) if self.opens else Decision(fits=lambda request: False)
 
 
 def lane_of(policy: Waits) -> Lane:
