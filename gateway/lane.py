@@ -1,8 +1,8 @@
 """One engine's lane: its class queues, its running set, its policy instance.
 
 Nothing in a lane knows that other engines exist. Decisions are made on the event loop, coalesced: however many events
-fall into one turn of the loop, the policy decides once. And only where there is news (`Admission.decides`): steps are many,
-and most of them change nothing that a policy could act on.
+fall into one turn of the loop, the policy decides once. And only where there is news (`Admission.decides`): most steps
+change nothing that a policy could act on.
 """
 
 from __future__ import annotations
