@@ -92,11 +92,11 @@ class Replica:
 
     def decide(self, now: float) -> Decision:
         """As the gateway does when there is news: let the policy decide, and hand what it admits to the engine."""
-        if not self.admission.waiting:
+        decides = self.admission.decides(now)
+        if decides or not self.admission.waiting:
             self.recheck_at_s = math.inf
-        if not self.admission.decides(now):
+        if not decides:
             return Decision()
-        self.recheck_at_s = math.inf
         started = time.perf_counter()
         decision = self.admission.decide(now)
         self.deciding_s += time.perf_counter() - started

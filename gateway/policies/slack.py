@@ -212,7 +212,7 @@ class Slack:
         return room & queue.holds_with(load, runway.tokens, queue.deadline - now, engine) if room.any() else room
 
     def _fits(self, request: Request, load: Load, runway: Runway, engine: EngineState) -> bool:
-        """Whether it could go beside ``load``, but for its deadline; decided on without looking at those that wait."""
+        """Whether a newcomer could go beside ``load``, its deadline and those that wait left aside."""
         if not load.places:
             return True
         if is_unbounded(request):
