@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import multiprocessing
 import threading
@@ -129,6 +130,7 @@ class VllmEngine:
             self._llm, args = await asyncio.to_thread(self._create_llm)
             async with asyncio.timeout(FIRST_ANSWERS_S):
                 await self._wire(args)
+            _set_heap_aside()
         except EngineStartError:
             raise
         except Exception as failed:
@@ -323,6 +325,15 @@ class VllmEngine:
 
 def _already_shut_down(timeout: float | None = None) -> None:
     """Stands in for `AsyncLLM.shutdown` once it has run."""
+
+
+def _set_heap_aside() -> None:
+    """Keep the garbage collector away from what vLLM's import and start brought, which lives as long as we do.
+
+    A full collection that walks through it stops the event loop, and with it every stream, for most of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class _NoServer:

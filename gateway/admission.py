@@ -21,7 +21,7 @@ class Admission:
     """The books of one engine. A request is in ``waiting``, in ``running``, or gone.
 
     ``turns_best_effort`` says of a request that cannot attain its SLO whether it is served all the same.
-    ``look_again_s``: when a decision is due although nothing happened (monotonic s).
+    ``look_again_s``: when a decision is due, if any wait (monotonic s).
     """
 
     policy: Policy
@@ -30,7 +30,7 @@ class Admission:
     waiting: WaitingQueue = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
     look_again_s: float = -math.inf
-    _news: bool = True
+    _stands_until_s: float = -math.inf
     _latest: Decision = field(default_factory=Decision)
 
     def __post_init__(self) -> None:
@@ -40,25 +40,29 @@ class Admission:
         """``request`` waits from now on."""
         self.waiting.add(request)
         # After other news it is looked at anyway, and what fitted then may not be what fits now.
-        self._news = self._news or self._latest.fits(request)
+        if self.look_again_s > self._stands_until_s and self._latest.fits(request):
+            self._is_news()
 
     def withdraw(self, request: Request) -> bool:
         """``request`` waits no more; False when it did not."""
-        self._news = True
+        self._is_news()
         return self.waiting.remove(request)
 
     def leave(self, request: Request) -> bool:
         """An admitted request is through with the engine, however it ended; False when it did not run."""
-        self.makes_room()
-        return self.running.pop(request.id, None) is not None
+        ran = self.running.pop(request.id, None) is not None
+        if not self.running:
+            self._stands_until_s = -math.inf
+        self._is_news()
+        return ran
 
     def makes_room(self) -> None:
         """An answer began, or ended, or the engine is another: what did not fit may fit now."""
-        self._news = True
+        self._is_news()
 
     def decides(self, now: float) -> bool:
-        """Whether a decision at ``now`` may differ from the latest."""
-        return len(self.waiting) > 0 and (self._news or now >= self.look_again_s)
+        """Whether there is somebody and something to decide at ``now``."""
+        return len(self.waiting) > 0 and now >= self.look_again_s
 
     def decide(self, now: float) -> Decision:
         """Have the policy decide at ``now`` (monotonic s), and keep the books by its decision.
@@ -83,11 +87,18 @@ class Admission:
                 self.waiting.remove(request)
                 rejected.append(rejection)
         decision.reject = rejected
-        self._latest, self._news = decision, False
-        self.look_again_s = now + LOOK_AGAIN_S
+        self._latest = decision
+        # A newcomer that finds nobody waiting goes at once, and so does whoever waits for an idle engine.
+        settled = self.waiting and self.running
+        self._stands_until_s = now + decision.stands_s if settled else -math.inf
+        again_s = now + LOOK_AGAIN_S
         if decision.recheck_at is not None:
-            self.look_again_s = min(self.look_again_s, decision.recheck_at)
+            again_s = min(again_s, decision.recheck_at)
+        self.look_again_s = max(again_s, self._stands_until_s)
         return decision
+
+    def _is_news(self) -> None:
+        self.look_again_s = self._stands_until_s
 
     def queued_prefill_s(self) -> float:
         """Seconds of prefill work that wait."""

@@ -96,6 +96,7 @@ class Lane:
         self._verdicts: dict[str, asyncio.Future[Verdict]] = {}
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due_s = math.inf
         self._down_since: float | None = None
         self._probed_at = -math.inf
         self._probe: asyncio.Task[None] | None = None
@@ -182,7 +183,7 @@ class Lane:
             self._turn_away_what_cannot_wait(now)
             return
         if not self.admission.decides(now):
-            if self._timer is None and self.waiting:
+            if self.waiting and self.admission.look_again_s < self._timer_due_s:
                 self._set_timer(now, self.admission.look_again_s)
             return
         started = time.perf_counter()
@@ -272,10 +273,11 @@ class Lane:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._timer_due_s = math.inf if at is None else at
         if at is not None:
             delay = max(0.001, at - now)
             self._timer = asyncio.get_running_loop().call_later(delay, self._timer_fired)
 
     def _timer_fired(self) -> None:
-        self._timer = None
+        self._timer, self._timer_due_s = None, math.inf
         self.wake()

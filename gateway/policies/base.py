@@ -66,6 +66,8 @@ class Decision:
     ``fits``: whether a newcomer could go before an answer begins or ends. One that could not need not be looked at
     sooner.
 
+    ``stands_s``: for so long all news can wait, while the engine is busy and others wait: what it was given lasts.
+
     ``paces``: by the id of an admitted request, the seconds per token to plan with from now on, where that is not what
     its ``tpot_slo_s`` says.
     """
@@ -75,6 +77,7 @@ class Decision:
     recheck_at: float | None = None
     paces: dict[str, float] = field(default_factory=dict)
     fits: Callable[[Request], bool] = field(default=lambda request: True, compare=False)
+    stands_s: float = 0.0
 
 
 class Policy(Protocol):

@@ -40,15 +40,14 @@ from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
 from engine_adapter.slack_gate import COURTESY
-from gateway.policies.base import Decision, Runway, reject_tpot, reject_ttft
+from gateway.policies.base import LOOK_AGAIN_S, Decision, Runway, reject_tpot, reject_ttft
+from gateway.policies.dear_pace import QUIET_S, DearPace
 from gateway.policies.floor import Floor
 from gateway.policies.slack_load import Load, Queue
 from gateway.request import Request
 
 _LEAST_SHARE = 0.02
 """However full the batch, prefill goes on: decodes end."""
-
-
 @dataclass(slots=True)
 class Slack:
     """``fill``: the share of its TPOT bound by which a request is paced; where steps vary, whoever is paced by all of
@@ -71,6 +70,7 @@ class Slack:
     name: str = "slack"
     gate: str = "slack"
     _granted: Floor = field(init=False, repr=False, compare=False)
+    _dear: DearPace = field(default_factory=DearPace, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.fill <= 1:
@@ -96,15 +96,21 @@ class Slack:
         queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s, self.fill)
         queue.pace_ends(now, load, runway.tokens, self.fill, engine)
         queue = self._refuse_hopeless_pace(queue, engine, decision)
+        queue = self._hold_off(now, queue, engine, decision)
         queue = self._refuse_late(now, queue, load, runway.tokens, engine, decision)
         patient = [r for r in unbounded if now - r.arrival_s > self.patience_s]
         places = max(1.0, COURTESY * engine.max_num_seqs)
         self._admit_unbounded(patient, places, load, runway, engine, decision, overdue=True)
         left = unbounded[len(decision.admit) :]
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
+        if held_back and (queue.tpot_s >= self._dear.below_s).any():
+            self._dear.others_wait(now)
         self._admit_unbounded(left, places if held_back else math.inf, load, runway, engine, decision)
         self._granted.note(decision)
+        self._dear.note(decision)
         decision.fits = partial(self._fits, load=load, runway=runway, engine=engine)
+        # The prompts that were handed ahead last for so long, and whoever comes meanwhile can still go first.
+        decision.stands_s = min(self.runway_steps * load.strictest, LOOK_AGAIN_S)
         return decision
 
     def _refuse_hopeless_pace(self, queue: Queue, engine: EngineState, decision: Decision) -> Queue:
@@ -120,6 +126,17 @@ class Slack:
         if not hopeless.any():
             return queue
         return queue.only(~hopeless)
+
+    def _hold_off(self, now: float, queue: Queue, engine: EngineState, decision: Decision) -> Queue:
+        """A TPOT bound that costs the others more than it brings is refused at once, too."""
+        self._dear.look(now, engine.step_time.curve.step_s(1, 0))
+        dear = queue.tpot_s < self._dear.below_s
+        if not (self._dear.held_off and dear.any()):
+            return queue
+        attainable_s = self._dear.below_s / self.fill
+        for at in np.flatnonzero(dear).tolist():
+            decision.reject.append(reject_tpot(queue.requests[at], attainable_s, QUIET_S, hopeless=False))
+        return queue.only(~dear)
 
     def _refuse_late(
         self, now: float, queue: Queue, load: Load, unprefilled: int, engine: EngineState, decision: Decision
