@@ -18,7 +18,7 @@ import typer
 from engine_adapter.smollm2 import prepare
 
 SMALL: dict[str, Any] = {
-    "torch_dtype": "float32",
+    "torch_dtype": "bfloat16",
     "hidden_size": 512,
     "intermediate_size": 1408,
     "num_hidden_layers": 8,
@@ -35,6 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": SMALL,
     "medium": {
         **SMALL,
+        "torch_dtype": "float32",
         "hidden_size": 768,
         "intermediate_size": 2112,
         "num_hidden_layers": 12,

@@ -41,13 +41,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a100, azure-conv": {"profile": "a100-llama3.1-8b", "name": "azure-conv"},
     "a100, azure-code": {"profile": "a100-llama3.1-8b", "name": "azure-code"},
     "a100, bursts": {"profile": "a100-llama3.1-8b", "arrivals": "gamma", "burstiness": 3.0},
-    "a100-llama3.1-8b, 240 s": {"profile": "a100-llama3.1-8b", "duration_s": 240.0},
+    "a100-llama3.1-8b, 180 s": {"profile": "a100-llama3.1-8b", "duration_s": 180.0},
 }
 """What each is simulated on, and its workload where that is not ShareGPT's lengths with Poisson arrivals.
 
 The last is the first for longer: what is left of a short overload when arrivals end flatters everybody.
 """
-OVERLOADS = {"a100-llama3.1-8b, 240 s": (2.0, 3.0)}
+OVERLOADS = {"a100-llama3.1-8b, 180 s": (2.0, 3.0)}
 """Settings that are simulated under overload only."""
 
 KEYS = ("goodput", "slo_adherence", "rejected", "ttft_violations", "tpot_violations", "count_bound", "fair_bound",

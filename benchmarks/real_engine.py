@@ -35,7 +35,6 @@ def dummy_engine(folder: Path, max_num_seqs: int = 256) -> Engine:
         "max-num-seqs": max_num_seqs,
         "max-num-batched-tokens": 512,
         "enforce-eager": True,
-        "dtype": "bfloat16",
         "enable-prefix-caching": False,
     }
     env = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}

@@ -6,8 +6,8 @@ decode in it, T_0, already takes most of that:
     T_0 > DEAR * P.
 
 Whoever runs beside such a request has to share what is left of P, so that a few of them can keep out many. Of what was
-decided on lately, let a share A have been admitted, and let a share F not be dear. Without the dear ones, all of F might
-be served. So they are held off as soon as
+decided on lately, let a share A have been admitted, and let a share F not be dear. Without the dear ones all of F might
+be served, so they are held off as soon as
 
     A < WORTH * F,
 
@@ -57,7 +57,8 @@ class DearPace:
         for request in decision.admit:
             self._count(request, admitted=True)
         for rejection in decision.reject:
-            self._count(rejection.request, admitted=False)
+            if not rejection.hopeless:
+                self._count(rejection.request, admitted=False)
 
     def others_wait(self, now: float) -> None:
         """Somebody waits whose bound is not dear."""

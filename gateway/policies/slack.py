@@ -22,10 +22,12 @@ engine,
 
 where d is what a decode costs (no less than a token of prompt: it holds a place besides) and a what a token of its
 context does: the time there is yields the most attained requests. But no SLO class and no tenant falls behind the rest
-by more than a stated share (`gateway.policies.floor`). Requests that nothing bounds take what is left, and once they
+by more than a stated share (`gateway.policies.floor`), but for paces that are all but the engine's own where they keep
+out too many others (`gateway.policies.dear_pace`). Requests that nothing bounds take what is left, and once they
 have waited for ``patience_s`` they go first, up to a stated share of the places. Inside the engine, `slack_gate` gives
 prefill what running requests can spare; no more than a few chunks lie there unprefilled, so that who goes next is
-decided here, as late as can be.
+decided here, as late as can be. While others wait, what was decided stands for as long as those chunks last: whoever
+comes meanwhile is chosen among together.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ from gateway.request import Request
 
 _LEAST_SHARE = 0.02
 """However full the batch, prefill goes on: decodes end."""
+
+
 @dataclass(slots=True)
 class Slack:
     """``fill``: the share of its TPOT bound by which a request is paced; where steps vary, whoever is paced by all of
@@ -109,7 +113,6 @@ class Slack:
         self._granted.note(decision)
         self._dear.note(decision)
         decision.fits = partial(self._fits, load=load, runway=runway, engine=engine)
-        # The prompts that were handed ahead last for so long, and whoever comes meanwhile can still go first.
         decision.stands_s = min(self.runway_steps * load.strictest, LOOK_AGAIN_S)
         return decision
 
@@ -130,13 +133,13 @@ class Slack:
     def _hold_off(self, now: float, queue: Queue, engine: EngineState, decision: Decision) -> Queue:
         """A TPOT bound that costs the others more than it brings is refused at once, too."""
         self._dear.look(now, engine.step_time.curve.step_s(1, 0))
-        dear = queue.tpot_s < self._dear.below_s
-        if not (self._dear.held_off and dear.any()):
+        if not self._dear.held_off:
             return queue
+        dear = queue.tpot_s < self._dear.below_s
         attainable_s = self._dear.below_s / self.fill
         for at in np.flatnonzero(dear).tolist():
             decision.reject.append(reject_tpot(queue.requests[at], attainable_s, QUIET_S, hopeless=False))
-        return queue.only(~dear)
+        return queue.only(~dear) if dear.any() else queue
 
     def _refuse_late(
         self, now: float, queue: Queue, load: Load, unprefilled: int, engine: EngineState, decision: Decision

@@ -141,6 +141,40 @@ def test_a_policy_that_wants_to_look_again_sooner_does() -> None:
     assert books.decides(NOW + 0.01)
 
 
+def standing(stands_s: float = 0.05) -> tuple[Admission, Request]:
+    """One runs, one waits, and what was decided at `NOW` stands."""
+    books, old = Admission(Scripted(lambda r: "keep"), engine()), ask("old")
+    books.policy.decide = lambda *_: Decision(stands_s=stands_s)  # type: ignore[method-assign]
+    books.running[old.id] = old
+    books.submit(ask("waits"))
+    books.decide(NOW)
+    return books, old
+
+
+def test_while_a_decision_stands_news_can_wait() -> None:
+    for event in (lambda b: b.submit(ask("new")), lambda b: b.makes_room(), lambda b: b.withdraw(ask("gone"))):
+        books, _ = standing()
+        event(books)
+        assert not books.decides(NOW + 0.049)
+        assert books.decides(NOW + 0.051)
+    books, _ = standing()
+    assert not books.decides(NOW + 0.051), "there is no news"
+    books, _ = standing(stands_s=2 * LOOK_AGAIN_S)
+    assert not books.decides(NOW + 1.5 * LOOK_AGAIN_S)
+
+
+def test_a_decision_does_not_stand_before_an_idle_engine_nor_when_nobody_was_left_waiting() -> None:
+    books, old = standing()
+    books.leave(old)
+    assert books.decides(NOW), "the engine is idle"
+    books = Admission(Scripted(lambda r: "keep"), engine())
+    books.policy.decide = lambda now, waiting, *_: Decision(admit=list(waiting), stands_s=9.0)  # type: ignore[method-assign]
+    books.submit(ask("a"))
+    books.decide(NOW)
+    books.submit(ask("b"))
+    assert books.decides(NOW), "nobody waited"
+
+
 def test_at_best_effort_a_rejected_request_waits_on_without_its_bounds() -> None:
     books = admission(lambda r: "reject", lambda r: r.slo_class == "patient")
     patient, strict, later = ask("p", ttft=1, group="patient"), ask("s", ttft=2), ask("l", ttft=3, group="patient")

@@ -19,6 +19,7 @@ class Waits:
     """Admits all that waits once ``opens``; until then the engine is full."""
 
     opens: bool = False
+    stands_s: float = 0.0
     asked: list[int] = field(default_factory=list)
     name: str = "waits"
     gate: str = "open"
@@ -30,7 +31,9 @@ class Waits:
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
         self.asked.append(len(waiting))
-        return Decision(admit=list(waiting)) if self.opens else Decision(fits=lambda request: False)
+        if self.opens:
+            return Decision(admit=list(waiting))
+        return Decision(fits=lambda request: False, stands_s=self.stands_s)
 
 
 def lane_of(policy: Waits) -> Lane:
@@ -79,5 +82,23 @@ async def test_who_comes_to_a_full_engine_where_nobody_waits_is_looked_at_before
     verdict = lane.submit(Request("new", "chat", 0.0, Slo(), 10, 10))
     await turns(lane)
     policy.opens = True
+    assert isinstance(await asyncio.wait_for(verdict, 20 * LOOK_AGAIN_S), Admitted)
+    lane.close()
+
+
+async def test_news_while_a_decision_stands_is_seen_to_when_it_stands_no_more_not_only_when_it_is_due() -> None:
+    policy = Waits(stands_s=0.3 * LOOK_AGAIN_S)
+    lane = lane_of(policy)
+    running = Request("running", "chat", 0.0, Slo(), 10, 10)
+    lane.admission.running[running.id] = running
+    verdict = lane.submit(Request("a", "chat", 0.0, Slo(), 10, 10))
+    await turns(lane)
+    policy.opens = True
+    began = asyncio.get_running_loop().time()
+    lane.on_first_token()
+    await turns(lane)
+    assert policy.asked == [1], "it stands"
+    due = lane._timer.when()  # type: ignore[union-attr]
+    assert due < began + 0.9 * LOOK_AGAIN_S
     assert isinstance(await asyncio.wait_for(verdict, 20 * LOOK_AGAIN_S), Admitted)
     lane.close()
