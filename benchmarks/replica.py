@@ -86,7 +86,8 @@ class Replica:
     def next_event_s(self) -> float:
         """When something happens here next: a step ends, or the policy wants to look again.
 
-        A busy engine's policy looks again when its step ends; nothing that it decides takes effect earlier.
+        A busy engine's policy looks again when its step ends, also when a decision stands no more in mid-step; nothing
+        that it decides takes effect earlier.
         """
         return self.recheck_at_s if self.step is None else self.step_ends_s
 

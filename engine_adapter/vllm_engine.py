@@ -328,10 +328,12 @@ def _already_shut_down(timeout: float | None = None) -> None:
 
 
 def _set_heap_aside() -> None:
-    """Keep the garbage collector away from what vLLM's import and start brought, which lives as long as we do.
+    """Keep the garbage collector away from what vLLM's import and start brought, nearly all of which stays.
 
-    A full collection that walks through it stops the event loop, and with it every stream, for most of a second.
+    A full collection that walks through it stops the event loop, and with it every stream, for most of a second. Once,
+    it has to: what an engine that died left is let go.
     """
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
 

@@ -38,27 +38,30 @@ class Admission:
 
     def submit(self, request: Request) -> None:
         """``request`` waits from now on."""
+        if not self.waiting:
+            self._stands_until_s = -math.inf
         self.waiting.add(request)
         # After other news it is looked at anyway, and what fitted then may not be what fits now.
         if self.look_again_s > self._stands_until_s and self._latest.fits(request):
-            self._is_news()
+            self.look_again_s = self._stands_until_s
 
     def withdraw(self, request: Request) -> bool:
         """``request`` waits no more; False when it did not."""
-        self._is_news()
-        return self.waiting.remove(request)
+        left = self.waiting.remove(request)
+        self.makes_room()
+        return left
 
     def leave(self, request: Request) -> bool:
         """An admitted request is through with the engine, however it ended; False when it did not run."""
         ran = self.running.pop(request.id, None) is not None
-        if not self.running:
-            self._stands_until_s = -math.inf
-        self._is_news()
+        self.makes_room()
         return ran
 
     def makes_room(self) -> None:
         """An answer began, or ended, or the engine is another: what did not fit may fit now."""
-        self._is_news()
+        if not self.running:
+            self._stands_until_s = -math.inf
+        self.look_again_s = self._stands_until_s
 
     def decides(self, now: float) -> bool:
         """Whether there is somebody and something to decide at ``now``."""
@@ -86,19 +89,21 @@ class Admission:
             else:
                 self.waiting.remove(request)
                 rejected.append(rejection)
+        turned = len(rejected) < len(decision.reject)
         decision.reject = rejected
-        self._latest = decision
-        # A newcomer that finds nobody waiting goes at once, and so does whoever waits for an idle engine.
-        settled = self.waiting and self.running
-        self._stands_until_s = now + decision.stands_s if settled else -math.inf
-        again_s = now + LOOK_AGAIN_S
+        self._latest, self._stands_until_s = decision, -math.inf
+        self.look_again_s = now + LOOK_AGAIN_S
         if decision.recheck_at is not None:
-            again_s = min(again_s, decision.recheck_at)
-        self.look_again_s = max(again_s, self._stands_until_s)
+            self.look_again_s = min(self.look_again_s, decision.recheck_at)
+        if not turned:
+            self.rest_until(now + decision.stands_s)
         return decision
 
-    def _is_news(self) -> None:
-        self.look_again_s = self._stands_until_s
+    def rest_until(self, at_s: float) -> None:
+        """Nothing is decided before ``at_s`` (monotonic s), whatever comes; but where nobody waits, or nothing runs."""
+        if self.waiting and self.running:
+            self._stands_until_s = max(self._stands_until_s, at_s)
+            self.look_again_s = max(self.look_again_s, self._stands_until_s)
 
     def queued_prefill_s(self) -> float:
         """Seconds of prefill work that wait."""

@@ -14,7 +14,8 @@ ended and told, else as long as such requests are on average, exp(mu + sigma^2 /
 `gateway.survival`: their median would leave out the few that are long and keep the places.
 
 What is not modelled: the step gate of the shadow's policy (everybody decodes in every step), preemption, prefix caches,
-and clients that come back after a rejection. Without a clock or an event loop in it: `gateway.shadows` drives it.
+clients that come back after a rejection, and that news waits while a decision stands (`Decision.stands_s`). Without a
+clock or an event loop in it: `gateway.shadows` drives it.
 """
 
 from __future__ import annotations

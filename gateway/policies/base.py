@@ -61,12 +61,13 @@ LOOK_AGAIN_S = 0.1
 
 @dataclass(slots=True)
 class Decision:
-    """Admit these, in order; reject those; keep the rest. ``recheck_at`` (monotonic s): decide again by then.
+    """Admit these, in order; reject those; keep the rest. ``recheck_at`` (monotonic s): decide again by then, but for
+    ``stands_s``.
 
     ``fits``: whether a newcomer could go before an answer begins or ends. One that could not need not be looked at
     sooner.
 
-    ``stands_s``: for so long all news can wait, while the engine is busy and others wait: what it was given lasts.
+    ``stands_s``: for so long all news can wait, while others wait and the engine is busy: it has what it needs.
 
     ``paces``: by the id of an admitted request, the seconds per token to plan with from now on, where that is not what
     its ``tpot_slo_s`` says.
@@ -103,7 +104,8 @@ class Policy(Protocol):
         """Decide at ``now`` (monotonic s). ``waiting`` is sorted by `order`, equals by arrival.
 
         Asked when a request comes that `Decision.fits`, or begins its answer, or leaves, and while any wait within
-        `LOOK_AGAIN_S`; not on every step.
+        `LOOK_AGAIN_S`; not on every step, and while others wait not before the latest decision has stood for its time
+        (`Decision.stands_s`).
         """
 
 

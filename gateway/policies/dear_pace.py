@@ -5,13 +5,15 @@ decode in it, T_0, already takes most of that:
 
     T_0 > DEAR * P.
 
-Whoever runs beside such a request has to share what is left of P, so that a few of them can keep out many. Of what was
-decided on lately, let a share A have been admitted, and let a share F not be dear. Without the dear ones all of F might
-be served, so they are held off as soon as
+Whoever runs beside such a request has to share what is left of P, so that a few of them can keep out many. Of the
+bounded requests that were decided on lately, let a share A have been admitted, and let a share F not be dear: that many
+might be served without the dear ones. So these are held off as soon as one of them runs and
 
     A < WORTH * F,
 
-until for ``QUIET_S`` nobody else has had to wait. On an engine for which no bound is dear, nothing of this happens.
+until for ``QUIET_S`` nobody else has had to wait, or was refused. Whether it helped is not looked at: so much overload
+that F could not be served either holds them off as well. On an engine for which no bound is dear, nothing of this
+happens.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from gateway.policies.base import Decision
 from gateway.policies.floor import MEMORY
 from gateway.request import Request
+from gateway.slo import Slo
 
 DEAR = 0.75
 WORTH = 0.8
@@ -29,13 +32,15 @@ WORTH = 0.8
 
 QUIET_S = 3.0
 
+_NO_BOUNDS = Slo()
+
 _LEAST_KNOWN = 100
 """Decisions without which nothing is known of A and F."""
 
 
 @dataclass(slots=True)
 class DearPace:
-    """``held_off``: whether requests with bounds under ``below_s`` (s), which are dear now, are."""
+    """``held_off``: whether requests with TPOT bounds under ``below_s`` (s), which are dear now, are."""
 
     held_off: bool = False
     below_s: float = 0.0
@@ -44,30 +49,37 @@ class DearPace:
     _known: int = 0
     _waited_s: float = -math.inf
 
-    def look(self, now: float, alone_s: float) -> None:
-        """Decide whether to hold off; a step with one decode in it takes ``alone_s``."""
+    def has(self, request: Request) -> bool:
+        """Whether ``request`` insists on a dear pace."""
+        bound = request.slo.tpot_s
+        return bound is not None and bound < self.below_s and not request.best_effort
+
+    def look(self, now: float, alone_s: float, strictest_s: float) -> None:
+        """Decide whether to hold off.
+
+        A step with one decode in it takes ``alone_s``; ``strictest_s`` is the strictest bound of what runs.
+        """
         self.below_s = alone_s / DEAR
         if not self.held_off:
-            self.held_off = self._known >= _LEAST_KNOWN and self._admitted < WORTH * self._others
+            enough = strictest_s < self.below_s and self._known >= _LEAST_KNOWN
+            self.held_off = enough and self._admitted < WORTH * self._others
+            self._waited_s = now
         elif now - self._waited_s > QUIET_S:
             self.held_off, self._known, self._admitted, self._others = False, 0, 0.0, 0.0
 
-    def note(self, decision: Decision) -> None:
-        """Count what was decided; what came longer ago counts for less."""
-        for request in decision.admit:
-            self._count(request, admitted=True)
-        for rejection in decision.reject:
-            if not rejection.hopeless:
-                self._count(rejection.request, admitted=False)
+    def note(self, now: float, decision: Decision, others_wait: bool) -> None:
+        """Count what was decided; ``others_wait``: somebody was left waiting whose pace is not dear."""
+        self._count(decision.admit, 1.0)
+        refused = [rejection.request for rejection in decision.reject if not rejection.hopeless]
+        self._count(refused, 0.0)
+        if others_wait or not all(map(self.has, refused)):
+            self._waited_s = now
 
-    def others_wait(self, now: float) -> None:
-        """Somebody waits whose bound is not dear."""
-        self._waited_s = now
-
-    def _count(self, request: Request, *, admitted: bool) -> None:
+    def _count(self, requests: list[Request], admitted: float) -> None:
+        # What came longer ago counts for less.
         keep = 1 - 1 / MEMORY
-        bound = request.tpot_slo_s
-        dear = bound is not None and bound < self.below_s and not request.best_effort
-        self._admitted = self._admitted * keep + admitted
-        self._others = self._others * keep + (not dear)
-        self._known += 1
+        for request in requests:
+            if request.slo != _NO_BOUNDS and not request.best_effort:
+                self._admitted = self._admitted * keep + admitted
+                self._others = self._others * keep + (not self.has(request))
+                self._known += 1

@@ -22,12 +22,11 @@ engine,
 
 where d is what a decode costs (no less than a token of prompt: it holds a place besides) and a what a token of its
 context does: the time there is yields the most attained requests. But no SLO class and no tenant falls behind the rest
-by more than a stated share (`gateway.policies.floor`), but for paces that are all but the engine's own where they keep
-out too many others (`gateway.policies.dear_pace`). Requests that nothing bounds take what is left, and once they
-have waited for ``patience_s`` they go first, up to a stated share of the places. Inside the engine, `slack_gate` gives
-prefill what running requests can spare; no more than a few chunks lie there unprefilled, so that who goes next is
-decided here, as late as can be. While others wait, what was decided stands for as long as those chunks last: whoever
-comes meanwhile is chosen among together.
+by more than a stated share (`gateway.policies.floor`); paces that are all but the engine's own are the exception
+(`gateway.policies.dear_pace`). Requests that nothing bounds take what is left, and once they have waited for
+``patience_s`` they go first, up to a stated share of the places. Inside the engine, `slack_gate` gives prefill what
+running requests can spare; no more than a few chunks lie there unprefilled, so that who goes next is decided here, as
+late as can be, and among all who came while the engine had enough to do.
 """
 
 from __future__ import annotations
@@ -36,13 +35,14 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
 from engine_adapter.slack_gate import COURTESY
-from gateway.policies.base import LOOK_AGAIN_S, Decision, Runway, reject_tpot, reject_ttft
+from gateway.policies.base import LOOK_AGAIN_S, Decision, Rejection, Runway, reject_tpot, reject_ttft
 from gateway.policies.dear_pace import QUIET_S, DearPace
 from gateway.policies.floor import Floor
 from gateway.policies.slack_load import Load, Queue
@@ -100,20 +100,19 @@ class Slack:
         queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s, self.fill)
         queue.pace_ends(now, load, runway.tokens, self.fill, engine)
         queue = self._refuse_hopeless_pace(queue, engine, decision)
-        queue = self._hold_off(now, queue, engine, decision)
+        queue, held_off = self._hold_off(now, queue, load, engine)
         queue = self._refuse_late(now, queue, load, runway.tokens, engine, decision)
         patient = [r for r in unbounded if now - r.arrival_s > self.patience_s]
         places = max(1.0, COURTESY * engine.max_num_seqs)
         self._admit_unbounded(patient, places, load, runway, engine, decision, overdue=True)
         left = unbounded[len(decision.admit) :]
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
-        if held_back and (queue.tpot_s >= self._dear.below_s).any():
-            self._dear.others_wait(now)
         self._admit_unbounded(left, places if held_back else math.inf, load, runway, engine, decision)
         self._granted.note(decision)
-        self._dear.note(decision)
+        self._dear.note(now, decision, held_back)
+        decision.reject += held_off
         decision.fits = partial(self._fits, load=load, runway=runway, engine=engine)
-        decision.stands_s = min(self.runway_steps * load.strictest, LOOK_AGAIN_S)
+        decision.stands_s = min(self._stands_s(load, runway, engine), LOOK_AGAIN_S)
         return decision
 
     def _refuse_hopeless_pace(self, queue: Queue, engine: EngineState, decision: Decision) -> Queue:
@@ -130,16 +129,17 @@ class Slack:
             return queue
         return queue.only(~hopeless)
 
-    def _hold_off(self, now: float, queue: Queue, engine: EngineState, decision: Decision) -> Queue:
-        """A TPOT bound that costs the others more than it brings is refused at once, too."""
-        self._dear.look(now, engine.step_time.curve.step_s(1, 0))
+    def _hold_off(self, now: float, queue: Queue, load: Load, engine: EngineState) -> tuple[Queue, list[Rejection]]:
+        """Whom a pace is refused at once since it costs the others more than it brings. They count for no floor."""
+        self._dear.look(now, engine.step_time.curve.step_s(1, 0) / self.fill, load.strictest)
         if not self._dear.held_off:
-            return queue
-        dear = queue.tpot_s < self._dear.below_s
-        attainable_s = self._dear.below_s / self.fill
-        for at in np.flatnonzero(dear).tolist():
-            decision.reject.append(reject_tpot(queue.requests[at], attainable_s, QUIET_S, hopeless=False))
-        return queue.only(~dear) if dear.any() else queue
+            return queue, []
+        dear = np.array([self._dear.has(request) for request in queue.requests], dtype=bool)
+        attainable_s = self._dear.below_s
+        refused = [
+            reject_tpot(r, attainable_s, QUIET_S, hopeless=False) for r in compress(queue.requests, dear.tolist())
+        ]
+        return queue.only(~dear), refused
 
     def _refuse_late(
         self, now: float, queue: Queue, load: Load, unprefilled: int, engine: EngineState, decision: Decision
@@ -239,6 +239,16 @@ class Slack:
             return runway.fits(request) and load.places < engine.max_num_seqs
         bound = math.inf if request.tpot_slo_s is None or request.best_effort else request.tpot_slo_s
         return runway.fits(request) and self._keeps_pace(load.plus(request, bound), engine)
+
+    def _stands_s(self, load: Load, runway: Runway, engine: EngineState) -> float:
+        """For how long the engine has enough of what it was given, while others wait.
+
+        With n chunks to prefill, until the last of them is begun; with less than one it is not for want of prompts that
+        they wait, and what changes in the step under way is soon enough decided on when it ends.
+        """
+        chunk = load.chunk(engine)
+        step = load.step_s(engine) + load.prefill_token_s(engine) * min(runway.tokens, chunk)
+        return min(load.strictest, step) * (runway.tokens / chunk - 1 if runway.tokens >= chunk else 1.0)
 
     def _keeps_pace(self, more: Load, engine: EngineState) -> bool:
         """Whether ``more`` have places, and keep pace, and have memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -152,7 +152,7 @@ def standing(stands_s: float = 0.05) -> tuple[Admission, Request]:
 
 
 def test_while_a_decision_stands_news_can_wait() -> None:
-    for event in (lambda b: b.submit(ask("new")), lambda b: b.makes_room(), lambda b: b.withdraw(ask("gone"))):
+    for event in (lambda b: b.submit(ask("new")), lambda b: b.makes_room()):
         books, _ = standing()
         event(books)
         assert not books.decides(NOW + 0.049)
@@ -163,16 +163,31 @@ def test_while_a_decision_stands_news_can_wait() -> None:
     assert not books.decides(NOW + 1.5 * LOOK_AGAIN_S)
 
 
-def test_a_decision_does_not_stand_before_an_idle_engine_nor_when_nobody_was_left_waiting() -> None:
+def test_a_decision_does_not_stand_before_an_idle_engine_nor_for_a_newcomer_who_finds_nobody_waiting() -> None:
     books, old = standing()
     books.leave(old)
     assert books.decides(NOW), "the engine is idle"
+    books, _ = standing()
+    assert books.withdraw(next(iter(books.waiting)))
+    books.submit(ask("new"))
+    assert books.decides(NOW), "nobody waits any more"
     books = Admission(Scripted(lambda r: "keep"), engine())
     books.policy.decide = lambda now, waiting, *_: Decision(admit=list(waiting), stands_s=9.0)  # type: ignore[method-assign]
     books.submit(ask("a"))
     books.decide(NOW)
+    books.rest_until(NOW + 9)
     books.submit(ask("b"))
     assert books.decides(NOW), "nobody waited"
+
+
+def test_whoever_turned_to_best_effort_may_go_at_once() -> None:
+    books = Admission(Scripted(lambda r: "reject" if r.slo.tpot_s else "keep"), engine(), lambda r: True)
+    decide = books.policy.decide
+    books.policy.decide = lambda *seen: replace(decide(*seen), stands_s=0.05)  # type: ignore[method-assign]
+    books.running["old"] = ask("old")
+    books.submit(ask("strict", tpot=0.001))
+    books.decide(NOW)
+    assert books.decides(NOW)
 
 
 def test_at_best_effort_a_rejected_request_waits_on_without_its_bounds() -> None:

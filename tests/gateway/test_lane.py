@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+import pytest
+
 from engine_adapter.engine import EngineState
 from engine_adapter.simulated import SimulatedEngine
-from gateway.lane import Admitted, Lane
+from gateway.lane import DECIDING_SHARE, Admitted, Clock, Lane, Verdict
 from gateway.policies.base import LOOK_AGAIN_S, Decision
 from gateway.request import Request
 from gateway.slo import Slo, SloClass
@@ -36,10 +39,10 @@ class Waits:
         return Decision(fits=lambda request: False, stands_s=self.stands_s)
 
 
-def lane_of(policy: Waits) -> Lane:
+def lane_of(policy: Waits, clock: Clock = time.monotonic) -> Lane:
     engine = SimulatedEngine()
     engine.state.alive = True
-    return Lane(engine, policy, {"chat": SloClass("chat", Slo())})
+    return Lane(engine, policy, {"chat": SloClass("chat", Slo())}, clock=clock)
 
 
 async def turns(lane: Lane, count: int = 5) -> None:
@@ -86,19 +89,36 @@ async def test_who_comes_to_a_full_engine_where_nobody_waits_is_looked_at_before
     lane.close()
 
 
-async def test_news_while_a_decision_stands_is_seen_to_when_it_stands_no_more_not_only_when_it_is_due() -> None:
-    policy = Waits(stands_s=0.3 * LOOK_AGAIN_S)
-    lane = lane_of(policy)
+def standing_lane(policy: Waits) -> tuple[Lane, asyncio.Future[Verdict]]:
+    """One runs, one waits; the lane's clock stands still."""
+    lane = lane_of(policy, clock=lambda: 1000.0)
     running = Request("running", "chat", 0.0, Slo(), 10, 10)
     lane.admission.running[running.id] = running
-    verdict = lane.submit(Request("a", "chat", 0.0, Slo(), 10, 10))
+    return lane, lane.submit(Request("a", "chat", 0.0, Slo(), 10, 10))
+
+
+async def test_news_while_a_decision_stands_is_seen_to_once_it_stands_no_more_not_only_when_one_is_due() -> None:
+    policy = Waits(stands_s=0.3 * LOOK_AGAIN_S)
+    lane, _ = standing_lane(policy)
     await turns(lane)
-    policy.opens = True
-    began = asyncio.get_running_loop().time()
+    assert lane._timer_due_s == 1000.0 + LOOK_AGAIN_S
     lane.on_first_token()
     await turns(lane)
     assert policy.asked == [1], "it stands"
-    due = lane._timer.when()  # type: ignore[union-attr]
-    assert due < began + 0.9 * LOOK_AGAIN_S
-    assert isinstance(await asyncio.wait_for(verdict, 20 * LOOK_AGAIN_S), Admitted)
+    assert lane._timer_due_s == pytest.approx(1000.0 + 0.3 * LOOK_AGAIN_S)
     lane.close()
+
+
+async def test_deciding_takes_a_share_of_the_time_however_long_the_policy_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for took_s, rest_s in ((0.3 * LOOK_AGAIN_S * DECIDING_SHARE, 0.3 * LOOK_AGAIN_S), (1.0, LOOK_AGAIN_S)):
+        ticks = iter([7.0, 7.0 + took_s])
+        monkeypatch.setattr(time, "perf_counter", lambda ticks=ticks: next(ticks))
+        lane, _ = standing_lane(Waits())
+        await turns(lane)
+        lane.on_first_token()
+        await turns(lane)
+        assert lane.decisions == 1
+        assert lane._timer_due_s == pytest.approx(1000.0 + rest_s)
+        lane.close()
