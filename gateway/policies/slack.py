@@ -241,14 +241,15 @@ class Slack:
         return runway.fits(request) and self._keeps_pace(load.plus(request, bound), engine)
 
     def _stands_s(self, load: Load, runway: Runway, engine: EngineState) -> float:
-        """For how long the engine has enough of what it was given, while others wait.
+        """For how long the engine has enough of what it was given, while others wait: a step at most.
 
-        With n chunks to prefill, until the last of them is begun; with less than one it is not for want of prompts that
+        With n chunks to prefill until one is left to begin with. With less than one it is not for want of prompts that
         they wait, and what changes in the step under way is soon enough decided on when it ends.
         """
         chunk = load.chunk(engine)
         step = load.step_s(engine) + load.prefill_token_s(engine) * min(runway.tokens, chunk)
-        return min(load.strictest, step) * (runway.tokens / chunk - 1 if runway.tokens >= chunk else 1.0)
+        steps = min(runway.tokens / chunk - 1, 1.0) if runway.tokens >= chunk else 1.0
+        return min(load.strictest, step) * steps
 
     def _keeps_pace(self, more: Load, engine: EngineState) -> bool:
         """Whether ``more`` have places, and keep pace, and have memory."""

@@ -12,7 +12,7 @@ from test_policies import NOW, TIMES, admitted, ask, decide, engine, rejected, r
 
 from engine_adapter.slack_gate import PATIENT_S
 from gateway.admission import Admission
-from gateway.policies.base import LOOK_AGAIN_S, Decision, Rejection, reject_ttft
+from gateway.policies.base import Decision, Rejection, reject_ttft
 from gateway.policies.floor import MOST_GROUPS, Floor
 from gateway.policies.slack import Slack
 from gateway.policies.slack_load import Load, Queue
@@ -404,13 +404,13 @@ def test_requests_without_bounds_never_wait_for_ever() -> None:
     assert admitted(decide(policy, NOW + 11, [*crowd, free], batch, state)) == ["free"]
 
 
-def test_what_was_decided_stands_while_the_step_lasts_or_until_the_last_chunk_is_begun() -> None:
+def test_what_was_decided_stands_for_a_step_at_most_and_until_but_one_chunk_lies_ahead() -> None:
     # A step of 30 ms has time for some 20 prompt tokens beside the one that decodes.
     waits, decoding = ask("waits", ttft=5, tpot=0.1), running(tpot=0.03)
     full = engine(max_num_seqs=1)
     assert decide(slack(), NOW, [waits], [decoding], full).stands_s == pytest.approx(0.0101, rel=0.01)
     full = engine(max_num_seqs=2)
-    for tokens, stood in ((10, 0.0202), (20, 0.0), (30, 0.015), (40, 0.03), (900, LOOK_AGAIN_S)):
+    for tokens, stood in ((10, 0.0202), (20, 0.0), (30, 0.015), (40, 0.03), (900, 0.03)):
         ahead = ask("ahead", tpot=0.03, prompt=tokens, admitted_s=NOW)
         decision = decide(slack(), NOW, [waits], [decoding, ahead], full)
         assert (decision.admit, decision.stands_s) == ([], pytest.approx(stood, abs=0.001))
