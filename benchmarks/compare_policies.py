@@ -111,7 +111,7 @@ async def compare(
         finally:
             await real.engine.stop()
     return {
-        "real": "vLLM on CPU, 8-layer 512-wide Llama with random weights",
+        "real": "vLLM on CPU, 8-layer 512-wide Llama with random weights, in bfloat16",
         "capacity_rps": round(capacity, 3),
         "duration_s": duration_s,
         "slo_table": "llama-3.1-8b",
