@@ -49,11 +49,14 @@ def main(file: Annotated[Path, typer.Argument(help="What compare_policies --json
     runs = result["runs"]
     temperature = result.get("temperature", 1.0)
     rounds = len({run["seed"] for run in runs})
+    highest = max(run["load"] for run in runs)
     shares = []
     for policy in dict.fromkeys(run["policy"] for run in runs if run["policy"] != "fcfs"):
-        own = [run for run in runs if run["policy"] == policy]
-        share = statistics.mean(run["scheduling_s"] / run["duration_s"] for run in own)
-        shares.append(f"{share:.2%} under `{policy}`")
+        own = [run for run in runs if (run["policy"], run["load"]) == (policy, highest)]
+        deciding, gates = (
+            statistics.mean(run[what] / run["duration_s"] for run in own) for what in ("deciding_s", "gate_s")
+        )
+        shares.append(f"{deciding:.2%} and {gates:.2%} under `{policy}`")
     policies = "".join(f" --policy {policy}" for policy in dict.fromkeys(run["policy"] for run in runs))
     loads = sorted({run["load"] for run in runs})
     options = "".join(f" --load {load:g}" for load in loads)
@@ -83,8 +86,10 @@ Llama-3.1-8B times {result["slo_scale"]:g} (the strictest bounds: {0.5 * result[
 {result["capacity_rps"]:.2f} requests/s, is what the engine completes of the same workload with 64 requests always in
 flight; arrivals are Poisson.
 Times are measured by the client, which itself was at most {late_ms:.0f} ms late (99th percentile, worst run).
-Scheduling (decisions in the gateway, gates in the engine) took {", ".join(shares)} of the run's time. The predictor was
-off: lengths came from running statistics, cut at each request's `max_tokens`, which here is the true length.
+At {highest:g} times the capacity, decisions in the gateway and gates in the engine took
+{", ".join(shares)} of the time.
+The predictor was off: lengths came from running statistics, cut at each request's `max_tokens`, which here is the true
+length.
 {result.get("note", "")}
 
 ```
