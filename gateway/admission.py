@@ -59,7 +59,7 @@ class Admission:
 
     def makes_room(self) -> None:
         """An answer began, or ended, or the engine is another: what did not fit may fit now."""
-        if not self.running:
+        if not (self.waiting and self.running):
             self._stands_until_s = -math.inf
         self.look_again_s = self._stands_until_s
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from engine_adapter.engine import Engine
 from gateway.admission import Admission
-from gateway.policies.base import LOOK_AGAIN_S, UNGATED, Decision, Policy, Rejection, prefill_backlog
+from gateway.policies.base import UNGATED, Decision, Policy, Rejection, prefill_backlog
 from gateway.request import Request
 from gateway.shadow import Shadow
 from gateway.shadows import Shadows
@@ -28,7 +28,8 @@ log = logging.getLogger("antares.lane")
 Clock = Callable[[], float]
 
 DECIDING_SHARE = 0.01
-"""Of the time, while requests wait. Whoever takes long to decide is asked less often, down to ten times a second."""
+"""Of the time, while requests wait. Who takes long to decide is asked less often, but as the engine needs it all the
+same (`Decision.lasts_s`)."""
 
 PROBE_EVERY_S = 10.0
 """At most so often an idle engine that has requests refused is probed."""
@@ -201,7 +202,7 @@ class Lane:
         spent = time.perf_counter() - started
         self.deciding_s += spent
         self._on_decided(spent)
-        self.admission.rest_until(now + min(spent / DECIDING_SHARE, LOOK_AGAIN_S))
+        self.admission.rest_until(now + min(spent / DECIDING_SHARE, decision.lasts_s))
         self._set_timer(now, self.admission.look_again_s if self.waiting else None)
 
     def _apply(self, now: float, decision: Decision, backlog_s: float) -> None:

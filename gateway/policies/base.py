@@ -67,7 +67,8 @@ class Decision:
     ``fits``: whether a newcomer could go before an answer begins or ends. One that could not need not be looked at
     sooner.
 
-    ``stands_s``: for so long all news can wait, while others wait and the engine is busy: it has what it needs.
+    ``stands_s``: for so long all news can wait, while others wait and the engine is busy: it has what it needs. For
+    ``lasts_s`` it may, where deciding takes long: that costs something.
 
     ``paces``: by the id of an admitted request, the seconds per token to plan with from now on, where that is not what
     its ``tpot_slo_s`` says.
@@ -79,6 +80,7 @@ class Decision:
     paces: dict[str, float] = field(default_factory=dict)
     fits: Callable[[Request], bool] = field(default=lambda request: True, compare=False)
     stands_s: float = 0.0
+    lasts_s: float = LOOK_AGAIN_S / 2
 
 
 class Policy(Protocol):

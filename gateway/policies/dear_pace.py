@@ -11,15 +11,17 @@ might be served without the dear ones. So these are held off as soon as one of t
 
     A < WORTH * F,
 
-until for ``QUIET_S`` nobody else has had to wait, or was refused. Whether it helped is not looked at: so much overload
-that F could not be served either holds them off as well. On an engine for which no bound is dear, nothing of this
-happens.
+until for ``QUIET_S`` nobody else with bounds has had to wait, or was refused; what was before is then forgotten.
+Whether it helped is not looked at: so much overload that F could not be served either holds them off as well. On an
+engine for which no bound is dear, nothing of this happens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from gateway.policies.base import Decision
 from gateway.policies.floor import MEMORY
@@ -54,25 +56,20 @@ class DearPace:
         bound = request.slo.tpot_s
         return bound is not None and bound < self.below_s and not request.best_effort
 
-    def look(self, now: float, alone_s: float, strictest_s: float) -> None:
-        """Decide whether to hold off.
-
-        A step with one decode in it takes ``alone_s``; ``strictest_s`` is the strictest bound of what runs.
-        """
+    def look(self, now: float, alone_s: float, running: Iterable[Request]) -> None:
+        """Decide whether to hold off. A step with one decode in it takes ``alone_s``; ``running`` are in the engine."""
         self.below_s = alone_s / DEAR
-        if not self.held_off:
-            enough = strictest_s < self.below_s and self._known >= _LEAST_KNOWN
-            self.held_off = enough and self._admitted < WORTH * self._others
-            self._waited_s = now
-        elif now - self._waited_s > QUIET_S:
+        if now - self._waited_s > QUIET_S:
             self.held_off, self._known, self._admitted, self._others = False, 0, 0.0, 0.0
+        elif not self.held_off and self._known >= _LEAST_KNOWN and self._admitted < WORTH * self._others:
+            self.held_off = any(map(self.has, running))
 
-    def note(self, now: float, decision: Decision, others_wait: bool) -> None:
-        """Count what was decided; ``others_wait``: somebody was left waiting whose pace is not dear."""
+    def note(self, now: float, decision: Decision, left: Iterable[Request]) -> None:
+        """Count what was decided; ``left``, who have bounds, were left waiting."""
         self._count(decision.admit, 1.0)
         refused = [rejection.request for rejection in decision.reject if not rejection.hopeless]
         self._count(refused, 0.0)
-        if others_wait or not all(map(self.has, refused)):
+        if not all(map(self.has, chain(refused, left))):
             self._waited_s = now
 
     def _count(self, requests: list[Request], admitted: float) -> None:

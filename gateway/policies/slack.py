@@ -100,7 +100,7 @@ class Slack:
         queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s, self.fill)
         queue.pace_ends(now, load, runway.tokens, self.fill, engine)
         queue = self._refuse_hopeless_pace(queue, engine, decision)
-        queue, held_off = self._hold_off(now, queue, load, engine)
+        queue, held_off = self._hold_off(now, queue, running, engine)
         queue = self._refuse_late(now, queue, load, runway.tokens, engine, decision)
         patient = [r for r in unbounded if now - r.arrival_s > self.patience_s]
         places = max(1.0, COURTESY * engine.max_num_seqs)
@@ -109,10 +109,11 @@ class Slack:
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
         self._admit_unbounded(left, places if held_back else math.inf, load, runway, engine, decision)
         self._granted.note(decision)
-        self._dear.note(now, decision, held_back)
+        self._dear.note(now, decision, queue.requests if held_back else ())
         decision.reject += held_off
         decision.fits = partial(self._fits, load=load, runway=runway, engine=engine)
         decision.stands_s = min(self._stands_s(load, runway, engine), LOOK_AGAIN_S)
+        decision.lasts_s = min(self.runway_steps * load.strictest, LOOK_AGAIN_S)
         return decision
 
     def _refuse_hopeless_pace(self, queue: Queue, engine: EngineState, decision: Decision) -> Queue:
@@ -129,15 +130,18 @@ class Slack:
             return queue
         return queue.only(~hopeless)
 
-    def _hold_off(self, now: float, queue: Queue, load: Load, engine: EngineState) -> tuple[Queue, list[Rejection]]:
+    def _hold_off(
+        self, now: float, queue: Queue, running: Collection[Request], engine: EngineState
+    ) -> tuple[Queue, list[Rejection]]:
         """Whom a pace is refused at once since it costs the others more than it brings. They count for no floor."""
-        self._dear.look(now, engine.step_time.curve.step_s(1, 0) / self.fill, load.strictest)
+        self._dear.look(now, engine.step_time.curve.step_s(1, 0) / self.fill, running)
         if not self._dear.held_off:
             return queue, []
         dear = np.array([self._dear.has(request) for request in queue.requests], dtype=bool)
-        attainable_s = self._dear.below_s
+        would_do_s = self._dear.below_s
         refused = [
-            reject_tpot(r, attainable_s, QUIET_S, hopeless=False) for r in compress(queue.requests, dear.tolist())
+            Rejection(request, "tpot", would_do_s, would_do_s, QUIET_S)
+            for request in compress(queue.requests, dear.tolist())
         ]
         return queue.only(~dear), refused
 

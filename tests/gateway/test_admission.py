@@ -141,10 +141,10 @@ def test_a_policy_that_wants_to_look_again_sooner_does() -> None:
     assert books.decides(NOW + 0.01)
 
 
-def standing(stands_s: float = 0.05) -> tuple[Admission, Request]:
+def standing(stands_s: float = 0.05, fits: Callable[[Request], bool] = lambda r: True) -> tuple[Admission, Request]:
     """One runs, one waits, and what was decided at `NOW` stands."""
     books, old = Admission(Scripted(lambda r: "keep"), engine()), ask("old")
-    books.policy.decide = lambda *_: Decision(stands_s=stands_s)  # type: ignore[method-assign]
+    books.policy.decide = lambda *_: Decision(stands_s=stands_s, fits=fits)  # type: ignore[method-assign]
     books.running[old.id] = old
     books.submit(ask("waits"))
     books.decide(NOW)
@@ -171,6 +171,12 @@ def test_a_decision_does_not_stand_before_an_idle_engine_nor_for_a_newcomer_who_
     assert books.withdraw(next(iter(books.waiting)))
     books.submit(ask("new"))
     assert books.decides(NOW), "nobody waits any more"
+    books, old = standing(fits=lambda request: False)
+    books.running["another"] = ask("another")
+    books.withdraw(next(iter(books.waiting)))
+    books.leave(old)
+    books.submit(ask("new"))
+    assert books.decides(NOW), "it did not fit before another ended"
     books = Admission(Scripted(lambda r: "keep"), engine())
     books.policy.decide = lambda now, waiting, *_: Decision(admit=list(waiting), stands_s=9.0)  # type: ignore[method-assign]
     books.submit(ask("a"))
@@ -180,7 +186,7 @@ def test_a_decision_does_not_stand_before_an_idle_engine_nor_for_a_newcomer_who_
     assert books.decides(NOW), "nobody waited"
 
 
-def test_whoever_turned_to_best_effort_may_go_at_once() -> None:
+def test_no_decision_stands_that_turned_somebody_to_best_effort() -> None:
     books = Admission(Scripted(lambda r: "reject" if r.slo.tpot_s else "keep"), engine(), lambda r: True)
     decide = books.policy.decide
     books.policy.decide = lambda *seen: replace(decide(*seen), stands_s=0.05)  # type: ignore[method-assign]

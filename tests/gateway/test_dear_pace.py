@@ -23,7 +23,8 @@ def decided(
         for request in requests:
             request.serve_at_best_effort()
     gone = [reject_ttft(request, 1.0, 1.0, 0.1, hopeless) for request in requests[admitted:]]
-    paces.note(NOW, Decision(admit=requests[:admitted], reject=gone), waits)
+    left = [ask(tpot=STRICT), ask(tpot=LOOSE)] if waits else [ask(tpot=STRICT)]
+    paces.note(NOW, Decision(admit=requests[:admitted], reject=gone), left)
 
 
 def fresh() -> DearPace:
@@ -32,9 +33,9 @@ def fresh() -> DearPace:
     return paces
 
 
-def looks(paces: DearPace, now: float = NOW, strictest_s: float = STRICT) -> bool:
+def looks(paces: DearPace, now: float = NOW, runs_s: float = STRICT) -> bool:
     """Whether, on a look at it, dear paces are held off."""
-    paces.look(now, ALONE_S, strictest_s)
+    paces.look(now, ALONE_S, [running(tpot=1.0), running(tpot=runs_s)])
     return paces.held_off
 
 
@@ -58,7 +59,7 @@ def test_where_all_that_comes_is_dear_it_is_served_as_well_as_can_be() -> None:
 def test_as_long_as_none_of_them_runs_they_cost_nothing() -> None:
     paces = fresh()
     decided(paces, LOOSE, refused=200)
-    assert not looks(paces, strictest_s=LOOSE)
+    assert not looks(paces, runs_s=LOOSE)
     assert looks(paces)
 
 
@@ -76,15 +77,22 @@ def test_a_few_decisions_hopeless_requests_best_effort_and_those_without_bounds_
 def test_they_are_let_in_again_once_nobody_else_has_had_to_wait_for_a_while() -> None:
     for last in ({"waits": True}, {"refused": 1}):
         paces = fresh()
-        decided(paces, LOOSE, refused=200)
-        assert looks(paces, NOW - 10)
-        decided(paces, LOOSE, **last)
+        decided(paces, LOOSE, admitted=0, refused=200)
         assert looks(paces, NOW)
+        paces._waited_s = NOW - 0.9 * QUIET_S
+        decided(paces, LOOSE, **last)
         assert looks(paces, NOW + 0.9 * QUIET_S)
         decided(paces, LOOSE, admitted=9)
         decided(paces, STRICT, refused=9)
         assert not looks(paces, NOW + 1.1 * QUIET_S)
         assert not looks(paces, NOW + 1.2 * QUIET_S), "what was before does not count"
+
+
+def test_what_was_refused_long_ago_does_not_count() -> None:
+    paces = fresh()
+    decided(paces, LOOSE, refused=200)
+    assert not looks(paces, NOW + 86_400)
+    assert not looks(paces, NOW + 86_400.1)
 
 
 def overloaded() -> tuple[Slack, EngineState, list[Request]]:
@@ -103,6 +111,8 @@ def test_slack_refuses_a_dear_pace_at_once_and_says_which_pace_would_do() -> Non
     assert rejected(decision) == ["dear"]
     refusal = decision.reject[0]
     assert (refusal.bound, refusal.hopeless, refusal.retry_after_s) == ("tpot", False, QUIET_S)
+    both = decide(policy, NOW, [ask("dear", tpot=0.012, e2e=0.8)], runs, state).reject[0]
+    assert both.bound == "tpot", "a longer end-to-end bound would not do"
     would_do = ask("would do", ttft=5, tpot=refusal.attainable_s)
     assert rejected(decide(policy, NOW, [dear, would_do], runs, state)) == ["dear"]
 

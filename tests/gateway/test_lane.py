@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Waits:
         self.asked.append(len(waiting))
         if self.opens:
             return Decision(admit=list(waiting))
-        return Decision(fits=lambda request: False, stands_s=self.stands_s)
+        return Decision(fits=lambda request: False, stands_s=self.stands_s, lasts_s=0.5 * LOOK_AGAIN_S)
 
 
 def lane_of(policy: Waits, clock: Clock = time.monotonic) -> Lane:
@@ -97,7 +98,10 @@ def standing_lane(policy: Waits) -> tuple[Lane, asyncio.Future[Verdict]]:
     return lane, lane.submit(Request("a", "chat", 0.0, Slo(), 10, 10))
 
 
-async def test_news_while_a_decision_stands_is_seen_to_once_it_stands_no_more_not_only_when_one_is_due() -> None:
+async def test_news_while_a_decision_stands_is_seen_to_once_it_stands_no_more_not_only_when_one_is_due(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 7.0)
     policy = Waits(stands_s=0.3 * LOOK_AGAIN_S)
     lane, _ = standing_lane(policy)
     await turns(lane)
@@ -109,16 +113,17 @@ async def test_news_while_a_decision_stands_is_seen_to_once_it_stands_no_more_no
     lane.close()
 
 
-async def test_deciding_takes_a_share_of_the_time_however_long_the_policy_takes(
+async def test_deciding_takes_a_share_of_the_time_unless_the_engine_needs_it_sooner(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for took_s, rest_s in ((0.3 * LOOK_AGAIN_S * DECIDING_SHARE, 0.3 * LOOK_AGAIN_S), (1.0, LOOK_AGAIN_S)):
-        ticks = iter([7.0, 7.0 + took_s])
+    for took_s, rest_s in ((0.3 * LOOK_AGAIN_S * DECIDING_SHARE, 0.3 * LOOK_AGAIN_S), (1.0, 0.5 * LOOK_AGAIN_S)):
+        ticks = itertools.count(7.0, took_s)
         monkeypatch.setattr(time, "perf_counter", lambda ticks=ticks: next(ticks))
-        lane, _ = standing_lane(Waits())
+        policy = Waits()
+        lane, _ = standing_lane(policy)
         await turns(lane)
         lane.on_first_token()
         await turns(lane)
-        assert lane.decisions == 1
+        assert policy.asked == [1]
         assert lane._timer_due_s == pytest.approx(1000.0 + rest_s)
         lane.close()
