@@ -117,7 +117,7 @@ class Study:
 
 
 def ablation(study: Study) -> list[Trial]:
-    """`slack` in full, and with each part taken out; two of them also where they matter."""
+    """`slack` in full, and with each part taken out; three of them also where they matter."""
     little = replace(study.experiment, limits={"kv_tokens": LITTLE_MEMORY})
     code = replace(study.experiment, workload=study.experiment.workload | {"name": "azure-code"})
     trials = [t for load in LOADS for name in WITHOUT for t in study.trials(name, load, without=name)]
@@ -127,6 +127,10 @@ def ablation(study: Study) -> list[Trial]:
     for name in (FULL, "curve"):
         there = replace(study, experiment=code, stock_qps=CODE_QPS)
         trials += there.trials(name, 1.0, without=name, where="the azure-code workload: long prompts, short answers")
+    for name in (FULL, "holding off"):
+        where = "steps believed to take twice as long as they do, never learning"
+        blind = replace(study.experiment, learn=False)
+        trials += study.trials(name, OVERLOADS[0], without=name, experiment=blind, believed=2.0, where=where)
     return trials
 
 

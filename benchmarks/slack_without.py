@@ -18,7 +18,7 @@ import numpy as np
 from engine_adapter.engine import EngineState
 from engine_adapter.step_curve import StepCurve
 from engine_adapter.step_model import StepTimeModel
-from gateway.policies.base import UNGATED, Decision, Policy, Runway
+from gateway.policies.base import UNGATED, Decision, Policy, Rejection, Runway
 from gateway.policies.slack import Slack
 from gateway.policies.slack_load import Load, Queue
 from gateway.request import Request
@@ -68,6 +68,22 @@ class Blocking(Slack):
         return False
 
 
+class AllPaces(Slack):
+    """Holds no pace off, whatever it costs the others."""
+
+    def _hold_off(
+        self, now: float, queue: Queue, running: Collection[Request], engine: EngineState
+    ) -> tuple[Queue, list[Rejection]]:
+        return queue, []
+
+
+class AtOnce(Slack):
+    """Decides at once whenever there is news."""
+
+    def _stands_s(self, load: Load, runway: Runway, engine: EngineState) -> float:
+        return 0.0
+
+
 @contextmanager
 def straight_lines() -> Iterator[None]:
     """Policy and gate believe the two linear forms (SCORPIO eq. 4 and 6), and nothing else, of step times."""
@@ -109,6 +125,8 @@ WITHOUT: dict[str, Without] = {
     ),
     "step gate": Without("the engine sizes its prefill as stock vLLM does", partial(Slack, gate=UNGATED)),
     "refusing": Without("nobody is refused as late", NeverTooLate),
+    "standing": Without("news is decided on at once, and not among all that came in a step", AtOnce),
+    "holding off": Without("paces that are all but the engine's own are kept, whatever they cost", AllPaces),
     "skip-over": Without("the first that does not fit blocks the rest", Blocking),
     "curve": Without("step times are linear, for policy and gate", around=straight_lines),
 }

@@ -72,7 +72,7 @@ def test_nothing_taken_out_is_the_product() -> None:
     assert in_full() == simulate(CROWDED, predict("shipped", CROWDED, 0), A100, Slack).served
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT if name not in {FULL, "floor", "memory"}])
+@pytest.mark.parametrize("name", [name for name in WITHOUT if name not in {FULL, "floor", "memory", "holding off"}])
 def test_without_a_part_another_thing_happens_under_overload(name: str) -> None:
     without = came_of(name).served
     assert len(without) == len(CROWDED)
@@ -87,6 +87,16 @@ def test_without_its_part_memory_overflows_where_it_is_short() -> None:
     workload = make_workload("sharegpt", qps=60.0, duration_s=10.0, seed=1)
     with_it, without = (came_of(name, workload, kv_tokens=9000) for name in (FULL, "memory"))
     assert with_it.preemptions < without.preemptions
+
+
+def test_without_holding_off_paces_that_are_all_but_the_engines_own_are_kept_under_overload() -> None:
+    workload, slow = make_workload("sharegpt", qps=60.0, duration_s=15.0, seed=1), A100.at_speed(2.0).step_times()
+    strict = {}
+    for name in (FULL, "holding off"):
+        make = WITHOUT[name].make
+        served = simulate(workload, predict("shipped", workload, 0), A100, make, times=slow, learn=False).served
+        strict[name] = sum(one.attained for one in served if one.asked.tpot_slo_s == 0.03)
+    assert strict[FULL] < 0.7 * strict["holding off"]
 
 
 def test_steps_that_vary_are_what_a_trial_with_them_meets() -> None:
