@@ -150,7 +150,7 @@ def test_a_part_has_every_row_at_every_load_with_every_seed_and_each_once(part: 
     assert {t.run.seed for t in trials} == {0, 1}
     assert all(t.run.qps == (slack_study.CODE_QPS if "code" in t.where else 20 * t.load) for t in trials)
     expected = {
-        "ablation": 2 * (3 * len(WITHOUT) + 2 + 2),
+        "ablation": 2 * (3 * len(WITHOUT) + 2 + 2 + 2),
         "tenants": 2 * 2 * 2,
         "predictors": 2 * 3 * 3 * len(slack_study.PREDICTORS),
         "step-times": 2 * 3 * 3 * len(slack_study.BELIEFS),
@@ -254,7 +254,7 @@ def found() -> dict[str, Any]:
 def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it() -> None:
     text = page(found())
     for name, without in WITHOUT.items():
-        elsewhere = {FULL: 2, "memory": 1, "curve": 1}
+        elsewhere = {FULL: 3, "memory": 1, "curve": 1, "holding off": 1}
         assert text.count(f"| {name} | {without.says} |") == 3 + elsewhere.get(name, 0)
     for row in (*slack_study.PREDICTORS, *slack_study.BELIEFS, *slack_study.UNSTEADY):
         assert text.count(f"S | {row} |") == 3
