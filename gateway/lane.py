@@ -2,7 +2,8 @@
 
 Nothing in a lane knows that other engines exist. Decisions are made on the event loop, coalesced: however many events
 fall into one turn of the loop, the policy decides once. And only where there is news (`Admission.decides`): most steps
-change nothing that a policy could act on.
+change nothing that a policy could act on. While requests wait, deciding takes `DECIDING_SHARE` of the time, as far as
+the engine can wait so long.
 """
 
 from __future__ import annotations

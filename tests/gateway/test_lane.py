@@ -12,7 +12,7 @@ import pytest
 
 from engine_adapter.engine import EngineState
 from engine_adapter.simulated import SimulatedEngine
-from gateway.lane import DECIDING_SHARE, Admitted, Clock, Lane, Verdict
+from gateway.lane import DECIDING_SHARE, Admitted, Clock, Lane
 from gateway.policies.base import LOOK_AGAIN_S, Decision
 from gateway.request import Request
 from gateway.slo import Slo, SloClass
@@ -90,12 +90,13 @@ async def test_who_comes_to_a_full_engine_where_nobody_waits_is_looked_at_before
     lane.close()
 
 
-def standing_lane(policy: Waits) -> tuple[Lane, asyncio.Future[Verdict]]:
+def standing_lane(policy: Waits) -> Lane:
     """One runs, one waits; the lane's clock stands still."""
     lane = lane_of(policy, clock=lambda: 1000.0)
     running = Request("running", "chat", 0.0, Slo(), 10, 10)
     lane.admission.running[running.id] = running
-    return lane, lane.submit(Request("a", "chat", 0.0, Slo(), 10, 10))
+    lane.submit(Request("a", "chat", 0.0, Slo(), 10, 10))
+    return lane
 
 
 async def test_news_while_a_decision_stands_is_seen_to_once_it_stands_no_more_not_only_when_one_is_due(
@@ -103,7 +104,7 @@ async def test_news_while_a_decision_stands_is_seen_to_once_it_stands_no_more_no
 ) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: 7.0)
     policy = Waits(stands_s=0.3 * LOOK_AGAIN_S)
-    lane, _ = standing_lane(policy)
+    lane = standing_lane(policy)
     await turns(lane)
     assert lane._timer_due_s == 1000.0 + LOOK_AGAIN_S
     lane.on_first_token()
@@ -120,7 +121,7 @@ async def test_deciding_takes_a_share_of_the_time_unless_the_engine_needs_it_soo
         ticks = itertools.count(7.0, took_s)
         monkeypatch.setattr(time, "perf_counter", lambda ticks=ticks: next(ticks))
         policy = Waits()
-        lane, _ = standing_lane(policy)
+        lane = standing_lane(policy)
         await turns(lane)
         lane.on_first_token()
         await turns(lane)
