@@ -71,7 +71,8 @@ def test_every_request_is_placed_once_within_the_limits_and_the_same_seed_plans_
     assert anneal(fresh(board), budget, seed) == plan
     if plan.finished:
         others = [fresh(board).plan(fresh(board).filled(order(board.jobs))) for order in STRAWMEN.values()]
-        assert plan.goal >= max(other.goal for other in others) - 1e-9
+        # Of plans that lose more than they attain the quotient says nothing: slower would be better.
+        assert max(plan.goal, 0.0) >= max(0.0, *(other.goal for other in others)) - 1e-9
 
 
 @given(boards(8))

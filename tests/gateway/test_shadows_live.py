@@ -87,7 +87,7 @@ async def test_a_client_that_leaves_leaves_the_shadows_too() -> None:
 async def test_shadows_outlive_a_crash_of_the_engine() -> None:
     async with live(fast_engine(times=SLOW, output_tokens=500), shadow=["fcfs"]) as antares:
         dying = asyncio.create_task(antares.ask())
-        await eventually(lambda: the(antares, "fcfs").running)
+        await eventually(lambda: the(antares, "fcfs").running and antares.engine.state.engine_running)
         antares.engine.crash()
         assert (await dying).status_code == 503
         assert the(antares, "fcfs").running == 0

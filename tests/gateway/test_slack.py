@@ -200,9 +200,10 @@ def test_the_columns_say_of_each_request_what_the_load_says_with_it(
         request.generated = 0  # nothing that waits has begun
     state, load = engine(kv_tokens=kv_tokens), Load.of(batch, 0.01)
     total = sum(request.prompt_tokens for request in queue)
-    columns = Queue.of(queue, 1e-3, 60.0, share).holds_with(load, prompts, np.full(len(queue), within_s), state)
-    for request, holds in zip(queue, columns.tolist(), strict=True):
-        more, others = load.plus(request, share * request.pace_after(NOW)), total - request.prompt_tokens
+    columns = Queue.of(queue, 1e-3, 60.0, share)
+    of_all = columns.holds_with(load, prompts, np.full(len(queue), within_s), state)
+    for request, pace_s, holds in zip(queue, columns.tpot_s.tolist(), of_all.tolist(), strict=True):
+        more, others = load.plus(request, pace_s), total - request.prompt_tokens
         ways = (
             more.step_s(state) / more.strictest,
             more.prefilled_in_s(prompts, request.prompt_tokens, others, state) / max(within_s, 1e-9),
