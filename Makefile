@@ -1,7 +1,7 @@
 # Targets for people and for CI; each one works from a clean clone. `make` lists them.
 #
 #   make serve ARGS="--port 9000"          more arguments for `antares serve`
-#   make test PYTEST_ARGS="-k ledger"      more arguments for pytest
+#   make test PYTEST_ARGS="-k ledger"      more arguments for pytest ("-n0 --pdb" for one process and a debugger)
 #   make install TORCH_INDEX_URL=...       where to get torch alone, such as PyTorch's CPU index (docs/install.md)
 #   make install PYTHON=python3.12         which Python to build .venv with
 
@@ -34,7 +34,8 @@ serve: install ## start the gateway in front of vLLM on CPU with a small model
 test: $(STAMPS)/dev ## run every test: first without an engine, with coverage, then against a real vLLM
 	@unit=0; engine=0; export HF_HUB_OFFLINE=1; \
 	echo "==> tests without an engine"; \
-	$(BIN)/python -m pytest -m "not engine" --cov --cov-report=term:skip-covered $(PYTEST_ARGS) || unit=$$?; \
+	$(BIN)/python -m pytest -m "not engine" -n logical --maxprocesses 4 --dist loadfile \
+		--cov --cov-report=term:skip-covered $(PYTEST_ARGS) || unit=$$?; \
 	echo "==> tests against a real vLLM"; \
 	$(BIN)/python -m pytest -m engine $(PYTEST_ARGS) || engine=$$?; \
 	echo "==> exit codes: without an engine $$unit, against a real vLLM $$engine"; \
