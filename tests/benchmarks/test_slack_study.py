@@ -308,6 +308,16 @@ def test_the_worst_case_beside_scorpio_is_named() -> None:
     assert "The least of `slack` over the better SCORPIO: **0.75** (wrong, 2 S)." in text
 
 
+def test_the_worst_case_without_learning_is_named_apart() -> None:
+    records = [
+        {"row": row, "column": column, "load": 1.0, "seed": 0, "goodput": value, "slo_adherence": 0.25}
+        for row, slack in (("twice at first", 12.0), ("twice, never learning", 9.0))
+        for column, value in (("slack", slack), ("scorpio", 10.0))
+    ]
+    text = page(found() | {"parts": {"step-times": records}})
+    assert "**1.20** (twice at first, 1 S); never learning: **0.90** (twice, never learning, 1 S)." in text
+
+
 def invoke(*arguments: str) -> Any:
     app = typer.Typer()
     app.command()(slack_study.main)
