@@ -7,13 +7,14 @@ import contextlib
 import logging
 from typing import Any, Literal
 
-import httpx
+import orjson
+from yarl import URL
 
-from engine_adapter.connection_shards import ConnectionShards
-from engine_adapter.engine import ASGIApp, EngineEvents, EngineStartError, EngineState
+from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineStartError, EngineState
 from engine_adapter.http_proxy import HttpProxy
 from engine_adapter.step_model import StepTimeModel
 from engine_adapter.step_time import StepTimes
+from engine_adapter.upstream import Upstream
 
 log = logging.getLogger("antares.engine.http")
 
@@ -21,9 +22,6 @@ PROBE_EVERY_S = 2.0
 """Seconds between health probes while the server answers."""
 PROBE_AGAIN_S = (0.25, 0.5, 1.0, 2.0, 5.0)
 """Seconds before each further probe of a server that does not answer; the last one repeats."""
-IDLE_CONNECTION_S = 4.0
-"""Below uvicorn's (and so vLLM's) five: a connection that the server is just closing must not be reused."""
-
 XARGS_OWNERS = ("vllm", "antares")
 """``owned_by`` of servers that take ``vllm_xargs``; others may refuse a request for an unknown field."""
 
@@ -83,21 +81,12 @@ class HttpEngine:
         self._api_key = api_key
         self._send_slo = send_slo
         self._connect_timeout_s = connect_timeout_s
-        self._client = httpx.AsyncClient(
-            trust_env=False,
-            timeout=httpx.Timeout(read_timeout_s, connect=connect_timeout_s),
-            transport=ConnectionShards(
-                max_connections,
-                IDLE_CONNECTION_S,
-                # Loading the certificate store takes 50 ms and serves nobody on a plain connection.
-                verify=self.base_url.startswith("https"),
-            ),
-        )
+        self._upstream = Upstream(name, self.base_url, max_connections, connect_timeout_s, read_timeout_s)
         self._probe_now = asyncio.Event()
         self._proxy = HttpProxy(
             name=name,
             base_url=self.base_url,
-            client=self._client,
+            upstream=self._upstream,
             state=self.state,
             api_key=api_key,
             see_first_token=first_token == "stream",
@@ -133,7 +122,7 @@ class HttpEngine:
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
         self.state.alive = False
-        await self._client.aclose()
+        await self._upstream.close()
 
     def count_tokens(self, text: str) -> int | None:
         """None: the tokenizer is at the other end."""
@@ -182,17 +171,19 @@ class HttpEngine:
 
     async def _status(self, path: str) -> int | None:
         try:
-            return (await self._get(path)).status_code
-        except (httpx.HTTPError, OSError):
+            return (await self._get(path))[0]
+        except (EngineLost, TimeoutError):
             return None
 
-    async def _get(self, path: str) -> httpx.Response:
-        headers = {"authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-        return await self._client.get(self.base_url + path, headers=headers, timeout=self._connect_timeout_s)
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        """Status and body."""
+        headers = [(b"authorization", f"Bearer {self._api_key}".encode())] if self._api_key else []
+        async with self._upstream.answer("GET", path.encode(), headers, b"", self._connect_timeout_s) as response:
+            return response.status, await response.read()
 
     async def _read_model_card(self) -> None:
-        with contextlib.suppress(httpx.HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError):
-            card = (await self._get("/v1/models")).json()["data"][0]
+        with contextlib.suppress(EngineLost, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
+            card = orjson.loads((await self._get("/v1/models"))[1])["data"][0]
             self.state.model = str(card["id"])
             self.takes_xargs = self._send_slo and card.get("owned_by") in XARGS_OWNERS
             limit = card.get("max_model_len")
@@ -209,7 +200,11 @@ class HttpEngine:
 
 
 def _base_url(text: str) -> str:
-    url = httpx.URL(text)
-    if url.scheme not in ("http", "https") or not url.host:
+    try:
+        url = URL(text)
+        good = url.scheme in ("http", "https") and bool(url.host)
+    except ValueError:
+        good = False
+    if not good:
         raise ValueError(f"base_url {text!r} is no http(s) URL: write it like http://host:8000")
     return text.rstrip("/").removesuffix("/v1")

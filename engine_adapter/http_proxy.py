@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-import httpx
+import aiohttp
 import orjson
 
 from engine_adapter.asgi_request import ClientGone, read_body, run_until_disconnect
@@ -19,7 +19,6 @@ from engine_adapter.engine import (
     EngineEvents,
     EngineLost,
     EngineState,
-    EngineUnreachable,
     Receive,
     Scope,
     Send,
@@ -33,6 +32,7 @@ from engine_adapter.http_request import (
 )
 from engine_adapter.sse import EventKind, SSESplitter, TokenCounter
 from engine_adapter.step_samples import StepSampler, StreamTiming
+from engine_adapter.upstream import Upstream
 
 BYTES_PER_TOKEN = 4
 """A first guess at a prompt's tokens, until the server's usage says how many there were."""
@@ -58,16 +58,16 @@ class _Exchange:
     observer: TokenObserver
     send: Send
 
-    async def head(self, response: httpx.Response, altered: bool) -> None:
-        headers = downstream_headers(response.headers.raw, altered)
-        await self.send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+    async def head(self, response: aiohttp.ClientResponse, altered: bool) -> None:
+        headers = downstream_headers(response.raw_headers, altered or _was_encoded(response))
+        await self.send({"type": "http.response.start", "status": response.status, "headers": headers})
 
     async def body(self, data: bytes, more: bool) -> None:
         await self.send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 class HttpProxy:
-    """ASGI app over one shared client. Raises `EngineLost` when the server cannot be reached or breaks off.
+    """ASGI app over an `Upstream`. Raises `EngineLost` when the server cannot be reached or breaks off.
 
     An answer of the server, whatever its status, is passed on, but for a 5xx with nothing in it: that is a
     dying server, or a load balancer in front of a dead one. 429 and 503 always pass: the server lives and
@@ -79,7 +79,7 @@ class HttpProxy:
         *,
         name: str,
         base_url: str,
-        client: httpx.AsyncClient,
+        upstream: Upstream,
         state: EngineState,
         api_key: str | None,
         see_first_token: bool,
@@ -87,9 +87,8 @@ class HttpProxy:
         on_broken: Callable[[], None],
     ) -> None:
         self.events = EngineEvents()
-        self._name = name
-        self._base = httpx.URL(base_url)
-        self._client = client
+        self._where = f"engine {name} at {base_url}"
+        self._upstream = upstream
         self._state = state
         self._api_key = api_key
         self._see_first_token = see_first_token
@@ -120,15 +119,12 @@ class HttpProxy:
         try:
             if plan is None:
                 async with self._answer(scope, raw) as response:
-                    await self._relay(exchange, response, response.aiter_raw())
+                    await self._relay(exchange, response, response.content.iter_any())
             else:
                 await self._complete(exchange, plan)
-        except httpx.RequestError as error:
+        except EngineLost:
             self._on_broken()
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-            kind = EngineUnreachable if never_sent else EngineLost
-            raise kind(f"engine {self._name} at {self._base}: {reason}") from error
+            raise
 
     async def _complete(self, exchange: _Exchange, plan: CompletionPlan) -> None:
         prompt_tokens = len(exchange.raw) / BYTES_PER_TOKEN
@@ -138,16 +134,16 @@ class HttpProxy:
             exchange.observer.on_untold()
         try:
             async with self._answer(exchange.scope, plan.encoded()) as response:
-                if not (plan.asked_usage and response.status_code in (400, 422)):
+                if not (plan.asked_usage and response.status in (400, 422)):
                     usage = await self._pass_on(exchange, plan, response, timing)
                     return
-                refusal = b"".join([chunk async for chunk in response.aiter_raw()])
+                refusal = await response.read()
                 if b"stream_options" not in refusal and b"include_usage" not in refusal:
                     await self._relay(exchange, response, _only(refusal))
                     return
             plan.without_usage()
             async with self._answer(exchange.scope, plan.encoded()) as response:
-                self._usage_refused |= response.status_code < 400
+                self._usage_refused |= response.status < 400
                 usage = await self._pass_on(exchange, plan, response, timing)
         finally:
             computed = _computed_prompt(usage) if plan.sequences == 1 else None
@@ -155,12 +151,12 @@ class HttpProxy:
                 self.events.on_step()
 
     async def _pass_on(
-        self, exchange: _Exchange, plan: CompletionPlan, response: httpx.Response, timing: StreamTiming
+        self, exchange: _Exchange, plan: CompletionPlan, response: aiohttp.ClientResponse, timing: StreamTiming
     ) -> dict[str, Any]:
         """Hand a completion's answer to the client. Returns its usage, empty when none was seen."""
         is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-        if response.status_code != 200 or (plan.streams and not is_stream):
-            await self._relay(exchange, response, response.aiter_raw())
+        if response.status != 200 or (plan.streams and not is_stream):
+            await self._relay(exchange, response, response.content.iter_any())
             return {}
         if not plan.streams:
             return await self._relay_plain(exchange, response)
@@ -175,13 +171,11 @@ class HttpProxy:
         return counter.usage or {}
 
     async def _events(
-        self, response: httpx.Response, counter: TokenCounter, timing: StreamTiming
+        self, response: aiohttp.ClientResponse, counter: TokenCounter, timing: StreamTiming
     ) -> AsyncGenerator[list[tuple[EventKind, bytes]], None]:
         """The stream's events as the network delivers them, counted."""
         splitter = SSESplitter()
-        # A server may compress in spite of being asked not to; then what is counted must be decoded.
-        encoded = response.headers.get("content-encoding", "identity") != "identity"
-        async for chunk in response.aiter_bytes() if encoded else response.aiter_raw():
+        async for chunk in response.content.iter_any():
             at, before = time.monotonic(), counter.total
             events = [(counter.see(event, at), event) for event in splitter.feed(chunk)]
             if self._sampler.tokens(timing, counter.total - before, at):
@@ -195,7 +189,7 @@ class HttpProxy:
         self,
         exchange: _Exchange,
         plan: CompletionPlan,
-        response: httpx.Response,
+        response: aiohttp.ClientResponse,
         events: AsyncIterator[list[tuple[EventKind, bytes]]],
     ) -> None:
         await exchange.head(response, altered=True)
@@ -209,7 +203,7 @@ class HttpProxy:
         self,
         exchange: _Exchange,
         plan: CompletionPlan,
-        response: httpx.Response,
+        response: aiohttp.ClientResponse,
         events: AsyncIterator[list[tuple[EventKind, bytes]]],
     ) -> None:
         assembler = Assembler()
@@ -217,23 +211,22 @@ class HttpProxy:
             for _, event in read:
                 assembler.add(event)
         if not assembler.complete:
-            raise EngineLost(f"engine {self._name} at {self._base}: its stream ended before the answer did")
+            raise EngineLost(f"{self._where}: its stream ended before the answer did")
         status, body = assembler.response()
         data = orjson.dumps(body)
-        headers = downstream_headers(response.headers.raw, altered=True)
+        headers = downstream_headers(response.raw_headers, altered=True)
         headers = [(name, value) for name, value in headers if name != b"content-type"]
         headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
         await exchange.send({"type": "http.response.start", "status": status, "headers": headers})
         await exchange.body(data, more=False)
 
-    async def _relay(self, exchange: _Exchange, response: httpx.Response, chunks: AsyncIterator[bytes]) -> None:
+    async def _relay(self, exchange: _Exchange, response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes]) -> None:
         """Pass an answer on byte by byte."""
         first = b""
-        if response.status_code >= 500 and exchange.scope["method"] != "HEAD":
+        if response.status >= 500 and exchange.scope["method"] != "HEAD":
             first = await anext(chunks, b"")
-            if not first and response.status_code != 503:
-                self._on_broken()
-                raise EngineLost(f"engine {self._name} at {self._base}: {response.status_code} with no body")
+            if not first and response.status != 503:
+                raise EngineLost(f"{self._where}: {response.status} with no body")
         await exchange.head(response, altered=False)
         if first:
             await exchange.body(first, more=True)
@@ -241,11 +234,11 @@ class HttpProxy:
             await exchange.body(chunk, more=True)
         await exchange.body(b"", more=False)
 
-    async def _relay_plain(self, exchange: _Exchange, response: httpx.Response) -> dict[str, Any]:
+    async def _relay_plain(self, exchange: _Exchange, response: aiohttp.ClientResponse) -> dict[str, Any]:
         """Pass a plain completion on. Its tokens are told when it is complete: none was seen earlier."""
         await exchange.head(response, altered=False)
         copy = bytearray()
-        async for chunk in response.aiter_raw():
+        async for chunk in response.content.iter_any():
             if len(copy) < LARGEST_PARSED:
                 copy += chunk
             await exchange.body(chunk, more=True)
@@ -257,29 +250,23 @@ class HttpProxy:
         await exchange.body(b"", more=False)
         return usage
 
-    @asynccontextmanager
-    async def _answer(self, scope: Scope, content: bytes) -> AsyncIterator[httpx.Response]:
+    def _answer(self, scope: Scope, content: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """The upstream's answer, its body still unread; leaving closes it, which stops its generation."""
-        if self._client.is_closed:
-            raise EngineLost(f"engine {self._name} at {self._base} was stopped")
-        request = httpx.Request(
-            scope["method"],
-            self._url(scope),
-            headers=upstream_headers(scope["headers"], self._api_key, self._send_slo),
-            content=content,
-        )
-        response = await self._client.send(request, stream=True)
-        try:
-            yield response
-        finally:
-            await response.aclose()
+        headers = upstream_headers(scope["headers"], self._api_key, self._send_slo)
+        return self._upstream.answer(scope["method"], _target(scope), headers, content)
 
-    def _url(self, scope: Scope) -> httpx.URL:
-        path: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
-        mounted_at = scope.get("root_path", "").encode()
-        path = self._base.raw_path.rstrip(b"/") + path.removeprefix(mounted_at)
-        query = scope.get("query_string", b"")
-        return self._base.copy_with(raw_path=path + b"?" + query if query else path)
+
+def _target(scope: Scope) -> bytes:
+    """The request's raw path and query, without the place where the gateway is mounted."""
+    path: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
+    query: bytes = scope["query_string"]
+    path = path.removeprefix(scope.get("root_path", "").encode())
+    return path + b"?" + query if query else path
+
+
+def _was_encoded(response: aiohttp.ClientResponse) -> bool:
+    """A server may compress in spite of being asked not to; what is passed on is decoded."""
+    return response.headers.get("content-encoding", "identity") != "identity"
 
 
 async def _only(data: bytes) -> AsyncIterator[bytes]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -215,25 +216,44 @@ async def test_nothing_listening_is_a_lost_engine() -> None:
     engine = HttpEngine("remote", "http://127.0.0.1:9")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
         for path in (CHAT, "/v1/models"):
-            with pytest.raises(EngineLost, match="ConnectError"):
+            with pytest.raises(EngineLost, match="Cannot connect"):
                 await client.post(path, json=ask())
         await engine.stop()
         with pytest.raises(EngineLost, match="stopped"):
             await client.post(CHAT, json=ask())
 
 
-async def test_stopping_the_engine_loses_what_is_in_flight(simulated: SimulatedEngine) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+async def test_stopping_the_engine_loses_what_is_in_flight(simulated: SimulatedEngine, stream: bool) -> None:
     async with serve(simulated.app) as url:
         engine = HttpEngine("remote", url)
         await engine.start(EngineEvents())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
-            call = asyncio.create_task(client.post(CHAT, json=ask(max_tokens=5000, ignore_eos=True)))
+            call = asyncio.create_task(client.post(CHAT, json=ask(stream=stream, max_tokens=5000, ignore_eos=True)))
             await eventually(lambda: simulated.state.engine_running == 1)
             await engine.stop()
             await engine.stop()
             with pytest.raises(EngineLost):
                 await call
         await eventually(lambda: simulated.state.engine_running == 0)
+
+
+async def test_stopping_the_engine_loses_what_still_waits_for_an_answer() -> None:
+    asked = asyncio.Event()
+
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        asked.set()
+        await receive()  # until the connection is gone
+
+    async with serve(silent) as url:
+        engine = HttpEngine("remote", url)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+            call = asyncio.create_task(client.post(CHAT, json=ask()))
+            await asked.wait()
+            await engine.stop()
+            with pytest.raises(EngineLost):
+                await asyncio.wait_for(call, 5)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -272,6 +292,70 @@ async def test_the_clients_credentials_and_hop_by_hop_headers_stay_here() -> Non
     assert without_key[b"x-slo-ttft-ms"] == b"300"
     assert upstream.bodies[0]["vllm_xargs"] == {"mine": 1}
     assert upstream.bodies[1]["vllm_xargs"] == {"antares_tpot_ms": 30, "mine": 1}
+
+
+async def test_nothing_is_said_that_the_client_did_not_say() -> None:
+    upstream = Scripted(lambda _: (200, b"application/json", b"{}"))
+    message = orjson.dumps(ask())
+    async with serve(upstream) as url:
+        engine = HttpEngine("remote", url)
+        sent = [(b"content-length", b"%d" % len(message)), (b"x-note", "h\u00e9".encode())]
+        for method, path, body in (("POST", CHAT, message), ("GET", "/v1/files", b"")):
+            scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": sent}
+            await _called(engine.app, scope, body)
+        await engine.stop()
+    post, get = upstream.headers
+    assert post.keys() == {b"host", b"content-length", b"accept-encoding", b"x-note"}
+    assert get.keys() == {b"host", b"accept-encoding", b"x-note"}
+    assert post[b"x-note"] == "h\u00e9".encode()
+    assert post[b"accept-encoding"] == b"identity"
+
+
+async def _called(app: ASGIApp, scope: Scope, body: bytes) -> None:
+    waiting = [{"type": "http.request", "body": body}]
+
+    async def receive() -> Any:
+        return waiting.pop() if waiting else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None: ...
+
+    await app(scope, receive, send)
+
+
+async def test_what_the_upstream_compresses_though_it_was_asked_not_to_is_passed_on_plain() -> None:
+    token = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
+    stream, plain = events(token, token), b'{"data": []}'
+
+    async def compresses(scope: Scope, receive: Receive, send: Send) -> None:
+        body, kind = (stream, b"text/event-stream") if scope["path"] == CHAT else (plain, b"application/json")
+        packed = gzip.compress(body)
+        headers = [(b"content-type", kind), (b"content-encoding", b"gzip"), (b"content-length", b"%d" % len(packed))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": packed})
+
+    recorder = Recorder()
+    async with proxied(compresses, recorder) as (_, client):
+        streamed = await client.post(CHAT, json=ask(stream=True, stream_options={"include_usage": True}))
+        listed = await client.get("/v1/models")
+    assert (streamed.content, listed.content) == (stream, plain)
+    assert not any("content-encoding" in answer.headers for answer in (streamed, listed))
+    assert recorder.count() == 2
+
+
+async def test_a_cookie_of_the_upstream_is_the_clients_not_ours() -> None:
+    async def sets(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(dict(scope["headers"]))
+        headers = [(b"set-cookie", b"a=1; Path=/"), (b"set-cookie", b"b=2; Path=/")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    seen: list[dict[bytes, bytes]] = []
+    async with proxied(sets) as (_, client):
+        first = await client.post(CHAT, json=ask())
+        client.cookies.clear()
+        await client.post(CHAT, json=ask())
+    assert first.headers.get_list("set-cookie") == ["a=1; Path=/", "b=2; Path=/"]
+    assert not any(b"cookie" in headers for headers in seen)
 
 
 async def test_any_route_passes_with_its_query_and_a_base_url_may_end_in_v1() -> None:

@@ -1,0 +1,75 @@
+"""What the gateway costs is measured on real processes, in turns, and told as what is added to the engine alone."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import gateway_cost
+from benchmarks.gateway_cost import ONE_TOKEN, SERVERS, Case, all_answered, costs, measure, page
+from benchmarks.load_answer import Answered
+
+
+def run(
+    server: str, case: str, cpu_us: float, at: int = 0, tpot_ms: float = 4.0, ttft_ms: float = 5.0
+) -> dict[str, object]:
+    return {
+        "server": server, "case": case, "round": at, "cpu_us_a_request": 10 * cpu_us, "cpu_us_a_token": cpu_us,
+        "ttft_p50_ms": ttft_ms, "ttft_p99_ms": 2 * ttft_ms, "tpot_p50_ms": tpot_ms,
+    }  # fmt: skip
+
+
+RUNS = [
+    *(
+        run(name, ONE_TOKEN, cpu, at, tpot_ms=0.0)
+        for at in (0, 1)
+        for name, cpu in zip(SERVERS, (50, 80, 90), strict=True)
+    ),
+    *(run("alone", "streams", 30.0, at) for at in (0, 1)),
+    *(run("around", "streams", 40.0 + 2 * at, at, tpot_ms=4.2, ttft_ms=6.0) for at in (0, 1)),
+    *(run("in front", "streams", 25.0, at, ttft_ms=9.0) for at in (0, 1)),
+]
+
+
+def test_around_an_engine_it_costs_what_the_process_takes_more_and_in_front_all_of_it() -> None:
+    rows = {(row["case"], row["server"]): row for row in costs(RUNS)}
+    assert {key: (row["of"], row["cpu_us"]) for key, row in rows.items()} == {
+        (ONE_TOKEN, "around"): ("request", 300.0),
+        (ONE_TOKEN, "in front"): ("request", 900.0),
+        ("streams", "around"): ("token", 11.0),
+        ("streams", "in front"): ("token", 25.0),
+    }
+    around, front = rows["streams", "around"], rows["streams", "in front"]
+    assert around["cpu_us_sd"] == pytest.approx(2**0.5)
+    assert (around["ttft_p50_ms"], front["ttft_p99_ms"]) == (1.0, 8.0)
+    assert (around["tpot_ratio"], rows[ONE_TOKEN, "around"]["tpot_ratio"]) == (pytest.approx(1.05), None)
+
+
+def test_the_page_has_a_row_for_each_and_the_command() -> None:
+    text = page({"rounds": 2, "runs": RUNS})
+    assert "| streams | around | 11 (1) a token | 30 | +1.0 | +2.0 | x 1.050 |" in text
+    assert f"| {ONE_TOKEN} | in front | 900 (0) a request | 500 |" in text
+    assert "python -m benchmarks.gateway_cost --json > docs/results/gateway_cost.json" in text
+
+
+@pytest.mark.parametrize("server", SERVERS[1:])
+async def test_each_server_is_a_process_that_answers_all(server: str) -> None:
+    found = await measure(server, Case("few", requests=6, over_s=0.1, tokens=40, step_ms=10.0), 0)
+    assert (found["server"], found["case"]) == (server, "few")
+    assert found["cpu_us_a_request"] >= 0
+    assert found["tpot_p50_ms"] > 5
+    assert 0 < found["ttft_p50_ms"] <= found["ttft_p99_ms"]
+
+
+@pytest.mark.parametrize("broken", [Answered("failed", "no"), Answered("finished", tokens=4)])
+def test_an_answer_that_is_not_whole_is_no_measurement(broken: Answered) -> None:
+    case = Case("few", requests=2, over_s=0.1, tokens=5, step_ms=2.0)
+    all_answered("alone", case, [Answered("finished", tokens=5)] * 2)
+    with pytest.raises(RuntimeError, match=r"few, alone: 1 not answered in full, the first: (no|4 tokens)"):
+        all_answered("alone", case, [Answered("finished", tokens=5), broken])
+
+
+def test_the_command_refuses_no_rounds() -> None:
+    app = gateway_cost.typer.Typer()
+    app.command()(gateway_cost.main)
+    assert CliRunner().invoke(app, ["--rounds", "0"]).exit_code == 2
