@@ -295,7 +295,7 @@ async def engine_alone(port: int, step_ms: float) -> None:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Times that every case is served by every server.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every case is served by every server.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     page_of: Annotated[
         Path | None, typer.Option("--page", help="Write the page of this JSON beside it, and end.")

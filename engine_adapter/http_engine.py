@@ -202,9 +202,11 @@ class HttpEngine:
 def _base_url(text: str) -> str:
     try:
         url = URL(text)
-        good = url.scheme in ("http", "https") and bool(url.host)
     except ValueError:
-        good = False
-    if not good:
+        url = URL()
+    if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"base_url {text!r} is no http(s) URL: write it like http://host:8000")
+    if url.user is not None or url.password is not None:
+        # It would be in every log line and error that names the server.
+        raise ValueError("base_url must not hold a user or a password: give the server's key as api_key")
     return text.rstrip("/").removesuffix("/v1")

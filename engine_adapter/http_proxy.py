@@ -32,7 +32,7 @@ from engine_adapter.http_request import (
 )
 from engine_adapter.sse import EventKind, SSESplitter, TokenCounter
 from engine_adapter.step_samples import StepSampler, StreamTiming
-from engine_adapter.upstream import Upstream
+from engine_adapter.upstream import Upstream, plain_chunks
 
 BYTES_PER_TOKEN = 4
 """A first guess at a prompt's tokens, until the server's usage says how many there were."""
@@ -59,7 +59,7 @@ class _Exchange:
     send: Send
 
     async def head(self, response: aiohttp.ClientResponse, altered: bool) -> None:
-        headers = downstream_headers(response.raw_headers, altered or _was_encoded(response))
+        headers = downstream_headers(response.raw_headers, altered)
         await self.send({"type": "http.response.start", "status": response.status, "headers": headers})
 
     async def body(self, data: bytes, more: bool) -> None:
@@ -175,7 +175,7 @@ class HttpProxy:
     ) -> AsyncGenerator[list[tuple[EventKind, bytes]], None]:
         """The stream's events as the network delivers them, counted."""
         splitter = SSESplitter()
-        async for chunk in response.content.iter_any():
+        async for chunk in plain_chunks(response):
             at, before = time.monotonic(), counter.total
             events = [(counter.see(event, at), event) for event in splitter.feed(chunk)]
             if self._sampler.tokens(timing, counter.total - before, at):
@@ -262,11 +262,6 @@ def _target(scope: Scope) -> bytes:
     query: bytes = scope["query_string"]
     path = path.removeprefix(scope.get("root_path", "").encode())
     return path + b"?" + query if query else path
-
-
-def _was_encoded(response: aiohttp.ClientResponse) -> bool:
-    """A server may compress in spite of being asked not to; what is passed on is decoded."""
-    return response.headers.get("content-encoding", "identity") != "identity"
 
 
 async def _only(data: bytes) -> AsyncIterator[bytes]:

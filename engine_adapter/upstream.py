@@ -1,13 +1,18 @@
 """The HTTP client behind `HttpEngine`: one server, many connections, answers as they come.
 
 aiohttp, because it runs once for every token: its parser is C, and its pool does not look at every connection there is.
+What it leaves to chance is seen to here: nobody waits for ever for an answer that cannot come.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ssl
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import httpx
@@ -23,6 +28,10 @@ IDLE_CONNECTION_S = 4.0
 _LONGEST_LINE = 1 << 16
 """Bytes of a status line or header of an answer."""
 
+_CLOSING_S = 1.0
+"""Seconds that connections have to end in order."""
+
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _NOT_BY_ITSELF = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 """Headers that aiohttp would add: what the client did not say is not for us to say."""
@@ -32,7 +41,8 @@ class Upstream:
     """Requests to the server at ``base_url``.
 
     ``name``: what it is called in errors. ``connections``: how many at once; further requests wait for one.
-    ``connect_timeout_s``, ``read_timeout_s``: seconds until a connection, and until the next byte, is given up.
+    ``connect_timeout_s``, ``read_timeout_s``: seconds until a connection, and until the next byte, is given up. What
+    passes until an answer begins, sending included, is no more than the first and twice the second.
     """
 
     def __init__(
@@ -42,7 +52,9 @@ class Upstream:
         self._base = base_url
         self._connections = connections
         self._timeout = aiohttp.ClientTimeout(sock_connect=connect_timeout_s, sock_read=read_timeout_s)
+        self._beginning_s = connect_timeout_s + 2 * read_timeout_s
         self._session: aiohttp.ClientSession | None = None
+        self._beginning: set[asyncio.Task[aiohttp.ClientResponse]] = set()
         self._answers: set[aiohttp.ClientResponse] = set()
         self._closed = False
 
@@ -50,30 +62,25 @@ class Upstream:
     async def answer(
         self, method: str, path: bytes, headers: Headers, content: bytes, timeout_s: float | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The server's answer, its body still unread; leaving closes it, which stops its generation.
+        """The server's answer, its body unread and as it was encoded; leaving closes it, which ends its generation.
 
-        ``path``: raw, with the query. ``timeout_s``: for all of it. A body that is encoded is decoded.
+        ``path``: raw, with the query. ``timeout_s``: for all of it, in place of the timeouts.
 
         Raises:
             EngineUnreachable: no connection came about, so that nothing was sent.
             EngineLost: the connection broke, inside the block too; or `close` was called.
+            TimeoutError: ``timeout_s`` have passed.
         """
-        if self._closed:
-            raise EngineLost(f"{self._where} was stopped")
-        if self._session is None:
-            self._session = self._open()
-        timeout = self._timeout if timeout_s is None else aiohttp.ClientTimeout(timeout_s)
-        url = URL(self._base + _printable(path), encoded=True)
-        sent = CIMultiDict((_text(name), _text(value)) for name, value in headers)
+        limits = self._timeout if timeout_s is None else aiohttp.ClientTimeout(timeout_s)
         try:
-            async with self._session.request(
-                method, url, headers=sent, data=content or None, allow_redirects=False, timeout=timeout
-            ) as response:
-                self._answers.add(response)
-                try:
+            response = await self._begin(method, path, headers, content, limits)
+            self._answers.add(response)
+            try:
+                async with response:
+                    _heed_the_end(response)
                     yield response
-                finally:
-                    self._answers.discard(response)
+            finally:
+                self._answers.discard(response)
         except _NEVER_SENT as error:
             raise EngineUnreachable(self._said(error)) from error
         except aiohttp.ClientError as error:
@@ -82,29 +89,109 @@ class Upstream:
     async def close(self) -> None:
         """Close every connection; requests in flight get `EngineLost`. Idempotent."""
         self._closed = True
+        # Whoever waits for a connection or for bytes would not hear of it from aiohttp.
+        for beginning in list(self._beginning):
+            beginning.cancel()
         for answer in list(self._answers):
-            answer.close()  # or who reads it would never hear of it
+            answer.close()
         if self._session is not None:
-            await self._session.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSING_S):
+                    await self._session.close()
+
+    async def _begin(
+        self, method: str, path: bytes, headers: Headers, content: bytes, limits: aiohttp.ClientTimeout
+    ) -> aiohttp.ClientResponse:
+        """The answer's head. In a task of its own, which ends when time is up or `close` is called."""
+        if self._closed:
+            raise EngineLost(f"{self._where} was stopped")
+        if self._session is None:
+            self._session = self._open()
+        url = URL(f"{self._base}{'' if path.startswith(b'/') else '/'}{_printable(path)}", encoded=True)
+        sent: dict[str, Any] = {
+            "headers": CIMultiDict((_text(name), _text(value)) for name, value in headers),
+            "data": content or None,
+        }
+        asking = self._session.request(method, url, allow_redirects=False, timeout=limits, **sent)
+        beginning = asyncio.ensure_future(asking)
+        self._beginning.add(beginning)
+        try:
+            await asyncio.wait({beginning}, timeout=self._beginning_s)
+        except asyncio.CancelledError:
+            await _abandoned(beginning)
+            raise
+        finally:
+            self._beginning.discard(beginning)
+        if not beginning.done():
+            await _abandoned(beginning)
+            raise EngineLost(f"{self._where}: no answer began within {self._beginning_s:.0f} s")
+        if beginning.cancelled():
+            raise EngineLost(f"{self._where} was stopped")
+        return beginning.result()
 
     def _open(self) -> aiohttp.ClientSession:
         # Loading the certificate store takes 50 ms and serves nobody on a plain connection.
-        secure = self._base.startswith("https")
-        trusted: ssl.SSLContext | bool = httpx.create_ssl_context(trust_env=False) if secure else False
+        secure = URL(self._base).scheme == "https"
+        trusted: ssl.SSLContext | bool = httpx.create_ssl_context(trust_env=False) if secure else True
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=IDLE_CONNECTION_S, ssl=trusted),
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=_NOT_BY_ITSELF,
+            auto_decompress=False,
             max_line_size=_LONGEST_LINE,
             max_field_size=_LONGEST_LINE,
         )
 
     def _said(self, error: aiohttp.ClientError) -> str:
-        return (
-            f"{self._where}: {type(error).__name__}: {error}"
-            if str(error)
-            else f"{self._where}: {type(error).__name__}"
-        )
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return f"{self._where}: {reason}"
+
+
+def plain_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The body as it comes, decoded: a server may compress in spite of being asked not to.
+
+    What is encoded in a way that we cannot read comes as it is. Raises `aiohttp.ClientPayloadError` when it is not
+    encoded as it says.
+    """
+    encoding = response.headers.get("content-encoding", "").lower()
+    chunks = response.content.iter_any()
+    return _unpacked(chunks, encoding) if encoding in ("gzip", "x-gzip", "deflate") else chunks
+
+
+async def _unpacked(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
+    unpack = zlib.decompressobj(_GZIP_OR_ZLIB)
+    try:
+        async for chunk in chunks:
+            yield unpack.decompress(chunk)
+    except zlib.error as error:
+        raise aiohttp.ClientPayloadError(f"the answer is not {encoding} as it says: {error}") from error
+
+
+async def _abandoned(beginning: asyncio.Task[aiohttp.ClientResponse]) -> None:
+    """End it; an answer that came all the same frees its connection."""
+    beginning.cancel()
+    await asyncio.wait({beginning}, timeout=_CLOSING_S)
+    if beginning.done() and not beginning.cancelled() and beginning.exception() is None:
+        beginning.result().close()
+
+
+def _heed_the_end(response: aiohttp.ClientResponse) -> None:
+    """However its connection ends, who reads the body must hear of it.
+
+    NOTE: aiohttp (3.14) closes a connection on which it cannot parse the next chunk, and tells nobody; its read timeout
+    ends with that.
+    """
+    connection = response.connection
+    ended = None if connection is None or connection.protocol is None else connection.protocol.closed
+    if ended is None:
+        return  # All of it is here.
+    body = response.content
+
+    def gone(_: Any) -> None:
+        if not body.is_eof() and body.exception() is None:
+            body.set_exception(aiohttp.ClientPayloadError("the connection ended before the answer did"))
+
+    ended.add_done_callback(gone)
 
 
 def _printable(path: bytes) -> str:
