@@ -181,17 +181,18 @@ def _heed_the_end(response: aiohttp.ClientResponse) -> None:
     NOTE: aiohttp (3.14) closes a connection on which it cannot parse the next chunk, and tells nobody; its read timeout
     ends with that.
     """
-    connection = response.connection
-    ended = None if connection is None or connection.protocol is None else connection.protocol.closed
-    if ended is None:
-        return  # All of it is here.
     body = response.content
 
     def gone(_: Any) -> None:
         if not body.is_eof() and body.exception() is None:
             body.set_exception(aiohttp.ClientPayloadError("the connection ended before the answer did"))
 
-    ended.add_done_callback(gone)
+    protocol = None if response.connection is None else response.connection.protocol
+    ended = None if protocol is None else protocol.closed
+    if ended is None:
+        gone(None)
+    else:
+        ended.add_done_callback(gone)
 
 
 def _printable(path: bytes) -> str:
