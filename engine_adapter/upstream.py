@@ -16,7 +16,6 @@ from typing import Any
 
 import aiohttp
 import httpx
-from multidict import CIMultiDict
 from yarl import URL
 
 from engine_adapter.engine import EngineLost, EngineUnreachable
@@ -109,7 +108,7 @@ class Upstream:
             self._session = self._open()
         url = URL(f"{self._base}{'' if path.startswith(b'/') else '/'}{_printable(path)}", encoded=True)
         sent: dict[str, Any] = {
-            "headers": CIMultiDict((_text(name), _text(value)) for name, value in headers),
+            "headers": [(_text(name), _text(value)) for name, value in headers],
             "data": content or None,
         }
         asking = self._session.request(method, url, allow_redirects=False, timeout=limits, **sent)

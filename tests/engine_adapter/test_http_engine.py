@@ -32,6 +32,7 @@ class Scripted:
     answer: Callable[[dict[str, Any]], tuple[int, bytes, bytes]]
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[bytes, bytes]] = field(default_factory=list)
+    lines: list[list[tuple[bytes, bytes]]] = field(default_factory=list)
     targets: list[bytes] = field(default_factory=list)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,6 +43,7 @@ class Scripted:
         else:
             self.bodies.append(orjson.loads(raw) if raw[:1] == b"{" else {})
             self.headers.append(dict(scope["headers"]))
+            self.lines.append(sorted((name, value) for name, value in scope["headers"] if name != b"host"))
             self.targets.append(target)
             status, kind, data = self.answer(self.bodies[-1])
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
@@ -299,16 +301,17 @@ async def test_nothing_is_said_that_the_client_did_not_say() -> None:
     message = orjson.dumps(ask())
     async with serve(upstream) as url:
         engine = HttpEngine("remote", url)
-        sent = [(b"content-length", b"%d" % len(message)), (b"x-note", "h\u00e9".encode())]
+        length, note = (b"content-length", b"%d" % len(message)), (b"x-note", "h\u00e9".encode())
+        sent = [length, note, (b"x-two", b"1"), (b"x-two", b"2")]
         for method, path, body in (("POST", CHAT, message), ("GET", "/v1/files", b"")):
             scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": sent}
             await _called(engine.app, scope, body)
         await engine.stop()
-    post, get = upstream.headers
-    assert post.keys() == {b"host", b"content-length", b"accept-encoding", b"x-note"}
-    assert get.keys() == {b"host", b"accept-encoding", b"x-note"}
-    assert post[b"x-note"] == "h\u00e9".encode()
-    assert post[b"accept-encoding"] == b"identity"
+    identity = (b"accept-encoding", b"identity")
+    post, get = upstream.lines
+    assert get == [identity, note, (b"x-two", b"1"), (b"x-two", b"2")]
+    assert post[1] == (b"content-length", b"%d" % len(orjson.dumps(upstream.bodies[0])))
+    assert [post[0], *post[2:]] == get
 
 
 async def _called(app: ASGIApp, scope: Scope, body: bytes) -> None:
