@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import ssl
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import aiohttp
 import httpx
@@ -55,6 +56,7 @@ class Upstream:
         self._session: aiohttp.ClientSession | None = None
         self._beginning: set[asyncio.Task[aiohttp.ClientResponse]] = set()
         self._answers: set[aiohttp.ClientResponse] = set()
+        self._endings = _Endings()
         self._closed = False
 
     @asynccontextmanager
@@ -76,8 +78,8 @@ class Upstream:
             self._answers.add(response)
             try:
                 async with response:
-                    _heed_the_end(response)
-                    yield response
+                    with self._endings.heard_by(response):
+                        yield response
             finally:
                 self._answers.discard(response)
         except _NEVER_SENT as error:
@@ -174,24 +176,46 @@ async def _abandoned(beginning: asyncio.Task[aiohttp.ClientResponse]) -> None:
         beginning.result().close()
 
 
-def _heed_the_end(response: aiohttp.ClientResponse) -> None:
-    """However its connection ends, who reads the body must hear of it.
+class _Endings:
+    """However a connection ends, who reads a body from it hears of it.
 
     NOTE: aiohttp (3.14) closes a connection on which it cannot parse the next chunk, and tells nobody; its read timeout
     ends with that.
     """
-    body = response.content
 
-    def gone(_: Any) -> None:
-        if not body.is_eof() and body.exception() is None:
-            body.set_exception(aiohttp.ClientPayloadError("the connection ended before the answer did"))
+    def __init__(self) -> None:
+        # By what tells that a connection has ended; it serves many answers, one after the other.
+        self._bodies: WeakKeyDictionary[asyncio.Future[None], aiohttp.StreamReader | None] = WeakKeyDictionary()
 
-    protocol = None if response.connection is None else response.connection.protocol
-    ended = None if protocol is None else protocol.closed
-    if ended is None:
-        gone(None)
-    else:
-        ended.add_done_callback(gone)
+    @contextlib.contextmanager
+    def heard_by(self, response: aiohttp.ClientResponse) -> Iterator[None]:
+        """Inside the block, reading the body raises `aiohttp.ClientPayloadError` if its connection is gone."""
+        protocol = None if response.connection is None else response.connection.protocol
+        ended = None if protocol is None else protocol.closed
+        if ended is None:
+            _gone(response.content)
+            yield
+            return
+        if ended not in self._bodies:
+            ended.add_done_callback(self._on_ended)
+        self._bodies[ended] = response.content
+        try:
+            yield
+        finally:
+            self._bodies[ended] = None
+
+    def _on_ended(self, ended: asyncio.Future[None]) -> None:
+        if not ended.cancelled():
+            ended.exception()  # heard, or asyncio would log it
+        body = self._bodies.get(ended)
+        if body is not None:
+            _gone(body)
+
+
+def _gone(body: aiohttp.StreamReader) -> None:
+    """Nothing more will come of it."""
+    if not body.is_eof() and body.exception() is None:
+        body.set_exception(aiohttp.ClientPayloadError("the connection ended before the answer did"))
 
 
 def _printable(path: bytes) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from engine_adapter.engine import EngineLost, EngineUnreachable
 from engine_adapter.http_engine import HttpEngine
-from engine_adapter.upstream import Upstream, plain_chunks
+from engine_adapter.upstream import Upstream, _Endings, plain_chunks
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
@@ -114,6 +117,37 @@ async def test_who_gives_up_waiting_frees_the_connection_for_the_next() -> None:
         waits.cancel()
         assert await read(upstream) == b"ok"
         assert waits.cancelled()
+
+
+async def test_a_connection_serves_many() -> None:
+    connections: list[asyncio.StreamWriter] = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        for _ in range(5):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            await reader.readuntil(b"{}POST /x HTTP/1.1\r\n")
+
+    async with talking(script) as upstream:
+        assert [await read(upstream) for _ in range(5)] == [b"ok"] * 5
+        assert len(connections) == 1
+
+
+async def test_the_end_of_a_connection_is_no_unheard_exception_and_kept_once() -> None:
+    loop, unheard = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _, context: unheard.append(context))
+    endings, ended = _Endings(), loop.create_future()
+    body = SimpleNamespace(is_eof=lambda: True)
+    fake_answer: Any = SimpleNamespace(connection=SimpleNamespace(protocol=SimpleNamespace(closed=ended)), content=body)
+    for _ in range(5):
+        with endings.heard_by(fake_answer):
+            pass
+    assert len(ended._callbacks) == 1, "one, however many answers"
+    ended.set_exception(ConnectionResetError())
+    await asyncio.sleep(0)
+    del ended, fake_answer
+    gc.collect()
+    assert unheard == []
 
 
 async def test_nobody_there_is_unreachable() -> None:
