@@ -41,7 +41,8 @@ class Served:
 
     def __post_init__(self) -> None:
         # One client, kept: making one loads every certificate there is, which takes a busy machine a while.
-        self._http = httpx.Client(base_url=self.base, timeout=30, trust_env=False)
+        # Long: a machine whose cores are taken may let the gateway wait for minutes (test_under_load tells where).
+        self._http = httpx.Client(base_url=self.base, timeout=180, trust_env=False)
 
     def get(self, path: str) -> httpx.Response:
         return self._http.get(path)

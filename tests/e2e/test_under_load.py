@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,49 +96,76 @@ POLL_S = 0.3
 """What one look at the server may count for, however long it took: a machine that stands still is not waited for."""
 
 
-async def eventually(condition: Callable[[], T], within_s: float, holds: Callable[[T], object] = bool) -> None:
-    """Look until what ``condition`` returns ``holds``; fails after ``within_s``, with all that was seen."""
+async def eventually(condition: Callable[[], T | None], within_s: float, holds: Callable[[T], object] = bool) -> T:
+    """Look until what ``condition`` returns ``holds``, and return that; fails after ``within_s``, with all it saw."""
     waited, seen = 0.0, []
     while True:
         looked = time.monotonic()
         value = await asyncio.to_thread(condition)
-        if holds(value):
-            return
+        if value is not None and holds(value):
+            return value
         seen.append(f"{value} after {waited:.2f} s")
         assert waited < within_s, f"it never came to hold: {', '.join(seen[-40:])}"
         await asyncio.sleep(0.05)
         waited += min(time.monotonic() - looked, POLL_S)
 
 
+@asynccontextmanager
+async def ended_with(served: Served, streams: Sequence[asyncio.Task[Any]]) -> AsyncIterator[None]:
+    """However the block ends, nothing of it is left for the next test to find."""
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+        await eventually(lambda: served.metric("antares_ledger_open"), 30, lambda requests: requests == 0)
+        await eventually(lambda: served.metric("antares_engine_running_sequences"), 30, lambda running: running == 0)
+
+
 async def test_requests_with_twice_the_tpot_bound_decode_in_half_of_the_steps(
     served: Served, http: httpx.AsyncClient
 ) -> None:
     def counted() -> dict[str, float]:
-        text = served.get("/metrics").text  # one scrape: the two counters of a bound must be of one moment
-        return {
+        text = served.get("/metrics").text  # one scrape: what is compared must be of one moment
+        counts = {
             f"{what} {bound}": served.metric(f"antares_gate_{what}_total", text, tpot_ms=bound)
             for what in ("eligible", "batched")
             for bound in ("2000", "4000")
         }
+        return {**counts, "running": served.metric("antares_engine_running_sequences", text)}
 
-    # As long as the model allows: a fast machine must not be done before it was looked at.
-    streams = [asyncio.create_task(read_stream(http, 900, **headers)) for headers in [STRICT] * 6 + [LOOSE] * 6]
+    async def counted_beside_each_other() -> dict[str, float] | None:
+        """What the gate counted from a moment at which all decode; None if that moment was slept through.
 
-    def ended() -> list[str]:
-        return [stream.result()[-1][:200] for stream in streams if stream.done()]
+        The loose, at half the pace, are the last to end, and once the strict have ended nobody is held back: it does
+        not matter how late their end is noticed.
+        """
+        idle = counted()
+        # As long as the model allows: a fast machine must not be done before it was looked at.
+        streams = [asyncio.create_task(read_stream(http, 900, **bound)) for bound in [STRICT] * 6 + [LOOSE] * 6]
 
-    await eventually(lambda: ended() or counted()["eligible 4000"] > 60, within_s=180)
-    before = counted()
-    await eventually(lambda: ended() or counted()["eligible 4000"] > before["eligible 4000"] + 300, within_s=180)
-    after = counted()
-    assert ended() == [], "both classes saturated throughout"
-    spent = {key: after[key] - before[key] for key in after}
-    assert spent["batched 4000"] / spent["eligible 4000"] == pytest.approx(0.5, abs=0.05)
+        def since(then: dict[str, float], least: float, **more: float) -> dict[str, float] | None:
+            """What was counted since ``then``, once that is enough, or as soon as anybody's stream has ended."""
+            now = counted()
+            spent = {key: now[key] - then[key] for key in now}
+            enough = min(spent["eligible 2000"], spent["eligible 4000"]) > least and more.items() <= now.items()
+            return spent if enough or any(stream.done() for stream in streams) else None
+
+        async with ended_with(served, streams):
+            begun = await eventually(lambda: since(idle, 60, running=12), within_s=180)
+            all_had_just_begun = max(begun["batched 2000"], begun["batched 4000"]) < 6 * 300
+            before = counted()
+            spent = await eventually(lambda: since(before, 1200), within_s=180)
+        return spent if all_had_just_begun and spent["eligible 2000"] > 600 else None
+
+    for _ in range(4):
+        if spent := await counted_beside_each_other():
+            break
+    else:
+        pytest.fail("four times all streams were whole before anybody came to look: what starves this process?")
+    assert (spent["eligible 4000"] - spent["batched 4000"]) / spent["eligible 2000"] == pytest.approx(0.5, abs=0.05)
     assert spent["batched 2000"] / spent["eligible 2000"] == 1.0
-    for stream in streams:
-        stream.cancel()
-    await asyncio.gather(*streams, return_exceptions=True)
-    await eventually(lambda: served.metric("antares_engine_running_sequences"), 30, lambda running: running == 0)
 
 
 async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times_over(served: Served) -> None:
@@ -192,11 +221,20 @@ async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times
 async def test_a_client_that_leaves_before_an_answer_in_one_piece_frees_the_engine_too(
     served: Served, http: httpx.AsyncClient
 ) -> None:
-    before = served.get("/status").json()["ledger"]["cancelled"]
-    with pytest.raises(httpx.TimeoutException):
-        await http.post("/v1/completions", json=body(900), headers=LOOSE, timeout=0.6)
-    await eventually(lambda: served.metric("antares_engine_running_sequences"), 2, lambda running: running == 0)
-    await eventually(lambda: served.get("/status").json()["ledger"]["cancelled"], 2, lambda n: n == before + 1)
+    def cancelled() -> int:
+        return int(served.get("/status").json()["ledger"]["cancelled"])
+
+    for _ in range(4):
+        before, started = cancelled(), time.monotonic()
+        with contextlib.suppress(httpx.TimeoutException):
+            await http.post("/v1/completions", json=body(900), headers=LOOSE, timeout=0.6)
+        await eventually(lambda: served.metric("antares_engine_running_sequences"), 2, lambda running: running == 0)
+        await eventually(lambda: served.metric("antares_ledger_open"), 2, lambda requests: requests == 0)
+        if cancelled() == before + 1:
+            return
+        # Told above: the answer may be whole before the gateway, or this process, came to anything.
+        assert time.monotonic() - started > 5, "it was not cancelled"
+    pytest.fail("four times the answer was whole before the client had left: what starves this process?")
 
 
 async def test_a_seed_which_kills_vllm_on_cpu_does_not_reach_it(served: Served, http: httpx.AsyncClient) -> None:
