@@ -170,14 +170,14 @@ def _beside_scorpio(records: Sequence[Record], what: str, apart: str = "") -> li
             adherence = {name: _of(records, "slo_adherence", load=load, row=row, column=name) for name in columns}
             best = max(fmean(values) for name, values in goodput.items() if name != "slack")
             ratio = _ratio(fmean(goodput["slack"]), best)
-            asked = bool(apart) and apart in row
-            least[asked] = min(least.get(asked, (math.inf, "", 0.0)), (ratio, row, load))
+            told_apart = bool(apart) and apart in row
+            least[told_apart] = min(least.get(told_apart, (math.inf, "", 0.0)), (ratio, row, load))
             cells = [f"{_cell(goodput[name], 1)}, {fmean(adherence[name]):.2f}" for name in columns]
             kept = _cell([_ratio(a, b) for a, b in zip(goodput["slack"], right, strict=True)], 2)
             lines.append(f"| {load:g} S | {row} | " + " | ".join(cells) + f" | {kept} | {ratio:.2f} |")
     worst = [
-        f"{apart + ': ' if asked else ''}**{ratio:.2f}** ({row}, {load:g} S)"
-        for asked, (ratio, row, load) in sorted(least.items())
+        f"{apart + ': ' if told_apart else ''}**{ratio:.2f}** ({row}, {load:g} S)"
+        for told_apart, (ratio, row, load) in sorted(least.items())
     ]
     return [*lines, "", f"Goodput and adherence. The least of `slack` over the better SCORPIO: {'; '.join(worst)}."]
 

@@ -84,8 +84,6 @@ class HttpEngine:
         self._upstream = Upstream(name, self.base_url, max_connections, connect_timeout_s, read_timeout_s)
         self._probe_now = asyncio.Event()
         self._proxy = HttpProxy(
-            name=name,
-            base_url=self.base_url,
             upstream=self._upstream,
             state=self.state,
             api_key=api_key,

@@ -77,8 +77,6 @@ class HttpProxy:
     def __init__(
         self,
         *,
-        name: str,
-        base_url: str,
         upstream: Upstream,
         state: EngineState,
         api_key: str | None,
@@ -87,7 +85,6 @@ class HttpProxy:
         on_broken: Callable[[], None],
     ) -> None:
         self.events = EngineEvents()
-        self._where = f"engine {name} at {base_url}"
         self._upstream = upstream
         self._state = state
         self._api_key = api_key
@@ -211,7 +208,7 @@ class HttpProxy:
             for _, event in read:
                 assembler.add(event)
         if not assembler.complete:
-            raise EngineLost(f"{self._where}: its stream ended before the answer did")
+            raise EngineLost(f"{self._upstream.where}: its stream ended before the answer did")
         status, body = assembler.response()
         data = orjson.dumps(body)
         headers = downstream_headers(response.raw_headers, altered=True)
@@ -226,7 +223,7 @@ class HttpProxy:
         if response.status >= 500 and exchange.scope["method"] != "HEAD":
             first = await anext(chunks, b"")
             if not first and response.status != 503:
-                raise EngineLost(f"{self._where}: {response.status} with no body")
+                raise EngineLost(f"{self._upstream.where}: {response.status} with no body")
         await exchange.head(response, altered=False)
         if first:
             await exchange.body(first, more=True)

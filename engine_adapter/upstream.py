@@ -48,7 +48,8 @@ class Upstream:
     def __init__(
         self, name: str, base_url: str, connections: int, connect_timeout_s: float, read_timeout_s: float
     ) -> None:
-        self._where = f"engine {name} at {base_url}"
+        self.where = f"engine {name} at {base_url}"
+        """For errors: ours, and those of who reads the answers."""
         self._base = base_url
         self._connections = connections
         self._timeout = aiohttp.ClientTimeout(sock_connect=connect_timeout_s, sock_read=read_timeout_s)
@@ -105,7 +106,7 @@ class Upstream:
     ) -> aiohttp.ClientResponse:
         """The answer's head. In a task of its own, which ends when time is up or `close` is called."""
         if self._closed:
-            raise EngineLost(f"{self._where} was stopped")
+            raise EngineLost(f"{self.where} was stopped")
         if self._session is None:
             self._session = self._open()
         url = URL(f"{self._base}{'' if path.startswith(b'/') else '/'}{_printable(path)}", encoded=True)
@@ -125,9 +126,9 @@ class Upstream:
             self._beginning.discard(beginning)
         if not beginning.done():
             await _abandoned(beginning)
-            raise EngineLost(f"{self._where}: no answer began within {self._beginning_s:.0f} s")
+            raise EngineLost(f"{self.where}: no answer began within {self._beginning_s:.0f} s")
         if beginning.cancelled():
-            raise EngineLost(f"{self._where} was stopped")
+            raise EngineLost(f"{self.where} was stopped")
         return beginning.result()
 
     def _open(self) -> aiohttp.ClientSession:
@@ -145,7 +146,7 @@ class Upstream:
 
     def _said(self, error: aiohttp.ClientError) -> str:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return f"{self._where}: {reason}"
+        return f"{self.where}: {reason}"
 
 
 def plain_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
