@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,9 @@ LITTLE_MEMORY = 16_384
 
 CODE_QPS = 1.84
 """S of the azure-code workload on this profile (`benchmarks.policy_table`)."""
+
+MIXED_QPS = 23.89
+"""S of the code-chat workload on this profile (`benchmarks.annealing_mixed`)."""
 
 CONTENDERS = {
     "slack": ("slack", "chunked"),
@@ -117,7 +121,7 @@ class Study:
 
 
 def ablation(study: Study) -> list[Trial]:
-    """`slack` in full, and with each part taken out; three of them also where they matter."""
+    """`slack` in full, and with each part taken out; four of them also where they matter."""
     little = replace(study.experiment, limits={"kv_tokens": LITTLE_MEMORY})
     code = replace(study.experiment, workload=study.experiment.workload | {"name": "azure-code"})
     trials = [t for load in LOADS for name in WITHOUT for t in study.trials(name, load, without=name)]
@@ -127,6 +131,10 @@ def ablation(study: Study) -> list[Trial]:
     for name in (FULL, "curve"):
         there = replace(study, experiment=code, stock_qps=CODE_QPS)
         trials += there.trials(name, 1.0, without=name, where="the azure-code workload: long prompts, short answers")
+    mixed = replace(study.experiment, workload=study.experiment.workload | {"name": "code-chat"})
+    for name, load in product((FULL, "easing"), OVERLOADS):
+        there = replace(study, experiment=mixed, stock_qps=MIXED_QPS)
+        trials += there.trials(name, load, without=name, where="code and chat, code bounded end to end")
     for name in (FULL, "holding off"):
         where = "steps believed to take twice as long as they do, never learning"
         blind = replace(study.experiment, learn=False)

@@ -47,8 +47,8 @@ def ablation(records: Sequence[Record]) -> list[str]:
         "",
         "*Of full* is the goodput over that of `slack` in full with the same seed: below 1, the part earns its place.",
         "The floor is not there for goodput but for those it serves, below, and standing for fewer decisions. Memory",
-        "is short, prompts are long for their answers, and paces are all but the engine's own, in the last",
-        "tables only.",
+        "is short, prompts are long for their answers, requests are bounded end to end, and paces are all but the",
+        "engine's own, in the last tables only.",
     ]
     for load, where in dict.fromkeys((r["load"], r.get("where", "")) for r in records):
         here = [r for r in records if (r["load"], r.get("where", "")) == (load, where)]

@@ -18,6 +18,7 @@ import numpy as np
 from engine_adapter.engine import EngineState
 from engine_adapter.step_curve import StepCurve
 from engine_adapter.step_model import StepTimeModel
+from gateway.policies import slack_load
 from gateway.policies.base import UNGATED, Decision, Policy, Rejection, Runway
 from gateway.policies.slack import Slack
 from gateway.policies.slack_load import Load, Queue
@@ -103,6 +104,13 @@ def straight_lines() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def paces_to_the_letter() -> Iterator[None]:
+    """The pace that an end-to-end bound leaves at the door is the request's for as long as it runs."""
+    with patch.object(slack_load, "E2E_EASE", 1.0):
+        yield
+
+
 @dataclass(frozen=True, slots=True)
 class Without:
     """What takes a part out: a policy, and what holds around its run. ``says``: in words."""
@@ -127,6 +135,7 @@ WITHOUT: dict[str, Without] = {
     "refusing": Without("nobody is refused as late", NeverTooLate),
     "standing": Without("news is decided on at once, and not among all that came in a step", AtOnce),
     "holding off": Without("paces that are all but the engine's own are kept, whatever they cost", AllPaces),
+    "easing": Without("the pace that an end-to-end bound leaves is kept to the letter", around=paces_to_the_letter),
     "skip-over": Without("the first that does not fit blocks the rest", Blocking),
     "curve": Without("step times are linear, for policy and gate", around=straight_lines),
 }

@@ -93,16 +93,16 @@ class Request:
         ahead = max((self.predicted_tokens - each) / 2, 1.0)
         self._revise_at = (each + ahead) * self.sequences
 
-    def pace_after(self, first_token_s: float) -> float:
+    def pace_after(self, first_token_s: float, ease: float = 1.0) -> float:
         """P_i (s, infinite where nothing bounds it) were its first token to come at ``first_token_s`` (monotonic).
 
-        What is left of an end-to-end bound then is for the other tokens: (a_i + E_i - first) / y_i.
+        What is left of an end-to-end bound then is for the other tokens: ``ease`` * (a_i + E_i - first) / y_i.
         """
         if self.tpot_slo_s is None or self.best_effort:
             return math.inf
         if self.slo.e2e_s is None:
             return self.tpot_slo_s
-        left = max(self.arrival_s + self.slo.e2e_s - first_token_s, 0.0) / max(1.0, self.predicted_at_arrival)
+        left = ease * max(self.arrival_s + self.slo.e2e_s - first_token_s, 0.0) / max(1.0, self.predicted_at_arrival)
         return left if self.slo.tpot_s is None else min(left, self.slo.tpot_s)
 
     def wait_again(self) -> None:

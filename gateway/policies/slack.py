@@ -10,8 +10,9 @@ strictest bound P* = min P_i, and T(R) what a step takes in which all of R decod
     chunk = (P* - T(R)) / mu(R)                 prompt tokens are what a step has time for,
 
 where a prompt token costs mu(R) beside what runs (`step_curve`), and request i has p_i prompt tokens, y_i more
-predicted, and is expected to reach a length of m_i, uncertain by s_i; M is the KV memory, in tokens. An end-to-end
-bound leaves a pace: what is left of it after the first token, over y_i. P_i is ``fill`` of the bound.
+predicted, and is expected to reach a length of m_i, uncertain by s_i; M is the KV memory, in tokens. P_i is ``fill`` of
+the bound. An end-to-end bound leaves a pace: what is left of it after the first token, over y_i; and is none: once the
+request runs, `E2E_EASE` times that is its P_i.
 
 A request is admitted only if pace and memory suffice with it, and the prompts in the engine and its own are done in
 time; it is refused as soon as est says that its deadline cannot be met. Who does not fit now never blocks the one
@@ -206,11 +207,12 @@ class Slack:
                 # Those before it took its room, and that of most behind it: they are looked at together.
                 first = first[self._holding(now, queue, load, runway, engine)[first]]
                 continue
-            load.take(more)
+            eased_s = float(queue.eased_s[at])
+            load.take(more if eased_s == pace_s else load.plus(request, eased_s))
             runway.add(request)
             decision.admit.append(request)
-            if pace_s != request.tpot_slo_s and pace_s < math.inf:
-                decision.paces[request.id] = pace_s
+            if eased_s != request.tpot_slo_s and eased_s < math.inf:
+                decision.paces[request.id] = eased_s
             admitted += 1
         return admitted < len(queue.requests)
 

@@ -24,6 +24,11 @@ Floats = NDArray[np.float64]
 _SLOWEST_S = 0.9 * PATIENT_S
 """Seconds a token that an end-to-end bound leaves at most: the step gate would take more for no pace at all."""
 
+E2E_EASE = 1.5
+"""An end-to-end bound is no pace. The one that is left of it is asked for at the door; beside whoever comes later, who
+is asked for his own, steps turn out shorter than that. So while it runs a request is planned at so many times its pace:
+else the longest answer would hold up all others for as long as it takes, and gain nothing by it."""
+
 _LEAST_CHUNK = 16
 """Tokens. However full the batch, prompts must be at hand when a decode ends."""
 
@@ -142,14 +147,16 @@ class Queue:
     """Waiting requests with bounds, in deadline order, and what is reckoned with as columns of shape (n,).
 
     ``deadline``: of the first token (s, infinite without one); ``due``: the same, or when patience ends; ``tpot_s``:
-    the pace to keep (s, infinite without a bound); ``sequences``; ``length``: mean tokens of context over its life;
-    ``prompt`` and ``tokens``: of predicted output, uncertain by ``variance``; ``prefill_s``: mu * p.
+    the pace to keep (s, infinite without a bound), and ``eased_s``: once it runs (`E2E_EASE`); ``sequences``;
+    ``length``: mean tokens of context over its life; ``prompt`` and ``tokens``: of predicted output, uncertain by
+    ``variance``; ``prefill_s``: mu * p.
     """
 
     requests: Sequence[Request]
     deadline: Floats
     due: Floats
     tpot_s: Floats
+    eased_s: Floats
     sequences: Floats
     length: Floats
     prompt: Floats
@@ -169,11 +176,13 @@ class Queue:
         tokens = _column(map(attrgetter("predicted_tokens"), requests))
         sequences = _column(map(attrgetter("sequences"), requests))
         tpot = _column(math.inf if r.tpot_slo_s is None or r.best_effort else r.tpot_slo_s for r in requests)
+        pace = np.where(tpot < PATIENT_S, share * tpot, tpot)
         return cls(
             requests=requests,
             deadline=deadline,
             due=np.minimum(deadline, arrival + patience_s),
-            tpot_s=np.where(tpot < PATIENT_S, share * tpot, tpot),
+            tpot_s=pace,
+            eased_s=pace.copy(),
             sequences=sequences,
             length=prompt + tokens / 2,
             prompt=prompt,
@@ -196,8 +205,9 @@ class Queue:
         token_s = load.prefilled_in_s(prompts, 1.0, 0.0, engine) - fixed_s if fixed_s < math.inf else math.inf
         for at in ends:
             request = self.requests[at]
-            first_s = now + fixed_s + token_s * request.prompt_tokens
-            self.tpot_s[at] = min(share * request.pace_after(min(first_s, request.deadline_s)), _SLOWEST_S)
+            first_s = min(now + fixed_s + token_s * request.prompt_tokens, request.deadline_s)
+            self.tpot_s[at] = min(share * request.pace_after(first_s), _SLOWEST_S)
+            self.eased_s[at] = min(share * request.pace_after(first_s, E2E_EASE), _SLOWEST_S)
 
     def only(self, which: NDArray[np.bool_]) -> Queue:
         """Those where ``which`` holds."""

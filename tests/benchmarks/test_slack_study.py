@@ -72,7 +72,9 @@ def test_nothing_taken_out_is_the_product() -> None:
     assert in_full() == simulate(CROWDED, predict("shipped", CROWDED, 0), A100, Slack).served
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT if name not in {FULL, "floor", "memory", "holding off"}])
+@pytest.mark.parametrize(
+    "name", [name for name in WITHOUT if name not in {FULL, "floor", "memory", "holding off", "easing"}]
+)
 def test_without_a_part_another_thing_happens_under_overload(name: str) -> None:
     without = came_of(name).served
     assert len(without) == len(CROWDED)
@@ -97,6 +99,12 @@ def test_without_holding_off_paces_that_are_all_but_the_engines_own_are_kept_und
         served = simulate(workload, predict("shipped", workload, 0), A100, make, times=slow, learn=False).served
         strict[name] = sum(one.attained for one in served if one.asked.tpot_slo_s == 0.03)
     assert strict[FULL] < 0.7 * strict["holding off"]
+
+
+def test_without_easing_an_end_to_end_bound_holds_others_up_for_as_long_as_it_runs() -> None:
+    workload = make_workload("code-chat", qps=60.0, duration_s=8.0, seed=1)
+    with_it, without = (sum(one.attained for one in came_of(name, workload).served) for name in (FULL, "easing"))
+    assert without < 0.95 * with_it
 
 
 def test_steps_that_vary_are_what_a_trial_with_them_meets() -> None:
@@ -148,9 +156,10 @@ def test_a_part_has_every_row_at_every_load_with_every_seed_and_each_once(part: 
     cases = [(t.row, t.column, t.load, t.run.seed, t.where) for t in trials]
     assert len(set(cases)) == len(cases)
     assert {t.run.seed for t in trials} == {0, 1}
-    assert all(t.run.qps == (slack_study.CODE_QPS if "code" in t.where else 20 * t.load) for t in trials)
+    s_of = {"the azure-code workload": slack_study.CODE_QPS, "code and chat": slack_study.MIXED_QPS}
+    assert all(t.run.qps == t.load * next((s for where, s in s_of.items() if where in t.where), 20.0) for t in trials)
     expected = {
-        "ablation": 2 * (3 * len(WITHOUT) + 2 + 2 + 2),
+        "ablation": 2 * (3 * len(WITHOUT) + 2 + 2 + 2 * 2 + 2),
         "tenants": 2 * 2 * 2,
         "predictors": 2 * 3 * 3 * len(slack_study.PREDICTORS),
         "step-times": 2 * 3 * 3 * len(slack_study.BELIEFS),
@@ -254,7 +263,7 @@ def found() -> dict[str, Any]:
 def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it() -> None:
     text = page(found())
     for name, without in WITHOUT.items():
-        elsewhere = {FULL: 3, "memory": 1, "curve": 1, "holding off": 1}
+        elsewhere = {FULL: 5, "memory": 1, "curve": 1, "easing": 2, "holding off": 1}
         assert text.count(f"| {name} | {without.says} |") == 3 + elsewhere.get(name, 0)
     for row in (*slack_study.PREDICTORS, *slack_study.BELIEFS, *slack_study.UNSTEADY):
         assert text.count(f"S | {row} |") == 3

@@ -10,6 +10,7 @@ from live_gateway import CHAT, TEXT, Live, chat, events, fast_engine, live
 
 from engine_adapter.engine import Receive, Scope, Send
 from engine_adapter.step_time import StepTimes
+from gateway.policies.slack_load import E2E_EASE
 
 
 def remember_bodies(antares: Live) -> list[dict[str, Any]]:
@@ -82,7 +83,8 @@ async def test_an_e2e_bound_travels_as_the_pace_it_implies(antares: Live) -> Non
     bodies = remember_bodies(antares)
     await antares.ask(x_slo_class="free", x_slo_e2e_ms="3200")
     # Nothing waits, so that all of it, but for a moment, is left for the 8 tokens that are expected.
-    assert bodies[0]["vllm_xargs"] == {"antares_tpot_ms": pytest.approx(400, rel=0.1), "antares_gate": "slack"}
+    paced = pytest.approx(E2E_EASE * 400, rel=0.1)
+    assert bodies[0]["vllm_xargs"] == {"antares_tpot_ms": paced, "antares_gate": "slack"}
 
 
 async def test_a_clients_own_xargs_are_kept_and_ours_cannot_be_forged(antares: Live) -> None:

@@ -15,7 +15,7 @@ from gateway.admission import Admission
 from gateway.policies.base import Decision, Rejection, reject_ttft
 from gateway.policies.floor import MOST_GROUPS, Floor
 from gateway.policies.slack import Slack
-from gateway.policies.slack_load import Load, Queue
+from gateway.policies.slack_load import E2E_EASE, Load, Queue
 from gateway.progress import Progress
 from gateway.request import Request
 
@@ -352,11 +352,29 @@ def test_what_is_left_of_an_end_to_end_bound_after_the_first_token_is_for_the_ot
     books.submit(request)
     planned = request.tpot_slo_s
     assert [r.id for r in books.decide(NOW + 0.5).admit] == ["r"]
-    assert request.tpot_slo_s == pytest.approx((4.0 - 0.5 - 0.1) / 100, rel=1e-3), (
-        "half a second is over, the prompt takes 0.1 s"
-    )
+    left_s = (4.0 - 0.5 - 0.1) / 100  # half a second is over, the prompt takes 0.1 s
+    assert request.tpot_slo_s == pytest.approx(E2E_EASE * left_s, rel=1e-3)
     assert planned is not None
     assert request.tpot_slo_s > planned
+
+
+def test_an_end_to_end_bound_asks_for_its_pace_at_the_door_and_holds_nobody_up_for_it_later() -> None:
+    # 21 decode in 12.6 ms, 25 in 13.1.
+    batch = [running(str(i), tpot=1.0, prompt=100, output=10_000) for i in range(20)]
+    for left_ms, gone in ((12.4, []), (12.8, ["r"])):
+        asked = ask(e2e=left_ms, output=1000, prompt=5)
+        assert admitted(decide(slack(), NOW, [asked], batch, engine())) == gone
+    behind = [ask(str(i), ttft=60, tpot=1.0, output=1000, prompt=5) for i in range(4)]
+    assert admitted(decide(slack(), NOW, [asked, *behind], batch, engine())) == ["r", "0", "1", "2", "3"]
+    strict = [ask("r", ttft=6, tpot=0.0128, output=1000, prompt=5), *behind]
+    assert len(admitted(decide(slack(), NOW, strict, batch, engine()))) < 5
+
+
+def test_a_bound_on_the_pace_is_kept_beside_an_end_to_end_bound() -> None:
+    books = Admission(slack(), engine())
+    books.submit(request := ask(e2e=4.0, tpot=0.04, output=100, prompt=100))
+    assert [r.id for r in books.decide(NOW).admit] == ["r"]
+    assert request.tpot_slo_s == 0.04
 
 
 def test_a_plan_for_an_end_to_end_bound_never_ends_after_it() -> None:
