@@ -52,6 +52,9 @@ from gateway.request import Request
 _LEAST_SHARE = 0.02
 """However full the batch, prefill goes on: decodes end."""
 
+_LASTS_AT_MOST_S = 0.15
+"""However loose the paces: who is refused should hear of it soon."""
+
 
 @dataclass(slots=True)
 class Slack:
@@ -114,7 +117,7 @@ class Slack:
         decision.reject += held_off
         decision.fits = partial(self._fits, load=load, runway=runway, engine=engine)
         decision.stands_s = min(self._stands_s(load, runway, engine), LOOK_AGAIN_S)
-        decision.lasts_s = min(self.runway_steps * load.strictest, LOOK_AGAIN_S)
+        decision.lasts_s = min(self.runway_steps * load.strictest, _LASTS_AT_MOST_S)
         return decision
 
     def _refuse_hopeless_pace(self, queue: Queue, engine: EngineState, decision: Decision) -> Queue:
