@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import uvicorn
@@ -88,6 +88,29 @@ class Live:
         lanes_empty = all(not lane.running and not lane.waiting for lane in self.gateway.lanes)
         engine_empty = self.engine.state.engine_running == self.engine.state.engine_waiting == 0
         return self.gateway.ledger.open_count == 0 and lanes_empty and engine_empty
+
+
+class Load:
+    """A request (`ask`) every ten milliseconds for as long as the block lasts."""
+
+    _stop = False
+
+    async def ask(self) -> None:
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._stop = True
+        await self._task
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while not self._stop:
+                group.create_task(self.ask())
+                await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from live_gateway import Live, eventually, live
+from live_gateway import Live, Load, eventually, live
 
 from gateway import supervisor as supervisor_module
 from gateway.prediction import Prediction
@@ -27,12 +27,11 @@ TOKENS = 8
 """What the simulated engine answers; the predictor has to learn it."""
 
 
-class Load:
+class Asking(Load):
     """A request every ten milliseconds, until told to stop."""
 
     def __init__(self, antares: Live) -> None:
         self.antares, self.answers, self.waited = antares, list[httpx.Response](), list[float]()
-        self._stop = False
         predict = antares.gateway.predictor.predict
 
         async def timed(*args: Any, **options: Any) -> Prediction:
@@ -43,21 +42,7 @@ class Load:
 
         antares.gateway.predictor.predict = timed  # type: ignore[method-assign]
 
-    async def __aenter__(self) -> Load:
-        self._task = asyncio.create_task(self._run())
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        self._stop = True
-        await self._task
-
-    async def _run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            while not self._stop:
-                group.create_task(self._ask())
-                await asyncio.sleep(0.01)
-
-    async def _ask(self) -> None:
+    async def ask(self) -> None:
         self.answers.append(await self.antares.ask())
 
     async def more(self, answers: int) -> None:
@@ -98,7 +83,7 @@ async def test_hanging_killing_and_restarting_it_under_load_fails_no_request_and
             assert await predictor.warm_up(patience_s=20)
             untaught = await predicted()
             assert untaught.tokens > 5 * TOKENS
-            async with Load(antares) as load:
+            async with Asking(antares) as load:
                 await eventually(lambda: saved() >= 60, within_s=20)
 
                 assert supervisor.pid is not None

@@ -12,7 +12,7 @@ from collections import Counter
 
 import httpx
 import pytest
-from live_gateway import CHAT, Live, chat, events, eventually, live
+from live_gateway import CHAT, Live, Load, chat, events, eventually, live
 
 from engine_adapter.http_engine import HttpEngine
 from gateway import supervisor as supervisor_module
@@ -21,28 +21,13 @@ from gateway.supervisor import Supervisor
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 
-class Load:
+class Asking(Load):
     """A request every ten milliseconds until told to stop: plain or a stream, short or long; every fifth leaves."""
 
     def __init__(self, antares: Live) -> None:
         self.antares, self.random, self.ends = antares, random.Random(0), Counter[str]()
-        self._stop = False
 
-    async def __aenter__(self) -> Load:
-        self._task = asyncio.create_task(self._run())
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        self._stop = True
-        await self._task
-
-    async def _run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            while not self._stop:
-                group.create_task(self._ask())
-                await asyncio.sleep(0.01)
-
-    async def _ask(self) -> None:
+    async def ask(self) -> None:
         stream, leaves_after_s = self.random.random() < 0.5, self.random.uniform(0.01, 0.5)
         body = chat(stream=stream, max_tokens=self.random.randint(1, 100), ignore_eos=True)
         asking = self.antares.http.post(CHAT, json=body)
@@ -55,10 +40,10 @@ class Load:
         except TimeoutError:
             self.ends["left"] += 1
 
-    async def more(self, ended: int, how: str = "whole") -> None:
-        """Wait for so many further requests that end so."""
-        least = self.ends[how] + ended
-        await eventually(lambda: self.ends[how] >= least, within_s=20)
+    async def more(self, whole: int) -> None:
+        """Wait for so many further answers in full."""
+        least = self.ends["whole"] + whole
+        await eventually(lambda: self.ends["whole"] >= least, within_s=20)
 
 
 def how_it_ended(answer: httpx.Response) -> str:
@@ -91,7 +76,7 @@ async def test_killing_restarting_and_hanging_it_under_load_costs_what_was_in_fl
     try:
         async with live(engine) as antares:
             await eventually(lambda: engine.state.alive, within_s=20)
-            async with Load(antares) as load:
+            async with Asking(antares) as load:
                 await load.more(30)
                 assert load.ends.keys() <= {"whole", "left"}
 
