@@ -12,6 +12,7 @@ from yarl import URL
 
 from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineStartError, EngineState
 from engine_adapter.http_proxy import HttpProxy
+from engine_adapter.step_curve import StepCurve
 from engine_adapter.step_model import StepTimeModel
 from engine_adapter.step_time import StepTimes
 from engine_adapter.upstream import Upstream
@@ -24,6 +25,9 @@ PROBE_AGAIN_S = (0.25, 0.5, 1.0, 2.0, 5.0)
 """Seconds before each further probe of a server that does not answer; the last one repeats."""
 XARGS_OWNERS = ("vllm", "antares")
 """``owned_by`` of servers that take ``vllm_xargs``; others may refuse a request for an unknown field."""
+
+_ALONE = ((1, 0, 0), (0, 0, 512))
+"""Steps (decodes, their context, prompt tokens) of an engine that has one request."""
 
 
 class HttpEngine:
@@ -44,7 +48,7 @@ class HttpEngine:
             but ``max_model_len``, which is taken from ``/v1/models`` where that has it).
         step_times: what is known about its step times; refined from the streams.
         connect_timeout_s, read_timeout_s: seconds until a connection, and until the next byte, is given up.
-        max_connections: requests in flight at once; further ones wait for a connection.
+        max_connections: requests in flight at once; further ones wait for a connection. Health probes have their own.
         first_token: how the first token of a plain completion is seen.
         send_slo: whether the server may see ``x-slo-*`` headers and ``antares_*`` fields of ``vllm_xargs``.
 
@@ -82,6 +86,8 @@ class HttpEngine:
         self._send_slo = send_slo
         self._connect_timeout_s = connect_timeout_s
         self._upstream = Upstream(name, self.base_url, max_connections, connect_timeout_s, read_timeout_s)
+        # Its own: a probe that waited for one of the requests' connections would take a busy server for a dead one.
+        self._for_probes = Upstream(name, self.base_url, 1, connect_timeout_s, read_timeout_s)
         self._probe_now = asyncio.Event()
         self._proxy = HttpProxy(
             upstream=self._upstream,
@@ -89,7 +95,8 @@ class HttpEngine:
             api_key=api_key,
             see_first_token=first_token == "stream",
             send_slo=send_slo,
-            on_broken=self._probe_now.set,
+            on_unreachable=self._note_death,
+            on_broken=self._note_break,
         )
         self._events = EngineEvents()
         self._health_path = "/health"
@@ -120,19 +127,38 @@ class HttpEngine:
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
         self.state.alive = False
-        await self._upstream.close()
+        await asyncio.gather(self._upstream.close(), self._for_probes.close())
 
     def count_tokens(self, text: str) -> int | None:
         """None: the tokenizer is at the other end."""
         return None
 
     async def probe(self) -> None:
-        """A remote server gets no work that nobody asked for: go back to the first guess, and learn anew."""
-        self.state.step_time.start_over(self._first_guess)
+        """A remote server gets no work that nobody asked for: go back to the first guess, and learn anew.
+
+        Unless that is nowhere faster than what was learnt: more would be refused then, not less.
+        """
+        guess, learnt = StepCurve.of(self._first_guess), self.state.step_time.curve
+        if any(guess.step_s(*step) < learnt.step_s(*step) for step in _ALONE):
+            self.state.step_time.start_over(self._first_guess)
 
     def refuse(self, body: dict[str, Any]) -> str | None:
         """None: the server refuses for itself."""
         return None
+
+    def _note_death(self) -> None:
+        """No connection came about. Whoever comes must not try in vain: it waits, or goes to another engine.
+
+        It may have been a moment only, so look again at once.
+        """
+        if self.state.alive:
+            self._set_alive(False)
+            self._probe_now.set()
+
+    def _note_break(self) -> None:
+        """A connection broke, which need not be the server's end; of one that is gone it tells nothing new."""
+        if self.state.alive:
+            self._probe_now.set()
 
     async def _watch(self) -> None:
         failures = 0 if self.state.alive else 1
@@ -141,8 +167,9 @@ class HttpEngine:
             self.state.ready_in_s = pause if failures else 0.0
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._probe_now.wait(), pause)
-                # A connection broke. Many may break at once; one probe speaks for them all.
-                await asyncio.sleep(0.05)
+                if self.state.alive:
+                    # A connection broke. Many may break at once; one probe speaks for them all.
+                    await asyncio.sleep(0.05)
             self._probe_now.clear()
             try:
                 await self._probe()
@@ -174,9 +201,11 @@ class HttpEngine:
             return None
 
     async def _get(self, path: str) -> tuple[int, bytes]:
-        """Status and body."""
-        headers = [(b"authorization", f"Bearer {self._api_key}".encode())] if self._api_key else []
-        async with self._upstream.answer("GET", path.encode(), headers, b"", self._connect_timeout_s) as response:
+        """Status and body, over a new connection: whether one comes about is half of what a probe asks."""
+        headers = [(b"connection", b"close")]
+        if self._api_key:
+            headers.append((b"authorization", f"Bearer {self._api_key}".encode()))
+        async with self._for_probes.answer("GET", path.encode(), headers, b"", self._connect_timeout_s) as response:
             return response.status, await response.read()
 
     async def _read_model_card(self) -> None:

@@ -19,6 +19,7 @@ from engine_adapter.engine import (
     EngineEvents,
     EngineLost,
     EngineState,
+    EngineUnreachable,
     Receive,
     Scope,
     Send,
@@ -67,7 +68,8 @@ class _Exchange:
 
 
 class HttpProxy:
-    """ASGI app over an `Upstream`. Raises `EngineLost` when the server cannot be reached or breaks off.
+    """ASGI app over an `Upstream`. Raises `EngineUnreachable` when no connection to the server comes about, and
+    `EngineLost` when it breaks off; of either somebody is told first (``on_unreachable``, ``on_broken``).
 
     An answer of the server, whatever its status, is passed on, but for a 5xx with nothing in it: that is a
     dying server, or a load balancer in front of a dead one. 429 and 503 always pass: the server lives and
@@ -82,6 +84,7 @@ class HttpProxy:
         api_key: str | None,
         see_first_token: bool,
         send_slo: bool,
+        on_unreachable: Callable[[], None],
         on_broken: Callable[[], None],
     ) -> None:
         self.events = EngineEvents()
@@ -90,6 +93,7 @@ class HttpProxy:
         self._api_key = api_key
         self._see_first_token = see_first_token
         self._send_slo = send_slo
+        self._on_unreachable = on_unreachable
         self._on_broken = on_broken
         self._sampler = StepSampler(state)
         self._usage_refused = False
@@ -119,6 +123,9 @@ class HttpProxy:
                     await self._relay(exchange, response, response.content.iter_any())
             else:
                 await self._complete(exchange, plan)
+        except EngineUnreachable:
+            self._on_unreachable()
+            raise
         except EngineLost:
             self._on_broken()
             raise

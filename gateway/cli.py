@@ -111,7 +111,7 @@ def config_check(
     from gateway.config_file import ConfigError, load
 
     try:
-        load(file)
+        cautions = load(file).cautions()
     except ConfigError as error:
         if as_json:
             found = [{"line": m.line, "key": m.key, "reason": m.reason} for m in error.mistakes]
@@ -119,6 +119,8 @@ def config_check(
         else:
             typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
+    for caution in cautions:
+        typer.echo(f"{file}: {caution}", err=True)
     typer.echo(orjson.dumps({"ok": True, "mistakes": []}).decode() if as_json else f"{file}: ok")
 
 

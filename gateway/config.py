@@ -245,6 +245,18 @@ class GatewayConfig(Section):
             )
         return self
 
+    def cautions(self) -> list[str]:
+        """What is valid but hardly meant, for people to read: each says where, and what to set."""
+        loose = [
+            f"keys[{index}]"
+            for index, key in enumerate(self.keys)
+            if key.min_e2e_ms is None and not (key.min_ttft_ms is None and key.min_tpot_ms is None)
+        ]
+        if not loose:
+            return []
+        where = loose[0] if len(loose) == 1 else f"{loose[0]} and {len(loose) - 1} more"
+        return [f"{where}: min_ttft_ms and min_tpot_ms hardly bound what x-slo-e2e-ms may ask for; set min_e2e_ms too"]
+
     def _known_class(self, name: str, where: str) -> None:
         if name not in self.classes:
             raise ValueError(f"{where}: no class is called {name!r}; classes: {', '.join(self.classes)}")

@@ -1,7 +1,7 @@
 """One admitted request's exchange with its engine: bytes pass through, times are stamped on the way.
 
 The hot path of the gateway: `Exchange.send` runs once for every event of every stream. It parses nothing, copies
-nothing, and after the first token does two comparisons and a clock read.
+nothing, and after the first token does a few comparisons and a clock read.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _DONE = b"data: [DONE]"
 _STREAM_ERROR = b'data: {"error"'
 # Generated text may hold these words, but never after a bare newline: JSON escapes it.
 _LATER_DONE, _LATER_ERROR = b"\n" + _DONE, b"\n" + _STREAM_ERROR
+_LAST_DONE = (_LATER_DONE + b"\n\n", _LATER_DONE + b"\r\n\r\n")
 _OWN_HEADERS = frozenset((b"x-request-id", b"content-length"))
 
 
@@ -27,7 +28,8 @@ class Exchange:
     """Wraps the client's ``send`` for one call to an engine's app.
 
     ``status`` is the response's (0 before it started), ``failed_in_stream`` whether the engine reported an error inside
-    a stream that had begun with 200.
+    a stream that had begun with 200, ``complete`` whether the client was sent all of the answer: of a stream that is up
+    to its [DONE], at which many a client hangs up, however long the engine's side still takes to end it.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class Exchange:
         self._report = report
         self._clock = clock
         self._start: Message | None = None
-        self._started = False
+        self._started = self._ended = False
         self._streaming = False
         self._held: list[bytes] = []
+        self._begun = self._written = self._written_then = 0
         self._first_sent: float | None = None
         self._last_sent = 0.0
 
@@ -84,16 +87,22 @@ class Exchange:
             self.measure(self._clock())
             before, done, after = body.rpartition(_DONE)
             message = {**message, "body": before + sse_comment(self._entry) + done + after}
+        self._begun += 1
         await self._send(message)
+        self._written += 1
         if body:
             now = self._clock()
             # The role chunk opens a stream; it is not a token.
             if self._first_sent is None and self._progress.request.generated and not _is_role_chunk(body):
                 self._first_sent = now
-            if not body.startswith(_DONE):
+            if body.startswith(_DONE):
+                self.complete = True
+            else:
                 self._last_sent = now
+                if body.endswith(_LAST_DONE):
+                    self.complete = True
         if not message.get("more_body"):
-            self.complete = True
+            self.complete = self._ended = True
 
     async def _send_document(self, message: Message) -> None:
         last = not message.get("more_body")
@@ -107,9 +116,11 @@ class Exchange:
             first = self._progress.request.first_token_s
             content = len(message.get("body", b"")) if last else None
             await self._send_start(None if first is None else first - self._entry.request.arrival_s, content)
+        self._begun += 1
         await self._send(message)
+        self._written += 1
         if last:
-            self.complete = True
+            self.complete = self._ended = True
 
     async def _send_start(self, ttft_s: float | None, content_length: int | None = None) -> None:
         assert self._start is not None
@@ -124,6 +135,18 @@ class Exchange:
         self._started = True
         await self._send(start)
 
+    def stalled_since_last_asked(self) -> bool:
+        """Whether the client has taken nothing since this was last asked, though it is being sent something."""
+        stalled = self._begun > self._written == self._written_then
+        self._written_then = self._written
+        return stalled
+
+    async def end(self) -> None:
+        """End a stream that is complete, if whoever serves it never did."""
+        if not self._ended:
+            self._ended = True
+            await self._send({"type": "http.response.body", "body": b""})
+
     async def fail(self, error: ApiError) -> None:
         """The engine was lost: answer with ``error``, or end the stream that has begun with an error event."""
         if self.complete:
@@ -134,7 +157,7 @@ class Exchange:
         elif self._streaming:
             await self._send({"type": "http.response.body", "body": error.event()})
         # A document cut short cannot be mended: its content-length does not add up, and the client will see that.
-        self.complete = True
+        self.complete = self._ended = True
 
     def measure(self, now: float) -> None:
         """Write the measured TTFT, TPOT and e2e latency (s) into the ledger entry."""

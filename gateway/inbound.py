@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from typing import Any
@@ -14,11 +15,16 @@ from gateway.errors import ApiError, Headers, bad_request
 
 MAX_HEADERS = 128
 
+BODY_S, BODY_BYTES_PER_S = 60.0, 1 << 20
+"""A client has so many seconds to send its body, and one more for each so many bytes that a body may have."""
+
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Hop by hop, rewritten here, or the gateway's own business: none of it reaches the engine.
 _NOT_FORWARDED = frozenset(
     (b"authorization", b"content-length", b"transfer-encoding", b"connection", b"x-request-id", b"expect")
 )
+# A field of a form that would go on unread: `name*` and `name*0` may spell any name (RFC 2231).
+_READ_FIELD = re.compile(rb';[ \t]*(?i:name)[ \t]*(?:=[ \t]*"?(seed|vllm_xargs)\b|(\*))')
 
 
 class ClientLeftError(Exception):
@@ -33,10 +39,22 @@ def read_request_id(given: str | None) -> bytes:
 
 
 async def read_body(headers: HeaderView, receive: Receive, limit: int) -> bytes:
-    """The whole body; `ApiError` 413 beyond ``limit`` bytes, `ClientLeftError` when the client leaves first."""
+    """The whole body; `ClientLeftError` when the client leaves first.
+
+    `ApiError`: 413 beyond ``limit`` bytes, 408 when it takes longer than `BODY_S` and what ``limit`` adds.
+    """
     declared = headers.get("content-length", "0")
     if len(declared) > 20 or not (declared.isascii() and declared.isdigit()) or int(declared) > limit:
         raise _too_large(limit)
+    within_s = BODY_S + limit / BODY_BYTES_PER_S
+    try:
+        async with asyncio.timeout(within_s):
+            return await _collect(receive, limit)
+    except TimeoutError:
+        raise _too_slow(within_s) from None
+
+
+async def _collect(receive: Receive, limit: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -56,18 +74,31 @@ def _too_large(limit: int) -> ApiError:
     return bad_request(f"The body is larger than {limit} bytes.", None, "body_too_large", 413)
 
 
+def _too_slow(within_s: float) -> ApiError:
+    error = bad_request(
+        f"The body did not come whole within {within_s:.0f} s. Send it again.", None, "body_timeout", 408
+    )
+    # Who stalls would else keep the connection, waited on for the rest of this body.
+    error.headers.append((b"connection", b"close"))
+    return error
+
+
 def parse_body(body: bytes) -> dict[str, Any]:
     """The body as a JSON object; `ApiError` 400 when it is none."""
+    document = _parse_json(body)
+    if not isinstance(document, dict):
+        raise bad_request("The body must be a JSON object.", None, "invalid_json")
+    return document
+
+
+def _parse_json(body: bytes) -> Any:
     try:
-        document = orjson.loads(body)
+        return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         # NOTE: the decoder's message quotes no text, only what it expected and where.
         raise bad_request(
             f"The body is not JSON: {error.msg} at character {error.pos}.", None, "invalid_json"
         ) from None
-    if not isinstance(document, dict):
-        raise bad_request("The body must be a JSON object.", None, "invalid_json")
-    return document
 
 
 def check_with_engine(document: dict[str, Any], engine: Engine) -> None:
@@ -99,17 +130,48 @@ def body_for_engine(document: dict[str, Any], tpot_slo_s: float | None, gate: st
 
 
 def passed_on_body(scope: Scope, headers: HeaderView, body: bytes, engine: Engine) -> bytes:
-    """The body of a route that is not scheduled: as it came, but for what must not reach an engine on any route."""
-    if scope["method"] != "POST" or not headers.get("content-type", "application/json").startswith("application/json"):
+    """The body of a route that is not scheduled: as it came, but for what must not reach an engine on any route.
+
+    `ApiError` 400 for what an engine might read and the gateway cannot: JSON that is not strictly JSON (a byte order
+    mark, UTF-16, `NaN`, half a surrogate pair), which Python's own parser takes; and such fields of a form.
+    """
+    if scope["method"] != "POST" or not body:
         return body
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return body  # the engine says what it thinks of it
+    # Whoever reads the request next may go by any of several, or take JSON where there is none.
+    media_types = headers.getlist("content-type") or [""]
+    if any(_media_type(given).startswith("multipart/") for given in media_types):
+        _check_form(media_types, body, engine)
+    if not any(_reads_as_json(given) for given in media_types):
+        return body
+    document = _parse_json(body)
     if not isinstance(document, dict) or not {"seed", "vllm_xargs"} & document.keys():
         return body
     check_with_engine(document, engine)
     return body_for_engine(document, None)
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def _reads_as_json(content_type: str) -> bool:
+    """Whether FastAPI, vLLM's framework, would read it as JSON; it once did without a content type too."""
+    media_type = _media_type(content_type)
+    return media_type in ("", "application/json") or re.fullmatch(r"application/.*\+json", media_type) is not None
+
+
+def _check_form(content_types: list[str], body: bytes, engine: Engine) -> None:
+    """`ApiError` 400 for a form with ``vllm_xargs``, which vLLM's transcriptions read, or with a harmful ``seed``."""
+    named = {field or star for field, star in _READ_FIELD.findall(body)}
+    # In another charset the names of the fields may read otherwise.
+    if named & {b"vllm_xargs", b"*"} or any("charset" in given.lower() for given in content_types):
+        raise bad_request(
+            "vllm_xargs: not taken in a form. Send the form without it, without `name*` and without a charset.",
+            "vllm_xargs",
+            "unsupported_parameter",
+        )
+    if b"seed" in named:
+        check_with_engine({"seed": 1}, engine)
 
 
 def engine_scope(scope: Scope, request_id: bytes, content_length: int) -> Scope:

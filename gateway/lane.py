@@ -33,7 +33,8 @@ DECIDING_SHARE = 0.008
 same (`Decision.lasts_s`): so that it is about a hundredth where a decision takes a millisecond."""
 
 PROBE_EVERY_S = 10.0
-"""At most so often an idle engine that has requests refused is probed."""
+"""At most so often an idle engine that has requests refused is probed, and not before it has served nobody for so
+long: it learns from whom it serves."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -104,6 +105,7 @@ class Lane:
         self._timer_due_s = math.inf
         self._down_since: float | None = None
         self._probed_at = -math.inf
+        self._served_at = -math.inf
         self._probe: asyncio.Task[None] | None = None
 
     @property
@@ -148,6 +150,7 @@ class Lane:
     def leave(self, request: Request) -> None:
         """An admitted request is through with the engine, however it ended."""
         if self.admission.leave(request):
+            self._served_at = self._clock()
             self.shadows.left(request)
             self.wake()
 
@@ -256,24 +259,32 @@ class Lane:
             for request in list(self.waiting):
                 self._turn_away(request, Displaced())
             return
-        back_in = self.back_in_s(now)
+        expected_in = self._expected_in_s(now)
         for request in list(self.waiting):
             patience = min(request.deadline_s, request.arrival_s + self._unbounded_wait_s)
-            if now + back_in > patience:
-                self._turn_away(request, EngineDown(retry_after_s=back_in))
+            if now + expected_in > patience:
+                self._turn_away(request, EngineDown(retry_after_s=self.back_in_s(now)))
         # The expected time of return may slip: look again.
-        self._set_timer(now, now + 0.5 if self.waiting else None)
+        self._set_timer(now, now + min(0.5, expected_in) if self.waiting else None)
 
     def _doubt(self, now: float) -> None:
-        """An idle engine refuses: its step times may be out of date, and nothing it serves will correct them."""
-        if now - self._probed_at >= PROBE_EVERY_S:
+        """An idle engine refuses: its step times may be out of date, and nothing it serves will correct them.
+
+        One that served somebody lately has learnt from that; whom it refuses then asks for too much.
+        """
+        if now - max(self._probed_at, self._served_at) >= PROBE_EVERY_S:
             self._probed_at = now
             self._probe = asyncio.create_task(self.engine.probe(), name=f"probe {self.engine.name}")
 
     def back_in_s(self, now: float) -> float:
-        """Seconds until a dead engine is expected back, at least one."""
+        """Seconds until a dead engine is expected back, at least one: what clients are told."""
+        return max(1.0, self._expected_in_s(now))
+
+    def _expected_in_s(self, now: float) -> float:
+        """Seconds until a dead engine is expected back; where it is overdue, one more."""
         down_for = now - self._down_since if self._down_since is not None else 0.0
-        return max(1.0, self.engine.state.ready_in_s - down_for)
+        left = self.engine.state.ready_in_s - down_for
+        return left if left > 0 else 1.0
 
     def _set_timer(self, now: float, at: float | None) -> None:
         if self._timer is not None:

@@ -53,6 +53,9 @@ SCHEDULED = {"/v1/chat/completions": True, "/v1/completions": False}
 MAX_TRIES = 3
 """How often a request is handed to an engine that turns out to be gone before it took it."""
 
+STALL_S = 60.0
+"""A client that takes nothing of what it is sent for so long (up to twice that) has left."""
+
 LEAVE_GRACE_S = 1.0
 """An engine's app is told that the client left; if it has not returned after this long, it is cancelled."""
 
@@ -260,6 +263,12 @@ class Proxy:
     ) -> bool:
         """Have the lane's engine serve the request; False if the engine was gone before it took it."""
         request = entry.request
+        try:
+            # Asked once more: while it waited another engine may have been chosen, or this one have come up.
+            check_with_engine(document, lane.engine)
+        except ApiError:
+            self._ledger.close(entry, "rejected", "engine_refused")
+            raise
         progress = Progress(request, on_first_token=lane.on_first_token)
         exchange = Exchange(entry, progress, send, request_id, report=report, clock=self._clock)
         gate = lane.policy.gate
@@ -269,9 +278,12 @@ class Proxy:
         inner_scope[OBSERVER_KEY] = progress
         call = asyncio.ensure_future(_run(lane.engine.app, inner_scope, client.replay(body), exchange.send))
         try:
-            await asyncio.wait({call, client.left}, return_when=asyncio.FIRST_COMPLETED)
+            stalled = False
+            while not (stalled or call.done() or client.left.done()):
+                await asyncio.wait({call, client.left}, timeout=STALL_S, return_when=asyncio.FIRST_COMPLETED)
+                stalled = exchange.stalled_since_last_asked()
             # Told that the client left, vLLM's app may still "answer" nobody; what counts is what was sent before.
-            left = client.left.done() and not exchange.complete
+            left = (client.left.done() or stalled) and not exchange.complete
             if not call.done():
                 await asyncio.wait({call}, timeout=LEAVE_GRACE_S)
         finally:
@@ -294,7 +306,7 @@ class Proxy:
         request = entry.request
         error = None if call.cancelled() else call.exception()
         exchange.measure(self._clock())
-        if error is not None or not exchange.complete:
+        if not exchange.complete:
             lost = isinstance(error, EngineLost)
             if not lost:
                 log.error("engine %s failed on request %s: %s", lane.engine.name, request.id, type(error).__name__)
@@ -313,6 +325,7 @@ class Proxy:
         else:
             self._ledger.close(entry, "finished")
             self._learn_length(entry, lane)
+        await exchange.end()
 
     def _learn_length(self, entry: Entry, lane: Lane) -> None:
         """Predictions are to follow what is served."""
@@ -348,6 +361,8 @@ class Proxy:
 
         try:
             await lane.engine.app(engine_scope(scope, request_id, len(body)), client.replay(body), noted_send)
+            if not started and client.left.done():
+                raise ClientLeftError
         except EngineLost as lost:
             if started:
                 raise

@@ -24,6 +24,9 @@ from gateway.supervisor import Supervisor
 log = logging.getLogger("antares.serve")
 console = Console(stderr=True, highlight=False)
 
+KEEPALIVE_IDLE_S, KEEPALIVE_EVERY_S, KEEPALIVE_PROBES = 60, 15, 4
+"""A client that vanished without a word, its machine or network gone, is found out after two minutes of silence."""
+
 
 class ServeError(Exception):
     """The gateway cannot start; the message says what to fix."""
@@ -40,6 +43,8 @@ class _Server(uvicorn.Server):
 async def serve(config: GatewayConfig) -> None:
     """Serve until SIGINT or SIGTERM, then drain and stop everything that was started."""
     started = time.monotonic()
+    for caution in config.cautions():
+        log.warning("%s", caution)
     listener = _listen(config.server.host, config.server.port)
     port: int = listener.getsockname()[1]
     async with contextlib.AsyncExitStack() as stack:
@@ -97,6 +102,7 @@ def _listen(host: str, port: int) -> socket.socket:
     # keeps each small event of a stream back until the client has acknowledged the one before, up to 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _keep_alive(listener)
     try:
         listener.bind((host, port))
     except OSError as error:
@@ -105,6 +111,19 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {error.strerror}. Choose another server.port or set ANTARES_PORT."
         ) from error
     return listener
+
+
+def _keep_alive(listener: socket.socket) -> None:
+    """Have the system probe silent clients. What it accepts inherits this."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Not every platform has these, or calls them so; its own times (often hours) are better than nothing.
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
+        ("TCP_KEEPINTVL", KEEPALIVE_EVERY_S),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+    ):
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _predictor(config: GatewayConfig, scratch: str) -> tuple[Supervisor | None, str | None]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from gateway.auth import ApiKey
 from gateway.errors import ApiError, bad_request
+from gateway.request import E2E_MOST_FOR_TTFT
 from gateway.slo import Slo, SloClass
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -25,7 +26,8 @@ def read_slo(headers: Mapping[str, str], key: ApiKey, classes: Mapping[str, SloC
     """The class and the bounds a request carries.
 
     A header overrides the class's bound of the same kind; the class fills in the others. Raises `ApiError`: 400 for a
-    malformed header or unknown class (naming it), 403 for a class or bound that the key may not ask for.
+    malformed header or unknown class (naming it), 403 for a class or bound that the key may not ask for. A class's own
+    bounds are not compared with the key's: the operator wrote both, and says who may use which (``allowed_classes``).
     """
     name = headers.get("x-slo-class", key.default_class)
     if name not in classes:
@@ -44,6 +46,8 @@ def read_slo(headers: Mapping[str, str], key: ApiKey, classes: Mapping[str, SloC
             raise _forbidden(
                 f"{HEADER[bound]}: this API key may not ask for less than {least * 1000:g} ms.", HEADER[bound]
             )
+    if asked["e2e"] is not None and "e2e" not in key.least_bounds:
+        _check_implied(asked["e2e"], key)
     base = slo_class.slo
     ttft, tpot, e2e = asked["ttft"], asked["tpot"], asked["e2e"]
     return slo_class, Slo(
@@ -51,6 +55,22 @@ def read_slo(headers: Mapping[str, str], key: ApiKey, classes: Mapping[str, SloC
         tpot_s=base.tpot_s if tpot is None else tpot,
         e2e_s=base.e2e_s if e2e is None else e2e,
     )
+
+
+def _check_implied(e2e_s: float, key: ApiKey) -> None:
+    """`ApiError` 403 for an end-to-end bound (s) that asks for less TTFT or TPOT than the key may, however it is spent.
+
+    The first token is planned at no more than `E2E_MOST_FOR_TTFT` of it, and a second one within it. How many tokens
+    are to share it is not known here, so that only the operator can say more, with ``min_e2e_ms``.
+    """
+    ttft, tpot = key.least_bounds.get("ttft", 0.0), key.least_bounds.get("tpot", 0.0)
+    least = max(ttft / E2E_MOST_FOR_TTFT, tpot)
+    if e2e_s < least:
+        raise _forbidden(
+            f"{HEADER['e2e']}: by its least TTFT and TPOT this API key may not ask for less than {least * 1000:g} ms; "
+            "the gateway's operator can set its min_e2e_ms.",
+            HEADER["e2e"],
+        )
 
 
 def _read_bound(headers: Mapping[str, str], bound: str) -> float | None:

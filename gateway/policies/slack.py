@@ -83,6 +83,8 @@ class Slack:
     def __post_init__(self) -> None:
         if not 0 < self.fill <= 1:
             raise ValueError(f"fill must be above 0 and at most 1, but it is {self.fill!r}")
+        if not 0 < self.memory_risk < 1:
+            raise ValueError(f"memory_risk must be between 0 and 1, but it is {self.memory_risk!r}")
         self._granted = Floor(self.floor)
 
     def order(self, request: Request) -> tuple[float, ...]:
@@ -109,7 +111,8 @@ class Slack:
         patient = [r for r in unbounded if now - r.arrival_s > self.patience_s]
         places = max(1.0, COURTESY * engine.max_num_seqs)
         self._admit_unbounded(patient, places, load, runway, engine, decision, overdue=True)
-        left = unbounded[len(decision.admit) :]
+        taken = {request.id for request in decision.admit}
+        left = [request for request in unbounded if request.id not in taken] if taken else unbounded
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
         self._admit_unbounded(left, places if held_back else math.inf, load, runway, engine, decision)
         self._granted.note(decision)
@@ -278,15 +281,22 @@ class Slack:
         decision: Decision,
         overdue: bool = False,
     ) -> None:
-        """By arrival, into the places that are left, up to ``most`` of them. ``overdue``: the runway is no reason."""
+        """By arrival, into the places that are left, up to ``most`` of them. ``overdue``: the runway is no reason.
+
+        One that does not fit holds up those behind it only while others of its kind run: when these have ended it may.
+        """
+        skips = 0 if load.unbounded else engine.max_num_seqs
         for request in unbounded:
             if load.unbounded and load.unbounded + request.sequences > most:
                 break
-            if load.places and load.places + request.sequences > engine.max_num_seqs:
+            if not (overdue or runway.fits(request)):
                 break
             more = load.plus(request)
-            if not (overdue or runway.fits(request)) or (load.places and not more.fits_memory(engine.kv_tokens)):
-                break
+            if load.places and not (more.places <= engine.max_num_seqs and more.fits_memory(engine.kv_tokens)):
+                if not skips or load.places >= engine.max_num_seqs:
+                    break
+                skips -= 1
+                continue
             load.take(more)
             runway.add(request)
             decision.admit.append(request)

@@ -12,7 +12,16 @@ import pytest
 from live_server import Recorder, eventually, observed, serve
 from scripted_server import CHAT, TEXT, Scripted, ask, events, proxied
 
-from engine_adapter.engine import EngineEvents, EngineLost, EngineStartError, Receive, Scope, Send
+from engine_adapter import http_engine as http_engine_module
+from engine_adapter.engine import (
+    EngineEvents,
+    EngineLost,
+    EngineStartError,
+    EngineUnreachable,
+    Receive,
+    Scope,
+    Send,
+)
 from engine_adapter.http_engine import HttpEngine
 from engine_adapter.simulated import SimulatedEngine
 from engine_adapter.step_time import StepTimes
@@ -236,6 +245,57 @@ async def test_the_engine_notices_that_its_server_went_and_came_back(simulated: 
     assert alive == [True, False, True]
 
 
+async def test_a_server_to_which_no_connection_comes_about_is_dead_at_once(simulated: SimulatedEngine) -> None:
+    alive: list[bool] = []
+    async with serve(simulated.app) as url:
+        engine = HttpEngine("remote", url)
+        await engine.start(EngineEvents(on_alive=alive.append))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+        for _ in range(2):
+            with pytest.raises(EngineUnreachable):
+                await client.post(CHAT, json=ask())
+            assert alive == [True, False], "before whoever asked can ask again"
+    await engine.stop()
+
+
+async def test_a_server_that_was_gone_for_a_moment_is_back_at_once(
+    simulated: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_engine_module, "PROBE_EVERY_S", 60.0)
+    monkeypatch.setattr(http_engine_module, "PROBE_AGAIN_S", (60.0,))
+    async with proxied(simulated.app) as (engine, client):
+        engine._note_death()
+        assert not engine.state.alive
+        await eventually(lambda: engine.state.alive)
+        assert (await client.post(CHAT, json=ask(max_tokens=1))).status_code == 200
+
+
+async def test_a_server_as_busy_as_may_be_is_not_taken_for_dead(simulated: SimulatedEngine) -> None:
+    async with proxied(simulated.app, max_connections=3, connect_timeout_s=2) as (engine, client):
+        endless = ask(stream=True, max_tokens=5000, ignore_eos=True)
+        calls = [asyncio.create_task(client.post(CHAT, json=endless)) for _ in range(4)]
+        await eventually(lambda: engine.state.engine_running == 4 and simulated.state.engine_running == 3)
+        await engine._probe()
+        assert engine.state.alive
+        assert simulated.state.engine_running == 3, "the fourth still waits for a connection"
+        for call in calls:
+            call.cancel()
+
+
+async def test_every_probe_asks_for_a_new_connection(simulated: SimulatedEngine) -> None:
+    peers: list[Any] = []
+
+    async def noting(scope: Scope, receive: Receive, send: Send) -> None:
+        peers.append(scope["client"])
+        await simulated.app(scope, receive, send)
+
+    async with proxied(noting) as (engine, _):
+        peers.clear()
+        for _ in range(3):
+            await engine._probe()
+    assert len(set(peers)) == len(peers) == 3
+
+
 async def test_a_server_without_health_is_probed_by_its_models() -> None:
     async def only_models(scope: Scope, receive: Receive, send: Send) -> None:
         status, data = (
@@ -296,6 +356,19 @@ async def test_step_times_are_learnt_from_the_streams() -> None:
     assert 13 <= model.steps_seen == len(steps) <= 25, "one sample in twenty tokens, and one for the lone prefill"
     model.refit()
     assert model.itl(3, 100) == pytest.approx(0.012, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("took_s", "starts_over"), [({"d": 0.1, "alpha": 1e-4}, True), ({"d": 0.001, "alpha": 1e-4}, False)]
+)
+async def test_an_engine_that_refuses_goes_back_to_its_first_guess_where_that_refuses_less(
+    took_s: dict[str, float], starts_over: bool
+) -> None:
+    engine = HttpEngine("remote", "http://127.0.0.1:9", step_times=StepTimes())
+    learnt = StepTimes(**took_s)
+    engine.state.step_time.start_over(learnt)
+    await engine.probe()
+    assert engine.state.step_time.times == (StepTimes() if starts_over else learnt)
 
 
 async def test_an_error_inside_a_stream_becomes_the_status_of_a_plain_answer() -> None:

@@ -11,6 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live_gateway import CHAT, TEXT, Live, chat, eventually, live
+from starlette.datastructures import Headers as HeaderView
+
+from gateway import inbound
+from gateway.errors import ApiError
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,42 @@ async def test_a_nonsense_content_length_is_a_4xx_even_without_a_server_in_front
     scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"content-length", declared)]}
     await antares.gateway(scope, receive, send)
     assert 400 <= statuses[0] < 500
+
+
+@pytest.mark.parametrize("begun", [b"", b'{"messages": '])
+async def test_a_client_that_stalls_while_it_sends_its_body_is_told_so_and_cut_off(
+    antares: Live, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    monkeypatch.setattr(inbound, "BODY_S", 0.05)
+    monkeypatch.setattr(inbound, "BODY_BYTES_PER_S", 1 << 40)
+    host, port = antares.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n" + begun)
+    async with asyncio.timeout(5):
+        answer = await reader.read()  # until the gateway closes the connection
+    assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
+    assert antares.gateway.proxy.in_flight == 0
+    assert antares.gateway.ledger.accepted == 0
+    writer.close()
+
+
+async def test_the_time_for_a_body_is_for_all_of_it_and_longer_where_bodies_may_be_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inbound, "BODY_S", 0.05)
+    pieces = 0
+
+    async def receive() -> Any:
+        nonlocal pieces
+        await asyncio.sleep(0.02)
+        pieces += 1
+        return {"type": "http.request", "body": b"x", "more_body": pieces < 8}
+
+    with pytest.raises(ApiError) as refused:
+        await inbound.read_body(HeaderView(), receive, 100)
+    assert (refused.value.status, refused.value.code) == (408, "body_timeout")
+    pieces = 0
+    assert await inbound.read_body(HeaderView(), receive, 8 << 20) == b"x" * 8
 
 
 async def test_too_many_headers_are_a_431(antares: Live) -> None:

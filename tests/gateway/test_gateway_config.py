@@ -148,6 +148,16 @@ def test_keys_arrive_in_the_gateways_terms(tmp_path: Path) -> None:
     assert (key.default_class, key.least_bounds, key.allowed_classes) == ("chat", {"ttft": 0.1}, frozenset({"chat"}))
 
 
+@pytest.mark.parametrize(
+    ("bounds", "cautious"),
+    [("min_ttft_ms: 100", True), ("min_tpot_ms: 9", True), ("min_tpot_ms: 9, min_e2e_ms: 500", False),
+     ("min_e2e_ms: 500", False), ("default_class: chat", False)],
+)  # fmt: skip
+def test_a_key_with_a_least_ttft_or_tpot_alone_is_cautioned_about(tmp_path: Path, bounds: str, cautious: bool) -> None:
+    cautions = load(write(tmp_path, GOOD + f"keys: [{{sha256: '{DIGEST}', tenant: t, {bounds}}}]\n"), env={}).cautions()
+    assert [("keys[0]" in text, "min_e2e_ms" in text) for text in cautions] == [(True, True)] * cautious
+
+
 def test_a_reachable_address_is_fine_with_keys_or_by_declaration(tmp_path: Path) -> None:
     open_to_all = GOOD.replace("port: 8100", "host: 0.0.0.0")
     assert load(write(tmp_path, open_to_all + f"keys: [{{sha256: '{DIGEST}', tenant: t}}]\n"), env={})

@@ -11,6 +11,7 @@ import pytest
 from live_gateway import CHAT, CLASSES, TEXT, Live, chat, eventually, fast_engine, live
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine_adapter.engine import Receive, Scope, Send
 from engine_adapter.step_time import StepTimes
 from gateway import logs
 from gateway.metrics import METRIC_NAMES
@@ -65,6 +66,21 @@ async def test_nothing_that_a_client_sends_becomes_a_label(antares: Live) -> Non
     text = await exposition(antares)
     assert not re.search(r"(id|model|user|class|route)-\d", text)
     assert len(set(re.findall(r"^antares_\S+(?= )", text, re.MULTILINE)) - before) < 12
+
+
+async def test_a_client_that_leaves_a_route_that_is_passed_on_is_no_error_of_ours(antares: Live) -> None:
+    called = asyncio.Event()
+
+    async def answer_nobody(scope: Scope, receive: Receive, send: Send) -> None:
+        called.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    antares.engine._app = answer_nobody  # type: ignore[assignment]
+    asking = asyncio.create_task(antares.ask({"input": "hi"}, path="/v1/embeddings"))
+    await called.wait()
+    asking.cancel()
+    await eventually(lambda: 'route="/v1/*",status="499"' in antares.gateway.metrics.exposition().decode())
 
 
 async def test_rejected_requests_stay_in_the_denominator(antares: Live) -> None:

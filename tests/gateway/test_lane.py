@@ -12,8 +12,8 @@ import pytest
 
 from engine_adapter.engine import EngineState
 from engine_adapter.simulated import SimulatedEngine
-from gateway.lane import DECIDING_SHARE, Admitted, Clock, Lane
-from gateway.policies.base import LOOK_AGAIN_S, Decision
+from gateway.lane import DECIDING_SHARE, PROBE_EVERY_S, Admitted, Clock, EngineDown, Lane
+from gateway.policies.base import LOOK_AGAIN_S, Decision, Rejection, reject_tpot
 from gateway.request import Request
 from gateway.slo import Slo, SloClass
 
@@ -128,3 +128,68 @@ async def test_deciding_takes_a_share_of_the_time_unless_the_engine_needs_it_soo
         assert policy.asked == [1]
         assert lane._timer_due_s == pytest.approx(1000.0 + rest_s)
         lane.close()
+
+
+class Refuses(Waits):
+    """Admits ``who``, and refuses everybody else."""
+
+    who = "welcome"
+
+    def decide(
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
+    ) -> Decision:
+        refused = [reject_tpot(request, 1.0, 0.0, hopeless=True) for request in waiting if request.id != self.who]
+        return Decision(admit=[request for request in waiting if request.id == self.who], reject=refused)
+
+
+async def test_an_idle_engine_that_refuses_is_doubted_but_not_if_it_has_just_served_somebody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, probes = [1000.0], [0]
+    lane = lane_of(Refuses(), clock=lambda: now[0])
+
+    async def probe() -> None:
+        probes[0] += 1
+
+    monkeypatch.setattr(lane.engine, "probe", probe)
+
+    async def ask(name: str) -> object:
+        verdict = lane.submit(Request(name, "chat", now[0], Slo(tpot_s=0.001), 10, 10))
+        await turns(lane)
+        return verdict.result()
+
+    for _ in range(2):
+        assert isinstance(await ask("impossible"), Rejection)
+        assert probes == [1], "once in a while"
+    for _ in range(5):
+        now[0] += 0.9 * PROBE_EVERY_S
+        assert isinstance(await ask("welcome"), Admitted)
+        lane.leave(lane.running["welcome"])
+        now[0] += 0.9 * PROBE_EVERY_S
+        assert isinstance(await ask("impossible"), Rejection)
+        assert probes == [1], "it learns from whom it serves"
+    now[0] += 0.2 * PROBE_EVERY_S
+    await ask("impossible")
+    assert probes == [2]
+    lane.close()
+
+
+@pytest.mark.parametrize("slips", [False, True])
+async def test_who_has_less_than_a_second_waits_for_an_engine_that_is_back_sooner_as_long_as_that_may_be(
+    slips: bool,
+) -> None:
+    lane = lane_of(Waits(opens=True))
+    lane.engine.state.alive, lane.engine.state.ready_in_s = False, 0.1
+    lane.on_alive(False)
+    verdict = lane.submit(Request("a", "chat", time.monotonic(), Slo(ttft_s=0.8), 10, 10))
+    await turns(lane)
+    assert not verdict.done()
+    if slips:
+        down = await asyncio.wait_for(verdict, 5)
+        assert isinstance(down, EngineDown)
+        assert down.retry_after_s == 1.0
+    else:
+        lane.engine.state.alive = True
+        lane.on_alive(True)
+        assert isinstance(await asyncio.wait_for(verdict, 5), Admitted)
+    lane.close()

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from live_gateway import Live, chat, eventually, fast_engine, live
+from live_gateway import CHAT, Live, chat, eventually, fast_engine, live
 
+from engine_adapter.engine import Message, Receive, Scope, Send
 from engine_adapter.step_time import StepTimes
+from gateway import proxy
 from gateway.ledger import OUTCOMES, Entry, Ledger, LedgerError, Outcome
 from gateway.request import Request
 from gateway.slo import Slo
@@ -129,18 +131,84 @@ async def test_a_call_cancelled_just_as_it_is_admitted_leaves_the_lane(antares: 
     assert antares.outcomes["cancelled"] == 1
 
 
-async def call_directly(antares: Live) -> None:
+async def test_a_client_that_hangs_up_at_done_was_served_though_the_engine_has_not_ended(
+    antares: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
+    ends_late(antares, asyncio.Event())
+    async with antares.http.stream("POST", CHAT, json=chat(stream=True)) as response:
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                break
+    await eventually(antares.is_idle)
+    assert antares.outcomes["finished"] == antares.gateway.ledger.attained == 1
+
+
+async def test_an_engine_that_breaks_after_done_broke_nothing(antares: Live) -> None:
+    over = asyncio.Event()
+    over.set()
+    ends_late(antares, over)
+    assert (await antares.ask(chat(stream=True))).text.endswith("data: [DONE]\n\n")
+    await eventually(antares.is_idle)
+    assert antares.outcomes["finished"] == 1
+
+
+def ends_late(antares: Live, over: asyncio.Event) -> None:
+    """The engine's app does not end its streams after [DONE], but when ``over`` is set; and then with an error."""
+    inner = antares.engine._app
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def hold_back_the_end(message: Message) -> None:
+            if message["type"] == "http.response.start" or message["body"]:
+                await send(message)
+            else:
+                await over.wait()
+                raise ConnectionError
+
+        await inner(scope, receive, hold_back_the_end)
+
+    antares.engine._app = app  # type: ignore[assignment]
+
+
+async def test_a_client_that_stops_reading_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "STALL_S", 0.05)
+    monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
+
+    async def stop_reading(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async with live() as antares:
+        await call_directly(antares, b'{"prompt": "hi", "stream": true}', stop_reading)
+        await eventually(antares.is_idle)
+        assert antares.outcomes["cancelled"] == 1
+
+
+async def test_a_client_that_reads_slowly_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "STALL_S", 0.05)
+
+    async def read_slowly(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(0.04)
+
+    async with live() as antares:
+        await call_directly(antares, b'{"prompt": "hi", "stream": true}', read_slowly)
+        assert antares.outcomes["finished"] == 1
+
+
+async def read_nothing(message: Message) -> None:
+    pass
+
+
+async def call_directly(antares: Live, body: bytes = b'{"prompt": "hi"}', send: Send = read_nothing) -> None:
     """A request without a server in between, so that it can be cancelled between two turns of the loop."""
-    unread = [{"type": "http.request", "body": b'{"prompt": "hi"}', "more_body": False}]
+    unread = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> dict[str, object]:
         if unread:
             return unread.pop()
         await asyncio.Event().wait()
         raise AssertionError
-
-    async def send(message: object) -> None:
-        pass
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
     await antares.gateway(scope, receive, send)

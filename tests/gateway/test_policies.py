@@ -312,6 +312,8 @@ def test_the_prefill_backlog_is_what_was_admitted_and_has_no_token_yet() -> None
         ("scorpio", {"name": "x"}, "has no option 'name'"),
         ("slack", {"_granted": 1}, "has no option '_granted'; its options: fill, floor,"),
         ("slack", {"fill": 0.0}, "fill must be above 0 and at most 1"),
+        ("slack", {"memory_risk": 0}, "memory_risk must be between 0 and 1"),
+        ("slack", {"memory_risk": 1}, "memory_risk must be between 0 and 1"),
         ("scorpio", {"eta": "much"}, "eta must be a number"),
         ("scorpio", {"eta": math.nan}, "eta must be a number"),
         ("scorpio", {"slack_s": -1}, "slack_s must be a number"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
-from live_gateway import CHAT, TEXT, Live, chat, events, fast_engine, live
+from live_gateway import CHAT, TEXT, Live, chat, events, eventually, fast_engine, live
 
 from engine_adapter.engine import Receive, Scope, Send
 from engine_adapter.step_time import StepTimes
@@ -123,26 +124,128 @@ async def test_every_other_field_reaches_the_engine_unchanged(antares: Live) -> 
     assert bodies[0] == body
 
 
-async def test_on_routes_that_are_only_passed_on_ours_cannot_be_forged_either(antares: Live) -> None:
-    inner = antares.engine.app
+def answer_with_the_body(antares: Live) -> None:
+    """From now on, the engine does."""
 
-    async def answer_with_the_body(scope: Scope, receive: Receive, send: Send) -> None:
+    async def echo(scope: Scope, receive: Receive, send: Send) -> None:
         message = await receive()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": message["body"]})
 
-    antares.engine._app = answer_with_the_body  # type: ignore[assignment]
+    antares.engine._app = echo  # type: ignore[assignment]
+
+
+async def test_on_routes_that_are_only_passed_on_ours_cannot_be_forged_either(antares: Live) -> None:
+    answer_with_the_body(antares)
     forged = {"input": "hi", "vllm_xargs": {"antares_tpot_ms": 0.001, "mine": 1}}
     assert (await antares.ask(forged, path="/v1/responses")).json() == {"input": "hi", "vllm_xargs": {"mine": 1}}
     plain = b'{ "input" :  "untouched" }'
     assert (await antares.http.post("/v1/responses", content=plain)).content == plain
-    antares.engine._app = inner  # type: ignore[assignment]
+
+
+FORGED = '{"input": "hi", "vllm_xargs": {"antares_tpot_ms": 1}}'
+
+
+@pytest.mark.parametrize(
+    "content_types",
+    [
+        ["Application/JSON"],
+        ["APPLICATION/json ; charset=utf-8"],
+        ["application/vnd.api+json"],
+        [""],
+        ["text/plain", "application/json"],
+    ],
+)
+async def test_whatever_reads_as_json_is_read(antares: Live, content_types: list[str]) -> None:
+    answer_with_the_body(antares)
+    headers = [("content-type", given) for given in content_types]
+    answer = await antares.http.post("/v1/responses", content=FORGED.encode(), headers=headers)
+    assert answer.json() == {"input": "hi"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        FORGED.replace("1", "NaN").encode(),
+        FORGED.replace("1", "1e999").encode(),
+        FORGED.replace("hi", "\\ud800").encode(),
+        b"\xef\xbb\xbf" + FORGED.encode(),
+        FORGED.encode("utf-16"),
+        FORGED.encode("utf-32"),
+        FORGED.replace('"hi"', "[" * 1100 + "]" * 1100).encode(),
+        FORGED.encode() + b"x",
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/responses", CHAT])
+async def test_json_that_only_a_lax_parser_takes_goes_nowhere(antares: Live, body: bytes, path: str) -> None:
+    answer_with_the_body(antares)
+    answer = await antares.http.post(path, content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+
+
+async def test_of_a_field_given_twice_the_last_counts_as_in_the_engine(antares: Live) -> None:
+    answer_with_the_body(antares)
+    body = b'{"vllm_xargs": {"mine": 1}, "vllm_xargs": {"antares_tpot_ms": 1}, "input": "hi"}'
+    assert (await antares.http.post("/v1/responses", content=body)).json() == {"input": "hi"}
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/octet-stream"])
+async def test_no_body_and_what_is_no_json_are_passed_on_as_they_came(antares: Live, content_type: str) -> None:
+    answer_with_the_body(antares)
+    body = b"" if content_type == "application/json" else b"\xff{ no"
+    headers = {"content-type": content_type}
+    answer = await antares.http.post("/v1/responses/1/cancel", content=body, headers=headers)
+    assert (answer.status_code, answer.content) == (200, body)
+
+
+def form(disposition: str, value: str = "1") -> bytes:
+    parts = ["content-disposition: form-data; name=\"file\"; filename*=UTF-8''a.wav\r\n\r\nnoise"]
+    parts += [f"Content-Disposition: form-data;{disposition}\r\n\r\n{value}"]
+    return "".join(f"--xx\r\n{part}\r\n" for part in parts).encode() + b"--xx--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("disposition", "charset"),
+    [
+        (' name="vllm_xargs"', ""),
+        ("NAME = vllm_xargs", ""),
+        (" name*=utf-8''vllm%5Fxargs", ""),
+        (' name*0="vllm_"; name*1="xargs"', ""),
+        (' name="+AHY-llm+AF8-xargs"', "; charset=utf-7"),
+    ],
+)
+async def test_a_form_cannot_forge_a_pace_either(antares: Live, disposition: str, charset: str) -> None:
+    headers = {"content-type": f"Multipart/form-data; boundary=xx{charset}"}
+    body = form(disposition, '{"antares_tpot_ms": 1}')
+    answer = await antares.http.post("/v1/audio/transcriptions", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "vllm_xargs")
+
+
+@pytest.mark.parametrize(("name", "refused"), [("seed", True), ("seeds", False), ("prompt", False)])
+async def test_a_form_is_passed_on_unless_the_engine_refuses_a_field(antares: Live, name: str, refused: bool) -> None:
+    answer_with_the_body(antares)
+    antares.engine.refuse = lambda body: "seed: not here." if "seed" in body else None  # type: ignore[method-assign]
+    headers = {"content-type": "multipart/form-data; boundary=xx"}
+    answer = await antares.http.post("/v1/audio/transcriptions", content=form(f' name="{name}"'), headers=headers)
+    assert answer.status_code == (400 if refused else 200), answer.text
 
 
 async def test_what_an_engine_refuses_it_refuses_on_every_route(antares: Live) -> None:
     antares.engine.refuse = lambda body: "seed: not here." if "seed" in body else None  # type: ignore[method-assign]
     answer = await antares.ask({"input": "hi", "seed": 1}, path="/v1/responses")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "seed")
+
+
+async def test_what_an_engine_refuses_once_it_is_up_it_refuses_of_those_that_waited_for_it() -> None:
+    async with live(fast_engine(restart_s=0.2)) as antares:
+        antares.engine.crash()
+        asking = asyncio.create_task(antares.ask(chat(seed=1)))
+        await eventually(lambda: antares.gateway.lanes[0].waiting)
+        antares.engine.refuse = lambda body: "seed: not here." if "seed" in body else None  # type: ignore[method-assign]
+        answer = await asking
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "seed")
+        assert antares.is_idle()
+        assert antares.outcomes["rejected"] == 1
 
 
 async def test_more_answers_than_the_engine_runs_are_refused() -> None:

@@ -423,6 +423,18 @@ def test_requests_without_bounds_never_wait_for_ever() -> None:
     assert admitted(decide(policy, NOW + 11, [*crowd, free], batch, state)) == ["free"]
 
 
+def test_one_without_bounds_that_does_not_fit_holds_up_its_kind_only_until_these_have_ended() -> None:
+    bounded, state = [running(str(i), tpot=1.0) for i in range(6)], engine(max_num_seqs=8)
+    many, few = ask("many", sequences=4, at=NOW - 2), [ask(str(i), at=NOW - 1) for i in range(3)]
+    for waited in (0, 100):
+        assert admitted(decide(slack(), NOW + waited, [many, *few], bounded, state)) == ["0", "1"][: 1 if waited else 2]
+    ending = [*bounded[:5], running("free")]
+    assert not decide(slack(), NOW, [many, *few], ending, state).admit, "or they would be in its way for ever"
+    small = engine(max_num_seqs=8, kv_tokens=3000)
+    large = ask("large", prompt=2900, at=NOW - 2)
+    assert admitted(decide(slack(), NOW, [large, *few], bounded[:1], small)) == ["0", "1", "2"]
+
+
 def test_what_was_decided_stands_for_a_step_at_most_and_until_but_one_chunk_lies_ahead() -> None:
     # A step of 30 ms has time for some 20 prompt tokens beside the one that decodes.
     waits, decoding = ask("waits", ttft=5, tpot=0.1), running(tpot=0.03)

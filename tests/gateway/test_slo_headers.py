@@ -97,6 +97,31 @@ def test_a_bound_stricter_than_the_key_may_ask_for_is_a_403(bound: str) -> None:
     assert (refused.value.status, refused.value.param) == (403, f"x-slo-{bound}-ms")
 
 
+@pytest.mark.parametrize(
+    ("least_bounds", "least_ms"),
+    [
+        ({"ttft": 1.0, "tpot": 0.05}, 2000),  # of an end-to-end bound, the first token is given half at most
+        ({"tpot": 0.05}, 50),
+        ({"ttft": 1.0, "e2e": 0.3}, 300),  # the operator's own word counts
+    ],
+)
+def test_an_end_to_end_bound_is_no_way_around_the_least_ttft_and_tpot(
+    least_bounds: dict[str, float], least_ms: float
+) -> None:
+    key = ApiKey("someone", "chat", least_bounds=least_bounds)
+    assert read_slo({"x-slo-e2e-ms": f"{least_ms}"}, key, CLASSES)[1].e2e_s == least_ms / 1000
+    with pytest.raises(ApiError) as refused:
+        read_slo({"x-slo-e2e-ms": f"{least_ms - 1}"}, key, CLASSES)
+    assert (refused.value.status, refused.value.param) == (403, "x-slo-e2e-ms")
+    assert f"less than {least_ms} ms" in refused.value.message
+    assert ("min_e2e_ms" in refused.value.message) == ("e2e" not in least_bounds)
+
+
+def test_a_classs_own_bounds_are_open_to_a_key_with_least_bounds() -> None:
+    key = ApiKey("someone", "batch", least_bounds={"ttft": 10.0, "tpot": 1.0})
+    assert read_slo({"x-slo-class": "chat"}, key, CLASSES)[1] == Slo(1.0, 0.05, None)
+
+
 @given(st.sampled_from(NAMES), st.text(max_size=40) | st.floats().map(str) | st.integers().map(str))
 def test_any_header_text_is_a_positive_finite_bound_or_a_400(name: str, text: str) -> None:
     try:
