@@ -79,6 +79,15 @@ def test_checking_a_good_file_exits_0() -> None:
     assert (done.exit_code, json.loads(done.stdout)) == (0, {"ok": True, "mistakes": []})
 
 
+def test_checking_says_what_is_hardly_meant_and_all_is_well_for_a_script(tmp_path: Path) -> None:
+    keys = [{"sha256": hash_key(f"key-{i}-of-some-length"), "tenant": "t", "min_ttft_ms": 300} for i in range(3)]
+    file = tmp_path / "loose.yaml"
+    file.write_text((CONFIGS / "remote.yaml").read_text() + f"\nkeys: {json.dumps(keys)}\n")
+    done = RUNNER.invoke(app, ["config", "check", "--json", str(file)])
+    assert (done.exit_code, json.loads(done.stdout)["ok"]) == (0, True)
+    assert "keys[0] and 2 more: min_ttft_ms and min_tpot_ms hardly bound" in done.stderr
+
+
 def test_checking_a_bad_file_exits_1_and_names_the_mistake(bad_config: Path) -> None:
     done = RUNNER.invoke(app, ["config", "check", "--json", str(bad_config)])
     (mistake,) = json.loads(done.stdout)["mistakes"]
