@@ -22,6 +22,8 @@ log = logging.getLogger("antares.engine.http")
 PROBE_EVERY_S = 2.0
 """Seconds between health probes while the server answers."""
 PROBE_AGAIN_S = (0.25, 0.5, 1.0, 2.0, 5.0)
+PROBE_AT_ONCE_S = 0.05
+"""One that a connection did not come about to may be back as soon as it is asked: nobody is turned away before that."""
 """Seconds before each further probe of a server that does not answer; the last one repeats."""
 XARGS_OWNERS = ("vllm", "antares")
 """``owned_by`` of servers that take ``vllm_xargs``; others may refuse a request for an unknown field."""
@@ -152,7 +154,7 @@ class HttpEngine:
         It may have been a moment only, so look again at once.
         """
         if self.state.alive:
-            self._set_alive(False)
+            self._set_alive(False, back_in_s=PROBE_AT_ONCE_S)
             self._probe_now.set()
 
     def _note_break(self) -> None:
@@ -217,11 +219,11 @@ class HttpEngine:
             if isinstance(limit, int) and limit > 0:
                 self.state.max_model_len = limit
 
-    def _set_alive(self, alive: bool) -> None:
+    def _set_alive(self, alive: bool, back_in_s: float = PROBE_AGAIN_S[0]) -> None:
         if alive == self.state.alive:
             return
         self.state.alive = alive
-        self.state.ready_in_s = 0.0 if alive else PROBE_AGAIN_S[0]
+        self.state.ready_in_s = 0.0 if alive else back_in_s
         log.info("engine %s at %s is %s", self.name, self.base_url, "up" if alive else "down")
         self._events.on_alive(alive)
 

@@ -7,8 +7,9 @@ nothing, and after the first token does a few comparisons and a clock read.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from engine_adapter.engine import Message, Receive, Send
 from gateway.errors import ApiError, Headers
@@ -22,6 +23,10 @@ _STREAM_ERROR = b'data: {"error"'
 _LATER_DONE, _LATER_ERROR = b"\n" + _DONE, b"\n" + _STREAM_ERROR
 _LAST_DONE = (_LATER_DONE + b"\n\n", _LATER_DONE + b"\r\n\r\n")
 _OWN_HEADERS = frozenset((b"x-request-id", b"content-length"))
+
+
+LAST_WORDS_S = 5.0
+"""Seconds that a client has to take the end of an answer that its engine did not end."""
 
 
 class Exchange:
@@ -55,7 +60,7 @@ class Exchange:
         self._started = self._ended = False
         self._streaming = False
         self._held: list[bytes] = []
-        self._begun = self._written = self._written_then = 0
+        self._begun = self._begun_then = self._written = 0
         self._first_sent: float | None = None
         self._last_sent = 0.0
 
@@ -78,6 +83,7 @@ class Exchange:
         if self._start is not None:
             if not body and message.get("more_body"):
                 return
+            self._begun += 1
             # A server may open the stream before it has a token; then there is nothing to tell yet.
             known = bool(body) and self._progress.request.generated > 0
             await self._send_start(self._clock() - self._entry.request.arrival_s if known else None)
@@ -89,7 +95,7 @@ class Exchange:
             message = {**message, "body": before + sse_comment(self._entry) + done + after}
         self._begun += 1
         await self._send(message)
-        self._written += 1
+        self._written = self._begun
         if body:
             now = self._clock()
             # The role chunk opens a stream; it is not a token.
@@ -112,13 +118,13 @@ class Exchange:
                 return
             self.measure(self._clock())
             message = {"type": "http.response.body", "body": with_verdict(b"".join(self._held), self._entry)}
+        self._begun += 1
         if self._start is not None:
             first = self._progress.request.first_token_s
             content = len(message.get("body", b"")) if last else None
             await self._send_start(None if first is None else first - self._entry.request.arrival_s, content)
-        self._begun += 1
         await self._send(message)
-        self._written += 1
+        self._written = self._begun
         if last:
             self.complete = self._ended = True
 
@@ -136,26 +142,28 @@ class Exchange:
         await self._send(start)
 
     def stalled_since_last_asked(self) -> bool:
-        """Whether the client has taken nothing since this was last asked, though it is being sent something."""
-        stalled = self._begun > self._written == self._written_then
-        self._written_then = self._written
+        """Whether what the client was being sent when this was last asked, it is being sent still."""
+        stalled = self._begun_then == self._begun > self._written
+        self._begun_then = self._begun
         return stalled
 
     async def end(self) -> None:
         """End a stream that is complete, if whoever serves it never did."""
         if not self._ended:
             self._ended = True
-            await self._send({"type": "http.response.body", "body": b""})
+            async with _last_words():
+                await self._send({"type": "http.response.body", "body": b""})
 
     async def fail(self, error: ApiError) -> None:
         """The engine was lost: answer with ``error``, or end the stream that has begun with an error event."""
         if self.complete:
             return
-        if not self._started:
-            self.status = error.status
-            await send_error(self._send, error, self._request_id)
-        elif self._streaming:
-            await self._send({"type": "http.response.body", "body": error.event()})
+        async with _last_words():
+            if not self._started:
+                self.status = error.status
+                await send_error(self._send, error, self._request_id)
+            elif self._streaming:
+                await self._send({"type": "http.response.body", "body": error.event()})
         # A document cut short cannot be mended: its content-length does not add up, and the client will see that.
         self.complete = self._ended = True
 
@@ -205,6 +213,14 @@ class ClientSide:
     def close(self) -> None:
         """Stop watching."""
         self.left.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _last_words() -> AsyncIterator[None]:
+    """Whoever has stopped reading does not read these either, and must not keep its place for them."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORDS_S):
+            yield
 
 
 async def send_error(send: Send, error: ApiError, request_id: bytes = b"") -> None:

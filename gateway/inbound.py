@@ -25,6 +25,7 @@ _NOT_FORWARDED = frozenset(
 )
 # A field of a form that would go on unread: `name*` and `name*0` may spell any name (RFC 2231).
 _READ_FIELD = re.compile(rb';[ \t]*(?i:name)[ \t]*(?:=[ \t]*"?(seed|vllm_xargs)\b|(\*))')
+_FOREIGN_CHARSET = re.compile(r';[ \t]*charset(?!="?utf-?8"?[ \t]*(?:;|$))', re.IGNORECASE)
 
 
 class ClientLeftError(Exception):
@@ -164,9 +165,11 @@ def _check_form(content_types: list[str], body: bytes, engine: Engine) -> None:
     """`ApiError` 400 for a form with ``vllm_xargs``, which vLLM's transcriptions read, or with a harmful ``seed``."""
     named = {field or star for field, star in _READ_FIELD.findall(body)}
     # In another charset the names of the fields may read otherwise.
-    if named & {b"vllm_xargs", b"*"} or any("charset" in given.lower() for given in content_types):
+    if any(map(_FOREIGN_CHARSET.search, content_types)):
+        raise bad_request("content-type: a form must be in UTF-8.", "content-type", "unsupported_parameter")
+    if named & {b"vllm_xargs", b"*"}:
         raise bad_request(
-            "vllm_xargs: not taken in a form. Send the form without it, without `name*` and without a charset.",
+            "vllm_xargs: not taken in a form. Send the form without it, and without `name*`.",
             "vllm_xargs",
             "unsupported_parameter",
         )

@@ -33,8 +33,8 @@ DECIDING_SHARE = 0.008
 same (`Decision.lasts_s`): so that it is about a hundredth where a decision takes a millisecond."""
 
 PROBE_EVERY_S = 10.0
-"""At most so often an idle engine that has requests refused is probed, and not before it has served nobody for so
-long: it learns from whom it serves."""
+"""At most so often an idle engine that has requests refused is probed, and not so soon after it has learnt from a
+request that it served: that is not doubted."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -105,7 +105,7 @@ class Lane:
         self._timer_due_s = math.inf
         self._down_since: float | None = None
         self._probed_at = -math.inf
-        self._served_at = -math.inf
+        self._believed, self._learnt_at = engine.state.step_time.curve, -math.inf
         self._probe: asyncio.Task[None] | None = None
 
     @property
@@ -150,7 +150,9 @@ class Lane:
     def leave(self, request: Request) -> None:
         """An admitted request is through with the engine, however it ended."""
         if self.admission.leave(request):
-            self._served_at = self._clock()
+            curve = self.engine.state.step_time.curve
+            if curve is not self._believed:
+                self._believed, self._learnt_at = curve, self._clock()
             self.shadows.left(request)
             self.wake()
 
@@ -268,11 +270,8 @@ class Lane:
         self._set_timer(now, now + min(0.5, expected_in) if self.waiting else None)
 
     def _doubt(self, now: float) -> None:
-        """An idle engine refuses: its step times may be out of date, and nothing it serves will correct them.
-
-        One that served somebody lately has learnt from that; whom it refuses then asks for too much.
-        """
-        if now - max(self._probed_at, self._served_at) >= PROBE_EVERY_S:
+        """An idle engine refuses: its step times may be out of date, and nothing it serves will correct them."""
+        if now - max(self._probed_at, self._learnt_at) >= PROBE_EVERY_S:
             self._probed_at = now
             self._probe = asyncio.create_task(self.engine.probe(), name=f"probe {self.engine.name}")
 

@@ -53,7 +53,7 @@ SCHEDULED = {"/v1/chat/completions": True, "/v1/completions": False}
 MAX_TRIES = 3
 """How often a request is handed to an engine that turns out to be gone before it took it."""
 
-STALL_S = 60.0
+STALL_S = 300.0
 """A client that takes nothing of what it is sent for so long (up to twice that) has left."""
 
 LEAVE_GRACE_S = 1.0

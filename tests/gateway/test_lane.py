@@ -12,6 +12,7 @@ import pytest
 
 from engine_adapter.engine import EngineState
 from engine_adapter.simulated import SimulatedEngine
+from engine_adapter.step_curve import StepCurve
 from gateway.lane import DECIDING_SHARE, PROBE_EVERY_S, Admitted, Clock, EngineDown, Lane
 from gateway.policies.base import LOOK_AGAIN_S, Decision, Rejection, reject_tpot
 from gateway.request import Request
@@ -142,7 +143,7 @@ class Refuses(Waits):
         return Decision(admit=[request for request in waiting if request.id == self.who], reject=refused)
 
 
-async def test_an_idle_engine_that_refuses_is_doubted_but_not_if_it_has_just_served_somebody(
+async def test_an_idle_engine_that_refuses_is_doubted_but_not_if_it_has_just_learnt_from_somebody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, probes = [1000.0], [0]
@@ -161,16 +162,20 @@ async def test_an_idle_engine_that_refuses_is_doubted_but_not_if_it_has_just_ser
     for _ in range(2):
         assert isinstance(await ask("impossible"), Rejection)
         assert probes == [1], "once in a while"
+    step_time = lane.engine.state.step_time
     for _ in range(5):
         now[0] += 0.9 * PROBE_EVERY_S
         assert isinstance(await ask("welcome"), Admitted)
+        step_time.curve = StepCurve.of(step_time.times)
         lane.leave(lane.running["welcome"])
-        now[0] += 0.9 * PROBE_EVERY_S
         assert isinstance(await ask("impossible"), Rejection)
         assert probes == [1], "it learns from whom it serves"
+    now[0] += 0.9 * PROBE_EVERY_S
+    assert isinstance(await ask("welcome"), Admitted)
+    lane.leave(lane.running["welcome"])
     now[0] += 0.2 * PROBE_EVERY_S
     await ask("impossible")
-    assert probes == [2]
+    assert probes == [2], "it served somebody, but learnt nothing"
     lane.close()
 
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from live_gateway import CHAT, Live, chat, eventually, fast_engine, live
+from live_gateway import CHAT, TEXT, Live, chat, eventually, fast_engine, live
 
 from engine_adapter.engine import Message, Receive, Scope, Send
 from engine_adapter.step_time import StepTimes
-from gateway import proxy
+from gateway import exchange, proxy
 from gateway.ledger import OUTCOMES, Entry, Ledger, LedgerError, Outcome
 from gateway.request import Request
 from gateway.slo import Slo
@@ -135,7 +135,7 @@ async def test_a_client_that_hangs_up_at_done_was_served_though_the_engine_has_n
     antares: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
-    ends_late(antares, asyncio.Event())
+    breaks_after(antares, b"data: [DONE]", asyncio.Event())
     async with antares.http.stream("POST", CHAT, json=chat(stream=True)) as response:
         async for line in response.aiter_lines():
             if line == "data: [DONE]":
@@ -147,25 +147,24 @@ async def test_a_client_that_hangs_up_at_done_was_served_though_the_engine_has_n
 async def test_an_engine_that_breaks_after_done_broke_nothing(antares: Live) -> None:
     over = asyncio.Event()
     over.set()
-    ends_late(antares, over)
+    breaks_after(antares, b"data: [DONE]", over)
     assert (await antares.ask(chat(stream=True))).text.endswith("data: [DONE]\n\n")
     await eventually(antares.is_idle)
     assert antares.outcomes["finished"] == 1
 
 
-def ends_late(antares: Live, over: asyncio.Event) -> None:
-    """The engine's app does not end its streams after [DONE], but when ``over`` is set; and then with an error."""
+def breaks_after(antares: Live, last: bytes, over: asyncio.Event) -> None:
+    """The engine's app sends nothing after ``last``, and breaks when ``over`` is set."""
     inner = antares.engine._app
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        async def hold_back_the_end(message: Message) -> None:
-            if message["type"] == "http.response.start" or message["body"]:
-                await send(message)
-            else:
+        async def send_up_to_last(message: Message) -> None:
+            await send(message)
+            if last in message.get("body", b""):
                 await over.wait()
                 raise ConnectionError
 
-        await inner(scope, receive, hold_back_the_end)
+        await inner(scope, receive, send_up_to_last)
 
     antares.engine._app = app  # type: ignore[assignment]
 
@@ -182,6 +181,30 @@ async def test_a_client_that_stops_reading_frees_its_place(monkeypatch: pytest.M
         await call_directly(antares, b'{"prompt": "hi", "stream": true}', stop_reading)
         await eventually(antares.is_idle)
         assert antares.outcomes["cancelled"] == 1
+
+
+@pytest.mark.parametrize("outcome", ["finished", "failed"])
+async def test_a_client_that_does_not_take_the_end_frees_its_place(
+    monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    monkeypatch.setattr(exchange, "LAST_WORDS_S", 0.05)
+    monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
+    last_taken = b"data: [DONE]" if outcome == "finished" else b'"role":'
+    stopped = False
+
+    async def stop_reading(message: Message) -> None:
+        nonlocal stopped
+        if stopped:
+            await asyncio.Event().wait()
+        stopped = last_taken in message.get("body", b"")
+
+    async with live() as antares:
+        over = asyncio.Event()
+        over.set()
+        breaks_after(antares, last_taken, over)
+        await call_directly(antares, b'{"messages": [{"role": "user", "content": "hi"}], "stream": true}', stop_reading)
+        await eventually(antares.is_idle)
+        assert antares.outcomes[outcome] == 1
 
 
 async def test_a_client_that_reads_slowly_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,5 +233,6 @@ async def call_directly(antares: Live, body: bytes = b'{"prompt": "hi"}', send: 
         await asyncio.Event().wait()
         raise AssertionError
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    path = CHAT if b"messages" in body else TEXT
+    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
     await antares.gateway(scope, receive, send)

@@ -205,27 +205,33 @@ def form(disposition: str, value: str = "1") -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("disposition", "charset"),
+    ("disposition", "charset", "param"),
     [
-        (' name="vllm_xargs"', ""),
-        ("NAME = vllm_xargs", ""),
-        (" name*=utf-8''vllm%5Fxargs", ""),
-        (' name*0="vllm_"; name*1="xargs"', ""),
-        (' name="+AHY-llm+AF8-xargs"', "; charset=utf-7"),
+        (' name="vllm_xargs"', "", "vllm_xargs"),
+        (' name="vllm_xargs"', "; charset=UTF-8", "vllm_xargs"),
+        ("NAME = vllm_xargs", "", "vllm_xargs"),
+        (" name*=utf-8''vllm%5Fxargs", "", "vllm_xargs"),
+        (' name*0="vllm_"; name*1="xargs"', "", "vllm_xargs"),
+        (' name="+AHY-llm+AF8-xargs"', "; charset=utf-7", "content-type"),
+        (' name="+AHY-llm+AF8-xargs"', "; Charset*=utf-8''utf-7", "content-type"),
+        (' name="+AHY-llm+AF8-xargs"', "; charset=utf-8; charset = utf-7", "content-type"),
     ],
 )
-async def test_a_form_cannot_forge_a_pace_either(antares: Live, disposition: str, charset: str) -> None:
+async def test_a_form_cannot_forge_a_pace_either(antares: Live, disposition: str, charset: str, param: str) -> None:
     headers = {"content-type": f"Multipart/form-data; boundary=xx{charset}"}
     body = form(disposition, '{"antares_tpot_ms": 1}')
     answer = await antares.http.post("/v1/audio/transcriptions", content=body, headers=headers)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "vllm_xargs")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize("charset", ["", "; charset=UTF-8", '; charset="utf8" ; x=y'])
 @pytest.mark.parametrize(("name", "refused"), [("seed", True), ("seeds", False), ("prompt", False)])
-async def test_a_form_is_passed_on_unless_the_engine_refuses_a_field(antares: Live, name: str, refused: bool) -> None:
+async def test_a_form_is_passed_on_unless_the_engine_refuses_a_field(
+    antares: Live, name: str, refused: bool, charset: str
+) -> None:
     answer_with_the_body(antares)
     antares.engine.refuse = lambda body: "seed: not here." if "seed" in body else None  # type: ignore[method-assign]
-    headers = {"content-type": "multipart/form-data; boundary=xx"}
+    headers = {"content-type": f"multipart/form-data; boundary=xx{charset}"}
     answer = await antares.http.post("/v1/audio/transcriptions", content=form(f' name="{name}"'), headers=headers)
     assert answer.status_code == (400 if refused else 200), answer.text
 
