@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -90,13 +91,14 @@ class Live:
         return self.gateway.ledger.open_count == 0 and lanes_empty and engine_empty
 
 
-class Load:
+class Load(ABC):
     """A request (`ask`) every ten milliseconds for as long as the block lasts."""
 
     _stop = False
 
+    @abstractmethod
     async def ask(self) -> None:
-        raise NotImplementedError
+        """Send one, and note how it ended."""
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run())
