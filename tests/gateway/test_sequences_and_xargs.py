@@ -102,6 +102,14 @@ async def test_without_a_bound_the_gate_alone_is_named_and_what_was_forged_is_go
     assert bodies[0]["vllm_xargs"] == {"antares_gate": "slack"}, "which is to know whom it may hold back"
 
 
+async def test_best_effort_is_sent_no_pace_so_that_it_makes_way() -> None:
+    hopeless = {"ttft_ms": 0.001, "tpot_ms": 0.001, "on_unattainable": "best_effort"}
+    async with live(classes={"hopeless": hopeless}, default_class="hopeless") as antares:
+        bodies = remember_bodies(antares)
+        await antares.ask()
+        assert bodies[0]["vllm_xargs"] == {"antares_gate": "slack"}
+
+
 async def test_a_policy_that_gates_nothing_adds_nothing() -> None:
     async with live(policy={"name": "fcfs"}) as antares:
         bodies = remember_bodies(antares)

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_policies import NOW, TIMES, admitted, ask, decide, engine, rejected, running
 
+from engine_adapter.engine import GateReport
+from engine_adapter.make_way import PEAK_S
 from engine_adapter.slack_gate import PATIENT_S
 from gateway.admission import Admission
 from gateway.policies.base import Decision, Rejection, reject_ttft
@@ -192,22 +194,29 @@ def test_the_load_of_a_batch_and_one_more_is_the_load_of_all(batch: list[Request
 
 
 @given(st.lists(REQUESTS, max_size=5), st.lists(REQUESTS, min_size=1, max_size=5), st.floats(0.5, 1),
-       st.floats(0, 5), st.integers(500, 20_000), st.integers(0, 500))  # fmt: skip
+       st.floats(0, 5), st.integers(500, 20_000), st.integers(0, 500), st.booleans())  # fmt: skip
 def test_the_columns_say_of_each_request_what_the_load_says_with_it(
-    batch: list[Request], queue: list[Request], share: float, within_s: float, kv_tokens: int, prompts: int
+    batch: list[Request],
+    queue: list[Request],
+    share: float,
+    within_s: float,
+    kv_tokens: int,
+    prompts: int,
+    makes_way: bool,
 ) -> None:
     for request in queue:
         request.generated = 0  # nothing that waits has begun
-    state, load = engine(kv_tokens=kv_tokens), Load.of(batch, 0.01)
+    state, load = engine(kv_tokens=kv_tokens, gate=GateReport(makes_way=makes_way)), Load.of(batch, 0.01)
     total = sum(request.prompt_tokens for request in queue)
     columns = Queue.of(queue, 1e-3, 60.0, share)
     of_all = columns.holds_with(load, prompts, np.full(len(queue), within_s), state)
     for request, pace_s, holds in zip(queue, columns.tpot_s.tolist(), of_all.tolist(), strict=True):
         more, others = load.plus(request, pace_s), total - request.prompt_tokens
+        taken = more.without_who_makes_way(state) if pace_s < np.inf else more
         ways = (
             more.step_s(state) / more.strictest,
             more.prefilled_in_s(prompts, request.prompt_tokens, others, state) / max(within_s, 1e-9),
-            (more.memory + more.z * more.variance**0.5) / kv_tokens,
+            (taken.memory + more.z * more.variance**0.5) / kv_tokens,
         )
         if all(abs(way - 1) > 1e-6 for way in ways):
             assert holds == all(way < 1 for way in ways)
@@ -433,6 +442,38 @@ def test_one_without_bounds_that_does_not_fit_holds_up_its_kind_only_until_these
     small = engine(max_num_seqs=8, kv_tokens=3000)
     large = ask("large", prompt=2900, at=NOW - 2)
     assert admitted(decide(slack(), NOW, [large, *few], bounded[:1], small)) == ["0", "1", "2"]
+
+
+def test_who_has_a_pace_finds_the_places_of_those_without_free_where_they_make_way() -> None:
+    free = [running(f"free{i}") for i in range(40)]
+    comers = [ask(f"b{i}", ttft=5, tpot=0.5, prompt=1, output=149) for i in range(60)]
+
+    def admits(comers: list[Request], makes_way: bool = True, **limits: int) -> int:
+        state = engine(**{"max_num_seqs": 40, **limits}, gate=GateReport(makes_way=makes_way))
+        return len(decide(slack(), NOW, comers, free, state).admit)
+
+    assert admits(comers, makes_way=False) == 0
+    assert admits(comers) == 38, "all but the twentieth that is theirs"
+    for other in (ask("ttft", ttft=5), ask("free"), ask("best effort", ttft=1, tpot=0.5, best_effort=True)):
+        assert admits([other]) == 0, "nobody makes way for one without a pace"
+    # Now there are places, and memory for one more: all reach 150 tokens.
+    assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150, makes_way=False) == 1
+    assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150) == 37, "a twentieth of the places is four"
+
+
+def test_places_that_others_took_lately_are_left_to_them() -> None:
+    policy, state = slack(), engine(max_num_seqs=10)
+    free = [ask(f"free{i}", prompt=5) for i in range(9)]
+    busy = [running(f"b{i}", tpot=0.5) for i in range(6)]
+    decide(policy, NOW, [ask("bounded", ttft=5, tpot=0.5)], busy, state)
+    assert len(decide(policy, NOW + 1, free, busy[:2], state).admit) == 4
+    assert len(decide(policy, NOW + 3 * PEAK_S, free, busy[:2], state).admit) == 8
+
+
+def test_one_whose_bound_nobody_insists_on_goes_without_a_pace() -> None:
+    queue = [ask("free"), ask("effort", ttft=1, tpot=0.5, best_effort=True), ask("bounded", ttft=5, tpot=0.5)]
+    decision = decide(slack(), NOW, queue, [], engine())
+    assert (len(decision.admit), decision.paces) == (3, {"effort": np.inf})
 
 
 def test_what_was_decided_stands_for_a_step_at_most_and_until_but_one_chunk_lies_ahead() -> None:
