@@ -146,7 +146,7 @@ class Slack:
         self._dear.look(now, engine.step_time.curve.step_s(1, 0) / self.fill, running)
         if not self._dear.held_off:
             return queue, []
-        dear = np.array([self._dear.has(request) for request in queue.requests], dtype=bool)
+        dear = np.array(self._dear.which(queue.requests), dtype=bool)
         would_do_s = self._dear.below_s
         refused = [
             Rejection(request, "tpot", would_do_s, would_do_s, QUIET_S)
