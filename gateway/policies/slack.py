@@ -200,8 +200,8 @@ class Slack:
         """Admit the least costly that keep the invariant; whether any is left waiting."""
         if load.places >= engine.max_num_seqs:
             return len(queue.requests) > 0
-        everybody = np.arange(len(queue.requests))
-        able = self._holding(now, queue, everybody, load, runway, engine)
+        # Of those with room nearly all hold the invariant: they are tried in turn, and seen to only once one does not.
+        able = np.flatnonzero(self._room(queue, load, runway, engine))
         first, turn = self._in_turn(now, queue, able, load, engine)
         admitted, waiting_tokens = 0, float(queue.columns.prompt.sum())
         if turn is not None:
@@ -250,20 +250,23 @@ class Slack:
         claimants = np.flatnonzero(claims)
         return order, int(claimants[np.argmin(comes_at(claimants))]) if len(claimants) else None
 
+    def _room(self, queue: Queue, load: Load, runway: Runway, engine: EngineState) -> NDArray[np.bool_]:
+        """Who finds places beside ``load``, and room for the prompt. An idle engine takes anyone."""
+        if not load.places:
+            return np.ones(len(queue.requests), dtype=bool)
+        room = load.places + queue.columns.sequences <= engine.max_num_seqs
+        if runway.tokens:
+            room &= runway.tokens + queue.columns.prompt <= runway.limit
+        return room
+
     def _holding(
         self, now: float, queue: Queue, of: NDArray[np.intp], load: Load, runway: Runway, engine: EngineState
     ) -> NDArray[np.intp]:
-        """For which ``of`` the queue the invariant holds, were it to run beside ``load``."""
-        if not load.places:
-            return of
-        columns = queue.columns
-        room = load.places + columns.sequences[of] <= engine.max_num_seqs
-        if runway.tokens:
-            room &= runway.tokens + columns.prompt[of] <= runway.limit
-        of = of[room]
+        """Those ``of`` the queue with room for whom the invariant holds, were they to run beside ``load``."""
+        of = of[self._room(queue, load, runway, engine)[of]]
         if not len(of):
             return of
-        return of[queue.holds_with(load, runway.tokens, columns.deadline[of] - now, engine, of)]
+        return of[queue.holds_with(load, runway.tokens, queue.columns.deadline[of] - now, engine, of)]
 
     def _fits(self, request: Request, load: Load, runway: Runway, engine: EngineState) -> bool:
         """Whether a newcomer could go beside ``load``, its deadline and those that wait left aside."""
