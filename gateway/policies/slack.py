@@ -330,8 +330,10 @@ class Slack:
 def _by_bounds(waiting: Sequence[Request]) -> tuple[Sequence[Request], Sequence[Request]]:
     """Those with bounds, and those without, which by `Slack.order` come last."""
     bounded = len(waiting)
-    while bounded and is_unbounded(waiting[bounded - 1]):
-        bounded -= 1
+    if is_unbounded(waiting[-1]):
+        columns = columns_of(waiting)
+        bounds = np.flatnonzero(np.minimum(columns.deadline, columns.tpot) < math.inf)
+        bounded = int(bounds[-1]) + 1 if len(bounds) else 0
     return waiting[:bounded], waiting[bounded:]
 
 
