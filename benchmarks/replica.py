@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from benchmarks.unsteady import Speeds
-from engine_adapter.engine import EngineState
+from engine_adapter.engine import EngineState, GateReport
 from engine_adapter.gates import GATES
 from engine_adapter.profile import Profile
 from engine_adapter.simulated_scheduler import Finished, SimulatedScheduler, Step
@@ -58,6 +58,7 @@ class Replica:
             max_model_len=profile.max_model_len,
             kv_tokens=profile.kv_tokens,
             plans_ahead=profile.plans_ahead,
+            gate=GateReport(makes_way=step_mode == "chunked"),
             step_time=StepTimeModel(times=times or profile.step_times(), learn=learn),
         )
         self.admission = Admission(policy, self.state)

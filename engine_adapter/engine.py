@@ -67,7 +67,8 @@ class GateReport:
     """What the step gate inside the engine has counted since the engine started (cumulative).
 
     ``eligible`` and ``batched`` are keyed by the TPOT bound in milliseconds as text: decode opportunities of requests
-    with that bound, and those in which the gate let them run.
+    with that bound, and those in which the gate let them run. ``put_aside``: how often a request made way for others
+    (`engine_adapter.make_way`); ``makes_way``: whether any would, in this engine.
     """
 
     steps: int = 0
@@ -75,6 +76,8 @@ class GateReport:
     gate_seconds: float = 0.0
     eligible: dict[str, int] = field(default_factory=dict)
     batched: dict[str, int] = field(default_factory=dict)
+    put_aside: int = 0
+    makes_way: bool = False
 
 
 @dataclass(slots=True)

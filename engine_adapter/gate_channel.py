@@ -58,13 +58,7 @@ class GateReporter:
         """Send what was collected, if anybody listens."""
         if self._socket is None:
             return
-        report = self.report
-        payload = orjson.dumps(
-            {
-                "steps": self._steps,
-                "gate": [report.steps, report.gated_steps, report.gate_seconds, report.eligible, report.batched],
-            }
-        )
+        payload = orjson.dumps({"steps": self._steps, "gate": self.report})
         self._steps.clear()
         self._last_sent = now
         with contextlib.suppress(OSError):
@@ -103,4 +97,4 @@ class GateListener:
                 return
             with contextlib.suppress(orjson.JSONDecodeError, ValueError, TypeError, KeyError):
                 message = orjson.loads(payload)
-                self._on_report(GateReport(*message["gate"]), [StepReport(*step) for step in message["steps"]])
+                self._on_report(GateReport(**message["gate"]), [StepReport(*step) for step in message["steps"]])

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from engine_adapter.slack_gate import SlackGate
-from engine_adapter.step_gate import CreditGate, Decoding, OpenGate, StepGate, StepPlan
+from engine_adapter.step_gate import CreditGate, Decoding, OpenGate, Paced, StepGate, StepPlan
 
 GATES: dict[str, Callable[[], StepGate]] = {"open": OpenGate, "credit": CreditGate, "slack": SlackGate}
 
@@ -44,6 +44,10 @@ class Gates:
                 least = together.max_prefill_tokens
                 together.max_prefill_tokens = min(plan.max_prefill_tokens, prefill_backlog if least is None else least)
         return together
+
+    def makes_way(self, request: Paced) -> bool:
+        """As its own gate has it."""
+        return self._gate(request.gate).makes_way(request)
 
     def forget(self, request_id: str) -> None:
         """Drop what any gate kept for the request."""

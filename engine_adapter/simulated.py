@@ -172,7 +172,7 @@ class SimulatedEngine:
 
     def _come_up(self) -> None:
         self._scheduler.gate = Gates(self._gate_name)
-        self.state.gate = GateReport()
+        self.state.gate = GateReport(makes_way=True)
         self.state.ready_in_s = 0.0
         self.state.alive = True
         self._loop_task = asyncio.create_task(self._run(), name=f"{self.name}-steps")
@@ -241,6 +241,7 @@ class SimulatedEngine:
         report = self.state.gate
         report.steps += 1
         report.gated_steps += bool(step.sat_out)
+        report.put_aside = self._scheduler.put_aside
         report.gate_seconds += seconds
         for sequence in self._scheduler.decoding:
             if sequence.tpot_slo_s is None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+from engine_adapter.make_way import MakeWay, Room
 from engine_adapter.simulated_sequence import SimulatedSequence
 from engine_adapter.step_gate import OpenGate, StepGate
 
@@ -72,7 +73,7 @@ class SimulatedScheduler:
                 f"kv_tokens ({kv_tokens}) must hold one sequence of max_model_len ({max_model_len}) tokens"
             )
         self.gate: StepGate = gate or OpenGate()
-        self.preemptions = 0
+        self.preemptions = self.put_aside = 0
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
         self._blocks = self._free_blocks = -(-kv_tokens // BLOCK_TOKENS)
@@ -81,6 +82,9 @@ class SimulatedScheduler:
         self._waiting_tokens = 0
         self._prefilling: list[SimulatedSequence] = []
         self._decoding: list[SimulatedSequence] = []
+        self._make_way = MakeWay(Room(max_num_seqs, self._blocks))
+        self._without_pace = 0
+        """Sequences here that make way for others."""
 
     # --- what is there ----------------------------------------------------------------------------------------------
 
@@ -112,14 +116,15 @@ class SimulatedScheduler:
 
     def submit(self, sequence: SimulatedSequence) -> None:
         """``sequence`` joins the engine's queue."""
+        sequence.makes_way = self.gate.makes_way(sequence)
+        self._without_pace += sequence.makes_way
         self._waiting.append(sequence)
         self._waiting_tokens += sequence.to_prefill
 
     def drop_abandoned(self) -> None:
         """Sequences that nobody waits for leave, with their memory."""
         for sequence in [s for s in self.sequences() if s.abandoned]:
-            self._release(sequence)
-            self.gate.forget(sequence.request_id)
+            self._leaves(sequence)
         if any(s.abandoned for s in self.sequences()):
             self._decoding = [s for s in self._decoding if not s.abandoned]
             self._prefilling = [s for s in self._prefilling if not s.abandoned]
@@ -131,7 +136,7 @@ class SimulatedScheduler:
         lost = list(self.sequences())
         self._decoding, self._prefilling = [], []
         self._waiting.clear()
-        self._waiting_tokens = 0
+        self._waiting_tokens = self._without_pace = 0
         self._free_blocks = self._blocks
         return lost
 
@@ -148,7 +153,9 @@ class SimulatedScheduler:
     def _plan_decodes(self, now: float, step: Step) -> Step:
         """The gate's choice decodes; in chunked mode prompts get what is left of the budget."""
         prefill_backlog = 0
+        kept_out: list[SimulatedSequence] = []
         if not self._prefill_first:
+            kept_out = self._keep_out(now)
             unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling])
             prefill_backlog = min(self._waiting_tokens + unfinished, self._budget)
         plan = self.gate.plan(now, self._decoding, prefill_backlog)
@@ -161,7 +168,38 @@ class SimulatedScheduler:
             budget = self._continue_prompts(step, budget)
             if not preempted:
                 self._admit_prompts(step, budget, whole=False)
+        self._waiting.extend(kept_out)
+        self._waiting_tokens += sum([s.to_prefill for s in kept_out])
         return step
+
+    def _keep_out(self, now: float) -> list[SimulatedSequence]:
+        """Put aside who must make way now; those put aside who wait on are taken out of the queue, and answered."""
+        free = Room(self._max_num_seqs - self.running, self._free_blocks)
+        if not self._without_pace:
+            taken = self._blocks - self._free_blocks + self._waiting_tokens // BLOCK_TOKENS
+            self._make_way.note(now, Room(self.running + self.waiting, taken))
+            return []
+        batch = [s for s in chain(self._decoding, self._prefilling) if s.makes_way]
+        others = Room(len(batch), sum([_held(s) for s in batch]))
+        comers = [s for s in self._waiting if not s.makes_way]
+        wanted = Room(len(comers), sum([_needed(s) for s in comers]))
+        latest = [s for s in reversed(self._decoding) if s.makes_way]
+        aside = [s for s in self._waiting if _aside(s)]
+        computing = any(_aside(s) for s in self._prefilling)
+        needed = _needed(aside[0]) if aside and not computing else None
+        way = self._make_way.plan(now, free, others, wanted, [_held(s) for s in latest], needed)
+        if way is None:
+            return []
+        for sequence in latest[: way.leaving]:
+            self.put_aside += 1
+            self._decoding.remove(sequence)
+            self._preempt(sequence)
+            aside.insert(0, sequence)
+        if aside:
+            self._waiting = deque([s for s in self._waiting if not _aside(s)])
+            self._waiting.extend(aside[: way.goes_on])
+            self._waiting_tokens = sum([s.to_prefill for s in self._waiting])
+        return aside[way.goes_on :]
 
     def _select_decodes(self, step: Step) -> bool:
         """Decode all but those who sit out; whether somebody had to be preempted for their next blocks."""
@@ -254,11 +292,28 @@ class SimulatedScheduler:
                 self._decoding += prefilled
         if done:
             for sequence in done:
-                self._release(sequence)
-                self.gate.forget(sequence.request_id)
+                self._leaves(sequence)
             self._decoding = [s for s in self._decoding if s.length < s.final_length]
         return Finished(prefilled, done)
+
+    def _leaves(self, sequence: SimulatedSequence) -> None:
+        self._release(sequence)
+        self.gate.forget(sequence.request_id)
+        self._without_pace -= sequence.makes_way
 
     def _release(self, sequence: SimulatedSequence) -> None:
         self._free_blocks += sequence.capacity // BLOCK_TOKENS
         sequence.capacity = 0
+
+
+def _held(sequence: SimulatedSequence) -> int:
+    return sequence.capacity // BLOCK_TOKENS
+
+
+def _needed(sequence: SimulatedSequence) -> int:
+    return -(-sequence.to_prefill // BLOCK_TOKENS)
+
+
+def _aside(sequence: SimulatedSequence) -> bool:
+    """Of one that does not decode: whether it was put aside."""
+    return sequence.makes_way and sequence.preemptions > 0

@@ -17,7 +17,8 @@ While prompts wait, steps use what there is to use up to the pace, also where pr
 a gate that believes too much of them sees soon that they take less; no step needs to be made for the sake of learning.
 
 Requests without a pace take what is left. Where a step of all of them, prefill included, would make somebody late, they
-sit it out; but never for longer than 1/`COURTESY` steps, so that they have at least that share of steps.
+sit it out; but never for longer than 1/`COURTESY` steps, so that they have at least that share of steps. Where places
+or memory are short they make way (`make_way`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from engine_adapter.step_gate import Decoding, StepPlan
+from engine_adapter.step_gate import Decoding, Paced, StepPlan
 from engine_adapter.step_model import StepTimeModel
 
 COURTESY = 0.05
@@ -91,6 +92,10 @@ class SlackGate:
             return False
         plan.sit_out.update([r.request_id for r in decoding if r.tpot_slo_s is None or r.tpot_slo_s >= PATIENT_S])
         return True
+
+    def makes_way(self, request: Paced) -> bool:
+        """Who has no bound at all does."""
+        return request.tpot_slo_s is None or request.tpot_slo_s == math.inf
 
     def forget(self, request_id: str) -> None:
         """Drop what was kept for the request."""

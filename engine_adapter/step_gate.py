@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 
-class Decoding(Protocol):
-    """A running request past its prefill, as a gate sees it."""
+class Paced(Protocol):
+    """A request in the engine, and the pace that it has to keep."""
 
     @property
     def request_id(self) -> str:
@@ -23,12 +23,16 @@ class Decoding(Protocol):
         """Bound on seconds per output token, P_i; None when the request carries none."""
 
     @property
-    def length(self) -> int:
-        """Tokens of context: the prompt and what was generated, tokens on their way included."""
-
-    @property
     def gate(self) -> str:
         """The gate that paces it, by its name in `gates.GATES`; "" for the engine's own choice."""
+
+
+class Decoding(Paced, Protocol):
+    """A running request past its prefill, as a gate sees it."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of context: the prompt and what was generated, tokens on their way included."""
 
 
 @dataclass(slots=True)
@@ -45,6 +49,9 @@ class StepGate(Protocol):
     def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
         """Decide the step that starts at ``now`` (s), given who decodes and the prompt tokens still to prefill."""
 
+    def makes_way(self, request: Paced) -> bool:
+        """Whether the request gives its place in a full engine to one that has a pace to keep (`make_way`)."""
+
     def forget(self, request_id: str) -> None:
         """The request left the running set for good; drop what was kept for it."""
 
@@ -58,6 +65,10 @@ class OpenGate:
     def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
         """Let everyone through."""
         return StepPlan()
+
+    def makes_way(self, request: Paced) -> bool:
+        """Nobody does."""
+        return False
 
     def forget(self, request_id: str) -> None:
         """Nothing is kept."""
@@ -100,6 +111,10 @@ class CreditGate:
                 plan.sit_out.add(request.request_id)
             self._credit[request.request_id] = credit
         return plan
+
+    def makes_way(self, request: Paced) -> bool:
+        """Nobody does."""
+        return False
 
     def forget(self, request_id: str) -> None:
         """Drop the request's credit."""

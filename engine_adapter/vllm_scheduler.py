@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import vllm
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.request import RequestStatus
 
 from engine_adapter.engine import GATE_XARG, TPOT_XARG
 from engine_adapter.gate_channel import GateReporter
 from engine_adapter.gates import Gates
+from engine_adapter.make_way import MakeWay, Room
 from engine_adapter.orphan import PARENT_ENV, exit_with_parent
-from engine_adapter.vllm_versions import GATE_VERSIONS, require
+from engine_adapter.vllm_versions import GATE_VERSIONS, MAKE_WAY_VERSIONS, require, within
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -79,16 +82,21 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         except ValueError as error:
             raise ValueError(f"{GATE_ENV}: {error}") from error
         self._gated: dict[str, _Gated] = {}
+        self._make_way = self._can_make_way()
         self._reporter = GateReporter.from_env()
+        self._reporter.report.makes_way = self._make_way is not None
         if PARENT_ENV in os.environ:
             # We run inside a gateway's engine: should the gateway be killed, nobody else would stop it.
             exit_with_parent(int(os.environ[PARENT_ENV]))
+        self._without_pace: set[str] = set()
+        """Requests here that make way for others; some of them have ended."""
         self._in_flight: deque[_Step] = deque()
         self._last_step_end = 0.0
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Let the gate mark who sits this step out, then schedule as vLLM does."""
         started = time.perf_counter()
+        kept_out = self._keep_out(time.monotonic())
         decoding, context, bounded = self._decoding()
         sat_out: set[str] = set()
         budget: int = self.max_num_scheduled_tokens
@@ -107,6 +115,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
 
         output = super().schedule(*args, **kwargs)
         self.max_num_scheduled_tokens = budget
+        for request in kept_out:
+            self.waiting.add_request(request)
 
         started = time.perf_counter()
         self._count(output, decoding, context, sat_out)
@@ -130,6 +140,58 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         if not self.running:
             self._reporter.flush(now)
         return result
+
+    def add_request(self, request: Request) -> None:
+        """Queue it as vLLM does, and remember whether it makes way for others."""
+        super().add_request(request)
+        gated = self._gated.get(request.request_id) or self._remember(request)
+        if self._make_way is not None and self._gate.makes_way(gated):
+            self._without_pace.add(request.request_id)
+
+    def _can_make_way(self) -> MakeWay | None:
+        """None where vLLM could not take a request out of a running batch, or the operator has his own order."""
+        if self.policy != SchedulingPolicy.FCFS or self.connector is not None or self.ec_connector is not None:
+            return None
+        if not within(vllm.__version__, MAKE_WAY_VERSIONS):
+            return None
+        return MakeWay(Room(self.max_num_running_reqs, self.kv_cache_manager.block_pool.num_gpu_blocks))
+
+    def _keep_out(self, now: float) -> list[Request]:
+        """Put aside who must make way now; those put aside who wait on are taken out of the queue, and answered."""
+        if self._make_way is None:
+            return []
+        pool, mine = self.kv_cache_manager.block_pool, self._without_pace
+        free = Room(self.max_num_running_reqs - len(self.running), pool.get_num_free_blocks())
+        if mine:
+            mine &= self.requests.keys()
+        if not mine:
+            taken = len(self.running) + len(self.waiting)
+            self._make_way.note(now, Room(taken, pool.num_gpu_blocks - free.blocks))
+            return []
+        batch = [r for r in self.running if r.request_id in mine]
+        others = Room(len(batch), sum([self._blocks(r.num_computed_tokens) for r in batch]))
+        comers = [r for r in self.waiting if r.request_id not in mine]
+        wanted = Room(len(comers), sum([self._blocks(r.num_tokens) for r in comers]))
+        latest = [r for r in reversed(batch) if not r.is_prefill_chunk]
+        aside = [r for r in self.waiting if r.request_id in mine and r.status == RequestStatus.PREEMPTED]
+        computing = any(r.is_prefill_chunk and r.num_preemptions for r in batch)
+        needed = self._blocks(aside[0].num_tokens) if aside and not computing else None
+        held = [self._blocks(r.num_computed_tokens) for r in latest]
+        way = self._make_way.plan(now, free, others, wanted, held, needed)
+        if way is None:
+            return []
+        for request in latest[: way.leaving]:
+            self._reporter.report.put_aside += 1
+            self.running.remove(request)
+            self._preempt_request(request, now)
+            aside.insert(0, request)
+        self.waiting.remove_requests(aside)
+        for request in aside[: way.goes_on]:
+            self.waiting.add_request(request)
+        return aside[way.goes_on :]
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // int(self.block_size))
 
     def _decoding(self) -> tuple[list[_Gated], float, bool]:
         """The running requests that would decode one token now, their summed context, and whether any has a bound."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import uuid
 from typing import Any
@@ -110,15 +111,16 @@ def check_with_engine(document: dict[str, Any], engine: Engine) -> None:
 
 
 def body_for_engine(document: dict[str, Any], tpot_slo_s: float | None, gate: str = "") -> bytes:
-    """The client's body with ``tpot_slo_s`` (None: no bound) for the step gate called ``gate``.
+    """The client's body with ``tpot_slo_s`` (None or infinite: no bound) for the step gate called ``gate``, if any.
 
     A client may send ``vllm_xargs`` of its own, but never ours: they would let it claim a pace it was not granted.
     """
     given = document.get("vllm_xargs")
     xargs = {k: v for k, v in given.items() if not k.startswith("antares_")} if isinstance(given, dict) else {}
-    if tpot_slo_s is not None:
-        xargs[TPOT_XARG] = round(tpot_slo_s * 1000, 3)
+    if gate:
         xargs[GATE_XARG] = gate
+        if tpot_slo_s is not None and tpot_slo_s < math.inf:
+            xargs[TPOT_XARG] = round(tpot_slo_s * 1000, 3)
     if xargs:
         document["vllm_xargs"] = xargs
     elif isinstance(given, dict):

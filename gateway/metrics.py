@@ -145,6 +145,11 @@ _LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str,
     "antares_gate_batched_total": (
         CounterMetricFamily, "Decode opportunities that were taken.", ("engine", "tpot_ms"),
     ),
+    "antares_gate_put_aside_total": (
+        CounterMetricFamily,
+        "Times a request without a pace gave its place and memory to others, to be computed again later.",
+        ("engine",),
+    ),
     "antares_gate_seconds_total": (CounterMetricFamily, "Time spent in the step gate.", ("engine",)),
     "antares_shadow_up": (GaugeMetricFamily, "1 until a shadow fails and is switched off.", ("policy", "engine")),
     "antares_shadow_requests_total": (
@@ -204,6 +209,7 @@ class _LiveState(Collector):
                     put("antares_step_time_rmse_seconds", quality.rmse_s, engine, form)
                     put("antares_step_time_mape_ratio", quality.mape, engine, form)
             put("antares_gate_steps_total", state.gate.gated_steps, engine)
+            put("antares_gate_put_aside_total", state.gate.put_aside, engine)
             put("antares_gate_seconds_total", state.gate.gate_seconds, engine)
             for tpot, count in state.gate.eligible.items():
                 put("antares_gate_eligible_total", count, engine, tpot)

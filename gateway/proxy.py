@@ -271,9 +271,8 @@ class Proxy:
             raise
         progress = Progress(request, on_first_token=lane.on_first_token)
         exchange = Exchange(entry, progress, send, request_id, report=report, clock=self._clock)
-        gate = lane.policy.gate
-        gated = gate != UNGATED and lane.engine.takes_xargs
-        body = body_for_engine(document, request.tpot_slo_s if gated else None, gate)
+        gate = lane.policy.gate if lane.policy.gate != UNGATED and lane.engine.takes_xargs else ""
+        body = body_for_engine(document, request.tpot_slo_s, gate)
         inner_scope = engine_scope(scope, request_id, len(body))
         inner_scope[OBSERVER_KEY] = progress
         call = asyncio.ensure_future(_run(lane.engine.app, inner_scope, client.replay(body), exchange.send))

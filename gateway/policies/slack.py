@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
-from engine_adapter.slack_gate import COURTESY
+from engine_adapter.make_way import RecentPeak, kept_places
 from gateway.policies.base import LOOK_AGAIN_S, Decision, Rejection, Runway, reject_tpot, reject_ttft
 from gateway.policies.dear_pace import QUIET_S, DearPace
 from gateway.policies.floor import Floor
@@ -80,6 +80,7 @@ class Slack:
     gate: str = "slack"
     _granted: Floor = field(init=False, repr=False, compare=False)
     _dear: DearPace = field(default_factory=DearPace, init=False, repr=False, compare=False)
+    _wanted: RecentPeak = field(default_factory=RecentPeak, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.fill <= 1:
@@ -111,12 +112,14 @@ class Slack:
         queue, held_off = self._hold_off(now, queue, running, engine)
         queue = self._refuse_late(now, queue, load, runway.tokens, engine, decision)
         patient = [r for r in unbounded if now - r.arrival_s > self.patience_s]
-        places = max(1.0, COURTESY * engine.max_num_seqs)
+        places = kept_places(engine.max_num_seqs)
+        wanted = self._wanted.note(now, load.places - load.unbounded)
         self._admit_unbounded(patient, places, load, runway, engine, decision, overdue=True)
         taken = {request.id for request in decision.admit}
         left = [request for request in unbounded if request.id not in taken] if taken else unbounded
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
-        self._admit_unbounded(left, places if held_back else math.inf, load, runway, engine, decision)
+        spare = engine.max_num_seqs - max(wanted, load.places - load.unbounded)
+        self._admit_unbounded(left, places if held_back else spare, load, runway, engine, decision)
         self._granted.note(decision)
         self._dear.note(now, decision, queue.requests if held_back else ())
         decision.reject += held_off
@@ -198,7 +201,7 @@ class Slack:
         self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision
     ) -> bool:
         """Admit the least costly that keep the invariant; whether any is left waiting."""
-        if load.places >= engine.max_num_seqs:
+        if load.without_who_makes_way(engine).places >= engine.max_num_seqs:
             return len(queue.requests) > 0
         # Of those with room nearly all hold the invariant: they are tried in turn, and seen to only once one does not.
         able = np.flatnonzero(self._room(queue, load, runway, engine))
@@ -207,14 +210,14 @@ class Slack:
         if turn is not None:
             # Shorter prompts may never let the runway run empty: it does not wait for that.
             first = np.concatenate([[turn], first[first != turn]])
-        while len(first) and load.places < engine.max_num_seqs:
+        while len(first) and load.without_who_makes_way(engine).places < engine.max_num_seqs:
             at, first = int(first[0]), first[1:]
             request, pace_s = queue.requests[at], float(queue.tpot_s[at])
             more, others = load.plus(request, pace_s), waiting_tokens - request.prompt_tokens
             # An idle engine takes it, whatever may come after: whether it keeps its pace was seen to.
             if more.places > request.sequences and not (
                 runway.fits(request, its_turn=at == turn)
-                and self._keeps_pace(more, engine)
+                and self._keeps_pace(more, pace_s, engine)
                 and now + more.prefilled_in_s(runway.tokens, request.prompt_tokens, others, engine)
                 <= request.deadline_s
             ):
@@ -254,7 +257,8 @@ class Slack:
         """Who finds places beside ``load``, and room for the prompt. An idle engine takes anyone."""
         if not load.places:
             return np.ones(len(queue.requests), dtype=bool)
-        room = load.places + queue.columns.sequences <= engine.max_num_seqs
+        taken = np.where(queue.tpot_s < math.inf, load.without_who_makes_way(engine).places, load.places)
+        room = taken + queue.columns.sequences <= engine.max_num_seqs
         if runway.tokens:
             room &= runway.tokens + queue.columns.prompt <= runway.limit
         return room
@@ -275,7 +279,7 @@ class Slack:
         if is_unbounded(request):
             return runway.fits(request) and load.places < engine.max_num_seqs
         bound = math.inf if request.tpot_slo_s is None or request.best_effort else request.tpot_slo_s
-        return runway.fits(request) and self._keeps_pace(load.plus(request, bound), engine)
+        return runway.fits(request) and self._keeps_pace(load.plus(request, bound), bound, engine)
 
     def _stands_s(self, load: Load, runway: Runway, engine: EngineState) -> float:
         """For how long the engine has enough of what it was given, while others wait: a step at most.
@@ -288,13 +292,11 @@ class Slack:
         steps = min(runway.tokens / chunk - 1, 1.0) if runway.tokens >= chunk else 1.0
         return min(load.strictest, step) * steps
 
-    def _keeps_pace(self, more: Load, engine: EngineState) -> bool:
-        """Whether ``more`` have places, and keep pace, and have memory."""
-        return (
-            more.places <= engine.max_num_seqs
-            and more.step_s(engine) <= more.strictest
-            and more.fits_memory(engine.kv_tokens)
-        )
+    def _keeps_pace(self, more: Load, pace_s: float, engine: EngineState) -> bool:
+        """Whether ``more`` have places, and keep pace, and have memory; the latest has to keep ``pace_s``."""
+        if pace_s < math.inf:
+            more = more.without_who_makes_way(engine)
+        return more.places <= engine.max_num_seqs and more.step_s(engine) <= more.strictest and more.fits_memory(engine)
 
     def _admit_unbounded(
         self,
@@ -317,7 +319,7 @@ class Slack:
             if not (overdue or runway.fits(request)):
                 break
             more = load.plus(request)
-            if load.places and not (more.places <= engine.max_num_seqs and more.fits_memory(engine.kv_tokens)):
+            if load.places and not (more.places <= engine.max_num_seqs and more.fits_memory(engine)):
                 if not skips or load.places >= engine.max_num_seqs:
                     break
                 skips -= 1
@@ -325,6 +327,8 @@ class Slack:
             load.take(more)
             runway.add(request)
             decision.admit.append(request)
+            if request.tpot_slo_s is not None:
+                decision.paces[request.id] = math.inf  # Its bound is not insisted on.
 
 
 def _by_bounds(waiting: Sequence[Request]) -> tuple[Sequence[Request], Sequence[Request]]:

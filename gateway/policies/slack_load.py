@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
+from engine_adapter.make_way import kept_places
 from engine_adapter.slack_gate import COURTESY, PATIENT_S
 from gateway.columns import Columns, Floats
 from gateway.request import Request
@@ -37,7 +38,8 @@ _ALL = slice(None)
 class Load:
     """The running set R.
 
-    ``places``: sequences in the engine, ``unbounded`` of them without a pace to keep. ``decoding`` counts those that
+    ``places``: sequences in the engine, ``unbounded`` of them without a pace to keep, expected to reach a length of
+    ``unbounded_memory`` (tokens) in all. ``decoding`` counts those that
     take part in a step, one without a pace for the share of steps that is its due (`slack_gate`), and ``length`` sums
     their contexts (tokens): as they are now, since others take their places and begin short; of one that is yet to run,
     its mean. ``strictest`` is P* (s). ``memory`` sums the lengths that they are expected to reach (tokens),
@@ -46,6 +48,7 @@ class Load:
 
     places: int = 0
     unbounded: int = 0
+    unbounded_memory: float = 0.0
     decoding: float = 0.0
     length: float = 0.0
     strictest: float = math.inf
@@ -65,21 +68,23 @@ class Load:
     def _add(self, requests: Collection[Request], paces_s: Sequence[float]) -> None:
         # Each running request comes by in every decision: the loop has no call in it, and its sums are locals.
         places = unbounded = 0
-        decoding = length = memory = variance = 0.0
+        decoding = length = memory = unbounded_memory = variance = 0.0
         strictest = self.strictest
         for request, pace_s in zip(requests, paces_s, strict=True):
             sequences, predicted = request.sequences, request.predicted_tokens
             weight: float = sequences
             places += sequences
+            out = request.generated / sequences
+            reaches = (request.prompt_tokens + (predicted if predicted - out > 1 else out + 1)) * sequences
+            memory += reaches
             if pace_s == math.inf:
                 unbounded += sequences
+                unbounded_memory += reaches
                 weight *= COURTESY
             elif pace_s < strictest:
                 strictest = pace_s
-            out = request.generated / sequences
             decoding += weight
             length += (request.prompt_tokens + (out if request.admitted_s is not None else predicted / 2)) * weight
-            memory += (request.prompt_tokens + (predicted if predicted - out > 1 else out + 1)) * sequences
             variance += request.variance
         self.places += places
         self.unbounded += unbounded
@@ -87,6 +92,7 @@ class Load:
         self.length += length
         self.strictest = strictest
         self.memory += memory
+        self.unbounded_memory += unbounded_memory
         self.variance += variance
         self._token_s = None
 
@@ -131,11 +137,19 @@ class Load:
             return math.inf
         return max(step, min(self.strictest, step + token * (ahead + behind))) + token * (ahead + prompt) / share
 
-    def fits_memory(self, kv_tokens: int) -> bool:
-        """Whether ``kv_tokens`` (0: not known) suffice, but for the risk."""
-        if kv_tokens <= 0:
+    def fits_memory(self, engine: EngineState) -> bool:
+        """Whether the KV memory suffices (or is not known), but for the risk."""
+        if engine.kv_tokens <= 0:
             return True
-        return self.memory + self.z * math.sqrt(self.variance) <= kv_tokens
+        return self.memory + self.z * math.sqrt(self.variance) <= engine.kv_tokens
+
+    def without_who_makes_way(self, engine: EngineState) -> Load:
+        """What one with a pace finds taken: of places and memory those without keep few (`engine_adapter.make_way`)."""
+        leaving = self.unbounded - kept_places(engine.max_num_seqs)
+        if not engine.gate.makes_way or leaving <= 0:
+            return self
+        memory = self.unbounded_memory * leaving / self.unbounded
+        return replace(self, places=self.places - leaving, memory=self.memory - memory)
 
 
 @dataclass(slots=True)
@@ -230,7 +244,8 @@ class Queue:
         first = full + token * (prompts + prompt) / np.maximum(1 - step / strictest, 1e-12)
         holds = (step <= strictest) & (first <= within_s)
         if engine.kv_tokens > 0:
-            memory = load.memory + sequences * (prompt + np.maximum(columns.output[at], 1.0))
+            taken = np.where(tpot_s < math.inf, load.without_who_makes_way(engine).memory, load.memory)
+            memory = taken + sequences * (prompt + np.maximum(columns.output[at], 1.0))
             holds &= memory + load.z * np.sqrt(load.variance + columns.variance[at]) <= engine.kv_tokens
         return np.asarray(holds, dtype=np.bool_)
 

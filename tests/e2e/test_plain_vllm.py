@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +18,8 @@ from benchmarks.dummy_model import write_dummy_model
 from tests.e2e.served import START_TIMEOUT_S, VLLM_CLI, Served, free_port, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+PLACES = 8
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ]
     command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--load-format", "dummy", "--enforce-eager"]
     command += ["--max-model-len", "1024", "--scheduler-cls", "engine_adapter.vllm_scheduler.SloScheduler"]
+    command += ["--max-num-seqs", str(PLACES)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     log = folder / "vllm.log"
     with log.open("wb") as out:
@@ -114,3 +118,31 @@ async def test_gates_decide_when_tokens_come_and_not_which(vllm: str) -> None:
             assert answer.status_code == 200
             said.append(answer.json()["choices"][0]["text"])
     assert len(set(said)) == 1
+
+
+async def test_who_has_no_pace_makes_way_in_a_full_engine_and_loses_no_token(vllm: str) -> None:
+    async with httpx.AsyncClient(base_url=vllm, timeout=300, trust_env=False) as http:
+
+        async def metric(name: str) -> float:
+            lines = (await http.get("/metrics")).text.splitlines()
+            return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{"))
+
+        async def answer(tokens: int, **xargs: object) -> dict[str, Any]:
+            named = {**body(tokens), "temperature": 0, "vllm_xargs": {"antares_gate": "slack", **xargs}}
+            answered = await http.post("/v1/completions", json=named)
+            assert answered.status_code == 200, answered.text
+            return answered.json()
+
+        undisturbed = await answer(600)
+        before = await metric("num_preemptions_total")
+        others = [asyncio.create_task(answer(600)) for _ in range(PLACES)]
+        while await metric("num_requests_running") < PLACES:
+            await asyncio.sleep(0.02)
+        await asyncio.gather(*[answer(5, antares_tpot_ms=900) for _ in range(3)])
+        assert not any(other.done() for other in others), "three had places before any of the eight had ended"
+        answers = await asyncio.gather(*others)
+        # vLLM tells of it with the next token of whom it befell.
+        assert await metric("num_preemptions_total") - before == 3
+        for other in answers:
+            assert other["usage"]["completion_tokens"] == 600
+            assert other["choices"][0]["text"] == undisturbed["choices"][0]["text"]

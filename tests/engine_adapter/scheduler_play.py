@@ -9,16 +9,20 @@ from hypothesis import strategies as st
 
 from engine_adapter.simulated_scheduler import Finished, SimulatedScheduler, Step
 from engine_adapter.simulated_sequence import SimulatedSequence
-from engine_adapter.step_gate import CreditGate, Decoding, OpenGate, StepPlan
+from engine_adapter.slack_gate import SlackGate
+from engine_adapter.step_gate import CreditGate, Decoding, OpenGate, Paced, StepPlan
 
 LONGEST = 100
 
 
 class WhimsicalGate:
-    """Holds back about half of the batch and caps prompts, by the step's number; every fourth step is open."""
+    """Holds back about half of the batch and caps prompts, by the step's number; every fourth step is open.
 
-    def __init__(self, whim: int) -> None:
-        self.whim, self.steps = whim, 0
+    ``yielding``: those without a bound make way for the others.
+    """
+
+    def __init__(self, whim: int, yielding: bool = False) -> None:
+        self.whim, self.yielding, self.steps = whim, yielding, 0
         self.forgotten: list[str] = []
 
     def sits_out(self, request_id: str) -> bool:
@@ -28,6 +32,9 @@ class WhimsicalGate:
         self.steps += 1
         most = None if self.steps % 4 == 0 else self.whim % 40
         return StepPlan({d.request_id for d in decoding if self.sits_out(d.request_id)}, most)
+
+    def makes_way(self, request: Paced) -> bool:
+        return self.yielding and request.tpot_slo_s is None
 
     def forget(self, request_id: str) -> None:
         self.forgotten.append(request_id)
@@ -59,7 +66,12 @@ LIMITS = st.fixed_dictionaries(
         "kv_tokens": st.integers(LONGEST, 260),
     }
 )
-GATES = st.one_of(st.builds(OpenGate), st.builds(CreditGate), st.builds(WhimsicalGate, st.integers(0, 2**16 - 1)))
+GATES = st.one_of(
+    st.builds(OpenGate),
+    st.builds(CreditGate),
+    st.builds(SlackGate),
+    st.builds(WhimsicalGate, st.integers(0, 2**16 - 1), st.booleans()),
+)
 
 
 def sequences_of(comers: Sequence[Comes]) -> list[SimulatedSequence]:

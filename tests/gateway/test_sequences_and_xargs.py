@@ -96,10 +96,10 @@ async def test_a_clients_own_xargs_are_kept_and_ours_cannot_be_forged(antares: L
 
 
 @pytest.mark.parametrize("forged", [{"antares_tpot_ms": 0.001}, {}])
-async def test_without_a_bound_nothing_is_added_and_what_was_forged_is_gone(antares: Live, forged: Any) -> None:
+async def test_without_a_bound_the_gate_alone_is_named_and_what_was_forged_is_gone(antares: Live, forged: Any) -> None:
     bodies = remember_bodies(antares)
     await antares.ask(chat(vllm_xargs=forged), x_slo_class="free")
-    assert "vllm_xargs" not in bodies[0]
+    assert bodies[0]["vllm_xargs"] == {"antares_gate": "slack"}, "which is to know whom it may hold back"
 
 
 async def test_a_policy_that_gates_nothing_adds_nothing() -> None:
@@ -121,7 +121,7 @@ async def test_every_other_field_reaches_the_engine_unchanged(antares: Live) -> 
     bodies = remember_bodies(antares)
     body = chat(temperature=0.25, stop=["é", "\n"], tools=[{"type": "function"}], seed=2**53, unheard_of={"a": None})
     await antares.http.post(CHAT, json=body, headers={"x-slo-class": "free"})
-    assert bodies[0] == body
+    assert bodies[0] == {**body, "vllm_xargs": {"antares_gate": "slack"}}
 
 
 def answer_with_the_body(antares: Live) -> None:

@@ -1,0 +1,108 @@
+"""Who makes way in a full engine: requests without a pace to keep, for those with one.
+
+While nobody else wants them, requests without a pace have all places of an engine and all of its KV memory. When others
+come they sit out steps (`slack_gate`), which leaves time, but neither a place nor memory. So they are put aside: they
+lose their memory and wait, behind everybody else; once there is room they are computed again with all that they had
+generated, and go on from there. Of places, and likewise of blocks of KV memory, let there be B; b are taken or wanted
+by requests with a pace, u taken by the others, of whom ``COURTESY`` * B, the oldest, keep their places. Then
+
+    b + u - B              are made free, by those who came last,
+    B - peak b - u         are given back, to those who came first, one after the other,
+
+with the peak of b over the latest seconds (`RecentPeak`): to compute again costs time, so it is not done for a moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine_adapter.slack_gate import COURTESY
+
+PEAK_S = 10.0
+"""Room that requests with a pace had taken is given away so many seconds later, and at most twice as many."""
+
+
+class RecentPeak:
+    """The most of a value that there was in the latest `PEAK_S` seconds, or a little longer."""
+
+    def __init__(self, lasts_s: float = PEAK_S) -> None:
+        self._lasts_s = lasts_s
+        self._began_s = 0.0
+        self._now = self._before = 0.0
+
+    def note(self, now: float, value: float) -> float:
+        """``value`` is what there is at ``now`` (s); answers the peak."""
+        age_s = now - self._began_s
+        if age_s >= self._lasts_s:
+            self._before = self._now if age_s < 2 * self._lasts_s else 0.0
+            self._began_s, self._now = now, value
+        elif value > self._now:
+            self._now = value
+        return max(self._before, self._now)
+
+
+@dataclass(slots=True, frozen=True)
+class Room:
+    """Places in the batch, and blocks of KV memory."""
+
+    places: int = 0
+    blocks: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class Way:
+    """Of those without a pace ``leaving`` make way now, and one who was put aside before ``goes_on``, or none."""
+
+    leaving: int = 0
+    goes_on: bool = False
+
+
+class MakeWay:
+    """Who makes way in an engine that has so much ``room``; keeps its peaks."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._keep = kept_places(room.places)
+        self._places, self._blocks = RecentPeak(), RecentPeak()
+
+    def note(self, now: float, paced: Room) -> Room:
+        """``paced`` is what those with a pace have or want at ``now`` (s); answers the peak."""
+        places = self._places.note(now, min(paced.places, self._room.places))
+        return Room(int(places), int(self._blocks.note(now, min(paced.blocks, self._room.blocks))))
+
+    def plan(
+        self, now: float, free: Room, others: Room, wanted: Room, latest: Sequence[int], aside: int | None
+    ) -> Way | None:
+        """Decide for the step that begins at ``now`` (s). None: nobody with a pace was here lately, as in stock vLLM.
+
+        ``free`` is what nobody has, ``others`` what those without a pace have, ``wanted`` what waits for a place and
+        has a pace. ``latest``: the blocks of each who could make way, who came last first. ``aside``: the blocks that
+        the first who was put aside needs; None if there is nobody, or one of them is being computed again already.
+        """
+        paced = Room(self._room.places - free.places - others.places, self._room.blocks - free.blocks - others.blocks)
+        peak = self.note(now, Room(paced.places + wanted.places, paced.blocks + wanted.blocks))
+        if not peak.places:
+            return None
+        # Beside what prompts need, each that decodes may need a block at once.
+        growth = paced.places + others.places
+        short = Room(wanted.places - free.places, wanted.blocks + growth - free.blocks)
+        leaving = self._leaving(short, others.places, latest)
+        if leaving or wanted.places or aside is None:
+            return Way(leaving)
+        more = Room(others.places + 1, others.blocks + aside)
+        fits = more.places + peak.places <= self._room.places and more.blocks + peak.blocks <= self._room.blocks
+        return Way(goes_on=fits or more.places <= self._keep)
+
+    def _leaving(self, short: Room, places: int, latest: Sequence[int]) -> int:
+        freed = 0
+        for count, blocks in enumerate(latest):
+            if (count >= short.places and freed >= short.blocks) or places - count <= self._keep:
+                return count
+            freed += blocks
+        return len(latest)
+
+
+def kept_places(places: int) -> int:
+    """Of so many, those that requests without a pace have however full the engine is."""
+    return max(1, int(COURTESY * places))
