@@ -48,7 +48,7 @@ class NeverTooLate(Slack):
         """As `slack`, with all deadlines put off."""
         for request in waiting:
             request.deadline_s = request.arrival_s + request.ttft_slo_s + _NEVER_S
-        return super().decide(now, waiting, running, engine)
+        return super().decide(now, list(waiting), running, engine)  # without the queue's columns, which know them not
 
 
 _NEVER_S = 1e6
@@ -61,7 +61,7 @@ class Blocking(Slack):
     def _admit_bounded(
         self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision
     ) -> bool:
-        order, _ = self._in_turn(now, queue, load, engine)
+        order, _ = self._in_turn(now, queue, np.arange(len(queue.requests)), load, engine)
         for request in [queue.requests[at] for at in order.tolist()]:
             alone = queue.only(np.array([other is request for other in queue.requests]))
             if super()._admit_bounded(now, alone, load, runway, engine, decision):

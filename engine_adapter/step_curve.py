@@ -103,8 +103,10 @@ class StepCurve:
         seconds = self._f(tokens) + self.a * context
         return seconds + self.e * prefill + self.h if prefill else seconds
 
-    def steps_s(self, decodes: Floats, context: Floats, prefill: Floats | float = 0.0) -> Floats:
+    def steps_s(self, decodes: Floats, context: Floats, prefill: Floats | None = None) -> Floats:
         """T(D, C, p) over arrays."""
+        if prefill is None:
+            return np.interp(decodes, KNOTS, self.at_knots) + self.a * context
         seconds = np.interp(decodes + prefill, KNOTS, self.at_knots) + self.a * context
         return np.asarray(seconds + self.e * prefill + self.h * np.greater(prefill, 0), dtype=np.float64)
 

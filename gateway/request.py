@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 from gateway.slo import Slo
 from gateway.survival import surviving_quantile
@@ -19,6 +20,8 @@ BEST_EFFORT_STRETCH, BEST_EFFORT_PACE_S = 4.0, 1.0
 """A best-effort request is paced at this multiple of the TPOT bound it could not have, but at no less than so many
 seconds a token: were its pace the strictest of the batch, the step gate would hold everyone else back for it."""
 
+_Z90 = NormalDist().inv_cdf(0.9)
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -32,7 +35,8 @@ class Request:
 
     The bounds to plan with follow from these and are kept at hand, because policies read them for every request at
     every decision: ``ttft_slo_s`` is T_i (infinite when nothing bounds the first token), ``deadline_s`` is
-    d_i = a_i + T_i, ``tpot_slo_s`` is P_i in seconds per token (None when nothing bounds it).
+    d_i = a_i + T_i, ``tpot_slo_s`` is P_i in seconds per token (None when nothing bounds it). So is ``variance``
+    (tokens^2): by how much the lengths of its sequences together are uncertain, were they normal.
     """
 
     id: str
@@ -55,6 +59,7 @@ class Request:
     tpot_slo_s: float | None = field(init=False)
     deadline_s: float = field(init=False)
     predicted_at_arrival: float = field(init=False)
+    variance: float = field(init=False)
     _foretold_p90: float = field(init=False)
     _revise_at: float = field(init=False)
 
@@ -71,6 +76,7 @@ class Request:
         self.predicted_tokens, self.predicted_p90 = tokens, p90
         self.predicted_at_arrival, self._foretold_p90 = tokens, p90
         self._revise_at = tokens * self.sequences
+        self._spread()
         self._plan()
 
     def advance(self, tokens: int) -> None:
@@ -92,6 +98,11 @@ class Request:
         self.predicted_p90 = max(min(surviving_quantile(0.9, each, p50, p90), most), self.predicted_tokens)
         ahead = max((self.predicted_tokens - each) / 2, 1.0)
         self._revise_at = (each + ahead) * self.sequences
+        self._spread()
+
+    def _spread(self) -> None:
+        deviation = max(self.predicted_p90 - self.predicted_tokens, 0.0) / _Z90
+        self.variance = self.sequences * (deviation * deviation)
 
     def pace_after(self, first_token_s: float, ease: float = 1.0) -> float:
         """P_i (s, infinite where nothing bounds it) were its first token to come at ``first_token_s`` (monotonic).

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
+from gateway.columns import Columns, Table
 from gateway.request import Request
 
 Order = Callable[[Request], tuple[float, ...]]
@@ -16,7 +17,7 @@ Order = Callable[[Request], tuple[float, ...]]
 class WaitingQueue(Sequence[Request]):
     """A sequence of requests sorted by ``order``; adding and removing one costs O(log n) comparisons.
 
-    A key is read when its request is added: after a change that moves it, `reorder` it.
+    A key is read when its request is added, and so are its `columns`: after a change that moves it, `reorder` it.
     """
 
     def __init__(self, order: Order) -> None:
@@ -25,6 +26,8 @@ class WaitingQueue(Sequence[Request]):
         self._requests: list[Request] = []
         self._key_of: dict[str, tuple[float, ...]] = {}
         self._added = 0
+        self._table: Table | None = None
+        """Kept in step once somebody asked for `columns`: most policies never do."""
         self.by_class: Counter[str] = Counter()
         """How many wait, by SLO class."""
 
@@ -39,6 +42,8 @@ class WaitingQueue(Sequence[Request]):
         at = bisect_left(self._keys, key)
         self._keys.insert(at, key)
         self._requests.insert(at, request)
+        if self._table is not None:
+            self._table.insert(at, request)
         self._key_of[request.id] = key
 
     def remove(self, request: Request) -> bool:
@@ -53,6 +58,8 @@ class WaitingQueue(Sequence[Request]):
         key = self._key_of.pop(request.id)
         at = bisect_left(self._keys, key)
         del self._keys[at], self._requests[at]
+        if self._table is not None:
+            self._table.delete(at)
         return key
 
     def reorder(self, request: Request) -> None:
@@ -65,7 +72,14 @@ class WaitingQueue(Sequence[Request]):
         self._keys.clear()
         self._requests.clear()
         self._key_of.clear()
+        self._table = None
         self.by_class.clear()
+
+    def columns(self, first: int | None = None) -> Columns:
+        """Of all that wait, or of the ``first`` so many, as they were when added. Good until the next change."""
+        if self._table is None:
+            self._table = Table(self._requests)
+        return self._table.columns(first)
 
     def __contains__(self, request: object) -> bool:
         return isinstance(request, Request) and request.id in self._key_of
@@ -82,3 +96,8 @@ class WaitingQueue(Sequence[Request]):
     def __getitem__(self, index: slice) -> Sequence[Request]: ...
     def __getitem__(self, index: int | slice) -> Request | Sequence[Request]:
         return self._requests[index]
+
+
+def columns_of(requests: Sequence[Request], first: int | None = None) -> Columns:
+    """The columns of the ``first`` so many (None: all) of any sequence: kept ones where it is a queue."""
+    return requests.columns(first) if isinstance(requests, WaitingQueue) else Columns.of(requests[:first])

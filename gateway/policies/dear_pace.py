@@ -56,13 +56,18 @@ class DearPace:
         bound = request.slo.tpot_s
         return bound is not None and bound < self.below_s and not request.best_effort
 
+    def which(self, requests: Iterable[Request]) -> list[bool]:
+        """Of each, whether it does: of all that run or wait, for which a call each would take long."""
+        below_s = self.below_s
+        return [r.slo.tpot_s is not None and r.slo.tpot_s < below_s and not r.best_effort for r in requests]
+
     def look(self, now: float, alone_s: float, running: Iterable[Request]) -> None:
         """Decide whether to hold off. A step with one decode in it takes ``alone_s``; ``running`` are in the engine."""
         self.below_s = alone_s / DEAR
         if now - self._waited_s > QUIET_S:
             self.held_off, self._known, self._admitted, self._others = False, 0, 0.0, 0.0
         elif not self.held_off and self._known >= _LEAST_KNOWN and self._admitted < WORTH * self._others:
-            self.held_off = any(map(self.has, running))
+            self.held_off = any(self.which(running))
 
     def note(self, now: float, decision: Decision, left: Iterable[Request]) -> None:
         """Count what was decided; ``left``, who have bounds, were left waiting."""

@@ -12,6 +12,7 @@ its pace: nobody is kept out for the sake of one that does not fit yet.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gateway.policies.base import Decision
@@ -34,9 +35,10 @@ class Behind:
     def __bool__(self) -> bool:
         return bool(self.classes or self.tenants)
 
-    def has(self, request: Request) -> bool:
-        """Whether the request is of one of them."""
-        return request.slo_class in self.classes or request.tenant in self.tenants
+    def which(self, requests: Iterable[Request]) -> list[bool]:
+        """Of each, whether it is of one of them: of all that wait, for which a call each would take long."""
+        classes, tenants = self.classes, self.tenants
+        return [request.slo_class in classes or request.tenant in tenants for request in requests]
 
 
 @dataclass(slots=True)

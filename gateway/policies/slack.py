@@ -48,6 +48,7 @@ from gateway.policies.dear_pace import QUIET_S, DearPace
 from gateway.policies.floor import Floor
 from gateway.policies.slack_load import Load, Queue
 from gateway.request import Request
+from gateway.waiting import columns_of
 
 _LEAST_SHARE = 0.02
 """However full the batch, prefill goes on: decodes end."""
@@ -104,7 +105,8 @@ class Slack:
         load = Load.of(running, self.memory_risk)
         runway = Runway.of(running, self.runway_steps * load.chunk(engine))
         bounded, unbounded = _by_bounds(waiting)
-        queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s, self.fill)
+        columns = columns_of(waiting, len(bounded))
+        queue = Queue.of(bounded, load.prefill_token_s(engine), self.patience_s, self.fill, columns)
         queue.pace_ends(now, load, runway.tokens, self.fill, engine)
         queue = self._refuse_hopeless_pace(queue, engine, decision)
         queue, held_off = self._hold_off(now, queue, running, engine)
@@ -130,15 +132,15 @@ class Slack:
         """A TPOT bound that even an otherwise idle engine would break, or all but break, is refused at once."""
         alone_s = queue.decode_alone_s(engine)
         hopeless = alone_s > queue.tpot_s
+        if not hopeless.any():
+            return queue
         for at in np.flatnonzero(hopeless).tolist():
             request, attainable_s = queue.requests[at], float(alone_s[at]) / self.fill
             if request.tpot_slo_s is not None and attainable_s <= request.tpot_slo_s:
                 hopeless[at] = False  # With its end-to-end bound it has waited too long, which is another matter.
             else:
                 decision.reject.append(reject_tpot(request, attainable_s, 0.0, hopeless=True))
-        if not hopeless.any():
-            return queue
-        return queue.only(~hopeless)
+        return queue.only(~hopeless) if hopeless.any() else queue
 
     def _hold_off(
         self, now: float, queue: Queue, running: Collection[Request], engine: EngineState
@@ -147,7 +149,7 @@ class Slack:
         self._dear.look(now, engine.step_time.curve.step_s(1, 0) / self.fill, running)
         if not self._dear.held_off:
             return queue, []
-        dear = np.array([self._dear.has(request) for request in queue.requests], dtype=bool)
+        dear = np.array(self._dear.which(queue.requests), dtype=bool)
         would_do_s = self._dear.below_s
         refused = [
             Rejection(request, "tpot", would_do_s, would_do_s, QUIET_S)
@@ -168,37 +170,43 @@ class Slack:
         work = load.prefill_token_s(engine) * unprefilled
         # The queue ahead thins out, a request's own prompt does not.
         own_s = (full_stretch - stretch) * queue.prefill_s
-        margin = queue.deadline - (fixed + stretch * (work + np.cumsum(queue.prefill_s)) + own_s)
+        deadline = queue.columns.deadline
+        margin = deadline - (fixed + stretch * (work + np.cumsum(queue.prefill_s)) + own_s)
         late = margin < 0
         if late.any():
             # One that is refused is not ahead of those behind it, so from the first on they must be taken one by one.
             first = int(np.argmax(late))
             work += float(queue.prefill_s[:first].sum())
-            for at in range(first, len(queue.requests)):
-                request, own = queue.requests[at], float(queue.prefill_s[at])
-                late_by = fixed + stretch * work + full_stretch * own - request.deadline_s
-                late[at] = late_by > 0
+            left = zip(deadline[first:].tolist(), queue.prefill_s[first:].tolist(), strict=True)
+            for at, (due, own) in enumerate(left, first):
+                late_by = fixed + stretch * work + full_stretch * own - due
                 margin[at] = -late_by
                 if late_by <= 0:
                     work += own
                     continue
+                request = queue.requests[at]
                 predicted_s = request.ttft_slo_s + late_by
                 # Asking again takes a moment, and optimism is not for promises: without it, and a step to spare.
                 attainable_s = predicted_s + (full_stretch - stretch) * work + step
                 hopeless = curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
                 decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_by, hopeless))
+            late = margin < 0
             queue, margin = queue.only(~late), margin[~late]
-        if len(margin) and margin.min() < math.inf:
-            decision.recheck_at = now + float(margin.min())
+        least = float(margin.min(initial=math.inf))
+        if least < math.inf:
+            decision.recheck_at = now + least
         return queue
 
     def _admit_bounded(
         self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision
     ) -> bool:
         """Admit the least costly that keep the invariant; whether any is left waiting."""
-        order, turn = self._in_turn(now, queue, load, engine)
-        admitted, waiting_tokens = 0, float(queue.prompt.sum())
-        first = order[self._holding(now, queue, load, runway, engine)[order]]
+        if load.without_who_makes_way(engine).places >= engine.max_num_seqs:
+            return len(queue.requests) > 0
+        # Of those with room nearly all hold the invariant: they are tried in turn, and seen to only once one does not.
+        able = np.flatnonzero(self._room(queue, load, runway, engine))
+        first, turn = self._in_turn(now, queue, able, load, engine)
+        admitted, waiting_tokens = 0, float(queue.columns.prompt.sum())
         if turn is not None:
             # Shorter prompts may never let the runway run empty: it does not wait for that.
             first = np.concatenate([[turn], first[first != turn]])
@@ -214,7 +222,7 @@ class Slack:
                 <= request.deadline_s
             ):
                 # Those before it took its room, and that of most behind it: they are looked at together.
-                first = first[self._holding(now, queue, load, runway, engine)[first]]
+                first = self._holding(now, queue, first, load, runway, engine)
                 continue
             eased_s = float(queue.eased_s[at])
             load.take(more if eased_s == pace_s else load.plus(request, eased_s))
@@ -226,26 +234,43 @@ class Slack:
         return admitted < len(queue.requests)
 
     def _in_turn(
-        self, now: float, queue: Queue, load: Load, engine: EngineState
+        self, now: float, queue: Queue, able: NDArray[np.intp], load: Load, engine: EngineState
     ) -> tuple[NDArray[np.intp], int | None]:
-        """The queue in the order in which it is tried; and who is first, if for a claim: behind, or out of patience."""
+        """Those ``able`` to go, in the order in which they are tried; and who of all is first, if for a claim.
+
+        A claim: behind, or out of patience.
+        """
         token_s, curve = load.prefill_token_s(engine), engine.step_time.curve
-        cost_s = queue.cost_s(token_s, token_s + max(-curve.e, 0.0), curve.a)
+        prices = token_s, token_s + max(-curve.e, 0.0), curve.a
         claims, behind = queue.due < now, self._granted.behind()
         if behind:
-            claims |= np.array([behind.has(request) for request in queue.requests], dtype=bool)
-        order = np.lexsort((queue.due + self.thrift * cost_s, ~claims))
-        return order, int(order[0]) if claims.any() else None
+            claims |= np.array(behind.which(queue.requests), dtype=bool)
 
-    def _holding(self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState) -> NDArray[np.bool_]:
-        """Of which the invariant holds, were it to run beside ``load``."""
+        def comes_at(at: NDArray[np.intp]) -> NDArray[np.float64]:
+            return queue.due[at] + self.thrift * queue.cost_s(*prices, at)
+
+        order = able[np.lexsort((comes_at(able), ~claims[able]))] if len(able) > 1 else able
+        claimants = np.flatnonzero(claims)
+        return order, int(claimants[np.argmin(comes_at(claimants))]) if len(claimants) else None
+
+    def _room(self, queue: Queue, load: Load, runway: Runway, engine: EngineState) -> NDArray[np.bool_]:
+        """Who finds places beside ``load``, and room for the prompt. An idle engine takes anyone."""
         if not load.places:
             return np.ones(len(queue.requests), dtype=bool)
         taken = np.where(queue.tpot_s < math.inf, load.without_who_makes_way(engine).places, load.places)
-        room = taken + queue.sequences <= engine.max_num_seqs
+        room = taken + queue.columns.sequences <= engine.max_num_seqs
         if runway.tokens:
-            room &= runway.tokens + queue.prompt <= runway.limit
-        return room & queue.holds_with(load, runway.tokens, queue.deadline - now, engine) if room.any() else room
+            room &= runway.tokens + queue.columns.prompt <= runway.limit
+        return room
+
+    def _holding(
+        self, now: float, queue: Queue, of: NDArray[np.intp], load: Load, runway: Runway, engine: EngineState
+    ) -> NDArray[np.intp]:
+        """Those ``of`` the queue with room for whom the invariant holds, were they to run beside ``load``."""
+        of = of[self._room(queue, load, runway, engine)[of]]
+        if not len(of):
+            return of
+        return of[queue.holds_with(load, runway.tokens, queue.columns.deadline[of] - now, engine, of)]
 
     def _fits(self, request: Request, load: Load, runway: Runway, engine: EngineState) -> bool:
         """Whether a newcomer could go beside ``load``, its deadline and those that wait left aside."""
@@ -309,8 +334,10 @@ class Slack:
 def _by_bounds(waiting: Sequence[Request]) -> tuple[Sequence[Request], Sequence[Request]]:
     """Those with bounds, and those without, which by `Slack.order` come last."""
     bounded = len(waiting)
-    while bounded and is_unbounded(waiting[bounded - 1]):
-        bounded -= 1
+    if is_unbounded(waiting[-1]):
+        columns = columns_of(waiting)
+        bounds = np.flatnonzero(np.minimum(columns.deadline, columns.tpot) < math.inf)
+        bounded = int(bounds[-1]) + 1 if len(bounds) else 0
     return waiting[:bounded], waiting[bounded:]
 
 

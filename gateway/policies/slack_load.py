@@ -1,15 +1,14 @@
 """What `slack` reckons with: the running set as sums, and the queue as columns.
 
-A decision looks at every waiting request. As columns that costs nanoseconds each, so that ten thousand may wait.
+A decision looks at every waiting request. As columns that costs nanoseconds each, so that ten thousand may wait; and
+what does not depend on the engine or the time is kept with the queue (`gateway.columns`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
-from operator import attrgetter
 from statistics import NormalDist
 
 import numpy as np
@@ -18,9 +17,8 @@ from numpy.typing import NDArray
 from engine_adapter.engine import EngineState
 from engine_adapter.make_way import kept_places
 from engine_adapter.slack_gate import COURTESY, PATIENT_S
+from gateway.columns import Columns, Floats
 from gateway.request import Request
-
-Floats = NDArray[np.float64]
 
 _SLOWEST_S = 0.9 * PATIENT_S
 """Seconds a token that an end-to-end bound leaves at most: the step gate would take more for no pace at all."""
@@ -33,7 +31,7 @@ else the longest answer would hold up all others for as long as it takes, and ga
 _LEAST_CHUNK = 16
 """Tokens. However full the batch, prompts must be at hand when a decode ends."""
 
-_Z90 = NormalDist().inv_cdf(0.9)
+_ALL = slice(None)
 
 
 @dataclass(slots=True)
@@ -87,9 +85,7 @@ class Load:
                 strictest = pace_s
             decoding += weight
             length += (request.prompt_tokens + (out if request.admitted_s is not None else predicted / 2)) * weight
-            doubt = request.predicted_p90 - predicted
-            if doubt > 0:
-                variance += sequences * (doubt / _Z90) ** 2
+            variance += request.variance
         self.places += places
         self.unbounded += unbounded
         self.decoding += decoding
@@ -156,108 +152,107 @@ class Load:
         return replace(self, places=self.places - leaving, memory=self.memory - memory)
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Queue:
     """Waiting requests with bounds, in deadline order, and what is reckoned with as columns of shape (n,).
 
-    ``deadline``: of the first token (s, infinite without one); ``due``: the same, or when patience ends; ``tpot_s``:
-    the pace to keep (s, infinite without a bound), and ``eased_s``: once it runs (`E2E_EASE`); ``sequences``;
-    ``length``: mean tokens of context over its life; ``prompt`` and ``tokens``: of predicted output, uncertain by
-    ``variance``; ``prefill_s``: mu * p.
+    ``columns`` are those that do not depend on the decision. ``due``: the deadline, or when patience ends; ``tpot_s``:
+    the pace to keep (s, infinite without a bound), and ``eased_s``: once it runs (`E2E_EASE`); ``prefill_s``: mu * p.
     """
 
     requests: Sequence[Request]
-    deadline: Floats
+    columns: Columns
     due: Floats
     tpot_s: Floats
     eased_s: Floats
-    sequences: Floats
-    length: Floats
-    prompt: Floats
-    tokens: Floats
-    variance: Floats
     prefill_s: Floats
 
     @classmethod
-    def of(cls, requests: Sequence[Request], prefill_token_s: float, patience_s: float, share: float = 1.0) -> Queue:
-        """The columns of ``requests``, with prompt tokens at ``prefill_token_s``.
+    def of(
+        cls,
+        requests: Sequence[Request],
+        prefill_token_s: float,
+        patience_s: float,
+        share: float = 1.0,
+        columns: Columns | None = None,
+    ) -> Queue:
+        """The columns of ``requests``, with prompt tokens at ``prefill_token_s``. ``columns``: where they are at hand.
 
         ``share`` of a bound is the pace, but for bounds that the step gate takes for none.
         """
-        deadline = _column(map(attrgetter("deadline_s"), requests))
-        arrival = _column(map(attrgetter("arrival_s"), requests))
-        prompt = _column(map(attrgetter("prompt_tokens"), requests))
-        tokens = _column(map(attrgetter("predicted_tokens"), requests))
-        sequences = _column(map(attrgetter("sequences"), requests))
-        tpot = _column(math.inf if r.tpot_slo_s is None or r.best_effort else r.tpot_slo_s for r in requests)
-        pace = np.where(tpot < PATIENT_S, share * tpot, tpot)
-        return cls(
-            requests=requests,
-            deadline=deadline,
-            due=np.minimum(deadline, arrival + patience_s),
-            tpot_s=pace,
-            eased_s=pace.copy(),
-            sequences=sequences,
-            length=prompt + tokens / 2,
-            prompt=prompt,
-            tokens=tokens,
-            variance=sequences
-            * (np.maximum(_column(map(attrgetter("predicted_p90"), requests)) - tokens, 0.0) / _Z90) ** 2,
-            prefill_s=prefill_token_s * prompt,
-        )
+        kept = Columns.of(requests) if columns is None else columns
+        pace = kept.tpot if share == 1 else np.where(kept.tpot < PATIENT_S, share * kept.tpot, kept.tpot)
+        due = np.minimum(kept.deadline, kept.arrival + patience_s)
+        return cls(requests, kept, due, pace.copy(), pace.copy(), prefill_token_s * kept.prompt)
 
     def pace_ends(self, now: float, load: Load, prompts: int, share: float, engine: EngineState) -> None:
         """Give those with an end-to-end bound the pace that is left of it, were they to go now, behind ``prompts``.
 
         Their first token is expected as soon as prefill gets to it, at the latest when it is due; and a pace that the
-        step gate would take for none is none that their end could be kept with.
+        step gate would take for none is none that their end could be kept with. Paces are those of
+        `Request.pace_after`.
         """
-        ends = [at for at, request in enumerate(self.requests) if request.slo.e2e_s is not None]
-        if not ends:
+        ends = np.flatnonzero(self.columns.end < math.inf)
+        if not len(ends):
             return
+        of = Columns(*[column[ends] for column in self.columns])
         fixed_s = load.prefilled_in_s(prompts, 0.0, 0.0, engine)
-        token_s = load.prefilled_in_s(prompts, 1.0, 0.0, engine) - fixed_s if fixed_s < math.inf else math.inf
-        for at in ends:
-            request = self.requests[at]
-            first_s = min(now + fixed_s + token_s * request.prompt_tokens, request.deadline_s)
-            self.tpot_s[at] = min(share * request.pace_after(first_s), _SLOWEST_S)
-            self.eased_s[at] = min(share * request.pace_after(first_s, E2E_EASE), _SLOWEST_S)
+        first_s = of.deadline
+        if fixed_s < math.inf:
+            token_s = load.prefilled_in_s(prompts, 1.0, 0.0, engine) - fixed_s
+            first_s = np.minimum(now + fixed_s + token_s * of.prompt, of.deadline)
+        left_s, others = np.maximum(of.end - first_s, 0.0), np.maximum(of.foretold, 1.0)
+        for paces, ease in ((self.tpot_s, 1.0), (self.eased_s, E2E_EASE)):
+            pace_s = np.minimum(ease * left_s / others, of.own_tpot)
+            paces[ends] = np.minimum(share * pace_s, _SLOWEST_S)
 
     def only(self, which: NDArray[np.bool_]) -> Queue:
         """Those where ``which`` holds."""
-        columns = (getattr(self, name)[which] for name in self.__slots__ if name != "requests")
-        return Queue(list(compress(self.requests, which.tolist())), *columns)
+        at = np.flatnonzero(which)
+        return Queue(
+            [self.requests[one] for one in at.tolist()],
+            Columns(*[column[at] for column in self.columns]),
+            *[column[at] for column in (self.due, self.tpot_s, self.eased_s, self.prefill_s)],
+        )
 
     def decode_alone_s(self, engine: EngineState) -> Floats:
         """Seconds a token in an otherwise idle engine."""
-        return engine.step_time.curve.steps_s(self.sequences, self.length * self.sequences)
+        sequences, length = self.columns.sequences, self.columns.length
+        return engine.step_time.curve.steps_s(sequences, length * sequences)
 
-    def holds_with(self, load: Load, prompts: int, within_s: Floats, engine: EngineState) -> NDArray[np.bool_]:
-        """For each, whether the invariant holds with it beside ``load``: what `Load` says of R and one more, at once.
+    def holds_with(
+        self,
+        load: Load,
+        prompts: int,
+        within_s: Floats,
+        engine: EngineState,
+        at: NDArray[np.intp] | slice = _ALL,
+    ) -> NDArray[np.bool_]:
+        """For each ``at``, whether the invariant holds with it beside ``load``: what `Load` says of R and one more.
 
         ``prompts`` tokens are to be prefilled before it, and all of it ``within_s`` (s).
         """
-        curve, paced = engine.step_time.curve, self.tpot_s < math.inf
-        weight = np.where(paced, self.sequences, COURTESY * self.sequences)
-        strictest = np.minimum(self.tpot_s, load.strictest)
+        curve, columns = engine.step_time.curve, self.columns
+        tpot_s, sequences, prompt = self.tpot_s[at], columns.sequences[at], columns.prompt[at]
+        weight = np.where(tpot_s < math.inf, sequences, COURTESY * sequences)
+        strictest = np.minimum(tpot_s, load.strictest)
         decoding = load.decoding + weight
-        step = curve.steps_s(decoding, load.length + self.length * weight)
+        step = curve.steps_s(decoding, load.length + columns.length[at] * weight)
         token = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest - step)
-        others = prompts + self.prompt.sum() - self.prompt
+        others = prompts + columns.prompt.sum() - prompt
         full = np.maximum(step, np.minimum(strictest, step + token * others))
-        first = full + token * (prompts + self.prompt) / np.maximum(1 - step / strictest, 1e-12)
+        first = full + token * (prompts + prompt) / np.maximum(1 - step / strictest, 1e-12)
         holds = (step <= strictest) & (first <= within_s)
         if engine.kv_tokens > 0:
-            taken = load.without_who_makes_way(engine).memory
-            memory = np.where(paced, taken, load.memory) + self.sequences * (self.prompt + np.maximum(self.tokens, 1.0))
-            holds = holds & (memory + load.z * np.sqrt(load.variance + self.variance) <= engine.kv_tokens)
+            taken = np.where(tpot_s < math.inf, load.without_who_makes_way(engine).memory, load.memory)
+            memory = taken + sequences * (prompt + np.maximum(columns.output[at], 1.0))
+            holds &= memory + load.z * np.sqrt(load.variance + columns.variance[at]) <= engine.kv_tokens
         return np.asarray(holds, dtype=np.bool_)
 
-    def cost_s(self, prefill_token_s: float, decode_s: float, context_s: float) -> Floats:
-        """w_i: seconds of engine time, where a token of context takes ``context_s`` in each decode."""
-        decodes = self.sequences * self.tokens
-        return prefill_token_s * self.prompt + (decode_s + context_s * self.length) * decodes
-
-
-def _column(values: Iterable[float]) -> Floats:
-    return np.fromiter(values, dtype=np.float64)
+    def cost_s(
+        self, prefill_token_s: float, decode_s: float, context_s: float, at: NDArray[np.intp] | slice = _ALL
+    ) -> Floats:
+        """w_i of each ``at``: seconds of engine time, where a token of context takes ``context_s`` in each decode."""
+        columns = self.columns
+        decodes = columns.sequences[at] * columns.output[at]
+        return prefill_token_s * columns.prompt[at] + (decode_s + context_s * columns.length[at]) * decodes

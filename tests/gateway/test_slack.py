@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,54 @@ def test_the_columns_say_of_each_request_what_the_load_says_with_it(
         )
         if all(abs(way - 1) > 1e-6 for way in ways):
             assert holds == all(way < 1 for way in ways)
+
+
+WAITING = st.builds(
+    lambda ago, ttft, tpot, e2e, prompt, output, more, effort: ask(
+        at=NOW - ago, ttft=ttft, tpot=tpot, e2e=e2e, prompt=prompt, output=output, predicted_p90=output + more,
+        best_effort=effort,
+    ),
+    st.floats(0, 2), st.none() | st.floats(0.1, 9), st.none() | st.floats(0.009, 3), st.none() | st.floats(1, 60),
+    st.integers(1, 2000), st.integers(1, 2000), st.integers(0, 500), st.booleans(),
+)  # fmt: skip
+
+
+@given(st.lists(WAITING, max_size=12), st.lists(WAITING, max_size=6), st.lists(REQUESTS, max_size=6), st.booleans(),
+       st.sampled_from([1.0, 0.9]), st.sampled_from([0, 6000]))  # fmt: skip
+def test_a_queue_that_keeps_columns_is_decided_on_as_a_plain_list_is(
+    first: list[Request], later: list[Request], batch: list[Request], best_effort: bool, fill: float, kv_tokens: int
+) -> None:
+    for number, request in enumerate([*first, *later, *batch]):
+        request.id = str(number)
+    policy, plain, moving = (slack(fill=fill, patience_s=1.0) for _ in range(3))
+    books = Admission(moving, engine(max_num_seqs=12, kv_tokens=kv_tokens), lambda request: best_effort)
+    books.running = {request.id: request for request in batch}
+    for now, came in ((NOW, first), (NOW + 0.5, later), (NOW + 1.5, [])):
+        for request in came:
+            books.submit(request)
+        listed = plain.decide(now, list(books.waiting), list(books.running.values()), books.engine)
+        kept = policy.decide(now, books.waiting, list(books.running.values()), books.engine)
+        assert kept == listed
+        books.decide(now)  # so that the queue changes
+
+
+@given(st.lists(WAITING, min_size=1, max_size=6), st.lists(REQUESTS, max_size=6), st.sampled_from([1.0, 0.9]),
+       st.integers(0, 3000))  # fmt: skip
+def test_the_paces_that_ends_leave_are_those_that_each_request_says(
+    asked: list[Request], batch: list[Request], share: float, prompts: int
+) -> None:
+    load, state = Load.of(batch, 0.01), engine()
+    queue = Queue.of(asked, 1e-3, 60.0, share)
+    before = queue.tpot_s.tolist()
+    queue.pace_ends(NOW, load, prompts, share, state)
+    fixed_s = load.prefilled_in_s(prompts, 0.0, 0.0, state)
+    token_s = load.prefilled_in_s(prompts, 1.0, 0.0, state) - fixed_s if fixed_s < math.inf else math.inf
+    for at, request in enumerate(asked):
+        paces = before[at], before[at]
+        if request.slo.e2e_s is not None and not request.best_effort:
+            first_s = min(NOW + fixed_s + token_s * request.prompt_tokens, request.deadline_s)
+            paces = tuple(min(share * request.pace_after(first_s, ease), 0.9 * PATIENT_S) for ease in (1.0, E2E_EASE))
+        assert (queue.tpot_s[at], queue.eased_s[at]) == paces
 
 
 @given(st.lists(REQUESTS, max_size=6), st.lists(REQUESTS, max_size=6), REQUESTS, st.integers(1, 8))

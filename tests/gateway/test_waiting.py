@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.columns import Columns
 from gateway.policies.names import POLICIES, make_policy
 from gateway.request import Request
 from gateway.slo import Slo
-from gateway.waiting import WaitingQueue
+from gateway.waiting import WaitingQueue, columns_of
 
 
 def ask(name: str, *, at: float = 0.0, ttft: float | None = None, output: float = 10, group: str = "chat") -> Request:
@@ -142,3 +145,57 @@ def test_it_behaves_as_a_list_that_is_sorted_after_every_change(operations: list
         assert (len(queue), bool(queue)) == (len(model), bool(model))
         assert all(request in queue for request in model)
         assert all(queue.by_class[group] == sum(r.slo_class == group for r in model) for group in "ab")
+
+
+def same(one: Columns, other: Columns) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_columns_say_what_the_requests_say() -> None:
+    asked = Request("a", "chat", 5.0, Slo(2.0, 0.05, 20.0), 100, 60, 60 + 1.2815515655446004 * 10, sequences=2)
+    asked.tpot_slo_s = 0.03
+    calm = Request("b", "chat", 6.0, Slo(None, 0.05, 20.0), 30, 40, best_effort=True)
+    found = Columns.of([asked, calm])
+    assert [column.tolist() for column in found[:-1]] == [
+        [5.0, 6.0],
+        [7.0, math.inf],
+        [25.0, math.inf],
+        [0.03, math.inf],
+        [0.05, 0.05],
+        [2, 1],
+        [100, 30],
+        [60, 40],
+        [60, 40],
+        [130, 50],
+    ]
+    assert found.variance.tolist() == pytest.approx([200.0, 0.0])
+
+
+@given(OPERATIONS, st.integers(0, 9))
+def test_the_columns_of_a_queue_are_those_of_its_requests(operations: list[tuple[str, int]], asked_after: int) -> None:
+    queue = WaitingQueue(lambda request: (request.deadline_s, request.arrival_s))
+    for number, (what, pick) in enumerate([("add", 3)] * 60 + operations):  # 60, so that they outgrow their first room
+        one = queue[pick % len(queue)] if queue else ask("nobody")
+        if what == "add":
+            slo = Slo(pick + 1.0 if pick % 3 else None, pick / 100 + 0.01 if pick % 4 else None, 9.0 + pick)
+            queue.add(Request(str(number), "chat", float(number), slo, pick + 1, pick * 3.0, pick * 4.0))
+        elif what == "remove":
+            queue.remove(one)
+        elif what == "reorder":
+            if pick % 2:
+                one.serve_at_best_effort()
+            else:
+                one.predict(pick + 0.5, 2.0 * pick)
+            queue.reorder(one)
+        elif pick % 5 == 0:
+            queue.clear()
+        if number >= asked_after:
+            assert same(queue.columns(), Columns.of(list(queue)))
+            assert same(queue.columns(pick), Columns.of(queue[:pick]))
+            assert same(columns_of(queue, pick), columns_of(list(queue), pick))
+
+
+def test_nobody_writes_to_the_columns_of_a_queue() -> None:
+    queue = queue_of(ask("a"))
+    with pytest.raises(ValueError, match="read-only"):
+        queue.columns().arrival[0] = 1.0
