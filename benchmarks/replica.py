@@ -38,6 +38,7 @@ class Replica:
 
     ``times``: what the policy is told of step times at first, by default the profile's; ``learn``: whether its
     step-time model then follows the steps it sees. ``speeds``: what its steps' times are multiplied by.
+    ``best_effort``: whoever cannot attain its SLO is served all the same.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Replica:
         times: StepTimes | None = None,
         learn: bool = True,
         speeds: Speeds | None = None,
+        best_effort: bool = False,
     ) -> None:
         self.state = EngineState(
             alive=True,
@@ -61,7 +63,7 @@ class Replica:
             gate=GateReport(makes_way=step_mode == "chunked"),
             step_time=StepTimeModel(times=times or profile.step_times(), learn=learn),
         )
-        self.admission = Admission(policy, self.state)
+        self.admission = Admission(policy, self.state, lambda request: best_effort)
         self.scheduler = SimulatedScheduler(
             max_num_seqs=profile.max_num_seqs,
             max_num_batched_tokens=profile.max_num_batched_tokens,

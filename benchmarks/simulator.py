@@ -52,6 +52,7 @@ def simulate(
     times: StepTimes | None = None,
     learn: bool = True,
     apart: bool = True,
+    best_effort: bool = False,
     tenants: Sequence[str] | None = None,
     unsteady: Unsteadiness | None = None,
     seed: int = 0,
@@ -69,6 +70,7 @@ def simulate(
         apart: the gateway is a process of its own, so that the next step has begun before it reacts to the last one.
             False puts it inside the engine, as SCORPIO's authors had it.
         unsteady: how much the engines' steps vary, as ``seed`` has it; by default they take what the profile says.
+        best_effort: whether who cannot attain its SLO is served all the same.
         tenants: whose each request of ``workload`` is; by default all are the same one's.
         on_ended: told, now and then, how many requests have ended.
 
@@ -84,7 +86,16 @@ def simulate(
         )
     speeds = [unsteady.speeds(seed * replicas + n) if unsteady else None for n in range(replicas)]
     engines = [
-        Replica(profile, make_policy(), step_mode=step_mode, times=times, learn=learn, speeds=each) for each in speeds
+        Replica(
+            profile,
+            make_policy(),
+            step_mode=step_mode,
+            times=times,
+            learn=learn,
+            speeds=each,
+            best_effort=best_effort,
+        )
+        for each in speeds
     ]
     fates = _Fates(workload, on_ended)
     now, arrived = 0.0, 0

@@ -22,6 +22,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from benchmarks.crowds import CROWDS, NOBODY, behind, crowd_done_s, own
 from benchmarks.experiment import Experiment, Run, capacity, parse_policy
 from benchmarks.figures.lab import Lab, laboratory
 from benchmarks.policy_table import AS_PUBLISHED, KEEPS, experiment
@@ -29,7 +30,7 @@ from benchmarks.predictions import Predicted, predict
 from benchmarks.run_record import Served, run_record
 from benchmarks.simulator import simulate
 from benchmarks.slack_study_page import EVERYBODY, page
-from benchmarks.slack_without import FULL, WITHOUT
+from benchmarks.slack_without import FULL, MAKING_WAY, WITHOUT
 from benchmarks.unsteady import Unsteadiness
 from benchmarks.workload import Asked
 
@@ -73,6 +74,16 @@ BELIEFS = {
 }
 """Step times that a policy believes, over the true ones; and whether it learns from the steps it sees."""
 
+BESIDE_CROWDS = {
+    "slack": ("slack", FULL),
+    f"slack without {MAKING_WAY}": ("slack", MAKING_WAY),
+    "scorpio": ("scorpio", FULL),
+    "mooncake": ("mooncake", FULL),
+}
+"""Policy, and what is taken out of it, of each column beside a crowd."""
+
+CROWDED_LOADS = (0.8, 2.0)
+
 UNSTEADY = {
     "as expected": None,
     "5%, drifting by 3%": Unsteadiness(0.05, 0.03),
@@ -88,8 +99,8 @@ class Trial:
     """One run. ``row``, ``column`` and ``load`` (in S) say where it stands in the tables.
 
     ``without``: of `WITHOUT`. ``believed``: step times that the policy is told, over the true ones. ``where``: what is
-    not as in the other trials. ``by_tenant``: whether requests have tenants (`tenants_of`), and groups of requests are
-    recorded.
+    not as in the other trials. ``crowd``: of `CROWDS`. ``by_tenant``: whether requests have tenants (`tenants_of`), and
+    groups of requests are recorded.
     """
 
     row: str
@@ -100,6 +111,7 @@ class Trial:
     without: str = FULL
     believed: float = 1.0
     where: str = ""
+    crowd: str = NOBODY
     by_tenant: bool = False
 
 
@@ -124,7 +136,8 @@ def ablation(study: Study) -> list[Trial]:
     """`slack` in full, and with each part taken out; four of them also where they matter."""
     little = replace(study.experiment, limits={"kv_tokens": LITTLE_MEMORY})
     code = replace(study.experiment, workload=study.experiment.workload | {"name": "azure-code"})
-    trials = [t for load in LOADS for name in WITHOUT for t in study.trials(name, load, without=name)]
+    names = [name for name in WITHOUT if name != MAKING_WAY]
+    trials = [t for load in LOADS for name in names for t in study.trials(name, load, without=name)]
     for name in (FULL, "memory"):
         where = f"{LITTLE_MEMORY:,} tokens of KV memory"
         trials += study.trials(name, OVERLOADS[0], without=name, experiment=little, where=where)
@@ -176,6 +189,17 @@ def unsteady(study: Study) -> list[Trial]:
     return contended(study, {row: {"experiment": replace(how, unsteady=by)} for row, by in UNSTEADY.items()})
 
 
+def crowds(study: Study) -> list[Trial]:
+    """Requests that nobody insists on, and what the others lose by them."""
+    return [
+        Trial(crowd, column, load, study.experiment, Run(policy, load * study.stock_qps, seed), without, crowd=crowd)
+        for load in CROWDED_LOADS
+        for crowd in CROWDS
+        for column, (policy, without) in BESIDE_CROWDS.items()
+        for seed in study.seeds
+    ]
+
+
 def contended(study: Study, rows: Mapping[str, dict[str, Any]]) -> list[Trial]:
     """Every contender at every load with each row's changes (`Study.trials`)."""
     return [
@@ -193,6 +217,7 @@ PARTS: dict[str, Callable[[Study], list[Trial]]] = {
     "predictors": predictors,
     "step-times": step_times,
     "unsteady": unsteady,
+    "crowds": crowds,
 }
 
 
@@ -213,6 +238,8 @@ def play(trial: Trial) -> dict[str, Any]:
     profile, asked = how.engine(), how.asked(run.qps, run.seed)
     predictions = predict(how.predictor, asked, run.seed)
     owners = tenants_of(asked, predictions) if trial.by_tenant else None
+    crowd = CROWDS[trial.crowd]
+    asked, predictions = behind(crowd, asked, predictions, how.predictor, run.seed)
     with without.around():
         came = simulate(
             asked,
@@ -222,15 +249,17 @@ def play(trial: Trial) -> dict[str, Any]:
             step_mode=how.step_mode,
             times=None if trial.believed == 1 else profile.at_speed(trial.believed).step_times(),
             learn=how.learn,
+            best_effort=crowd.best_effort,
             tenants=owners,
             unsteady=how.unsteady,
             seed=run.seed,
         )
-    record = run_record(run.policy, run.qps or 0.0, run.seed, came.served, came.duration_s, wall_s=0.0,
+    record = run_record(run.policy, run.qps or 0.0, run.seed, own(came.served), came.duration_s, wall_s=0.0,
                         preemptions=came.preemptions)  # fmt: skip
     where = {"row": trial.row, "column": trial.column, "load": trial.load, "seed": run.seed, "where": trial.where}
     groups = {"groups": _groups(came.served, owners)} if owners else {}
-    return where | {key: record[key] for key in KEYS} | groups
+    done = {"crowd_done_s": round(crowd_done_s(came.served), 1)} if trial.crowd != NOBODY else {}
+    return where | {key: record[key] for key in KEYS} | groups | done
 
 
 def _groups(served: Sequence[Served], owners: Sequence[str]) -> dict[str, dict[str, float]]:

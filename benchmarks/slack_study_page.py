@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from benchmarks.crowds import AHEAD_S, BATCH, BATCH_OUTPUT, BATCH_PROMPT, NOBODY
 from benchmarks.slack_without import FULL, WITHOUT
 
 Record = dict[str, Any]
@@ -144,12 +145,41 @@ def unsteady(records: Sequence[Record]) -> list[str]:
     ]
 
 
+def crowds(records: Sequence[Record]) -> list[str]:
+    """What requests cost that nobody insists on."""
+    lines = [
+        "## Beside requests that nobody insists on",
+        "",
+        f"They come {AHEAD_S:g} s earlier and have the engine to themselves: {BATCH:,} batch requests at once, of",
+        f"{BATCH_PROMPT} prompt tokens and {BATCH_OUTPUT:,} of output each, without bounds; or a burst of the",
+        "workload's own kind, of which those are served at best effort that cannot be on time. Adherence is that of the others",
+        "alone; in brackets when the last of the crowd was through. The simulator has no prefix cache: whoever made",
+        "way is computed again from the beginning.",
+        "",
+    ]
+    columns, loads = _names(records, "column"), _names(records, "load")
+    lines += _header("load", "beside", *(f"`{name}`" if " " not in name else f"`slack`{name[5:]}" for name in columns))
+    least = math.inf
+    for load in loads:
+        for row in _names(records, "row"):
+            cells = []
+            for column in columns:
+                here = [r for r in records if (r["load"], r["row"], r["column"]) == (load, row, column)]
+                done = f" ({fmean(r['crowd_done_s'] for r in here):.0f} s)" if "crowd_done_s" in here[0] else ""
+                cells.append(f"{fmean(r['slo_adherence'] for r in here):.3f}{done}")
+            lines.append(f"| {load:g} S | {row} | " + " | ".join(cells) + " |")
+            own, alone = (_of(records, "slo_adherence", load=load, row=name, column="slack") for name in (row, NOBODY))
+            least = min(least, *(a - b for a, b in zip(own, alone, strict=True)))
+    return [*lines, "", f"The most that `slack` lost by a crowd, in any run: **{-least:.3f}** of adherence."]
+
+
 _WRITERS: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "ablation": ablation,
     "tenants": tenants,
     "predictors": predictors,
     "step-times": step_times,
     "unsteady": unsteady,
+    "crowds": crowds,
 }
 """What writes each part."""
 

@@ -15,7 +15,9 @@ from unittest.mock import patch
 
 import numpy as np
 
-from engine_adapter.engine import EngineState
+from engine_adapter.engine import EngineState, GateReport
+from engine_adapter.make_way import RecentPeak
+from engine_adapter.slack_gate import SlackGate
 from engine_adapter.step_curve import StepCurve
 from engine_adapter.step_model import StepTimeModel
 from gateway.policies import slack_load
@@ -85,6 +87,27 @@ class AtOnce(Slack):
         return 0.0
 
 
+class InTheWay(Slack):
+    """Counts on nobody to make way, and leaves nothing free for others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._wanted = RecentPeak(lasts_s=0.0)
+
+    def decide(
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
+    ) -> Decision:
+        """As `slack`, for an engine in which nobody does."""
+        return super().decide(now, waiting, running, replace(engine, gate=GateReport(makes_way=False)))
+
+
+@contextmanager
+def nobody_makes_way() -> Iterator[None]:
+    """Whoever has a place in an engine keeps it."""
+    with patch.object(SlackGate, "makes_way", lambda self, request: False):
+        yield
+
+
 @contextmanager
 def straight_lines() -> Iterator[None]:
     """Policy and gate believe the two linear forms (SCORPIO eq. 4 and 6), and nothing else, of step times."""
@@ -122,6 +145,9 @@ class Without:
 
 FULL = "nothing"
 
+MAKING_WAY = "making way"
+"""Of worth only beside requests that nobody insists on."""
+
 WITHOUT: dict[str, Without] = {
     FULL: Without("`slack` as it is"),
     "thrift": Without("deadlines alone say who goes first", partial(Slack, thrift=0.0)),
@@ -136,6 +162,7 @@ WITHOUT: dict[str, Without] = {
     "standing": Without("news is decided on at once, and not among all that came in a step", AtOnce),
     "holding off": Without("paces that are all but the engine's own are kept, whatever they cost", AllPaces),
     "easing": Without("the pace that an end-to-end bound leaves is kept to the letter", around=paces_to_the_letter),
+    MAKING_WAY: Without("whoever has a place keeps it, and takes all that are free", InTheWay, nobody_makes_way),
     "skip-over": Without("the first that does not fit blocks the rest", Blocking),
     "curve": Without("step times are linear, for policy and gate", around=straight_lines),
 }

@@ -17,8 +17,9 @@ While prompts wait, steps use what there is to use up to the pace, also where pr
 a gate that believes too much of them sees soon that they take less; no step needs to be made for the sake of learning.
 
 Requests without a pace take what is left. Where a step of all of them, prefill included, would make somebody late, they
-sit it out; but never for longer than 1/`COURTESY` steps, so that they have at least that share of steps. Where places
-or memory are short they make way (`make_way`).
+sit it out, and those that follow, until 1/`COURTESY` steps in a row would have had time for all: slack that they use in
+a quiet moment is not there for the prompts of the next. But they never sit out more than so many, so that they have at
+least that share of steps. Where places or memory are short they make way (`make_way`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from engine_adapter.step_model import StepTimeModel
 COURTESY = 0.05
 """The share of steps, and of the engine's places, that requests without a pace have however full the engine is."""
 
+_TURN = round(1 / COURTESY)
+
 PATIENT_S = 1.0
 """A bound of so many seconds a token or more is no pace that a step could break."""
 
@@ -43,6 +46,8 @@ class SlackGate:
         self._step_time = step_time or StepTimeModel(forms=False)
         self._due: dict[str, float] = {}
         """For each request, due_i less its length times P_i (s), which stays the same as it grows."""
+        self._at_ease = _TURN
+        """Steps in a row that had time for all, or would have had."""
         self._sat_out = 0
         """Steps that those without a pace have sat out in a row."""
 
@@ -71,11 +76,15 @@ class SlackGate:
             return plan
         least, curve = due - now, self._step_time.curve
         decodes = len(decoding)
-        if curve.step_s(decodes, length, prefill_backlog) <= least:
+        all_fit = curve.step_s(decodes, length, prefill_backlog) <= least
+        self._at_ease = self._at_ease + 1 if all_fit else 0
+        if all_fit and self._at_ease >= _TURN:
             self._sat_out = 0
             return plan
         if self._sits_out(plan, decoding, paced):
             decodes, length = paced, paced_length
+        if all_fit:
+            return plan
         if prefill_backlog:
             chunk = curve.chunk(decodes, length, least, strictest, prefill_backlog)
             if chunk < prefill_backlog:
@@ -87,7 +96,7 @@ class SlackGate:
         if paced == len(decoding):
             return False
         self._sat_out += 1
-        if self._sat_out * COURTESY >= 1:
+        if self._sat_out >= _TURN:
             self._sat_out = 0
             return False
         plan.sit_out.update([r.request_id for r in decoding if r.tpot_slo_s is None or r.tpot_slo_s >= PATIENT_S])

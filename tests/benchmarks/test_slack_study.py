@@ -16,7 +16,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import slack_study
+from benchmarks import crowds, slack_study
+from benchmarks.crowds import CROWDS, NOBODY, behind
 from benchmarks.experiment import Experiment, Run
 from benchmarks.figures.lab import Lab
 from benchmarks.predictions import predict
@@ -25,7 +26,7 @@ from benchmarks.run_record import Served
 from benchmarks.simulator import Simulated, simulate
 from benchmarks.slack_study import CONTENDERS, PARTS, Study, Trial, play, tenants_of
 from benchmarks.slack_study_page import EVERYBODY, page
-from benchmarks.slack_without import FULL, WITHOUT, Blocking, straight_lines
+from benchmarks.slack_without import FULL, MAKING_WAY, WITHOUT, Blocking, straight_lines
 from benchmarks.workload import Asked, make_workload
 from engine_adapter.engine import EngineState
 from engine_adapter.profile import load_profile
@@ -73,7 +74,7 @@ def test_nothing_taken_out_is_the_product() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in WITHOUT if name not in {FULL, "floor", "memory", "holding off", "easing"}]
+    "name", [name for name in WITHOUT if name not in {FULL, "floor", "memory", "holding off", "easing", MAKING_WAY}]
 )
 def test_without_a_part_another_thing_happens_under_overload(name: str) -> None:
     without = came_of(name).served
@@ -105,6 +106,39 @@ def test_without_easing_an_end_to_end_bound_holds_others_up_for_as_long_as_it_ru
     workload = make_workload("code-chat", qps=60.0, duration_s=8.0, seed=1)
     with_it, without = (sum(one.attained for one in came_of(name, workload).served) for name in (FULL, "easing"))
     assert without < 0.95 * with_it
+
+
+def beside(crowd: str, without: str = FULL, policy: str = "slack") -> dict[str, Any]:
+    """The record of a brief trial at a load that alone is no trouble."""
+    how = replace(BRIEF, workload={"name": "sharegpt", "duration_s": 10.0})
+    return play(Trial(crowd, "x", 0.8, how, Run(policy, 18.0, 0), without, crowd=crowd))
+
+
+def test_batch_requests_make_way_and_end_all_the_same() -> None:
+    (batch,) = (name for name in CROWDS if "batch" in name)
+    alone, with_it, without = beside(NOBODY), beside(batch), beside(batch, MAKING_WAY)
+    assert "crowd_done_s" not in alone
+    assert alone["slo_adherence"] > 0.99
+    assert with_it["slo_adherence"] > 0.95
+    assert without["slo_adherence"] < 0.4
+    assert without["crowd_done_s"] < with_it["crowd_done_s"] < 1.25 * without["crowd_done_s"]
+    assert with_it["preemptions"] > without["preemptions"] == 0
+
+
+@patch.multiple(crowds, BURST_QPS=300.0, BURST_S=2.0)
+def test_a_burst_at_best_effort_is_served_whole_and_costs_the_others_next_to_nothing() -> None:
+    refused, served = [name for name in CROWDS if "burst" in name]
+    assert beside(served)["slo_adherence"] > beside(refused)["slo_adherence"] - 0.02
+    others = CROWDS[served].make(0)
+    asked, predictions = behind(
+        CROWDS[served], BRIEF.asked(10.0, 0), predict("shipped", BRIEF.asked(10.0, 0), 0), "shipped", 0
+    )
+    fates = {
+        best: [one.outcome for one in simulate(asked, predictions, A100, Slack, best_effort=best).served[: len(others)]]
+        for best in (False, True)
+    }
+    assert set(fates[True]) == {"finished"}
+    assert fates[False].count("rejected") > 100
 
 
 def test_steps_that_vary_are_what_a_trial_with_them_meets() -> None:
@@ -159,11 +193,12 @@ def test_a_part_has_every_row_at_every_load_with_every_seed_and_each_once(part: 
     s_of = {"the azure-code workload": slack_study.CODE_QPS, "code and chat": slack_study.MIXED_QPS}
     assert all(t.run.qps == t.load * next((s for where, s in s_of.items() if where in t.where), 20.0) for t in trials)
     expected = {
-        "ablation": 2 * (3 * len(WITHOUT) + 2 + 2 + 2 * 2 + 2),
+        "ablation": 2 * (3 * (len(WITHOUT) - 1) + 2 + 2 + 2 * 2 + 2),
         "tenants": 2 * 2 * 2,
         "predictors": 2 * 3 * 3 * len(slack_study.PREDICTORS),
         "step-times": 2 * 3 * 3 * len(slack_study.BELIEFS),
         "unsteady": 2 * 3 * 3 * len(slack_study.UNSTEADY),
+        "crowds": 2 * 2 * len(CROWDS) * len(slack_study.BESIDE_CROWDS),
     }
     assert len(trials) == expected[part]
 
@@ -255,7 +290,8 @@ def test_classes_and_tenants_each_add_up_to_everybody() -> None:
 @cache
 def found() -> dict[str, Any]:
     study = Study(replace(BRIEF, workload={"name": "sharegpt", "duration_s": 0.3, "max_output": 12}), 20.75, [0, 1])
-    with patch.object(slack_study, "CODE_QPS", 20.75):
+    few = patch.multiple(crowds, BATCH=3, BATCH_OUTPUT=9, BURST_QPS=5.0)
+    with patch.object(slack_study, "CODE_QPS", 20.75), few:
         parts = {name: slack_study.measure(study, name, Lab(None)) for name in PARTS}
     return {"seeds": [0, 1], "duration_s": 0.3, "stock_qps": 20.75, "parts": json.loads(json.dumps(parts))}
 
@@ -263,10 +299,13 @@ def found() -> dict[str, Any]:
 def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it() -> None:
     text = page(found())
     for name, without in WITHOUT.items():
-        elsewhere = {FULL: 5, "memory": 1, "curve": 1, "easing": 2, "holding off": 1}
+        elsewhere = {FULL: 5, "memory": 1, "curve": 1, "easing": 2, "holding off": 1, MAKING_WAY: -3}
         assert text.count(f"| {name} | {without.says} |") == 3 + elsewhere.get(name, 0)
     for row in (*slack_study.PREDICTORS, *slack_study.BELIEFS, *slack_study.UNSTEADY):
         assert text.count(f"S | {row} |") == 3
+    for row in CROWDS:
+        assert text.count(f"S | {row} |") == 2
+    assert f"`slack` without {MAKING_WAY} |" in text
     assert "python -m benchmarks.slack_study --seeds 2 --duration 0.3 --stock-qps 20.75 \\" in text
     assert "**Simulated**" in text
     assert "nan |" not in text

@@ -162,6 +162,21 @@ def test_those_without_a_pace_decode_with_the_rest_where_nobody_is_at_risk() -> 
     assert slack_gate().plan(0.0, crowd[1:], prefill_backlog=10**6) == StepPlan()
 
 
+def test_those_without_a_pace_come_back_when_a_whole_turn_of_steps_had_time_for_all() -> None:
+    gate, paced = slack_gate(), Running("p", 0.05)
+    crowd = [paced, *[Running(f"f{i}", None) for i in range(10)]]
+
+    def joins(step: int, backlog: int) -> bool:
+        plan = gate.plan(0.05 * step, crowd, backlog)
+        paced.length += 1
+        return not plan.sit_out
+
+    turn = round(1 / COURTESY)
+    assert [joins(step, 200 if step else 1000) for step in range(turn)] == [False] * (turn - 1) + [True], "their share"
+    assert not joins(turn, 1000)
+    assert [joins(turn + step, 0) for step in range(1, turn + 5)] == [False] * (turn - 2) + [True] * 6
+
+
 BOUNDS = st.lists(st.none() | st.floats(0.005, 1.0), min_size=1, max_size=20)
 
 
