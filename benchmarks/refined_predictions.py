@@ -55,7 +55,9 @@ class AsPredictedAtArrival:
     ) -> Decision:
         """The policy's own, without what was refined."""
         for request in running:
-            request.predicted_tokens = request.predicted_at_arrival
+            # Of `Request.predict` all but the bounds that it plans: this one runs.
+            request.predicted_tokens, request.predicted_p90 = request.predicted_at_arrival, request._foretold_p90
+            request._spread()
         return self.policy.decide(now, waiting, running, engine)
 
 

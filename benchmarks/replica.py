@@ -13,6 +13,7 @@ from engine_adapter.gates import GATES
 from engine_adapter.profile import Profile
 from engine_adapter.simulated_scheduler import Finished, SimulatedScheduler, Step
 from engine_adapter.simulated_sequence import SimulatedSequence
+from engine_adapter.slack_gate import SlackGate
 from engine_adapter.step_model import StepTimeModel
 from engine_adapter.step_time import StepTimes
 from gateway.admission import Admission
@@ -60,7 +61,7 @@ class Replica:
             max_model_len=profile.max_model_len,
             kv_tokens=profile.kv_tokens,
             plans_ahead=profile.plans_ahead,
-            gate=GateReport(makes_way=step_mode == "chunked"),
+            gate=GateReport(makes_way=step_mode == "chunked" and GATES[policy.gate] is SlackGate),
             step_time=StepTimeModel(times=times or profile.step_times(), learn=learn),
         )
         self.admission = Admission(policy, self.state, lambda request: best_effort)

@@ -152,9 +152,9 @@ def crowds(records: Sequence[Record]) -> list[str]:
         "",
         f"They come {AHEAD_S:g} s earlier and have the engine to themselves: {BATCH:,} batch requests at once, of",
         f"{BATCH_PROMPT} prompt tokens and {BATCH_OUTPUT:,} of output each, without bounds; or a burst of the",
-        "workload's own kind, of which those are served at best effort that cannot be on time. Adherence is that of the others",
-        "alone; in brackets when the last of the crowd was through. The simulator has no prefix cache: whoever made",
-        "way is computed again from the beginning.",
+        "workload's own kind, of which those are served at best effort that cannot be on time. Adherence is of the",
+        "others alone; in brackets when the last of the crowd was through. The simulator has no prefix cache: whoever",
+        "made way is computed again from the beginning.",
         "",
     ]
     columns, loads = _names(records, "column"), _names(records, "load")

@@ -14,32 +14,33 @@ with the peak of b over the latest seconds (`RecentPeak`): to compute again cost
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine_adapter.slack_gate import COURTESY
 
 PEAK_S = 10.0
-"""Room that requests with a pace had taken is given away so many seconds later, and at most twice as many."""
+"""Room that requests with a pace had taken is given away so many seconds later."""
 
 
 class RecentPeak:
-    """The most of a value that there was in the latest `PEAK_S` seconds, or a little longer."""
+    """The most of a value that there was in the latest ``lasts_s`` seconds."""
 
     def __init__(self, lasts_s: float = PEAK_S) -> None:
         self._lasts_s = lasts_s
-        self._began_s = 0.0
-        self._now = self._before = 0.0
+        self._falling: deque[tuple[float, float]] = deque()
+        """When each value was noted that none after it has reached."""
 
     def note(self, now: float, value: float) -> float:
         """``value`` is what there is at ``now`` (s); answers the peak."""
-        age_s = now - self._began_s
-        if age_s >= self._lasts_s:
-            self._before = self._now if age_s < 2 * self._lasts_s else 0.0
-            self._began_s, self._now = now, value
-        elif value > self._now:
-            self._now = value
-        return max(self._before, self._now)
+        falling = self._falling
+        while falling and falling[-1][1] <= value:
+            falling.pop()
+        falling.append((now, value))
+        while falling[0][0] < now - self._lasts_s:
+            falling.popleft()
+        return falling[0][1]
 
 
 @dataclass(slots=True, frozen=True)

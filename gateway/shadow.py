@@ -9,7 +9,8 @@ budget, of every second
     share = t_c / (t_c + T)    prefills prompts, one after the other, while there is any,
     the rest / T               tokens come out of each that decodes.
 
-Sequences beyond the engine's ``max_num_seqs`` wait for a place. A request is as long as the real one where that has
+Sequences beyond the engine's ``max_num_seqs`` wait for a place, and those that `engine_adapter.make_way` puts aside for
+them do where the policy counts on that. A request is as long as the real one where that has
 ended and told, else as long as such requests are on average, exp(mu + sigma^2 / 2) of the log-normal in
 `gateway.survival`: their median would leave out the few that are long and keep the places.
 
@@ -22,12 +23,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal
 
 from engine_adapter.engine import EngineState
+from engine_adapter.gates import GATES
+from engine_adapter.make_way import kept_places
+from engine_adapter.slack_gate import SlackGate
 from gateway.admission import Admission
 from gateway.policies.base import Policy
 from gateway.request import Request
@@ -223,6 +227,16 @@ class Shadow:
 
     # --- time passes ------------------------------------------------------------------------------------------------
 
+    def _places_first(self) -> Iterable[Request]:
+        """What was admitted: first who has a place."""
+        running = self._admission.running.values()
+        if not (self._engine.gate.makes_way and GATES[self._admission.policy.gate] is SlackGate):
+            return running
+        others = [copy for copy in running if copy.tpot_slo_s is None or copy.tpot_slo_s == math.inf]
+        paced = [copy for copy in running if copy.tpot_slo_s is not None and copy.tpot_slo_s < math.inf]
+        kept = kept_places(self._engine.max_num_seqs)
+        return [*others[:kept], *paced, *others[kept:]]
+
     def _come_along(self, now: float) -> None:
         """Bring what runs to ``now``, and what the policy is shown of the engine with it."""
         engine = self._engine
@@ -231,7 +245,7 @@ class Shadow:
         decoding: list[_Known] = []
         sequences = decodes = 0
         kept = decoded = 0.0
-        for copy in self._admission.running.values():
+        for copy in self._places_first():
             known = self._known[copy.id]
             sequences += copy.sequences
             if sequences > engine.max_num_seqs:

@@ -10,6 +10,9 @@ from typing import overload
 from gateway.columns import Columns, Table
 from gateway.request import Request
 
+_CHANGES = 64
+"""In a row, that are made in a table of any size."""
+
 Order = Callable[[Request], tuple[float, ...]]
 """A request's sort key: the least comes first. Equal keys keep their order of arrival."""
 
@@ -28,6 +31,8 @@ class WaitingQueue(Sequence[Request]):
         self._added = 0
         self._table: Table | None = None
         """Kept in step once somebody asked for `columns`: most policies never do."""
+        self._changed = 0
+        """Rows put in or taken out since somebody asked."""
         self.by_class: Counter[str] = Counter()
         """How many wait, by SLO class."""
 
@@ -42,8 +47,9 @@ class WaitingQueue(Sequence[Request]):
         at = bisect_left(self._keys, key)
         self._keys.insert(at, key)
         self._requests.insert(at, request)
-        if self._table is not None:
-            self._table.insert(at, request)
+        table = self._table_in_step()
+        if table is not None:
+            table.insert(at, request)
         self._key_of[request.id] = key
 
     def remove(self, request: Request) -> bool:
@@ -58,9 +64,17 @@ class WaitingQueue(Sequence[Request]):
         key = self._key_of.pop(request.id)
         at = bisect_left(self._keys, key)
         del self._keys[at], self._requests[at]
-        if self._table is not None:
-            self._table.delete(at)
+        table = self._table_in_step()
+        if table is not None:
+            table.delete(at)
         return key
+
+    def _table_in_step(self) -> Table | None:
+        """The table, if the change at hand is to be made in it: after many in a row it is sooner made anew."""
+        self._changed += 1
+        if self._changed > max(_CHANGES, len(self._requests) // 16):
+            self._table = None
+        return self._table
 
     def reorder(self, request: Request) -> None:
         """``request`` changed in a way that may move it; among its equals it stands where it did."""
@@ -79,6 +93,7 @@ class WaitingQueue(Sequence[Request]):
         """Of all that wait, or of the ``first`` so many, as they were when added. Good until the next change."""
         if self._table is None:
             self._table = Table(self._requests)
+        self._changed = 0
         return self._table.columns(first)
 
     def __contains__(self, request: object) -> bool:

@@ -46,7 +46,7 @@ from engine_adapter.make_way import RecentPeak, kept_places
 from gateway.policies.base import LOOK_AGAIN_S, Decision, Rejection, Runway, reject_tpot, reject_ttft
 from gateway.policies.dear_pace import QUIET_S, DearPace
 from gateway.policies.floor import Floor
-from gateway.policies.slack_load import Load, Queue
+from gateway.policies.slack_load import NO_HURRY_S, Load, Queue
 from gateway.request import Request
 from gateway.waiting import columns_of
 
@@ -113,13 +113,16 @@ class Slack:
         queue = self._refuse_late(now, queue, load, runway.tokens, engine, decision)
         patient = [r for r in unbounded if now - r.arrival_s > self.patience_s]
         places = kept_places(engine.max_num_seqs)
-        wanted = self._wanted.note(now, load.places - load.unbounded)
         self._admit_unbounded(patient, places, load, runway, engine, decision, overdue=True)
         taken = {request.id for request in decision.admit}
         left = [request for request in unbounded if request.id not in taken] if taken else unbounded
         held_back = self._admit_bounded(now, queue, load, runway, engine, decision)
-        spare = engine.max_num_seqs - max(wanted, load.places - load.unbounded)
-        self._admit_unbounded(left, places if held_back else spare, load, runway, engine, decision)
+        others = load.places - load.unbounded
+        lately = int(self._wanted.note(now, others))
+        if not held_back:
+            # While there are others, what they took lately is left to them.
+            places = max(places, engine.max_num_seqs - lately) if others else engine.max_num_seqs
+        self._admit_unbounded(left, places, load, runway, engine, decision)
         self._granted.note(decision)
         self._dear.note(now, decision, queue.requests if held_back else ())
         decision.reject += held_off
@@ -278,7 +281,7 @@ class Slack:
             return True
         if is_unbounded(request):
             return runway.fits(request) and load.places < engine.max_num_seqs
-        bound = math.inf if request.tpot_slo_s is None or request.best_effort else request.tpot_slo_s
+        bound = NO_HURRY_S if request.tpot_slo_s is None or request.best_effort else request.tpot_slo_s
         return runway.fits(request) and self._keeps_pace(load.plus(request, bound), bound, engine)
 
     def _stands_s(self, load: Load, runway: Runway, engine: EngineState) -> float:

@@ -23,6 +23,10 @@ from gateway.request import Request
 _SLOWEST_S = 0.9 * PATIENT_S
 """Seconds a token that an end-to-end bound leaves at most: the step gate would take more for no pace at all."""
 
+NO_HURRY_S = 3600.0
+"""Seconds a token: the pace of a request that has a deadline for its first token alone. No step could break it, and it
+sits out as if it had none; but who was promised something keeps his place, and others make way for him."""
+
 E2E_EASE = 1.5
 """An end-to-end bound is no pace. The one that is left of it is asked for at the door; beside whoever comes later, who
 is asked for his own, steps turn out shorter than that. So while it runs a request is planned at so many times its pace:
@@ -77,10 +81,11 @@ class Load:
             out = request.generated / sequences
             reaches = (request.prompt_tokens + (predicted if predicted - out > 1 else out + 1)) * sequences
             memory += reaches
-            if pace_s == math.inf:
-                unbounded += sequences
-                unbounded_memory += reaches
+            if pace_s >= NO_HURRY_S:
                 weight *= COURTESY
+                if pace_s == math.inf:
+                    unbounded += sequences
+                    unbounded_memory += reaches
             elif pace_s < strictest:
                 strictest = pace_s
             decoding += weight
@@ -178,12 +183,14 @@ class Queue:
     ) -> Queue:
         """The columns of ``requests``, with prompt tokens at ``prefill_token_s``. ``columns``: where they are at hand.
 
-        ``share`` of a bound is the pace, but for bounds that the step gate takes for none.
+        ``share`` of a bound is the pace, but for bounds that the step gate takes for none; beside a deadline alone it
+        is `NO_HURRY_S`.
         """
         kept = Columns.of(requests) if columns is None else columns
         pace = kept.tpot if share == 1 else np.where(kept.tpot < PATIENT_S, share * kept.tpot, kept.tpot)
+        pace = np.where(kept.deadline < math.inf, np.minimum(pace, NO_HURRY_S), pace)
         due = np.minimum(kept.deadline, kept.arrival + patience_s)
-        return cls(requests, kept, due, pace.copy(), pace.copy(), prefill_token_s * kept.prompt)
+        return cls(requests, kept, due, pace, pace.copy(), prefill_token_s * kept.prompt)
 
     def pace_ends(self, now: float, load: Load, prompts: int, share: float, engine: EngineState) -> None:
         """Give those with an end-to-end bound the pace that is left of it, were they to go now, behind ``prompts``.
@@ -234,8 +241,9 @@ class Queue:
         """
         curve, columns = engine.step_time.curve, self.columns
         tpot_s, sequences, prompt = self.tpot_s[at], columns.sequences[at], columns.prompt[at]
-        weight = np.where(tpot_s < math.inf, sequences, COURTESY * sequences)
-        strictest = np.minimum(tpot_s, load.strictest)
+        in_step = tpot_s < NO_HURRY_S
+        weight = np.where(in_step, sequences, COURTESY * sequences)
+        strictest = np.minimum(np.where(in_step, tpot_s, math.inf), load.strictest)
         decoding = load.decoding + weight
         step = curve.steps_s(decoding, load.length + columns.length[at] * weight)
         token = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest - step)

@@ -15,6 +15,7 @@ from engine_adapter.step_model import StepTimeModel
 from engine_adapter.step_time import StepTimes
 from gateway.policies.base import Decision, Policy, reject_tpot, reject_ttft
 from gateway.policies.names import POLICIES, make_policy
+from gateway.policies.slack import Slack
 from gateway.request import Request
 from gateway.shadow import Shadow
 from gateway.slo import Slo, SloClass
@@ -272,6 +273,21 @@ def test_sequences_beyond_the_engines_places_wait_for_one() -> None:
     assert (policy.shown.engine_running, policy.shown.engine_waiting) == (1, 1)
     assert 0.1 < policy.shown.kv_usage < 0.2
     assert ran(made, ask("a"), until=2.0) == pytest.approx(0.6, abs=0.1), "one after the other"
+
+
+def test_who_has_a_pace_has_a_place_before_those_whom_slack_counts_on_to_make_way() -> None:
+    started = {}
+    for makes_way in (False, True):
+        made = shadow(Slack(), max_num_seqs=4)
+        made._engine.gate.makes_way = makes_way
+        names = [f"free{i}" for i in range(4)] + ["paced"]
+        for name in names:
+            made.submitted(Request(name, "chat", 0.0, Slo(9.0, 0.5) if name == "paced" else Slo(), 10, 5000))
+            made.look(0.0)
+        for step in range(1, 100):
+            made.look(0.01 * step)
+        started[makes_way] = {copy.id for copy in made._admission.running.values() if copy.first_token_s is not None}
+    assert started == {False: set(names[:4]), True: {*names[:3], "paced"}}
 
 
 def test_a_dead_engine_ends_what_runs_and_leaves_what_waits() -> None:

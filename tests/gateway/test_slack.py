@@ -13,12 +13,13 @@ from test_policies import NOW, TIMES, admitted, ask, decide, engine, rejected, r
 
 from engine_adapter.engine import GateReport
 from engine_adapter.make_way import PEAK_S
-from engine_adapter.slack_gate import PATIENT_S
+from engine_adapter.simulated_sequence import SimulatedSequence
+from engine_adapter.slack_gate import COURTESY, PATIENT_S, SlackGate
 from gateway.admission import Admission
 from gateway.policies.base import Decision, Rejection, reject_ttft
 from gateway.policies.floor import MOST_GROUPS, Floor
 from gateway.policies.slack import Slack
-from gateway.policies.slack_load import E2E_EASE, Load, Queue
+from gateway.policies.slack_load import E2E_EASE, NO_HURRY_S, Load, Queue
 from gateway.progress import Progress
 from gateway.request import Request
 
@@ -309,7 +310,8 @@ def test_answers_are_paced_by_the_share_of_their_bounds_that_is_to_be_filled() -
     asked = [ask("a", ttft=9, tpot=0.05), ask("b", ttft=9), ask("c", ttft=9, tpot=0.05, e2e=50.0), ask("d", tpot=1.0)]
     assert "a" not in decide(slack(), NOW, asked, [running("old")], engine()).paces
     paces = decide(slack(fill=0.98), NOW, asked, [running("old")], engine()).paces
-    assert paces == {"a": pytest.approx(0.049), "c": pytest.approx(0.049)}, "a second a token is no pace"
+    asked_for = {"a": pytest.approx(0.049), "c": pytest.approx(0.049), "b": NO_HURRY_S}
+    assert paces == asked_for, "a second a token is no pace, and its bound is told as it is"
 
 
 def test_cost_grows_with_prompt_output_and_sequences() -> None:
@@ -503,8 +505,8 @@ def test_who_has_a_pace_finds_the_places_of_those_without_free_where_they_make_w
 
     assert admits(comers, makes_way=False) == 0
     assert admits(comers) == 38, "all but the twentieth that is theirs"
-    for other in (ask("ttft", ttft=5), ask("free"), ask("best effort", ttft=1, tpot=0.5, best_effort=True)):
-        assert admits([other]) == 0, "nobody makes way for one without a pace"
+    for other in (ask("free"), ask("best effort", ttft=1, tpot=0.5, best_effort=True)):
+        assert admits([other]) == 0, "nobody makes way for whom nothing was promised"
     # Now there are places, and memory for one more: all reach 150 tokens.
     assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150, makes_way=False) == 1
     assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150) == 37, "a twentieth of the places is four"
@@ -513,10 +515,32 @@ def test_who_has_a_pace_finds_the_places_of_those_without_free_where_they_make_w
 def test_places_that_others_took_lately_are_left_to_them() -> None:
     policy, state = slack(), engine(max_num_seqs=10)
     free = [ask(f"free{i}", prompt=5) for i in range(9)]
-    busy = [running(f"b{i}", tpot=0.5) for i in range(6)]
-    decide(policy, NOW, [ask("bounded", ttft=5, tpot=0.5)], busy, state)
-    assert len(decide(policy, NOW + 1, free, busy[:2], state).admit) == 4
-    assert len(decide(policy, NOW + 3 * PEAK_S, free, busy[:2], state).admit) == 8
+    busy = [running(f"b{i}", tpot=0.5) for i in range(9)]
+
+    def admits(now: float, others: int) -> int:
+        return len(decide(policy, now, free, busy[:others], state).admit)
+
+    decide(policy, NOW, [ask("sixth", ttft=5, tpot=0.5)], busy[:5], state)
+    assert admits(NOW + 1, others=2) == 4
+    assert admits(NOW + 1, others=0) == 9, "an engine that has nothing else to do takes what it can"
+    assert (admits(NOW + 2, others=9), admits(NOW + 3, others=2)) == (1, 1), "a share is theirs"
+    assert admits(NOW + 2 + 1.01 * PEAK_S, others=2) == 8
+
+
+def test_a_request_with_a_deadline_alone_keeps_its_place_and_is_not_one_of_those_without() -> None:
+    ttft, free = ask("ttft", ttft=5), [running(f"free{i}") for i in range(40)]
+    state = engine(max_num_seqs=40, gate=GateReport(makes_way=True))
+    decision = decide(slack(), NOW, [ttft], free, state)
+    assert decision.paces == {"ttft": NO_HURRY_S}, "which is what the step gate is told"
+    ttft.admitted_s, ttft.tpot_slo_s = NOW, NO_HURRY_S
+    load = Load.of([*free, ttft], 0.01)
+    assert (load.places, load.unbounded, load.strictest) == (41, 40, np.inf)
+    assert load.decoding == pytest.approx(41 * COURTESY), "but it sits out as they do"
+    assert not SlackGate().makes_way(SimulatedSequence("ttft", 1, 1, ttft.tpot_slo_s))
+    kept = [running(f"ttft{i}", ttft=5) for i in range(40)]
+    for request in kept:
+        request.tpot_slo_s = NO_HURRY_S
+    assert not decide(slack(), NOW, [ask("late", ttft=5, tpot=0.5)], kept, state).admit
 
 
 def test_one_whose_bound_nobody_insists_on_goes_without_a_pace() -> None:
