@@ -10,6 +10,8 @@ by requests with a pace, u taken by the others, of whom ``COURTESY`` * B, the ol
     B - peak b - u         are given back, to those who came first, one after the other,
 
 with the peak of b over the latest seconds (`RecentPeak`): to compute again costs time, so it is not done for a moment.
+Of the blocks, one for each that runs is left free besides: it may need one at once. While prompts of others are there,
+the prompt of one without a pace rests; but no longer than `TURN` steps.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine_adapter.slack_gate import COURTESY
+from engine_adapter.slack_gate import COURTESY, TURN
 
 PEAK_S = 10.0
 """Room that requests with a pace had taken is given away so many seconds later."""
@@ -52,11 +54,36 @@ class Room:
 
 
 @dataclass(slots=True, frozen=True)
+class Seen:
+    """What a scheduler sees before a step.
+
+    ``free``: what nobody has; ``others``: what those in the batch have who have no pace; ``wanted``: what those with
+    one want beyond what they have. ``latest``: the blocks of each who could make way, who came last first.
+    ``next_blocks``: what the first without a pace needs who waits for a place; None if there is nobody, or one is being
+    computed again. ``prompts``: whether prompts of those with a pace are there, ``others_prompts`` of others.
+    """
+
+    free: Room
+    others: Room
+    wanted: Room = Room()
+    latest: Sequence[int] = ()
+    next_blocks: int | None = None
+    prompts: bool = False
+    others_prompts: bool = False
+
+
+@dataclass(slots=True, frozen=True)
 class Way:
-    """Of those without a pace ``leaving`` make way now, and one who was put aside before ``goes_on``, or none."""
+    """Of those without a pace ``leaving`` make way now, and the next of those who wait ``goes_on``, or nobody.
+
+    ``first``: it goes before those with a pace, for it has a right to its place. ``rest``: prompts of those without a
+    pace rest in this step.
+    """
 
     leaving: int = 0
     goes_on: bool = False
+    first: bool = False
+    rest: bool = False
 
 
 class MakeWay:
@@ -66,34 +93,38 @@ class MakeWay:
         self._room = room
         self._keep = kept_places(room.places)
         self._places, self._blocks = RecentPeak(), RecentPeak()
+        self._rested = 0
+        """Steps in a row that prompts have rested."""
 
     def note(self, now: float, paced: Room) -> Room:
         """``paced`` is what those with a pace have or want at ``now`` (s); answers the peak."""
         places = self._places.note(now, min(paced.places, self._room.places))
         return Room(int(places), int(self._blocks.note(now, min(paced.blocks, self._room.blocks))))
 
-    def plan(
-        self, now: float, free: Room, others: Room, wanted: Room, latest: Sequence[int], aside: int | None
-    ) -> Way | None:
-        """Decide for the step that begins at ``now`` (s). None: nobody with a pace was here lately, as in stock vLLM.
-
-        ``free`` is what nobody has, ``others`` what those without a pace have, ``wanted`` what waits for a place and
-        has a pace. ``latest``: the blocks of each who could make way, who came last first. ``aside``: the blocks that
-        the first who was put aside needs; None if there is nobody, or one of them is being computed again already.
-        """
-        paced = Room(self._room.places - free.places - others.places, self._room.blocks - free.blocks - others.blocks)
+    def plan(self, now: float, seen: Seen) -> Way | None:
+        """Decide for the step that begins at ``now`` (s). None: nobody with a pace was here lately, nothing changes."""
+        free, others, wanted = seen.free, seen.others, seen.wanted
+        running = self._room.places - free.places
+        paced = Room(running - others.places, self._room.blocks - free.blocks - others.blocks)
         peak = self.note(now, Room(paced.places + wanted.places, paced.blocks + wanted.blocks))
         if not peak.places:
             return None
-        # Beside what prompts need, each that decodes may need a block at once.
-        growth = paced.places + others.places
-        short = Room(wanted.places - free.places, wanted.blocks + growth - free.blocks)
-        leaving = self._leaving(short, others.places, latest)
-        if leaving or wanted.places or aside is None:
-            return Way(leaving)
-        more = Room(others.places + 1, others.blocks + aside)
-        fits = more.places + peak.places <= self._room.places and more.blocks + peak.blocks <= self._room.blocks
-        return Way(goes_on=fits or more.places <= self._keep)
+        short = Room(wanted.places - free.places, wanted.blocks + running - free.blocks)
+        leaving = self._leaving(short, others.places, seen.latest)
+        rest = self._rests(seen)
+        if leaving or seen.next_blocks is None:
+            return Way(leaving, rest=rest)
+        more = Room(others.places + 1, others.blocks + seen.next_blocks)
+        spare = Room(self._room.places - peak.places, self._room.blocks - peak.blocks - running - 1)
+        fits = not wanted.places and more.places <= spare.places and more.blocks <= spare.blocks
+        first = more.places <= self._keep and free.places > 0 and free.blocks > seen.next_blocks + running
+        return Way(goes_on=fits or first, first=first, rest=rest)
+
+    def _rests(self, seen: Seen) -> bool:
+        if not (seen.prompts and seen.others_prompts):
+            return False
+        self._rested = (self._rested + 1) % TURN
+        return self._rested > 0
 
     def _leaving(self, short: Room, places: int, latest: Sequence[int]) -> int:
         freed = 0

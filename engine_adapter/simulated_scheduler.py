@@ -7,12 +7,13 @@ modes: ``chunked`` is vLLM today (decodes first, the rest of the token budget go
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from engine_adapter.make_way import MakeWay, Room
+from engine_adapter.make_way import MakeWay, Room, Seen
 from engine_adapter.simulated_sequence import SimulatedSequence
 from engine_adapter.step_gate import OpenGate, StepGate
 
@@ -85,6 +86,7 @@ class SimulatedScheduler:
         self._make_way = MakeWay(Room(max_num_seqs, self._blocks))
         self._without_pace = 0
         """Sequences here that make way for others."""
+        self._resting = False
 
     # --- what is there ----------------------------------------------------------------------------------------------
 
@@ -156,7 +158,7 @@ class SimulatedScheduler:
         kept_out: list[SimulatedSequence] = []
         if not self._prefill_first:
             kept_out = self._keep_out(now)
-            unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling])
+            unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling if not self._rests(s)])
             prefill_backlog = min(self._waiting_tokens + unfinished, self._budget)
         plan = self.gate.plan(now, self._decoding, prefill_backlog)
         step.sat_out = plan.sit_out
@@ -174,32 +176,46 @@ class SimulatedScheduler:
 
     def _keep_out(self, now: float) -> list[SimulatedSequence]:
         """Put aside who must make way now; those put aside who wait on are taken out of the queue, and answered."""
+        self._resting = False
         free = Room(self._max_num_seqs - self.running, self._free_blocks)
         if not self._without_pace:
-            taken = self._blocks - self._free_blocks + self._waiting_tokens // BLOCK_TOKENS
-            self._make_way.note(now, Room(self.running + self.waiting, taken))
+            self._make_way.note(now, Room(self.running + self.waiting, self._blocks - self._free_blocks))
             return []
-        batch = [s for s in chain(self._decoding, self._prefilling) if s.makes_way]
-        others = Room(len(batch), sum([_held(s) for s in batch]))
-        comers = [s for s in self._waiting if not s.makes_way]
-        wanted = Room(len(comers), sum([_needed(s) for s in comers]))
-        latest = [s for s in reversed(self._decoding) if s.makes_way]
-        aside = [s for s in self._waiting if _aside(s)]
-        computing = any(_aside(s) for s in self._prefilling)
-        needed = _needed(aside[0]) if aside and not computing else None
-        way = self._make_way.plan(now, free, others, wanted, [_held(s) for s in latest], needed)
+        seen = self._seen(free)
+        way = self._make_way.plan(now, seen)
         if way is None:
             return []
-        for sequence in latest[: way.leaving]:
+        for sequence in [s for s in reversed(self._decoding) if s.makes_way][: way.leaving]:
             self.put_aside += 1
             self._decoding.remove(sequence)
             self._preempt(sequence)
-            aside.insert(0, sequence)
-        if aside:
-            self._waiting = deque([s for s in self._waiting if not _aside(s)])
-            self._waiting.extend(aside[: way.goes_on])
-            self._waiting_tokens = sum([s.to_prefill for s in self._waiting])
-        return aside[way.goes_on :]
+        self._resting = way.rest
+        aside, new = self._waiting_without_pace()
+        first = [(aside or new).pop(0)] if way.first else []
+        going = [aside.pop(0)] if way.goes_on and not first and aside else []
+        self._waiting = deque([*first, *(s for s in self._waiting if not s.makes_way), *new, *going])
+        self._waiting_tokens = sum([s.to_prefill for s in self._waiting])
+        return aside
+
+    def _waiting_without_pace(self) -> tuple[list[SimulatedSequence], list[SimulatedSequence]]:
+        """Those who were put aside, and those who never ran."""
+        others = [s for s in self._waiting if s.makes_way]
+        return [s for s in others if s.preemptions], [s for s in others if not s.preemptions]
+
+    def _seen(self, free: Room) -> Seen:
+        others = [s for s in chain(self._decoding, self._prefilling) if s.makes_way]
+        comers = [s for s in self._waiting if _paced(s)]
+        aside, new = self._waiting_without_pace()
+        computing = any(s.makes_way and s.preemptions for s in self._prefilling)
+        return Seen(
+            free=free,
+            others=Room(len(others), sum([_held(s) for s in others])),
+            wanted=Room(len(comers), sum([_needed(s) for s in comers])),
+            latest=[_held(s) for s in reversed(self._decoding) if s.makes_way],
+            next_blocks=None if computing or not (aside or new) else _needed((aside or new)[0]),
+            prompts=bool(comers) or any(_paced(s) for s in self._prefilling),
+            others_prompts=any(s.makes_way for s in self._prefilling),
+        )
 
     def _select_decodes(self, step: Step) -> bool:
         """Decode all but those who sit out; whether somebody had to be preempted for their next blocks."""
@@ -240,6 +256,8 @@ class SimulatedScheduler:
         for sequence in self._prefilling:
             if budget <= 0:
                 break
+            if self._rests(sequence):
+                continue
             budget -= self._add_chunk(step, sequence, budget)
         return budget
 
@@ -261,6 +279,9 @@ class SimulatedScheduler:
             sequence.capacity = blocks * BLOCK_TOKENS
             self._prefilling.append(sequence)
             budget -= self._add_chunk(step, sequence, sequence.to_prefill if whole else budget)
+
+    def _rests(self, sequence: SimulatedSequence) -> bool:
+        return self._resting and sequence.makes_way
 
     @staticmethod
     def _add_chunk(step: Step, sequence: SimulatedSequence, most: int) -> int:
@@ -314,6 +335,5 @@ def _needed(sequence: SimulatedSequence) -> int:
     return -(-sequence.to_prefill // BLOCK_TOKENS)
 
 
-def _aside(sequence: SimulatedSequence) -> bool:
-    """Of one that does not decode: whether it was put aside."""
-    return sequence.makes_way and sequence.preemptions > 0
+def _paced(sequence: SimulatedSequence) -> bool:
+    return sequence.tpot_slo_s is not None and sequence.tpot_slo_s < math.inf

@@ -33,7 +33,7 @@ from engine_adapter.step_model import StepTimeModel
 COURTESY = 0.05
 """The share of steps, and of the engine's places, that requests without a pace have however full the engine is."""
 
-_TURN = round(1 / COURTESY)
+TURN = round(1 / COURTESY)
 
 PATIENT_S = 1.0
 """A bound of so many seconds a token or more is no pace that a step could break."""
@@ -46,7 +46,7 @@ class SlackGate:
         self._step_time = step_time or StepTimeModel(forms=False)
         self._due: dict[str, float] = {}
         """For each request, due_i less its length times P_i (s), which stays the same as it grows."""
-        self._at_ease = _TURN
+        self._at_ease = TURN
         """Steps in a row that had time for all, or would have had."""
         self._sat_out = 0
         """Steps that those without a pace have sat out in a row."""
@@ -78,7 +78,7 @@ class SlackGate:
         decodes = len(decoding)
         all_fit = curve.step_s(decodes, length, prefill_backlog) <= least
         self._at_ease = self._at_ease + 1 if all_fit else 0
-        if all_fit and self._at_ease >= _TURN:
+        if all_fit and self._at_ease >= TURN:
             self._sat_out = 0
             return plan
         if self._sits_out(plan, decoding, paced):
@@ -96,7 +96,7 @@ class SlackGate:
         if paced == len(decoding):
             return False
         self._sat_out += 1
-        if self._sat_out >= _TURN:
+        if self._sat_out >= TURN:
             self._sat_out = 0
             return False
         plan.sit_out.update([r.request_id for r in decoding if r.tpot_slo_s is None or r.tpot_slo_s >= PATIENT_S])

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import vllm
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import RequestStatus
 
 from engine_adapter.engine import GATE_XARG, TPOT_XARG
 from engine_adapter.gate_channel import GateReporter
 from engine_adapter.gates import Gates
-from engine_adapter.make_way import MakeWay, Room
+from engine_adapter.make_way import MakeWay, Room, Seen
 from engine_adapter.orphan import PARENT_ENV, exit_with_parent
 from engine_adapter.vllm_versions import GATE_VERSIONS, MAKE_WAY_VERSIONS, require, within
 
@@ -39,6 +40,9 @@ _LEAST_BOUND_MS = 1.0
 """No engine decodes a token in less; a smaller bound would only starve the others (their TRP is relative to it)."""
 
 _MAX_LABELS = 32
+
+_READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+"""Who waits for a place only. Others wait for a grammar, or for more input."""
 
 require(vllm.__version__, GATE_VERSIONS, "The Antares step gate")
 
@@ -145,7 +149,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         """Queue it as vLLM does, and remember whether it makes way for others."""
         super().add_request(request)
         gated = self._gated.get(request.request_id) or self._remember(request)
-        if self._make_way is not None and self._gate.makes_way(gated):
+        # NOTE: a session that is put aside at the end of its input would be lost; and pooling has no tokens to keep.
+        keeps_on = request.resumable or request.sampling_params is None
+        if self._make_way is not None and self._gate.makes_way(gated) and not keeps_on:
             self._without_pace.add(request.request_id)
 
     def _can_make_way(self) -> MakeWay | None:
@@ -154,30 +160,28 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             return None
         if not within(vllm.__version__, MAKE_WAY_VERSIONS):
             return None
-        return MakeWay(Room(self.max_num_running_reqs, self.kv_cache_manager.block_pool.num_gpu_blocks))
+        return MakeWay(Room(self.max_num_active_reqs, self.kv_cache_manager.block_pool.num_gpu_blocks))
 
     def _keep_out(self, now: float) -> list[Request]:
         """Put aside who must make way now; those put aside who wait on are taken out of the queue, and answered."""
-        if self._make_way is None:
+        if self._make_way is None or self._pause_state != PauseState.UNPAUSED:
             return []
         pool, mine = self.kv_cache_manager.block_pool, self._without_pace
-        free = Room(self.max_num_running_reqs - len(self.running), pool.get_num_free_blocks())
+        active = len(self.running) + self.num_waiting_for_streaming_input
+        free = Room(
+            self.max_num_active_reqs - active, pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
+        )
         if mine:
             mine &= self.requests.keys()
         if not mine:
-            taken = len(self.running) + len(self.waiting)
-            self._make_way.note(now, Room(taken, pool.num_gpu_blocks - free.blocks))
+            self._make_way.note(now, Room(active + len(self.waiting), pool.num_gpu_blocks - free.blocks))
             return []
         batch = [r for r in self.running if r.request_id in mine]
-        others = Room(len(batch), sum([self._blocks(r.num_computed_tokens) for r in batch]))
-        comers = [r for r in self.waiting if r.request_id not in mine]
-        wanted = Room(len(comers), sum([self._blocks(r.num_tokens) for r in comers]))
+        others = [r for r in self.waiting if r.request_id in mine]
+        aside = [r for r in others if r.status == RequestStatus.PREEMPTED]
+        new = [r for r in others if r.status != RequestStatus.PREEMPTED]
         latest = [r for r in reversed(batch) if not r.is_prefill_chunk]
-        aside = [r for r in self.waiting if r.request_id in mine and r.status == RequestStatus.PREEMPTED]
-        computing = any(r.is_prefill_chunk and r.num_preemptions for r in batch)
-        needed = self._blocks(aside[0].num_tokens) if aside and not computing else None
-        held = [self._blocks(r.num_computed_tokens) for r in latest]
-        way = self._make_way.plan(now, free, others, wanted, held, needed)
+        way = self._make_way.plan(now, self._seen(free, batch, latest, aside or new))
         if way is None:
             return []
         for request in latest[: way.leaving]:
@@ -185,13 +189,42 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             self.running.remove(request)
             self._preempt_request(request, now)
             aside.insert(0, request)
-        self.waiting.remove_requests(aside)
-        for request in aside[: way.goes_on]:
+        for request in batch if way.rest else []:
+            if request.is_prefill_chunk:
+                # schedule() advances current_step first, so +2 skips exactly the coming step.
+                request.next_decode_eligible_step = self.current_step + 2
+        first = [(aside or new).pop(0)] if way.first else []
+        going = [aside.pop(0)] if way.goes_on and not first and aside else []
+        self.waiting.remove_requests([*first, *new, *going, *aside])
+        for request in first:
+            self.waiting.prepend_request(request)
+        for request in [*new, *going]:
             self.waiting.add_request(request)
-        return aside[way.goes_on :]
+        return aside
+
+    def _seen(self, free: Room, batch: list[Request], latest: list[Request], waiting: list[Request]) -> Seen:
+        """``batch`` runs and ``waiting`` waits without a pace; ``latest`` could make way, who came last first."""
+        prompts = [r for r in self.running if r.is_prefill_chunk and self._paced(r)]
+        comers = [r for r in self.waiting if r.status in _READY and self._paced(r)]
+        rest = sum([self._blocks(r.num_tokens) - self._blocks(r.num_computed_tokens) for r in prompts])
+        computing = any(r.is_prefill_chunk and r.num_preemptions for r in batch)
+        return Seen(
+            free=free,
+            others=Room(len(batch), sum([self._blocks(r.num_computed_tokens) for r in batch])),
+            wanted=Room(len(comers), sum([self._blocks(r.num_tokens) for r in comers]) + rest),
+            latest=[self._blocks(r.num_computed_tokens) for r in latest],
+            next_blocks=None if computing or not waiting else self._blocks(waiting[0].num_tokens),
+            prompts=bool(prompts or comers),
+            others_prompts=any(r.is_prefill_chunk for r in batch),
+        )
+
+    def _paced(self, request: Request) -> bool:
+        gated = self._gated.get(request.request_id) or self._remember(request)
+        return gated.tpot_slo_s is not None
 
     def _blocks(self, tokens: int) -> int:
-        return -(-tokens // int(self.block_size))
+        """Of KV memory, in all groups of layers; where some of these keep fewer, that is more than it takes."""
+        return -(-tokens // int(self.block_size)) * int(self.kv_cache_manager.num_kv_cache_groups)
 
     def _decoding(self) -> tuple[list[_Gated], float, bool]:
         """The running requests that would decode one token now, their summed context, and whether any has a bound."""
@@ -220,8 +253,15 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         return decoding, context, bounded
 
     def _prefill_backlog(self) -> int:
-        """Prompt tokens that were admitted to the engine and are not computed yet."""
-        running = sum(max(0, r.num_prompt_tokens - r.num_computed_tokens) for r in self.running)
+        """Prompt tokens that were admitted to the engine and are not computed yet, nor rest in the coming step."""
+        coming = self.current_step + 1
+        running = sum(
+            [
+                r.num_prompt_tokens - r.num_computed_tokens
+                for r in self.running
+                if r.num_prompt_tokens > r.num_computed_tokens and r.next_decode_eligible_step <= coming
+            ]
+        )
         return int(running + sum(r.num_prompt_tokens for r in self.waiting))
 
     def _remember(self, request: Request) -> _Gated:

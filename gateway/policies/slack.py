@@ -102,7 +102,7 @@ class Slack:
         decision = Decision()
         if not waiting:
             return decision
-        load = Load.of(running, self.memory_risk)
+        load = Load.of(running, self.memory_risk, engine)
         runway = Runway.of(running, self.runway_steps * load.chunk(engine))
         bounded, unbounded = _by_bounds(waiting)
         columns = columns_of(waiting, len(bounded))
@@ -204,7 +204,7 @@ class Slack:
         self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision
     ) -> bool:
         """Admit the least costly that keep the invariant; whether any is left waiting."""
-        if load.without_who_makes_way(engine).places >= engine.max_num_seqs:
+        if load.without_who_makes_way().places >= engine.max_num_seqs:
             return len(queue.requests) > 0
         # Of those with room nearly all hold the invariant: they are tried in turn, and seen to only once one does not.
         able = np.flatnonzero(self._room(queue, load, runway, engine))
@@ -213,7 +213,7 @@ class Slack:
         if turn is not None:
             # Shorter prompts may never let the runway run empty: it does not wait for that.
             first = np.concatenate([[turn], first[first != turn]])
-        while len(first) and load.without_who_makes_way(engine).places < engine.max_num_seqs:
+        while len(first) and load.without_who_makes_way().places < engine.max_num_seqs:
             at, first = int(first[0]), first[1:]
             request, pace_s = queue.requests[at], float(queue.tpot_s[at])
             more, others = load.plus(request, pace_s), waiting_tokens - request.prompt_tokens
@@ -260,7 +260,7 @@ class Slack:
         """Who finds places beside ``load``, and room for the prompt. An idle engine takes anyone."""
         if not load.places:
             return np.ones(len(queue.requests), dtype=bool)
-        taken = np.where(queue.tpot_s < math.inf, load.without_who_makes_way(engine).places, load.places)
+        taken = np.where(queue.tpot_s < math.inf, load.without_who_makes_way().places, load.places)
         room = taken + queue.columns.sequences <= engine.max_num_seqs
         if runway.tokens:
             room &= runway.tokens + queue.columns.prompt <= runway.limit
@@ -298,7 +298,7 @@ class Slack:
     def _keeps_pace(self, more: Load, pace_s: float, engine: EngineState) -> bool:
         """Whether ``more`` have places, and keep pace, and have memory; the latest has to keep ``pace_s``."""
         if pace_s < math.inf:
-            more = more.without_who_makes_way(engine)
+            more = more.without_who_makes_way()
         return more.places <= engine.max_num_seqs and more.step_s(engine) <= more.strictest and more.fits_memory(engine)
 
     def _admit_unbounded(

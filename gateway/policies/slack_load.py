@@ -37,13 +37,16 @@ _LEAST_CHUNK = 16
 
 _ALL = slice(None)
 
+_ALL_KEPT = 1 << 30
+"""Places, where nobody makes way."""
+
 
 @dataclass(slots=True)
 class Load:
     """The running set R.
 
-    ``places``: sequences in the engine, ``unbounded`` of them without a pace to keep, expected to reach a length of
-    ``unbounded_memory`` (tokens) in all. ``decoding`` counts those that
+    ``places``: sequences in the engine, ``unbounded`` of them without a pace to keep. All of these but the ``kept`` who
+    came first make way for others, who then have ``yielded`` tokens of ``memory`` more. ``decoding`` counts those that
     take part in a step, one without a pace for the share of steps that is its due (`slack_gate`), and ``length`` sums
     their contexts (tokens): as they are now, since others take their places and begin short; of one that is yet to run,
     its mean. ``strictest`` is P* (s). ``memory`` sums the lengths that they are expected to reach (tokens),
@@ -52,7 +55,8 @@ class Load:
 
     places: int = 0
     unbounded: int = 0
-    unbounded_memory: float = 0.0
+    kept: int = 0
+    yielded: float = 0.0
     decoding: float = 0.0
     length: float = 0.0
     strictest: float = math.inf
@@ -63,16 +67,20 @@ class Load:
     """mu(R), once it was asked for: it is, several times a decision."""
 
     @classmethod
-    def of(cls, running: Collection[Request], memory_risk: float) -> Load:
-        """The sums over ``running``; memory may be outgrown with a probability of ``memory_risk``."""
+    def of(cls, running: Collection[Request], memory_risk: float, engine: EngineState | None = None) -> Load:
+        """The sums over ``running`` (the oldest first) in ``engine``, if it matters who makes way there.
+
+        Memory may be outgrown with a probability of ``memory_risk``.
+        """
         load = cls(z=NormalDist().inv_cdf(1 - memory_risk))
+        load.kept = kept_places(engine.max_num_seqs) if engine is not None and engine.gate.makes_way else _ALL_KEPT
         load._add(running, [math.inf if r.tpot_slo_s is None or r.best_effort else r.tpot_slo_s for r in running])
         return load
 
     def _add(self, requests: Collection[Request], paces_s: Sequence[float]) -> None:
         # Each running request comes by in every decision: the loop has no call in it, and its sums are locals.
-        places = unbounded = 0
-        decoding = length = memory = unbounded_memory = variance = 0.0
+        places, unbounded = 0, self.unbounded
+        decoding = length = memory = yielded = variance = 0.0
         strictest = self.strictest
         for request, pace_s in zip(requests, paces_s, strict=True):
             sequences, predicted = request.sequences, request.predicted_tokens
@@ -85,19 +93,20 @@ class Load:
                 weight *= COURTESY
                 if pace_s == math.inf:
                     unbounded += sequences
-                    unbounded_memory += reaches
+                    if unbounded > self.kept:
+                        yielded += reaches
             elif pace_s < strictest:
                 strictest = pace_s
             decoding += weight
             length += (request.prompt_tokens + (out if request.admitted_s is not None else predicted / 2)) * weight
             variance += request.variance
         self.places += places
-        self.unbounded += unbounded
+        self.unbounded = unbounded
         self.decoding += decoding
         self.length += length
         self.strictest = strictest
         self.memory += memory
-        self.unbounded_memory += unbounded_memory
+        self.yielded += yielded
         self.variance += variance
         self._token_s = None
 
@@ -148,13 +157,11 @@ class Load:
             return True
         return self.memory + self.z * math.sqrt(self.variance) <= engine.kv_tokens
 
-    def without_who_makes_way(self, engine: EngineState) -> Load:
-        """What one with a pace finds taken: of places and memory those without keep few (`engine_adapter.make_way`)."""
-        leaving = self.unbounded - kept_places(engine.max_num_seqs)
-        if not engine.gate.makes_way or leaving <= 0:
+    def without_who_makes_way(self) -> Load:
+        """What one with a pace finds taken, where the others make way (`engine_adapter.make_way`)."""
+        if self.unbounded <= self.kept:
             return self
-        memory = self.unbounded_memory * leaving / self.unbounded
-        return replace(self, places=self.places - leaving, memory=self.memory - memory)
+        return replace(self, places=self.places - self.unbounded + self.kept, memory=self.memory - self.yielded)
 
 
 @dataclass(slots=True)
@@ -252,7 +259,7 @@ class Queue:
         first = full + token * (prompts + prompt) / np.maximum(1 - step / strictest, 1e-12)
         holds = (step <= strictest) & (first <= within_s)
         if engine.kv_tokens > 0:
-            taken = np.where(tpot_s < math.inf, load.without_who_makes_way(engine).memory, load.memory)
+            taken = np.where(tpot_s < math.inf, load.without_who_makes_way().memory, load.memory)
             memory = taken + sequences * (prompt + np.maximum(columns.output[at], 1.0))
             holds &= memory + load.z * np.sqrt(load.variance + columns.variance[at]) <= engine.kv_tokens
         return np.asarray(holds, dtype=np.bool_)

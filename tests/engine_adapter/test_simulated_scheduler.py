@@ -82,16 +82,19 @@ def test_every_sequence_ends_with_exactly_its_tokens_however_often_it_was_preemp
 
 
 @given(COMERS, LIMITS, GATES, MODES)
-def test_prompts_are_begun_first_come_first_served(
+def test_prompts_are_begun_first_come_first_served_among_those_who_make_way_and_among_the_others(
     comers: list[Comes], limits: dict[str, int], gate: Any, mode: str
 ) -> None:
-    begun: dict[str, None] = {}
+    begun: dict[SimulatedSequence, None] = {}
     play(
         SimulatedScheduler(**limits, gate=gate, step_mode=mode),
         comers,
-        lambda step: begun.update(dict.fromkeys(s.request_id for s, _ in step.chunks)),
+        lambda step: begun.update(dict.fromkeys(s for s, _ in step.chunks)),
     )
-    assert list(begun) == [str(i) for i in sorted(range(len(comers)), key=lambda i: comers[i].step)]
+    for makes_way in (False, True):
+        of_a_kind = [int(s.request_id) for s in begun if s.makes_way == makes_way]
+        assert of_a_kind == sorted(of_a_kind, key=lambda i: (comers[i].step, i))
+    assert len(begun) == len(comers)
 
 
 @given(COMERS, LIMITS, GATES, MODES)

@@ -189,7 +189,8 @@ REQUESTS = st.builds(
 
 @given(st.lists(REQUESTS, max_size=8), REQUESTS)
 def test_the_load_of_a_batch_and_one_more_is_the_load_of_all(batch: list[Request], one: Request) -> None:
-    together, apart = Load.of([*batch, one], 0.01), Load.of(batch, 0.01)
+    state = engine(max_num_seqs=60, gate=GateReport(makes_way=True))
+    together, apart = Load.of([*batch, one], 0.01, state), Load.of(batch, 0.01, state)
     apart.take(apart.plus(one, one.pace_after(NOW)))
     for name in Load.__slots__:
         assert getattr(together, name) == pytest.approx(getattr(apart, name)), name
@@ -208,13 +209,14 @@ def test_the_columns_say_of_each_request_what_the_load_says_with_it(
 ) -> None:
     for request in queue:
         request.generated = 0  # nothing that waits has begun
-    state, load = engine(kv_tokens=kv_tokens, gate=GateReport(makes_way=makes_way)), Load.of(batch, 0.01)
+    state = engine(kv_tokens=kv_tokens, max_num_seqs=40, gate=GateReport(makes_way=makes_way))
+    load = Load.of(batch, 0.01, state)
     total = sum(request.prompt_tokens for request in queue)
     columns = Queue.of(queue, 1e-3, 60.0, share)
     of_all = columns.holds_with(load, prompts, np.full(len(queue), within_s), state)
     for request, pace_s, holds in zip(queue, columns.tpot_s.tolist(), of_all.tolist(), strict=True):
         more, others = load.plus(request, pace_s), total - request.prompt_tokens
-        taken = more.without_who_makes_way(state) if pace_s < np.inf else more
+        taken = more.without_who_makes_way() if pace_s < np.inf else more
         ways = (
             more.step_s(state) / more.strictest,
             more.prefilled_in_s(prompts, request.prompt_tokens, others, state) / max(within_s, 1e-9),
@@ -510,6 +512,8 @@ def test_who_has_a_pace_finds_the_places_of_those_without_free_where_they_make_w
     # Now there are places, and memory for one more: all reach 150 tokens.
     assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150, makes_way=False) == 1
     assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150) == 37, "a twentieth of the places is four"
+    free[0].prompt_tokens += 10 * 150
+    assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150) == 27, "those of the oldest, whatever memory they have"
 
 
 def test_places_that_others_took_lately_are_left_to_them() -> None:
