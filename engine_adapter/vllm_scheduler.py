@@ -5,8 +5,9 @@
 vLLM resolves the class by name inside its EngineCore process. A request's TPOT bound arrives in
 ``SamplingParams.extra_args`` (``vllm_xargs`` in an OpenAI body) as ``antares_tpot_ms``. Requests without it are never
 gated, so an engine that sees none behaves exactly as stock vLLM. ``antares_gate`` beside it names the gate that paces
-the request; ``slack`` without a bound is one that makes way for others in a full engine (`engine_adapter.make_way`). Environment: ``ANTARES_GATE`` names the gate of those that name none (``credit``, the default, ``slack`` or
-``open``); ``ANTARES_GATE_SOCKET`` says where reports go, and unset they go nowhere.
+the request; who names ``slack`` and has no bound makes way for others in a full engine (`engine_adapter.make_way`).
+Environment: ``ANTARES_GATE`` names the gate of those that name none (``credit``, the default, ``slack`` or ``open``);
+``ANTARES_GATE_SOCKET`` says where reports go, and unset they go nowhere.
 """
 
 from __future__ import annotations
