@@ -25,9 +25,10 @@ where d is what a decode costs (no less than a token of prompt: it holds a place
 context does: the time there is yields the most attained requests. But no SLO class and no tenant falls behind the rest
 by more than a stated share (`gateway.policies.floor`); paces that are all but the engine's own are the exception
 (`gateway.policies.dear_pace`). Requests that nothing bounds take what is left, and once they have waited for
-``patience_s`` they go first, up to a stated share of the places. Inside the engine, `slack_gate` gives prefill what
-running requests can spare; no more than a few chunks lie there unprefilled, so that who goes next is decided here, as
-late as can be, and among all who came while the engine had enough to do.
+``patience_s`` they go first, up to a stated share of the places. To the others the places and the memory that they have
+beyond that share count as free: in a full engine they make way (`engine_adapter.make_way`). Inside the engine,
+`slack_gate` gives prefill what running requests can spare; no more than a few chunks lie there unprefilled, so that who
+goes next is decided here, as late as can be, and among all who came while the engine had enough to do.
 """
 
 from __future__ import annotations
