@@ -31,10 +31,10 @@ COPY LICENSE README.md ./
 COPY gateway gateway
 COPY engine_adapter engine_adapter
 COPY predictor_service predictor_service
-COPY benchmarks benchmarks
+COPY lab lab
 RUN pip install . \
     && mkdir cache \
-    && if [ "$ENGINE" = cpu ]; then XDG_CACHE_HOME=/antares/cache python -m engine_adapter.smollm2; fi
+    && if [ "$ENGINE" = cpu ]; then XDG_CACHE_HOME=/antares/cache python -m engine_adapter.vllm.smollm2; fi
 
 
 FROM python:${PYTHON_VERSION}-slim-bookworm

@@ -26,7 +26,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMPS)/run ## create .venv with vLLM on CPU and the gateway
-	@$(BIN)/python -m engine_adapter.smollm2
+	@$(BIN)/python -m engine_adapter.vllm.smollm2
 
 serve: install ## start the gateway in front of vLLM on CPU with a small model
 	@exec $(BIN)/antares serve --config $(CONFIG) $(ARGS)

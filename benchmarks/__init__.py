@@ -1,1 +1,1 @@
-"""Measurements: workloads, load clients, and the runs behind the figures in the docs."""
+"""Studies: the runs behind the figures in docs/results. The product imports nothing from here."""

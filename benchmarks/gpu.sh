@@ -145,8 +145,8 @@ summarise() {
 import json, sys
 from pathlib import Path
 from rich.console import Console
-from benchmarks.plot_runs import plot_runs
-from benchmarks.runs_table import runs_table
+from lab.records.plot import plot_runs
+from lab.records.table import runs_table
 out = Path(sys.argv[1])
 runs = [run for file in sorted(out.glob("runs/*.json")) for run in json.loads(file.read_text())["runs"]]
 runs.sort(key=lambda run: (run["qps"], run["policy"], run["seed"]))
@@ -157,7 +157,7 @@ PY
 
 [[ $dry_run ]] || mkdir -p "$OUT/runs"
 install
-[[ -f $OUT/model/config.json ]] || run "$bin/python" -m benchmarks.dummy_model "$OUT/model" --shape "$shape"
+[[ -f $OUT/model/config.json ]] || run "$bin/python" -m benchmarks.live.dummy_model "$OUT/model" --shape "$shape"
 
 rates=$RATES
 for policy in $POLICIES; do

@@ -1,10 +1,10 @@
-"""Writes the length and arrival files in ``benchmarks/workload_data``. Run by hand; the results are committed.
+"""Writes the length and arrival files in ``lab/workload/data``. Run by hand; the results are committed.
 
     python -m benchmarks.make_workload_data sharegpt                    # wants the extra `train`
     python -m benchmarks.make_workload_data azure-conv CONV.csv         # github.com/Azure/AzurePublicDataset,
     python -m benchmarks.make_workload_data azure-code CODE.csv.gz      # AzureLLMInferenceTrace_*.csv, packed or not
 
-Counts and times only: no text leaves a dataset. ``benchmarks/workload_data/README.md`` says what each file is.
+Counts and times only: no text leaves a dataset. ``lab/workload/data/README.md`` says what each file is.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks.workload.lengths import DATA
+from lab.workload.lengths import DATA
 
 
 def sharegpt() -> None:
     """Token counts of every opening turn and its answer, nothing left out, in file order."""
-    from predictor_service.sharegpt import read_turns
+    from predictor_service.training.sharegpt import read_turns
 
     turns = [turn for turn in read_turns() if turn.first]
     encoding = import_module("bpe_openai").get_encoding("cl100k_base")

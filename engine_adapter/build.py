@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from engine_adapter.engine import Engine, EngineStartError
-from engine_adapter.step_time import StepTimes
+from engine_adapter.step_time.linear_forms import StepTimes
 
 
 def vllm_engine(
     *, name: str, model: str, env: dict[str, Any], step_times: StepTimes | None = None, **options: Any
 ) -> Engine:
     """vLLM in this process. ``env`` is set where the environment does not have it yet, before vLLM is imported."""
-    from engine_adapter.vllm_engine import VllmEngine
+    from engine_adapter.vllm.engine import VllmEngine
 
     for variable, value in env.items():
         os.environ.setdefault(variable, str(value))
@@ -23,7 +23,7 @@ def vllm_engine(
 
 def http_engine(*, api_key_env: str | None, **options: Any) -> Engine:
     """A remote OpenAI-compatible server."""
-    from engine_adapter.http_engine import HttpEngine
+    from engine_adapter.remote.engine import HttpEngine
 
     key = None
     if api_key_env:
@@ -35,8 +35,8 @@ def http_engine(*, api_key_env: str | None, **options: Any) -> Engine:
 
 def simulated_engine(*, step_times: StepTimes | None = None, profile: str | None = None, **options: Any) -> Engine:
     """A simulated engine. What ``options`` leave out, or None, is the profile's or a default."""
-    from engine_adapter.profile import load_profile
-    from engine_adapter.simulated import SimulatedEngine
+    from engine_adapter.simulated.engine import SimulatedEngine
+    from engine_adapter.step_time.profile import load_profile
 
     given = {name: option for name, option in options.items() if option is not None}
     try:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time.model import StepTimeModel
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -68,7 +68,7 @@ class GateReport:
 
     ``eligible`` and ``batched`` are keyed by the TPOT bound in milliseconds as text: decode opportunities of requests
     with that bound, and those in which the gate let them run. ``put_aside``: how often a request made way for others
-    (`engine_adapter.make_way`); ``makes_way``: whether any would, in this engine.
+    (`engine_adapter.gates.best_effort_preemption`); ``makes_way``: whether any would, in this engine.
     """
 
     steps: int = 0

@@ -11,16 +11,16 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from engine_adapter.engine import Engine, EngineEvents, Receive, Scope, Send
 from gateway import __version__
-from gateway.auth import ApiKey, KeyRing
-from gateway.config import GatewayConfig
-from gateway.dispatcher import Dispatcher
-from gateway.lane import Lane
-from gateway.ledger import Entry, Ledger
-from gateway.metrics import Metrics
-from gateway.policies.names import make_policy
-from gateway.prediction import LengthPredictor, LengthStatistics
-from gateway.proxy import Proxy
-from gateway.status import Status
+from gateway.api.auth import ApiKey, KeyRing
+from gateway.api.proxy import Proxy
+from gateway.config.schema import GatewayConfig
+from gateway.observability.ledger import Entry, Ledger
+from gateway.observability.metrics import Metrics
+from gateway.observability.status import Status
+from gateway.policies.registry import make_policy
+from gateway.prediction.client import LengthPredictor, LengthStatistics
+from gateway.scheduling.engine_queue import Lane
+from gateway.scheduling.router import Dispatcher
 
 
 class Gateway:
@@ -132,6 +132,6 @@ def _operator_routes(gateway: Gateway) -> FastAPI:
 
     @app.get("/dashboard", response_class=HTMLResponse, summary="Live state as a page")
     async def dashboard() -> str:
-        return files("gateway").joinpath("dashboard.html").read_text(encoding="utf-8")
+        return files("gateway.observability").joinpath("dashboard.html").read_text(encoding="utf-8")
 
     return app

@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+
+LAZY_COMMANDS = {
+    "predictor": ("predictor_service.cli", "The output-length predictor: train, evaluate, serve, collect."),
+    "simulate": ("lab.cli", "Plan capacity and compare policies in virtual time, without a GPU."),
+    "bench": ("lab.cli", "Measure any OpenAI-compatible server under a workload with SLOs."),
+    "profile": ("lab.cli", "Make a step-time profile of an engine, or show one."),
+}
+"""Command to (module with a typer ``app``, help). By name, because the gateway must not import these packages."""
+
+
+class LazyGroup(TyperGroup):
+    """Imports the module of a command of `LAZY_COMMANDS` only when that command runs."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names, lazy ones last."""
+        return [*super().list_commands(ctx), *LAZY_COMMANDS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command; a lazy one is represented by its name and help."""
+        if cmd_name in LAZY_COMMANDS:
+            return TyperCommand(cmd_name, help=LAZY_COMMANDS[cmd_name][1])
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command to run, imported."""
+        name, command, rest = super().resolve_command(ctx, args)
+        module, _ = LAZY_COMMANDS.get(name or "", (None, ""))
+        if module is None:
+            return name, command, rest
+        group: Any = typer.main.get_command(import_module(module).app)
+        # `lab.cli` has one command of each name; the predictor's app is itself the command.
+        return name, group.commands.get(name, group), rest
+
 
 app = typer.Typer(
+    cls=LazyGroup,
     name="antares",
     help="Antares: an SLO-first serving gateway for vLLM.",
     no_args_is_help=True,
@@ -18,12 +53,6 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Check configuration files, hash API keys.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-
-PASSED_ON: dict[str, Any] = {
-    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    "add_help_option": False,
-}
-"""For a command whose arguments another command line reads."""
 
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (YAML); see configs/.")]
 
@@ -51,7 +80,7 @@ def serve(
     import asyncio
 
     loaded = _load(config, host=host, port=port, policy=policy, log_level=log_level)
-    from gateway import logs
+    from gateway.observability import logs
     from gateway.serve import ServeError
     from gateway.serve import serve as run
 
@@ -70,36 +99,6 @@ def serve(
         raise typer.Exit(130) from None
 
 
-@app.command(**PASSED_ON)
-def predictor(context: typer.Context) -> None:
-    """The output-length predictor: train, evaluate, serve (a process of its own)."""
-    # The gateway knows the predictor through HTTP only; so does its command line, which steps aside for the other's.
-    _step_aside("predictor_service.cli", context.args)
-
-
-@app.command(**PASSED_ON)
-def simulate(context: typer.Context) -> None:
-    """Plan capacity and compare policies in virtual time, without a GPU."""
-    _step_aside("benchmarks.cli", ["simulate", *context.args])
-
-
-@app.command(**PASSED_ON)
-def bench(context: typer.Context) -> None:
-    """Measure any OpenAI-compatible server under a workload with SLOs."""
-    _step_aside("benchmarks.cli", ["bench", *context.args])
-
-
-@app.command(**PASSED_ON)
-def profile(context: typer.Context) -> None:
-    """Make a step-time profile of an engine, or show one."""
-    _step_aside("benchmarks.cli", ["profile", *context.args])
-
-
-def _step_aside(module: str, arguments: list[str]) -> NoReturn:
-    """Become another command line: rooms that the gateway must not import have their own."""
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
-
-
 @config_app.command("check")
 def config_check(
     file: Annotated[Path, typer.Argument(help="The file to check.")],
@@ -108,7 +107,7 @@ def config_check(
     """Say whether FILE can be used; if not, every mistake with its line, key and reason."""
     import orjson
 
-    from gateway.config_file import ConfigError, load
+    from gateway.config.file import ConfigError, load
 
     try:
         cautions = load(file).cautions()
@@ -127,7 +126,7 @@ def config_check(
 @config_app.command("hash-key")
 def config_hash_key() -> None:
     """Read an API key from standard input and print the digest that `keys:` takes."""
-    from gateway.auth import hash_key
+    from gateway.api.auth import hash_key
 
     key = typer.prompt("API key", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline().strip()
     if len(key) < 16:
@@ -138,7 +137,7 @@ def config_hash_key() -> None:
 
 def _load(path: Path, *, host: str | None, port: int | None, policy: str | None, log_level: str | None) -> Any:
     """The configuration with the command line's overrides; exits 2 when it cannot be used."""
-    from gateway.config_file import ConfigError, load
+    from gateway.config.file import ConfigError, load
 
     overrides = {
         "server.host": host,

@@ -18,8 +18,8 @@ from rich.console import Console
 from engine_adapter.build import BUILDERS
 from engine_adapter.engine import Engine, EngineStartError
 from gateway.app import Gateway
-from gateway.config import EngineConfig, GatewayConfig
-from gateway.supervisor import Supervisor
+from gateway.config.schema import EngineConfig, GatewayConfig
+from gateway.prediction.supervisor import Supervisor
 
 log = logging.getLogger("antares.serve")
 console = Console(stderr=True, highlight=False)

@@ -88,9 +88,9 @@ def train(
 
     The CPU model on ShareGPT takes about two minutes on one core and needs the extra 'train'.
     """
-    from predictor_service import training_run
-    from predictor_service.datasets import BadData
-    from predictor_service.sharegpt import TrainingDataMissing
+    from predictor_service.training import run as training_run
+    from predictor_service.training.datasets import BadData
+    from predictor_service.training.sharegpt import TrainingDataMissing
 
     if family is Family.HASHED and base is not None:
         raise typer.BadParameter("only --family classifier has a backbone", param_hint="--base")
@@ -128,10 +128,10 @@ def evaluate(
 
     With --bins and --base, or a classifier as --model, a classifier is fine-tuned for each set of bins.
     """
-    from predictor_service import training_run
-    from predictor_service.datasets import BadData
-    from predictor_service.length_model import SHIPPED_MODEL, ModelUnusable, load_model
-    from predictor_service.sharegpt import TrainingDataMissing
+    from predictor_service.model.length_model import SHIPPED_MODEL, ModelUnusable, load_model
+    from predictor_service.training import run as training_run
+    from predictor_service.training.datasets import BadData
+    from predictor_service.training.sharegpt import TrainingDataMissing
 
     if base is not None and not bins:
         raise typer.BadParameter("only the bucket study takes a backbone: add --bins", param_hint="--base")
@@ -158,7 +158,7 @@ def evaluate(
 def _classifier_recipe(base: str | None, **options: Any) -> Any:
     """The paper's recipe with these options. Ends the command where torch or transformers is missing."""
     try:
-        from predictor_service.classifier_train import ClassifierRecipe
+        from predictor_service.training.fit_classifier import ClassifierRecipe
     except ImportError as missing:
         _fail(f"the classifier family needs torch and transformers: {missing.name} is not installed")
     return ClassifierRecipe(**options) if base is None else ClassifierRecipe(base=base, **options)
@@ -190,10 +190,10 @@ def serve(
     ] = False,
 ) -> None:
     """Serve predictions over HTTP: POST /v1/predict, POST /v1/observe, GET /health, GET /metrics."""
-    from predictor_service.batching import BatchLimits
-    from predictor_service.calibration_state import StateUnusable
-    from predictor_service.length_model import SHIPPED_MODEL, ModelUnusable
-    from predictor_service.serve import CannotListen, LearningFolders, run_server
+    from predictor_service.calibration.state import StateUnusable
+    from predictor_service.model.length_model import SHIPPED_MODEL, ModelUnusable
+    from predictor_service.serving.batching import BatchLimits
+    from predictor_service.serving.process import CannotListen, LearningFolders, run_server
 
     limits = BatchLimits(window_s=batch_window_ms / 1e3, max_waiting=max_waiting)
     try:
@@ -219,7 +219,7 @@ def collect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON on stdout.")] = False,
 ) -> None:
     """Export what `serve --collect` has gathered: features and lengths of finished requests, never text."""
-    from predictor_service.collecting import export
+    from predictor_service.serving.collecting import export
 
     if not folder.is_dir():
         _fail(f"nothing has been collected in {folder}. Collect with  antares predictor serve --collect DIR")

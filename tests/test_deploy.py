@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from engine_adapter import smollm2
-from gateway.config_file import load
-from gateway.metrics import METRIC_NAMES
+from engine_adapter.vllm import smollm2
+from gateway.config.file import load
+from gateway.observability.metrics import METRIC_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"

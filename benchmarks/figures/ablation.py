@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.experiment import Experiment, Run
 from benchmarks.figures.drawing import canvas, look
 from benchmarks.figures.figure import Document, Figure, document
 from benchmarks.figures.lab import Lab
 from benchmarks.figures.qps_scaling import AUTHORS_BUDGET, PROFILE
 from benchmarks.figures.records import Record, mean, name_of, of, policies, rates, ratio, table, times
+from lab.simulate.experiment import Experiment, Run
 
 NAME = "ablation"
 POLICIES = ("fcfs", "ttft_guard_only", "tpot_guard_only", "scorpio")

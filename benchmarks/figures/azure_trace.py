@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bounds import bounds, works
-from benchmarks.experiment import Experiment, Run
 from benchmarks.figures.drawing import canvas, legend, look
 from benchmarks.figures.figure import Document, Figure, document
 from benchmarks.figures.lab import DROPPED, Lab
 from benchmarks.figures.qps_scaling import AUTHORS_BUDGET
 from benchmarks.figures.records import Record, name_of, of, policies, ratio, table, times
 from benchmarks.figures.replay import played
-from benchmarks.run_record import Served, run_record
-from benchmarks.workload.lengths import TRACES, rows
+from lab.bounds import bounds, works
+from lab.records.run_record import Served, run_record
+from lab.simulate.experiment import Experiment, Run
+from lab.workload.lengths import TRACES, rows
 
 NAME = "azure_trace"
 POLICIES = ("fcfs", "s3", "mooncake", "scorpio")

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiment import Experiment
-from benchmarks.experiment import capacity as highest_rate
 from benchmarks.figures.drawing import canvas, look
 from benchmarks.figures.figure import Document, Figure, document
 from benchmarks.figures.lab import Lab
 from benchmarks.figures.records import Record, name_of, of, table, times
+from lab.simulate.experiment import Experiment
+from lab.simulate.experiment import capacity as highest_rate
 
 NAME = "capacity"
 POLICIES = ("fcfs", "scorpio")

@@ -6,13 +6,13 @@ import os
 import time
 from pathlib import Path
 
-from benchmarks.experiment import Experiment, parse_policy
 from benchmarks.figures.drawing import canvas, look
 from benchmarks.figures.figure import Document, Figure, document
 from benchmarks.figures.lab import Lab
 from benchmarks.figures.records import Record, name_of, of, policies, table
-from benchmarks.predictions import predict
-from benchmarks.simulator import simulate
+from lab.simulate.experiment import Experiment, parse_policy
+from lab.simulate.predictions import predict
+from lab.simulate.simulator import simulate
 
 NAME = "cost"
 POLICIES = ("fcfs", "s3", "mooncake", "scorpio", "slack")

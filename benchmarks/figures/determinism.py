@@ -40,7 +40,7 @@ def measure(lab: Lab, quick: bool) -> Document:
 
 
 def _hashed(arguments: list[str]) -> str:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.cli", *arguments], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "lab.cli", *arguments], check=True, capture_output=True)
     return hashlib.sha256(done.stdout).hexdigest()
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.experiment import Experiment, Run, perform
+from lab.simulate.experiment import Experiment, Run, perform
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ class Lab:
         return results
 
     def runs(self, what: str, tasks: Sequence[tuple[Experiment, Run]]) -> list[dict[str, Any]]:
-        """A record (`benchmarks.run_record`, shortened) of every run, with what tells experiments apart."""
+        """A record (`lab.records.run_record`, shortened) of every run, with what tells experiments apart."""
         return self.each(what, record_of, tasks)
 
 

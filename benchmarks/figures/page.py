@@ -35,7 +35,7 @@ written by the same command from the same JSON: a sentence with a number in it c
 *Goodput* is attained requests per second from the start to the last answer, *adherence* attained over **all** requests:
 what was rejected stays in the denominator. *Attained*: finished, first token and tokens both in time. *Bounds*: no
 scheduler can pass the count bound, none that prefers no cheap requests the fair bound
-([how](../../benchmarks/bounds.py)).
+([how](../../lab/bounds.py)).
 The SLOs are the paper's six categories for Llama-3.1-8B (first token 0.5 to 7.5 s, tokens 30 or 50 ms apart), evenly
 mixed.
 """

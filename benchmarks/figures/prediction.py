@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.experiment import Experiment, Run, capacity
 from benchmarks.figures.drawing import canvas, look
 from benchmarks.figures.figure import Document, Figure, document
 from benchmarks.figures.lab import DROPPED, Lab, described
 from benchmarks.figures.records import Record, mean, of, table
 from benchmarks.figures.replay import played
-from benchmarks.run_record import run_record
+from lab.records.run_record import run_record
+from lab.simulate.experiment import Experiment, Run, capacity
 
 NAME = "prediction"
 POLICIES = ("scorpio", "s3")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiment import Experiment, Run
 from benchmarks.figures.drawing import bounds_over_rates, canvas, legend, over_rates
 from benchmarks.figures.figure import Document, Figure, document
 from benchmarks.figures.lab import Lab
 from benchmarks.figures.records import Record, compared, mean, name_of, of, policies, rates, table, times
+from lab.simulate.experiment import Experiment, Run
 
 NAME = "qps_scaling"
 POLICIES = ("fcfs", "s3", "mooncake", "scorpio")

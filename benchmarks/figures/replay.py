@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.experiment import Experiment, Run, parse_policy
-from benchmarks.predictions import predict
-from benchmarks.simulator import Simulated, simulate
-from benchmarks.workload import Asked
+from lab.simulate.experiment import Experiment, Run, parse_policy
+from lab.simulate.predictions import predict
+from lab.simulate.simulator import Simulated, simulate
+from lab.workload import Asked
 
 
 def played(experiment: Experiment, run: Run) -> tuple[list[Asked], Simulated]:

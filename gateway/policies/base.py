@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine_adapter.engine import EngineState
-from gateway.request import Request
-from gateway.slo import Bound
+from gateway.requests.request import Request
+from gateway.requests.slo import Bound
 
 UNGATED = "open"
 """The gate that lets everyone through: stock vLLM."""
@@ -92,7 +92,8 @@ class Policy(Protocol):
 
     @property
     def gate(self) -> str:
-        """The step gate that paces admitted requests inside the engine, by its name in `engine_adapter.gates.GATES`.
+        """The step gate that paces admitted requests inside the engine, by its name in
+        `engine_adapter.gates.composite.GATES`.
 
         `UNGATED`: none; their TPOT bounds stay at the gateway.
         """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
 from gateway.policies.base import UNGATED, Decision, prefill_backlog, reject_tpot, reject_ttft
-from gateway.request import Request
+from gateway.requests.request import Request
 
 
 @dataclass(slots=True)

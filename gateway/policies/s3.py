@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
 from gateway.policies.base import UNGATED, Decision, Runway
-from gateway.request import Request
+from gateway.requests.request import Request
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 Two guards over one queue. The *TTFT guard* (section 3.3) orders by least deadline first and rejects what its deadline
 can no longer meet. The *TPOT guard* (section 3.4) admits a request only if no running request's TPOT bound breaks by
 it, with the batch counted at its virtual size; its other half, credit-based batching, runs inside the engine
-(`engine_adapter.step_gate.CreditGate`).
+(`engine_adapter.gates.base.CreditGate`).
 
 Where the authors' code departs from the paper, this follows the paper: a request that does not fit now never blocks the
 one behind it, rejection walks the queue in deadline order, and nothing admitted is ever rejected.
@@ -16,9 +16,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
-from engine_adapter.step_model import StepTimeModel
+from engine_adapter.step_time.model import StepTimeModel
 from gateway.policies.base import UNGATED, Decision, Runway, prefill_backlog, reject_tpot, reject_ttft
-from gateway.request import Request
+from gateway.requests.request import Request
 
 
 @dataclass(slots=True)

@@ -8,11 +8,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import decision_cost
-from benchmarks.workload import make_workload
-from engine_adapter.gates import GATES
-from engine_adapter.profile import load_profile
-from gateway.policies.names import POLICIES
+from benchmarks.overhead import decision_cost
+from engine_adapter.gates.composite import GATES
+from engine_adapter.step_time.profile import load_profile
+from gateway.policies.registry import POLICIES
+from lab.workload import make_workload
 
 ASKED = make_workload("small", qps=1.0, requests=50, seed=0)
 

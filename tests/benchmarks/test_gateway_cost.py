@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import gateway_cost
-from benchmarks.gateway_cost import ONE_TOKEN, SERVERS, Case, all_answered, costs, measure, page
-from benchmarks.load_answer import Answered
+from benchmarks.overhead import gateway_cost
+from benchmarks.overhead.gateway_cost import ONE_TOKEN, SERVERS, Case, all_answered, costs, measure, page
+from lab.bench.load_answer import Answered
 
 
 def run(
@@ -49,7 +49,7 @@ def test_the_page_has_a_row_for_each_and_the_command() -> None:
     text = page({"rounds": 2, "runs": RUNS})
     assert "| streams | around | 11 (1) a token | 30 | +1.0 | +2.0 | x 1.050 |" in text
     assert f"| {ONE_TOKEN} | in front | 900 (0) a request | 500 |" in text
-    assert "python -m benchmarks.gateway_cost --json > docs/results/gateway_cost.json" in text
+    assert "python -m benchmarks.overhead.gateway_cost --json > docs/results/gateway_cost.json" in text
 
 
 @pytest.mark.parametrize("server", SERVERS[1:])

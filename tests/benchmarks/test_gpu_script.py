@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.bench_cli import bench
-from benchmarks.dummy_model import SHAPES
-from gateway.config import parse
-from gateway.policies.names import POLICIES
+from benchmarks.live.dummy_model import SHAPES
+from gateway.config.schema import parse
+from gateway.policies.registry import POLICIES
+from lab.bench.cli import bench
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -51,8 +51,8 @@ def script(*arguments: str, **environment: object) -> subprocess.CompletedProces
 @pytest.fixture
 def stand_in(tmp_path: Path) -> dict[str, object]:
     """The environment in which the script finds a stand-in for `antares`, and a model that is written already."""
-    from benchmarks.run_record import Served, run_record
-    from benchmarks.workload import make_workload
+    from lab.records.run_record import Served, run_record
+    from lab.workload import make_workload
 
     folder = tmp_path / "bin"
     folder.mkdir()

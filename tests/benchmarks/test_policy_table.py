@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.experiment import Run, perform
-from benchmarks.policy_table import AS_PUBLISHED, LOADS, POLICIES, SETTINGS, draw, experiment, page
+from benchmarks.policies.table import AS_PUBLISHED, LOADS, POLICIES, SETTINGS, draw, experiment, page
+from lab.simulate.experiment import Run, perform
 
 pytestmark = pytest.mark.no_cover  # whole simulations
 

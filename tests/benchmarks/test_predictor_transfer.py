@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import predictor_transfer
-from benchmarks.predictor_transfer import DATA_FILE, MAX_TOKENS, evaluate, keep, main, read_kept, simulate
-from predictor_service.features import prompt_features
+from benchmarks.predictor import transfer as predictor_transfer
+from benchmarks.predictor.transfer import DATA_FILE, MAX_TOKENS, evaluate, keep, main, read_kept, simulate
+from predictor_service.model.features import prompt_features
 
 SECRET = "xyzzy-private-prompt"
 
@@ -58,7 +58,7 @@ def test_features_of_another_version_are_refused_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.savez_compressed(tmp_path / "old.npz", features_version=np.array(0))
-    with pytest.raises(ValueError, match="predictor_transfer keep"):
+    with pytest.raises(ValueError, match=r"predictor\.transfer keep"):
         read_kept(tmp_path / "old.npz")
 
 

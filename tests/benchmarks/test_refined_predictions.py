@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from benchmarks.refined_predictions import AsPredictedAtArrival, compare, main
-from gateway.policies.names import make_policy
-from gateway.request import Request
-from gateway.slo import Slo
+from benchmarks.predictor.refined import AsPredictedAtArrival, compare, main
+from gateway.policies.registry import make_policy
+from gateway.requests.request import Request
+from gateway.requests.slo import Slo
 
 pytestmark = (
     pytest.mark.no_cover

@@ -16,25 +16,26 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import crowds, slack_study
-from benchmarks.crowds import CROWDS, NOBODY, behind
-from benchmarks.experiment import Experiment, Run
 from benchmarks.figures.lab import Lab
-from benchmarks.predictions import predict
-from benchmarks.replica import Replica
-from benchmarks.run_record import Served
-from benchmarks.simulator import Simulated, simulate
-from benchmarks.slack_study import CONTENDERS, PARTS, Study, Trial, play, tenants_of
-from benchmarks.slack_study_page import EVERYBODY, page
-from benchmarks.slack_without import FULL, MAKING_WAY, WITHOUT, Blocking, straight_lines
-from benchmarks.workload import Asked, make_workload
+from benchmarks.slack import best_effort_load as crowds
+from benchmarks.slack import study as slack_study
+from benchmarks.slack.ablation import FULL, MAKING_WAY, WITHOUT, Blocking, straight_lines
+from benchmarks.slack.best_effort_load import CROWDS, NOBODY, behind
+from benchmarks.slack.study import CONTENDERS, PARTS, Study, Trial, play, tenants_of
+from benchmarks.slack.study_page import EVERYBODY, page
 from engine_adapter.engine import EngineState
-from engine_adapter.profile import load_profile
-from engine_adapter.step_curve import StepCurve
-from engine_adapter.step_model import StepTimeModel
-from gateway.policies.slack import Slack
-from gateway.request import Request
-from gateway.slo import Slo
+from engine_adapter.step_time.curve import StepCurve
+from engine_adapter.step_time.model import StepTimeModel
+from engine_adapter.step_time.profile import load_profile
+from gateway.policies.slack.policy import Slack
+from gateway.requests.request import Request
+from gateway.requests.slo import Slo
+from lab.records.run_record import Served
+from lab.simulate.experiment import Experiment, Run
+from lab.simulate.predictions import predict
+from lab.simulate.replica import Replica
+from lab.simulate.simulator import Simulated, simulate
+from lab.workload import Asked, make_workload
 
 pytestmark = (
     pytest.mark.no_cover
@@ -306,7 +307,7 @@ def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it() -> No
     for row in CROWDS:
         assert text.count(f"S | {row} |") == 2
     assert f"`slack` without {MAKING_WAY} |" in text
-    assert "python -m benchmarks.slack_study --seeds 2 --duration 0.3 --stock-qps 20.75 \\" in text
+    assert "python -m benchmarks.slack.study --seeds 2 --duration 0.3 --stock-qps 20.75 \\" in text
     assert "**Simulated**" in text
     assert "nan |" not in text
     for above, line in pairwise(text.split("\n")):
@@ -323,7 +324,7 @@ def test_a_part_is_compared_with_slack_in_full_seed_by_seed() -> None:
     text = page(found() | {"parts": {"ablation": records}})
     says = WITHOUT["thrift"].says
     assert f"| thrift | {says} | 12.0 (5.7) | 0.80 (0.00) | 0.500 (0.000) | 3 (0) |" in text
-    assert "benchmarks.slack_study --part ablation --seeds" in text
+    assert "benchmarks.slack.study --part ablation --seeds" in text
 
 
 def test_the_floor_is_read_off_the_least_share_of_everybodys_admission_rate() -> None:

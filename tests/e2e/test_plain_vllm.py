@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.dummy_model import write_dummy_model
-from tests.e2e.served import START_TIMEOUT_S, VLLM_CLI, Served, free_port, serve
+from benchmarks.live.dummy_model import write_dummy_model
+from tests.fixtures.served import START_TIMEOUT_S, VLLM_CLI, Served, free_port, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -40,7 +40,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "float32",
     ]
     command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--load-format", "dummy", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--scheduler-cls", "engine_adapter.vllm_scheduler.SloScheduler"]
+    command += ["--max-model-len", "1024", "--scheduler-cls", "engine_adapter.vllm.scheduler.SloScheduler"]
     command += ["--max-num-seqs", str(PLACES)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     log = folder / "vllm.log"

@@ -18,7 +18,7 @@ import openai
 import pytest
 import yaml
 
-from tests.e2e.served import VLLM_CLI, Served, gone, serve
+from tests.fixtures.served import VLLM_CLI, Served, gone, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from benchmarks.dummy_model import write_dummy_model
-from tests.e2e.served import Served, gone, serve
+from benchmarks.live.dummy_model import write_dummy_model
+from tests.fixtures.served import Served, gone, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from live_gateway import Live, live
+
+from tests.fixtures.live_gateway import Live, live
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gateway.auth import hash_key
+from gateway.api.auth import hash_key
 from gateway.cli import app
 
 CONFIGS = Path(__file__).parents[2] / "configs"

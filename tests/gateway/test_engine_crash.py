@@ -6,10 +6,10 @@ import asyncio
 import time
 
 import pytest
-from live_gateway import chat, events, eventually, fast_engine, live
 from openai import APIError, AsyncOpenAI
 
-from engine_adapter.step_time import StepTimes
+from engine_adapter.step_time.linear_forms import StepTimes
+from tests.fixtures.live_gateway import chat, events, eventually, fast_engine, live
 
 STEADY = StepTimes(d=0.01)
 

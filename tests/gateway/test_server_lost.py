@@ -14,12 +14,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import pytest
-from live_gateway import CHAT, Live, Load, chat, events, eventually, gateway_config, live, serving
 
-from engine_adapter.http_engine import HttpEngine
-from gateway import supervisor as supervisor_module
+from engine_adapter.remote.engine import HttpEngine
 from gateway.app import Gateway
-from gateway.supervisor import Supervisor
+from gateway.prediction import supervisor as supervisor_module
+from gateway.prediction.supervisor import Supervisor
+from tests.fixtures.live_gateway import CHAT, Live, Load, chat, events, eventually, gateway_config, live, serving
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
@@ -33,7 +33,7 @@ async def served() -> AsyncIterator[tuple[Supervisor, HttpEngine]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.gateway_cost", "--engine-alone", str(port), "--step-ms", "5"]
+    command = [sys.executable, "-m", "benchmarks.overhead.gateway_cost", "--engine-alone", str(port), "--step-ms", "5"]
     server = Supervisor("server", command)
     await server.start()
     try:

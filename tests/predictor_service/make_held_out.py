@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from predictor_service.datasets import read_dataset
-from predictor_service.length_model import load_model
+from predictor_service.model.length_model import load_model
+from predictor_service.training.datasets import read_dataset
 
 ROWS = 300
 TARGET = Path(__file__).with_name("held_out.npz")

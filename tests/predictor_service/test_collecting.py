@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from predictor_service import cli
-from predictor_service.collecting import EXPIRES_S, FILES, MOST_WAITING, Collector, collected, collected_files
-from predictor_service.features import FEATURES_VERSION, prompt_features
+from predictor_service.model.features import FEATURES_VERSION, prompt_features
+from predictor_service.serving.collecting import EXPIRES_S, FILES, MOST_WAITING, Collector, collected, collected_files
 
 SECRET = "xyzzy-private-prompt"
 FEATURES = prompt_features(f"Tell me all about {SECRET}, in 200 words")

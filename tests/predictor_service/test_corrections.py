@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from predictor_service.corrections import Answers, Correction, fit_correction, survival_quantile
-from predictor_service.length_model import MAX_TOKENS, Prediction
+from predictor_service.calibration.corrections import Answers, Correction, fit_correction, survival_quantile
+from predictor_service.model.length_model import MAX_TOKENS, Prediction
 
 Z90 = 1.2815515655446004
 

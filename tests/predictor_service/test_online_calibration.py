@@ -8,10 +8,10 @@ import threading
 import numpy as np
 import pytest
 
-from predictor_service import online_calibration
-from predictor_service.calibration_state import STATE_FILE, CalibrationState, StateUnusable, fingerprint
-from predictor_service.length_model import Prediction
-from predictor_service.online_calibration import MAX_MODELS, MAX_WINDOWS, WINDOW, Finished, OnlineCalibration
+from predictor_service.calibration import online as online_calibration
+from predictor_service.calibration.online import MAX_MODELS, MAX_WINDOWS, WINDOW, Finished, OnlineCalibration
+from predictor_service.calibration.state import STATE_FILE, CalibrationState, StateUnusable, fingerprint
+from predictor_service.model.length_model import Prediction
 
 TYPICAL = Prediction(100.0, 100.0, 280.0)
 

@@ -1,0 +1,98 @@
+"""Annealing beside `scorpio` and `slack` where both kinds of bounds arrive without end; simulated.
+
+    python -m benchmarks.annealing.mixed --json docs/results/annealing_mixed.json
+
+S is the highest rate at which stock chunked vLLM (`fcfs`) attains 90% of the code-chat mix. The last two rows are
+annealing's order on top of `slack`'s feasible set (`benchmarks.annealing.on_slack`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.annealing.on_slack import AnnealingOnSlack
+from gateway.policies.base import Policy
+from lab.records.run_record import run_record
+from lab.simulate.experiment import Experiment, capacity, parse_policy
+from lab.simulate.predictions import predict
+from lab.simulate.simulator import simulate
+
+PROFILE = "a100-llama3.1-8b"
+KEPT = 0.9
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    **{name: partial(parse_policy, name) for name in ("fcfs", "s3", "scorpio", "annealing", "slack")},
+    "annealing, nothing refused": lambda: parse_policy("annealing:reject=false"),
+    "slack, annealing's order": lambda: AnnealingOnSlack("order"),
+    "slack, annealing's order and set": lambda: AnnealingOnSlack("set"),
+}
+
+
+def one(name: str, experiment: Experiment, qps: float, seed: int) -> dict[str, Any]:
+    """One run's record."""
+    asked = experiment.asked(qps, seed)
+    made = simulate(asked, predict(experiment.predictor, asked, seed), experiment.engine(), POLICIES[name])
+    return run_record(
+        name,
+        qps,
+        seed,
+        made.served,
+        made.duration_s,
+        wall_s=0.0,
+        scheduling_s=made.scheduling_s,
+        decisions=made.decisions,
+    )
+
+
+def main(
+    duration: Annotated[float, typer.Option(help="Seconds of arrivals.")] = 60.0,
+    seeds: Annotated[int, typer.Option(help="Seeds 0 to this, not included.")] = 2,
+    policy: Annotated[list[str] | None, typer.Option(help="Only these.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the figures.")] = None,
+) -> None:
+    """Find S, run every policy at S, 2S and 3S, print a table."""
+    experiment = Experiment(profile=PROFILE, workload={"name": "code-chat", "duration_s": duration})
+    all_seeds = list(range(seeds))
+    s, _ = capacity(experiment, "fcfs", all_seeds, KEPT)
+    rows = []
+    for times in (1, 2, 3):
+        for name in policy or POLICIES:
+            runs = [one(name, experiment, times * s, seed) for seed in all_seeds]
+            row = {"policy": name, "load": f"{times}S", "qps": round(times * s, 2)}
+            row |= {key: round(fmean(run[key] for run in runs), 4) for key in (
+                "slo_adherence", "goodput", "rejected", "ttft_violations", "tpot_violations", "e2e_violations",
+                "ttft_p50_s", "e2e_p50_s")}  # fmt: skip
+            row["classes"] = {
+                c: round(fmean(run["per_class"][c]["slo_adherence"] for run in runs), 4) for c in runs[0]["per_class"]
+            }
+            row["decision_ms"] = round(
+                1e3 * sum(r["scheduling_s"] for r in runs) / sum(r["decisions"] for r in runs), 3
+            )
+            rows.append(row)
+            sys.stderr.write(f"{row['load']} {name}: {row['slo_adherence']:.3f}\n")
+    found = {
+        "what": "simulated, code-chat workload, continuous arrivals",
+        "command": f"python -m benchmarks.annealing.mixed --duration {duration:g} --seeds {seeds}",
+        "profile": PROFILE,
+        "s_qps": round(s, 2),
+        "runs": rows,
+    }
+    if json_path is not None:
+        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for row in rows:
+        sys.stdout.write(
+            f"| {row['load']} | {row['policy']} | {row['slo_adherence']:.3f} | {row['goodput']:.2f} "
+            f"| {row['rejected']:.3f} | {row['e2e_p50_s']:.2f} | {row['decision_ms']:.2f} |\n"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)

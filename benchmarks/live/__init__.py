@@ -1,0 +1,1 @@
+"""Studies on a real vLLM on CPU."""

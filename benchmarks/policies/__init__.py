@@ -1,0 +1,1 @@
+"""Policies compared on every profile and workload."""

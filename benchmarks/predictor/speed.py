@@ -1,0 +1,207 @@
+"""How fast the length predictor is on this machine, in one run beside a TF-IDF + ridge pipeline (scikit-learn).
+
+    python -m benchmarks.predictor.speed [--seconds 20] [--seed 0] [--json]        (extras bench and train)
+
+Three measurements, one after another, on held-out ShareGPT prompts:
+
+- batched: predictions a second on one core, text in and quantiles out, in batches of 64 and one at a time;
+- the same of `TfidfVectorizer` (words and pairs) + `Ridge` on log length, fitted to 2,000 other prompts;
+- over HTTP: `antares predictor serve` as its own process, asked one prompt a call at 200 calls a second, open loop
+  (a call is sent when it is due, however long others take, and timed from then).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+BATCH = 64
+_FITTED, _TIMED = 2000, 1024
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=20.0, help="of load over HTTP")
+    parser.add_argument("--qps", type=float, default=200.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", dest="as_json")
+    options = parser.parse_args(arguments)
+    found = measure(options.seconds, options.qps, options.seed)
+    sys.stdout.write(json.dumps(found, indent=2) + "\n" if options.as_json else _table(found))
+
+
+def measure(seconds: float, qps: float, seed: int) -> dict[str, Any]:
+    """All three; see the module."""
+    for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[threads] = "1"
+    prompts, fitted, lengths = _prompts(seed)
+    with _one_core():
+        rows = {"antares": _throughput(_ours(), prompts), "tfidf_ridge": _throughput(_tfidf(fitted, lengths), prompts)}
+    with _service() as url:
+        http = asyncio.run(_load(url, prompts, seconds, qps, seed))
+    return {"seed": seed, "prompts": len(prompts), "batch": BATCH, "one_core": rows, "http": http}
+
+
+def _prompts(seed: int) -> tuple[list[str], list[str], list[float]]:
+    """Held-out prompts to time, other prompts to fit the pipeline to, and the latter's lengths."""
+    from predictor_service.model.length_model import load_model
+    from predictor_service.training.datasets import read_dataset
+
+    data = read_dataset(int(load_model().card["seed"]), lambda stage, share: None)
+    random = np.random.default_rng(seed)
+    test, train = random.permutation(data.split.test)[:_TIMED], random.permutation(data.split.train)[:_FITTED]
+    return (
+        [data.turns[row].prompt for row in test],
+        [data.turns[row].prompt for row in train],
+        [float(data.turns[row].length) for row in train],
+    )
+
+
+def _ours() -> Callable[[list[str]], object]:
+    from predictor_service.model.features import prompt_features
+    from predictor_service.model.length_model import load_model
+
+    model = load_model()
+    return lambda prompts: model.predict([prompt_features(prompt) for prompt in prompts])
+
+
+def _tfidf(prompts: list[str], lengths: list[float]) -> Callable[[list[str]], object]:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+
+    pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2), Ridge(alpha=3.0))
+    pipeline.fit(prompts, np.log1p(lengths))
+    predict: Callable[[list[str]], object] = pipeline.predict
+    return predict
+
+
+def _throughput(predict: Callable[[list[str]], object], prompts: list[str]) -> dict[str, float]:
+    """Predictions a second in batches, by the wall and by the processor's time, and milliseconds of one at a time.
+
+    The two rates differ by what else runs on that core.
+    """
+    predict(prompts[:BATCH])
+    began, worked = time.perf_counter(), time.process_time()
+    for first in range(0, len(prompts), BATCH):
+        predict(prompts[first : first + BATCH])
+    wall_s, cpu_s = time.perf_counter() - began, time.process_time() - worked
+    single = []
+    for prompt in prompts:
+        began = time.perf_counter()
+        predict([prompt])
+        single.append((time.perf_counter() - began) * 1e3)
+    return {
+        "batched_per_s": round(len(prompts) / wall_s, 1),
+        "batched_per_cpu_s": round(len(prompts) / cpu_s, 1),
+        "single_p50_ms": round(float(np.percentile(single, 50)), 3),
+        "single_p99_ms": round(float(np.percentile(single, 99)), 3),
+    }
+
+
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    """Keep this process on one core for a while, where the system lets one choose."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@contextlib.contextmanager
+def _service() -> Iterator[str]:
+    """`antares predictor serve` as its own process; its URL."""
+    import httpx
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "predictor_service.cli", "serve", "--port", str(port), "--log-level", "error"]
+    process = subprocess.Popen(command)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                httpx.get(f"{url}/health", trust_env=False)
+                break
+            if time.monotonic() > until:
+                raise RuntimeError("the predictor did not come up within 30 s")
+            time.sleep(0.05)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def _load(url: str, prompts: list[str], seconds: float, qps: float, seed: int) -> dict[str, float]:
+    """Poisson arrivals at ``qps``; milliseconds from when a call was due to its answer."""
+    import aiohttp
+
+    random = np.random.default_rng(seed)
+    due = np.cumsum(random.exponential(1 / qps, int(seconds * qps)))
+    took: list[float] = []
+    failed = 0
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def ask(prompt: str, at: float) -> None:
+            nonlocal failed
+            async with session.post("/v1/predict", json={"inputs": [{"prompt": prompt}]}) as response:
+                await response.read()
+                failed += response.status != 200
+            took.append((time.perf_counter() - at) * 1e3)
+
+        await asyncio.gather(*(ask(prompt, time.perf_counter()) for prompt in prompts[:32]))
+        took.clear()
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for n, at in enumerate(due.tolist()):
+                await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
+                group.create_task(ask(prompts[n % len(prompts)], began + at))
+    return {
+        "qps": qps,
+        "calls": len(took),
+        "failed": failed,
+        "p50_ms": round(float(np.percentile(took, 50)), 2),
+        "p90_ms": round(float(np.percentile(took, 90)), 2),
+        "p99_ms": round(float(np.percentile(took, 99)), 2),
+    }
+
+
+def _table(found: dict[str, Any]) -> str:
+    titles = {
+        "batched_per_s": "batched/s",
+        "batched_per_cpu_s": "a CPU second",
+        "single_p50_ms": "one p50 ms",
+        "single_p99_ms": "one p99 ms",
+    }
+    lines = [f"{'one core':14}" + "".join(f"{title:>14}" for title in titles.values())]
+    for name, row in found["one_core"].items():
+        lines.append(f"{name:14}" + "".join(f"{row[key]:14.2f}" for key in titles))
+    http = found["http"]
+    lines.append(
+        f"HTTP at {http['qps']:.0f}/s: p50 {http['p50_ms']} ms, p90 {http['p90_ms']} ms, p99 {http['p99_ms']} ms, "
+        f"{http['failed']} of {http['calls']} failed"
+    )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""A simulated engine in real time: vLLM's step loop with sleeps in place of forward passes.
+
+For development and tests. It generates nothing: its words are fixed, and every answer says so
+(``system_fingerprint: "antares-simulated"``). What is real is the scheduling (`engine_adapter.simulated.scheduler`):
+continuous batching with chunked prefill, decode first, first come first served, a token budget, KV blocks with
+preemption, and the step gate before every step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from engine_adapter.engine import ASGIApp, EngineEvents, EngineState, EngineUnreachable, GateReport
+from engine_adapter.gates.composite import Gates
+from engine_adapter.simulated.app import SimulatedApp
+from engine_adapter.simulated.scheduler import SimulatedScheduler, Step
+from engine_adapter.simulated.sequence import SimulatedSequence
+from engine_adapter.step_time.linear_forms import StepTimes
+from engine_adapter.step_time.model import StepTimeModel
+from engine_adapter.step_time.profile import Profile
+
+FALLING_BEHIND_S = 0.25
+"""Steps are timed from the scheduled end of the last one; beyond this lag the clock starts afresh."""
+_SHORTEST_STEP_S = 1e-4
+_LIMITS = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_model_len": 8192, "kv_tokens": 200_000}
+
+
+def _limits(profile: Profile | None, **given: int | None) -> dict[str, Any]:
+    """Each limit as it was given, else the profile's, else the default."""
+    known = _LIMITS if profile is None else {name: getattr(profile, name) for name in _LIMITS}
+    return {name: known[name] if limit is None else limit for name, limit in given.items()}
+
+
+class SimulatedEngine:
+    """An `Engine` whose steps last what ``times`` says.
+
+    Args:
+        name: the engine's name in metrics.
+        model: the model name in answers and in ``/v1/models``. Requests for any model are served.
+        times: a step lasts ``ITL(B, L)`` (if anything decodes) plus ``t(prefill tokens)`` (if anything
+            prefills).
+        profile: a step lasts what this says instead.
+        max_num_seqs, max_num_batched_tokens, max_model_len: vLLM's limits of the same names; by default the
+            profile's, or 256, 2048 and 8192.
+        kv_tokens: KV cache size in tokens, at least ``max_model_len``; by default the profile's, or 200,000. When it
+            runs out, the youngest is preempted.
+        gate: name in `gates.GATES`, of the gate for requests that name none. Those with a number under
+            ``antares_tpot_ms`` in ``vllm_xargs`` are gated.
+        output_tokens: answer length for requests that do not fix it themselves: a number, a function of the
+            prompt text, or None for 8 to 128 by a stable hash of the prompt.
+        time_scale: every step's duration is multiplied by this.
+        restart_s: seconds that the engine stays down after `crash`.
+
+    Raises:
+        ValueError: unknown gate, or a limit that is not positive.
+    """
+
+    def __init__(
+        self,
+        name: str = "simulated",
+        model: str = "simulated",
+        *,
+        times: StepTimes | None = None,
+        profile: Profile | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_model_len: int | None = None,
+        kv_tokens: int | None = None,
+        gate: str = "credit",
+        output_tokens: int | Callable[[str], int] | None = None,
+        time_scale: float = 1.0,
+        restart_s: float = 0.5,
+    ) -> None:
+        limits = _limits(
+            profile,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            kv_tokens=kv_tokens,
+        )
+        if min(*limits.values(), time_scale) <= 0:
+            raise ValueError("the simulated engine's limits and time_scale must be positive")
+        self.name = name
+        self.model = model
+        self.times = times or (StepTimes() if profile is None else profile.step_times())
+        self.takes_xargs = True
+        self.state = EngineState(
+            model=model,
+            step_time=StepTimeModel(times=self.times),
+            **limits,
+        )
+        self.output_tokens = output_tokens
+        self._time_scale = time_scale
+        self._restart_s = restart_s
+        self._gate_name = gate
+        self._profile = profile
+        self._scheduler = SimulatedScheduler(**limits, gate=Gates(gate))
+        self._wake = asyncio.Event()
+        self._events = EngineEvents()
+        self._loop_task: asyncio.Task[None] | None = None
+        self._restart_task: asyncio.Task[None] | None = None
+        self._app = SimulatedApp(self)
+
+    @property
+    def app(self) -> ASGIApp:
+        """The OpenAI routes; see `SimulatedApp`."""
+        return self._app
+
+    async def start(self, events: EngineEvents) -> None:
+        """Start stepping. Returns at once."""
+        self._events = events
+        self._come_up()
+
+    async def stop(self) -> None:
+        """Stop stepping; requests in flight get `EngineLost`. Idempotent."""
+        self.state.alive = False
+        tasks = [task for task in (self._loop_task, self._restart_task) if task is not None]
+        self._loop_task = self._restart_task = None
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._lose_everyone()
+
+    def crash(self) -> None:
+        """Die now: every request in flight gets `EngineLost`. Comes back ``restart_s`` seconds later."""
+        if not self.state.alive:
+            return
+        self.state.alive = False
+        self.state.ready_in_s = self._restart_s
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+        self._lose_everyone()
+        self._restart_task = asyncio.create_task(self._restart(), name=f"{self.name}-restart")
+        self._events.on_alive(False)
+
+    def count_tokens(self, text: str) -> int | None:
+        """Words between white space: what this engine takes for tokens."""
+        return len(text.split())
+
+    async def probe(self) -> None:
+        """Its step times never change: learn them anew from its first guess."""
+        self.state.step_time.start_over(self.times)
+
+    def refuse(self, body: dict[str, Any]) -> str | None:
+        """Nothing is refused."""
+        return None
+
+    def running_ids(self) -> list[str]:
+        """Ids of the sequences that hold a place in the batch, oldest first."""
+        waiting = self._scheduler.waiting
+        return [sequence.request_id for sequence in self._scheduler.sequences()][: -waiting or None]
+
+    def submit(self, sequences: Iterable[SimulatedSequence]) -> None:
+        """Queue sequences for their prefill. Raises `EngineLost` when the engine is down."""
+        if not self.state.alive:
+            raise EngineUnreachable(f"the simulated engine {self.name!r} is down")
+        for sequence in sequences:
+            self._scheduler.submit(sequence)
+        self.state.engine_waiting = self._scheduler.waiting
+        self._wake.set()
+
+    def abandon(self, sequences: Iterable[SimulatedSequence]) -> None:
+        """Nobody waits for these any more: the next step starts without them."""
+        for sequence in sequences:
+            sequence.abandoned = True
+
+    def _come_up(self) -> None:
+        self._scheduler.gate = Gates(self._gate_name)
+        self.state.gate = GateReport(makes_way=True)
+        self.state.ready_in_s = 0.0
+        self.state.alive = True
+        self._loop_task = asyncio.create_task(self._run(), name=f"{self.name}-steps")
+        self._events.on_alive(True)
+
+    async def _restart(self) -> None:
+        await asyncio.sleep(self._restart_s)
+        self.state.restarts += 1
+        self._come_up()
+
+    def _lose_everyone(self) -> None:
+        lost = self._scheduler.clear()
+        self._publish()
+        for sequence in lost:
+            sequence.on_lost()
+
+    async def _run(self) -> None:
+        now = time.monotonic()
+        while True:
+            self._scheduler.drop_abandoned()
+            if not self._scheduler.running and not self._scheduler.waiting:
+                self._publish()
+                self._wake.clear()
+                await self._wake.wait()
+                now = time.monotonic()
+                continue
+            started = time.perf_counter()
+            step = self._scheduler.plan(now)
+            self._count_gate(step, time.perf_counter() - started)
+            seconds = self._seconds(step)
+            self._publish()
+            # The next step starts where this one was due to end: late wake-ups must not add up.
+            now += seconds
+            await asyncio.sleep(max(0.0, now - time.monotonic()))
+            if time.monotonic() - now > FALLING_BEHIND_S:
+                now = time.monotonic()
+            self._finish(step, seconds)
+
+    def _seconds(self, step: Step) -> float:
+        decodes = len(step.decodes)
+        if self._profile is not None:
+            seconds = self._profile.step_seconds(
+                decodes, step.decode_context, step.prefill_tokens, step.prefill_context, max(1, len(step.chunks))
+            )
+        else:
+            seconds = self.times.itl(decodes, step.decode_context / decodes) if decodes else 0.0
+            if step.prefill_tokens:
+                seconds += self.times.prefill(step.prefill_tokens)
+        # A gate may leave a step empty; it still takes time, or the loop would spin.
+        return max(seconds, _SHORTEST_STEP_S) * self._time_scale
+
+    def _finish(self, step: Step, seconds: float) -> None:
+        """The step's tokens come out; the model and the listener hear of it."""
+        at = time.monotonic()
+        for sequence in (*step.decodes, *self._scheduler.finish(step).prefilled):
+            if not sequence.abandoned:
+                sequence.on_token(sequence.generated, at)
+        decodes = len(step.decodes)
+        mean_context = step.decode_context / decodes if decodes else 0.0
+        self.state.step_time.observe(decodes, step.prefill_tokens, mean_context, seconds)
+        self._scheduler.gate.observe(decodes, step.prefill_tokens, mean_context, seconds)
+        self._publish()
+        self._events.on_step()
+
+    def _count_gate(self, step: Step, seconds: float) -> None:
+        report = self.state.gate
+        report.steps += 1
+        report.gated_steps += bool(step.sat_out)
+        report.put_aside = self._scheduler.put_aside
+        report.gate_seconds += seconds
+        for sequence in self._scheduler.decoding:
+            if sequence.tpot_slo_s is None:
+                continue
+            bound = f"{sequence.tpot_slo_s * 1000:g}"
+            report.eligible[bound] = report.eligible.get(bound, 0) + 1
+            report.batched[bound] = report.batched.get(bound, 0) + (sequence.request_id not in step.sat_out)
+
+    def _publish(self) -> None:
+        self.state.engine_running = self._scheduler.running
+        self.state.engine_waiting = self._scheduler.waiting
+        self.state.kv_usage = self._scheduler.kv_usage

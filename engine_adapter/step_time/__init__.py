@@ -1,0 +1,1 @@
+"""Models of how long an engine step takes."""

@@ -1,0 +1,1 @@
+"""The HTTP edge: reads a request, relays its response, answers errors."""

@@ -1,0 +1,66 @@
+"""What a response says about its own service: headers at the first byte, a full verdict at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from gateway.api.errors import Headers
+from gateway.observability.ledger import Entry
+
+REPORT_HEADER = "x-slo-report"
+
+
+def first_byte_headers(entry: Entry, ttft_s: float | None) -> Headers:
+    """``x-antares-queue-ms``, ``-predicted-ttft-ms`` and ``-ttft-ms``, as far as they are known."""
+    known = {
+        b"x-antares-queue-ms": entry.queue_s,
+        b"x-antares-predicted-ttft-ms": entry.predicted_ttft_s,
+        b"x-antares-ttft-ms": ttft_s,
+    }
+    return [(name, f"{seconds * 1000:.1f}".encode()) for name, seconds in known.items() if seconds is not None]
+
+
+def verdict(entry: Entry) -> dict[str, Any]:
+    """The full verdict: measured against asked for, attained or not, predicted against actual lengths."""
+    request, slo = entry.request, entry.request.slo
+    violated = slo.violated(entry.ttft_s, entry.tpot_s, entry.e2e_s)
+    return {
+        "slo_class": request.slo_class,
+        "attained": not violated,
+        "violated": list(violated),
+        "ttft_ms": _ms(entry.ttft_s),
+        "tpot_ms": _ms(entry.tpot_s),
+        "e2e_ms": _ms(entry.e2e_s),
+        "queue_ms": _ms(entry.queue_s),
+        "slo_ttft_ms": _ms(slo.ttft_s),
+        "slo_tpot_ms": _ms(slo.tpot_s),
+        "slo_e2e_ms": _ms(slo.e2e_s),
+        "predicted_ttft_ms": _ms(entry.predicted_ttft_s),
+        "predicted_tokens": round(request.predicted_at_arrival, 1),
+        "output_tokens": request.generated,
+        "best_effort": request.best_effort,
+        "engine": entry.engine,
+    }
+
+
+def sse_comment(entry: Entry) -> bytes:
+    """The verdict as an SSE comment, which clients that do not look for it ignore."""
+    return b": antares " + orjson.dumps(verdict(entry)) + b"\n\n"
+
+
+def with_verdict(body: bytes, entry: Entry) -> bytes:
+    """A JSON body with the verdict as its ``antares`` member; anything else unchanged."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body
+    if not isinstance(document, dict):
+        return body
+    document["antares"] = verdict(entry)
+    return orjson.dumps(document)
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)

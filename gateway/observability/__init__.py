@@ -1,0 +1,1 @@
+"""Metrics, status, the request ledger and logs."""

@@ -1,0 +1,239 @@
+"""What the gateway tells Prometheus. Seconds and tokens; labels are bounded: class, model, engine, tenant.
+
+A custom model name from a request never becomes a label: only the models an engine serves do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from gateway.observability.ledger import Entry, Ledger
+from gateway.scheduling.engine_queue import Lane
+
+_REQUEST = ("slo_class", "model", "engine")
+_LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60, 120)
+_TPOT_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
+_SHORT_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+
+
+class Metrics:
+    """One gateway's metrics, in a registry of its own. vLLM's own metrics are appended when it runs in-process."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "antares_requests_total",
+            "Accepted requests by how they ended; reason is a short word.",
+            (*_REQUEST, "tenant", "outcome", "reason"),
+            registry=registry,
+        )
+        self.attained = Counter(
+            "antares_requests_attained_total",
+            "Requests that finished with every bound they carried met.",
+            (*_REQUEST, "tenant"),
+            registry=registry,
+        )
+        self.violations = Counter(
+            "antares_slo_violations_total",
+            "Bounds broken by finished requests.",
+            (*_REQUEST, "bound"),
+            registry=registry,
+        )
+        self.ttft = _histogram("antares_ttft_seconds", "Arrival to first output token.", _LATENCY_S, registry)
+        self.tpot = _histogram("antares_tpot_seconds", "Mean time per output token after the first.", _TPOT_S, registry)
+        self.e2e = _histogram("antares_e2e_seconds", "Arrival to last output token.", _LATENCY_S, registry)
+        self.queue = _histogram("antares_queue_seconds", "Arrival to admission.", _LATENCY_S, registry)
+        self.prompt_tokens = Counter(
+            "antares_prompt_tokens_total", "Prompt tokens of requests that reached an engine.",
+            (*_REQUEST, "tenant"), registry=registry,
+        )  # fmt: skip
+        self.output_tokens = Counter(
+            "antares_output_tokens_total", "Output tokens of requests that reached an engine.",
+            (*_REQUEST, "tenant"), registry=registry,
+        )  # fmt: skip
+        self.prediction_error = Histogram(
+            "antares_prediction_error_tokens", "Absolute error of the predicted output length.",
+            buckets=_TOKENS, registry=registry,
+        )  # fmt: skip
+        self.predictions = Counter(
+            "antares_predictions_total", "Output-length predictions by where they came from.", ("source",),
+            registry=registry,
+        )  # fmt: skip
+        self.prediction_seconds = Histogram(
+            "antares_prediction_seconds", "Time a request waited for its prediction.",
+            buckets=_SHORT_S, registry=registry,
+        )  # fmt: skip
+        self.predictor_up = Gauge("antares_predictor_up", "1 while the predictor answers.", registry=registry)
+        self.predictor_restarts = Counter(
+            "antares_predictor_restarts_total",
+            "Times the supervised predictor was started again.",
+            registry=registry,
+        )
+        self.scheduling = Histogram(
+            "antares_scheduling_seconds", "One decision of the policy, applied.", ("engine",),
+            buckets=_SHORT_S, registry=registry,
+        )  # fmt: skip
+        self.http_requests = Counter(
+            "antares_http_requests_total",
+            "Every HTTP answer of the gateway.",
+            ("route", "status"),
+            registry=registry,
+        )
+        for source in ("service", "fallback"):
+            self.predictions.labels(source)
+
+    def on_close(self, entry: Entry) -> None:
+        """Account for a request that has ended (`Ledger.on_close`)."""
+        request = entry.request
+        labels = (request.slo_class, request.model, entry.engine)
+        self.requests.labels(*labels, request.tenant, entry.outcome, entry.reason).inc()
+        if entry.attained:
+            self.attained.labels(*labels, request.tenant).inc()
+        for bound in entry.violated:
+            self.violations.labels(*labels, bound).inc()
+        if request.admitted_s is not None:
+            self.queue.labels(*labels).observe(entry.queue_s)
+            self.prompt_tokens.labels(*labels, request.tenant).inc(request.prompt_tokens)
+            self.output_tokens.labels(*labels, request.tenant).inc(request.generated)
+        if entry.outcome == "finished":
+            if entry.ttft_s is not None:
+                self.ttft.labels(*labels).observe(entry.ttft_s)
+            self.tpot.labels(*labels).observe(entry.tpot_s)
+            self.e2e.labels(*labels).observe(entry.e2e_s)
+            self.prediction_error.observe(abs(request.generated / request.sequences - request.predicted_at_arrival))
+
+    def watch(self, lanes: Sequence[Lane], ledger: Ledger) -> None:
+        """Read the state of lanes, engines and the ledger whenever Prometheus scrapes."""
+        self.registry.register(_LiveState(lanes, ledger))
+
+    def exposition(self) -> bytes:
+        """The text that `/metrics` answers: ours, then the process's and an in-process engine's own."""
+        return generate_latest(self.registry) + generate_latest(REGISTRY)
+
+
+def _histogram(name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry) -> Histogram:
+    return Histogram(name, text, _REQUEST, buckets=buckets, registry=registry)
+
+
+_LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, tuple[str, ...]]] = {
+    "antares_ledger_open": (GaugeMetricFamily, "Requests accepted and not ended yet.", ()),
+    "antares_waiting_requests": (GaugeMetricFamily, "Requests waiting for admission.", ("slo_class", "engine")),
+    "antares_running_requests": (GaugeMetricFamily, "Requests admitted to the engine.", ("slo_class", "engine")),
+    "antares_engine_up": (GaugeMetricFamily, "1 while the engine can serve.", ("engine",)),
+    "antares_engine_restarts_total": (CounterMetricFamily, "Times the engine was started again.", ("engine",)),
+    "antares_engine_running_sequences": (GaugeMetricFamily, "Sequences the engine itself runs.", ("engine",)),
+    "antares_engine_waiting_sequences": (GaugeMetricFamily, "Sequences in the engine's own queue.", ("engine",)),
+    "antares_engine_kv_usage_ratio": (GaugeMetricFamily, "Share of KV memory in use.", ("engine",)),
+    "antares_engine_steps_total": (CounterMetricFamily, "Engine steps the step-time model saw.", ("engine",)),
+    "antares_step_time_coefficient": (
+        GaugeMetricFamily,
+        "Coefficients of ITL(B,L)=aBL+bB+cL+d and t(p)=delta if p<theta else alpha*p+beta (s, tokens).",
+        ("engine", "name"),
+    ),
+    "antares_step_time_r2": (GaugeMetricFamily, "R2 of the latest fit.", ("engine", "form")),
+    "antares_step_time_rmse_seconds": (GaugeMetricFamily, "RMSE of the latest fit.", ("engine", "form")),
+    "antares_step_time_mape_ratio": (GaugeMetricFamily, "Mean error of the latest fit, relative.", ("engine", "form")),
+    "antares_gate_steps_total": (CounterMetricFamily, "Steps in which the gate made somebody sit out.", ("engine",)),
+    "antares_gate_eligible_total": (
+        CounterMetricFamily, "Decode opportunities of requests with this TPOT bound.", ("engine", "tpot_ms"),
+    ),
+    "antares_gate_batched_total": (
+        CounterMetricFamily, "Decode opportunities that were taken.", ("engine", "tpot_ms"),
+    ),
+    "antares_gate_put_aside_total": (
+        CounterMetricFamily,
+        "Times a request without a pace gave its place and memory to others, to be computed again later.",
+        ("engine",),
+    ),
+    "antares_gate_seconds_total": (CounterMetricFamily, "Time spent in the step gate.", ("engine",)),
+    "antares_shadow_up": (GaugeMetricFamily, "1 until a shadow fails and is switched off.", ("policy", "engine")),
+    "antares_shadow_requests_total": (
+        CounterMetricFamily, "Requests by what a shadow would have decided (docs/shadow.md).",
+        ("policy", "engine", "slo_class", "outcome", "reason"),
+    ),
+    "antares_shadow_agreement_total": (
+        CounterMetricFamily, "Requests by what the active policy and a shadow decided.",
+        ("policy", "engine", "active", "shadow"),
+    ),
+    "antares_shadow_waiting_requests": (
+        GaugeMetricFamily, "Requests waiting in a shadow's world.", ("policy", "engine"),
+    ),
+    "antares_shadow_running_requests": (
+        GaugeMetricFamily, "Requests running in a shadow's world.", ("policy", "engine"),
+    ),
+    "antares_shadow_looks_total": (CounterMetricFamily, "Times a shadow decided.", ("policy", "engine")),
+    "antares_shadow_seconds_total": (CounterMetricFamily, "Time spent in a shadow.", ("policy", "engine")),
+}  # fmt: skip
+
+_AGREEMENT = [(active, shadow) for active in ("admitted", "rejected") for shadow in ("admitted", "rejected")]
+
+
+class _LiveState(Collector):
+    def __init__(self, lanes: Sequence[Lane], ledger: Ledger) -> None:
+        self._lanes = lanes
+        self._ledger = ledger
+
+    def collect(self) -> Iterable[Metric]:
+        families = {name: kind(name, text, labels=labels) for name, (kind, text, labels) in _LIVE.items()}
+
+        def put(name: str, value: float, *labels: str) -> None:
+            families[name].add_metric(labels, value)
+
+        put("antares_ledger_open", self._ledger.open_count)
+        for lane in self._lanes:
+            engine, state = lane.engine.name, lane.engine.state
+            for slo_class in lane.classes:
+                put("antares_waiting_requests", lane.waiting.by_class[slo_class], slo_class, engine)
+                running = sum(r.slo_class == slo_class for r in lane.running.values())
+                put("antares_running_requests", running, slo_class, engine)
+            put("antares_engine_up", state.alive, engine)
+            put("antares_engine_restarts_total", state.restarts, engine)
+            put("antares_engine_running_sequences", state.engine_running, engine)
+            put("antares_engine_waiting_sequences", state.engine_waiting, engine)
+            put("antares_engine_kv_usage_ratio", state.kv_usage, engine)
+            put("antares_engine_steps_total", state.step_time.steps_seen, engine)
+            for name in ("a", "b", "c", "d", "alpha", "beta", "theta", "delta"):
+                put("antares_step_time_coefficient", getattr(state.step_time.times, name), engine, name)
+            for form, quality in (
+                ("itl", state.step_time.itl_quality),
+                ("prefill", state.step_time.prefill_quality),
+                ("curve", state.step_time.curve_quality),
+            ):
+                if quality is not None:
+                    put("antares_step_time_r2", quality.r2, engine, form)
+                    put("antares_step_time_rmse_seconds", quality.rmse_s, engine, form)
+                    put("antares_step_time_mape_ratio", quality.mape, engine, form)
+            put("antares_gate_steps_total", state.gate.gated_steps, engine)
+            put("antares_gate_put_aside_total", state.gate.put_aside, engine)
+            put("antares_gate_seconds_total", state.gate.gate_seconds, engine)
+            for tpot, count in state.gate.eligible.items():
+                put("antares_gate_eligible_total", count, engine, tpot)
+                put("antares_gate_batched_total", state.gate.batched.get(tpot, 0), engine, tpot)
+            for shadow in lane.shadows.all:
+                of = (shadow.name, engine)
+                put("antares_shadow_up", shadow.up, *of)
+                put("antares_shadow_waiting_requests", shadow.waiting, *of)
+                put("antares_shadow_running_requests", shadow.running, *of)
+                put("antares_shadow_looks_total", shadow.looks, *of)
+                put("antares_shadow_seconds_total", shadow.seconds, *of)
+                for slo_class, outcome, reason in shadow.outcomes:
+                    count = shadow.outcomes[slo_class, outcome, reason]
+                    put("antares_shadow_requests_total", count, *of, slo_class, outcome, reason)
+                for both in _AGREEMENT:
+                    put("antares_shadow_agreement_total", shadow.agreement[both], *of, *both)
+        return families.values()
+
+
+def _static_names() -> Iterable[str]:
+    for family in Metrics().registry.collect():
+        # The client drops a counter's suffix from its family name and adds it to the samples.
+        yield f"{family.name}_total" if family.type == "counter" else family.name
+
+
+METRIC_NAMES: frozenset[str] = frozenset(_static_names()) | frozenset(_LIVE)
+"""Every `antares_` metric of ours, counters with their `_total`, histograms without `_bucket`/`_sum`/`_count`."""

@@ -1,0 +1,1 @@
+"""Scheduling by simulated annealing (arXiv 2504.14966)."""

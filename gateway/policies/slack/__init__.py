@@ -1,0 +1,1 @@
+"""`slack`, the default policy."""

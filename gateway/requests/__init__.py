@@ -1,0 +1,1 @@
+"""Requests as the scheduler sees them, and the queue that holds them."""

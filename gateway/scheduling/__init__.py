@@ -1,0 +1,1 @@
+"""One queue per engine, the routing between engines, and the admission that applies a policy's decisions."""

@@ -1,0 +1,1 @@
+"""Measuring commands that ship with the product: simulate, bench, profile."""

@@ -1,0 +1,1 @@
+"""`antares bench`: an open-loop load generator for any OpenAI-compatible server."""

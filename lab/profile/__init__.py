@@ -1,0 +1,1 @@
+"""`antares profile`: make or show a step-time profile."""

@@ -1,0 +1,1 @@
+"""Run records: one JSON shape for simulated and measured runs, tables and plots of them."""

@@ -1,0 +1,1 @@
+"""`antares simulate`: policies in virtual time on a step-time profile."""

@@ -1,0 +1,1 @@
+"""Online calibration of predictions to each model's observed lengths."""

@@ -1,0 +1,1 @@
+"""The length models: features, trees, classifier, and how their outputs become quantiles."""

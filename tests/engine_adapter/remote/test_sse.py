@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine_adapter.remote.sse import EventKind, SSESplitter, TokenCounter, event_data
+from tests.fixtures.live_server import Recorder
+
+ROLE = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+
+
+def event(data: object) -> bytes:
+    return b"data: %b\n\n" % (data if isinstance(data, bytes) else orjson.dumps(data))
+
+
+def chunk(*choices: dict[str, object], **more: object) -> bytes:
+    return event({"id": "x", "object": "chat.completion.chunk", "choices": list(choices), **more})
+
+
+def token(text: str, index: int = 0, finish: str | None = None) -> dict[str, object]:
+    return {"index": index, "delta": {"content": text}, "finish_reason": finish}
+
+
+def usage(completion: int, prompt: int = 5) -> bytes:
+    return chunk(usage={"prompt_tokens": prompt, "completion_tokens": completion})
+
+
+def count(*events: bytes, several: bool = False) -> tuple[Recorder, list[EventKind]]:
+    recorder = Recorder()
+    counter = TokenCounter(recorder, several)
+    kinds = [counter.see(raw, float(at)) for at, raw in enumerate(events)]
+    counter.settle()
+    return recorder, kinds
+
+
+pieces = st.lists(
+    st.sampled_from([b"data: {}", b": note", b"\n", b"\r\n", b"\n\n", b"\r", b"data:a\n", b"id: 3", b"\r\n\r\n", b"x"]),
+    max_size=30,
+).map(b"".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces, st.lists(st.integers(0, 120)))
+def test_any_chunking_gives_the_same_events_and_the_same_bytes(stream: bytes, cuts: list[int]) -> None:
+    whole = SSESplitter()
+    expected = whole.feed(stream)
+    places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    splitter = SSESplitter()
+    events = [e for a, b in pairwise(places) for e in splitter.feed(stream[a:b])]
+    assert events == expected
+    assert splitter.rest == whole.rest
+    assert b"".join(events) + splitter.rest == stream
+
+
+@given(st.lists(st.binary(max_size=20).map(lambda raw: raw.hex().encode())))
+def test_every_event_is_found_byte_by_byte(payloads: list[bytes]) -> None:
+    splitter = SSESplitter()
+    stream = b"".join(map(event, payloads))
+    found = [e for i in range(len(stream)) for e in splitter.feed(stream[i : i + 1])]
+    assert [event_data(e) for e in found] == payloads
+
+
+@pytest.mark.parametrize(
+    ("raw", "data"),
+    [
+        (b"data: a\n\n", b"a"),
+        (b"data:a\r\n\r\n", b"a"),
+        (b"event: x\ndata: a\ndata: b\n\n", b"a\nb"),
+        (b": ping\n\n", b""),
+    ],
+)
+def test_the_data_of_an_event_is_its_data_lines(raw: bytes, data: bytes) -> None:
+    assert event_data(raw) == data
+
+
+def test_a_vllm_stream_counts_every_token_at_its_time() -> None:
+    recorder, kinds = count(
+        chunk(ROLE), chunk(token("The")), chunk(token(" end")), chunk(token(".", finish="length")), event(b"[DONE]")
+    )
+    assert recorder.tokens == [("0", 1, 1.0), ("0", 1, 2.0), ("0", 1, 3.0)]
+    assert kinds == [EventKind.OTHER, *[EventKind.TOKEN] * 3, EventKind.DONE]
+
+
+def test_an_empty_last_event_is_a_token_if_the_usage_says_so() -> None:
+    stream = [chunk(ROLE), chunk(token("Hi")), chunk(token("", finish="stop"))]
+    assert count(*stream, usage(2), event(b"[DONE]"))[0].tokens == [("0", 1, 1.0), ("0", 1, 2.0)]
+    assert count(*stream, usage(1), event(b"[DONE]"))[0].tokens == [("0", 1, 1.0)]
+    assert count(*stream, event(b"[DONE]"))[0].tokens == [("0", 1, 1.0)]
+
+
+def test_tokens_that_shared_events_are_added_at_the_last_tokens_time() -> None:
+    recorder, _ = count(chunk(token("a b c")), chunk(token(" d e")), usage(9), event(b"[DONE]"))
+    assert recorder.tokens == [("0", 1, 0.0), ("0", 1, 1.0), ("0", 7, 1.0)]
+    assert recorder.prompts == {"0": 5}
+
+
+def test_a_usage_below_the_count_takes_nothing_back() -> None:
+    recorder, _ = count(chunk(token("a")), chunk(token("b")), chunk(token("c")), usage(2))
+    assert recorder.count() == 3
+
+
+def test_comments_errors_and_empty_choices_are_no_tokens() -> None:
+    recorder, kinds = count(
+        chunk(prompt_filter_results=[]),
+        b": keep-alive\n\n",
+        chunk(token("a")),
+        b": keep-alive\n\n",
+        chunk(prompt_filter_results=[]),
+        event({"error": {"message": 'no "choices" here', "code": 500}}),
+        event(b"not json"),
+    )
+    assert recorder.count() == 1
+    assert kinds.count(EventKind.TOKEN) == 1
+
+
+def test_generated_text_that_looks_like_the_protocol_is_a_token() -> None:
+    tricky = '"finish_reason":"stop" "choices":[] data: [DONE]\n\n'
+    recorder, kinds = count(chunk(token("a")), chunk(token(tricky)), chunk(token("b")))
+    assert recorder.count() == 3
+    assert kinds == [EventKind.TOKEN] * 3
+
+
+def test_a_token_with_no_text_yet_counts_and_an_announced_role_does_not() -> None:
+    assert count(chunk({"index": 0, "delta": {"content": ""}, "finish_reason": None}))[0].count() == 1
+    assert count(chunk({"index": 0, "text": "", "finish_reason": None}))[0].count() == 1
+    assert count(chunk({"index": 0, "delta": {"role": "assistant", "content": None}}))[0].count() == 0
+    assert count(chunk({"index": 0, "delta": {"role": "assistant", "content": "Hi"}}))[0].count() == 1
+
+
+def test_reasoning_and_tool_calls_are_tokens() -> None:
+    call = {"index": 0, "function": {"arguments": "{"}}
+    recorder, _ = count(
+        chunk(ROLE),
+        chunk({"index": 0, "delta": {"reasoning": "hm"}}),
+        chunk({"index": 0, "delta": {"tool_calls": [call]}}),
+    )
+    assert recorder.tokens == [("0", 1, 1.0), ("0", 1, 2.0)]
+
+
+def test_several_sequences_are_counted_apart() -> None:
+    recorder, _ = count(
+        chunk(ROLE),
+        chunk(ROLE | {"index": 1}),
+        chunk(token("a", 0), token("b", 1)),
+        chunk(token("c", 1)),
+        chunk(token("", 1, finish="stop")),
+        usage(4),
+        several=True,
+    )
+    assert (recorder.count("0"), recorder.count("1")) == (1, 3)
+    assert recorder.prompts == {}, "the usage does not say whose prompt"
+
+
+def test_only_an_event_without_choices_but_with_usage_is_the_usage_chunk() -> None:
+    continuous = chunk(token("a"), usage={"prompt_tokens": 5, "completion_tokens": 1})
+    _, kinds = count(continuous, usage(1))
+    assert kinds == [EventKind.TOKEN, EventKind.USAGE]

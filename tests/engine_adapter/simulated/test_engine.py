@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from engine_adapter.engine import Engine, EngineEvents, EngineLost
+from engine_adapter.simulated.engine import SimulatedEngine
+from engine_adapter.step_time.linear_forms import StepTimes
+from engine_adapter.step_time.model import StepTimeModel
+from tests.fixtures.live_server import Recorder, eventually, observed, serve
+
+FAST = StepTimes(b=0.0, d=2e-3, alpha=1e-5)
+CHAT = "/v1/chat/completions"
+
+
+class RecordedSteps(StepTimeModel):
+    """Remembers (decoding requests, prefill tokens) of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+
+    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+        self.seen.append((decode_requests, prefill_tokens))
+
+
+@asynccontextmanager
+async def running(**options: Any) -> AsyncIterator[SimulatedEngine]:
+    engine = SimulatedEngine(**{"times": FAST, **options})
+    await engine.start(EngineEvents())
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+@asynccontextmanager
+async def client_of(engine: Engine, observer: Recorder | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(observed(engine.app, observer or Recorder()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        yield client
+
+
+def ask(text: str = "say hello to everyone", **fields: Any) -> dict[str, Any]:
+    return {"model": "simulated", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def chunks(stream: str) -> list[dict[str, Any]]:
+    events = [event.removeprefix("data: ") for event in stream.split("\n\n") if event]
+    assert events[-1] == "[DONE]"
+    return [orjson.loads(event) for event in events[:-1]]
+
+
+async def test_a_chat_stream_has_vllms_shape() -> None:
+    async with running() as engine, client_of(engine) as client:
+        options = {"include_usage": True}
+        response = await client.post(CHAT, json=ask(stream=True, max_tokens=4, ignore_eos=True, stream_options=options))
+    role, *tokens, usage = chunks(response.text)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert [t["choices"][0]["finish_reason"] for t in tokens] == [None, None, None, "length"]
+    assert all(t["choices"][0]["delta"]["content"] for t in tokens)
+    assert usage["choices"] == []
+    assert usage["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
+    assert {c["system_fingerprint"] for c in (role, *tokens, usage)} == {"antares-simulated"}
+    assert {c["object"] for c in tokens} == {"chat.completion.chunk"}
+
+
+async def test_the_plain_answer_is_the_streamed_one() -> None:
+    async with running() as engine, client_of(engine) as client:
+        plain = (await client.post(CHAT, json=ask())).json()
+        streamed = chunks((await client.post(CHAT, json=ask(stream=True))).text)
+    text = "".join(c["choices"][0]["delta"]["content"] for c in streamed)
+    assert plain["choices"][0]["message"]["content"] == text
+    assert plain["choices"][0]["finish_reason"] == streamed[-1]["choices"][0]["finish_reason"] == "stop"
+    assert plain["usage"]["completion_tokens"] == len(streamed) - 1, "the role chunk is no token, the end is one"
+    assert 8 <= plain["usage"]["completion_tokens"] <= 128
+
+
+async def test_text_completions_serve_several_prompts_and_n() -> None:
+    async with running() as engine, client_of(engine) as client:
+        body = {"prompt": ["one", "two three"], "n": 2, "max_tokens": 3, "ignore_eos": True}
+        plain = (await client.post("/v1/completions", json=body)).json()
+        streamed = chunks((await client.post("/v1/completions", json={**body, "stream": True})).text)
+    assert [choice["index"] for choice in plain["choices"]] == [0, 1, 2, 3]
+    assert plain["object"] == "text_completion"
+    assert plain["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    for index, choice in enumerate(plain["choices"]):
+        own = [c["choices"][0] for c in streamed if c["choices"][0]["index"] == index]
+        assert "".join(c["text"] for c in own) == choice["text"]
+
+
+async def test_the_observer_hears_of_the_prompt_and_of_every_token() -> None:
+    recorder = Recorder()
+    async with running() as engine, client_of(engine, recorder) as client:
+        began = time.monotonic()
+        await client.post(CHAT, json=ask("four words are here", n=2, max_tokens=6, ignore_eos=True))
+    assert recorder.prompts == {"0": 4, "1": 4}
+    assert recorder.count("0") == recorder.count("1") == 6
+    times = [at for sequence, _, at in recorder.tokens if sequence == "0"]
+    assert times == sorted(times)
+    assert times[-1] - began >= 5 * FAST.d
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"max_tokens": 300, "ignore_eos": True}, 300),
+        ({"max_completion_tokens": 5}, 5),
+        ({"vllm_xargs": {"simulated_output_tokens": 17}}, 17),
+        ({"vllm_xargs": {"simulated_output_tokens": 17}, "max_tokens": 9}, 9),
+        ({}, 33),
+    ],
+)
+async def test_the_answers_length_is_known_beforehand(fields: dict[str, Any], tokens: int) -> None:
+    engine = SimulatedEngine(times=StepTimes(b=0, d=1e-4), output_tokens=33)
+    await engine.start(EngineEvents())
+    async with client_of(engine) as client:
+        usage = (await client.post(CHAT, json=ask(**fields))).json()["usage"]
+    await engine.stop()
+    assert usage["completion_tokens"] == tokens
+
+
+async def test_steps_take_the_time_that_the_model_says() -> None:
+    times = StepTimes(b=0.0, d=10e-3, alpha=1e-4)
+    recorder = Recorder()
+    async with running(times=times) as engine, client_of(engine, recorder) as client:
+        began = time.monotonic()
+        await client.post(CHAT, json=ask("w " * 500, max_tokens=21, ignore_eos=True))
+    first, last = recorder.tokens[0][2], recorder.tokens[-1][2]
+    assert first - began == pytest.approx(0.05, abs=0.03)
+    assert last - first == pytest.approx(0.2, abs=0.04), "late wake-ups do not add up"
+
+
+async def test_a_long_prompt_is_prefilled_in_chunks_that_decodes_ride_along_with() -> None:
+    async with running(max_num_batched_tokens=100) as engine, client_of(engine) as client:
+        engine.state.step_time = steps = RecordedSteps()
+        first = asyncio.create_task(client.post(CHAT, json=ask("a", max_tokens=30, ignore_eos=True)))
+        await eventually(lambda: steps.seen)
+        await client.post(CHAT, json=ask("w " * 250, max_tokens=2, ignore_eos=True))
+        await first
+    assert sum(prefill for _, prefill in steps.seen) == 251
+    assert all(decodes + prefill <= 100 for decodes, prefill in steps.seen)
+    assert (1, 99) in steps.seen
+
+
+@pytest.mark.parametrize(("limits", "most"), [({"max_num_seqs": 3}, 3), ({"kv_tokens": 64, "max_model_len": 64}, 4)])
+async def test_the_batch_is_limited_by_sequences_and_by_kv(limits: dict[str, int], most: int) -> None:
+    seen: list[tuple[int, float]] = []
+    engine = SimulatedEngine(times=FAST, **limits)
+    await engine.start(EngineEvents(on_step=lambda: seen.append((engine.state.engine_running, engine.state.kv_usage))))
+    async with client_of(engine) as client:
+        asks = [client.post(CHAT, json=ask("five words in this prompt", max_tokens=15)) for _ in range(8)]
+        answers = await asyncio.gather(*asks)
+    await engine.stop()
+    assert all(answer.status_code == 200 for answer in answers)
+    assert max(running for running, _ in seen) == most
+    assert max(usage for _, usage in seen) <= 1.0
+    assert seen[-1] == (0, 0.0)
+
+
+async def test_the_gate_gives_looser_requests_their_share_of_steps() -> None:
+    async with running(times=StepTimes(b=0, d=1e-3, alpha=0)) as engine, client_of(engine) as client:
+
+        def asked(tpot_ms: float | None, tokens: int) -> Any:
+            xargs = {} if tpot_ms is None else {"antares_tpot_ms": tpot_ms}
+            return client.post(CHAT, json=ask(max_tokens=tokens, ignore_eos=True, vllm_xargs=xargs))
+
+        strict = asyncio.create_task(asked(30, 120))
+        await asyncio.gather(asked(60, 50), asked(None, 110))
+        await strict
+    report = engine.state.gate
+    assert set(report.eligible) == {"30", "60"}
+    assert report.batched["30"] == report.eligible["30"]
+    assert report.batched["60"] / report.eligible["60"] == pytest.approx(0.5, abs=0.05)
+    assert 0 < report.gated_steps < report.steps
+
+
+async def test_a_client_that_leaves_frees_its_place_in_the_next_step() -> None:
+    async with running() as engine, serve(engine.app) as url, httpx.AsyncClient(verify=False) as client:
+        body = ask(stream=True, max_tokens=5000, ignore_eos=True)
+        async with client.stream("POST", url + CHAT, json=body) as response:
+            async for _ in response.aiter_raw():
+                break
+            assert engine.state.engine_running == 1
+        await eventually(lambda: not engine.running_ids())
+        assert engine.state.engine_running == 0
+        assert engine.state.kv_usage == 0
+
+
+async def test_cancelling_a_waiting_call_takes_it_out_of_the_queue() -> None:
+    async with running(max_num_seqs=1) as engine, client_of(engine) as client:
+        first = asyncio.create_task(client.post(CHAT, json=ask(max_tokens=5000, ignore_eos=True)))
+        await eventually(lambda: engine.state.engine_running == 1)
+        second = asyncio.create_task(client.post(CHAT, json=ask()))
+        await eventually(lambda: engine.state.engine_waiting == 1)
+        for task in (second, first):
+            task.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        await eventually(lambda: engine.state.engine_waiting == engine.state.engine_running == 0)
+
+
+async def test_a_crash_loses_everyone_and_the_engine_comes_back() -> None:
+    alive: list[bool] = []
+    engine = SimulatedEngine(times=FAST, restart_s=0.1)
+    await engine.start(EngineEvents(on_alive=alive.append))
+    async with client_of(engine) as client:
+        calls = [client.post(CHAT, json=ask(stream=s, max_tokens=900)) for s in (True, False)]
+        tasks = [asyncio.create_task(call) for call in calls]
+        await eventually(lambda: engine.state.engine_running == 2)
+        engine.crash()
+        lost = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(error, EngineLost) for error in lost)
+        assert not engine.state.alive
+        with pytest.raises(EngineLost):
+            await client.post(CHAT, json=ask())
+        await eventually(lambda: engine.state.alive)
+        assert (await client.post(CHAT, json=ask(max_tokens=3))).status_code == 200
+    await engine.stop()
+    assert engine.state.restarts == 1
+    assert alive == [True, False, True]
+
+
+async def test_stopping_loses_everyone_and_may_be_done_twice() -> None:
+    async with running() as engine, client_of(engine) as client:
+        task = asyncio.create_task(client.post(CHAT, json=ask(max_tokens=5000, ignore_eos=True)))
+        await eventually(lambda: engine.state.engine_running)
+        await engine.stop()
+        with pytest.raises(EngineLost):
+            await task
+        assert not engine.state.alive
+
+
+async def test_an_idle_engine_does_not_step() -> None:
+    async with running() as engine, client_of(engine) as client:
+        await client.post(CHAT, json=ask(max_tokens=2))
+        steps = engine.state.gate.steps
+        await asyncio.sleep(0.05)
+        assert engine.state.gate.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "says"),
+    [
+        ("POST", CHAT, ask("w " * 9000), 400, "maximum context length is 8192"),
+        ("POST", CHAT, ask(max_tokens=8190), 400, "maximum context length"),
+        ("POST", CHAT, {"model": "m"}, 400, "messages"),
+        ("POST", CHAT, ask(n=1.5), 400, "n must be a whole number"),
+        ("POST", CHAT, ask(vllm_xargs={"antares_tpot_ms": -1}), 400, "antares_tpot_ms"),
+        ("POST", CHAT, ask(stream_options={"include_usage": True}), 400, "stream_options"),
+        ("POST", "/v1/completions", {"prompt": 5}, 400, "prompt must be"),
+        ("GET", CHAT, None, 405, "takes POST"),
+        ("POST", "/v1/models", {}, 405, "takes GET"),
+        ("POST", "/v1/embeddings", {}, 404, "/v1/embeddings"),
+    ],
+)
+async def test_errors_have_the_openai_shape(method: str, path: str, body: Any, status: int, says: str) -> None:
+    async with running() as engine, client_of(engine) as client:
+        response = await client.request(method, path, json=body)
+    error = response.json()["error"]
+    assert response.status_code == error["code"] == status
+    assert says in error["message"]
+
+
+async def test_a_body_that_is_not_json_is_refused() -> None:
+    async with running() as engine, client_of(engine) as client:
+        for raw in (b"{", b"[]"):
+            assert (await client.post(CHAT, content=raw)).status_code == 400
+
+
+async def test_models_tell_the_context_length() -> None:
+    async with running(model="m", max_model_len=99) as engine, client_of(engine) as client:
+        card = (await client.get("/v1/models")).json()["data"][0]
+    assert (card["id"], card["max_model_len"]) == ("m", 99)
+
+
+def test_a_wrong_gate_names_the_right_ones() -> None:
+    with pytest.raises(ValueError, match="open, credit"):
+        SimulatedEngine(gate="nope")
+
+
+def test_tokens_are_words() -> None:
+    assert SimulatedEngine().count_tokens(" two  words ") == 2

@@ -1,0 +1,102 @@
+"""Who asks, and what a key may ask for."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI, AuthenticationError, PermissionDeniedError
+
+from gateway.api import auth
+from gateway.api.auth import ApiKey, KeyRing, hash_key
+from gateway.api.errors import ApiError
+from tests.fixtures.live_gateway import chat, live
+
+ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
+KEYS = [
+    {"sha256": hash_key(ALICE), "tenant": "alice", "default_class": "tight"},
+    {"sha256": hash_key(BOB), "tenant": "bob", "allowed_classes": ["chat"], "min_ttft_ms": 100},
+]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "", "Bearer", "Bearer ", "Bearer wrong", ALICE, f"Basic {ALICE}", f"Bearer {ALICE}x", "Bearer \xff"],
+)
+def test_anything_but_a_known_bearer_key_is_a_401(header: str | None) -> None:
+    ring = KeyRing([ApiKey("alice", "chat", hash_key(ALICE))], ApiKey("anonymous", "chat"))
+    with pytest.raises(ApiError) as refused:
+        ring.authenticate(header)
+    assert refused.value.status == 401
+    assert (b"www-authenticate", b"Bearer") in refused.value.headers
+    assert ALICE not in refused.value.message
+
+
+@pytest.mark.parametrize("header", [f"Bearer {ALICE}", f"bearer {ALICE}", f"BEARER   {ALICE} "])
+def test_the_scheme_is_read_in_any_case_and_spacing(header: str) -> None:
+    ring = KeyRing([ApiKey("alice", "chat", hash_key(ALICE))], ApiKey("anonymous", "chat"))
+    assert ring.authenticate(header).tenant == "alice"
+
+
+def test_without_keys_everybody_is_anonymous() -> None:
+    assert KeyRing([], ApiKey("anonymous", "chat")).authenticate("Bearer whatever").tenant == "anonymous"
+
+
+def test_every_key_is_compared_in_constant_time_whichever_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    compare = hmac.compare_digest
+
+    def spy(presented: str, known: str) -> bool:
+        compared.append(known)
+        return compare(presented, known)
+
+    monkeypatch.setattr(auth.hmac, "compare_digest", spy)
+    ring = KeyRing([ApiKey("a", "chat", hash_key(ALICE)), ApiKey("b", "chat", hash_key(BOB))], ApiKey("-", "chat"))
+    ring.authenticate(f"Bearer {ALICE}")
+    assert compared == [hash_key(ALICE), hash_key(BOB)]
+
+
+async def test_the_openai_client_sees_401_403_and_200() -> None:
+    async with live(keys=KEYS) as antares:
+
+        async def ask(key: str, **headers: str) -> Any:
+            client = AsyncOpenAI(base_url=f"{antares.url}/v1", api_key=key, max_retries=0)
+            return await client.chat.completions.create(**chat(), extra_headers=headers)
+
+        with pytest.raises(AuthenticationError):
+            await ask("somebody-else")
+        with pytest.raises(PermissionDeniedError):
+            await ask(BOB, **{"x-slo-class": "tight"})
+        with pytest.raises(PermissionDeniedError):
+            await ask(BOB, **{"x-slo-ttft-ms": "99"})
+        assert (await ask(BOB)).choices[0].message.content
+
+
+async def test_a_keys_default_class_and_tenant_are_used() -> None:
+    async with live(keys=KEYS) as antares:
+        answer = await antares.ask(authorization=f"Bearer {ALICE}", x_slo_report="1")
+        assert answer.json()["antares"]["slo_class"] == "tight"
+        assert 'tenant="alice"' in (await antares.http.get("/metrics")).text
+
+
+async def test_every_v1_route_asks_for_the_key_and_the_probes_do_not() -> None:
+    async with live(keys=KEYS) as antares:
+        for path in ("/v1/models", "/v1/anything"):
+            assert (await antares.http.get(path)).status_code == 401
+        for path in ("/health", "/ready", "/metrics", "/status"):
+            assert (await antares.http.get(path)).status_code == 200
+
+
+async def test_the_clients_key_never_reaches_the_engine() -> None:
+    async with live(keys=KEYS) as antares:
+        seen: list[bytes] = []
+        inner = antares.engine.app
+
+        async def spy(scope: Any, receive: Any, send: Any) -> None:
+            seen.extend(name for name, _ in scope["headers"])
+            await inner(scope, receive, send)
+
+        antares.engine._app = spy  # type: ignore[assignment]
+        assert (await antares.ask(authorization=f"Bearer {ALICE}")).status_code == 200
+        assert b"authorization" not in seen

@@ -1,0 +1,204 @@
+"""Whatever a client sends, it is told what is wrong, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import string
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.datastructures import Headers as HeaderView
+
+from gateway.api import request_body as inbound
+from gateway.api.errors import ApiError
+from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, eventually, live
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"hello", b"{", b"[1, 2]", b"null", b'"text"', b"\xff\xfe", b'{"a": NaN}', b'"\\ud800"']
+)
+async def test_a_body_that_is_no_json_object_is_a_400(antares: Live, body: bytes) -> None:
+    answer = await antares.http.post(CHAT, content=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (400, "invalid_request_error", "invalid_json")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (CHAT, {"messages": None}, "messages"),
+        (CHAT, {"messages": "hi"}, "messages"),
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": ["hi"]}, "messages[0]"),
+        (CHAT, {"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
+        (CHAT, chat(model=7), "model"),
+        (CHAT, chat(stream="yes"), "stream"),
+        (CHAT, chat(n=0), "n"),
+        (CHAT, chat(n=-1), "n"),
+        (CHAT, chat(n="2"), "n"),
+        (CHAT, chat(n=True), "n"),
+        (CHAT, chat(n=1.5), "n"),
+        (CHAT, chat(max_tokens=-1), "max_tokens"),
+        (CHAT, chat(max_completion_tokens="many"), "max_completion_tokens"),
+        (CHAT, chat(min_tokens=-1), "min_tokens"),
+        (TEXT, {}, "prompt"),
+        (TEXT, {"prompt": 7}, "prompt"),
+        (TEXT, {"prompt": []}, "prompt"),
+        (TEXT, {"prompt": ["a", 1]}, "prompt"),
+        (TEXT, {"prompt": {"a": 1}}, "prompt"),
+    ],
+)
+async def test_a_wrong_field_is_a_400_that_names_it(antares: Live, path: str, fields: Any, param: str) -> None:
+    answer = await antares.ask(fields, path)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert antares.gateway.ledger.accepted == 0
+
+
+async def test_a_body_declared_too_large_is_a_413() -> None:
+    async with live(server={"max_body_bytes": 2048}) as antares:
+        answer = await antares.ask(chat("x" * 3000))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+        assert (await antares.ask()).status_code == 200
+
+
+async def test_a_chunked_body_that_grows_too_large_is_a_413() -> None:
+    async def pieces() -> Any:
+        for _ in range(8):
+            yield b"x" * 1000
+
+    async with live(server={"max_body_bytes": 2048}) as antares:
+        answer = await antares.http.post(CHAT, content=pieces())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_a_chunked_body_within_the_limit_is_served(antares: Live) -> None:
+    async def pieces() -> Any:
+        yield b'{"messages": [{"role": "user",'
+        yield b' "content": "hi"}]}'
+
+    assert (await antares.http.post(CHAT, content=pieces())).status_code == 200
+
+
+@pytest.mark.parametrize("declared", [b"9" * 5000, "²".encode("latin-1"), b"-5", b"1e3"])
+async def test_a_nonsense_content_length_is_a_4xx_even_without_a_server_in_front(
+    antares: Live, declared: bytes
+) -> None:
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"{}"}
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [(b"content-length", declared)]}
+    await antares.gateway(scope, receive, send)
+    assert 400 <= statuses[0] < 500
+
+
+@pytest.mark.parametrize("begun", [b"", b'{"messages": '])
+async def test_a_client_that_stalls_while_it_sends_its_body_is_told_so_and_cut_off(
+    antares: Live, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    monkeypatch.setattr(inbound, "BODY_S", 0.05)
+    monkeypatch.setattr(inbound, "BODY_BYTES_PER_S", 1 << 40)
+    host, port = antares.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n" + begun)
+    async with asyncio.timeout(5):
+        answer = await reader.read()  # until the gateway closes the connection
+    assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
+    assert antares.gateway.proxy.in_flight == 0
+    assert antares.gateway.ledger.accepted == 0
+    writer.close()
+
+
+async def test_the_time_for_a_body_is_for_all_of_it_and_longer_where_bodies_may_be_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inbound, "BODY_S", 0.05)
+    pieces = 0
+
+    async def receive() -> Any:
+        nonlocal pieces
+        await asyncio.sleep(0.02)
+        pieces += 1
+        return {"type": "http.request", "body": b"x", "more_body": pieces < 8}
+
+    with pytest.raises(ApiError) as refused:
+        await inbound.read_body(HeaderView(), receive, 100)
+    assert (refused.value.status, refused.value.code) == (408, "body_timeout")
+    pieces = 0
+    assert await inbound.read_body(HeaderView(), receive, 8 << 20) == b"x" * 8
+
+
+async def test_too_many_headers_are_a_431(antares: Live) -> None:
+    answer = await antares.ask(**{f"x-number-{i}": "1" for i in range(140)})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (431, "too_many_headers")
+
+
+async def test_the_engines_own_refusal_passes_through_and_counts_as_rejected(antares: Live) -> None:
+    answer = await antares.ask(chat(max_tokens=100_000))
+    assert answer.status_code == 400
+    assert "maximum context length" in answer.json()["error"]["message"]
+    assert antares.outcomes["rejected"] == 1
+
+
+async def test_a_client_that_leaves_while_it_sends_its_body_leaves_no_trace(antares: Live) -> None:
+    host, port = antares.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n{")
+    await writer.drain()
+    writer.close()
+    await eventually(lambda: 'status="499"' in antares.gateway.metrics.exposition().decode())
+    assert antares.gateway.ledger.accepted == 0
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 6)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(string.printable, max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ["model", "messages", "prompt", "stream", "n", "max_tokens", "max_completion_tokens", "min_tokens",
+          "vllm_xargs", "stream_options", "temperature", "stop", "tools"]  # fmt: skip
+MESSAGE = st.fixed_dictionaries({"role": JSON, "content": st.text(max_size=20) | st.lists(JSON, max_size=2) | JSON})
+NEARLY_RIGHT = st.fixed_dictionaries(
+    {
+        "messages": st.lists(MESSAGE, max_size=3),
+        "prompt": st.text(max_size=9) | st.lists(st.text(max_size=9), max_size=3),
+    },
+    optional={name: JSON for name in FIELDS if name not in ("messages", "prompt")},
+)
+BODIES = JSON | st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6) | NEARLY_RIGHT
+HEADERS = st.dictionaries(
+    st.sampled_from(["x-slo-class", "x-slo-ttft-ms", "x-slo-tpot-ms", "x-slo-e2e-ms", "x-slo-report", "x-request-id"]),
+    st.sampled_from(["chat", "free", "batch", "1", "0.01", "100", "1e5", "nan", "", "x" * 200]),
+    max_size=3,
+)
+
+
+async def test_no_json_body_and_no_header_makes_a_5xx_and_the_ledger_balances(antares: Live) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def post(path: str, body: Any, headers: dict[str, str]) -> httpx.Response:
+        return await antares.http.post(path, json=body, headers=headers)
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(st.sampled_from([CHAT, TEXT]), BODIES, HEADERS)
+    def every_answer_is_below_500(path: str, body: Any, headers: dict[str, str]) -> None:
+        answer = asyncio.run_coroutine_threadsafe(post(path, body, headers), loop).result(5)
+        assert answer.status_code < 500, answer.text
+
+    await asyncio.to_thread(every_answer_is_below_500)
+    await eventually(antares.is_idle)
+    assert antares.gateway.ledger.accepted == sum(antares.outcomes.values())
+    assert antares.outcomes["finished"] > 0
+    assert antares.outcomes["failed"] == 0

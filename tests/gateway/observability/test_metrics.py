@@ -1,0 +1,187 @@
+"""What an operator sees, and what nobody must see there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine_adapter.engine import Receive, Scope, Send
+from engine_adapter.step_time.linear_forms import StepTimes
+from gateway.observability import logs
+from gateway.observability.metrics import METRIC_NAMES
+from tests.fixtures.live_gateway import CHAT, CLASSES, TEXT, Live, chat, eventually, fast_engine, live
+
+NOT_OURS = ("python_", "process_", "vllm")
+
+
+async def exposition(antares: Live) -> str:
+    return (await antares.http.get("/metrics")).text
+
+
+async def busy(antares: Live) -> None:
+    """A request of each kind."""
+    await antares.ask(x_slo_report="1")
+    await antares.ask(chat(stream=True, n=2))
+    await antares.ask(x_slo_ttft_ms="1")
+    await antares.ask(chat(max_tokens=10**6))
+    await antares.hang_up_after(1)
+    await eventually(antares.is_idle)
+
+
+async def test_every_metric_is_announced_and_every_announced_metric_is_there(antares: Live) -> None:
+    await busy(antares)
+    found = set()
+    for family in text_string_to_metric_families(await exposition(antares)):
+        if not family.name.startswith(NOT_OURS) and not family.name.endswith("_created"):
+            found.add(f"{family.name}_total" if family.type == "counter" else family.name)
+    assert found == METRIC_NAMES
+    assert all(name.startswith("antares_") for name in METRIC_NAMES)
+    units = (
+        "_seconds",
+        "_tokens",
+        "_total",
+        "_ratio",
+        "_requests",
+        "_sequences",
+        "_up",
+        "_open",
+        "_coefficient",
+        "_r2",
+    )
+    assert all(name.endswith(units) for name in METRIC_NAMES)
+
+
+async def test_nothing_that_a_client_sends_becomes_a_label(antares: Live) -> None:
+    await busy(antares)
+    before = set(re.findall(r"^antares_\S+(?= )", await exposition(antares), re.MULTILINE))
+    for i in range(20):
+        headers = {"x_request_id": f"id-{i}", "x_slo_class": f"class-{i}" if i % 2 else "chat"}
+        await antares.ask(chat(model=f"model-{i}", user=f"user-{i}"), **headers)
+        await antares.http.get(f"/v1/route-{i}")
+    text = await exposition(antares)
+    assert not re.search(r"(id|model|user|class|route)-\d", text)
+    assert len(set(re.findall(r"^antares_\S+(?= )", text, re.MULTILINE)) - before) < 12
+
+
+async def test_a_client_that_leaves_a_route_that_is_passed_on_is_no_error_of_ours(antares: Live) -> None:
+    called = asyncio.Event()
+
+    async def answer_nobody(scope: Scope, receive: Receive, send: Send) -> None:
+        called.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    antares.engine._app = answer_nobody  # type: ignore[assignment]
+    asking = asyncio.create_task(antares.ask({"input": "hi"}, path="/v1/embeddings"))
+    await called.wait()
+    asking.cancel()
+    await eventually(lambda: 'route="/v1/*",status="499"' in antares.gateway.metrics.exposition().decode())
+
+
+async def test_rejected_requests_stay_in_the_denominator(antares: Live) -> None:
+    await antares.ask()
+    for _ in range(3):
+        await antares.ask(x_slo_ttft_ms="1")
+    text = await exposition(antares)
+    accepted = sum(float(v) for v in re.findall(r"^antares_requests_total\{.*\} (\S+)$", text, re.MULTILINE))
+    attained = sum(float(v) for v in re.findall(r"^antares_requests_attained_total\{.*\} (\S+)$", text, re.MULTILINE))
+    assert (accepted, attained) == (4, 1)
+    status = (await antares.http.get("/status")).json()
+    assert status["classes"]["chat"]["adherence"] == 0.25
+    assert status["ledger"] == {
+        "accepted": 4, "open": 0, "attained": 1, "finished": 1, "rejected": 3, "failed": 0, "cancelled": 0,
+    }  # fmt: skip
+
+
+async def test_a_finished_request_shows_in_every_histogram_and_token_count(antares: Live) -> None:
+    await antares.ask(chat("one two three"))
+    text = await exposition(antares)
+    labels = 'slo_class="chat",model="",engine="simulated"'
+    for name in ("ttft", "tpot", "e2e", "queue"):
+        assert re.search(rf"antares_{name}_seconds_count\{{engine=.*\}} 1\.0", text), name
+    assert re.search(r'antares_prompt_tokens_total\{.*tenant="anonymous"\} 3\.0', text), labels
+    assert re.search(r'antares_output_tokens_total\{.*tenant="anonymous"\} 8\.0', text)
+
+
+async def test_waiting_and_running_requests_are_seen_live() -> None:
+    async with live(fast_engine(times=StepTimes(d=0.02), max_num_seqs=1)) as antares:
+        asking = [asyncio.create_task(antares.ask(x_slo_class="free")) for _ in range(3)]
+        await eventually(lambda: len(antares.gateway.lanes[0].waiting) == 2)
+        text = await exposition(antares)
+        assert 'antares_waiting_requests{engine="simulated",slo_class="free"} 2.0' in text
+        assert 'antares_running_requests{engine="simulated",slo_class="free"} 1.0' in text
+        assert "antares_ledger_open 3.0" in text
+        free = (await antares.http.get("/status")).json()["classes"]["free"]
+        assert (free["waiting"], free["running"]) == (2, 1)
+        await asyncio.gather(*asking)
+
+
+async def test_the_dashboard_and_the_api_page_are_served(antares: Live) -> None:
+    assert "<html" in (await antares.http.get("/dashboard")).text
+    assert (await antares.http.get("/openapi.json")).status_code == 200
+    assert (await antares.http.get("/nothing-here")).status_code == 404
+
+
+SECRET = "xyzzy-plugh-42"
+
+
+async def test_no_prompt_or_completion_text_is_seen_outside_the_answers(caplog: pytest.LogCaptureFixture) -> None:
+    """One marker goes through every way in which a request can end."""
+    caplog.set_level(logging.DEBUG)
+    classes = {**CLASSES, "full": {"max_waiting": 1}}
+    async with live(fast_engine(times=StepTimes(d=5e-3), restart_s=0.05), classes=classes) as antares:
+        said: list[str] = []
+        for path, body, headers in [
+            (CHAT, chat(SECRET), {"x_slo_ttft_ms": "1"}),
+            (CHAT, chat(SECRET), {"x_slo_tpot_ms": "0.01"}),
+            (CHAT, chat(SECRET, n=SECRET), {}),
+            (CHAT, chat(SECRET, max_tokens=10**6), {}),
+            (CHAT, {"messages": SECRET}, {}),
+            (CHAT, {"messages": [SECRET]}, {}),
+            (TEXT, {"prompt": {SECRET: SECRET}}, {}),
+            (TEXT, {"prompt": SECRET, "stream": SECRET}, {}),
+            (CHAT, [SECRET], {}),
+        ]:
+            answer = await antares.ask(body, path, **headers)
+            assert answer.status_code >= 400
+            said.append(answer.text)
+        said.append((await antares.http.post(CHAT, content=b'{"a": "' + SECRET.encode() + b'" "b"}')).text)
+        await antares.hang_up_after(1, SECRET)
+        said.append((await antares.ask(chat(SECRET), x_slo_report="1")).text)
+        await eventually(antares.is_idle)
+        for stream in (False, True):
+            dying = asyncio.create_task(antares.ask(chat(SECRET, stream=stream)))
+            await eventually(lambda: antares.engine.state.engine_running)
+            antares.engine.crash()
+            said.append((await dying).text)
+            await eventually(lambda: antares.engine.state.alive)
+
+        async def broken(scope: object, receive: object, send: object) -> None:
+            raise RuntimeError(f"the prompt was {SECRET}")
+
+        antares.engine._app = broken  # type: ignore[assignment]
+        said.append((await antares.ask(chat(SECRET))).text)
+        said += [(await antares.http.get(path)).text for path in ("/metrics", "/status")]
+        assert SECRET not in "\n".join(said)
+        ours = [record for record in caplog.records if not record.name.startswith(("httpcore", "httpx", "hypothesis"))]
+        assert SECRET not in "\n".join(record.getMessage() for record in ours)
+        assert set(antares.outcomes.values()) & {0} == set()
+
+
+def test_json_logs_are_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("antares")
+    before = (logger.handlers, logger.level, logger.propagate)
+    try:
+        logs.configure("info", "json")
+        logging.getLogger("antares.proxy").warning("two\nlines, %s", "a value")
+        logging.getLogger("antares.proxy").debug("not shown")
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
+    (line,) = capsys.readouterr().err.splitlines()
+    entry = json.loads(line)
+    assert (entry["level"], entry["logger"], entry["message"]) == ("warning", "antares.proxy", "two\nlines, a value")

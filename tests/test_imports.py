@@ -1,0 +1,115 @@
+"""The architecture as a test: which package may import which. Imports go one way, from the edge to the core."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PRODUCT = ("gateway", "engine_adapter", "predictor_service", "lab")
+
+LAYERS = {
+    "gateway": "cli serve app config api observability scheduling prediction policies requests".split(),
+    "engine_adapter": "build vllm_scheduler vllm remote simulated asgi gates engine step_time".split(),
+    "predictor_service": "cli training serving calibration model".split(),
+    "lab": "cli simulate bench profile workload_options bounds records workload".split(),
+}
+"""For each package its parts from the edge to the core. A part imports only itself and parts further down."""
+
+MAY_IMPORT = {
+    "gateway": {"engine_adapter"},
+    "engine_adapter": set(),
+    "predictor_service": set(),
+    "lab": {"gateway", "engine_adapter"},
+    "benchmarks": {"lab", "gateway", "engine_adapter", "predictor_service"},
+}
+"""Other packages that a package may import. The gateway knows the predictor over HTTP only."""
+
+HEAVY = {"vllm", "torch", "transformers", "ray"}
+
+
+def modules(package: str) -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every imported name, dotted, imports inside functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def part_of(path: Path) -> str:
+    """The layer of a file: its folder or module directly below the package; "" for the package's own __init__."""
+    name = path.relative_to(ROOT).parts[1].removesuffix(".py")
+    return "" if name == "__init__" else name
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_every_part_of_a_package_has_a_layer(package: str) -> None:
+    found = {part_of(path) for path, _ in modules(package)} - {""}
+    assert found == set(LAYERS[package])
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_parts_import_only_parts_below_them(package: str) -> None:
+    order = LAYERS[package]
+    upward = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path, tree in modules(package)
+        for name in imports(tree)
+        if name.startswith(f"{package}.") and (target := name.split(".")[1]) in order
+        and part_of(path) and order.index(target) < order.index(part_of(path))
+    ]  # fmt: skip
+    assert upward == []
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_packages_import_only_what_they_may(package: str) -> None:
+    ours = {*PRODUCT, "benchmarks", "tests"}
+    forbidden = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path, tree in modules(package)
+        for name in imports(tree)
+        if (top := name.split(".")[0]) in ours and top != package and top not in MAY_IMPORT[package]
+    ]
+    assert forbidden == []
+
+
+def test_modules_of_a_package_have_no_import_cycle() -> None:
+    """Within one folder too, where the layers say nothing."""
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): tree
+        for package in MAY_IMPORT
+        for path, tree in modules(package)
+    }
+    edges: dict[str, set[str]] = {}
+    for name, tree in names.items():
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = {target for node in top for target in imports(ast.Module([node], []))}
+        edges[name] = {full if full in names else full.rpartition(".")[0] for full in found} & set(names) - {name}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for target in edges[name]:
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
+
+
+def test_the_command_line_and_the_app_load_nothing_heavy() -> None:
+    code = f"import sys, gateway.cli, gateway.app, lab.cli; print(*({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
