@@ -44,7 +44,7 @@ class TokenObserver(Protocol):
     def on_tokens(self, sequence: str, count: int, at: float) -> None:
         """``count`` new output tokens of ``sequence`` came out of the engine at time ``at``."""
 
-    def on_untold(self) -> None:
+    def on_unobserved(self) -> None:
         """Of its tokens nothing will be told before the answer is complete."""
 
 
@@ -67,8 +67,9 @@ class GateReport:
     """What the step gate inside the engine has counted since the engine started (cumulative).
 
     ``eligible`` and ``batched`` are keyed by the TPOT bound in milliseconds as text: decode opportunities of requests
-    with that bound, and those in which the gate let them run. ``put_aside``: how often a request made way for others
-    (`engine_adapter.gates.best_effort_preemption`); ``makes_way``: whether any would, in this engine.
+    with that bound, and those in which the gate let them run. ``best_effort_preemptions``: how often a request made
+    way for others
+    (`engine_adapter.gates.best_effort_preemption`); ``preemptible``: whether any would, in this engine.
     """
 
     steps: int = 0
@@ -76,8 +77,8 @@ class GateReport:
     gate_seconds: float = 0.0
     eligible: dict[str, int] = field(default_factory=dict)
     batched: dict[str, int] = field(default_factory=dict)
-    put_aside: int = 0
-    makes_way: bool = False
+    best_effort_preemptions: int = 0
+    preemptible: bool = False
 
 
 @dataclass(slots=True)
@@ -148,7 +149,7 @@ class Engine(Protocol):
         A model learns from traffic; one that has come to refuse everything would never learn better.
         """
 
-    def refuse(self, body: dict[str, Any]) -> str | None:
+    def unsupported_reason(self, body: dict[str, Any]) -> str | None:
         """Why this engine cannot serve ``body`` (a parsed OpenAI request) safely, naming the field; None if it can.
 
         May drop a field from ``body`` that has no effect on the answer.

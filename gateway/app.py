@@ -19,8 +19,8 @@ from gateway.observability.metrics import Metrics
 from gateway.observability.status import Status
 from gateway.policies.registry import make_policy
 from gateway.prediction.client import LengthPredictor, LengthStatistics
-from gateway.scheduling.engine_queue import Lane
-from gateway.scheduling.router import Dispatcher
+from gateway.scheduling.engine_queue import EngineQueue
+from gateway.scheduling.router import Router
 
 
 class Gateway:
@@ -38,8 +38,8 @@ class Gateway:
     ) -> None:
         classes = config.slo_classes()
         self.metrics = Metrics()
-        self.lanes = [
-            Lane(
+        self.engine_queues = [
+            EngineQueue(
                 engine,
                 make_policy(config.policy.name, dict(config.policy.options)),
                 classes,
@@ -48,19 +48,19 @@ class Gateway:
             )
             for engine in engines
         ]
-        self.dispatcher = Dispatcher(self.lanes)
+        self.router = Router(self.engine_queues)
         self.ledger = Ledger(on_close=self._on_close)
-        self.status = Status(self.lanes, self.ledger)
+        self.status = Status(self.engine_queues, self.ledger)
         self.predictor = LengthPredictor(
             predictor_url,
             config.predictor.timeout_ms / 1000,
             statistics or LengthStatistics(expected=config.predictor.expected_tokens),
         )
-        self.metrics.watch(self.lanes, self.ledger)
+        self.metrics.watch(self.engine_queues, self.ledger)
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
         anonymous = ApiKey(tenant="anonymous", default_class=config.default_class)
         self.proxy = Proxy(
-            self.dispatcher,
+            self.router,
             classes,
             KeyRing(config.api_keys(), anonymous),
             self.predictor,
@@ -82,8 +82,10 @@ class Gateway:
         """Start every engine; returns when all serve. Raises `engine_adapter.engine.EngineStartError`."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.predictor.warm_up())
-            for lane in self.lanes:
-                group.create_task(lane.engine.start(EngineEvents(on_step=lane.wake, on_alive=lane.on_alive)))
+            for engine_queue in self.engine_queues:
+                group.create_task(
+                    engine_queue.engine.start(EngineEvents(on_step=engine_queue.wake, on_alive=engine_queue.on_alive))
+                )
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new; wait until all that came in has its answer. False when time ran out."""
@@ -98,9 +100,11 @@ class Gateway:
 
     async def stop(self) -> None:
         """Stop the engines and what else is held. Idempotent."""
-        self.dispatcher.close()
+        self.router.close()
         await self.predictor.close()
-        await asyncio.gather(*(lane.engine.stop() for lane in self.lanes), return_exceptions=True)
+        await asyncio.gather(
+            *(engine_queue.engine.stop() for engine_queue in self.engine_queues), return_exceptions=True
+        )
 
     def _on_close(self, entry: Entry) -> None:
         self.metrics.on_close(entry)
@@ -118,7 +122,7 @@ def _operator_routes(gateway: Gateway) -> FastAPI:
     async def ready() -> Response:
         if gateway.proxy.draining:
             return JSONResponse({"ready": False, "why": "draining"}, 503)
-        if not gateway.dispatcher.alive:
+        if not gateway.router.alive:
             return JSONResponse({"ready": False, "why": "no engine is alive"}, 503)
         return JSONResponse({"ready": True})
 

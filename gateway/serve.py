@@ -165,8 +165,12 @@ def _build(config: EngineConfig) -> Engine:
 
 
 async def _start(gateway: Gateway) -> None:
-    names = ", ".join(lane.engine.name for lane in gateway.lanes)
-    slow = " (vLLM takes 30 to 90 s)" if any(lane.engine.takes_xargs for lane in gateway.lanes) else ""
+    names = ", ".join(engine_queue.engine.name for engine_queue in gateway.engine_queues)
+    slow = (
+        " (vLLM takes 30 to 90 s)"
+        if any(engine_queue.engine.takes_xargs for engine_queue in gateway.engine_queues)
+        else ""
+    )
     try:
         with console.status(f"Starting engine {names}{slow}…"):
             await gateway.start()
@@ -203,7 +207,7 @@ def _stop_on_signals() -> asyncio.Event:
 def _announce(config: GatewayConfig, gateway: Gateway, port: int, seconds: float) -> None:
     host = config.server.host if config.server.host not in ("0.0.0.0", "::") else "127.0.0.1"
     base = f"http://{host}:{port}"
-    model = gateway.lanes[0].engine.state.model or "MODEL"
+    model = gateway.engine_queues[0].engine.state.model or "MODEL"
     auth = ' -H "Authorization: Bearer $ANTARES_KEY"' if config.keys else ""
     console.print(
         f"""

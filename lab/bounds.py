@@ -49,7 +49,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine_adapter.step_time.profile import Profile, Regime
-from lab.workload import Asked
+from lab.workload import WorkloadRequest
 
 Floats = NDArray[np.float64]
 
@@ -133,7 +133,7 @@ def _least_seconds(profile: Profile, regime: Regime, prefill: Floats, decodes: F
     return np.maximum(seconds, 0.0)
 
 
-def bounds(workload: Sequence[Asked], costs: Work | Sequence[Work], engines: int = 1) -> tuple[float, float]:
+def bounds(workload: Sequence[WorkloadRequest], costs: Work | Sequence[Work], engines: int = 1) -> tuple[float, float]:
     """Count bound and fair bound on the adherence of ``workload``, fractions of all its requests.
 
     ``engines`` equal engines are at best one that is so many times as fast.
@@ -167,7 +167,7 @@ class _Jobs:
         return _Jobs(self.arrival[which], self.deadline[which], self.work[which])
 
 
-def _jobs(workload: Sequence[Asked], cost: Work, engines: int) -> _Jobs:
+def _jobs(workload: Sequence[WorkloadRequest], cost: Work, engines: int) -> _Jobs:
     columns = [(a.at_s, a.prompt_tokens, a.output_tokens, a.ttft_slo_s, a.tpot_slo_s, a.e2e_slo_s) for a in workload]
     arrival, prompt, output, ttft, tpot, e2e = np.array(columns, dtype=np.float64).T
     decoded = np.maximum(output - 1, 0)

@@ -14,10 +14,31 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = ("gateway", "engine_adapter", "predictor_service", "lab")
 
 LAYERS = {
-    "gateway": "cli serve app config api observability scheduling prediction policies requests".split(),
-    "engine_adapter": "build vllm_scheduler vllm remote simulated asgi gates engine step_time".split(),
-    "predictor_service": "cli training serving calibration model".split(),
-    "lab": "cli simulate bench profile workload_options bounds records workload".split(),
+    "gateway": [
+        "cli",
+        "serve",
+        "app",
+        "config",
+        "api",
+        "observability",
+        "scheduling",
+        "prediction",
+        "policies",
+        "requests",
+    ],
+    "engine_adapter": [
+        "build",
+        "vllm_scheduler",
+        "vllm",
+        "remote",
+        "simulated",
+        "asgi",
+        "gates",
+        "engine",
+        "step_time",
+    ],
+    "predictor_service": ["cli", "training", "serving", "calibration", "model"],
+    "lab": ["cli", "simulate", "bench", "profile", "workload_options", "bounds", "records", "workload"],
 }
 """For each package its parts from the edge to the core. A part imports only itself and parts further down."""
 

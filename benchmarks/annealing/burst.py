@@ -24,8 +24,8 @@ import typer
 
 from benchmarks.live.real_engine import DUMMY, RealEngine, dummy_engine
 from lab.bench.load_client import Target, send_from_another_process
-from lab.records.run_record import Served, run_record
-from lab.workload import SMALL_OUTPUTS, SMALL_PROMPTS, Asked
+from lab.records.run_record import RequestResult, run_record
+from lab.workload import SMALL_OUTPUTS, SMALL_PROMPTS, WorkloadRequest
 
 POLICIES = ("fcfs", "annealing")
 
@@ -37,7 +37,7 @@ def configured(name: str, batch: int) -> dict[str, Any]:
     return {"name": name, "options": {"reject": False, "horizon": 64, "max_batch": batch}}
 
 
-def burst(requests: int, seed: int, whole_s: float) -> list[Asked]:
+def burst(requests: int, seed: int, whole_s: float) -> list[WorkloadRequest]:
     """All at time 0. Chat: first token within 0.1 to 0.6 of ``whole_s``; code: done within 0.3 to 1.0 of it."""
     random = np.random.default_rng(seed)
     prompts, outputs = SMALL_PROMPTS.draw(random, requests), SMALL_OUTPUTS.draw(random, requests)
@@ -47,14 +47,18 @@ def burst(requests: int, seed: int, whole_s: float) -> list[Asked]:
         zip(prompts.tolist(), outputs.tolist(), shares.tolist(), strict=True)
     ):
         if which % 2:
-            asked.append(Asked(0.0, prompt, output, math.inf, math.inf, 2, e2e_slo_s=(0.3 + 0.7 * share) * whole_s))
+            asked.append(
+                WorkloadRequest(0.0, prompt, output, math.inf, math.inf, 2, e2e_slo_s=(0.3 + 0.7 * share) * whole_s)
+            )
         else:
             # 50 ms a token: about three times a step of this engine with a small batch.
-            asked.append(Asked(0.0, prompt, output, (0.1 + 0.5 * share) * whole_s, 0.05, 1))
+            asked.append(WorkloadRequest(0.0, prompt, output, (0.1 + 0.5 * share) * whole_s, 0.05, 1))
     return asked
 
 
-async def one(real: RealEngine, policy: dict[str, Any], asked: list[Asked], seed: int) -> tuple[list[Served], float]:
+async def one(
+    real: RealEngine, policy: dict[str, Any], asked: list[WorkloadRequest], seed: int
+) -> tuple[list[RequestResult], float]:
     """The fate of a burst, and how long it took (s)."""
     async with real.behind(policy, lengths_known=True) as (_, url):
         sent = await send_from_another_process(Target(url, DUMMY), asked, seed)

@@ -64,4 +64,4 @@ class AnnealingOnSlack:
 
 def _patient(slack: Slack) -> Slack:
     """`slack` as it is, but without refusals for lateness or a floor: those were decided on the whole queue."""
-    return replace(slack, floor=0.0, patience_s=math.inf, optimism=0.0)
+    return replace(slack, min_admission_share=0.0, max_wait_s=math.inf, queue_discount=0.0)

@@ -23,7 +23,7 @@ from engine_adapter.step_time.profile import load_profile
 from lab.simulate.experiment import parse_policy
 from lab.simulate.predictions import predict
 from lab.simulate.simulator import simulate
-from lab.workload import Asked, make_workload
+from lab.workload import WorkloadRequest, make_workload
 
 PROFILE = "a100-llama3.1-8b"
 SIZES = (8, 16, 32, 64, 128)
@@ -31,11 +31,11 @@ BATCHES = (1, 2, 4, 8, 16)
 POLICIES: dict[str, str] = {
     "fcfs": "fcfs",
     "s3": "s3",
-    "annealing": "annealing:reject=false,horizon=64,budget_ms=2,patience_s=1e6",
+    "annealing": "annealing:reject=false,horizon=64,budget_ms=2,max_wait_s=1e6",
 }
 
 
-def standing(size: int, seed: int, slo_scale: float) -> list[Asked]:
+def standing(size: int, seed: int, slo_scale: float) -> list[WorkloadRequest]:
     """``size`` tasks, half code, half chat, all at time 0."""
     tasks = make_workload(
         "code-chat", qps=1.0, requests=size, seed=seed, slo_table="annealing-paper", slo_scale=slo_scale
@@ -44,7 +44,7 @@ def standing(size: int, seed: int, slo_scale: float) -> list[Asked]:
 
 
 def serve(
-    policy: str, tasks: list[Asked], batch: int, instances: int, predictor: str, seed: int
+    policy: str, tasks: list[WorkloadRequest], batch: int, instances: int, predictor: str, seed: int
 ) -> tuple[float, float]:
     """SLO attainment (a share) and mean latency (s)."""
     engine = replace(load_profile(PROFILE), max_num_seqs=batch)

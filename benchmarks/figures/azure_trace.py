@@ -16,7 +16,7 @@ from benchmarks.figures.qps_scaling import AUTHORS_BUDGET
 from benchmarks.figures.records import Record, name_of, of, policies, ratio, table, times
 from benchmarks.figures.replay import played
 from lab.bounds import bounds, works
-from lab.records.run_record import Served, run_record
+from lab.records.run_record import RequestResult, run_record
 from lab.simulate.experiment import Experiment, Run
 from lab.workload.lengths import TRACES, rows
 
@@ -112,7 +112,7 @@ def replayed(task: tuple[Replay, str, float]) -> Record:
     )
 
 
-def _met_by(served: list[Served], at_s: list[float]) -> list[int]:
+def _met_by(served: list[RequestResult], at_s: list[float]) -> list[int]:
     return _count_by(sorted(one.asked.at_s + (one.e2e_s or 0.0) for one in served if one.attained), at_s)
 
 

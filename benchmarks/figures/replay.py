@@ -5,10 +5,10 @@ from __future__ import annotations
 from lab.simulate.experiment import Experiment, Run, parse_policy
 from lab.simulate.predictions import predict
 from lab.simulate.simulator import Simulated, simulate
-from lab.workload import Asked
+from lab.workload import WorkloadRequest
 
 
-def played(experiment: Experiment, run: Run) -> tuple[list[Asked], Simulated]:
+def played(experiment: Experiment, run: Run) -> tuple[list[WorkloadRequest], Simulated]:
     """What was asked, and what came of it."""
     asked = experiment.asked(run.qps, run.seed)
     came = simulate(

@@ -47,13 +47,13 @@ async def _capacity(real: RealEngine, seed: int, temperature: float) -> float:
     ended: list[float] = []
     started = 0.0
     async with real.behind({"name": "fcfs"}) as (_, url), aiohttp.ClientSession(url) as session:
-        places = asyncio.Semaphore(_IN_FLIGHT)
+        slots = asyncio.Semaphore(_IN_FLIGHT)
 
         async def one(prompt_tokens: int, output_tokens: int) -> None:
             nonlocal started
             sizes = {"prompt": [7] * prompt_tokens, "max_tokens": output_tokens, "ignore_eos": True}
             body = {"model": DUMMY, "temperature": temperature, **sizes}
-            async with places:
+            async with slots:
                 started = clock()
                 async with session.post("/v1/completions", json=body) as response:
                     await response.read()
@@ -123,13 +123,13 @@ async def compare(
 
 def _spent(gateway: Gateway, engine: Engine, gate_before_s: float) -> dict[str, Any]:
     """What scheduling took: decisions in the gateway's process, step gates in the engine's."""
-    lane = gateway.lanes[0]
+    engine_queue = gateway.engine_queues[0]
     gate_s = engine.state.gate.gate_seconds - gate_before_s
     return {
-        "scheduling_s": round(lane.deciding_s + gate_s, 4),
-        "deciding_s": round(lane.deciding_s, 4),
+        "scheduling_s": round(engine_queue.deciding_s + gate_s, 4),
+        "deciding_s": round(engine_queue.deciding_s, 4),
         "gate_s": round(gate_s, 4),
-        "decisions": lane.decisions,
+        "decisions": engine_queue.decisions,
         "step_base_s": round(engine.state.step_time.times.d, 5),
         "step_per_sequence_s": round(engine.state.step_time.times.b, 6),
         "prefill_per_token_s": round(engine.state.step_time.times.alpha, 6),

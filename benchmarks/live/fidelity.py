@@ -41,7 +41,7 @@ from lab.profile.from_engine import (
 from lab.records.run_record import run_record
 from lab.simulate.predictions import predict
 from lab.simulate.simulator import simulate
-from lab.workload import Asked, make_workload
+from lab.workload import WorkloadRequest, make_workload
 
 KEYS = ("slo_adherence", "ttft_p50_s", "tpot_p50_s", "goodput", "rejected", "ttft_violations", "tpot_violations")
 SPEEDS = (0.95, 0.98, 1.0, 1.02, 1.05)
@@ -134,7 +134,7 @@ async def _taught(real: RealEngine, words: str, capacity: float, slo_scale: floa
 
 
 async def _pair(
-    real: RealEngine, profile: Profile, policy: str, load: float, qps: float, asked: list[Asked], seed: int
+    real: RealEngine, profile: Profile, policy: str, load: float, qps: float, asked: list[WorkloadRequest], seed: int
 ) -> dict[str, Any]:
     """One workload under one policy, on the engine and in the simulator."""
     state = real.engine.state
@@ -142,7 +142,7 @@ async def _pair(
     gate_s = state.gate.gate_seconds
     async with real.behind({"name": policy}, lengths_known=True) as (gateway, url):
         sent = await send_from_another_process(Target(url, state.model), asked, seed)
-        deciding_s = gateway.lanes[0].deciding_s
+        deciding_s = gateway.engine_queues[0].deciding_s
     measured = run_record(
         policy,
         qps,
@@ -160,7 +160,7 @@ async def _pair(
 
 def compared(
     measured: dict[str, Any],
-    asked: list[Asked],
+    asked: list[WorkloadRequest],
     profile: Profile,
     policy: str,
     load: float,

@@ -55,7 +55,7 @@ class RealEngine:
 
     def _on_step(self) -> None:
         if self._gateway is not None:
-            self._gateway.lanes[0].wake()
+            self._gateway.engine_queues[0].wake()
 
     @contextlib.asynccontextmanager
     async def behind(

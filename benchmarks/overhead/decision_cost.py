@@ -5,9 +5,10 @@
     python -m benchmarks.overhead.decision_cost --json > docs/results/decision_cost.json
     python -m benchmarks.overhead.decision_cost --page docs/results/decision_cost.json
 
-The objects are those that serve: `gateway.scheduling.admission.Admission` with its queue and policy,
+The objects are those that serve: `gateway.scheduling.admission.AdmissionController` with its queue and policy,
 `engine_adapter.gates.composite.Gates`,
-`gateway.scheduling.engine_queue.Lane` with its shadows. Requests have the lengths of the ShareGPT workload and the
+`gateway.scheduling.engine_queue.EngineQueue` with its shadows. Requests have the lengths of the ShareGPT workload
+and the
 TPOT bounds of the
 paper's table; deadlines are far, so that as many wait at the last decision as at the first. Two cases:
 
@@ -44,9 +45,9 @@ from engine_adapter.step_time.profile import Profile, load_profile
 from gateway.policies.registry import POLICIES, make_policy
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo, SloClass
-from gateway.scheduling.admission import Admission
-from gateway.scheduling.engine_queue import Admitted, Lane
-from lab.workload import Asked, make_workload
+from gateway.scheduling.admission import AdmissionController
+from gateway.scheduling.engine_queue import Admitted, EngineQueue
+from lab.workload import WorkloadRequest, make_workload
 
 FAR_S = 1e6
 """A TTFT bound that nobody misses while this measures."""
@@ -67,7 +68,7 @@ class Sequence:
     length: int
 
 
-def _requests(asked: list[Asked], first: int, count: int) -> list[Request]:
+def _requests(asked: list[WorkloadRequest], first: int, count: int) -> list[Request]:
     """``count`` requests of the workload from number ``first`` on, which have just come in."""
     made = []
     for number in range(first, first + count):
@@ -79,7 +80,9 @@ def _requests(asked: list[Asked], first: int, count: int) -> list[Request]:
     return made
 
 
-def _books(policy: str, profile: Profile, asked: list[Asked], waiting: int, running: int) -> Admission:
+def _books(
+    policy: str, profile: Profile, asked: list[WorkloadRequest], waiting: int, running: int
+) -> AdmissionController:
     """Books in which ``running`` requests decode, spread over their answers, and ``waiting`` wait."""
     state = EngineState(
         alive=True,
@@ -89,7 +92,7 @@ def _books(policy: str, profile: Profile, asked: list[Asked], waiting: int, runn
         kv_tokens=profile.kv_tokens,
         step_time=StepTimeModel(times=profile.step_times(), learn=False),
     )
-    books = Admission(make_policy(policy), state)
+    books = AdmissionController(make_policy(policy), state)
     for number, request in enumerate(_requests(asked, 0, running)):
         request.admitted_s = request.first_token_s = NOW
         request.advance(max(1, round(request.predicted_tokens * (number % 10) / 10)))
@@ -135,7 +138,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def decisions(
-    policy: str, profile: Profile, asked: list[Asked], waiting: int, running: int, repeats: int
+    policy: str, profile: Profile, asked: list[WorkloadRequest], waiting: int, running: int, repeats: int
 ) -> Iterator[dict[str, Any]]:
     """The cost of a decision in each case."""
     about = {"what": "decide", "name": policy, "waiting": waiting, "running": running}
@@ -170,7 +173,9 @@ def decisions(
     yield {**about, "case": "turnover", **summary(_timed(lambda: books.decide(NOW), turn_over, repeats))}
 
 
-def gate_steps(gate: str, profile: Profile, asked: list[Asked], running: int, repeats: int) -> Iterator[dict[str, Any]]:
+def gate_steps(
+    gate: str, profile: Profile, asked: list[WorkloadRequest], running: int, repeats: int
+) -> Iterator[dict[str, Any]]:
     """The cost of planning a step, and of hearing how long it took; one request leaves and one comes a step."""
     gates = Gates()
     decoding = [Sequence(r.id, r.slo.tpot_s, gate, int(r.length)) for r in _requests(asked, 0, running)]
@@ -199,27 +204,27 @@ def gate_steps(gate: str, profile: Profile, asked: list[Asked], running: int, re
     yield {"what": "gate", "name": gate, "case": "step, mean", "waiting": 0, "running": running, "mean_us": mean_us}
 
 
-async def _through_a_lane(asked: list[Asked], shadows: list[str], requests: int) -> list[float]:
+async def _through_a_lane(asked: list[WorkloadRequest], shadows: list[str], requests: int) -> list[float]:
     """CPU seconds from the submission of a request until it has left again, under `fcfs` with ``shadows`` beside it."""
     engine = SimulatedEngine()
     engine.state.alive = True
     classes = {"chat": SloClass("chat", Slo())}
     beside = {f"{name}-{number}": make_policy(name) for number, name in enumerate(shadows)}
-    lane = Lane(engine, make_policy("fcfs"), classes, shadow=beside)
+    engine_queue = EngineQueue(engine, make_policy("fcfs"), classes, shadow=beside)
     taken = []
     for request in _requests(asked, 0, requests):
         started = time.thread_time()
-        verdict = lane.submit(request)
+        verdict = engine_queue.submit(request)
         while not verdict.done():
             await asyncio.sleep(0)
-        lane.leave(request)
+        engine_queue.leave(request)
         taken.append(time.thread_time() - started)
         assert isinstance(verdict.result(), Admitted)
-    lane.close()
+    engine_queue.close()
     return taken
 
 
-def shadow_cost(asked: list[Asked], requests: int) -> Iterator[dict[str, Any]]:
+def shadow_cost(asked: list[WorkloadRequest], requests: int) -> Iterator[dict[str, Any]]:
     """What a request's way through a lane costs without, with one, and with two shadows."""
     for shadows in ([], ["scorpio"], ["scorpio", "mooncake"]):
         taken = asyncio.run(_through_a_lane(asked, shadows, requests))

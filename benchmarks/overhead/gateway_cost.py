@@ -39,9 +39,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lab.bench.load_answer import Answered
+from lab.bench.load_answer import ClientResult
 from lab.bench.load_client import Target, send_from_another_process
-from lab.workload import Asked
+from lab.workload import WorkloadRequest
 
 SERVERS = ("alone", "around", "in front")
 MODEL = "simulated"
@@ -63,10 +63,10 @@ class Case:
     tokens: int
     step_ms: float
 
-    def asked(self) -> list[Asked]:
+    def asked(self) -> list[WorkloadRequest]:
         """As a workload."""
         return [
-            Asked(number * self.over_s / self.requests, PROMPT_TOKENS, self.tokens, LOOSE_S, LOOSE_S, 1)
+            WorkloadRequest(number * self.over_s / self.requests, PROMPT_TOKENS, self.tokens, LOOSE_S, LOOSE_S, 1)
             for number in range(self.requests)
         ]
 
@@ -206,7 +206,7 @@ async def measure(name: str, case: Case, round_: int) -> dict[str, Any]:
     }
 
 
-def all_answered(name: str, case: Case, answers: Sequence[Answered]) -> None:
+def all_answered(name: str, case: Case, answers: Sequence[ClientResult]) -> None:
     """Raises `RuntimeError` unless everybody has every token: half an answer costs half."""
     broken = [a.reason or f"{a.tokens} tokens" for a in answers if a.outcome != "finished" or a.tokens != case.tokens]
     if broken:

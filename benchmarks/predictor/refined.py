@@ -57,7 +57,7 @@ class AsPredictedAtArrival:
         """The policy's own, without what was refined."""
         for request in running:
             # Of `Request.predict` all but the bounds that it plans: this one runs.
-            request.predicted_tokens, request.predicted_p90 = request.predicted_at_arrival, request._foretold_p90
+            request.predicted_tokens, request.predicted_p90 = request.predicted_at_arrival, request._p90_at_arrival
             request._spread()
         return self.policy.decide(now, waiting, running, engine)
 

@@ -89,7 +89,7 @@ async def generate(asked: Sequence[tuple[int, str]], output: Path) -> None:
         calibrate=False,
     )
     await engine.start(EngineEvents())
-    places = asyncio.Semaphore(_AT_ONCE)
+    slots = asyncio.Semaphore(_AT_ONCE)
     done = 0
     try:
         transport = httpx.ASGITransport(engine.app)
@@ -104,7 +104,7 @@ async def generate(asked: Sequence[tuple[int, str]], output: Path) -> None:
                         "max_tokens": MAX_TOKENS,
                         "temperature": TEMPERATURE,
                     }
-                    async with places:
+                    async with slots:
                         response = await client.post("/v1/chat/completions", json=body)
                     document = response.json()
                     tokens, censored = 0, False  # refused: a prompt of more tokens than the model takes
@@ -172,7 +172,7 @@ def read_kept(source: Path = DATA_FILE) -> tuple[list[Features], NDArray[np.int3
 
 # --- evaluate and simulate: offline ----------------------------------------------------------------------------------
 
-Served = tuple[Floats, Floats]
+RequestResult = tuple[Floats, Floats]
 """Point estimate and p90 of each row, in tokens."""
 
 
@@ -253,18 +253,18 @@ def play(answers: Answers, seed: int, finished: int, shuffles: int) -> dict[str,
     }
 
 
-def _uncalibrated(answers: Answers, seen: Rows) -> Served:
+def _uncalibrated(answers: Answers, seen: Rows) -> RequestResult:
     """The length model as it is."""
     return np.array([p.length for p in answers.raw]), np.array([p.p90 for p in answers.raw])
 
 
-def _constant(answers: Answers, seen: Rows) -> Served:
+def _constant(answers: Answers, seen: Rows) -> RequestResult:
     """The finished answers' median and 90th percentile for everybody."""
     rows, actual = len(answers.raw), answers.actual[seen]
     return np.full(rows, np.median(actual)), np.full(rows, np.quantile(actual, 0.9))
 
 
-def _calibrated(answers: Answers, seen: Rows) -> Served:
+def _calibrated(answers: Answers, seen: Rows) -> RequestResult:
     """The service's own online calibration after the finished answers."""
     raw, actual, censored = answers.raw, answers.actual, answers.censored
     calibration = OnlineCalibration()
@@ -274,7 +274,7 @@ def _calibrated(answers: Answers, seen: Rows) -> Served:
     return np.array([p.length for p in served]), np.array([p.p90 for p in served])
 
 
-def _factors(answers: Answers, seen: Rows) -> Served:
+def _factors(answers: Answers, seen: Rows) -> RequestResult:
     """Not chosen: one factor on p50 and one on p90."""
     p50, p90 = np.array([p.p50 for p in answers.raw]), np.array([p.p90 for p in answers.raw])
     actual, ended, one = answers.actual[seen], ~answers.censored[seen], np.ones(len(seen))
@@ -283,7 +283,7 @@ def _factors(answers: Answers, seen: Rows) -> Served:
     return p50 * middle, p90 * upper
 
 
-def _grouped(answers: Answers, seen: Rows) -> Served:
+def _grouped(answers: Answers, seen: Rows) -> RequestResult:
     """Not chosen: Kaplan-Meier quantiles in eight groups of about the same raw p50, interpolated."""
     score = np.array([p.p50 for p in answers.raw])
     knots, medians, uppers = [], [], []
@@ -296,7 +296,7 @@ def _grouped(answers: Answers, seen: Rows) -> Served:
     return p50, np.interp(score, knots, np.maximum.accumulate(uppers))
 
 
-WAYS: dict[str, Callable[[Answers, Rows], Served]] = {
+WAYS: dict[str, Callable[[Answers, Rows], RequestResult]] = {
     "uncalibrated": _uncalibrated,
     "constant": _constant,
     "calibrated": _calibrated,

@@ -20,7 +20,7 @@ from engine_adapter.gates.best_effort_preemption import RecentPeak
 from engine_adapter.gates.slack import SlackGate
 from engine_adapter.step_time.curve import StepCurve
 from engine_adapter.step_time.model import StepTimeModel
-from gateway.policies.base import UNGATED, Decision, Policy, Rejection, Runway
+from gateway.policies.base import UNGATED, Decision, Policy, PrefillLookahead, Rejection
 from gateway.policies.slack import batch
 from gateway.policies.slack.batch import Load, Queue
 from gateway.policies.slack.policy import Slack
@@ -42,7 +42,7 @@ class NeverTooLate(Slack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.patience_s = math.inf
+        self.max_wait_s = math.inf
 
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
@@ -61,12 +61,12 @@ class Blocking(Slack):
     """The first that does not fit blocks those behind it."""
 
     def _admit_bounded(
-        self, now: float, queue: Queue, load: Load, runway: Runway, engine: EngineState, decision: Decision
+        self, now: float, queue: Queue, load: Load, lookahead: PrefillLookahead, engine: EngineState, decision: Decision
     ) -> bool:
         order, _ = self._in_turn(now, queue, np.arange(len(queue.requests)), load, engine)
         for request in [queue.requests[at] for at in order.tolist()]:
             alone = queue.only(np.array([other is request for other in queue.requests]))
-            if super()._admit_bounded(now, alone, load, runway, engine, decision):
+            if super()._admit_bounded(now, alone, load, lookahead, engine, decision):
                 return True
         return False
 
@@ -83,7 +83,7 @@ class AllPaces(Slack):
 class AtOnce(Slack):
     """Decides at once whenever there is news."""
 
-    def _stands_s(self, load: Load, runway: Runway, engine: EngineState) -> float:
+    def _stands_s(self, load: Load, lookahead: PrefillLookahead, engine: EngineState) -> float:
         return 0.0
 
 
@@ -98,13 +98,13 @@ class InTheWay(Slack):
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
         """As `slack`, for an engine in which nobody does."""
-        return super().decide(now, waiting, running, replace(engine, gate=GateReport(makes_way=False)))
+        return super().decide(now, waiting, running, replace(engine, gate=GateReport(preemptible=False)))
 
 
 @contextmanager
 def nobody_makes_way() -> Iterator[None]:
     """Whoever has a place in an engine keeps it."""
-    with patch.object(SlackGate, "makes_way", lambda self, request: False):
+    with patch.object(SlackGate, "preemptible", lambda self, request: False):
         yield
 
 
@@ -150,12 +150,14 @@ MAKING_WAY = "making way"
 
 WITHOUT: dict[str, Without] = {
     FULL: Without("`slack` as it is"),
-    "thrift": Without("deadlines alone say who goes first", partial(Slack, thrift=0.0)),
-    "floor": Without("no class or tenant goes first for being behind", partial(Slack, floor=0.0)),
-    "optimism": Without("the queue ahead is not expected to thin out", partial(Slack, optimism=1.0)),
+    "cost_weight": Without("deadlines alone say who goes first", partial(Slack, cost_weight=0.0)),
+    "min_admission_share": Without(
+        "no class or tenant goes first for being behind", partial(Slack, min_admission_share=0.0)
+    ),
+    "queue_discount": Without("the queue ahead is not expected to thin out", partial(Slack, queue_discount=1.0)),
     "memory": Without("the KV memory is not looked at", Forgetful),
     "runway": Without(
-        "prompts are handed to the engine as soon as there is a place", partial(Slack, runway_steps=math.inf)
+        "prompts are handed to the engine as soon as there is a place", partial(Slack, prefill_lookahead_steps=math.inf)
     ),
     "step gate": Without("the engine sizes its prefill as stock vLLM does", partial(Slack, gate=UNGATED)),
     "refusing": Without("nobody is refused as late", NeverTooLate),

@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lab.records.run_record import Served
+from lab.records.run_record import RequestResult
 from lab.simulate.predictions import Predicted, predict
-from lab.workload import Asked, make_workload
+from lab.workload import WorkloadRequest, make_workload
 
 AHEAD_S = 20.0
 """By so much a crowd comes before the workload: it has the engine to itself."""
@@ -27,20 +27,20 @@ BURST_QPS, BURST_S = 600.0, 3.0
 class Crowd:
     """``make``: its requests, with a seed. ``best_effort``: whoever cannot attain its SLO is served all the same."""
 
-    make: Callable[[int], list[Asked]]
+    make: Callable[[int], list[WorkloadRequest]]
     best_effort: bool = False
 
 
-def _nobody(seed: int) -> list[Asked]:
+def _nobody(seed: int) -> list[WorkloadRequest]:
     return []
 
 
-def _batch(seed: int) -> list[Asked]:
+def _batch(seed: int) -> list[WorkloadRequest]:
     never = math.inf
-    return [Asked(at * 1e-3, BATCH_PROMPT, BATCH_OUTPUT, never, never, _CATEGORY) for at in range(BATCH)]
+    return [WorkloadRequest(at * 1e-3, BATCH_PROMPT, BATCH_OUTPUT, never, never, _CATEGORY) for at in range(BATCH)]
 
 
-def _burst(seed: int) -> list[Asked]:
+def _burst(seed: int) -> list[WorkloadRequest]:
     burst = make_workload("sharegpt", qps=BURST_QPS, duration_s=BURST_S, seed=1000 + seed)
     return [replace(asked, category=_CATEGORY) for asked in burst]
 
@@ -57,8 +57,8 @@ CROWDS = {
 
 
 def behind(
-    crowd: Crowd, asked: Sequence[Asked], predictions: Sequence[Predicted], how: str, seed: int
-) -> tuple[list[Asked], list[Predicted]]:
+    crowd: Crowd, asked: Sequence[WorkloadRequest], predictions: Sequence[Predicted], how: str, seed: int
+) -> tuple[list[WorkloadRequest], list[Predicted]]:
     """``asked`` behind the crowd, whose lengths are predicted as ``how`` says (`lab.simulate.predictions`)."""
     others = crowd.make(seed)
     if not others:
@@ -67,12 +67,12 @@ def behind(
     return others + later, [*predict(how, others, seed), *predictions]
 
 
-def own(served: Sequence[Served]) -> list[Served]:
+def own(served: Sequence[RequestResult]) -> list[RequestResult]:
     """Those of the workload."""
     return [one for one in served if one.asked.category != _CATEGORY]
 
 
-def crowd_done_s(served: Sequence[Served]) -> float:
+def crowd_done_s(served: Sequence[RequestResult]) -> float:
     """When the last of the crowd had its last token (s after the start); 0 where none had."""
     ends = [one.asked.at_s + one.e2e_s for one in served if one.asked.category == _CATEGORY and one.e2e_s is not None]
     return max(ends, default=0.0)

@@ -27,12 +27,12 @@ from benchmarks.policies.table import AS_PUBLISHED, KEEPS, experiment
 from benchmarks.slack.ablation import FULL, MAKING_WAY, WITHOUT
 from benchmarks.slack.best_effort_load import CROWDS, NOBODY, behind, crowd_done_s, own
 from benchmarks.slack.study_page import EVERYBODY, page
-from lab.records.run_record import Served, run_record
+from lab.records.run_record import RequestResult, run_record
 from lab.simulate.experiment import Experiment, Run, capacity, parse_policy
 from lab.simulate.predictions import Predicted, predict
 from lab.simulate.simulator import simulate
-from lab.simulate.step_jitter import Unsteadiness
-from lab.workload import Asked
+from lab.simulate.step_jitter import StepJitter
+from lab.workload import WorkloadRequest
 
 SETTING = "a100-llama3.1-8b"
 LOADS = (1.0, 2.0, 3.0)
@@ -86,8 +86,8 @@ CROWDED_LOADS = (0.8, 2.0)
 
 UNSTEADY = {
     "as expected": None,
-    "5%, drifting by 3%": Unsteadiness(0.05, 0.03),
-    "20%, drifting by 10%": Unsteadiness(0.2, 0.1),
+    "5%, drifting by 3%": StepJitter(0.05, 0.03),
+    "20%, drifting by 10%": StepJitter(0.2, 0.1),
 }
 """How much steps vary, by `lab.simulate.step_jitter`."""
 
@@ -160,7 +160,7 @@ def tenants(study: Study) -> list[Trial]:
     return [
         trial
         for load in OVERLOADS
-        for name in (FULL, "floor")
+        for name in (FULL, "min_admission_share")
         for trial in study.trials(name, load, without=name, by_tenant=True)
     ]
 
@@ -183,10 +183,10 @@ def step_times(study: Study) -> list[Trial]:
     )
 
 
-def unsteady(study: Study) -> list[Trial]:
+def step_jitter(study: Study) -> list[Trial]:
     """Steps that vary, for `slack` and SCORPIO alike."""
     how = study.experiment
-    return contended(study, {row: {"experiment": replace(how, unsteady=by)} for row, by in UNSTEADY.items()})
+    return contended(study, {row: {"experiment": replace(how, step_jitter=by)} for row, by in UNSTEADY.items()})
 
 
 def crowds(study: Study) -> list[Trial]:
@@ -216,12 +216,12 @@ PARTS: dict[str, Callable[[Study], list[Trial]]] = {
     "tenants": tenants,
     "predictors": predictors,
     "step-times": step_times,
-    "unsteady": unsteady,
+    "step_jitter": step_jitter,
     "crowds": crowds,
 }
 
 
-def tenants_of(asked: Sequence[Asked], predictions: Sequence[Predicted]) -> list[str]:
+def tenants_of(asked: Sequence[WorkloadRequest], predictions: Sequence[Predicted]) -> list[str]:
     """Whose each request is: the tenth with the most tokens, as far as they are known when it comes (its prompt and the
     predicted answer), is one tenant's, the larger half of the others is another's, and the rest a third's.
 
@@ -251,7 +251,7 @@ def play(trial: Trial) -> dict[str, Any]:
             learn=how.learn,
             best_effort=crowd.best_effort,
             tenants=owners,
-            unsteady=how.unsteady,
+            step_jitter=how.step_jitter,
             seed=run.seed,
         )
     record = run_record(run.policy, run.qps or 0.0, run.seed, own(came.served), came.duration_s, wall_s=0.0,
@@ -262,9 +262,9 @@ def play(trial: Trial) -> dict[str, Any]:
     return where | {key: record[key] for key in KEYS} | groups | done
 
 
-def _groups(served: Sequence[Served], owners: Sequence[str]) -> dict[str, dict[str, float]]:
+def _groups(served: Sequence[RequestResult], owners: Sequence[str]) -> dict[str, dict[str, float]]:
     """Of each SLO class, each tenant, and everybody: requests, and the shares admitted and attained."""
-    groups: dict[str, list[Served]] = {}
+    groups: dict[str, list[RequestResult]] = {}
     for one, owner in zip(served, owners, strict=True):
         bounds = f"{one.asked.ttft_slo_s:g} s, {one.asked.tpot_slo_s * 1000:g} ms"
         for name in (EVERYBODY, f"class {one.asked.category}: {bounds}", f"tenant: {owner}"):

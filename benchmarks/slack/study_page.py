@@ -79,7 +79,9 @@ def tenants(records: Sequence[Record]) -> list[str]:
         "of admission over everybody's; of that the floor promises 0.5 to every class and tenant.",
     ]
     for load in _names(records, "load"):
-        on, off = ([r for r in records if (r["row"], r["load"]) == (row, load)] for row in (FULL, "floor"))
+        on, off = (
+            [r for r in records if (r["row"], r["load"]) == (row, load)] for row in (FULL, "min_admission_share")
+        )
         lines += ["", f"### {load:g} S", ""]
         lines += _header("group", "admitted", "of all", "adherence", "no floor: admitted", "of all", "adherence")
         groups = sorted(on[0]["groups"], key=lambda name: name != EVERYBODY)
@@ -131,7 +133,7 @@ def step_times(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def unsteady(records: Sequence[Record]) -> list[str]:
+def step_jitter(records: Sequence[Record]) -> list[str]:
     """Steps that vary."""
     return [
         "## With steps that vary",
@@ -178,7 +180,7 @@ _WRITERS: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "tenants": tenants,
     "predictors": predictors,
     "step-times": step_times,
-    "unsteady": unsteady,
+    "step_jitter": step_jitter,
     "crowds": crowds,
 }
 """What writes each part."""

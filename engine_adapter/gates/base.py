@@ -49,7 +49,7 @@ class StepGate(Protocol):
     def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
         """Decide the step that starts at ``now`` (s), given who decodes and the prompt tokens still to prefill."""
 
-    def makes_way(self, request: Paced) -> bool:
+    def preemptible(self, request: Paced) -> bool:
         """Whether the request gives its place in a full engine to one that has a pace to keep (`make_way`)."""
 
     def forget(self, request_id: str) -> None:
@@ -66,7 +66,7 @@ class OpenGate:
         """Let everyone through."""
         return StepPlan()
 
-    def makes_way(self, request: Paced) -> bool:
+    def preemptible(self, request: Paced) -> bool:
         """Nobody does."""
         return False
 
@@ -112,7 +112,7 @@ class CreditGate:
             self._credit[request.request_id] = credit
         return plan
 
-    def makes_way(self, request: Paced) -> bool:
+    def preemptible(self, request: Paced) -> bool:
         """Nobody does."""
         return False
 

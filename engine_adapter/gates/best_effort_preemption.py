@@ -4,7 +4,7 @@ While nobody else wants them, requests without a pace have all places of an engi
 come they sit out steps (`slack_gate`), which leaves time, but neither a place nor memory. So they are put aside: they
 lose their memory and wait, behind everybody else; once there is room they are computed again with all that they had
 generated, and go on from there. Of places, and likewise of blocks of KV memory, let there be B; b are taken or wanted
-by requests with a pace, u taken by the others, of whom ``COURTESY`` * B, the oldest, keep their places. Then
+by requests with a pace, u taken by the others, of whom ``BEST_EFFORT_SHARE`` * B, the oldest, keep their places. Then
 
     b + u - B              are made free, by those who came last,
     B - peak b - u         are given back, to those who came first, one after the other,
@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine_adapter.gates.slack import COURTESY, TURN
+from engine_adapter.gates.slack import BEST_EFFORT_SHARE, TURN
 
 PEAK_S = 10.0
 """Room that requests with a pace had taken is given away so many seconds later."""
@@ -49,7 +49,7 @@ class RecentPeak:
 class Room:
     """Places in the batch, and blocks of KV memory."""
 
-    places: int = 0
+    slots: int = 0
     blocks: int = 0
 
 
@@ -86,38 +86,38 @@ class Way:
     rest: bool = False
 
 
-class MakeWay:
+class BestEffortPreemption:
     """Who makes way in an engine that has so much ``room``; keeps its peaks."""
 
     def __init__(self, room: Room) -> None:
         self._room = room
-        self._keep = kept_places(room.places)
+        self._keep = reserved_slots(room.slots)
         self._places, self._blocks = RecentPeak(), RecentPeak()
         self._rested = 0
         """Steps in a row that prompts have rested."""
 
     def note(self, now: float, paced: Room) -> Room:
         """``paced`` is what those with a pace have or want at ``now`` (s); answers the peak."""
-        places = self._places.note(now, min(paced.places, self._room.places))
-        return Room(int(places), int(self._blocks.note(now, min(paced.blocks, self._room.blocks))))
+        slots = self._places.note(now, min(paced.slots, self._room.slots))
+        return Room(int(slots), int(self._blocks.note(now, min(paced.blocks, self._room.blocks))))
 
     def plan(self, now: float, seen: Seen) -> Way | None:
         """Decide for the step that begins at ``now`` (s). None: nobody with a pace was here lately, nothing changes."""
         free, others, wanted = seen.free, seen.others, seen.wanted
-        running = self._room.places - free.places
-        paced = Room(running - others.places, self._room.blocks - free.blocks - others.blocks)
-        peak = self.note(now, Room(paced.places + wanted.places, paced.blocks + wanted.blocks))
-        if not peak.places:
+        running = self._room.slots - free.slots
+        paced = Room(running - others.slots, self._room.blocks - free.blocks - others.blocks)
+        peak = self.note(now, Room(paced.slots + wanted.slots, paced.blocks + wanted.blocks))
+        if not peak.slots:
             return None
-        short = Room(wanted.places - free.places, wanted.blocks + running - free.blocks)
-        leaving = self._leaving(short, others.places, seen.latest)
+        short = Room(wanted.slots - free.slots, wanted.blocks + running - free.blocks)
+        leaving = self._leaving(short, others.slots, seen.latest)
         rest = self._rests(seen)
         if leaving or seen.next_blocks is None:
             return Way(leaving, rest=rest)
-        more = Room(others.places + 1, others.blocks + seen.next_blocks)
-        spare = Room(self._room.places - peak.places, self._room.blocks - peak.blocks - running - 1)
-        fits = not wanted.places and more.places <= spare.places and more.blocks <= spare.blocks
-        first = more.places <= self._keep and free.places > 0 and free.blocks > seen.next_blocks + running
+        more = Room(others.slots + 1, others.blocks + seen.next_blocks)
+        spare = Room(self._room.slots - peak.slots, self._room.blocks - peak.blocks - running - 1)
+        fits = not wanted.slots and more.slots <= spare.slots and more.blocks <= spare.blocks
+        first = more.slots <= self._keep and free.slots > 0 and free.blocks > seen.next_blocks + running
         return Way(goes_on=fits or first, first=first, rest=rest)
 
     def _rests(self, seen: Seen) -> bool:
@@ -126,15 +126,15 @@ class MakeWay:
         self._rested = (self._rested + 1) % TURN
         return self._rested > 0
 
-    def _leaving(self, short: Room, places: int, latest: Sequence[int]) -> int:
+    def _leaving(self, short: Room, slots: int, latest: Sequence[int]) -> int:
         freed = 0
         for count, blocks in enumerate(latest):
-            if (count >= short.places and freed >= short.blocks) or places - count <= self._keep:
+            if (count >= short.slots and freed >= short.blocks) or slots - count <= self._keep:
                 return count
             freed += blocks
         return len(latest)
 
 
-def kept_places(places: int) -> int:
+def reserved_slots(slots: int) -> int:
     """Of so many, those that requests without a pace have however full the engine is."""
-    return max(1, int(COURTESY * places))
+    return max(1, int(BEST_EFFORT_SHARE * slots))

@@ -45,9 +45,9 @@ class Gates:
                 together.max_prefill_tokens = min(plan.max_prefill_tokens, prefill_backlog if least is None else least)
         return together
 
-    def makes_way(self, request: Paced) -> bool:
+    def preemptible(self, request: Paced) -> bool:
         """As its own gate has it."""
-        return self._gate(request.gate).makes_way(request)
+        return self._gate(request.gate).preemptible(request)
 
     def forget(self, request_id: str) -> None:
         """Drop what any gate kept for the request."""

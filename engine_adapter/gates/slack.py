@@ -17,7 +17,8 @@ While prompts wait, steps use what there is to use up to the pace, also where pr
 a gate that believes too much of them sees soon that they take less; no step needs to be made for the sake of learning.
 
 Requests without a pace take what is left. Where a step of all of them, prefill included, would make somebody late, they
-sit it out, and those that follow, until 1/`COURTESY` steps in a row would have had time for all: slack that they use in
+sit it out, and those that follow, until 1/`BEST_EFFORT_SHARE` steps in a row would have had time for all: slack that
+they use in
 a quiet moment is not there for the prompts of the next. But they never sit out more than so many, so that they have at
 least that share of steps. Where places or memory are short they make way (`make_way`).
 """
@@ -30,10 +31,10 @@ from collections.abc import Sequence
 from engine_adapter.gates.base import Decoding, Paced, StepPlan
 from engine_adapter.step_time.model import StepTimeModel
 
-COURTESY = 0.05
+BEST_EFFORT_SHARE = 0.05
 """The share of steps, and of the engine's places, that requests without a pace have however full the engine is."""
 
-TURN = round(1 / COURTESY)
+TURN = round(1 / BEST_EFFORT_SHARE)
 
 PATIENT_S = 1.0
 """A bound of so many seconds a token or more is no pace that a step could break."""
@@ -102,7 +103,7 @@ class SlackGate:
         plan.sit_out.update([r.request_id for r in decoding if r.tpot_slo_s is None or r.tpot_slo_s >= PATIENT_S])
         return True
 
-    def makes_way(self, request: Paced) -> bool:
+    def preemptible(self, request: Paced) -> bool:
         """Who has no bound at all does."""
         return request.tpot_slo_s is None or request.tpot_slo_s == math.inf
 

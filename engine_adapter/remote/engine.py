@@ -144,7 +144,7 @@ class HttpEngine:
         if any(guess.step_s(*step) < learnt.step_s(*step) for step in _ALONE):
             self.state.step_time.start_over(self._first_guess)
 
-    def refuse(self, body: dict[str, Any]) -> str | None:
+    def unsupported_reason(self, body: dict[str, Any]) -> str | None:
         """None: the server refuses for itself."""
         return None
 

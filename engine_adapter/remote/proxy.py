@@ -46,7 +46,7 @@ class _Unobserved:
 
     def on_tokens(self, sequence: str, count: int, at: float) -> None: ...
 
-    def on_untold(self) -> None: ...
+    def on_unobserved(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -135,7 +135,7 @@ class HttpProxy:
         timing = self._sampler.sent(time.monotonic(), prompt_tokens, plan.sequences, plan.tpot_ms)
         usage: dict[str, Any] = {}
         if not plan.streams:
-            exchange.observer.on_untold()
+            exchange.observer.on_unobserved()
         try:
             async with self._answer(exchange.scope, plan.encoded()) as response:
                 if not (plan.asked_usage and response.status in (400, 422)):

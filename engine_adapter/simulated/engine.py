@@ -147,7 +147,7 @@ class SimulatedEngine:
         """Its step times never change: learn them anew from its first guess."""
         self.state.step_time.start_over(self.times)
 
-    def refuse(self, body: dict[str, Any]) -> str | None:
+    def unsupported_reason(self, body: dict[str, Any]) -> str | None:
         """Nothing is refused."""
         return None
 
@@ -172,7 +172,7 @@ class SimulatedEngine:
 
     def _come_up(self) -> None:
         self._scheduler.gate = Gates(self._gate_name)
-        self.state.gate = GateReport(makes_way=True)
+        self.state.gate = GateReport(preemptible=True)
         self.state.ready_in_s = 0.0
         self.state.alive = True
         self._loop_task = asyncio.create_task(self._run(), name=f"{self.name}-steps")
@@ -241,7 +241,7 @@ class SimulatedEngine:
         report = self.state.gate
         report.steps += 1
         report.gated_steps += bool(step.sat_out)
-        report.put_aside = self._scheduler.put_aside
+        report.best_effort_preemptions = self._scheduler.best_effort_preemptions
         report.gate_seconds += seconds
         for sequence in self._scheduler.decoding:
             if sequence.tpot_slo_s is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from engine_adapter.gates.base import OpenGate, StepGate
-from engine_adapter.gates.best_effort_preemption import MakeWay, Room, Seen
+from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Room, Seen
 from engine_adapter.simulated.sequence import SimulatedSequence
 
 BLOCK_TOKENS = 16
@@ -75,7 +75,7 @@ class SimulatedScheduler:
                 f"kv_tokens ({kv_tokens}) must hold one sequence of max_model_len ({max_model_len}) tokens"
             )
         self.gate: StepGate = gate or OpenGate()
-        self.preemptions = self.put_aside = 0
+        self.preemptions = self.best_effort_preemptions = 0
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
         self._blocks = self._free_blocks = -(-kv_tokens // BLOCK_TOKENS)
@@ -84,7 +84,7 @@ class SimulatedScheduler:
         self._waiting_tokens = 0
         self._prefilling: list[SimulatedSequence] = []
         self._decoding: list[SimulatedSequence] = []
-        self._make_way = MakeWay(Room(max_num_seqs, self._blocks))
+        self._make_way = BestEffortPreemption(Room(max_num_seqs, self._blocks))
         self._without_pace = 0
         """Sequences here that make way for others."""
         self._resting = False
@@ -119,8 +119,8 @@ class SimulatedScheduler:
 
     def submit(self, sequence: SimulatedSequence) -> None:
         """``sequence`` joins the engine's queue."""
-        sequence.makes_way = self.gate.makes_way(sequence)
-        self._without_pace += sequence.makes_way
+        sequence.preemptible = self.gate.preemptible(sequence)
+        self._without_pace += sequence.preemptible
         self._waiting.append(sequence)
         self._waiting_tokens += sequence.to_prefill
 
@@ -186,36 +186,36 @@ class SimulatedScheduler:
         way = self._make_way.plan(now, seen)
         if way is None:
             return []
-        for sequence in [s for s in reversed(self._decoding) if s.makes_way][: way.leaving]:
-            self.put_aside += 1
+        for sequence in [s for s in reversed(self._decoding) if s.preemptible][: way.leaving]:
+            self.best_effort_preemptions += 1
             self._decoding.remove(sequence)
             self._preempt(sequence)
         self._resting = way.rest
         aside, new = self._waiting_without_pace()
         first = [(aside or new).pop(0)] if way.first else []
         going = [aside.pop(0)] if way.goes_on and not first and aside else []
-        self._waiting = deque([*first, *(s for s in self._waiting if not s.makes_way), *new, *going])
+        self._waiting = deque([*first, *(s for s in self._waiting if not s.preemptible), *new, *going])
         self._waiting_tokens = sum([s.to_prefill for s in self._waiting])
         return aside
 
     def _waiting_without_pace(self) -> tuple[list[SimulatedSequence], list[SimulatedSequence]]:
         """Those who were put aside, and those who never ran."""
-        others = [s for s in self._waiting if s.makes_way]
+        others = [s for s in self._waiting if s.preemptible]
         return [s for s in others if s.preemptions], [s for s in others if not s.preemptions]
 
     def _seen(self, free: Room) -> Seen:
-        others = [s for s in chain(self._decoding, self._prefilling) if s.makes_way]
+        others = [s for s in chain(self._decoding, self._prefilling) if s.preemptible]
         comers = [s for s in self._waiting if _paced(s)]
         aside, new = self._waiting_without_pace()
-        computing = any(s.makes_way and s.preemptions for s in self._prefilling)
+        computing = any(s.preemptible and s.preemptions for s in self._prefilling)
         return Seen(
             free=free,
             others=Room(len(others), sum([_held(s) for s in others])),
             wanted=Room(len(comers), sum([_needed(s) for s in comers])),
-            latest=[_held(s) for s in reversed(self._decoding) if s.makes_way],
+            latest=[_held(s) for s in reversed(self._decoding) if s.preemptible],
             next_blocks=None if computing or not (aside or new) else _needed((aside or new)[0]),
             prompts=bool(comers) or any(_paced(s) for s in self._prefilling),
-            others_prompts=any(s.makes_way for s in self._prefilling),
+            others_prompts=any(s.preemptible for s in self._prefilling),
         )
 
     def _select_decodes(self, step: Step) -> bool:
@@ -282,7 +282,7 @@ class SimulatedScheduler:
             budget -= self._add_chunk(step, sequence, sequence.to_prefill if whole else budget)
 
     def _rests(self, sequence: SimulatedSequence) -> bool:
-        return self._resting and sequence.makes_way
+        return self._resting and sequence.preemptible
 
     @staticmethod
     def _add_chunk(step: Step, sequence: SimulatedSequence, most: int) -> int:
@@ -321,7 +321,7 @@ class SimulatedScheduler:
     def _leaves(self, sequence: SimulatedSequence) -> None:
         self._release(sequence)
         self.gate.forget(sequence.request_id)
-        self._without_pace -= sequence.makes_way
+        self._without_pace -= sequence.preemptible
 
     def _release(self, sequence: SimulatedSequence) -> None:
         self._free_blocks += sequence.capacity // BLOCK_TOKENS

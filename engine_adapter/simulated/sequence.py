@@ -19,7 +19,7 @@ class SimulatedSequence:
 
     ``length`` is its context: the prompt and what was generated. ``to_prefill`` of it must be computed before it
     decodes, ``prefilled`` is; after a preemption that is all over again. ``capacity`` is how long it may grow in the
-    KV blocks that it holds. ``makes_way``: for those with a pace (`engine_adapter.gates.best_effort_preemption`).
+    KV blocks that it holds. ``preemptible``: for those with a pace (`engine_adapter.gates.best_effort_preemption`).
     """
 
     request_id: str
@@ -36,7 +36,7 @@ class SimulatedSequence:
     prefilled: int = 0
     capacity: int = 0
     preemptions: int = 0
-    makes_way: bool = False
+    preemptible: bool = False
 
     def __post_init__(self) -> None:
         self.length = self.to_prefill = self.prompt_tokens

@@ -250,7 +250,7 @@ class VllmEngine:
         tokenizer = self._llm.get_tokenizer()
         return len(tokenizer.encode(text, add_special_tokens=False))
 
-    def refuse(self, body: dict[str, Any]) -> str | None:
+    def unsupported_reason(self, body: dict[str, Any]) -> str | None:
         """On CPU, vLLM's EngineCore dies on a per-request seed: drop it where it has no effect, else refuse."""
         if not self._on_cpu or body.get("seed") is None:
             return None

@@ -1,6 +1,6 @@
 """The step gate as a vLLM scheduler class.
 
-    vllm serve MODEL --scheduler-cls engine_adapter.vllm.scheduler.SloScheduler
+    vllm serve MODEL --scheduler-cls engine_adapter.vllm_scheduler.SloScheduler
 
 vLLM resolves the class by name inside its EngineCore process. A request's TPOT bound arrives in
 ``SamplingParams.extra_args`` (``vllm_xargs`` in an OpenAI body) as ``antares_tpot_ms``. Requests without it are never
@@ -27,11 +27,11 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import RequestStatus
 
 from engine_adapter.engine import GATE_XARG, TPOT_XARG
-from engine_adapter.gates.best_effort_preemption import MakeWay, Room, Seen
+from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Room, Seen
 from engine_adapter.gates.composite import Gates
 from engine_adapter.vllm.gate_channel import GateReporter
 from engine_adapter.vllm.orphan import PARENT_ENV, exit_with_parent
-from engine_adapter.vllm.versions import GATE_VERSIONS, MAKE_WAY_VERSIONS, require, within
+from engine_adapter.vllm.versions import GATE_VERSIONS, PREEMPTION_VERSIONS, require, within
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -88,9 +88,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         except ValueError as error:
             raise ValueError(f"{GATE_ENV}: {error}") from error
         self._gated: dict[str, _Gated] = {}
-        self._make_way = self._can_make_way()
+        self._make_way = self._can_preempt_best_effort()
         self._reporter = GateReporter.from_env()
-        self._reporter.report.makes_way = self._make_way is not None
+        self._reporter.report.preemptible = self._make_way is not None
         if PARENT_ENV in os.environ:
             # We run inside a gateway's engine: should the gateway be killed, nobody else would stop it.
             exit_with_parent(int(os.environ[PARENT_ENV]))
@@ -153,16 +153,16 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         gated = self._gated.get(request.request_id) or self._remember(request)
         # NOTE: a session that is put aside at the end of its input would be lost; and pooling has no tokens to keep.
         keeps_on = request.resumable or request.sampling_params is None
-        if self._make_way is not None and self._gate.makes_way(gated) and not keeps_on:
+        if self._make_way is not None and self._gate.preemptible(gated) and not keeps_on:
             self._without_pace.add(request.request_id)
 
-    def _can_make_way(self) -> MakeWay | None:
+    def _can_preempt_best_effort(self) -> BestEffortPreemption | None:
         """None where vLLM could not take a request out of a running batch, or the operator has his own order."""
         if self.policy != SchedulingPolicy.FCFS or self.connector is not None or self.ec_connector is not None:
             return None
-        if not within(vllm.__version__, MAKE_WAY_VERSIONS):
+        if not within(vllm.__version__, PREEMPTION_VERSIONS):
             return None
-        return MakeWay(Room(self.max_num_active_reqs, self.kv_cache_manager.block_pool.num_gpu_blocks))
+        return BestEffortPreemption(Room(self.max_num_active_reqs, self.kv_cache_manager.block_pool.num_gpu_blocks))
 
     def _keep_out(self, now: float) -> list[Request]:
         """Put aside who must make way now; those put aside who wait on are taken out of the queue, and answered."""
@@ -187,7 +187,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         if way is None:
             return []
         for request in latest[: way.leaving]:
-            self._reporter.report.put_aside += 1
+            self._reporter.report.best_effort_preemptions += 1
             self.running.remove(request)
             self._preempt_request(request, now)
             aside.insert(0, request)

@@ -7,7 +7,7 @@ import re
 GATE_VERSIONS = ((0, 26), (0, 33))
 """Half-open range in which the step gate's hooks were read in the source; run on 0.32.0."""
 
-MAKE_WAY_VERSIONS = ((0, 32), (0, 33))
+PREEMPTION_VERSIONS = ((0, 32), (0, 33))
 """Half-open range in which a request may be preempted between steps, its latest token on its way; run on 0.32.0."""
 
 IN_PROCESS_VERSIONS = ((0, 29), (0, 33))

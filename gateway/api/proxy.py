@@ -32,7 +32,7 @@ from gateway.api.request_body import (
     read_body,
     read_request_id,
 )
-from gateway.api.response_relay import ClientSide, Exchange, send_error
+from gateway.api.response_relay import ClientSide, ResponseRelay, send_error
 from gateway.api.slo_headers import read_slo
 from gateway.api.slo_report import REPORT_HEADER
 from gateway.observability.ledger import Entry, Ledger
@@ -42,8 +42,8 @@ from gateway.prediction.client import LengthPredictor
 from gateway.requests.progress import Progress
 from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
-from gateway.scheduling.engine_queue import Admitted, Displaced, EngineDown, Lane, QueueFull
-from gateway.scheduling.router import Dispatcher
+from gateway.scheduling.engine_queue import Admitted, EngineDown, EngineQueue, QueueFull, Reroute
+from gateway.scheduling.router import Router
 
 log = logging.getLogger("antares.proxy")
 
@@ -65,7 +65,7 @@ class Proxy:
 
     def __init__(
         self,
-        dispatcher: Dispatcher,
+        router: Router,
         classes: dict[str, SloClass],
         keys: KeyRing,
         predictor: LengthPredictor,
@@ -78,7 +78,7 @@ class Proxy:
     ) -> None:
         self.draining = False
         self.in_flight = 0
-        self._dispatcher = dispatcher
+        self._router = router
         self._classes = classes
         self._keys = keys
         self._predictor = predictor
@@ -140,7 +140,7 @@ class Proxy:
     ) -> None:
         document = parse_body(body)
         slo_class, slo = read_slo(headers, key, self._classes)
-        candidate = self._dispatcher.lanes[0].engine
+        candidate = self._router.engine_queues[0].engine
         prompt = read_prompt(document, SCHEDULED[scope["path"]], candidate.count_tokens)
         check_with_engine(document, candidate)
         if prompt.sequences > candidate.state.max_num_seqs:
@@ -175,11 +175,11 @@ class Proxy:
                     self._ledger.close(entry, "failed", "engine_lost")
                     raise unavailable("No engine took this request.", "engine_unavailable", 5.0)
                 tries += 1
-                lane = await self._wait_for_admission(entry, client)
+                engine_queue = await self._wait_for_admission(entry, client)
                 try:
-                    served = await self._forward(scope, document, entry, lane, client, request_id, report, send)
+                    served = await self._forward(scope, document, entry, engine_queue, client, request_id, report, send)
                 finally:
-                    lane.leave(request)
+                    engine_queue.leave(request)
         except ClientLeftError:
             self._ledger.close(entry, "cancelled", "client_left")
             raise
@@ -210,28 +210,28 @@ class Proxy:
         self._metrics.predictions.labels(prediction.source).inc()
         self._metrics.prediction_seconds.observe(self._clock() - started)
 
-    async def _wait_for_admission(self, entry: Entry, client: ClientSide) -> Lane:
+    async def _wait_for_admission(self, entry: Entry, client: ClientSide) -> EngineQueue:
         """The lane that serves the request; raises `ApiError` when none will, closing the entry."""
         request = entry.request
-        lane, decided = self._dispatcher.submit(request)
-        entry.engine, request.model = lane.engine.name, lane.engine.state.model
+        engine_queue, decided = self._router.submit(request)
+        entry.engine, request.model = engine_queue.engine.name, engine_queue.engine.state.model
         if not decided.done():
             waits: set[asyncio.Future[Any]] = {decided, client.left}
             try:
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             except asyncio.CancelledError:
                 # It may have been admitted in this very turn.
-                lane.leave(request)
+                engine_queue.leave(request)
                 raise
             finally:
                 if not decided.done():
                     decided.cancel()
-                    lane.withdraw(request)
+                    engine_queue.withdraw(request)
             if decided.cancelled():
                 raise ClientLeftError
         entry.queue_s = self._clock() - request.arrival_s
         match decided.result():
-            case Admitted(lane=chosen, predicted_ttft_s=predicted):
+            case Admitted(engine_queue=chosen, predicted_ttft_s=predicted):
                 entry.predicted_ttft_s = predicted
                 return chosen
             case Rejection() as rejection:
@@ -240,7 +240,7 @@ class Proxy:
             case QueueFull(limit=limit, retry_after_s=after):
                 self._ledger.close(entry, "rejected", "queue_full")
                 raise queue_full(f"The queue of class {request.slo_class!r} is full.", limit, after)
-            case Displaced():
+            case Reroute():
                 return await self._wait_for_admission(entry, client)
             case EngineDown(retry_after_s=after):
                 self._ledger.close(entry, "rejected", "engine_down")
@@ -255,7 +255,7 @@ class Proxy:
         scope: Scope,
         document: dict[str, Any],
         entry: Entry,
-        lane: Lane,
+        engine_queue: EngineQueue,
         client: ClientSide,
         request_id: bytes,
         report: bool,
@@ -265,24 +265,26 @@ class Proxy:
         request = entry.request
         try:
             # Asked once more: while it waited another engine may have been chosen, or this one have come up.
-            check_with_engine(document, lane.engine)
+            check_with_engine(document, engine_queue.engine)
         except ApiError:
             self._ledger.close(entry, "rejected", "engine_refused")
             raise
-        progress = Progress(request, on_first_token=lane.on_first_token)
-        exchange = Exchange(entry, progress, send, request_id, report=report, clock=self._clock)
-        gate = lane.policy.gate if lane.policy.gate != UNGATED and lane.engine.takes_xargs else ""
+        progress = Progress(request, on_first_token=engine_queue.on_first_token)
+        relay = ResponseRelay(entry, progress, send, request_id, report=report, clock=self._clock)
+        gate = (
+            engine_queue.policy.gate if engine_queue.policy.gate != UNGATED and engine_queue.engine.takes_xargs else ""
+        )
         body = body_for_engine(document, request.tpot_slo_s, gate)
         inner_scope = engine_scope(scope, request_id, len(body))
         inner_scope[OBSERVER_KEY] = progress
-        call = asyncio.ensure_future(_run(lane.engine.app, inner_scope, client.replay(body), exchange.send))
+        call = asyncio.ensure_future(_run(engine_queue.engine.app, inner_scope, client.replay(body), relay.send))
         try:
             stalled = False
             while not (stalled or call.done() or client.left.done()):
                 await asyncio.wait({call, client.left}, timeout=STALL_S, return_when=asyncio.FIRST_COMPLETED)
-                stalled = exchange.stalled_since_last_asked()
+                stalled = relay.stalled_since_last_asked()
             # Told that the client left, vLLM's app may still "answer" nobody; what counts is what was sent before.
-            left = (client.left.done() or stalled) and not exchange.complete
+            left = (client.left.done() or stalled) and not relay.complete
             if not call.done():
                 await asyncio.wait({call}, timeout=LEAVE_GRACE_S)
         finally:
@@ -297,42 +299,46 @@ class Proxy:
         if not call.cancelled() and isinstance(call.exception(), EngineUnreachable):
             request.wait_again()
             return False
-        await self._conclude(call, exchange, entry, lane)
+        await self._conclude(call, relay, entry, engine_queue)
         return True
 
-    async def _conclude(self, call: asyncio.Future[None], exchange: Exchange, entry: Entry, lane: Lane) -> None:
+    async def _conclude(
+        self, call: asyncio.Future[None], relay: ResponseRelay, entry: Entry, engine_queue: EngineQueue
+    ) -> None:
         """Give the request its one outcome."""
         request = entry.request
         error = None if call.cancelled() else call.exception()
-        exchange.measure(self._clock())
-        if not exchange.complete:
+        relay.measure(self._clock())
+        if not relay.complete:
             lost = isinstance(error, EngineLost)
             if not lost:
-                log.error("engine %s failed on request %s: %s", lane.engine.name, request.id, type(error).__name__)
+                log.error(
+                    "engine %s failed on request %s: %s", engine_queue.engine.name, request.id, type(error).__name__
+                )
             self._ledger.close(entry, "failed", "engine_lost" if lost else "engine_error")
-            after = lane.back_in_s(self._clock())
-            await exchange.fail(
+            after = engine_queue.back_in_s(self._clock())
+            await relay.fail(
                 unavailable("The engine died while it served this request. Send it again.", "engine_lost", after)
                 if lost
                 else ApiError(502, "The engine failed on this request.", "engine_error", "engine_error")
             )
             return
-        if exchange.failed_in_stream or exchange.status >= 500:
+        if relay.failed_in_stream or relay.status >= 500:
             self._ledger.close(entry, "failed", "engine_error")
-        elif exchange.status >= 400:
-            self._ledger.close(entry, "rejected", "engine_busy" if exchange.status == 429 else "engine_refused")
+        elif relay.status >= 400:
+            self._ledger.close(entry, "rejected", "engine_busy" if relay.status == 429 else "engine_refused")
         else:
             self._ledger.close(entry, "finished")
-            self._learn_length(entry, lane)
-        await exchange.end()
+            self._learn_length(entry, engine_queue)
+        await relay.end()
 
-    def _learn_length(self, entry: Entry, lane: Lane) -> None:
+    def _learn_length(self, entry: Entry, engine_queue: EngineQueue) -> None:
         """Predictions are to follow what is served."""
         request = entry.request
         self._predictor.observe(request.slo_class, round(request.generated / request.sequences))
         # Of several sequences only the mean is known, which is no answer's length.
         if entry.prediction is not None and request.sequences == 1 and request.generated:
-            limit = min(request.max_tokens, lane.engine.state.max_model_len - request.prompt_tokens)
+            limit = min(request.max_tokens, engine_queue.engine.state.max_model_len - request.prompt_tokens)
             censored = request.generated >= limit
             self._predictor.report(
                 entry.prediction, request.id, request.model, request.slo_class, request.generated, censored
@@ -343,13 +349,15 @@ class Proxy:
     async def _pass_through(
         self, scope: Scope, headers: HeaderView, body: bytes, request_id: bytes, receive: Receive, send: Send
     ) -> None:
-        lane = next((lane for lane in self._dispatcher.lanes if lane.engine.state.alive), None)
-        if lane is None:
-            after = self._dispatcher.lanes[0].back_in_s(self._clock())
+        engine_queue = next(
+            (engine_queue for engine_queue in self._router.engine_queues if engine_queue.engine.state.alive), None
+        )
+        if engine_queue is None:
+            after = self._router.engine_queues[0].back_in_s(self._clock())
             raise unavailable("No engine is alive.", "engine_unavailable", after)
         if self.in_flight > self._max_open:
             raise queue_full("The gateway has as many open requests as it takes.", self._max_open, 1.0)
-        body = passed_on_body(scope, headers, body, lane.engine)
+        body = passed_on_body(scope, headers, body, engine_queue.engine)
         client = ClientSide(receive)
         started = False
 
@@ -359,13 +367,13 @@ class Proxy:
             await send(message)
 
         try:
-            await lane.engine.app(engine_scope(scope, request_id, len(body)), client.replay(body), noted_send)
+            await engine_queue.engine.app(engine_scope(scope, request_id, len(body)), client.replay(body), noted_send)
             if not started and client.left.done():
                 raise ClientLeftError
         except EngineLost as lost:
             if started:
                 raise
-            after = lane.back_in_s(self._clock())
+            after = engine_queue.back_in_s(self._clock())
             raise unavailable("The engine died while it served this request.", "engine_lost", after) from lost
         finally:
             client.close()

@@ -14,7 +14,7 @@ def unattainable(rejection: Rejection) -> ApiError:
     asked = {"ttft": request.slo.ttft_s, "tpot": request.slo.tpot_s, "e2e": request.slo.e2e_s}[bound] or 0.0
     again = (
         "Not even an idle engine would meet it; ask for a looser bound."
-        if rejection.hopeless
+        if rejection.infeasible
         else "Ask for a looser bound, or try again later."
     )
     return ApiError(
@@ -28,7 +28,7 @@ def unattainable(rejection: Rejection) -> ApiError:
             "predicted_ms": round(rejection.predicted_s * 1000, 1),
             "attainable_ms": round(rejection.attainable_s * 1000, 1),
         },
-        headers=retry_headers(rejection.retry_after_s, should_retry=not rejection.hopeless),
+        headers=retry_headers(rejection.retry_after_s, should_retry=not rejection.infeasible),
     )
 
 

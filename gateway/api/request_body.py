@@ -105,7 +105,7 @@ def _parse_json(body: bytes) -> Any:
 
 def check_with_engine(document: dict[str, Any], engine: Engine) -> None:
     """`ApiError` 400 for what would harm the engine; may drop what has no effect."""
-    refusal = engine.refuse(document)
+    refusal = engine.unsupported_reason(document)
     if refusal is not None:
         raise bad_request(refusal, refusal.partition(":")[0], "unsupported_parameter")
 

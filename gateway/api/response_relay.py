@@ -1,6 +1,6 @@
 """One admitted request's exchange with its engine: bytes pass through, times are stamped on the way.
 
-The hot path of the gateway: `Exchange.send` runs once for every event of every stream. It parses nothing, copies
+The hot path of the gateway: `ResponseRelay.send` runs once for every event of every stream. It parses nothing, copies
 nothing, and after the first token does a few comparisons and a clock read.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 
 from engine_adapter.engine import Message, Receive, Send
 from gateway.api.errors import ApiError, Headers
-from gateway.api.slo_report import first_byte_headers, sse_comment, with_verdict
+from gateway.api.slo_report import first_byte_headers, sse_comment, with_slo_report
 from gateway.observability.ledger import Entry
 from gateway.requests.progress import Progress, tpot
 
@@ -29,7 +29,7 @@ LAST_WORDS_S = 5.0
 """Seconds that a client has to take the end of an answer that its engine did not end."""
 
 
-class Exchange:
+class ResponseRelay:
     """Wraps the client's ``send`` for one call to an engine's app.
 
     ``status`` is the response's (0 before it started), ``failed_in_stream`` whether the engine reported an error inside
@@ -117,7 +117,7 @@ class Exchange:
             if not last:
                 return
             self.measure(self._clock())
-            message = {"type": "http.response.body", "body": with_verdict(b"".join(self._held), self._entry)}
+            message = {"type": "http.response.body", "body": with_slo_report(b"".join(self._held), self._entry)}
         self._begun += 1
         if self._start is not None:
             first = self._progress.request.first_token_s

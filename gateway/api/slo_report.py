@@ -22,7 +22,7 @@ def first_byte_headers(entry: Entry, ttft_s: float | None) -> Headers:
     return [(name, f"{seconds * 1000:.1f}".encode()) for name, seconds in known.items() if seconds is not None]
 
 
-def verdict(entry: Entry) -> dict[str, Any]:
+def slo_report(entry: Entry) -> dict[str, Any]:
     """The full verdict: measured against asked for, attained or not, predicted against actual lengths."""
     request, slo = entry.request, entry.request.slo
     violated = slo.violated(entry.ttft_s, entry.tpot_s, entry.e2e_s)
@@ -47,10 +47,10 @@ def verdict(entry: Entry) -> dict[str, Any]:
 
 def sse_comment(entry: Entry) -> bytes:
     """The verdict as an SSE comment, which clients that do not look for it ignore."""
-    return b": antares " + orjson.dumps(verdict(entry)) + b"\n\n"
+    return b": antares " + orjson.dumps(slo_report(entry)) + b"\n\n"
 
 
-def with_verdict(body: bytes, entry: Entry) -> bytes:
+def with_slo_report(body: bytes, entry: Entry) -> bytes:
     """A JSON body with the verdict as its ``antares`` member; anything else unchanged."""
     try:
         document = orjson.loads(body)
@@ -58,7 +58,7 @@ def with_verdict(body: bytes, entry: Entry) -> bytes:
         return body
     if not isinstance(document, dict):
         return body
-    document["antares"] = verdict(entry)
+    document["antares"] = slo_report(entry)
     return orjson.dumps(document)
 
 

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from gateway.observability.ledger import Entry, Ledger
-from gateway.scheduling.engine_queue import Lane
+from gateway.scheduling.engine_queue import EngineQueue
 
 _REQUEST = ("slo_class", "model", "engine")
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60, 120)
@@ -107,9 +107,9 @@ class Metrics:
             self.e2e.labels(*labels).observe(entry.e2e_s)
             self.prediction_error.observe(abs(request.generated / request.sequences - request.predicted_at_arrival))
 
-    def watch(self, lanes: Sequence[Lane], ledger: Ledger) -> None:
+    def watch(self, engine_queues: Sequence[EngineQueue], ledger: Ledger) -> None:
         """Read the state of lanes, engines and the ledger whenever Prometheus scrapes."""
-        self.registry.register(_LiveState(lanes, ledger))
+        self.registry.register(_LiveState(engine_queues, ledger))
 
     def exposition(self) -> bytes:
         """The text that `/metrics` answers: ours, then the process's and an in-process engine's own."""
@@ -174,8 +174,8 @@ _AGREEMENT = [(active, shadow) for active in ("admitted", "rejected") for shadow
 
 
 class _LiveState(Collector):
-    def __init__(self, lanes: Sequence[Lane], ledger: Ledger) -> None:
-        self._lanes = lanes
+    def __init__(self, engine_queues: Sequence[EngineQueue], ledger: Ledger) -> None:
+        self._lanes = engine_queues
         self._ledger = ledger
 
     def collect(self) -> Iterable[Metric]:
@@ -185,11 +185,11 @@ class _LiveState(Collector):
             families[name].add_metric(labels, value)
 
         put("antares_ledger_open", self._ledger.open_count)
-        for lane in self._lanes:
-            engine, state = lane.engine.name, lane.engine.state
-            for slo_class in lane.classes:
-                put("antares_waiting_requests", lane.waiting.by_class[slo_class], slo_class, engine)
-                running = sum(r.slo_class == slo_class for r in lane.running.values())
+        for engine_queue in self._lanes:
+            engine, state = engine_queue.engine.name, engine_queue.engine.state
+            for slo_class in engine_queue.classes:
+                put("antares_waiting_requests", engine_queue.waiting.by_class[slo_class], slo_class, engine)
+                running = sum(r.slo_class == slo_class for r in engine_queue.running.values())
                 put("antares_running_requests", running, slo_class, engine)
             put("antares_engine_up", state.alive, engine)
             put("antares_engine_restarts_total", state.restarts, engine)
@@ -209,12 +209,12 @@ class _LiveState(Collector):
                     put("antares_step_time_rmse_seconds", quality.rmse_s, engine, form)
                     put("antares_step_time_mape_ratio", quality.mape, engine, form)
             put("antares_gate_steps_total", state.gate.gated_steps, engine)
-            put("antares_gate_put_aside_total", state.gate.put_aside, engine)
+            put("antares_gate_put_aside_total", state.gate.best_effort_preemptions, engine)
             put("antares_gate_seconds_total", state.gate.gate_seconds, engine)
             for tpot, count in state.gate.eligible.items():
                 put("antares_gate_eligible_total", count, engine, tpot)
                 put("antares_gate_batched_total", state.gate.batched.get(tpot, 0), engine, tpot)
-            for shadow in lane.shadows.all:
+            for shadow in engine_queue.shadows.all:
                 of = (shadow.name, engine)
                 put("antares_shadow_up", shadow.up, *of)
                 put("antares_shadow_waiting_requests", shadow.waiting, *of)

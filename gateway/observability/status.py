@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.observability.ledger import OUTCOMES, Entry, Ledger
-from gateway.scheduling.engine_queue import Lane
+from gateway.scheduling.engine_queue import EngineQueue
 
 WINDOW_S = 300.0
 _KEPT = 4096
@@ -29,7 +29,7 @@ class _Ended:
 class Status:
     """Recent outcomes, and the live state of lanes and ledger. Times and sizes only; no text."""
 
-    lanes: Sequence[Lane]
+    engine_queues: Sequence[EngineQueue]
     ledger: Ledger
     started: float = field(default_factory=time.monotonic)
     _ended: deque[_Ended] = field(default_factory=lambda: deque(maxlen=_KEPT))
@@ -60,20 +60,22 @@ class Status:
                 "attained": self.ledger.attained,
                 **{outcome: self.ledger.closed[outcome] for outcome in OUTCOMES},
             },
-            "classes": {name: self._class(name, recent) for name in self.lanes[0].classes},
-            "engines": [_engine(lane) for lane in self.lanes],
+            "classes": {name: self._class(name, recent) for name in self.engine_queues[0].classes},
+            "engines": [_engine(engine_queue) for engine_queue in self.engine_queues],
         }
 
     def _class(self, name: str, recent: list[_Ended]) -> dict[str, Any]:
         mine = [e for e in recent if e.slo_class == name]
         finished = [e for e in mine if e.outcome == "finished"]
-        slo = self.lanes[0].classes[name].slo
+        slo = self.engine_queues[0].classes[name].slo
         return {
             "slo_ttft_ms": _ms(slo.ttft_s),
             "slo_tpot_ms": _ms(slo.tpot_s),
             "slo_e2e_ms": _ms(slo.e2e_s),
-            "waiting": sum(lane.waiting.by_class[name] for lane in self.lanes),
-            "running": sum(r.slo_class == name for lane in self.lanes for r in lane.running.values()),
+            "waiting": sum(engine_queue.waiting.by_class[name] for engine_queue in self.engine_queues),
+            "running": sum(
+                r.slo_class == name for engine_queue in self.engine_queues for r in engine_queue.running.values()
+            ),
             "ended": len(mine),
             **{outcome: sum(e.outcome == outcome for e in mine) for outcome in OUTCOMES},
             # Rejected and failed requests stay in the denominator.
@@ -85,17 +87,17 @@ class Status:
         }
 
 
-def _engine(lane: Lane) -> dict[str, Any]:
-    state = lane.engine.state
+def _engine(engine_queue: EngineQueue) -> dict[str, Any]:
+    state = engine_queue.engine.state
     times = state.step_time.times
     return {
-        "name": lane.engine.name,
+        "name": engine_queue.engine.name,
         "alive": state.alive,
         "model": state.model,
-        "policy": lane.policy.name,
+        "policy": engine_queue.policy.name,
         "restarts": state.restarts,
-        "running": len(lane.running),
-        "waiting": len(lane.waiting),
+        "running": len(engine_queue.running),
+        "waiting": len(engine_queue.waiting),
         "kv_usage": round(state.kv_usage, 4),
         "steps_seen": state.step_time.steps_seen,
         "step_base_ms": round(times.d * 1000, 3),

@@ -19,7 +19,7 @@ class Rejection:
     """Why a request cannot attain its SLO.
 
     ``bound`` is the bound that fails, ``predicted_s`` what it would be if served now, ``attainable_s`` the least bound
-    that would have been accepted, ``retry_after_s`` when asking again may succeed. ``hopeless``: not even an idle
+    that would have been accepted, ``retry_after_s`` when asking again may succeed. ``infeasible``: not even an idle
     engine would meet it, so that asking again as it is cannot help.
     """
 
@@ -28,31 +28,31 @@ class Rejection:
     predicted_s: float
     attainable_s: float
     retry_after_s: float
-    hopeless: bool = False
+    infeasible: bool = False
 
 
 def reject_ttft(
-    request: Request, predicted_s: float, attainable_s: float, retry_after_s: float, hopeless: bool
+    request: Request, predicted_s: float, attainable_s: float, retry_after_s: float, infeasible: bool
 ) -> Rejection:
     """``request`` would get its first token ``predicted_s`` after it came in.
 
     An end-to-end bound is answered in its own terms: the TTFT is planned to be a share of it.
     """
     if request.slo.ttft_s == request.ttft_slo_s:
-        return Rejection(request, "ttft", predicted_s, attainable_s, retry_after_s, hopeless)
+        return Rejection(request, "ttft", predicted_s, attainable_s, retry_after_s, infeasible)
     predicted_s, attainable_s = request.e2e_for_ttft(predicted_s), request.e2e_for_ttft(attainable_s)
-    return Rejection(request, "e2e", predicted_s, attainable_s, retry_after_s, hopeless)
+    return Rejection(request, "e2e", predicted_s, attainable_s, retry_after_s, infeasible)
 
 
-def reject_tpot(request: Request, predicted_s: float, retry_after_s: float, hopeless: bool) -> Rejection:
+def reject_tpot(request: Request, predicted_s: float, retry_after_s: float, infeasible: bool) -> Rejection:
     """``request`` would get its tokens ``predicted_s`` apart.
 
     An end-to-end bound is answered in its own terms: y tokens of this TPOT are planned to be a share of it.
     """
     if request.slo.tpot_s == request.tpot_slo_s:
-        return Rejection(request, "tpot", predicted_s, predicted_s, retry_after_s, hopeless)
+        return Rejection(request, "tpot", predicted_s, predicted_s, retry_after_s, infeasible)
     e2e_s = request.e2e_for_tpot(predicted_s)
-    return Rejection(request, "e2e", e2e_s, e2e_s, retry_after_s, hopeless)
+    return Rejection(request, "e2e", e2e_s, e2e_s, retry_after_s, infeasible)
 
 
 LOOK_AGAIN_S = 0.1
@@ -124,7 +124,7 @@ def prefill_backlog(running: Collection[Request], engine: EngineState) -> float:
 
 
 @dataclass(slots=True)
-class Runway:
+class PrefillLookahead:
     """Room for prompts in the engine. Order is kept at the gateway, so the engine's own queue stays short.
 
     ``tokens`` prompt tokens lie in the engine unprefilled, ``limit`` may; a prompt longer than that goes when nothing
@@ -135,9 +135,9 @@ class Runway:
     limit: float
 
     @classmethod
-    def of(cls, running: Collection[Request], limit: float) -> Runway:
+    def of(cls, running: Collection[Request], limit: float) -> PrefillLookahead:
         """What is left of ``limit`` prompt tokens."""
-        return cls(sum([r.prompt_tokens for r in running if r.first_token_s is None and not r.untold]), limit)
+        return cls(sum([r.prompt_tokens for r in running if r.first_token_s is None and not r.unobserved]), limit)
 
     def fits(self, request: Request, its_turn: bool = False) -> bool:
         """Whether the request's prompt may go now; when it is its turn, unless there are too many already."""

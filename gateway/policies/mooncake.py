@@ -45,12 +45,12 @@ class Mooncake:
             tpot_s = engine.step_time.itl(batch, length + request.predicted_tokens / 2)
             if ttft_s > request.ttft_slo_s:
                 late_s = ttft_s - request.ttft_slo_s
-                hopeless = prefill_s > request.ttft_slo_s
-                decision.reject.append(reject_ttft(request, ttft_s, ttft_s, late_s, hopeless))
+                infeasible = prefill_s > request.ttft_slo_s
+                decision.reject.append(reject_ttft(request, ttft_s, ttft_s, late_s, infeasible))
             elif self.tpot_check and breaks_its_own_tpot(request, tpot_s):
                 alone_s = engine.step_time.itl(request.sequences, request.length + request.predicted_tokens / 2)
-                hopeless = breaks_its_own_tpot(request, alone_s)
-                decision.reject.append(reject_tpot(request, tpot_s, 1.0, hopeless))
+                infeasible = breaks_its_own_tpot(request, alone_s)
+                decision.reject.append(reject_tpot(request, tpot_s, 1.0, infeasible))
             else:
                 decision.admit.append(request)
                 backlog_s += prefill_s

@@ -1,9 +1,10 @@
-"""The policies by name, as a configuration file names them."""
+"""Policies by name, as a configuration file names them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 from gateway.policies.annealing.policy import Annealing
@@ -26,14 +27,28 @@ POLICIES: dict[str, tuple[_Kind, dict[str, Any]]] = {
     "ttft_guard_only": (Scorpio, {"tpot_guard": False}),
     "tpot_guard_only": (Scorpio, {"ttft_guard": False}),
 }
-"""Each name's policy, and the options that make it what its name says."""
+"""Policy name to (class, fixed options)."""
+
+OPTION_ALIASES = {
+    "fill": "tpot_target_fraction",
+    "thrift": "cost_weight",
+    "floor": "min_admission_share",
+    "optimism": "queue_discount",
+    "patience_s": "max_wait_s",
+    "runway_steps": "prefill_lookahead_steps",
+}
+"""Option names of version 0.1 to their names now. Accepted with a warning until version 0.3."""
 
 
 def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
-    """The policy called ``name`` with its ``options``; ValueError names what is wrong and what would be right."""
+    """Return the policy called ``name`` with its ``options``.
+
+    Raises:
+        ValueError: an unknown policy or option, or a value of the wrong type; the message lists what is accepted.
+    """
     if name not in POLICIES:
         raise ValueError(f"no policy is called {name!r}; choose one of {', '.join(POLICIES)}")
-    options = options or {}
+    options = _renamed(name, options or {})
     kind, fixed = POLICIES[name]
     known = {f.name for f in dataclasses.fields(kind) if f.init} - {"name", "gate"} - fixed.keys()
     unknown = sorted(options.keys() - known)
@@ -46,8 +61,22 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     return kind(**fixed, **options, name=name)
 
 
+def _renamed(policy: str, options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` with old names replaced; warns about each."""
+    renamed = {}
+    for option, value in options.items():
+        current = OPTION_ALIASES.get(option, option)
+        if current != option:
+            # FutureWarning, because Python shows it to users by default.
+            warnings.warn(f"policy {policy!r}: option {option!r} is now {current!r}", FutureWarning, stacklevel=3)
+        if current in renamed or (current != option and current in options):
+            raise ValueError(f"policy {policy!r}: {option!r} and {current!r} are the same option; keep {current!r}")
+        renamed[current] = value
+    return renamed
+
+
 def _check_option(option: str, value: Any, default: Any) -> None:
-    """A wrong type would surface only when the policy first decides; every number in a policy is at least 0."""
+    """Raise ValueError for a value of the wrong type, here rather than at the policy's first decision."""
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise ValueError(f"{option} must be true or false, but it is {value!r}")

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
-from gateway.policies.base import UNGATED, Decision, Runway
+from gateway.policies.base import UNGATED, Decision, PrefillLookahead
 from gateway.requests.request import Request
 
 
@@ -17,10 +17,10 @@ from gateway.requests.request import Request
 class S3:
     """Admits the shortest predicted output first, as long as the engine has room; rejects none; gates nothing.
 
-    ``runway_steps``: how many steps' worth of prompt tokens may lie in the engine unprefilled.
+    ``prefill_lookahead_steps``: how many steps' worth of prompt tokens may lie in the engine unprefilled.
     """
 
-    runway_steps: float = 2.0
+    prefill_lookahead_steps: float = 2.0
     name: str = "s3"
     gate: str = UNGATED
 
@@ -33,13 +33,13 @@ class S3:
     ) -> Decision:
         """Admit from the head of the queue until a place in the batch or the runway is missing."""
         decision = Decision()
-        runway = Runway.of(running, self.runway_steps * engine.max_num_batched_tokens)
+        lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
         sequences = sum([r.sequences for r in running])
         for request in waiting:
-            places = sequences == 0 or sequences + request.sequences <= engine.max_num_seqs
-            if not (places and runway.fits(request)):
+            slots = sequences == 0 or sequences + request.sequences <= engine.max_num_seqs
+            if not (slots and lookahead.fits(request)):
                 break
             decision.admit.append(request)
-            runway.add(request)
+            lookahead.add(request)
             sequences += request.sequences
         return decision

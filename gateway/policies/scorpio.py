@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from engine_adapter.engine import EngineState
 from engine_adapter.step_time.model import StepTimeModel
-from gateway.policies.base import UNGATED, Decision, Runway, prefill_backlog, reject_tpot, reject_ttft
+from gateway.policies.base import UNGATED, Decision, PrefillLookahead, prefill_backlog, reject_tpot, reject_ttft
 from gateway.requests.request import Request
 
 
@@ -26,7 +26,8 @@ class Scorpio:
     """Both guards, each switchable.
 
     ``eta`` is the paper's inefficiency coefficient (the authors' code: 1.3). ``slack_s`` is kept in hand before a TTFT
-    deadline (the authors' code: 50 ms). ``runway_steps`` bounds how many steps' worth of prompt tokens may lie in the
+    deadline (the authors' code: 50 ms). ``prefill_lookahead_steps`` bounds how many steps' worth of prompt tokens
+    may lie in the
     engine unprefilled: order is kept here, so the engine's own queue stays short.
     """
 
@@ -34,7 +35,7 @@ class Scorpio:
     slack_s: float = 0.05
     ttft_guard: bool = True
     tpot_guard: bool = True
-    runway_steps: float = 2.0
+    prefill_lookahead_steps: float = 2.0
     name: str = "scorpio"
 
     @property
@@ -72,8 +73,8 @@ class Scorpio:
             if late_by > 0:
                 predicted_s = now - request.arrival_s + est + prefill
                 attainable_s = request.ttft_slo_s + late_by
-                hopeless = prefill + slack > request.ttft_slo_s
-                decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_by, hopeless))
+                infeasible = prefill + slack > request.ttft_slo_s
+                decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_by, infeasible))
                 continue
             est += prefill
             kept.append(request)
@@ -86,10 +87,10 @@ class Scorpio:
         self, queue: Sequence[Request], running: Collection[Request], engine: EngineState, decision: Decision
     ) -> None:
         """Admit in order; a request that does not fit now never blocks the one behind it."""
-        runway = Runway.of(running, self.runway_steps * engine.max_num_batched_tokens)
+        lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
         batch: _Batch | None = None
         for request in queue:
-            if not runway.fits(request):
+            if not lookahead.fits(request):
                 continue
             batch = batch or _Batch.of(running)
             if batch.size and batch.size + request.sequences > engine.max_num_seqs:
@@ -100,7 +101,7 @@ class Scorpio:
                     continue
             decision.admit.append(request)
             batch.add(request)
-            runway.add(request)
+            lookahead.add(request)
 
     def _reject_hopeless_tpot(self, queue: Sequence[Request], engine: EngineState, decision: Decision) -> list[Request]:
         """A TPOT bound that even an otherwise idle engine would break is refused at once instead of being queued."""
@@ -111,7 +112,7 @@ class Scorpio:
             if request.tpot_slo_s is None or request.best_effort or alone <= request.tpot_slo_s:
                 kept.append(request)
             else:
-                decision.reject.append(reject_tpot(request, alone, retry_after_s=0.0, hopeless=True))
+                decision.reject.append(reject_tpot(request, alone, retry_after_s=0.0, infeasible=True))
         return kept
 
 

@@ -164,9 +164,9 @@ class LengthPredictor:
             raw=prediction.raw,
         )
 
-    async def warm_up(self, patience_s: float = 5.0) -> bool:
+    async def warm_up(self, max_wait_s: float = 5.0) -> bool:
         """Wait until the service answers, so that no request pays for its first call; False if it does not."""
-        until = time.monotonic() + patience_s
+        until = time.monotonic() + max_wait_s
         while self.url is not None and time.monotonic() < until:
             with contextlib.suppress(_FailedError, _RefusedError):
                 await self._post([{"prompt": "", "prompt_tokens": 1, "max_tokens": None}])

@@ -32,9 +32,9 @@ class Progress:
         self.prompt_tokens = max(self.prompt_tokens, tokens)
         self.request.prompt_tokens = self.prompt_tokens
 
-    def on_untold(self) -> None:
+    def on_unobserved(self) -> None:
         """Its prompt must not count as unprefilled for as long as it runs."""
-        self.request.untold = True
+        self.request.unobserved = True
 
     def on_tokens(self, sequence: str, count: int, at: float) -> None:
         """New output tokens."""

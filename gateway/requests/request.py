@@ -30,7 +30,8 @@ class Request:
     ``predicted_tokens`` is y_i of the paper, the predicted output length, ``predicted_p90`` its 90th percentile (0:
     not known), both per sequence and never above ``max_tokens``. They are what is expected *now*: once a request has
     outlived its predicted length, they are those of the answers that do (`advance`). ``predicted_at_arrival`` stays as
-    it was. ``generated`` counts output tokens of all its sequences; ``sequences`` how many it asked for. ``untold``:
+    it was. ``generated`` counts output tokens of all its sequences; ``sequences`` how many it asked for.
+    ``unobserved``:
     the engine says nothing of its tokens before all are there.
 
     The bounds to plan with follow from these and are kept at hand, because policies read them for every request at
@@ -53,14 +54,14 @@ class Request:
     best_effort: bool = False
     admitted_s: float | None = None
     first_token_s: float | None = None
-    untold: bool = False
+    unobserved: bool = False
     generated: int = 0
     ttft_slo_s: float = field(init=False)
     tpot_slo_s: float | None = field(init=False)
     deadline_s: float = field(init=False)
     predicted_at_arrival: float = field(init=False)
     variance: float = field(init=False)
-    _foretold_p90: float = field(init=False)
+    _p90_at_arrival: float = field(init=False)
     _revise_at: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,12 +70,12 @@ class Request:
     @property
     def prefilling(self) -> bool:
         """Whether it is to be expected, of one that was admitted, that its prompt is not prefilled yet."""
-        return self.first_token_s is None and not self.untold
+        return self.first_token_s is None and not self.unobserved
 
     def predict(self, tokens: float, p90: float) -> None:
         """Take the prediction of the output length (tokens), as of before its first token."""
         self.predicted_tokens, self.predicted_p90 = tokens, p90
-        self.predicted_at_arrival, self._foretold_p90 = tokens, p90
+        self.predicted_at_arrival, self._p90_at_arrival = tokens, p90
         self._revise_at = tokens * self.sequences
         self._spread()
         self._plan()
@@ -94,7 +95,7 @@ class Request:
 
     def _outlived(self) -> None:
         each = self.generated / self.sequences
-        p50, p90, most = self.predicted_at_arrival, self._foretold_p90, self.max_tokens
+        p50, p90, most = self.predicted_at_arrival, self._p90_at_arrival, self.max_tokens
         self.predicted_tokens = min(surviving_quantile(0.5, each, p50, p90), most)
         self.predicted_p90 = max(min(surviving_quantile(0.9, each, p50, p90), most), self.predicted_tokens)
         ahead = max((self.predicted_tokens - each) / 2, 1.0)
@@ -119,7 +120,7 @@ class Request:
 
     def wait_again(self) -> None:
         """The engine that it was let in to never took it."""
-        self.admitted_s, self.untold = None, False
+        self.admitted_s, self.unobserved = None, False
         self._plan()
 
     def serve_at_best_effort(self) -> None:

@@ -21,13 +21,14 @@ _LEAST_ROOM = 64
 """Requests that a table has room for at first; it doubles."""
 
 
-class Columns(NamedTuple):
+class WaitingArrays(NamedTuple):
     """Of n requests, each of shape (n,), not to be written to. Seconds and tokens; infinite is what nothing bounds.
 
     ``arrival`` and ``deadline`` (of the first token) are monotonic, and so is ``end``, by which an end-to-end bound
     wants the last one. ``tpot``: the pace to plan with, ``own_tpot``: the TPOT bound that was asked for. Nobody insists
     on the pace or the end of best effort, so these are infinite. ``prompt`` and predicted ``output`` are per sequence,
-    as is ``foretold``: the output as it was predicted at arrival. ``length``: mean context over its life. ``variance``
+    as is ``predicted_at_arrival``: the output as it was predicted at arrival. ``length``: mean context over its
+    life. ``variance``
     (tokens^2): see `Request`.
     """
 
@@ -39,18 +40,18 @@ class Columns(NamedTuple):
     sequences: Floats
     prompt: Floats
     output: Floats
-    foretold: Floats
+    predicted_at_arrival: Floats
     length: Floats
     variance: Floats
 
     @classmethod
-    def of(cls, requests: Sequence[Request]) -> Columns:
+    def of(cls, requests: Sequence[Request]) -> WaitingArrays:
         """The columns of ``requests`` as they are now."""
-        return Table(requests).columns()
+        return WaitingTable(requests).arrays()
 
 
 def _row(request: Request) -> tuple[float, ...]:
-    """A request's place in each of the `Columns`."""
+    """A request's place in each of the `WaitingArrays`."""
     slo, pace_s = request.slo, request.tpot_slo_s
     insists = pace_s is not None and not request.best_effort
     return (
@@ -68,8 +69,8 @@ def _row(request: Request) -> tuple[float, ...]:
     )
 
 
-class Table:
-    """`Columns` that grow and shrink at any place. A request's row is read when it is put in."""
+class WaitingTable:
+    """`WaitingArrays` that grow and shrink at any place. A request's row is read when it is put in."""
 
     def __init__(self, requests: Sequence[Request] = ()) -> None:
         rows = [_row(request) for request in requests]
@@ -79,7 +80,7 @@ class Table:
             self._kept[:, : len(rows)] = np.array(rows, dtype=np.float64).T
 
     def _take_room(self, capacity: int) -> None:
-        self._kept = np.empty((len(Columns._fields), capacity), dtype=np.float64)
+        self._kept = np.empty((len(WaitingArrays._fields), capacity), dtype=np.float64)
         self._shown = self._kept.view()
         self._shown.flags.writeable = False
 
@@ -100,7 +101,7 @@ class Table:
         kept[:, at : count - 1] = kept[:, at + 1 : count]
         self._count = count - 1
 
-    def columns(self, first: int | None = None) -> Columns:
+    def arrays(self, first: int | None = None) -> WaitingArrays:
         """Of all, or of the ``first`` so many. Views: good until the next insertion or deletion."""
         count = self._count if first is None else min(first, self._count)
-        return Columns(*self._shown[:, :count])
+        return WaitingArrays(*self._shown[:, :count])

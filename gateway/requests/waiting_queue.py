@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
 from gateway.requests.request import Request
-from gateway.requests.waiting_arrays import Columns, Table
+from gateway.requests.waiting_arrays import WaitingArrays, WaitingTable
 
 _CHANGES = 64
 """In a row, that are made in a table of any size."""
@@ -20,7 +20,7 @@ Order = Callable[[Request], tuple[float, ...]]
 class WaitingQueue(Sequence[Request]):
     """A sequence of requests sorted by ``order``; adding and removing one costs O(log n) comparisons.
 
-    A key is read when its request is added, and so are its `columns`: after a change that moves it, `reorder` it.
+    A key is read when its request is added, and so are its `arrays`: after a change that moves it, `reorder` it.
     """
 
     def __init__(self, order: Order) -> None:
@@ -29,8 +29,8 @@ class WaitingQueue(Sequence[Request]):
         self._requests: list[Request] = []
         self._key_of: dict[str, tuple[float, ...]] = {}
         self._added = 0
-        self._table: Table | None = None
-        """Kept in step once somebody asked for `columns`: most policies never do."""
+        self._table: WaitingTable | None = None
+        """Kept in step once somebody asked for `arrays`: most policies never do."""
         self._changed = 0
         """Rows put in or taken out since somebody asked."""
         self.by_class: Counter[str] = Counter()
@@ -69,7 +69,7 @@ class WaitingQueue(Sequence[Request]):
             table.delete(at)
         return key
 
-    def _table_in_step(self) -> Table | None:
+    def _table_in_step(self) -> WaitingTable | None:
         """The table, if the change at hand is to be made in it: after many in a row it is sooner made anew."""
         self._changed += 1
         if self._changed > max(_CHANGES, len(self._requests) // 16):
@@ -89,12 +89,12 @@ class WaitingQueue(Sequence[Request]):
         self._table = None
         self.by_class.clear()
 
-    def columns(self, first: int | None = None) -> Columns:
+    def arrays(self, first: int | None = None) -> WaitingArrays:
         """Of all that wait, or of the ``first`` so many, as they were when added. Good until the next change."""
         if self._table is None:
-            self._table = Table(self._requests)
+            self._table = WaitingTable(self._requests)
         self._changed = 0
-        return self._table.columns(first)
+        return self._table.arrays(first)
 
     def __contains__(self, request: object) -> bool:
         return isinstance(request, Request) and request.id in self._key_of
@@ -113,6 +113,6 @@ class WaitingQueue(Sequence[Request]):
         return self._requests[index]
 
 
-def columns_of(requests: Sequence[Request], first: int | None = None) -> Columns:
+def arrays_of(requests: Sequence[Request], first: int | None = None) -> WaitingArrays:
     """The columns of the ``first`` so many (None: all) of any sequence: kept ones where it is a queue."""
-    return requests.columns(first) if isinstance(requests, WaitingQueue) else Columns.of(requests[:first])
+    return requests.arrays(first) if isinstance(requests, WaitingQueue) else WaitingArrays.of(requests[:first])

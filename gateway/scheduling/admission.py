@@ -18,16 +18,16 @@ from gateway.requests.waiting_queue import WaitingQueue
 
 
 @dataclass(slots=True, eq=False)
-class Admission:
+class AdmissionController:
     """The books of one engine. A request is in ``waiting``, in ``running``, or gone.
 
-    ``turns_best_effort`` says of a request that cannot attain its SLO whether it is served all the same.
+    ``serves_best_effort`` says of a request that cannot attain its SLO whether it is served all the same.
     ``look_again_s``: when a decision is due, if any wait (monotonic s).
     """
 
     policy: Policy
     engine: EngineState
-    turns_best_effort: Callable[[Request], bool] = lambda request: False
+    serves_best_effort: Callable[[Request], bool] = lambda request: False
     waiting: WaitingQueue = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
     look_again_s: float = -math.inf
@@ -83,7 +83,7 @@ class Admission:
         rejected = []
         for rejection in decision.reject:
             request = rejection.request
-            if not request.best_effort and self.turns_best_effort(request):
+            if not request.best_effort and self.serves_best_effort(request):
                 request.serve_at_best_effort()
                 self.waiting.reorder(request)
                 decision.recheck_at = now

@@ -1,7 +1,8 @@
 """One engine's lane: its class queues, its running set, its policy instance.
 
 Nothing in a lane knows that other engines exist. Decisions are made on the event loop, coalesced: however many events
-fall into one turn of the loop, the policy decides once. And only where there is news (`Admission.decides`): most steps
+fall into one turn of the loop, the policy decides once. And only where there is news
+(`AdmissionController.decides`): most steps
 change nothing that a policy could act on. While requests wait, deciding takes `DECIDING_SHARE` of the time, as far as
 the engine can wait so long.
 """
@@ -20,9 +21,9 @@ from gateway.policies.base import UNGATED, Decision, Policy, Rejection, prefill_
 from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
 from gateway.requests.waiting_queue import WaitingQueue
-from gateway.scheduling.admission import Admission
+from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.shadow import Shadow
-from gateway.scheduling.shadow_runner import Shadows
+from gateway.scheduling.shadow_runner import ShadowRunner
 
 log = logging.getLogger("antares.lane")
 
@@ -56,19 +57,19 @@ class QueueFull:
 class Admitted:
     """Go: ``lane`` serves the request; its first token was expected ``predicted_ttft_s`` after arrival."""
 
-    lane: Lane
+    engine_queue: EngineQueue
     predicted_ttft_s: float | None
 
 
 @dataclass(slots=True, frozen=True)
-class Displaced:
+class Reroute:
     """This lane's engine is down, but another's is not: place the request again."""
 
 
-Verdict = Displaced | Admitted | Rejection | EngineDown | QueueFull
+QueueOutcome = Reroute | Admitted | Rejection | EngineDown | QueueFull
 
 
-class Lane:
+class EngineQueue:
     """Queues in front of one engine. ``unbounded_wait_s``: how long to wait for a dead one without a TTFT bound.
 
     ``shadow``: policies by name that decide nothing, beside the one that does (`gateway.scheduling.shadow`).
@@ -87,19 +88,19 @@ class Lane:
     ) -> None:
         self.engine = engine
         self.classes = classes
-        self.admission = Admission(policy, engine.state, self._turns_best_effort)
+        self.admission = AdmissionController(policy, engine.state, self._serves_best_effort)
         beside = [
-            Shadow(name, policy, engine.state, classes, self._turns_best_effort)
+            Shadow(name, policy, engine.state, classes, self._serves_best_effort)
             for name, policy in (shadow or {}).items()
         ]
-        self.shadows = Shadows(beside, engine.state, clock)
+        self.shadows = ShadowRunner(beside, engine.state, clock)
         self.decisions = 0
         self.deciding_s = 0.0
-        self.another_lives: Callable[[], bool] = lambda: False
+        self.another_engine_alive: Callable[[], bool] = lambda: False
         self._clock = clock
         self._unbounded_wait_s = unbounded_wait_s
         self._on_decided = on_decided
-        self._verdicts: dict[str, asyncio.Future[Verdict]] = {}
+        self._outcomes: dict[str, asyncio.Future[QueueOutcome]] = {}
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = math.inf
@@ -125,9 +126,9 @@ class Lane:
 
     # --- events ---------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> asyncio.Future[Verdict]:
+    def submit(self, request: Request) -> asyncio.Future[QueueOutcome]:
         """Queue ``request``; the future tells what was decided. A full class queue answers at once."""
-        verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        verdict: asyncio.Future[QueueOutcome] = asyncio.get_running_loop().create_future()
         self.shadows.submitted(request)
         limit = self.classes[request.slo_class].max_waiting
         if self.waiting.by_class[request.slo_class] >= limit:
@@ -136,14 +137,14 @@ class Lane:
             verdict.set_result(QueueFull(limit, retry_after_s=max(1.0, self.admission.queued_prefill_s())))
             return verdict
         self.admission.submit(request)
-        self._verdicts[request.id] = verdict
+        self._outcomes[request.id] = verdict
         self.wake()
         return verdict
 
     def withdraw(self, request: Request) -> None:
         """The client left while its request waited."""
         self.shadows.withdrawn(request)
-        self._verdicts.pop(request.id, None)
+        self._outcomes.pop(request.id, None)
         if self.admission.withdraw(request):
             self.wake()
 
@@ -229,17 +230,17 @@ class Lane:
             self.shadows.rejected(rejection.request)
             self._tell(rejection.request, rejection)
 
-    def _turns_best_effort(self, request: Request) -> bool:
+    def _serves_best_effort(self, request: Request) -> bool:
         return self.classes[request.slo_class].on_unattainable == "best_effort"
 
-    def _tell(self, request: Request, verdict: Verdict) -> bool:
-        waiting = self._verdicts.pop(request.id, None)
+    def _tell(self, request: Request, verdict: QueueOutcome) -> bool:
+        waiting = self._outcomes.pop(request.id, None)
         if waiting is None or waiting.done():
             return False
         waiting.set_result(verdict)
         return True
 
-    def _turn_away(self, request: Request, verdict: Verdict) -> None:
+    def _turn_away(self, request: Request, verdict: QueueOutcome) -> None:
         self.admission.withdraw(request)
         self.shadows.withdrawn(request)
         self._tell(request, verdict)
@@ -247,8 +248,8 @@ class Lane:
     def _fail_all_waiting(self, error: Exception) -> None:
         """A bug in a policy must not keep requests waiting for ever, nor the one that brought it out fail the next."""
         log.error("policy %s failed: %s", self.policy.name, type(error).__name__, exc_info=error)
-        verdicts = list(self._verdicts.values())
-        self._verdicts.clear()
+        verdicts = list(self._outcomes.values())
+        self._outcomes.clear()
         for request in self.waiting:
             self.shadows.withdrawn(request)
         self.waiting.clear()
@@ -257,9 +258,9 @@ class Lane:
                 verdict.set_exception(error)
 
     def _turn_away_what_cannot_wait(self, now: float) -> None:
-        if self.another_lives():
+        if self.another_engine_alive():
             for request in list(self.waiting):
-                self._turn_away(request, Displaced())
+                self._turn_away(request, Reroute())
             return
         expected_in = self._expected_in_s(now)
         for request in list(self.waiting):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from gateway.policies.annealing.policy import Annealing
 from gateway.requests.request import Request
-from gateway.scheduling.admission import Admission
+from gateway.scheduling.admission import AdmissionController
 
 
 def kv_tokens(request: Request) -> float:
@@ -39,10 +39,10 @@ def assign(needs: Sequence[float], left: Sequence[float]) -> list[int]:
     return chosen
 
 
-def load(admission: Admission) -> tuple[float, int]:
+def load(admission: AdmissionController) -> tuple[float, int]:
     """How much is ahead of a newcomer, to compare engines, as the policy there places requests: the least is next.
 
-    `Annealing`: by KV memory. Others: by seconds of prefill work (`Admission.load`).
+    `Annealing`: by KV memory. Others: by seconds of prefill work (`AdmissionController.load`).
     """
     if not isinstance(admission.policy, Annealing):
         return admission.load()

@@ -7,42 +7,42 @@ from collections.abc import Sequence
 from functools import partial
 
 from gateway.requests.request import Request
-from gateway.scheduling.engine_queue import Lane, Verdict
+from gateway.scheduling.engine_queue import EngineQueue, QueueOutcome
 from gateway.scheduling.placement import load as ahead
 
 
-class Dispatcher:
-    """Holds one lane per engine; one is the common case. ``lanes`` must not be empty."""
+class Router:
+    """Holds one lane per engine; one is the common case. ``engine_queues`` must not be empty."""
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        self.lanes = list(lanes)
-        for lane in self.lanes:
-            lane.another_lives = partial(self._lives_beside, lane)
+    def __init__(self, engine_queues: Sequence[EngineQueue]) -> None:
+        self.engine_queues = list(engine_queues)
+        for engine_queue in self.engine_queues:
+            engine_queue.another_engine_alive = partial(self._another_alive, engine_queue)
 
-    def submit(self, request: Request) -> tuple[Lane, asyncio.Future[Verdict]]:
+    def submit(self, request: Request) -> tuple[EngineQueue, asyncio.Future[QueueOutcome]]:
         """Place ``request`` and queue it; answers the lane and what it will decide."""
-        lane = self.place(request)
-        return lane, lane.submit(request)
+        engine_queue = self.place(request)
+        return engine_queue, engine_queue.submit(request)
 
-    def place(self, request: Request) -> Lane:
+    def place(self, request: Request) -> EngineQueue:
         """The lane with the most headroom, as its policy counts it (`multi_instance.load`); living engines first."""
-        if len(self.lanes) == 1:
-            return self.lanes[0]
+        if len(self.engine_queues) == 1:
+            return self.engine_queues[0]
 
-        def load(lane: Lane) -> tuple[bool, float, int]:
-            return (not lane.engine.state.alive, *ahead(lane.admission))
+        def load(engine_queue: EngineQueue) -> tuple[bool, float, int]:
+            return (not engine_queue.engine.state.alive, *ahead(engine_queue.admission))
 
-        return min(self.lanes, key=load)
+        return min(self.engine_queues, key=load)
 
-    def _lives_beside(self, lane: Lane) -> bool:
-        return any(other.engine.state.alive for other in self.lanes if other is not lane)
+    def _another_alive(self, engine_queue: EngineQueue) -> bool:
+        return any(other.engine.state.alive for other in self.engine_queues if other is not engine_queue)
 
     @property
     def alive(self) -> bool:
         """Whether any engine can serve."""
-        return any(lane.engine.state.alive for lane in self.lanes)
+        return any(engine_queue.engine.state.alive for engine_queue in self.engine_queues)
 
     def close(self) -> None:
         """Stop every lane's timer."""
-        for lane in self.lanes:
-            lane.close()
+        for engine_queue in self.engine_queues:
+            engine_queue.close()

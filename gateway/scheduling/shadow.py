@@ -30,13 +30,13 @@ from statistics import NormalDist
 from typing import Literal
 
 from engine_adapter.engine import EngineState
-from engine_adapter.gates.best_effort_preemption import kept_places
+from engine_adapter.gates.best_effort_preemption import reserved_slots
 from engine_adapter.gates.composite import GATES
 from engine_adapter.gates.slack import SlackGate
 from gateway.policies.base import Policy
 from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
-from gateway.scheduling.admission import Admission
+from gateway.scheduling.admission import AdmissionController
 
 MOST_KNOWN = 16_384
 """Requests in a shadow's books. It is not told of those that come when they are full."""
@@ -89,7 +89,7 @@ class Shadow:
         policy: Policy,
         engine: EngineState,
         classes: Mapping[str, SloClass],
-        turns_best_effort: Callable[[Request], bool] = lambda request: False,
+        serves_best_effort: Callable[[Request], bool] = lambda request: False,
         most_known: int = MOST_KNOWN,
     ) -> None:
         self.name = name
@@ -101,7 +101,7 @@ class Shadow:
         self._engine = engine
         self._classes = classes
         self._most_known = most_known
-        self._admission = Admission(policy, replace(engine), turns_best_effort)
+        self._admission = AdmissionController(policy, replace(engine), serves_best_effort)
         self._known: dict[str, _Known] = {}
         self._looked_at = 0.0
 
@@ -231,11 +231,11 @@ class Shadow:
     def _places_first(self) -> Iterable[Request]:
         """What was admitted: first who has a place."""
         running = self._admission.running.values()
-        if not (self._engine.gate.makes_way and GATES[self._admission.policy.gate] is SlackGate):
+        if not (self._engine.gate.preemptible and GATES[self._admission.policy.gate] is SlackGate):
             return running
         others = [copy for copy in running if copy.tpot_slo_s is None or copy.tpot_slo_s == math.inf]
         paced = [copy for copy in running if copy.tpot_slo_s is not None and copy.tpot_slo_s < math.inf]
-        kept = kept_places(self._engine.max_num_seqs)
+        kept = reserved_slots(self._engine.max_num_seqs)
         return [*others[:kept], *paced, *others[kept:]]
 
     def _come_along(self, now: float) -> None:

@@ -37,7 +37,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Shadows:
+class ShadowRunner:
     """``shadows`` beside the lane of one engine; with none, nothing here costs more than a call."""
 
     def __init__(

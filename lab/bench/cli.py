@@ -31,7 +31,7 @@ from lab.workload_options import (
 
 if TYPE_CHECKING:
     from lab.bench.load_client import OnProgress, Sent, Target
-    from lab.workload import Asked
+    from lab.workload import WorkloadRequest
 
 LATE_S = 0.010
 """A client whose 99th percentile of lateness is above this (s) says so loudly: its figures are partly its own."""
@@ -164,7 +164,7 @@ def _costs(profile: str | None) -> list[Any] | None:
     return works(load_profile(profile))
 
 
-def _reached(target: Target, sample: Asked, warmup: int) -> Target:
+def _reached(target: Target, sample: WorkloadRequest, warmup: int) -> Target:
     """The target with its model known, after ``warmup`` answered requests. Raises `BenchError`."""
     from dataclasses import replace
 
@@ -196,7 +196,7 @@ def _reached(target: Target, sample: Asked, warmup: int) -> Target:
 
 
 def _run(
-    target: Target, policy: str, qps: float | None, seed: int, asked: list[Asked], costs: list[Any] | None
+    target: Target, policy: str, qps: float | None, seed: int, asked: list[WorkloadRequest], costs: list[Any] | None
 ) -> dict[str, Any]:
     import asyncio
     import time

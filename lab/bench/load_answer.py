@@ -16,15 +16,16 @@ import orjson
 from engine_adapter.remote.sse import EventKind, SSESplitter, TokenCounter, parse_event
 from gateway.requests.progress import tpot
 from lab.records.run_record import Outcome
-from lab.workload import Asked
+from lab.workload import WorkloadRequest
 
 UNREACHABLE = "unreachable"
 """How the reason begins when no connection came about."""
 
 
 @dataclass(slots=True)
-class Answered:
-    """What one request came to; `Served`, as it travels from the client's process. Times in seconds from the due time.
+class ClientResult:
+    """What one request came to; `RequestResult`, as it travels from the client's process. Times in seconds from the
+    due time.
 
     ``tokens`` is the answer's length; ``from_usage`` says that the server stated it.
     """
@@ -59,7 +60,7 @@ class _Stream:
             self.first = at
         self.last = at
 
-    def on_untold(self) -> None:
+    def on_unobserved(self) -> None:
         """A client sees for itself."""
 
     def feed(self, data: bytes, at: float) -> None:
@@ -77,10 +78,10 @@ class _Stream:
 async def ask(
     session: aiohttp.ClientSession,
     path: str,
-    asked: Asked,
+    asked: WorkloadRequest,
     body: bytes,
     due: float,
-    answer: Answered,
+    answer: ClientResult,
     *,
     exact_length: bool,
 ) -> None:
@@ -110,7 +111,7 @@ async def ask(
     _judge(stream, answer, asked, due, exact_length)
 
 
-def _refused(answer: Answered, status: int, body: bytes) -> None:
+def _refused(answer: ClientResult, status: int, body: bytes) -> None:
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -130,7 +131,7 @@ def _message(body: dict[str, Any]) -> str:
     return str(said)[:200]
 
 
-def _judge(stream: _Stream, answer: Answered, asked: Asked, due: float, exact_length: bool) -> None:
+def _judge(stream: _Stream, answer: ClientResult, asked: WorkloadRequest, due: float, exact_length: bool) -> None:
     if stream.first is not None:
         usage = stream.counter.usage or {}
         stated = usage.get("completion_tokens")

@@ -20,9 +20,9 @@ import aiohttp
 import numpy as np
 import orjson
 
-from lab.bench.load_answer import Answered, ask
-from lab.records.run_record import Served, quantile
-from lab.workload import Asked
+from lab.bench.load_answer import ClientResult, ask
+from lab.records.run_record import RequestResult, quantile
+from lab.workload import WorkloadRequest
 
 OnProgress = Callable[[int, int], None]
 """Called with the requests sent and those that are over."""
@@ -64,7 +64,7 @@ class Target:
         key = {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
         return {"content-type": "application/json", **key}
 
-    def body(self, asked: Asked, random: np.random.Generator) -> bytes:
+    def body(self, asked: WorkloadRequest, random: np.random.Generator) -> bytes:
         """A request of the asked size, its content at random so that no prefix cache helps."""
         fields: dict[str, Any] = {
             "model": self.model,
@@ -94,14 +94,14 @@ class Sent:
     """A workload's answers, in its order, and the seconds from the start to the last of them."""
 
     target: Target
-    workload: Sequence[Asked]
-    answers: list[Answered]
+    workload: Sequence[WorkloadRequest]
+    answers: list[ClientResult]
     duration_s: float
 
-    def served(self) -> list[Served]:
+    def served(self) -> list[RequestResult]:
         """The answers as `lab.records.run_record.run_record` takes them."""
         return [
-            Served(asked, a.outcome, a.ttft_s, a.tpot_s, a.e2e_s, a.late_s, a.reason)
+            RequestResult(asked, a.outcome, a.ttft_s, a.tpot_s, a.e2e_s, a.late_s, a.reason)
             for asked, a in zip(self.workload, self.answers, strict=True)
         ]
 
@@ -127,17 +127,19 @@ class Sent:
         }
 
 
-async def send(target: Target, workload: Sequence[Asked], seed: int, on_progress: OnProgress | None = None) -> Sent:
+async def send(
+    target: Target, workload: Sequence[WorkloadRequest], seed: int, on_progress: OnProgress | None = None
+) -> Sent:
     """Send ``workload`` from this process and wait for every answer; ``seed`` decides the prompts' content."""
     random = np.random.default_rng(seed)
     bodies = [target.body(asked, random) for asked in workload]
-    answers = [Answered() for _ in workload]
-    places = asyncio.Semaphore(target.max_connections) if target.max_connections else contextlib.nullcontext()
+    answers = [ClientResult() for _ in workload]
+    slots = asyncio.Semaphore(target.max_connections) if target.max_connections else contextlib.nullcontext()
     sent = done = 0
 
     async def one(which: int, due: float) -> None:
         nonlocal done
-        async with places:
+        async with slots:
             await ask(
                 session,
                 target.path,
@@ -181,7 +183,7 @@ async def send(target: Target, workload: Sequence[Asked], seed: int, on_progress
 
 
 async def send_from_another_process(
-    target: Target, workload: Sequence[Asked], seed: int, on_progress: OnProgress | None = None
+    target: Target, workload: Sequence[WorkloadRequest], seed: int, on_progress: OnProgress | None = None
 ) -> Sent:
     """`send`, in a process of its own. Raises `RuntimeError` when that process fails."""
     job = {"target": asdict(target), "workload": [astuple(asked) for asked in workload], "seed": seed}
@@ -212,14 +214,14 @@ async def send_from_another_process(
             await process.wait()
     if process.returncode or "answers" not in last:
         raise RuntimeError(f"the load client ended with code {process.returncode}")
-    return Sent(target, workload, [Answered(*row) for row in last["answers"]], last["duration_s"])
+    return Sent(target, workload, [ClientResult(*row) for row in last["answers"]], last["duration_s"])
 
 
 def main() -> None:
     """Read a job from standard input; write progress and then the answers to standard output, a JSON object a line."""
     job = orjson.loads(sys.stdin.buffer.read())
     # JSON has no infinity: a bound that is none.
-    workload = [Asked(*map(_or_infinite, row)) for row in job["workload"]]
+    workload = [WorkloadRequest(*map(_or_infinite, row)) for row in job["workload"]]
 
     def put(found: dict[str, Any]) -> None:
         sys.stdout.buffer.write(orjson.dumps(found) + b"\n")

@@ -139,11 +139,11 @@ async def run_sweep(
         async with client:
             for number, one in enumerate(rounds):
                 recorder.round = number
-                places = asyncio.Semaphore(one.in_flight)
+                slots = asyncio.Semaphore(one.in_flight)
                 asked = [_body(engine, prompt, output, random) for prompt, output in one.requests]
                 async with asyncio.TaskGroup() as group:
                     for body in asked:
-                        group.create_task(_ask(client, body, places, progress))
+                        group.create_task(_ask(client, body, slots, progress))
                 await asyncio.sleep(_SETTLE_S)
     except BaseExceptionGroup as several:
         raise several.exceptions[0] from None
@@ -168,9 +168,9 @@ def _body(engine: Engine, prompt_tokens: int, output_tokens: int, random: np.ran
 
 
 async def _ask(
-    client: httpx.AsyncClient, body: dict[str, Any], places: asyncio.Semaphore, progress: Callable[[int], None]
+    client: httpx.AsyncClient, body: dict[str, Any], slots: asyncio.Semaphore, progress: Callable[[int], None]
 ) -> None:
-    async with places:
+    async with slots:
         response = await client.post("/v1/completions", json=body)
     if response.status_code != 200:
         raise RuntimeError(f"the engine answered {response.status_code}: {response.text[:300]}")

@@ -14,20 +14,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lab.workload import Asked
+from lab.workload import WorkloadRequest
 
 Outcome = Literal["finished", "rejected", "failed"]
 
 
 @dataclass(slots=True)
-class Served:
+class RequestResult:
     """One request's fate. Times in seconds from the moment it was due.
 
     ``ttft_s`` and ``e2e_s`` are None when there was no first, or no last, token; ``tpot_s`` is 0 up to one token.
     ``late_s`` is by how much a load client missed the due moment; ``reason`` says why it was rejected or failed.
     """
 
-    asked: Asked
+    asked: WorkloadRequest
     outcome: Outcome
     ttft_s: float | None = None
     tpot_s: float = 0.0
@@ -61,7 +61,7 @@ def run_record(
     policy: str,
     qps: float,
     seed: int,
-    served: Sequence[Served],
+    served: Sequence[RequestResult],
     duration_s: float,
     *,
     wall_s: float,
@@ -106,12 +106,12 @@ def run_record(
     }
 
 
-def _class(served: list[Served]) -> dict[str, Any]:
+def _class(served: list[RequestResult]) -> dict[str, Any]:
     return {"requests": len(served), **_shares(served), **_quantiles(served)}
 
 
-def _shares(served: Sequence[Served]) -> dict[str, float | None]:
-    def share(holds: Callable[[Served], bool]) -> float | None:
+def _shares(served: Sequence[RequestResult]) -> dict[str, float | None]:
+    def share(holds: Callable[[RequestResult], bool]) -> float | None:
         return _rounded(sum(map(holds, served)) / len(served), 4)
 
     return {
@@ -125,7 +125,7 @@ def _shares(served: Sequence[Served]) -> dict[str, float | None]:
     }
 
 
-def _quantiles(served: Sequence[Served]) -> dict[str, float | None]:
+def _quantiles(served: Sequence[RequestResult]) -> dict[str, float | None]:
     finished = [one for one in served if one.outcome == "finished"]
     ttft = [one.ttft_s for one in finished if one.ttft_s is not None]
     tpot = [one.tpot_s for one in finished]

@@ -19,8 +19,8 @@ from lab.bounds import bounds, works
 from lab.records.run_record import run_record
 from lab.simulate.predictions import predict
 from lab.simulate.simulator import simulate
-from lab.simulate.step_jitter import Unsteadiness
-from lab.workload import Asked, make_workload
+from lab.simulate.step_jitter import StepJitter
+from lab.workload import WorkloadRequest, make_workload
 
 MOST_QPS = 4096.0
 """`capacity` looks no further."""
@@ -31,7 +31,8 @@ class Experiment:
     """What stays the same over the runs of one experiment.
 
     ``workload``: `make_workload`'s arguments but for the rate and the seed. ``limits``: of the engine, where they
-    differ from the profile's. ``predictor``: see `lab.simulate.predictions`. ``apart``, ``unsteady``: see `simulate`.
+    differ from the profile's. ``predictor``: see `lab.simulate.predictions`. ``apart``, ``step_jitter``: see
+    `simulate`.
     """
 
     profile: str = "a100-llama3.1-8b"
@@ -42,7 +43,7 @@ class Experiment:
     learn: bool = True
     apart: bool = True
     limits: dict[str, Any] = field(default_factory=dict)
-    unsteady: Unsteadiness | None = None
+    step_jitter: StepJitter | None = None
 
     def engine(self) -> Profile:
         """The profile, under the limits. ValueError when its KV memory does not hold one sequence."""
@@ -53,7 +54,7 @@ class Experiment:
             )
         return profile
 
-    def asked(self, qps: float | None, seed: int) -> list[Asked]:
+    def asked(self, qps: float | None, seed: int) -> list[WorkloadRequest]:
         """The workload at ``qps`` (None: a trace's own rate)."""
         return make_workload(qps=qps, seed=seed, **self.workload)
 
@@ -120,7 +121,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         replicas=experiment.replicas,
         learn=experiment.learn,
         apart=experiment.apart,
-        unsteady=experiment.unsteady,
+        step_jitter=experiment.step_jitter,
         seed=run.seed,
         on_ended=on_ended,
     )
@@ -143,7 +144,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
     )
 
 
-def _rate(asked: Sequence[Asked]) -> float:
+def _rate(asked: Sequence[WorkloadRequest]) -> float:
     """The mean rate (1/s) of a trace at its own pace; 0 where all come at once."""
     span_s = asked[-1].at_s - asked[0].at_s
     return (len(asked) - 1) / span_s if span_s > 0 else 0.0

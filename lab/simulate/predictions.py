@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lab.workload import Asked
+from lab.workload import WorkloadRequest
 from lab.workload.lengths import DATA
 
 Floats = NDArray[np.float64]
@@ -40,7 +40,7 @@ class Predicted:
     p90: float
 
 
-def predict(how: str, workload: Sequence[Asked], seed: int) -> list[Predicted]:
+def predict(how: str, workload: Sequence[WorkloadRequest], seed: int) -> list[Predicted]:
     """A prediction for each request of ``workload``; the same ``seed`` gives the same errors.
 
     Raises:

@@ -17,7 +17,7 @@ from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.step_time.profile import Profile
 from gateway.policies.base import UNGATED, Decision, Policy
 from gateway.requests.request import Request
-from gateway.scheduling.admission import Admission
+from gateway.scheduling.admission import AdmissionController
 from lab.simulate.step_jitter import Speeds
 
 _SHORTEST_STEP_S = 1e-4
@@ -61,10 +61,10 @@ class Replica:
             max_model_len=profile.max_model_len,
             kv_tokens=profile.kv_tokens,
             plans_ahead=profile.plans_ahead,
-            gate=GateReport(makes_way=step_mode == "chunked" and GATES[policy.gate] is SlackGate),
+            gate=GateReport(preemptible=step_mode == "chunked" and GATES[policy.gate] is SlackGate),
             step_time=StepTimeModel(times=times or profile.step_times(), learn=learn),
         )
-        self.admission = Admission(policy, self.state, lambda request: best_effort)
+        self.admission = AdmissionController(policy, self.state, lambda request: best_effort)
         self.scheduler = SimulatedScheduler(
             max_num_seqs=profile.max_num_seqs,
             max_num_batched_tokens=profile.max_num_batched_tokens,

@@ -18,11 +18,11 @@ from gateway.requests.progress import tpot
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
 from gateway.scheduling.placement import load
-from lab.records.run_record import Served
+from lab.records.run_record import RequestResult
 from lab.simulate.predictions import Predicted
 from lab.simulate.replica import Replica
-from lab.simulate.step_jitter import Unsteadiness
-from lab.workload import Asked
+from lab.simulate.step_jitter import StepJitter
+from lab.workload import WorkloadRequest
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class Simulated:
     ``scheduling_s`` is real time: what all decisions took. ``busy_s``: virtual time that engines spent in steps.
     """
 
-    served: list[Served]
+    served: list[RequestResult]
     duration_s: float
     scheduling_s: float
     decisions: int
@@ -42,7 +42,7 @@ class Simulated:
 
 
 def simulate(
-    workload: Sequence[Asked],
+    workload: Sequence[WorkloadRequest],
     predictions: Sequence[Predicted],
     profile: Profile,
     make_policy: Callable[[], Policy],
@@ -54,7 +54,7 @@ def simulate(
     apart: bool = True,
     best_effort: bool = False,
     tenants: Sequence[str] | None = None,
-    unsteady: Unsteadiness | None = None,
+    step_jitter: StepJitter | None = None,
     seed: int = 0,
     on_ended: Callable[[int], None] = lambda ended: None,
 ) -> Simulated:
@@ -84,7 +84,7 @@ def simulate(
             f"the workload has a request of {longest} tokens, but an engine of the profile {profile.name!r} holds "
             f"{profile.max_model_len}: limit it with --max-prompt and --max-output"
         )
-    speeds = [unsteady.speeds(seed * replicas + n) if unsteady else None for n in range(replicas)]
+    speeds = [step_jitter.speeds(seed * replicas + n) if step_jitter else None for n in range(replicas)]
     engines = [
         Replica(
             profile,
@@ -138,10 +138,10 @@ def simulate(
 class _Fates:
     """How each request of a workload ended."""
 
-    def __init__(self, workload: Sequence[Asked], on_ended: Callable[[int], None]) -> None:
+    def __init__(self, workload: Sequence[WorkloadRequest], on_ended: Callable[[int], None]) -> None:
         self.open = len(workload)
         self._workload = workload
-        self._served: list[Served | None] = [None] * len(workload)
+        self._served: list[RequestResult | None] = [None] * len(workload)
         self._on_ended = on_ended
 
     def finished(self, now: float, requests: Sequence[Request]) -> None:
@@ -150,7 +150,7 @@ class _Fates:
             assert request.first_token_s is not None
             self._end(
                 request,
-                Served(
+                RequestResult(
                     self._workload[int(request.id)],
                     "finished",
                     ttft_s=request.first_token_s - request.arrival_s,
@@ -161,16 +161,16 @@ class _Fates:
 
     def rejected(self, request: Request, reason: str) -> None:
         """It was turned away."""
-        self._end(request, Served(self._workload[int(request.id)], "rejected", reason=reason))
+        self._end(request, RequestResult(self._workload[int(request.id)], "rejected", reason=reason))
 
-    def _end(self, request: Request, served: Served) -> None:
+    def _end(self, request: Request, served: RequestResult) -> None:
         assert self._served[int(request.id)] is None, "a request ended twice"
         self._served[int(request.id)] = served
         self.open -= 1
         if self.open % 64 == 0:
             self._on_ended(len(self._workload) - self.open)
 
-    def served(self) -> list[Served]:
+    def served(self) -> list[RequestResult]:
         """All of them, in the workload's order."""
         return [served for served in self._served if served is not None]
 
@@ -183,13 +183,13 @@ def _load(engine: Replica) -> tuple[float, int]:
     return load(engine.admission)
 
 
-def asked_slo(asked: Asked) -> Slo:
+def asked_slo(asked: WorkloadRequest) -> Slo:
     """The bounds as a gateway has them: one that is infinite is none."""
     bounds = (asked.ttft_slo_s, asked.tpot_slo_s, asked.e2e_slo_s)
     return Slo(*(bound if bound < math.inf else None for bound in bounds))
 
 
-def _request(index: int, asked: Asked, predicted: Predicted, tenant: str) -> Request:
+def _request(index: int, asked: WorkloadRequest, predicted: Predicted, tenant: str) -> Request:
     return Request(
         id=str(index),
         slo_class=str(asked.category),

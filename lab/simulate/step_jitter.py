@@ -11,7 +11,7 @@ DRIFTS_OVER = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Unsteadiness:
+class StepJitter:
     """Standard deviations, as shares of a step's time: ``jitter`` from step to step, ``drift`` over `DRIFTS_OVER`."""
 
     jitter: float
@@ -26,13 +26,13 @@ class Unsteadiness:
 class Speeds:
     """What one step's time after another is multiplied by: log-normal, with a mean of 1."""
 
-    unsteadiness: Unsteadiness
+    step_jitter: StepJitter
     _random: random.Random = field(repr=False)
     _drift: float = 0.0
 
     def next(self) -> float:
         """The next step's."""
-        jitter, drift = self.unsteadiness.jitter, self.unsteadiness.drift
+        jitter, drift = self.step_jitter.jitter, self.step_jitter.drift
         keeps = 1 - 1 / DRIFTS_OVER
         self._drift = keeps * self._drift + drift * math.sqrt(1 - keeps**2) * self._random.gauss()
         return math.exp(self._drift + jitter * self._random.gauss() - (jitter**2 + drift**2) / 2)

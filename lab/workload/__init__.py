@@ -46,7 +46,7 @@ SLO_TABLES: dict[str, tuple[tuple[float, float, float], ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class WorkloadRequest:
     """One request: when it is sent (s after the start), its sizes (tokens), its bounds (s), its category (from 1).
 
     A bound that it does not carry is infinite.
@@ -88,7 +88,7 @@ def make_workload(
     mix: Mapping[int, float] | None = None,
     max_prompt: int | None = None,
     max_output: int | None = None,
-) -> list[Asked]:
+) -> list[WorkloadRequest]:
     """A workload, in the order of arrival.
 
     Args:
@@ -141,7 +141,7 @@ def make_workload(
     if name == code_chat.NAME:
         prompts, outputs = code_chat.draw(sizes, np.isfinite(e2e[categories]), max_prompt, max_output)
     columns = (at_s, prompts, outputs, ttft[categories], tpot[categories] / 1000, categories + 1, e2e[categories])
-    return [Asked(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    return [WorkloadRequest(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _categories(random: np.random.Generator, n: int, count: int, mix: Mapping[int, float] | None) -> Ints:

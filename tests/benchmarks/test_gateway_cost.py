@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from benchmarks.overhead import gateway_cost
 from benchmarks.overhead.gateway_cost import ONE_TOKEN, SERVERS, Case, all_answered, costs, measure, page
-from lab.bench.load_answer import Answered
+from lab.bench.load_answer import ClientResult
 
 
 def run(
@@ -61,12 +61,12 @@ async def test_each_server_is_a_process_that_answers_all(server: str) -> None:
     assert 0 < found["ttft_p50_ms"] <= found["ttft_p99_ms"]
 
 
-@pytest.mark.parametrize("broken", [Answered("failed", "no"), Answered("finished", tokens=4)])
-def test_an_answer_that_is_not_whole_is_no_measurement(broken: Answered) -> None:
+@pytest.mark.parametrize("broken", [ClientResult("failed", "no"), ClientResult("finished", tokens=4)])
+def test_an_answer_that_is_not_whole_is_no_measurement(broken: ClientResult) -> None:
     case = Case("few", requests=2, over_s=0.1, tokens=5, step_ms=2.0)
-    all_answered("alone", case, [Answered("finished", tokens=5)] * 2)
+    all_answered("alone", case, [ClientResult("finished", tokens=5)] * 2)
     with pytest.raises(RuntimeError, match=r"few, alone: 1 not answered in full, the first: (no|4 tokens)"):
-        all_answered("alone", case, [Answered("finished", tokens=5), broken])
+        all_answered("alone", case, [ClientResult("finished", tokens=5), broken])
 
 
 def test_the_command_refuses_no_rounds() -> None:

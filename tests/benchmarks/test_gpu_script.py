@@ -51,7 +51,7 @@ def script(*arguments: str, **environment: object) -> subprocess.CompletedProces
 @pytest.fixture
 def stand_in(tmp_path: Path) -> dict[str, object]:
     """The environment in which the script finds a stand-in for `antares`, and a model that is written already."""
-    from lab.records.run_record import Served, run_record
+    from lab.records.run_record import RequestResult, run_record
     from lab.workload import make_workload
 
     folder = tmp_path / "bin"
@@ -63,13 +63,13 @@ def stand_in(tmp_path: Path) -> dict[str, object]:
     (tmp_path / "out" / "model").mkdir(parents=True)
     (tmp_path / "out" / "model" / "config.json").write_text("{}")
     asked = make_workload("small", qps=1.0, requests=3, seed=0)
-    served = [Served(one, "finished", 0.1, 0.01, 1.0) for one in asked]
+    served = [RequestResult(one, "finished", 0.1, 0.01, 1.0) for one in asked]
     record = run_record("fcfs", 1.0, 0, served, 3.0, wall_s=3.0, client_lateness_p99_s=0.0, short_answers=0.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    places = {"BIN": folder, "OUT": tmp_path / "out", "PORT": port}
-    return {**places, "POLICIES": "fcfs slack", "RATES": "2 8 16", "RUN": json.dumps(record)}
+    slots = {"BIN": folder, "OUT": tmp_path / "out", "PORT": port}
+    return {**slots, "POLICIES": "fcfs slack", "RATES": "2 8 16", "RUN": json.dumps(record)}
 
 
 def test_it_is_valid_bash() -> None:

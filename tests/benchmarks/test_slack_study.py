@@ -30,12 +30,12 @@ from engine_adapter.step_time.profile import load_profile
 from gateway.policies.slack.policy import Slack
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
-from lab.records.run_record import Served
+from lab.records.run_record import RequestResult
 from lab.simulate.experiment import Experiment, Run
 from lab.simulate.predictions import predict
 from lab.simulate.replica import Replica
 from lab.simulate.simulator import Simulated, simulate
-from lab.workload import Asked, make_workload
+from lab.workload import WorkloadRequest, make_workload
 
 pytestmark = (
     pytest.mark.no_cover
@@ -46,7 +46,7 @@ BRIEF = Experiment(workload={"name": "sharegpt", "duration_s": 4.0})
 CROWDED = make_workload("sharegpt", qps=120.0, duration_s=4.0, seed=3)
 
 
-def came_of(name: str, workload: Sequence[Asked] = CROWDED, **limits: Any) -> Simulated:
+def came_of(name: str, workload: Sequence[WorkloadRequest] = CROWDED, **limits: Any) -> Simulated:
     """The workload under `slack` without the part called ``name``."""
     without = WITHOUT[name]
     with without.around():
@@ -62,7 +62,7 @@ def engine() -> EngineState:
 
 
 @cache  # not a fixture: those are set up under the tracer
-def in_full() -> list[Served]:
+def in_full() -> list[RequestResult]:
     return came_of(FULL).served
 
 
@@ -75,7 +75,12 @@ def test_nothing_taken_out_is_the_product() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in WITHOUT if name not in {FULL, "floor", "memory", "holding off", "easing", MAKING_WAY}]
+    "name",
+    [
+        name
+        for name in WITHOUT
+        if name not in {FULL, "min_admission_share", "memory", "holding off", "easing", MAKING_WAY}
+    ],
 )
 def test_without_a_part_another_thing_happens_under_overload(name: str) -> None:
     without = came_of(name).served
@@ -84,7 +89,7 @@ def test_without_a_part_another_thing_happens_under_overload(name: str) -> None:
 
 
 def test_the_floor_is_taken_out_for_classes_and_tenants_alike() -> None:
-    assert WITHOUT["floor"].make() == Slack(floor=0.0)
+    assert WITHOUT["min_admission_share"].make() == Slack(min_admission_share=0.0)
 
 
 def test_without_its_part_memory_overflows_where_it_is_short() -> None:
@@ -143,7 +148,7 @@ def test_a_burst_at_best_effort_is_served_whole_and_costs_the_others_next_to_not
 
 
 def test_steps_that_vary_are_what_a_trial_with_them_meets() -> None:
-    wild = replace(BRIEF, unsteady=slack_study.UNSTEADY["20%, drifting by 10%"])
+    wild = replace(BRIEF, step_jitter=slack_study.UNSTEADY["20%, drifting by 10%"])
     one, other, steady = (play(Trial("x", "slack", 2.0, how, Run("slack", 40.0, 1))) for how in (wild, wild, BRIEF))
     assert one == other
     assert one != steady
@@ -158,7 +163,8 @@ def test_the_first_that_does_not_fit_blocks_the_one_behind() -> None:
     # 3,500 and 1,000 prompt tokens are more than the engine's runway holds; the third is short enough.
     waiting = [asking("a", prompt=3500, ttft=1.0), asking("b", prompt=1000, ttft=1.5), asking("c", prompt=50, ttft=2.0)]
     admitted = {
-        kind: [r.id for r in kind(thrift=0.0).decide(0.0, waiting, [], engine()).admit] for kind in (Slack, Blocking)
+        kind: [r.id for r in kind(cost_weight=0.0).decide(0.0, waiting, [], engine()).admit]
+        for kind in (Slack, Blocking)
     }
     assert admitted == {Slack: ["a", "c"], Blocking: ["a"]}
 
@@ -198,7 +204,7 @@ def test_a_part_has_every_row_at_every_load_with_every_seed_and_each_once(part: 
         "tenants": 2 * 2 * 2,
         "predictors": 2 * 3 * 3 * len(slack_study.PREDICTORS),
         "step-times": 2 * 3 * 3 * len(slack_study.BELIEFS),
-        "unsteady": 2 * 3 * 3 * len(slack_study.UNSTEADY),
+        "step_jitter": 2 * 3 * 3 * len(slack_study.UNSTEADY),
         "crowds": 2 * 2 * len(CROWDS) * len(slack_study.BESIDE_CROWDS),
     }
     assert len(trials) == expected[part]
@@ -267,7 +273,9 @@ def test_the_floor_holds_for_the_tenant_that_is_turned_away_without_it() -> None
     longer = Experiment(workload={"name": "sharegpt", "duration_s": 20.0})
     study = Study(longer, 20.75, [0])
     records = [
-        play(trial) for name in (FULL, "floor") for trial in study.trials(name, 3.0, without=name, by_tenant=True)
+        play(trial)
+        for name in (FULL, "min_admission_share")
+        for trial in study.trials(name, 3.0, without=name, by_tenant=True)
     ]
     shares = [r["groups"]["tenant: dear"]["admitted"] / r["groups"][EVERYBODY]["admitted"] for r in records]
     assert shares[1] < 0.4
@@ -319,10 +327,10 @@ def test_a_part_is_compared_with_slack_in_full_seed_by_seed() -> None:
     records = [
         {"row": row, "column": "slack", "load": 2.0, "seed": seed, "goodput": goodput, "slo_adherence": 0.5,
          "preemptions": 3}
-        for row, seed, goodput in ((FULL, 0, 10.0), (FULL, 1, 20.0), ("thrift", 1, 16.0), ("thrift", 0, 8.0))
+        for row, seed, goodput in ((FULL, 0, 10.0), (FULL, 1, 20.0), ("cost_weight", 1, 16.0), ("cost_weight", 0, 8.0))
     ]  # fmt: skip
     text = page(found() | {"parts": {"ablation": records}})
-    says = WITHOUT["thrift"].says
+    says = WITHOUT["cost_weight"].says
     assert f"| thrift | {says} | 12.0 (5.7) | 0.80 (0.00) | 0.500 (0.000) | 3 (0) |" in text
     assert "benchmarks.slack.study --part ablation --seeds" in text
 
@@ -334,7 +342,7 @@ def test_the_floor_is_read_off_the_least_share_of_everybodys_admission_rate() ->
             "groups": {name: {"requests": 9, "admitted": a, "attained": b} for name, (a, b) in groups.items()}
         }
 
-    text = page(found() | {"parts": {"tenants": [record(FULL, 19.0, 0.44), record("floor", 20.0, 0.2)]}})
+    text = page(found() | {"parts": {"tenants": [record(FULL, 19.0, 0.44), record("min_admission_share", 20.0, 0.2)]}})
     assert "| class 1: 0.5 s, 30 ms | 0.44 | 0.55 | 0.30 | 0.20 | 0.25 | 0.30 |" in text
     flowing = text.replace("\n", " ")
     assert "any class or tenant had in any run: **0.55** with the floor, 0.25 without." in flowing
@@ -377,7 +385,7 @@ def test_an_unknown_part_is_refused_with_those_there_are() -> None:
     done = invoke("--part", "soup", "--stock-qps", "20")
     assert done.exit_code == 2
     said = " ".join(done.output.replace("│", " ").split())
-    assert "there are ablation, tenants, predictors, step-times, unsteady" in said
+    assert "there are ablation, tenants, predictors, step-times, step_jitter" in said
 
 
 def test_parts_of_the_same_settings_are_kept_and_of_others_are_not(tmp_path: Path) -> None:

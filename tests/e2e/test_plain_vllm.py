@@ -40,7 +40,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "float32",
     ]
     command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--load-format", "dummy", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--scheduler-cls", "engine_adapter.vllm.scheduler.SloScheduler"]
+    command += ["--max-model-len", "1024", "--scheduler-cls", "engine_adapter.vllm_scheduler.SloScheduler"]
     command += ["--max-num-seqs", str(PLACES)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     log = folder / "vllm.log"

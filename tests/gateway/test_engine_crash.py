@@ -17,7 +17,7 @@ STEADY = StepTimes(d=0.01)
 async def test_a_stream_in_flight_ends_with_an_openai_error_event() -> None:
     async with live(fast_engine(times=STEADY, output_tokens=500)) as antares:
         asking = asyncio.create_task(antares.ask(chat(stream=True), x_slo_class="free"))
-        await eventually(lambda: antares.gateway.lanes[0].running and antares.engine.state.engine_running)
+        await eventually(lambda: antares.gateway.engine_queues[0].running and antares.engine.state.engine_running)
         await asyncio.sleep(0.05)
         antares.engine.crash()
         answer = await asking
@@ -72,7 +72,7 @@ async def test_a_restart_that_takes_too_long_ends_the_wait_by_the_deadline() -> 
         antares.engine.state.ready_in_s = 0.1
         answer = await antares.ask(x_slo_ttft_ms="1300")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
-        assert not antares.gateway.lanes[0].waiting
+        assert not antares.gateway.engine_queues[0].waiting
 
 
 async def test_the_operators_routes_answer_throughout_and_ready_says_no() -> None:
@@ -121,7 +121,7 @@ async def test_a_policy_that_breaks_turns_its_requests_away_instead_of_keeping_t
             raise ZeroDivisionError
 
     async with live() as antares:
-        antares.gateway.lanes[0].admission.policy = Broken()  # type: ignore[assignment]
+        antares.gateway.engine_queues[0].admission.policy = Broken()  # type: ignore[assignment]
         async with asyncio.timeout(2):
             answer = await antares.ask()
         assert answer.status_code >= 500

@@ -152,7 +152,9 @@ async def test_killing_one_of_two_fails_nobody_who_was_not_in_flight_on_it(monke
         # Long before the next probe; the dead one has the least to do.
         answers = await asyncio.gather(*(antares.ask(chat(max_tokens=20), x_slo_report="1") for _ in range(20)))
         assert {answer.status_code for answer in answers} == {200}
-        assert {answer.json()["antares"]["engine"] for answer in answers} == {antares.gateway.lanes[1].engine.name}
+        assert {answer.json()["antares"]["engine"] for answer in answers} == {
+            antares.gateway.engine_queues[1].engine.name
+        }
 
 
 async def test_killing_one_of_two_under_load_costs_what_was_in_flight_on_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine_adapter.step_time.profile import Profile, Regime, load_profile, profile_names
 from lab.bounds import Work, _Jobs, _most, bounds, works
-from lab.workload import Asked, make_workload
+from lab.workload import WorkloadRequest, make_workload
 
 pytestmark = (
     pytest.mark.no_cover
@@ -64,7 +64,7 @@ def test_the_fill_is_the_best_of_all_subsets(jobs: list[tuple[float, float]]) ->
 class Schedule:
     """A scheduler that knows everything and serves only whom it chose, in chunks and batches drawn at random."""
 
-    def __init__(self, engine: Profile, workload: list[Asked], drawn: random.Random) -> None:
+    def __init__(self, engine: Profile, workload: list[WorkloadRequest], drawn: random.Random) -> None:
         self.engine, self.workload, self.drawn = engine, workload, drawn
         self.left = {i: asked.prompt_tokens for i, asked in enumerate(workload)}
         self.made = dict.fromkeys(self.left, 0)
@@ -137,7 +137,7 @@ def test_no_schedule_attains_more_than_the_count_bound(
         Regime(math.inf, base * 1.5, 0.0, prefill * drawn.random(), decode + cheaper, context * drawn.random(), 0.0),
     )
     workload = [
-        Asked(
+        WorkloadRequest(
             drawn.uniform(0, 1),
             drawn.randint(1, 60),
             drawn.randint(1, 20),
@@ -187,8 +187,8 @@ def test_the_deadlines_tighten_what_the_total_time_allows() -> None:
 
 
 def test_a_burst_inside_a_quiet_trace_is_seen() -> None:
-    quiet = [Asked(float(t), 100, 50, 0.5, 0.03, 1) for t in range(2000)]
-    burst = [Asked(1000.5 + i * 1e-4, 100, 50, 0.5, 0.03, 1) for i in range(4000)]
+    quiet = [WorkloadRequest(float(t), 100, 50, 0.5, 0.03, 1) for t in range(2000)]
+    burst = [WorkloadRequest(1000.5 + i * 1e-4, 100, 50, 0.5, 0.03, 1) for i in range(4000)]
     workload = sorted(quiet + burst, key=lambda asked: asked.at_s)
     count, fair = bounds(workload, works(A100))
     # All the work fits into all the time; the burst's does not fit into 2 s.
@@ -197,11 +197,11 @@ def test_a_burst_inside_a_quiet_trace_is_seen() -> None:
 
 
 def test_who_cannot_attain_on_an_idle_engine_is_not_counted() -> None:
-    fast = Asked(0.0, 100, 50, 0.5, A100.regimes[0].base / 2, 1)
-    possible = Asked(0.0, 100, 50, 0.5, 0.05, 1)
+    fast = WorkloadRequest(0.0, 100, 50, 0.5, A100.regimes[0].base / 2, 1)
+    possible = WorkloadRequest(0.0, 100, 50, 0.5, 0.05, 1)
     assert bounds([fast, possible], works(A100)) == (0.5, 0.5)
-    hopeless = Asked(0.0, 100_000, 1, 0.5, 0.05, 1)
-    assert bounds([hopeless], works(A100)) == (0.0, 0.0)
+    infeasible = WorkloadRequest(0.0, 100_000, 1, 0.5, 0.05, 1)
+    assert bounds([infeasible], works(A100)) == (0.0, 0.0)
 
 
 def test_two_engines_can_do_more() -> None:

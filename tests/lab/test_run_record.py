@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from lab.records.run_record import Served, run_record
-from lab.workload import Asked
+from lab.records.run_record import RequestResult, run_record
+from lab.workload import WorkloadRequest
 
 KEYS = {
     "policy", "qps", "seed", "requests", "duration_s", "goodput", "slo_adherence", "rejected", "ttft_violations",
@@ -17,11 +17,13 @@ KEYS = {
 }  # fmt: skip
 
 
-def served(outcome: str = "finished", ttft_s: float | None = 0.4, tpot_s: float = 0.02, category: int = 1) -> Served:
-    return Served(Asked(0.0, 10, 20, 0.5, 0.03, category), outcome, ttft_s, tpot_s, 1.0)  # type: ignore[arg-type]
+def served(
+    outcome: str = "finished", ttft_s: float | None = 0.4, tpot_s: float = 0.02, category: int = 1
+) -> RequestResult:
+    return RequestResult(WorkloadRequest(0.0, 10, 20, 0.5, 0.03, category), outcome, ttft_s, tpot_s, 1.0)  # type: ignore[arg-type]
 
 
-def record(all_served: list[Served], duration_s: float = 10.0, **more: object) -> dict:
+def record(all_served: list[RequestResult], duration_s: float = 10.0, **more: object) -> dict:
     return run_record("scorpio", 5.0, 1, all_served, duration_s, wall_s=1.0, scheduling_s=0.1, **more)  # type: ignore[arg-type]
 
 

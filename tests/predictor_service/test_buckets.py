@@ -15,9 +15,9 @@ def test_every_length_lies_within_the_bin_that_it_is_placed_in(some, count, stra
     buckets = fit_buckets(some, count, strategy)
     assert (np.diff(buckets.edges) > 0).all()
     assert buckets.count == count if strategy == "equal-width" else buckets.count <= count
-    places = buckets.place(some)
-    assert (buckets.edges[places] <= some).all()
-    assert (some < buckets.edges[places + 1]).all()
+    slots = buckets.place(some)
+    assert (buckets.edges[slots] <= some).all()
+    assert (some < buckets.edges[slots + 1]).all()
 
 
 def test_equal_width_bins_are_as_wide_and_equal_frequency_bins_as_full_as_each_other():

@@ -31,9 +31,9 @@ def best_plan(board: Board, known: float = 0.0, *, prune: bool = True, budget: f
     counts = [mask.bit_count() for mask in range(everybody + 1)]
     fronts: list[list[_Beginning]] = [[] for _ in range(everybody + 1)]
     fronts[0] = [(0.0, 0, 0.0, ())]
-    if board.beside.places:
+    if board.beside.slots:
         fronts[0].append((board.beside.turnover_s, -board.lost(0), 0.0, (0,)))  # nobody joins what runs, at first
-    places = board.limits.places
+    slots = board.limits.slots
     for served in range(everybody):
         if board.work >= budget:
             break
@@ -42,13 +42,11 @@ def best_plan(board: Board, known: float = 0.0, *, prune: bool = True, budget: f
             chosen = rest
             board.work += 1 << counts[rest]
             while chosen and board.work < budget:
-                if counts[chosen] <= places or counts[chosen] == 1:
+                if counts[chosen] <= slots or counts[chosen] == 1:
                     batch = board.batch(chosen)
                     if batch.fits and (batches or board.may_lead(batch)):
                         late = bisect_left(batch.latest, start)
-                        now_attained = (
-                            attained + len(batch.latest) - late - (0 if batches else board.lost(batch.places))
-                        )
+                        now_attained = attained + len(batch.latest) - late - (0 if batches else board.lost(batch.slots))
                         now_latency = latency + batch.latency + batch.requests * start
                         end, left = start + batch.seconds, rest ^ chosen
                         possible, least = now_attained + counts[left], 0.0
@@ -76,9 +74,9 @@ def _at_best(board: Board, mask: int) -> tuple[float, list[float]]:
     board.work += SUM + SUM_EACH * len(alone)
     least = sum([batch.latency for batch in alone])
     if not board.beside.continuous:
-        places, seconds = board.limits.places, sorted([batch.seconds for batch in alone])
+        slots, seconds = board.limits.slots, sorted([batch.seconds for batch in alone])
         for j, shortest in enumerate(seconds, start=1):
-            if (behind := len(seconds) - j * places) <= 0:
+            if (behind := len(seconds) - j * slots) <= 0:
                 break
             least += behind * shortest
     return least, sorted([one for batch in alone for one in batch.latest])

@@ -13,7 +13,7 @@ batches.
   for every running request whose bounds it breaks. "Nobody, for now" is a plan as well.
 - Each sequence pays for the prefill of those that will follow it, alpha * mean(prompt) / mean(output) a step.
 - What cannot attain its SLO even if it went now and alone is refused (``reject``), as the gateway promises.
-- Only the ``horizon`` most urgent are planned, in deadline order; who waits beyond ``patience_s`` goes first.
+- Only the ``horizon`` most urgent are planned, in deadline order; who waits beyond ``max_wait_s`` goes first.
 - A search is bounded by ``budget_ms``. A policy reads no clock: the budget is spent in units of work, of which a
   millisecond has ``units_per_ms``, measured once on the machine at hand (``python -m
   benchmarks.annealing.search_study``).
@@ -30,7 +30,7 @@ from engine_adapter.engine import EngineState
 from gateway.policies.annealing.exact import best_plan
 from gateway.policies.annealing.latency import Latency
 from gateway.policies.annealing.search import EXACT, Beside, Board, Job, Limits, Plan, anneal
-from gateway.policies.base import UNGATED, Decision, Runway, reject_ttft
+from gateway.policies.base import UNGATED, Decision, PrefillLookahead, reject_ttft
 from gateway.requests.length_survival import surviving_quantile
 from gateway.requests.request import Request
 
@@ -40,7 +40,8 @@ class Annealing:
     """``budget_ms``: the most a search takes, at ``units_per_ms``. ``seed``: of its random numbers.
 
     ``length_quantile``: of the predicted distribution of output lengths, to plan with. ``max_batch``: sequences in the
-    engine, at most (0: the engine's own limit). ``runway_steps``: steps' worth of prompt tokens in one batch.
+    engine, at most (0: the engine's own limit). ``prefill_lookahead_steps``: steps' worth of prompt tokens in one
+    batch.
     """
 
     budget_ms: float = 3.0
@@ -49,8 +50,8 @@ class Annealing:
     length_quantile: float = 0.5
     max_batch: int = 0
     horizon: int = 32
-    patience_s: float = 60.0
-    runway_steps: float = 2.0
+    max_wait_s: float = 60.0
+    prefill_lookahead_steps: float = 2.0
     reject: bool = True
     name: str = "annealing"
     gate: str = UNGATED
@@ -58,7 +59,7 @@ class Annealing:
 
     def order(self, request: Request) -> tuple[float, ...]:
         """By the deadline of the first token; also what is left when the budget is too small to search."""
-        return (min(request.deadline_s, request.arrival_s + self.patience_s), request.arrival_s)
+        return (min(request.deadline_s, request.arrival_s + self.max_wait_s), request.arrival_s)
 
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
@@ -78,15 +79,15 @@ class Annealing:
         )
         if not queue or seen == self._settled:
             return decision
-        runway = Runway.of(running, self.runway_steps * engine.max_num_batched_tokens)
-        most, places = int(self.max_batch or engine.max_num_seqs), sum([r.sequences for r in running])
-        overdue = [r for r in queue if now - r.arrival_s > self.patience_s]
+        lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
+        most, slots = int(self.max_batch or engine.max_num_seqs), sum([r.sequences for r in running])
+        overdue = [r for r in queue if now - r.arrival_s > self.max_wait_s]
         planned = self.planned(now, queue, running, engine, latency)
         for request in [*overdue, *(r for r in planned if r not in overdue)]:
-            if runway.fits(request) and (places == 0 or places + request.sequences <= most):
+            if lookahead.fits(request) and (slots == 0 or slots + request.sequences <= most):
                 decision.admit.append(request)
-                runway.add(request)
-                places += request.sequences
+                lookahead.add(request)
+                slots += request.sequences
         self._settled = None if decision.admit else seen
         return decision
 
@@ -101,17 +102,17 @@ class Annealing:
         """Who goes now: the first batch of the plan, in the order of ``queue``."""
         latency = latency or self._latency(queue, running, engine)
         queue = queue[: max(1, int(self.horizon))]
-        runway = Runway.of(running, self.runway_steps * engine.max_num_batched_tokens)
+        lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
         held = sum(
             [(r.prompt_tokens + max(r.predicted_tokens, r.length - r.prompt_tokens)) * r.sequences for r in running]
         )
         limits = Limits(
-            places=int(self.max_batch or engine.max_num_seqs),
+            slots=int(self.max_batch or engine.max_num_seqs),
             kv=max(0.0, engine.kv_tokens - held) if engine.kv_tokens else math.inf,
-            prompt=runway.limit - runway.tokens,
+            prompt=lookahead.limit - lookahead.tokens,
         )
         jobs = [self._job(now, request, latency) for request in queue]
-        board = Board(jobs, limits, _beside(running, latency, limits.places, self.horizon))
+        board = Board(jobs, limits, _beside(running, latency, limits.slots, self.horizon))
         return [queue[i] for i in self.search(board).batches[0]]
 
     def search(self, board: Board) -> Plan:
@@ -140,7 +141,7 @@ class Annealing:
             decode_s=slo.tpot_s * tokens if slo.tpot_s is not None and insists else math.inf,
             kv=(request.prompt_tokens + max(tokens, request.predicted_p90)) * request.sequences,
             prompt=request.prompt_tokens,
-            places=request.sequences,
+            slots=request.sequences,
         )
 
     def _latency(self, waiting: Sequence[Request], running: Collection[Request], engine: EngineState) -> Latency:
@@ -161,8 +162,8 @@ class Annealing:
             late_by = now + own_s - request.deadline_s
             if late_by > 0:
                 predicted_s = request.ttft_slo_s + late_by
-                hopeless = own_s > request.ttft_slo_s
-                decision.reject.append(reject_ttft(request, predicted_s, predicted_s, late_by, hopeless))
+                infeasible = own_s > request.ttft_slo_s
+                decision.reject.append(reject_ttft(request, predicted_s, predicted_s, late_by, infeasible))
                 continue
             least = min(least, -late_by)
             kept.append(request)
@@ -179,20 +180,20 @@ def _beside(running: Collection[Request], latency: Latency, most: int, horizon: 
     """What runs: how many of it break their pace for so many newcomers, and when the next of it is done."""
     if not running:
         return Beside(continuous=True)
-    places = sum([r.sequences for r in running])
+    slots = sum([r.sequences for r in running])
     length = sum(
         [(r.length + max(1.0, r.predicted_tokens - r.generated / r.sequences) / 2) * r.sequences for r in running]
     )
-    length /= places
+    length /= slots
     paces = sorted([r.tpot_slo_s for r in running if r.tpot_slo_s is not None and not r.best_effort])
     lost, broken = [], 0
     now_broken = None
-    for joined in range(min(int(horizon), max(0, most - places)) + 1):
-        step = latency.step_s(places + joined, length)
+    for joined in range(min(int(horizon), max(0, most - slots)) + 1):
+        step = latency.step_s(slots + joined, length)
         while broken < len(paces) and paces[broken] < step:
             broken += 1
         if now_broken is None:
             now_broken = broken  # those who are lost already are not lost by who joins
         lost.append(broken - now_broken)
     left = sum([max(1.0, r.predicted_tokens - r.generated / r.sequences) for r in running]) / len(running)
-    return Beside(places, lost, left * latency.step_s(places, length) / places, continuous=True)
+    return Beside(slots, lost, left * latency.step_s(slots, length) / slots, continuous=True)

@@ -69,7 +69,7 @@ class Job:
     decode_s: float = math.inf
     kv: float = 0.0
     prompt: float = 0.0
-    places: int = 1
+    slots: int = 1
 
 
 @dataclass(slots=True, frozen=True)
@@ -79,7 +79,7 @@ class Limits:
     One request always fits.
     """
 
-    places: int
+    slots: int
     kv: float = math.inf
     prompt: float = math.inf
 
@@ -93,7 +93,7 @@ class Beside:
     can follow when k requests are done; else when all of the batch before are.
     """
 
-    places: int = 0
+    slots: int = 0
     lost: Sequence[int] = (0,)
     turnover_s: float = 0.0
     continuous: bool = False
@@ -109,7 +109,7 @@ class Batch(NamedTuple):
     latest: list[float]
     requests: int
     fits: bool
-    places: int
+    slots: int
 
 
 @dataclass(slots=True)
@@ -151,12 +151,12 @@ class Board:
         if not members:
             return Batch(self.beside.turnover_s, 0.0, [], 0, True, 0)
         limits, beside = self.limits, self.beside
-        places = sum([job.places for job in members])
-        size = min(beside.places + places, max(limits.places, places))
+        slots = sum([job.slots for job in members])
+        size = min(beside.slots + slots, max(limits.slots, slots))
         waited = total = longest = 0.0
         latest = []
         for job in members:
-            first = job.prefill[0] * places + job.prefill[1]
+            first = job.prefill[0] * slots + job.prefill[1]
             decode = job.decode[0] * size + job.decode[1]
             last = first + decode
             waited += job.waited
@@ -168,25 +168,25 @@ class Board:
         latest.sort()
         count = len(members)
         fits = count == 1 or (
-            places <= limits.places
+            slots <= limits.slots
             and sum([job.kv for job in members]) <= limits.kv
             and sum([job.prompt for job in members]) <= limits.prompt
         )
-        seconds = total / count * places / size if beside.continuous else longest
-        return Batch(seconds, waited + total, latest, count, fits, places)
+        seconds = total / count * slots / size if beside.continuous else longest
+        return Batch(seconds, waited + total, latest, count, fits, slots)
 
-    def lost(self, places: int) -> int:
+    def lost(self, slots: int) -> int:
         """Running requests that break their bounds when ``places`` join them."""
         lost = self.beside.lost
-        return lost[places] if places < len(lost) else lost[-1]
+        return lost[slots] if slots < len(lost) else lost[-1]
 
     def may_lead(self, batch: Batch) -> bool:
         """Whether there is room for it beside what runs."""
-        return self.beside.places == 0 or self.beside.places + batch.places <= self.limits.places
+        return self.beside.slots == 0 or self.beside.slots + batch.slots <= self.limits.slots
 
     def tally(self, masks: Sequence[int]) -> tuple[int, float]:
         """Attained and summed latency (s) of a plan."""
-        start, attained, latency = 0.0, -self.lost(self.batch(masks[0]).places) if masks else 0, 0.0
+        start, attained, latency = 0.0, -self.lost(self.batch(masks[0]).slots) if masks else 0, 0.0
         for mask in masks:
             batch = self.batch(mask)
             attained += len(batch.latest) - bisect_left(batch.latest, start)
@@ -298,7 +298,7 @@ class _Walk:
             latency += own + count * start
             start += seconds
         self.board.work += WALK * (len(masks) - first)
-        return _score(attained - self.board.lost(known[masks[0]].places), latency)
+        return _score(attained - self.board.lost(known[masks[0]].slots), latency)
 
     def take(self, first: int, masks: list[int]) -> float:
         """Go there; answers its score."""
@@ -313,7 +313,7 @@ class _Walk:
             start += seconds
             self.prefix.append((start, attained, latency))
         board.work += WALK * (len(masks) - first)
-        self.score = _score(attained - board.lost(board.batch(masks[0]).places), latency)
+        self.score = _score(attained - board.lost(board.batch(masks[0]).slots), latency)
         return self.score
 
 
@@ -363,7 +363,7 @@ def _neighbour(board: Board, masks: list[int], uniform: Callable[[], float]) -> 
         return None
     if not new[second]:
         del new[second]
-    if not new[first] and (first > 0 or not board.beside.places):
+    if not new[first] and (first > 0 or not board.beside.slots):
         del new[first]
     return first, new
 

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
-from engine_adapter.gates.best_effort_preemption import kept_places
-from engine_adapter.gates.slack import COURTESY, PATIENT_S
+from engine_adapter.gates.best_effort_preemption import reserved_slots
+from engine_adapter.gates.slack import BEST_EFFORT_SHARE, PATIENT_S
 from gateway.requests.request import Request
-from gateway.requests.waiting_arrays import Columns, Floats
+from gateway.requests.waiting_arrays import Floats, WaitingArrays
 
 _SLOWEST_S = 0.9 * PATIENT_S
 """Seconds a token that an end-to-end bound leaves at most: the step gate would take more for no pace at all."""
@@ -53,7 +53,7 @@ class Load:
     ``variance`` what that is uncertain by; ``z``: how many standard deviations to allow.
     """
 
-    places: int = 0
+    slots: int = 0
     unbounded: int = 0
     kept: int = 0
     yielded: float = 0.0
@@ -73,24 +73,24 @@ class Load:
         Memory may be outgrown with a probability of ``memory_risk``.
         """
         load = cls(z=NormalDist().inv_cdf(1 - memory_risk))
-        load.kept = kept_places(engine.max_num_seqs) if engine is not None and engine.gate.makes_way else _ALL_KEPT
+        load.kept = reserved_slots(engine.max_num_seqs) if engine is not None and engine.gate.preemptible else _ALL_KEPT
         load._add(running, [math.inf if r.tpot_slo_s is None or r.best_effort else r.tpot_slo_s for r in running])
         return load
 
     def _add(self, requests: Collection[Request], paces_s: Sequence[float]) -> None:
         # Each running request comes by in every decision: the loop has no call in it, and its sums are locals.
-        places, unbounded = 0, self.unbounded
+        slots, unbounded = 0, self.unbounded
         decoding = length = memory = yielded = variance = 0.0
         strictest = self.strictest
         for request, pace_s in zip(requests, paces_s, strict=True):
             sequences, predicted = request.sequences, request.predicted_tokens
             weight: float = sequences
-            places += sequences
+            slots += sequences
             out = request.generated / sequences
             reaches = (request.prompt_tokens + (predicted if predicted - out > 1 else out + 1)) * sequences
             memory += reaches
             if pace_s >= NO_HURRY_S:
-                weight *= COURTESY
+                weight *= BEST_EFFORT_SHARE
                 if pace_s == math.inf:
                     unbounded += sequences
                     if unbounded > self.kept:
@@ -100,7 +100,7 @@ class Load:
             decoding += weight
             length += (request.prompt_tokens + (out if request.admitted_s is not None else predicted / 2)) * weight
             variance += request.variance
-        self.places += places
+        self.slots += slots
         self.unbounded = unbounded
         self.decoding += decoding
         self.length += length
@@ -162,19 +162,19 @@ class Load:
         (`engine_adapter.gates.best_effort_preemption`)."""
         if self.unbounded <= self.kept:
             return self
-        return replace(self, places=self.places - self.unbounded + self.kept, memory=self.memory - self.yielded)
+        return replace(self, slots=self.slots - self.unbounded + self.kept, memory=self.memory - self.yielded)
 
 
 @dataclass(slots=True)
 class Queue:
     """Waiting requests with bounds, in deadline order, and what is reckoned with as columns of shape (n,).
 
-    ``columns`` are those that do not depend on the decision. ``due``: the deadline, or when patience ends; ``tpot_s``:
+    ``arrays`` are those that do not depend on the decision. ``due``: the deadline, or when patience ends; ``tpot_s``:
     the pace to keep (s, infinite without a bound), and ``eased_s``: once it runs (`E2E_EASE`); ``prefill_s``: mu * p.
     """
 
     requests: Sequence[Request]
-    columns: Columns
+    arrays: WaitingArrays
     due: Floats
     tpot_s: Floats
     eased_s: Floats
@@ -185,19 +185,19 @@ class Queue:
         cls,
         requests: Sequence[Request],
         prefill_token_s: float,
-        patience_s: float,
+        max_wait_s: float,
         share: float = 1.0,
-        columns: Columns | None = None,
+        arrays: WaitingArrays | None = None,
     ) -> Queue:
-        """The columns of ``requests``, with prompt tokens at ``prefill_token_s``. ``columns``: where they are at hand.
+        """The columns of ``requests``, with prompt tokens at ``prefill_token_s``. ``arrays``: where they are at hand.
 
         ``share`` of a bound is the pace, but for bounds that the step gate takes for none; beside a deadline alone it
         is `NO_HURRY_S`.
         """
-        kept = Columns.of(requests) if columns is None else columns
+        kept = WaitingArrays.of(requests) if arrays is None else arrays
         pace = kept.tpot if share == 1 else np.where(kept.tpot < PATIENT_S, share * kept.tpot, kept.tpot)
         pace = np.where(kept.deadline < math.inf, np.minimum(pace, NO_HURRY_S), pace)
-        due = np.minimum(kept.deadline, kept.arrival + patience_s)
+        due = np.minimum(kept.deadline, kept.arrival + max_wait_s)
         return cls(requests, kept, due, pace, pace.copy(), prefill_token_s * kept.prompt)
 
     def pace_ends(self, now: float, load: Load, prompts: int, share: float, engine: EngineState) -> None:
@@ -207,16 +207,16 @@ class Queue:
         step gate would take for none is none that their end could be kept with. Paces are those of
         `Request.pace_after`.
         """
-        ends = np.flatnonzero(self.columns.end < math.inf)
+        ends = np.flatnonzero(self.arrays.end < math.inf)
         if not len(ends):
             return
-        of = Columns(*[column[ends] for column in self.columns])
+        of = WaitingArrays(*[column[ends] for column in self.arrays])
         fixed_s = load.prefilled_in_s(prompts, 0.0, 0.0, engine)
         first_s = of.deadline
         if fixed_s < math.inf:
             token_s = load.prefilled_in_s(prompts, 1.0, 0.0, engine) - fixed_s
             first_s = np.minimum(now + fixed_s + token_s * of.prompt, of.deadline)
-        left_s, others = np.maximum(of.end - first_s, 0.0), np.maximum(of.foretold, 1.0)
+        left_s, others = np.maximum(of.end - first_s, 0.0), np.maximum(of.predicted_at_arrival, 1.0)
         for paces, ease in ((self.tpot_s, 1.0), (self.eased_s, E2E_EASE)):
             pace_s = np.minimum(ease * left_s / others, of.own_tpot)
             paces[ends] = np.minimum(share * pace_s, _SLOWEST_S)
@@ -226,13 +226,13 @@ class Queue:
         at = np.flatnonzero(which)
         return Queue(
             [self.requests[one] for one in at.tolist()],
-            Columns(*[column[at] for column in self.columns]),
+            WaitingArrays(*[column[at] for column in self.arrays]),
             *[column[at] for column in (self.due, self.tpot_s, self.eased_s, self.prefill_s)],
         )
 
     def decode_alone_s(self, engine: EngineState) -> Floats:
         """Seconds a token in an otherwise idle engine."""
-        sequences, length = self.columns.sequences, self.columns.length
+        sequences, length = self.arrays.sequences, self.arrays.length
         return engine.step_time.curve.steps_s(sequences, length * sequences)
 
     def holds_with(
@@ -247,28 +247,28 @@ class Queue:
 
         ``prompts`` tokens are to be prefilled before it, and all of it ``within_s`` (s).
         """
-        curve, columns = engine.step_time.curve, self.columns
-        tpot_s, sequences, prompt = self.tpot_s[at], columns.sequences[at], columns.prompt[at]
+        curve, arrays = engine.step_time.curve, self.arrays
+        tpot_s, sequences, prompt = self.tpot_s[at], arrays.sequences[at], arrays.prompt[at]
         in_step = tpot_s < NO_HURRY_S
-        weight = np.where(in_step, sequences, COURTESY * sequences)
+        weight = np.where(in_step, sequences, BEST_EFFORT_SHARE * sequences)
         strictest = np.minimum(np.where(in_step, tpot_s, math.inf), load.strictest)
         decoding = load.decoding + weight
-        step = curve.steps_s(decoding, load.length + columns.length[at] * weight)
+        step = curve.steps_s(decoding, load.length + arrays.length[at] * weight)
         token = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest - step)
-        others = prompts + columns.prompt.sum() - prompt
+        others = prompts + arrays.prompt.sum() - prompt
         full = np.maximum(step, np.minimum(strictest, step + token * others))
         first = full + token * (prompts + prompt) / np.maximum(1 - step / strictest, 1e-12)
         holds = (step <= strictest) & (first <= within_s)
         if engine.kv_tokens > 0:
             taken = np.where(tpot_s < math.inf, load.without_who_makes_way().memory, load.memory)
-            memory = taken + sequences * (prompt + np.maximum(columns.output[at], 1.0))
-            holds &= memory + load.z * np.sqrt(load.variance + columns.variance[at]) <= engine.kv_tokens
+            memory = taken + sequences * (prompt + np.maximum(arrays.output[at], 1.0))
+            holds &= memory + load.z * np.sqrt(load.variance + arrays.variance[at]) <= engine.kv_tokens
         return np.asarray(holds, dtype=np.bool_)
 
     def cost_s(
         self, prefill_token_s: float, decode_s: float, context_s: float, at: NDArray[np.intp] | slice = _ALL
     ) -> Floats:
         """w_i of each ``at``: seconds of engine time, where a token of context takes ``context_s`` in each decode."""
-        columns = self.columns
-        decodes = columns.sequences[at] * columns.output[at]
-        return prefill_token_s * columns.prompt[at] + (decode_s + context_s * columns.length[at]) * decodes
+        arrays = self.arrays
+        decodes = arrays.sequences[at] * arrays.output[at]
+        return prefill_token_s * arrays.prompt[at] + (decode_s + context_s * arrays.length[at]) * decodes

@@ -6,7 +6,8 @@ A group is *behind* while
     A_g < floor * A,
 
 and its requests then go first. So over any stretch that is long against the memory, a group that keeps asking has at
-least ``floor`` times everybody's chance of being admitted, as far as its deadlines can be met and what runs can keep
+least ``min_admission_share`` times everybody's chance of being admitted, as far as its deadlines can be met and what
+runs can keep
 its pace: nobody is kept out for the sake of one that does not fit yet.
 """
 
@@ -59,10 +60,10 @@ class _Tally:
 
 
 @dataclass(slots=True)
-class Floor:
-    """Who was admitted and who refused lately, by class and by tenant. ``floor``: a share, 0 for none."""
+class FairShare:
+    """Who was admitted and who refused lately, by class and by tenant. ``min_admission_share``: a share, 0 for none."""
 
-    floor: float
+    min_admission_share: float
     _all: _Tally = field(default_factory=_Tally)
     _classes: dict[str, _Tally] = field(default_factory=dict)
     _tenants: dict[str, _Tally] = field(default_factory=dict)
@@ -70,20 +71,20 @@ class Floor:
 
     def note(self, decision: Decision) -> None:
         """Count what was decided. Best effort has no bound to be fair about."""
-        if self.floor <= 0:
+        if self.min_admission_share <= 0:
             return
         for request in decision.admit:
             if not request.best_effort:
                 self._count(request, admitted=True)
         for rejection in decision.reject:
-            if not rejection.hopeless:
+            if not rejection.infeasible:
                 self._count(rejection.request, admitted=False)
 
     def behind(self) -> Behind:
         """Who is behind now."""
-        if self.floor <= 0:
+        if self.min_admission_share <= 0:
             return _NOBODY
-        least = self.floor * self._all.share
+        least = self.min_admission_share * self._all.share
         return Behind(_below(least, self._classes), _below(least, self._tenants))
 
     def _count(self, request: Request, *, admitted: bool) -> None:

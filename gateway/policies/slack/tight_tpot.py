@@ -72,7 +72,7 @@ class DearPace:
     def note(self, now: float, decision: Decision, left: Iterable[Request]) -> None:
         """Count what was decided; ``left``, who have bounds, were left waiting."""
         self._count(decision.admit, 1.0)
-        refused = [rejection.request for rejection in decision.reject if not rejection.hopeless]
+        refused = [rejection.request for rejection in decision.reject if not rejection.infeasible]
         self._count(refused, 0.0)
         if not all(map(self.has, chain(refused, left))):
             self._waited_s = now

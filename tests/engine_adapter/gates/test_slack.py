@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine_adapter.gates.base import StepPlan
 from engine_adapter.gates.composite import GATES, Gates
-from engine_adapter.gates.slack import COURTESY, SlackGate
+from engine_adapter.gates.slack import BEST_EFFORT_SHARE, SlackGate
 from engine_adapter.step_time.curve import SPENT, StepCurve
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
@@ -152,8 +152,8 @@ def test_those_without_a_pace_let_a_full_step_pass_but_have_their_share_of_steps
         sat_out.append(bool(plan.sit_out))
         for request in paced:
             request.length += 1
-    assert sat_out.count(False) == 100 * COURTESY
-    assert max(len(run) for run in "".join("x" if s else "." for s in sat_out).split(".")) < 1 / COURTESY
+    assert sat_out.count(False) == 100 * BEST_EFFORT_SHARE
+    assert max(len(run) for run in "".join("x" if s else "." for s in sat_out).split(".")) < 1 / BEST_EFFORT_SHARE
 
 
 def test_those_without_a_pace_decode_with_the_rest_where_nobody_is_at_risk() -> None:
@@ -171,7 +171,7 @@ def test_those_without_a_pace_come_back_when_a_whole_turn_of_steps_had_time_for_
         paced.length += 1
         return not plan.sit_out
 
-    turn = round(1 / COURTESY)
+    turn = round(1 / BEST_EFFORT_SHARE)
     assert [joins(step, 200 if step else 1000) for step in range(turn)] == [False] * (turn - 1) + [True], "their share"
     assert not joins(turn, 1000)
     assert [joins(turn + step, 0) for step in range(1, turn + 5)] == [False] * (turn - 2) + [True] * 6

@@ -83,7 +83,7 @@ async def test_the_assembled_answer_equals_the_upstreams_own(
     assert without_identity(through.json()) == without_identity(own.json())
     assert sum(count for _, count, _ in recorder.tokens) == own.json()["usage"]["completion_tokens"]
     assert len({at for _, _, at in recorder.tokens}) > 2, "the tokens were seen as they came"
-    assert not recorder.untold
+    assert not recorder.unobserved
 
 
 async def test_a_request_that_cannot_be_rebuilt_goes_as_it_is() -> None:
@@ -94,7 +94,7 @@ async def test_a_request_that_cannot_be_rebuilt_goes_as_it_is() -> None:
     assert response.content == plain
     assert upstream.bodies == [{"prompt": "x", "best_of": 2}]
     assert [(name, count) for name, count, _ in recorder.tokens] == [("0", 7)], "told at the end, all at once"
-    assert recorder.untold
+    assert recorder.unobserved
 
 
 async def test_first_token_none_never_asks_for_a_stream(simulated: SimulatedEngine) -> None:

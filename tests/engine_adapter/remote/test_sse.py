@@ -48,9 +48,9 @@ pieces = st.lists(
 def test_any_chunking_gives_the_same_events_and_the_same_bytes(stream: bytes, cuts: list[int]) -> None:
     whole = SSESplitter()
     expected = whole.feed(stream)
-    places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    slots = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     splitter = SSESplitter()
-    events = [e for a, b in pairwise(places) for e in splitter.feed(stream[a:b])]
+    events = [e for a, b in pairwise(slots) for e in splitter.feed(stream[a:b])]
     assert events == expected
     assert splitter.rest == whole.rest
     assert b"".join(events) + splitter.rest == stream

@@ -91,8 +91,8 @@ def test_prompts_are_begun_first_come_first_served_among_those_who_make_way_and_
         comers,
         lambda step: begun.update(dict.fromkeys(s for s, _ in step.chunks)),
     )
-    for makes_way in (False, True):
-        of_a_kind = [int(s.request_id) for s in begun if s.makes_way == makes_way]
+    for preemptible in (False, True):
+        of_a_kind = [int(s.request_id) for s in begun if s.preemptible == preemptible]
         assert of_a_kind == sorted(of_a_kind, key=lambda i: (comers[i].step, i))
     assert len(begun) == len(comers)
 

@@ -73,7 +73,7 @@ def test_who_has_a_pace_goes_before_all_that_wait_without_one(make: Make) -> Non
     for _ in range(3):
         engine.step()
     assert engine.said["paced"] == 2, "prefilled in the first of three steps, and the last is not over"
-    assert engine.put_aside == 1
+    assert engine.best_effort_preemptions == 1
     engine.drain()
     assert all(engine.said[f"o{number}"] == 200 for number in range(48))
 
@@ -87,17 +87,17 @@ def test_memory_that_was_short_is_not_given_back_at_once(make: Make) -> None:
         engine.drain()
         preempted[gate] = sum(request.num_preemptions for request in others)
         assert paced.num_preemptions == 0
-        assert engine.put_aside == (preempted[gate] if gate == "slack" else 0)
+        assert engine.best_effort_preemptions == (preempted[gate] if gate == "slack" else 0)
     assert 0 < preempted["slack"] <= 1.5 * preempted["open"]
 
 
 def test_the_engine_says_whether_anybody_makes_way(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make(seqs=4, blocks=100).scheduler._reporter.report.makes_way
+    assert make(seqs=4, blocks=100).scheduler._reporter.report.preemptible
     monkeypatch.setattr("engine_adapter.vllm.scheduler.MAKE_WAY_VERSIONS", ((0, 1), (0, 2)))
     old = make(seqs=1, blocks=100)
-    assert not old.scheduler._reporter.report.makes_way
+    assert not old.scheduler._reporter.report.preemptible
     old.add("other", 20, 30)
     old.step()
     old.add("paced", 20, 3, tpot_ms=50)
     old.drain()
-    assert old.put_aside == 0
+    assert old.best_effort_preemptions == 0

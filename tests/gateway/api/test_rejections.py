@@ -84,9 +84,9 @@ async def test_a_queue_too_long_for_the_deadline_is_worth_another_try() -> None:
 
 async def test_a_full_class_queue_is_a_429_queue_full() -> None:
     async with live(classes={**CLASSES, "chat": {"max_waiting": 1}}) as antares:
-        antares.gateway.lanes[0].admission.policy = AdmitNothing()
+        antares.gateway.engine_queues[0].admission.policy = AdmitNothing()
         waiting = asyncio.create_task(antares.ask())
-        await eventually(lambda: antares.gateway.lanes[0].waiting)
+        await eventually(lambda: antares.gateway.engine_queues[0].waiting)
         answer = await antares.ask()
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         assert answer.headers["x-should-retry"] == "true"
@@ -97,7 +97,7 @@ async def test_a_full_class_queue_is_a_429_queue_full() -> None:
 
 async def test_more_open_requests_than_the_gateway_takes_is_a_429_queue_full() -> None:
     async with live(server={"max_open_requests": 1}) as antares:
-        antares.gateway.lanes[0].admission.policy = AdmitNothing()
+        antares.gateway.engine_queues[0].admission.policy = AdmitNothing()
         waiting = asyncio.create_task(antares.ask())
         await eventually(lambda: antares.gateway.ledger.open_count == 1)
         answer = await antares.ask()
@@ -111,9 +111,9 @@ async def test_a_best_effort_class_is_served_late_instead_of_rejected(bound: str
     async with live(fast_engine(times=SLOW)) as antares:
         headers = {"x_slo_class": "batch", f"x_slo_{bound}_ms": "1", "x_slo_report": "1"}
         answer = await antares.ask(**headers)
-        verdict = answer.json()["antares"]
-        assert (answer.status_code, verdict["best_effort"], verdict["attained"]) == (200, True, False)
-        assert verdict["violated"] == [bound]
+        slo_report = answer.json()["antares"]
+        assert (answer.status_code, slo_report["best_effort"], slo_report["attained"]) == (200, True, False)
+        assert slo_report["violated"] == [bound]
 
 
 async def test_an_impossible_best_effort_request_does_not_slow_the_rest_down() -> None:
@@ -130,9 +130,9 @@ async def test_an_impossible_best_effort_request_does_not_slow_the_rest_down() -
 
 async def test_a_client_that_leaves_the_queue_is_cancelled_and_forgotten() -> None:
     async with live() as antares:
-        antares.gateway.lanes[0].admission.policy = AdmitNothing()
+        antares.gateway.engine_queues[0].admission.policy = AdmitNothing()
         waiting = [asyncio.create_task(antares.ask()) for _ in range(5)]
-        await eventually(lambda: len(antares.gateway.lanes[0].waiting) == 5)
+        await eventually(lambda: len(antares.gateway.engine_queues[0].waiting) == 5)
         for task in waiting:
             task.cancel()
         await eventually(antares.is_idle)

@@ -37,10 +37,10 @@ async def test_tpot_of_several_answers_is_counted_for_each(stream: bool) -> None
     async with live(fast_engine(times=StepTimes(d=0.01))) as antares:
         answer = await antares.ask(chat(n=3, stream=stream), x_slo_report="1")
         text = answer.text.split(": antares ")[1].split("\n")[0] if stream else json.dumps(answer.json()["antares"])
-        verdict = json.loads(text)
-        assert verdict["output_tokens"] == 24
+        slo_report = json.loads(text)
+        assert slo_report["output_tokens"] == 24
         # A step takes 10 ms. Counted as one sequence, three would make 3.3 or 30 of it.
-        assert 9 < verdict["tpot_ms"] < 28
+        assert 9 < slo_report["tpot_ms"] < 28
 
 
 async def test_several_prompts_make_several_answers() -> None:
@@ -53,11 +53,11 @@ async def test_several_prompts_make_several_answers() -> None:
 
 async def test_an_answer_in_one_piece_has_its_ttft_and_tpot_measured_in_the_engine() -> None:
     async with live(fast_engine(times=StepTimes(d=0.01, alpha=0.02))) as antares:
-        verdict = (await antares.ask(chat("a b"), x_slo_report="1")).json()["antares"]
-        assert 39 < verdict["ttft_ms"] < 80
+        slo_report = (await antares.ask(chat("a b"), x_slo_report="1")).json()["antares"]
+        assert 39 < slo_report["ttft_ms"] < 80
         # A step takes 10 ms. Counted as one sequence, three would make 3.3 or 30 of it.
-        assert 9 < verdict["tpot_ms"] < 28
-        assert verdict["e2e_ms"] == pytest.approx(verdict["ttft_ms"] + 7 * verdict["tpot_ms"], rel=0.2)
+        assert 9 < slo_report["tpot_ms"] < 28
+        assert slo_report["e2e_ms"] == pytest.approx(slo_report["ttft_ms"] + 7 * slo_report["tpot_ms"], rel=0.2)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -103,8 +103,8 @@ async def test_without_a_bound_the_gate_alone_is_named_and_what_was_forged_is_go
 
 
 async def test_best_effort_is_sent_no_pace_so_that_it_makes_way() -> None:
-    hopeless = {"ttft_ms": 0.001, "tpot_ms": 0.001, "on_unattainable": "best_effort"}
-    async with live(classes={"hopeless": hopeless}, default_class="hopeless") as antares:
+    infeasible = {"ttft_ms": 0.001, "tpot_ms": 0.001, "on_unattainable": "best_effort"}
+    async with live(classes={"hopeless": infeasible}, default_class="hopeless") as antares:
         bodies = remember_bodies(antares)
         await antares.ask()
         assert bodies[0]["vllm_xargs"] == {"antares_gate": "slack"}
@@ -238,14 +238,14 @@ async def test_a_form_is_passed_on_unless_the_engine_refuses_a_field(
     antares: Live, name: str, refused: bool, charset: str
 ) -> None:
     answer_with_the_body(antares)
-    antares.engine.refuse = lambda body: "seed: not here." if "seed" in body else None  # type: ignore[method-assign]
+    antares.engine.unsupported_reason = lambda body: "seed: not here." if "seed" in body else None  # type: ignore[method-assign]
     headers = {"content-type": f"multipart/form-data; boundary=xx{charset}"}
     answer = await antares.http.post("/v1/audio/transcriptions", content=form(f' name="{name}"'), headers=headers)
     assert answer.status_code == (400 if refused else 200), answer.text
 
 
 async def test_what_an_engine_refuses_it_refuses_on_every_route(antares: Live) -> None:
-    antares.engine.refuse = lambda body: "seed: not here." if "seed" in body else None  # type: ignore[method-assign]
+    antares.engine.unsupported_reason = lambda body: "seed: not here." if "seed" in body else None  # type: ignore[method-assign]
     answer = await antares.ask({"input": "hi", "seed": 1}, path="/v1/responses")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "seed")
 
@@ -254,8 +254,8 @@ async def test_what_an_engine_refuses_once_it_is_up_it_refuses_of_those_that_wai
     async with live(fast_engine(restart_s=0.2)) as antares:
         antares.engine.crash()
         asking = asyncio.create_task(antares.ask(chat(seed=1)))
-        await eventually(lambda: antares.gateway.lanes[0].waiting)
-        antares.engine.refuse = lambda body: "seed: not here." if "seed" in body else None  # type: ignore[method-assign]
+        await eventually(lambda: antares.gateway.engine_queues[0].waiting)
+        antares.engine.unsupported_reason = lambda body: "seed: not here." if "seed" in body else None  # type: ignore[method-assign]
         answer = await asking
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "seed")
         assert antares.is_idle()

@@ -34,18 +34,18 @@ async def test_a_streams_report_is_a_comment_right_before_done(antares: Live) ->
     *_, last_chunk, comment, done, end = answer.text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     assert json.loads(last_chunk.removeprefix("data: "))["choices"]
-    verdict = json.loads(comment.removeprefix(": antares "))
-    assert (verdict["attained"], verdict["violated"], verdict["output_tokens"]) == (True, [], 8)
-    assert verdict["predicted_tokens"] == 8
-    assert verdict["ttft_ms"] <= verdict["e2e_ms"]
+    slo_report = json.loads(comment.removeprefix(": antares "))
+    assert (slo_report["attained"], slo_report["violated"], slo_report["output_tokens"]) == (True, [], 8)
+    assert slo_report["predicted_tokens"] == 8
+    assert slo_report["ttft_ms"] <= slo_report["e2e_ms"]
 
 
 async def test_a_json_answers_report_is_its_antares_member_and_the_length_is_right(antares: Live) -> None:
     answer = await antares.ask(x_slo_report="1")
     assert int(answer.headers["content-length"]) == len(answer.content)
-    verdict = answer.json()["antares"]
-    assert (verdict["slo_class"], verdict["slo_ttft_ms"], verdict["engine"]) == ("chat", 5000, "simulated")
-    assert 0 < verdict["ttft_ms"] < verdict["e2e_ms"]
+    slo_report = answer.json()["antares"]
+    assert (slo_report["slo_class"], slo_report["slo_ttft_ms"], slo_report["engine"]) == ("chat", 5000, "simulated")
+    assert 0 < slo_report["ttft_ms"] < slo_report["e2e_ms"]
 
 
 async def test_a_broken_bound_is_reported_as_violated() -> None:

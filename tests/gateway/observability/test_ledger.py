@@ -12,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from engine_adapter.engine import Message, Receive, Scope, Send
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.api import proxy
-from gateway.api import response_relay as exchange
+from gateway.api import response_relay as relay
 from gateway.observability.ledger import OUTCOMES, Entry, Ledger, LedgerError, Outcome
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
@@ -122,9 +122,9 @@ async def test_half_the_clients_of_64_streams_hang_up_and_nothing_is_left_behind
 
 
 async def test_a_call_cancelled_just_as_it_is_admitted_leaves_the_lane(antares: Live) -> None:
-    lane = antares.gateway.lanes[0]
+    engine_queue = antares.gateway.engine_queues[0]
     asking = asyncio.create_task(call_directly(antares))
-    while not lane.running:
+    while not engine_queue.running:
         await asyncio.sleep(0)
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
@@ -188,7 +188,7 @@ async def test_a_client_that_stops_reading_frees_its_place(monkeypatch: pytest.M
 async def test_a_client_that_does_not_take_the_end_frees_its_place(
     monkeypatch: pytest.MonkeyPatch, outcome: str
 ) -> None:
-    monkeypatch.setattr(exchange, "LAST_WORDS_S", 0.05)
+    monkeypatch.setattr(relay, "LAST_WORDS_S", 0.05)
     monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
     last_taken = b"data: [DONE]" if outcome == "finished" else b'"role":'
     stopped = False

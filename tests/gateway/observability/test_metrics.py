@@ -111,7 +111,7 @@ async def test_a_finished_request_shows_in_every_histogram_and_token_count(antar
 async def test_waiting_and_running_requests_are_seen_live() -> None:
     async with live(fast_engine(times=StepTimes(d=0.02), max_num_seqs=1)) as antares:
         asking = [asyncio.create_task(antares.ask(x_slo_class="free")) for _ in range(3)]
-        await eventually(lambda: len(antares.gateway.lanes[0].waiting) == 2)
+        await eventually(lambda: len(antares.gateway.engine_queues[0].waiting) == 2)
         text = await exposition(antares)
         assert 'antares_waiting_requests{engine="simulated",slo_class="free"} 2.0' in text
         assert 'antares_running_requests{engine="simulated",slo_class="free"} 1.0' in text

@@ -13,7 +13,7 @@ from gateway.policies.annealing.latency import Latency
 from gateway.policies.annealing.policy import Annealing
 from gateway.policies.annealing.search import STRAWMEN, Beside, Board, Job, Limits, Plan, anneal, deadline_order
 from gateway.policies.registry import make_policy
-from gateway.scheduling.admission import Admission
+from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.placement import assign, load
 from tests.fixtures.policy_builders import NOW, admitted, ask, decide, engine, rejected, running
 
@@ -41,7 +41,7 @@ def boards(draw: st.DrawFn, most: int = 8) -> Board:
             )
         )
     limits = Limits(draw(st.integers(1, 4)), draw(st.integers(500, 3000)), draw(st.integers(200, 1500)))
-    busy = draw(st.integers(0, limits.places))
+    busy = draw(st.integers(0, limits.slots))
     return Board(jobs, limits, Beside(busy, (0, 1, 2), 0.1, continuous=True) if busy else Beside())
 
 
@@ -55,11 +55,11 @@ def check(plan: Plan, board: Board) -> None:
     for batch in plan.batches:
         jobs = [board.jobs[i] for i in batch]
         if len(jobs) > 1:
-            assert len(jobs) <= board.limits.places
+            assert len(jobs) <= board.limits.slots
             assert sum(job.kv for job in jobs) <= board.limits.kv
             assert sum(job.prompt for job in jobs) <= board.limits.prompt
-    if board.beside.places:
-        assert board.beside.places + len(plan.batches[0]) <= board.limits.places
+    if board.beside.slots:
+        assert board.beside.slots + len(plan.batches[0]) <= board.limits.slots
 
 
 @given(boards(24), st.integers(1, 3000), st.integers(0, 5))
@@ -112,7 +112,7 @@ def test_what_a_plan_claims_follows_from_its_batches(board: Board) -> None:
     start, latency = 0.0, 0.0
     for batch in plan.batches:
         jobs = [board.jobs[i] for i in batch]
-        size = min(board.beside.places + len(jobs), max(board.limits.places, len(jobs)))
+        size = min(board.beside.slots + len(jobs), max(board.limits.slots, len(jobs)))
         ends = [sum(p * q for p, q in ((j.prefill[0], len(jobs)), (j.decode[0], size))) + j.prefill[1] + j.decode[1]
                 for j in jobs]  # fmt: skip
         latency += sum(j.waited + end + start for j, end in zip(jobs, ends, strict=True))
@@ -192,10 +192,10 @@ def test_engines_of_a_gateway_are_compared_by_memory_left_under_annealing_alone(
     long_answer, long_prompt = ask("answer", prompt=10, output=800), ask("prompt", prompt=500, output=10)
 
     def loads(policy: str) -> list[tuple[float, int]]:
-        lanes = [Admission(make_policy(policy), engine()) for _ in range(2)]
-        lanes[0].submit(long_answer)
-        lanes[1].submit(long_prompt)
-        return [load(lane) for lane in lanes]
+        engine_queues = [AdmissionController(make_policy(policy), engine()) for _ in range(2)]
+        engine_queues[0].submit(long_answer)
+        engine_queues[1].submit(long_prompt)
+        return [load(engine_queue) for engine_queue in engine_queues]
 
     answer, prompt = loads("annealing")
     assert answer > prompt

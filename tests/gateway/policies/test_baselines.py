@@ -52,7 +52,7 @@ def admitted(decision: Decision) -> list[str]:
 
 def rejected(decision: Decision) -> dict[str, tuple[str, bool]]:
     """Bound and hopelessness by request."""
-    return {r.request.id: (r.bound, r.hopeless) for r in decision.reject}
+    return {r.request.id: (r.bound, r.infeasible) for r in decision.reject}
 
 
 # --- S3 ---------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_s3_stops_where_the_runway_ends_and_lets_nobody_pass() -> None:
     state = engine(max_num_batched_tokens=100)
     queue = [ask("a", prompt=90, output=1), ask("b", prompt=200, output=2), ask("c", prompt=5, output=3)]
     assert admitted(decide(S3(), queue, [], state)) == ["a"]
-    assert admitted(decide(S3(runway_steps=3), queue, [], state)) == ["a", "b", "c"]
+    assert admitted(decide(S3(prefill_lookahead_steps=3), queue, [], state)) == ["a", "b", "c"]
     unfinished = running("u", prompt=150, first_token_s=None, generated=0)
     assert admitted(decide(S3(), queue, [unfinished], state)) == []
 
@@ -105,7 +105,7 @@ def test_mooncake_judges_in_order_of_arrival_each_behind_those_it_admitted() -> 
     decision = decide(Mooncake(), queue, [])
     assert admitted(decision) == ["a", "b", "d"]
     (rejection,) = decision.reject
-    assert (rejection.request.id, rejection.bound, rejection.hopeless) == ("c", "ttft", False)
+    assert (rejection.request.id, rejection.bound, rejection.infeasible) == ("c", "ttft", False)
     assert rejection.predicted_s == rejection.attainable_s == pytest.approx(0.08 + 0.3)
     assert rejection.retry_after_s == pytest.approx(0.03), "by then so much of the backlog is done"
 
@@ -122,7 +122,7 @@ def test_mooncake_rejects_who_would_decode_too_slowly_in_the_batch_it_joins() ->
     decision = decide(Mooncake(), [ask(tpot=0.0201)], batch)
     # Ten sequences of 100 tokens and, half way, 25 more: 10 + 10 + 0.125 ms.
     (rejection,) = decision.reject
-    assert (rejection.bound, rejection.hopeless) == ("tpot", False)
+    assert (rejection.bound, rejection.infeasible) == ("tpot", False)
     assert rejection.predicted_s == rejection.attainable_s == pytest.approx(0.020125)
     assert admitted(decide(Mooncake(), [ask(tpot=0.0202)], batch)) == ["r"]
     assert admitted(decide(Mooncake(), [ask(tpot=0.0201)], batch[1:])) == ["r"]
@@ -161,7 +161,7 @@ def test_mooncake_says_when_asking_again_cannot_help() -> None:
 
 def test_mooncake_answers_an_end_to_end_bound_in_its_own_terms() -> None:
     (rejection,) = decide(Mooncake(), [ask(e2e=0.3)], []).reject
-    assert (rejection.bound, rejection.hopeless) == ("e2e", True)
+    assert (rejection.bound, rejection.infeasible) == ("e2e", True)
     # 0.1 s to the first token, and 50 tokens at 30 ms.
     assert rejection.attainable_s == pytest.approx(1.6)
     assert admitted(decide(Mooncake(), [ask(e2e=1.61)], [])) == ["r"]

@@ -62,13 +62,13 @@ def test_admitted_prefills_that_are_not_done_count_before_the_queue() -> None:
 def test_time_waited_counts_against_the_deadline() -> None:
     request = ask(at=NOW - 1, ttft=1.1)
     (rejection,) = decide(Scorpio(), NOW, [request], [], engine()).reject
-    assert (rejection.bound, rejection.hopeless) == ("ttft", False)
+    assert (rejection.bound, rejection.infeasible) == ("ttft", False)
     assert rejection.predicted_s == pytest.approx(1.1)
 
 
 def test_what_not_even_an_idle_engine_could_do_is_hopeless() -> None:
     (rejection,) = decide(Scorpio(), NOW, [ask(ttft=0.12)], [], engine()).reject
-    assert rejection.hopeless
+    assert rejection.infeasible
 
 
 def test_nothing_admitted_is_ever_rejected() -> None:
@@ -147,7 +147,7 @@ def test_a_request_that_does_not_fit_now_never_blocks_the_one_behind_it() -> Non
 def test_a_hopeless_tpot_is_refused_at_once_even_behind_a_full_batch(busy: bool) -> None:
     batch = [running(str(i)) for i in range(4)] if busy else []
     (rejection,) = decide(Scorpio(), NOW, [ask(tpot=0.005)], batch, engine(max_num_seqs=4)).reject
-    assert (rejection.bound, rejection.hopeless) == ("tpot", True)
+    assert (rejection.bound, rejection.infeasible) == ("tpot", True)
     assert rejection.attainable_s == pytest.approx(1.3 * (TIMES.itl(1, 125)))
 
 
@@ -196,8 +196,8 @@ def test_each_guard_can_be_switched_off() -> None:
 def test_the_engines_own_queue_is_kept_as_short_as_the_runway() -> None:
     state = engine(max_num_batched_tokens=100)
     queue = [ask(str(i), prompt=90) for i in range(5)]
-    assert len(decide(Scorpio(runway_steps=2.0), NOW, queue, [], state).admit) == 2
-    assert len(decide(Scorpio(runway_steps=4.0), NOW, queue, [], state).admit) == 4
+    assert len(decide(Scorpio(prefill_lookahead_steps=2.0), NOW, queue, [], state).admit) == 2
+    assert len(decide(Scorpio(prefill_lookahead_steps=4.0), NOW, queue, [], state).admit) == 4
     unfinished = [ask("old", admitted_s=NOW, prompt=150)]
     assert decide(Scorpio(), NOW, queue, unfinished, state).admit == []
 
@@ -273,7 +273,7 @@ def test_the_prefill_backlog_is_what_was_admitted_and_has_no_token_yet() -> None
         ("scorpio", {"etta": 1}, "has no option 'etta'; its options: eta,"),
         ("fcfs", {"eta": 1}, "its options: none"),
         ("scorpio", {"name": "x"}, "has no option 'name'"),
-        ("slack", {"_granted": 1}, "has no option '_granted'; its options: fill, floor,"),
+        ("slack", {"_granted": 1}, "has no option '_granted'; its options: cost_weight,"),
         ("slack", {"fill": 0.0}, "fill must be above 0 and at most 1"),
         ("slack", {"memory_risk": 0}, "memory_risk must be between 0 and 1"),
         ("slack", {"memory_risk": 1}, "memory_risk must be between 0 and 1"),

@@ -14,18 +14,18 @@ from engine_adapter.engine import GateReport
 from engine_adapter.gates.slack import PATIENT_S
 from gateway.policies.base import Decision, Rejection, reject_ttft
 from gateway.policies.slack.batch import E2E_EASE, NO_HURRY_S, Load, Queue
-from gateway.policies.slack.fair_share import MOST_GROUPS, Floor
+from gateway.policies.slack.fair_share import MOST_GROUPS, FairShare
 from gateway.policies.slack.policy import Slack
 from gateway.requests.progress import Progress
 from gateway.requests.request import Request
-from gateway.scheduling.admission import Admission
+from gateway.scheduling.admission import AdmissionController
 from tests.fixtures.policy_builders import NOW, TIMES, admitted, ask, decide, engine, rejected, running
 
 # TIMES: 10 ms a step and 0.1 ms a sequence; 100 prompt tokens take 0.1 s.
 
 
 def refusal(request: Request) -> Rejection:
-    return reject_ttft(request, 1.0, 1.0, 0.1, hopeless=False)
+    return reject_ttft(request, 1.0, 1.0, 0.1, infeasible=False)
 
 
 def slack(**options: Any) -> Slack:
@@ -57,16 +57,16 @@ def test_a_request_that_does_not_fit_now_never_blocks_the_one_behind_it() -> Non
 
 def test_prefill_takes_longer_by_the_share_of_time_that_decodes_leave() -> None:
     # Alone: 0.1 s. With decodes that take half of the pace, twice that.
-    idle = decide(slack(optimism=0.8), NOW, [ask(ttft=0.12)], [], engine())
+    idle = decide(slack(queue_discount=0.8), NOW, [ask(ttft=0.12)], [], engine())
     batch = [running(str(i), tpot=0.025) for i in range(20)]
-    busy = decide(slack(optimism=0.8), NOW, [ask(ttft=0.12)], batch, engine())
+    busy = decide(slack(queue_discount=0.8), NOW, [ask(ttft=0.12)], batch, engine())
     assert (rejected(idle), rejected(busy)) == ([], ["r"])
     assert busy.reject[0].predicted_s > 1.5 * 0.1
 
 
 def test_whoever_waits_behind_work_that_takes_too_long_is_refused_and_told_what_would_do() -> None:
     queue = [ask(str(i), ttft=0.35, tpot=1.0, at=NOW + i * 1e-6) for i in range(6)]
-    decision = decide(slack(optimism=1.0), NOW + 1e-5, queue, [], engine())
+    decision = decide(slack(queue_discount=1.0), NOW + 1e-5, queue, [], engine())
     assert rejected(decision) == ["3", "4", "5"]
     assert all(r.bound == "ttft" and r.attainable_s > 0.35 for r in decision.reject)
 
@@ -76,7 +76,7 @@ def test_under_pressure_the_requests_that_cost_least_go_first() -> None:
     queue = [ask("long", ttft=5, tpot=1, output=900), ask("short", ttft=5.1, tpot=1, output=20, prompt=10),
              ask("middle", ttft=5.2, tpot=1, output=200)]  # fmt: skip
     assert admitted(decide(slack(), NOW, queue, [running("old")], state)) == ["short", "middle"]
-    assert admitted(decide(slack(thrift=0.0), NOW, queue, [running("old")], state)) == ["long", "short"]
+    assert admitted(decide(slack(cost_weight=0.0), NOW, queue, [running("old")], state)) == ["long", "short"]
 
 
 def test_no_more_prompts_go_to_the_engine_than_two_steps_have_time_for() -> None:
@@ -84,7 +84,7 @@ def test_no_more_prompts_go_to_the_engine_than_two_steps_have_time_for() -> None
     batch = [running(str(i), tpot=0.04, output=1000) for i in range(20)]
     queue = [ask(str(i), ttft=5, tpot=1.0, prompt=10) for i in range(20)]
     assert len(decide(slack(), NOW, queue, batch, engine()).admit) == 5
-    assert len(decide(slack(runway_steps=1.0), NOW, queue, batch, engine()).admit) == 2
+    assert len(decide(slack(prefill_lookahead_steps=1.0), NOW, queue, batch, engine()).admit) == 2
     (long,) = decide(slack(), NOW, [ask("long", ttft=5, tpot=1.0, prompt=90)], batch, engine()).admit
     assert long.id == "long", "a prompt longer than that goes when nothing else is unprefilled"
     assert len(decide(slack(), NOW, queue, [], engine()).admit) == 20, "with no pace to keep, a step's worth is more"
@@ -96,7 +96,7 @@ def test_an_answer_of_whose_tokens_nothing_is_told_does_not_hold_the_runway() ->
     whole = running("whole", tpot=1.0, prompt=400)
     whole.first_token_s = None
     assert not decide(slack(), NOW, queue, [*batch, whole], engine()).admit
-    Progress(whole, lambda: None).on_untold()
+    Progress(whole, lambda: None).on_unobserved()
     assert decide(slack(), NOW, queue, [*batch, whole], engine()).admit
 
 
@@ -106,7 +106,7 @@ def test_a_long_prompt_whose_turn_it_is_does_not_wait_for_a_runway_that_is_never
     long, refused = ask("long", ttft=20, tpot=1.0, prompt=900), ask("refused")
     long.slo_class = refused.slo_class = "documents"
     short = [ask(str(i), ttft=2, tpot=1.0, prompt=5, at=NOW - 1) for i in range(3)]
-    wide = {"runway_steps": 4.0}  # 110 tokens
+    wide = {"prefill_lookahead_steps": 4.0}  # 110 tokens
     assert "long" not in admitted(decide(slack(**wide), NOW, [*short, long], batch, engine()))
     policy = slack(**wide)
     for _ in range(60):
@@ -150,7 +150,7 @@ def test_nothing_is_admitted_that_would_probably_outgrow_the_kv_memory() -> None
 
 def test_a_pace_that_not_even_an_idle_engine_keeps_is_refused_at_once() -> None:
     (rejection,) = decide(slack(), NOW, [ask(tpot=0.005)], [], engine()).reject
-    assert (rejection.bound, rejection.hopeless) == ("tpot", True)
+    assert (rejection.bound, rejection.infeasible) == ("tpot", True)
 
 
 REQUESTS = st.builds(
@@ -165,7 +165,7 @@ REQUESTS = st.builds(
 
 @given(st.lists(REQUESTS, max_size=8), REQUESTS)
 def test_the_load_of_a_batch_and_one_more_is_the_load_of_all(batch: list[Request], one: Request) -> None:
-    state = engine(max_num_seqs=60, gate=GateReport(makes_way=True))
+    state = engine(max_num_seqs=60, gate=GateReport(preemptible=True))
     together, apart = Load.of([*batch, one], 0.01, state), Load.of(batch, 0.01, state)
     apart.take(apart.plus(one, one.pace_after(NOW)))
     for name in Load.__slots__:
@@ -181,11 +181,11 @@ def test_the_columns_say_of_each_request_what_the_load_says_with_it(
     within_s: float,
     kv_tokens: int,
     prompts: int,
-    makes_way: bool,
+    preemptible: bool,
 ) -> None:
     for request in queue:
         request.generated = 0  # nothing that waits has begun
-    state = engine(kv_tokens=kv_tokens, max_num_seqs=40, gate=GateReport(makes_way=makes_way))
+    state = engine(kv_tokens=kv_tokens, max_num_seqs=40, gate=GateReport(preemptible=preemptible))
     load = Load.of(batch, 0.01, state)
     total = sum(request.prompt_tokens for request in queue)
     columns = Queue.of(queue, 1e-3, 60.0, share)
@@ -215,12 +215,17 @@ WAITING = st.builds(
 @given(st.lists(WAITING, max_size=12), st.lists(WAITING, max_size=6), st.lists(REQUESTS, max_size=6), st.booleans(),
        st.sampled_from([1.0, 0.9]), st.sampled_from([0, 6000]))  # fmt: skip
 def test_a_queue_that_keeps_columns_is_decided_on_as_a_plain_list_is(
-    first: list[Request], later: list[Request], batch: list[Request], best_effort: bool, fill: float, kv_tokens: int
+    first: list[Request],
+    later: list[Request],
+    batch: list[Request],
+    best_effort: bool,
+    tpot_target_fraction: float,
+    kv_tokens: int,
 ) -> None:
     for number, request in enumerate([*first, *later, *batch]):
         request.id = str(number)
-    policy, plain, moving = (slack(fill=fill, patience_s=1.0) for _ in range(3))
-    books = Admission(moving, engine(max_num_seqs=12, kv_tokens=kv_tokens), lambda request: best_effort)
+    policy, plain, moving = (slack(tpot_target_fraction=tpot_target_fraction, max_wait_s=1.0) for _ in range(3))
+    books = AdmissionController(moving, engine(max_num_seqs=12, kv_tokens=kv_tokens), lambda request: best_effort)
     books.running = {request.id: request for request in batch}
     for now, came in ((NOW, first), (NOW + 0.5, later), (NOW + 1.5, [])):
         for request in came:
@@ -252,7 +257,7 @@ def test_the_paces_that_ends_leave_are_those_that_each_request_says(
 
 @given(st.lists(REQUESTS, max_size=6), st.lists(REQUESTS, max_size=6), REQUESTS, st.integers(1, 8))
 def test_a_newcomer_that_does_not_fit_is_not_let_in(
-    batch: list[Request], queue: list[Request], newcomer: Request, places: int
+    batch: list[Request], queue: list[Request], newcomer: Request, slots: int
 ) -> None:
     for number, request in enumerate([*batch, *queue, newcomer]):
         request.id = str(number)
@@ -261,7 +266,7 @@ def test_a_newcomer_that_does_not_fit_is_not_let_in(
         request.first_token_s = NOW if request.generated else None
     for request in (*queue, newcomer):
         request.generated = 0
-    policy, state = slack(), engine(max_num_seqs=places)
+    policy, state = slack(), engine(max_num_seqs=slots)
     decision = decide(policy, NOW, queue, batch, state)
     if not decision.fits(newcomer):
         left = [r for r in queue if r not in decision.admit and r.id not in rejected(decision)]
@@ -287,7 +292,7 @@ def test_a_newcomer_is_worth_a_decision_if_it_could_go() -> None:
 def test_answers_are_paced_by_the_share_of_their_bounds_that_is_to_be_filled() -> None:
     asked = [ask("a", ttft=9, tpot=0.05), ask("b", ttft=9), ask("c", ttft=9, tpot=0.05, e2e=50.0), ask("d", tpot=1.0)]
     assert "a" not in decide(slack(), NOW, asked, [running("old")], engine()).paces
-    paces = decide(slack(fill=0.98), NOW, asked, [running("old")], engine()).paces
+    paces = decide(slack(tpot_target_fraction=0.98), NOW, asked, [running("old")], engine()).paces
     asked_for = {"a": pytest.approx(0.049), "c": pytest.approx(0.049), "b": NO_HURRY_S}
     assert paces == asked_for, "a second a token is no pace, and its bound is told as it is"
 
@@ -309,7 +314,7 @@ def test_several_sequences_of_a_request_bring_one_prompt() -> None:
 def test_refusing_in_one_sweep_is_refusing_one_by_one() -> None:
     # Every third has a prompt that only fits when those refused before it are out of the way.
     queue = [ask(f"{i:02}", ttft=0.2 + 0.05 * i, tpot=1.0, prompt=900 if i % 3 == 0 else 60) for i in range(30)]
-    decision = decide(slack(optimism=1.0), NOW, queue, [], engine())
+    decision = decide(slack(queue_discount=1.0), NOW, queue, [], engine())
     ahead, late = 0.0, []
     for request in queue:
         own = TIMES.alpha * request.prompt_tokens
@@ -325,9 +330,9 @@ def test_refusing_in_one_sweep_is_refusing_one_by_one() -> None:
 
 
 def test_a_tenant_that_thrift_turns_away_gets_its_share_all_the_same() -> None:
-    def shares(floor: float) -> tuple[float, float]:
+    def shares(min_admission_share: float) -> tuple[float, float]:
         """Admission rates of a cheap and of a dear tenant that ask in turn for the one place there is."""
-        policy, state = slack(floor=floor), engine(max_num_seqs=1)
+        policy, state = slack(min_admission_share=min_admission_share), engine(max_num_seqs=1)
         asked, got = {"cheap": 0, "dear": 0}, {"cheap": 0, "dear": 0}
         for turn in range(600):
             queue = [
@@ -342,29 +347,29 @@ def test_a_tenant_that_thrift_turns_away_gets_its_share_all_the_same() -> None:
                 got[request.tenant] += request in decision.admit
         return got["cheap"] / asked["cheap"], got["dear"] / asked["dear"]
 
-    cheap, dear = shares(floor=0.0)
+    cheap, dear = shares(min_admission_share=0.0)
     assert (cheap, dear) == (1.0, 0.0)
-    cheap, dear = shares(floor=0.5)
+    cheap, dear = shares(min_admission_share=0.5)
     assert dear == pytest.approx(0.5 * (cheap + dear) / 2, abs=0.02)
 
 
 def test_what_is_hopeless_or_best_effort_is_nothing_to_be_fair_about() -> None:
     policy = slack()
     decide(policy, NOW, [ask("h", tpot=0.001), ask("b", best_effort=True)], [], engine())
-    assert policy._granted == Floor(policy.floor)
+    assert policy._granted == FairShare(policy.min_admission_share)
 
 
 def test_the_floor_remembers_a_bounded_number_of_groups_and_stays_finite() -> None:
     policy = slack()
     for turn in range(MOST_GROUPS + 200):
         decide(policy, NOW, [ask(tenant=f"t{turn}")], [], engine())
-    floor = policy._granted
-    assert len(floor._tenants) == MOST_GROUPS
-    floor._weight = 1e9
+    min_admission_share = policy._granted
+    assert len(min_admission_share._tenants) == MOST_GROUPS
+    min_admission_share._weight = 1e9
     decide(policy, NOW, [ask(tenant="last")], [], engine())
-    assert floor._weight == 1.0
-    assert floor._all.share == 1.0
-    assert floor._tenants["last"].decided == pytest.approx(1.0)
+    assert min_admission_share._weight == 1.0
+    assert min_admission_share._all.share == 1.0
+    assert min_admission_share._tenants["last"].decided == pytest.approx(1.0)
 
 
 def test_the_next_decision_is_due_when_a_waiting_request_would_become_too_late() -> None:
@@ -380,13 +385,15 @@ def test_nobody_is_let_in_whose_prompt_would_be_late_beside_those_who_run() -> N
     # Decodes take 12.4 of 14 ms: a tenth of the time is left, in which 20 tokens of prompt take 0.2 s.
     batch = [running(str(i), tpot=0.014, prompt=100, output=10_000) for i in range(20)]
     for ttft, gone in ((0.19, []), (0.3, ["r"])):
-        decision = decide(slack(optimism=0.1), NOW, [ask(ttft=ttft, tpot=1, prompt=20, output=1000)], batch, engine())
+        decision = decide(
+            slack(queue_discount=0.1), NOW, [ask(ttft=ttft, tpot=1, prompt=20, output=1000)], batch, engine()
+        )
         assert (admitted(decision), rejected(decision)) == (gone, [])
 
 
 def test_what_is_left_of_an_end_to_end_bound_after_the_first_token_is_for_the_others() -> None:
     request = ask(e2e=4.0, output=100, prompt=100)
-    books = Admission(slack(), engine())
+    books = AdmissionController(slack(), engine())
     books.submit(request)
     planned = request.tpot_slo_s
     assert [r.id for r in books.decide(NOW + 0.5).admit] == ["r"]
@@ -409,7 +416,7 @@ def test_an_end_to_end_bound_asks_for_its_pace_at_the_door_and_holds_nobody_up_f
 
 
 def test_a_bound_on_the_pace_is_kept_beside_an_end_to_end_bound() -> None:
-    books = Admission(slack(), engine())
+    books = AdmissionController(slack(), engine())
     books.submit(request := ask(e2e=4.0, tpot=0.04, output=100, prompt=100))
     assert [r.id for r in books.decide(NOW).admit] == ["r"]
     assert request.tpot_slo_s == 0.04
@@ -433,10 +440,10 @@ def test_an_end_far_away_still_leaves_a_pace() -> None:
 
 def test_a_pace_that_only_an_empty_engine_would_keep_is_not_waited_for() -> None:
     # Alone a step takes 10.1 ms and a little; with 2% to spare, that is more than 10.2.
-    (rejection,) = decide(slack(fill=0.98), NOW, [ask(tpot=0.0102)], [running("old")], engine()).reject
-    assert (rejection.bound, rejection.hopeless) == ("tpot", True)
+    (rejection,) = decide(slack(tpot_target_fraction=0.98), NOW, [ask(tpot=0.0102)], [running("old")], engine()).reject
+    assert (rejection.bound, rejection.infeasible) == ("tpot", True)
     again = ask(tpot=rejection.attainable_s)
-    assert rejected(decide(slack(fill=0.98), NOW, [again], [], engine())) == []
+    assert rejected(decide(slack(tpot_target_fraction=0.98), NOW, [again], [], engine())) == []
 
 
 def test_the_pace_of_an_end_to_end_bound_is_never_looser_than_a_bound_on_the_pace() -> None:

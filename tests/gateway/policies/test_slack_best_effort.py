@@ -7,7 +7,7 @@ import pytest
 
 from engine_adapter.engine import GateReport
 from engine_adapter.gates.best_effort_preemption import PEAK_S
-from engine_adapter.gates.slack import COURTESY, SlackGate
+from engine_adapter.gates.slack import BEST_EFFORT_SHARE, SlackGate
 from engine_adapter.simulated.sequence import SimulatedSequence
 from gateway.policies.slack.batch import NO_HURRY_S, Load
 from gateway.policies.slack.policy import Slack
@@ -39,7 +39,7 @@ def test_best_effort_is_not_refused_and_protects_nobody() -> None:
 
 def test_requests_without_bounds_never_wait_for_ever() -> None:
     # Places are short, bounded requests come without end, and the runway is never empty.
-    state, policy = engine(max_num_seqs=4, max_num_batched_tokens=500), Slack(patience_s=10.0)
+    state, policy = engine(max_num_seqs=4, max_num_batched_tokens=500), Slack(max_wait_s=10.0)
     free = ask("free", prompt=900)
     batch = [running(str(i), tpot=1.0) for i in range(2)] + [running("prefilling", tpot=1.0, prompt=100)]
     batch[-1].first_token_s = None
@@ -67,16 +67,16 @@ def test_who_has_a_pace_finds_the_places_of_those_without_free_where_they_make_w
     free = [running(f"free{i}") for i in range(40)]
     comers = [ask(f"b{i}", ttft=5, tpot=0.5, prompt=1, output=149) for i in range(60)]
 
-    def admits(comers: list[Request], makes_way: bool = True, **limits: int) -> int:
-        state = engine(**{"max_num_seqs": 40, **limits}, gate=GateReport(makes_way=makes_way))
+    def admits(comers: list[Request], preemptible: bool = True, **limits: int) -> int:
+        state = engine(**{"max_num_seqs": 40, **limits}, gate=GateReport(preemptible=preemptible))
         return len(decide(Slack(), NOW, comers, free, state).admit)
 
-    assert admits(comers, makes_way=False) == 0
+    assert admits(comers, preemptible=False) == 0
     assert admits(comers) == 38, "all but the twentieth that is theirs"
     for other in (ask("free"), ask("best effort", ttft=1, tpot=0.5, best_effort=True)):
         assert admits([other]) == 0, "nobody makes way for whom nothing was promised"
     # Now there are places, and memory for one more: all reach 150 tokens.
-    assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150, makes_way=False) == 1
+    assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150, preemptible=False) == 1
     assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150) == 37, "a twentieth of the places is four"
     free[0].prompt_tokens += 10 * 150
     assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150) == 27, "those of the oldest, whatever memory they have"
@@ -99,14 +99,14 @@ def test_places_that_others_took_lately_are_left_to_them() -> None:
 
 def test_a_request_with_a_deadline_alone_keeps_its_place_and_is_not_one_of_those_without() -> None:
     ttft, free = ask("ttft", ttft=5), [running(f"free{i}") for i in range(40)]
-    state = engine(max_num_seqs=40, gate=GateReport(makes_way=True))
+    state = engine(max_num_seqs=40, gate=GateReport(preemptible=True))
     decision = decide(Slack(), NOW, [ttft], free, state)
     assert decision.paces == {"ttft": NO_HURRY_S}, "which is what the step gate is told"
     ttft.admitted_s, ttft.tpot_slo_s = NOW, NO_HURRY_S
     load = Load.of([*free, ttft], 0.01)
-    assert (load.places, load.unbounded, load.strictest) == (41, 40, np.inf)
-    assert load.decoding == pytest.approx(41 * COURTESY), "but it sits out as they do"
-    assert not SlackGate().makes_way(SimulatedSequence("ttft", 1, 1, ttft.tpot_slo_s))
+    assert (load.slots, load.unbounded, load.strictest) == (41, 40, np.inf)
+    assert load.decoding == pytest.approx(41 * BEST_EFFORT_SHARE), "but it sits out as they do"
+    assert not SlackGate().preemptible(SimulatedSequence("ttft", 1, 1, ttft.tpot_slo_s))
     kept = [running(f"ttft{i}", ttft=5) for i in range(40)]
     for request in kept:
         request.tpot_slo_s = NO_HURRY_S

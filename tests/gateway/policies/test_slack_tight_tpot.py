@@ -14,14 +14,14 @@ STRICT, LOOSE = 0.9 * ALONE_S / DEAR, 1.1 * ALONE_S / DEAR
 
 
 def decided(
-    paces: DearPace, pace_s: float | None, *, admitted: int = 0, refused: int = 0, hopeless: bool = False,
+    paces: DearPace, pace_s: float | None, *, admitted: int = 0, refused: int = 0, infeasible: bool = False,
     best_effort: bool = False, waits: bool = False,
 ) -> None:  # fmt: skip
     requests = [ask(tpot=pace_s) for _ in range(admitted + refused)]
     if best_effort:
         for request in requests:
             request.serve_at_best_effort()
-    gone = [reject_ttft(request, 1.0, 1.0, 0.1, hopeless) for request in requests[admitted:]]
+    gone = [reject_ttft(request, 1.0, 1.0, 0.1, infeasible) for request in requests[admitted:]]
     left = [ask(tpot=STRICT), ask(tpot=LOOSE)] if waits else [ask(tpot=STRICT)]
     paces.note(NOW, Decision(admit=requests[:admitted], reject=gone), left)
 
@@ -65,7 +65,7 @@ def test_as_long_as_none_of_them_runs_they_cost_nothing() -> None:
 def test_a_few_decisions_hopeless_requests_best_effort_and_those_without_bounds_say_nothing() -> None:
     paces = fresh()
     decided(paces, LOOSE, refused=_LEAST_KNOWN - 1)
-    decided(paces, LOOSE, refused=500, hopeless=True)
+    decided(paces, LOOSE, refused=500, infeasible=True)
     decided(paces, LOOSE, refused=500, best_effort=True)
     decided(paces, None, admitted=500)
     assert not looks(paces)
@@ -109,7 +109,7 @@ def test_slack_refuses_a_dear_pace_at_once_and_says_which_pace_would_do() -> Non
     decision = decide(policy, NOW, [dear, easy], runs, state)
     assert rejected(decision) == ["dear"]
     refusal = decision.reject[0]
-    assert (refusal.bound, refusal.hopeless, refusal.retry_after_s) == ("tpot", False, QUIET_S)
+    assert (refusal.bound, refusal.infeasible, refusal.retry_after_s) == ("tpot", False, QUIET_S)
     both = decide(policy, NOW, [ask("dear", tpot=0.012, e2e=0.8)], runs, state).reject[0]
     assert both.bound == "tpot", "a longer end-to-end bound would not do"
     would_do = ask("would do", ttft=5, tpot=refusal.attainable_s)

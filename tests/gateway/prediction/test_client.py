@@ -99,7 +99,7 @@ async def test_a_nonsense_answer_falls_back(answer: Any) -> None:
 async def test_a_url_where_nothing_is_never_raises(url: str) -> None:
     asking = predictor(url)
     assert (await asking.predict("hi", 1, "chat", None)).source == "fallback"
-    assert not await asking.warm_up(patience_s=0.05)
+    assert not await asking.warm_up(max_wait_s=0.05)
     await asking.close()
 
 
@@ -268,5 +268,5 @@ async def test_requests_are_served_while_the_predictor_hangs() -> None:
 async def test_the_fallback_learns_from_what_finishes() -> None:
     async with live(predictor={"enabled": False, "expected_tokens": 500}) as antares:
         await antares.ask()
-        verdict = (await antares.ask(x_slo_report="1")).json()["antares"]
-        assert verdict["predicted_tokens"] == 8
+        slo_report = (await antares.ask(x_slo_report="1")).json()["antares"]
+        assert slo_report["predicted_tokens"] == 8

@@ -80,7 +80,7 @@ async def test_hanging_killing_and_restarting_it_under_load_fails_no_request_and
                 windows = orjson.loads(file.read_bytes())["windows"] if file.exists() else []
                 return sum(len(window["rows"]) for window in windows)
 
-            assert await predictor.warm_up(patience_s=20)
+            assert await predictor.warm_up(max_wait_s=20)
             untaught = await predicted()
             assert untaught.tokens > 5 * TOKENS
             async with Asking(antares) as load:

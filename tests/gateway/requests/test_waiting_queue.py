@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from gateway.policies.registry import POLICIES, make_policy
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
-from gateway.requests.waiting_arrays import Columns
-from gateway.requests.waiting_queue import WaitingQueue, columns_of
+from gateway.requests.waiting_arrays import WaitingArrays
+from gateway.requests.waiting_queue import WaitingQueue, arrays_of
 
 
 def ask(name: str, *, at: float = 0.0, ttft: float | None = None, output: float = 10, group: str = "chat") -> Request:
@@ -147,7 +147,7 @@ def test_it_behaves_as_a_list_that_is_sorted_after_every_change(operations: list
         assert all(queue.by_class[group] == sum(r.slo_class == group for r in model) for group in "ab")
 
 
-def same(one: Columns, other: Columns) -> bool:
+def same(one: WaitingArrays, other: WaitingArrays) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -155,7 +155,7 @@ def test_columns_say_what_the_requests_say() -> None:
     asked = Request("a", "chat", 5.0, Slo(2.0, 0.05, 20.0), 100, 60, 60 + 1.2815515655446004 * 10, sequences=2)
     asked.tpot_slo_s = 0.03
     calm = Request("b", "chat", 6.0, Slo(None, 0.05, 20.0), 30, 40, best_effort=True)
-    found = Columns.of([asked, calm])
+    found = WaitingArrays.of([asked, calm])
     assert [column.tolist() for column in found[:-1]] == [
         [5.0, 6.0],
         [7.0, math.inf],
@@ -190,12 +190,12 @@ def test_the_columns_of_a_queue_are_those_of_its_requests(operations: list[tuple
         elif pick % 5 == 0:
             queue.clear()
         if number >= asked_after:
-            assert same(queue.columns(), Columns.of(list(queue)))
-            assert same(queue.columns(pick), Columns.of(queue[:pick]))
-            assert same(columns_of(queue, pick), columns_of(list(queue), pick))
+            assert same(queue.arrays(), WaitingArrays.of(list(queue)))
+            assert same(queue.arrays(pick), WaitingArrays.of(queue[:pick]))
+            assert same(arrays_of(queue, pick), arrays_of(list(queue), pick))
 
 
 def test_nobody_writes_to_the_columns_of_a_queue() -> None:
     queue = queue_of(ask("a"))
     with pytest.raises(ValueError, match="read-only"):
-        queue.columns().arrival[0] = 1.0
+        queue.arrays().arrival[0] = 1.0

@@ -18,7 +18,7 @@ from gateway.policies.fcfs import Fcfs
 from gateway.policies.registry import POLICIES, make_policy
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
-from gateway.scheduling.admission import Admission
+from gateway.scheduling.admission import AdmissionController
 
 TIMES = StepTimes(b=1e-4, d=0.01, alpha=1e-3)
 NOW = 50.0
@@ -56,8 +56,10 @@ class Scripted:
         return decision
 
 
-def admission(does: Callable[[Request], str], turns: Callable[[Request], bool] = lambda request: False) -> Admission:
-    return Admission(Scripted(does), engine(), turns)
+def admission(
+    does: Callable[[Request], str], turns: Callable[[Request], bool] = lambda request: False
+) -> AdmissionController:
+    return AdmissionController(Scripted(does), engine(), turns)
 
 
 def test_who_is_admitted_runs_and_knows_since_when() -> None:
@@ -101,7 +103,7 @@ class Full(Scripted):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_decision_is_due_when_there_is_news_and_newcomers_to_a_full_engine_are_none(full: bool) -> None:
-    books = Admission(Full(lambda r: "keep", full=full), engine())
+    books = AdmissionController(Full(lambda r: "keep", full=full), engine())
     assert not books.decides(NOW), "nobody waits"
     old, first, second = ask("old"), ask("1"), ask("2")
     books.running[old.id] = old
@@ -122,7 +124,7 @@ def test_a_decision_is_due_when_there_is_news_and_newcomers_to_a_full_engine_are
 
 def test_who_comes_once_there_is_room_again_is_decided_on_at_once() -> None:
     policy = Full(lambda r: "keep")
-    books, old, waited = Admission(policy, engine()), ask("old"), ask("waited")
+    books, old, waited = AdmissionController(policy, engine()), ask("old"), ask("waited")
     books.running[old.id] = old
     books.submit(waited)
     books.decide(NOW)
@@ -133,7 +135,7 @@ def test_who_comes_once_there_is_room_again_is_decided_on_at_once() -> None:
 
 
 def test_a_policy_that_wants_to_look_again_sooner_does() -> None:
-    books = Admission(Scripted(lambda r: "keep"), engine())
+    books = AdmissionController(Scripted(lambda r: "keep"), engine())
     books.policy.decide = lambda *_: Decision(recheck_at=NOW + 0.01)  # type: ignore[method-assign]
     books.submit(ask("a"))
     books.decide(NOW)
@@ -141,9 +143,11 @@ def test_a_policy_that_wants_to_look_again_sooner_does() -> None:
     assert books.decides(NOW + 0.01)
 
 
-def standing(stands_s: float = 0.05, fits: Callable[[Request], bool] = lambda r: True) -> tuple[Admission, Request]:
+def standing(
+    stands_s: float = 0.05, fits: Callable[[Request], bool] = lambda r: True
+) -> tuple[AdmissionController, Request]:
     """One runs, one waits, and what was decided at `NOW` stands."""
-    books, old = Admission(Scripted(lambda r: "keep"), engine()), ask("old")
+    books, old = AdmissionController(Scripted(lambda r: "keep"), engine()), ask("old")
     books.policy.decide = lambda *_: Decision(stands_s=stands_s, fits=fits)  # type: ignore[method-assign]
     books.running[old.id] = old
     books.submit(ask("waits"))
@@ -177,7 +181,7 @@ def test_a_decision_does_not_stand_before_an_idle_engine_nor_for_a_newcomer_who_
     books.leave(old)
     books.submit(ask("new"))
     assert books.decides(NOW), "it did not fit before another ended"
-    books = Admission(Scripted(lambda r: "keep"), engine())
+    books = AdmissionController(Scripted(lambda r: "keep"), engine())
     books.policy.decide = lambda now, waiting, *_: Decision(admit=list(waiting), stands_s=9.0)  # type: ignore[method-assign]
     books.submit(ask("a"))
     books.decide(NOW)
@@ -187,7 +191,7 @@ def test_a_decision_does_not_stand_before_an_idle_engine_nor_for_a_newcomer_who_
 
 
 def test_no_decision_stands_that_turned_somebody_to_best_effort() -> None:
-    books = Admission(Scripted(lambda r: "reject" if r.slo.tpot_s else "keep"), engine(), lambda r: True)
+    books = AdmissionController(Scripted(lambda r: "reject" if r.slo.tpot_s else "keep"), engine(), lambda r: True)
     decide = books.policy.decide
     books.policy.decide = lambda *seen: replace(decide(*seen), stands_s=0.05)  # type: ignore[method-assign]
     books.running["old"] = ask("old")
@@ -225,7 +229,7 @@ def test_best_effort_is_turned_once_and_then_rejected_for_good() -> None:
 
 
 def test_the_work_ahead_is_what_waits_and_what_has_no_token_yet() -> None:
-    books = Admission(Fcfs(), engine())
+    books = AdmissionController(Fcfs(), engine())
     for request in (ask("done", prompt=500), ask("begun", prompt=300)):
         books.submit(request)
     books.decide(NOW)
@@ -247,7 +251,7 @@ BOUNDS = [(None, None), (0.15, None), (1.0, 0.02), (5.0, 0.001), (0.05, 0.5)]
 def test_under_every_policy_a_request_waits_runs_or_is_gone_and_is_told_once(
     name: str, events: list[tuple[str, int]], seqs: int, turn: bool
 ) -> None:
-    books = Admission(make_policy(name), engine(max_num_seqs=seqs), lambda r: turn)
+    books = AdmissionController(make_policy(name), engine(max_num_seqs=seqs), lambda r: turn)
     known: list[Request] = []
     admitted: list[str] = []
     gone: list[str] = []
@@ -266,9 +270,9 @@ def test_under_every_policy_a_request_waits_runs_or_is_gone_and_is_told_once(
             one.first_token_s, one.generated = one.first_token_s or now, one.generated + 1
         elif (event == "withdraw" and books.withdraw(one)) or (event == "leave" and books.leave(one)):
             gone.append(one.id)
-        places = [{r.id for r in books.waiting}, set(books.running), set(gone)]
-        assert sum(map(len, places)) == len(known), "nobody is in two places"
-        assert set().union(*places) == {r.id for r in known}
+        slots = [{r.id for r in books.waiting}, set(books.running), set(gone)]
+        assert sum(map(len, slots)) == len(known), "nobody is in two places"
+        assert set().union(*slots) == {r.id for r in known}
         assert len(set(gone)) == len(gone)
         assert len(set(admitted)) == len(admitted)
         assert set(admitted) == {r.id for r in known if r.admitted_s is not None}

@@ -45,8 +45,8 @@ async def two_engines(**changes: object) -> AsyncIterator[tuple[Gateway, list[Si
 async def test_requests_spread_over_engines_by_the_work_they_have() -> None:
     async with two_engines(times=StepTimes(d=0.01)) as (gateway, _, http):
         asking = [asyncio.create_task(http.post(CHAT, json=chat())) for _ in range(8)]
-        await eventually(lambda: sum(len(lane.running) for lane in gateway.lanes) == 8)
-        assert [len(lane.running) for lane in gateway.lanes] == [4, 4]
+        await eventually(lambda: sum(len(engine_queue.running) for engine_queue in gateway.engine_queues) == 8)
+        assert [len(engine_queue.running) for engine_queue in gateway.engine_queues] == [4, 4]
         assert {(await task).status_code for task in asking} == {200}
 
 
@@ -61,7 +61,7 @@ async def test_a_dead_engine_gets_nothing_while_another_lives() -> None:
 
 async def test_what_waits_for_a_dead_engine_moves_to_one_that_lives() -> None:
     async with two_engines(restart_s=30) as (gateway, engines, http):
-        left = gateway.lanes[0]
+        left = gateway.engine_queues[0]
         left.admission.policy = HoldEverything()
         asking = asyncio.create_task(http.post(CHAT, json=chat(), headers={"x-slo-report": "1"}))
         await eventually(lambda: len(left.waiting) == 1)
@@ -108,7 +108,7 @@ async def test_an_engine_that_fails_as_its_client_leaves_is_no_unheard_exception
     async with live() as antares:
         antares.engine._app = fails_when_left  # type: ignore[assignment]
         asking = asyncio.create_task(antares.ask())
-        await eventually(lambda: antares.gateway.lanes[0].running)
+        await eventually(lambda: antares.gateway.engine_queues[0].running)
         asking.cancel()
         await eventually(antares.is_idle)
         assert antares.outcomes["cancelled"] == 1

@@ -277,16 +277,16 @@ def test_sequences_beyond_the_engines_places_wait_for_one() -> None:
 
 def test_who_has_a_pace_has_a_place_before_those_whom_slack_counts_on_to_make_way() -> None:
     started = {}
-    for makes_way in (False, True):
+    for preemptible in (False, True):
         made = shadow(Slack(), max_num_seqs=4)
-        made._engine.gate.makes_way = makes_way
+        made._engine.gate.preemptible = preemptible
         names = [f"free{i}" for i in range(4)] + ["paced"]
         for name in names:
             made.submitted(Request(name, "chat", 0.0, Slo(9.0, 0.5) if name == "paced" else Slo(), 10, 5000))
             made.look(0.0)
         for step in range(1, 100):
             made.look(0.01 * step)
-        started[makes_way] = {copy.id for copy in made._admission.running.values() if copy.first_token_s is not None}
+        started[preemptible] = {copy.id for copy in made._admission.running.values() if copy.first_token_s is not None}
     assert started == {False: set(names[:4]), True: {*names[:3], "paced"}}
 
 

@@ -24,12 +24,12 @@ SLOW = StepTimes(b=1e-6, d=0.02, alpha=1e-6)
 
 
 def the(antares: Live, name: str) -> Shadow:
-    return next(one for one in antares.gateway.lanes[0].shadows.all if one.name == name)
+    return next(one for one in antares.gateway.engine_queues[0].shadows.all if one.name == name)
 
 
 def settled(antares: Live) -> bool:
     """Nothing is under way, here or in any shadow's world."""
-    shadowed = antares.gateway.lanes[0].shadows.all
+    shadowed = antares.gateway.engine_queues[0].shadows.all
     return antares.is_idle() and not any(one.waiting or one.running for one in shadowed)
 
 

@@ -16,11 +16,11 @@ from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from lab.bench.load_client import Sent, Target, send, send_from_another_process
 from lab.records.run_record import run_record
-from lab.workload import Asked, make_workload
+from lab.workload import WorkloadRequest, make_workload
 from tests.fixtures.live_gateway import fast_engine, live
 from tests.fixtures.live_server import serve
 
-EASY = Asked(at_s=0.0, prompt_tokens=5, output_tokens=6, ttft_slo_s=5.0, tpot_slo_s=1.0, category=1)
+EASY = WorkloadRequest(at_s=0.0, prompt_tokens=5, output_tokens=6, ttft_slo_s=5.0, tpot_slo_s=1.0, category=1)
 
 Put = Callable[[Any], Awaitable[None]]
 Answer = Callable[[dict[str, Any], dict[str, str], Put], Awaitable[None]]
@@ -72,7 +72,7 @@ def usage(tokens: int) -> dict[str, Any]:
 DONE = b"data: [DONE]\n\n"
 
 
-async def ask(stub: Stub, *workload: Asked, **target: Any) -> Sent:
+async def ask(stub: Stub, *workload: WorkloadRequest, **target: Any) -> Sent:
     async with serve(stub) as url:
         return await send(Target(url, "m", **target), workload or [EASY], seed=0)
 
@@ -152,10 +152,10 @@ async def test_a_stalled_server_delays_no_sending() -> None:
 
 
 async def test_a_429_is_a_rejection_with_its_code_and_stays_in_the_denominator() -> None:
-    async def refuse(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
+    async def unsupported_reason(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
         await put(b'{"error": {"code": "ttft_unattainable", "message": "no"}}')
 
-    sent = await ask(Stub(refuse, status=429), EASY, EASY)
+    sent = await ask(Stub(unsupported_reason, status=429), EASY, EASY)
     record = run_record("x", 1.0, 0, sent.served(), sent.duration_s, wall_s=1.0, **sent.extras())
     assert (record["rejected"], record["failed"], record["slo_adherence"]) == (1.0, 0.0, 0.0)
     assert record["reasons"] == {"ttft_unattainable": 2}

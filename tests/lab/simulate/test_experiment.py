@@ -131,7 +131,7 @@ def test_a_policy_is_a_name_with_options() -> None:
     assert parse_policy("scorpio:eta=1.2,tpot_guard=False, slack_s = 0.1") == Scorpio(
         eta=1.2, tpot_guard=False, slack_s=0.1
     )
-    assert parse_policy(" s3 : runway_steps=3 ") == S3(runway_steps=3)
+    assert parse_policy(" s3 : prefill_lookahead_steps=3 ") == S3(prefill_lookahead_steps=3)
     assert parse_policy("s3:") == S3()
 
 

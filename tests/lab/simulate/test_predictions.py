@@ -10,21 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab.simulate.predictions import Predicted, predict
-from lab.workload import Asked, make_workload
+from lab.workload import WorkloadRequest, make_workload
 
 WAYS = ("oracle", "noise:0.5", "constant", "reversed", "shipped", "shipped:2", "shipped:0.01")
 SHAREGPT = make_workload("sharegpt", qps=10, requests=4000, seed=11)
 
 
-def of_lengths(*lengths: int) -> list[Asked]:
-    return [Asked(i / 10, 50, length, 1.0, 0.05, 1) for i, length in enumerate(lengths)]
+def of_lengths(*lengths: int) -> list[WorkloadRequest]:
+    return [WorkloadRequest(i / 10, 50, length, 1.0, 0.05, 1) for i, length in enumerate(lengths)]
 
 
-def tokens(how: str, workload: list[Asked], seed: int = 0) -> np.ndarray:
+def tokens(how: str, workload: list[WorkloadRequest], seed: int = 0) -> np.ndarray:
     return np.array([predicted.tokens for predicted in predict(how, workload, seed)])
 
 
-def true(workload: list[Asked]) -> np.ndarray:
+def true(workload: list[WorkloadRequest]) -> np.ndarray:
     return np.array([asked.output_tokens for asked in workload], dtype=float)
 
 

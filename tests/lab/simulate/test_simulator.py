@@ -20,12 +20,12 @@ from gateway.policies.base import Decision, Policy
 from gateway.policies.registry import POLICIES, make_policy
 from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
-from gateway.scheduling.admission import Admission
-from lab.records.run_record import Served
+from gateway.scheduling.admission import AdmissionController
+from lab.records.run_record import RequestResult
 from lab.simulate.predictions import Predicted, predict
 from lab.simulate.replica import Replica
 from lab.simulate.simulator import Simulated, simulate
-from lab.workload import Asked, make_workload
+from lab.workload import WorkloadRequest, make_workload
 
 pytestmark = (
     pytest.mark.no_cover
@@ -44,18 +44,21 @@ HAND = Profile(
 
 
 def asked(at: float = 0.0, prompt: int = 100, output: int = 10, *, ttft: float = 60.0, tpot: float = 1.0,
-          category: int = 1) -> Asked:  # fmt: skip
-    return Asked(at, prompt, output, ttft, tpot, category)
+          category: int = 1) -> WorkloadRequest:  # fmt: skip
+    return WorkloadRequest(at, prompt, output, ttft, tpot, category)
 
 
 def run(
-    workload: Sequence[Asked], policy: str | Callable[[], Policy] = "fcfs", profile: Profile = HAND, **options: Any
+    workload: Sequence[WorkloadRequest],
+    policy: str | Callable[[], Policy] = "fcfs",
+    profile: Profile = HAND,
+    **options: Any,
 ) -> Simulated:
     make = policy if callable(policy) else lambda: make_policy(policy)
     return simulate(workload, predict("oracle", workload, 0), profile, make, **options)
 
 
-def times(served: Served) -> tuple[float | None, float, float | None]:
+def times(served: RequestResult) -> tuple[float | None, float, float | None]:
     return served.ttft_s, served.tpot_s, served.e2e_s
 
 
@@ -167,7 +170,7 @@ ENGINES = st.builds(
 @pytest.mark.parametrize("policy", POLICIES)
 @given(WORKLOADS, ENGINES, st.sampled_from(STEP_MODES), st.integers(1, 3), st.booleans())
 def test_every_request_ends_once_and_no_faster_than_steps_allow(
-    policy: str, workload: list[Asked], profile: Profile, mode: str, replicas: int, learn: bool
+    policy: str, workload: list[WorkloadRequest], profile: Profile, mode: str, replicas: int, learn: bool
 ) -> None:
     came = run(workload, policy, profile, step_mode=mode, replicas=replicas, learn=learn)
     assert [served.asked for served in came.served] == workload
@@ -274,7 +277,7 @@ class Watched:
 
 def test_a_replica_keeps_the_gateways_own_books() -> None:
     replica = Replica(HAND, make_policy("fcfs"))
-    assert type(replica.admission) is Admission
+    assert type(replica.admission) is AdmissionController
 
 
 @pytest.mark.parametrize("policy", POLICIES)

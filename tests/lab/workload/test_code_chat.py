@@ -14,11 +14,11 @@ from engine_adapter.step_time.profile import load_profile
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
 from lab.bounds import bounds, works
-from lab.records.run_record import Served, run_record
+from lab.records.run_record import RequestResult, run_record
 from lab.simulate.experiment import Experiment, Run, perform
 from lab.simulate.predictions import predict
 from lab.simulate.simulator import asked_slo, simulate
-from lab.workload import Asked, make_workload
+from lab.workload import WorkloadRequest, make_workload
 
 A100 = load_profile("a100-llama3.1-8b")
 
@@ -40,13 +40,13 @@ def test_code_is_bounded_end_to_end_and_chat_by_its_tokens_with_lengths_of_their
 
 
 def test_a_request_has_the_bounds_that_are_finite() -> None:
-    assert asked_slo(Asked(0.0, 1, 1, math.inf, math.inf, 3, 9.0)) == Slo(None, None, 9.0)
-    assert asked_slo(Asked(0.0, 1, 1, 1.0, 0.05, 1)) == Slo(1.0, 0.05, None)
+    assert asked_slo(WorkloadRequest(0.0, 1, 1, math.inf, math.inf, 3, 9.0)) == Slo(None, None, 9.0)
+    assert asked_slo(WorkloadRequest(0.0, 1, 1, 1.0, 0.05, 1)) == Slo(1.0, 0.05, None)
 
 
 def test_an_end_to_end_bound_is_judged_by_the_last_token() -> None:
-    asked = Asked(0.0, 10, 20, math.inf, math.inf, 3, 9.0)
-    served = [Served(asked, "finished", 8.0, 0.5, e2e) for e2e in (8.9, 9.1)]
+    asked = WorkloadRequest(0.0, 10, 20, math.inf, math.inf, 3, 9.0)
+    served = [RequestResult(asked, "finished", 8.0, 0.5, e2e) for e2e in (8.9, 9.1)]
     record = run_record("fcfs", 1.0, 0, served, 10.0, wall_s=1.0)
     assert (record["slo_adherence"], record["e2e_violations"]) == (0.5, 0.5)
     assert (record["ttft_violations"], record["tpot_violations"]) == (0, 0)
@@ -54,12 +54,12 @@ def test_an_end_to_end_bound_is_judged_by_the_last_token() -> None:
 
 
 def test_no_bound_on_attainment_is_passed_and_a_hopeless_end_to_end_bound_is_left_out() -> None:
-    possible, hopeless = (
-        Asked(0.0, 10, 100, math.inf, math.inf, 3, 10.0),
-        Asked(0.0, 10, 100, math.inf, math.inf, 3, 0.1),
+    possible, infeasible = (
+        WorkloadRequest(0.0, 10, 100, math.inf, math.inf, 3, 10.0),
+        WorkloadRequest(0.0, 10, 100, math.inf, math.inf, 3, 0.1),
     )
-    one_token = Asked(0.0, 10, 1, 1.0, math.inf, 1)
-    assert bounds([possible, hopeless, one_token], works(A100))[0] == pytest.approx(2 / 3)
+    one_token = WorkloadRequest(0.0, 10, 1, 1.0, math.inf, 1)
+    assert bounds([possible, infeasible, one_token], works(A100))[0] == pytest.approx(2 / 3)
 
 
 @simulates

@@ -7,15 +7,15 @@ import time
 import numpy as np
 import pytest
 
-from lab.workload import SLO_TABLES, Asked, make_workload, slo_table_names, workload_names
+from lab.workload import SLO_TABLES, WorkloadRequest, make_workload, slo_table_names, workload_names
 from lab.workload.lengths import DATA, rows
 
 
-def gaps(workload: list[Asked]) -> np.ndarray:
+def gaps(workload: list[WorkloadRequest]) -> np.ndarray:
     return np.diff([asked.at_s for asked in workload], prepend=0.0)
 
 
-def sizes(workload: list[Asked]) -> list[tuple[int, int]]:
+def sizes(workload: list[WorkloadRequest]) -> list[tuple[int, int]]:
     return [(asked.prompt_tokens, asked.output_tokens) for asked in workload]
 
 
