@@ -273,7 +273,7 @@ def test_the_prefill_backlog_is_what_was_admitted_and_has_no_token_yet() -> None
         ("scorpio", {"etta": 1}, "has no option 'etta'; its options: eta,"),
         ("fcfs", {"eta": 1}, "its options: none"),
         ("scorpio", {"name": "x"}, "has no option 'name'"),
-        ("slack", {"_granted": 1}, "has no option '_granted'; its options: cost_weight,"),
+        ("slack", {"_granted": 1}, "has no option '_granted'; its options: cost_weight, max_wait_s,"),
         ("slack", {"fill": 0.0}, "fill must be above 0 and at most 1"),
         ("slack", {"memory_risk": 0}, "memory_risk must be between 0 and 1"),
         ("slack", {"memory_risk": 1}, "memory_risk must be between 0 and 1"),
