@@ -27,6 +27,9 @@ TPOT_XARG = "antares_tpot_ms"
 """Member of ``vllm_xargs`` that carries a request's TPOT bound (ms) to the step gate."""
 
 
+KIND_XARG = "antares_kind"
+"""The request's `ServiceKind` by its label, where it is not what `default_kind` derives from the pace."""
+
 GATE_XARG = "antares_gate"
 """Member of ``vllm_xargs`` that names the step gate that paces a request (`gates.GATES`)."""
 

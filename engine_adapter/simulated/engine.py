@@ -244,9 +244,9 @@ class SimulatedEngine:
         report.best_effort_preemptions = self._scheduler.best_effort_preemptions
         report.gate_seconds += seconds
         for sequence in self._scheduler.decoding:
-            if sequence.tpot_slo_s is None:
+            if sequence.pace_s is None:
                 continue
-            bound = f"{sequence.tpot_slo_s * 1000:g}"
+            bound = f"{sequence.pace_s * 1000:g}"
             report.eligible[bound] = report.eligible.get(bound, 0) + 1
             report.batched[bound] = report.batched.get(bound, 0) + (sequence.request_id not in step.sat_out)
 

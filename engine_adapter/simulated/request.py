@@ -7,7 +7,8 @@ from typing import Any
 
 import orjson
 
-from engine_adapter.engine import GATE_XARG, TPOT_XARG
+from engine_adapter.engine import GATE_XARG, KIND_XARG, TPOT_XARG
+from engine_adapter.service_kind import KINDS_BY_LABEL, ServiceKind, default_kind
 
 
 class BadRequest(Exception):  # noqa: N818 - it becomes the answer of that name
@@ -25,7 +26,8 @@ class Completion:
     include_usage: bool
     max_tokens: int | None
     ignore_eos: bool
-    tpot_slo_s: float | None
+    pace_s: float | None
+    kind: ServiceKind
     gate: str
     fixed_output: int | None
 
@@ -43,6 +45,7 @@ class Completion:
             raise BadRequest("vllm_xargs must be an object")
         limit = _whole(body, "max_completion_tokens")
         tpot_ms = _number(xargs, TPOT_XARG)
+        pace_s = None if tpot_ms is None else tpot_ms / 1000
         stream = bool(body.get("stream"))
         if body.get("stream_options") and not stream:
             raise BadRequest("stream_options can only be set when stream is true")
@@ -54,7 +57,8 @@ class Completion:
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
             max_tokens=limit if limit is not None else _whole(body, "max_tokens"),
             ignore_eos=bool(body.get("ignore_eos")),
-            tpot_slo_s=None if tpot_ms is None else tpot_ms / 1000,
+            pace_s=pace_s,
+            kind=KINDS_BY_LABEL.get(str(xargs.get(KIND_XARG)), default_kind(pace_s)),
             gate=str(xargs.get(GATE_XARG, "")),
             fixed_output=_whole(xargs, "simulated_output_tokens"),
         )

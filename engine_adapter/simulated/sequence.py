@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine_adapter.service_kind import ServiceKind, default_kind
+
 
 def _nobody_listens(*_: object) -> None:
     pass
@@ -12,7 +14,7 @@ def _nobody_listens(*_: object) -> None:
 
 @dataclass(slots=True, eq=False)
 class SimulatedSequence:
-    """One sequence. Lengths in tokens; ``tpot_slo_s`` and ``gate`` as in `step_gate.Decoding`.
+    """One sequence. Lengths in tokens; ``kind``, ``pace_s`` and ``gate`` as in `gates.base.Decoding`.
 
     ``on_token(generated, at)`` is called by the engine in real time at the end of each step that gave it a token;
     ``on_lost`` when that engine dies under it. ``abandoned`` is set by the app when nobody waits for it any more.
@@ -25,8 +27,9 @@ class SimulatedSequence:
     request_id: str
     prompt_tokens: int
     output_tokens: int
-    tpot_slo_s: float | None = None
+    pace_s: float | None = None
     gate: str = ""
+    kind: ServiceKind = None  # type: ignore[assignment]  # from the pace, in __post_init__
     on_token: Callable[[int, float], None] = _nobody_listens
     on_lost: Callable[[], None] = _nobody_listens
     abandoned: bool = False
@@ -39,6 +42,8 @@ class SimulatedSequence:
     preemptible: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind is None:
+            self.kind = default_kind(self.pace_s)
         self.length = self.to_prefill = self.prompt_tokens
         self.final_length = self.prompt_tokens + self.output_tokens
 

@@ -274,7 +274,7 @@ class Proxy:
         gate = (
             engine_queue.policy.gate if engine_queue.policy.gate != UNGATED and engine_queue.engine.takes_xargs else ""
         )
-        body = body_for_engine(document, request.tpot_slo_s, gate)
+        body = body_for_engine(document, request.pace_s, gate)
         inner_scope = engine_scope(scope, request_id, len(body))
         inner_scope[OBSERVER_KEY] = progress
         call = asyncio.ensure_future(_run(engine_queue.engine.app, inner_scope, client.replay(body), relay.send))

@@ -61,4 +61,4 @@ class Mooncake:
 
 def breaks_its_own_tpot(request: Request, tpot_s: float) -> bool:
     """Whether ``tpot_s`` breaks a bound that somebody insists on."""
-    return request.tpot_slo_s is not None and not request.best_effort and tpot_s > request.tpot_slo_s
+    return request.pace_s is not None and not request.best_effort and tpot_s > request.pace_s

@@ -109,7 +109,7 @@ class Scorpio:
         itl = engine.step_time.itl
         for request in queue:
             alone = self.eta * itl(request.sequences, request.length + request.predicted_tokens / 2)
-            if request.tpot_slo_s is None or request.best_effort or alone <= request.tpot_slo_s:
+            if request.pace_s is None or request.best_effort or alone <= request.pace_s:
                 kept.append(request)
             else:
                 decision.reject.append(reject_tpot(request, alone, retry_after_s=0.0, infeasible=True))
@@ -139,7 +139,7 @@ class _Batch:
         return batch
 
     def add(self, request: Request) -> None:
-        bound = request.tpot_slo_s
+        bound = request.pace_s
         self.size += request.sequences
         self.total_length += request.length * request.sequences
         if bound is None:
@@ -151,12 +151,12 @@ class _Batch:
 
     def strictest_with(self, request: Request) -> float:
         """min over R' of P_j, R' = R + request; infinite when nothing is bounded."""
-        bound = request.tpot_slo_s
+        bound = request.pace_s
         return self.strictest if bound is None or request.best_effort else min(self.strictest, bound)
 
     def tpot_with(self, request: Request, step_time: StepTimeModel) -> float:
         """TPOT_est / eta of eq. 5 over R', in its closed form: ITL(VBS, Lmean + y/2)."""
-        bound, strictest = request.tpot_slo_s, self.strictest_with(request)
+        bound, strictest = request.pace_s, self.strictest_with(request)
         unbounded, inverse = self.unbounded, self.inverse_bounds
         if bound is None:
             unbounded += request.sequences

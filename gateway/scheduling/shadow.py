@@ -33,6 +33,7 @@ from engine_adapter.engine import EngineState
 from engine_adapter.gates.best_effort_preemption import reserved_slots
 from engine_adapter.gates.composite import GATES
 from engine_adapter.gates.slack import SlackGate
+from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import Policy
 from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
@@ -233,8 +234,8 @@ class Shadow:
         running = self._admission.running.values()
         if not (self._engine.gate.preemptible and GATES[self._admission.policy.gate] is SlackGate):
             return running
-        others = [copy for copy in running if copy.tpot_slo_s is None or copy.tpot_slo_s == math.inf]
-        paced = [copy for copy in running if copy.tpot_slo_s is not None and copy.tpot_slo_s < math.inf]
+        others = [copy for copy in running if copy.kind is ServiceKind.BEST_EFFORT]
+        paced = [copy for copy in running if copy.kind is not ServiceKind.BEST_EFFORT]
         kept = reserved_slots(self._engine.max_num_seqs)
         return [*others[:kept], *paced, *others[kept:]]
 

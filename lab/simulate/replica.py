@@ -97,7 +97,7 @@ class Replica:
 
     def decide(self, now: float) -> Decision:
         """As the gateway does when there is news: let the policy decide, and hand what it admits to the engine."""
-        decides = self.admission.decides(now)
+        decides = self.admission.decision_due(now)
         if decides or not self.admission.waiting:
             self.recheck_at_s = math.inf
         if not decides:
@@ -116,7 +116,8 @@ class Replica:
             request_id=request.id,
             prompt_tokens=request.prompt_tokens,
             output_tokens=output_tokens,
-            tpot_slo_s=request.tpot_slo_s if self._gated else None,
+            pace_s=request.pace_s if self._gated else None,
+            kind=request.kind,
             request=request,
         )
         self.scheduler.submit(sequence)
@@ -167,7 +168,7 @@ class Replica:
             flight.request.advance(1)
             if flight.request.first_token_s is None:
                 flight.request.first_token_s = now
-                self.admission.makes_room()
+                self.admission.capacity_changed()
         for flight in done:
             self.admission.leave(flight.request)
         return [flight.request for flight in done]

@@ -185,7 +185,7 @@ def _beside(running: Collection[Request], latency: Latency, most: int, horizon: 
         [(r.length + max(1.0, r.predicted_tokens - r.generated / r.sequences) / 2) * r.sequences for r in running]
     )
     length /= slots
-    paces = sorted([r.tpot_slo_s for r in running if r.tpot_slo_s is not None and not r.best_effort])
+    paces = sorted([r.pace_s for r in running if r.pace_s is not None and not r.best_effort])
     lost, broken = [], 0
     now_broken = None
     for joined in range(min(int(horizon), max(0, most - slots)) + 1):
