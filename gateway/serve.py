@@ -45,13 +45,13 @@ async def serve(config: GatewayConfig) -> None:
     started = time.monotonic()
     for caution in config.cautions():
         log.warning("%s", caution)
-    listener = _listen(config.server.host, config.server.port)
+    listener = listen(config.server.host, config.server.port)
     port: int = listener.getsockname()[1]
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
         # The predictor's state must survive its restarts, even without a configured folder.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="antares-", ignore_cleanup_errors=True))
-        supervisor, predictor_url = _predictor(config, scratch)
+        supervisor, predictor_url = supervised_predictor(config, scratch)
         if supervisor is not None:
             await supervisor.start()
             stack.push_async_callback(supervisor.stop)
@@ -96,7 +96,8 @@ async def serve(config: GatewayConfig) -> None:
     log.info("stopped")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket bound to ``host`` and ``port`` (0: any free port). Raises `ServeError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # NOTE: asyncio sets TCP_NODELAY only on sockets created with an explicit protocol. Without it, Nagle's algorithm
     # delays each small stream event by up to 40 ms, until the client acknowledges the previous one.
@@ -126,7 +127,7 @@ def _keep_alive(listener: socket.socket) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _predictor(config: GatewayConfig, scratch: str) -> tuple[Supervisor | None, str | None]:
+def supervised_predictor(config: GatewayConfig, scratch: str) -> tuple[Supervisor | None, str | None]:
     """Return the predictor's supervisor (None: it runs elsewhere) and its URL (None: it is disabled).
 
     ``scratch``: a folder for its state if the configuration has none.

@@ -19,12 +19,22 @@ _STABLE_S = 30.0
 
 
 class Supervisor:
-    """Keeps ``command`` running. Calls ``on_restart`` after each restart."""
+    """Keeps ``command`` running. Calls ``on_restart`` after each restart.
 
-    def __init__(self, name: str, command: Sequence[str], on_restart: Callable[[], None] = lambda: None) -> None:
+    ``backoff_s``: delays before restarts after consecutive failures, `_BACKOFF_S` by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        on_restart: Callable[[], None] = lambda: None,
+        backoff_s: Sequence[float] | None = None,
+    ) -> None:
         self.name = name
+        self.command = list(command)
         self.restarts = 0
-        self._command = list(command)
+        self._backoff_s = backoff_s or _BACKOFF_S
         self.on_restart = on_restart
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
@@ -62,7 +72,7 @@ class Supervisor:
 
     async def _spawn(self) -> None:
         # In a new session Ctrl-C in the terminal reaches only the gateway, which drains before it stops the child.
-        self._process = await asyncio.create_subprocess_exec(*self._command, start_new_session=True)
+        self._process = await asyncio.create_subprocess_exec(*self.command, start_new_session=True)
 
     async def _respawn(self) -> bool:
         """Start the child again. False if that fails: no memory, too many processes, or the file is missing."""
@@ -80,10 +90,10 @@ class Supervisor:
             started = time.monotonic()
             code = await self._process.wait()
             failures = 0 if time.monotonic() - started > _STABLE_S else failures + 1
-            delay = _BACKOFF_S[min(max(failures - 1, 0), len(_BACKOFF_S) - 1)]
+            delay = self._backoff_s[min(max(failures - 1, 0), len(self._backoff_s) - 1)]
             log.warning("%s exited with code %s; restarting it in %.1f s", self.name, code, delay)
             await asyncio.sleep(delay)
             while not await self._respawn():
-                await asyncio.sleep(_BACKOFF_S[-1])
+                await asyncio.sleep(self._backoff_s[-1])
             self.restarts += 1
             self.on_restart()
