@@ -25,7 +25,7 @@ log = logging.getLogger("antares.serve")
 console = Console(stderr=True, highlight=False)
 
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 60, 15, 4
-"""TCP keep-alive of client connections. It detects a client whose machine or network died after two minutes."""
+"""TCP keep-alive of client connections: two minutes without a response close the connection of a dead client."""
 
 
 class ServeError(Exception):
