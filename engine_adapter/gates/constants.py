@@ -27,9 +27,8 @@ class SlackConstants:
     max_hold_s: float = 0.15
     """Seconds that a slow decision may be held, at most: a rejected client should know soon. By convention."""
 
-    fair_share_window: int = 500
-    """Decisions after which one counts for 1/e of the latest in `min_admission_share`. A class's share then follows a
-    change of traffic within a minute at 10 requests/s. By convention."""
+    fair_share_window: int = 100
+    """Decided requests of a group that its admitted share is averaged over. By convention: a percent is one request."""
 
     max_fair_share_groups: int = 1000
     """Classes and tenants that are remembered; the least recent are forgotten first. Bounds memory."""

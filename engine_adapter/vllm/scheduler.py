@@ -265,8 +265,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         xargs = (request.sampling_params and request.sampling_params.extra_args) or {}
         given = xargs.get(TPOT_XARG)
         # A pace of 0 or infinity would give some request a TRP of 0, which never decodes again.
-        valid = isinstance(given, int | float) and 0 < given < math.inf
-        pace_ms: float | None = max(_MIN_PACE_MS, given) if valid else None
+        pace_ms: float | None = None
+        if isinstance(given, int | float) and 0 < given < math.inf:
+            pace_ms = max(_MIN_PACE_MS, given)
         pace_s = None if pace_ms is None else pace_ms / 1000
         gated = self._gated[request.request_id] = _Gated(
             request_id=request.request_id,

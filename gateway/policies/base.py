@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,10 +68,8 @@ class Decision:
     Attributes:
         paces: new `Request.pace_s` of admitted requests, by request id, where the policy plans with another pace.
         recheck_at: monotonic s; decide again then even if nothing happens (a deadline passes, for example).
-        hold_s: for so long nothing that may happen is worth a new decision, while requests wait and the engine is
-            busy: the engine has all the prompts that it can use.
-        max_hold_s: a decision that took long may be held for up to so long, at some cost in quality.
-        fits: whether an arriving request might be admitted before a running one begins its answer or ends.
+        hold_s: for so long changes wait for the next decision while requests wait and the engine is busy: about a step.
+        max_hold_s: for so long a slow policy may leave them waiting.
     """
 
     admit: list[Request] = field(default_factory=list)
@@ -80,7 +78,6 @@ class Decision:
     recheck_at: float | None = None
     hold_s: float = 0.0
     max_hold_s: float = MAX_DECISION_INTERVAL_S / 2
-    fits: Callable[[Request], bool] = field(default=lambda request: True, compare=False)
 
 
 class Policy(Protocol):

@@ -1,7 +1,7 @@
 """Admission to one engine: asks the policy and applies its answer to the waiting and running requests.
 
-It has no clock, no event loop and no engine. The gateway drives it in real time (`gateway.scheduling.engine_queue`), the
-simulator in virtual time.
+It has no clock, no event loop and no engine. The gateway drives it in real time
+(`gateway.scheduling.engine_queue`), the simulator in virtual time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class AdmissionController:
     def submit(self, request: Request) -> None:
         """Queue ``request``."""
         self.waiting.add(request)
-        self.schedule.on_arrival(request, alone=len(self.waiting) == 1)
+        self.schedule.on_change(self.busy and len(self.waiting) > 1)
 
     def withdraw(self, request: Request) -> bool:
         """Remove a waiting request; return False when it does not wait."""
@@ -87,9 +87,9 @@ class AdmissionController:
             else:
                 self.waiting.remove(request)
                 rejected.append(rejection)
-        final = len(rejected) == len(decision.reject)
+        waived = len(rejected) < len(decision.reject)
         decision.reject = rejected
-        self.schedule.on_decision(now, decision, busy=self.busy, final=final)
+        self.schedule.on_decision(now, decision, self.busy and not waived)
         return decision
 
     def queued_prefill_s(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,17 +25,19 @@ class RunningBatch:
     """The running set R on ``engine``, as sums.
 
     Attributes:
+        memory_z: standard deviations of memory to keep free.
+        reserved_slots: best-effort slots that no other request may take.
         slots: sequences in the engine; ``best_effort_slots`` of them are best-effort.
-        reserved: best-effort slots that no other request takes (`best_effort_preemption`); all, if none is preempted.
         decoding, context: sequences that take part in a step, and their tokens of context. Requests without a pace
             count by the share of steps that they are sure of.
         strictest_s: P*, the strictest pace (s per token).
         memory, variance: the tokens that R is expected to reach, and the variance of that sum.
-        preemptible_memory: of ``memory``, what best-effort requests beyond ``reserved`` hold.
+        preemptible_memory: of ``memory``, what best-effort requests beyond the reserved slots hold.
     """
 
     engine: EngineState
-    reserved: int
+    memory_z: float = 0.0
+    reserved_slots: int = 0
     slots: int = 0
     best_effort_slots: int = 0
     decoding: float = 0.0
@@ -48,17 +49,17 @@ class RunningBatch:
     _prefill_token_s: float | None = None
 
     @classmethod
-    def of(cls, running: Collection[Request], engine: EngineState) -> RunningBatch:
+    def of(cls, running: Collection[Request], engine: EngineState, memory_z: float = 0.0) -> RunningBatch:
         """Return the sums over ``running``, oldest first."""
-        preempts = engine.gate.preemptible
-        batch = cls(engine, reserved_slots(engine.max_num_seqs) if preempts else engine.max_num_seqs)
+        batch = cls(engine, memory_z, reserved_slots(engine.max_num_seqs))
         batch.add(running, [request.pace_s for request in running])
         return batch
 
     def add(self, requests: Collection[Request], paces_s: Sequence[float | None]) -> None:
         """Add requests with the paces that they are planned with."""
         # Every running request is added in every decision, so the sums are local and the loop calls nothing.
-        slots, best_effort_slots, reserved = self.slots, self.best_effort_slots, self.reserved
+        slots, best_effort_slots = self.slots, self.best_effort_slots
+        protected = self.reserved_slots if self.engine.gate.preemptible else self.engine.max_num_seqs
         decoding, context, strictest_s = self.decoding, self.context, self.strictest_s
         memory, preemptible_memory, variance = self.memory, self.preemptible_memory, self.variance
         for request, pace_s in zip(requests, paces_s, strict=True):
@@ -72,7 +73,7 @@ class RunningBatch:
                 weight *= _BEST_EFFORT_SHARE
                 if request.kind is _BEST_EFFORT:
                     best_effort_slots += sequences
-                    if best_effort_slots > reserved:
+                    if best_effort_slots > protected:
                         preemptible_memory += expected
             elif pace_s is not None and pace_s < strictest_s:
                 strictest_s = pace_s
@@ -89,12 +90,20 @@ class RunningBatch:
     @property
     def slots_in_use(self) -> int:
         """Slots that are not free for a request that may preempt best-effort ones."""
-        return self.slots - max(0, self.best_effort_slots - self.reserved)
+        spare = self.best_effort_slots - self.reserved_slots if self.engine.gate.preemptible else 0
+        return self.slots - max(0, spare)
 
     @property
-    def memory_in_use(self) -> float:
-        """Tokens of KV memory that are not free for a request that may preempt best-effort ones."""
-        return self.memory - self.preemptible_memory
+    def has_slots(self) -> bool:
+        """Whether a slot is free for a request that may preempt best-effort ones."""
+        return self.slots_in_use < self.engine.max_num_seqs
+
+    def has_room_for(self, request: Request) -> bool:
+        """Whether slots and KV memory suffice for ``request`` too, without preempting any."""
+        memory = self.memory + (request.prompt_tokens + max(request.predicted_tokens, 1.0)) * request.sequences
+        memory += self.memory_z * math.sqrt(self.variance + request.variance)
+        has_memory = self.engine.kv_tokens <= 0 or memory <= self.engine.kv_tokens
+        return has_memory and self.slots + request.sequences <= self.engine.max_num_seqs
 
     @property
     def step_s(self) -> float:
@@ -120,21 +129,21 @@ class RunningBatch:
         spare_s, most = self.strictest_s - self.step_s, self.engine.max_num_batched_tokens
         return most if spare_s == math.inf else min(max(spare_s / max(self.prefill_token_s, 1e-12), 1.0), most)
 
+    def full_step_s(self, prompt_tokens: float) -> float:
+        """Return the seconds of the next step, with as much of ``prompt_tokens`` of prefill as it has time for."""
+        return min(self.strictest_s, self.step_s + self.prefill_token_s * min(prompt_tokens, self.chunk_tokens))
+
 
 @dataclass(slots=True)
 class WaitingBatch:
     """The waiting requests that are not best-effort, in deadline order; arrays of shape (n,).
 
-    Attributes:
-        due_s: the deadline, or when the maximum wait ends (monotonic s).
-        pace_s: the pace that is asked for at admission (s per token); infinite without one.
-        planned_pace_s: the pace to plan with once it runs.
-        prefill_s: mu * p, seconds.
+    ``pace_s`` (s per token, infinite without a pace) is required at admission, ``planned_pace_s`` while the request
+    runs. ``prefill_s`` is mu * p.
     """
 
     requests: Sequence[Request]
     arrays: WaitingArrays
-    due_s: Floats
     pace_s: Floats
     planned_pace_s: Floats
     prefill_s: Floats
@@ -145,10 +154,8 @@ class WaitingBatch:
         requests: Sequence[Request],
         arrays: WaitingArrays,
         batch: RunningBatch,
-        *,
         now: float,
-        backlog: int,
-        max_wait_s: float,
+        backlog: int = 0,
         tpot_target_fraction: float = 1.0,
     ) -> WaitingBatch:
         """Return the arrays at ``now`` (s), with ``backlog`` prompt tokens in the engine.
@@ -161,38 +168,33 @@ class WaitingBatch:
         ends = np.flatnonzero(arrays.end < math.inf)
         if len(ends):
             of = arrays.take(ends)
-            wait_s = batch.step_s + batch.prefill_token_s * (backlog + of.prompt) / batch.prefill_share
-            left_s = np.maximum(of.end - np.minimum(now + wait_s, of.deadline), 0.0) / np.maximum(of.output, 1.0)
+            first_s = now + batch.step_s + batch.prefill_token_s * (backlog + of.prompt) / batch.prefill_share
+            left_s = np.maximum(of.end - np.minimum(first_s, of.deadline), 0.0) / np.maximum(of.output, 1.0)
             pace_s, planned_s = pace_s.copy(), pace_s.copy()
             pace_s[ends] = tpot_target_fraction * np.minimum(left_s, of.tpot_bound)
             planned_s[ends] = tpot_target_fraction * np.minimum(SLACK.e2e_pace_factor * left_s, of.tpot_bound)
-        due_s = np.minimum(arrays.deadline, arrays.arrival + max_wait_s)
-        return cls(requests, arrays, due_s, pace_s, planned_s, batch.prefill_token_s * arrays.prompt)
+        return cls(requests, arrays, pace_s, planned_s, batch.prefill_token_s * arrays.prompt)
 
     def only(self, which: NDArray[np.bool_]) -> WaitingBatch:
         """Return the requests where ``which`` holds."""
         at = np.flatnonzero(which)
-        rest = [array[at] for array in (self.due_s, self.pace_s, self.planned_pace_s, self.prefill_s)]
+        rest = [array[at] for array in (self.pace_s, self.planned_pace_s, self.prefill_s)]
         return WaitingBatch([self.requests[i] for i in at.tolist()], self.arrays.take(at), *rest)
 
     def alone_s(self, engine: EngineState) -> Floats:
-        """Seconds per token of each request in an idle engine."""
+        """Return the seconds per token of each request in an idle engine."""
         of = self.arrays
         return engine.step_time.curve.steps_s(of.sequences, (of.prompt + of.output / 2) * of.sequences)
 
-    def cost_s(self, batch: RunningBatch, at: NDArray[np.intp]) -> Floats:
-        """w_i of the requests ``at``: their seconds of engine time (module `policy`, line 3)."""
+    def cost_s(self, batch: RunningBatch) -> Floats:
+        """Return w_i of each request: its seconds of engine time (line 3 of `policy`)."""
         of, curve, token_s = self.arrays, batch.engine.step_time.curve, batch.prefill_token_s
-        # A decode costs what a token of prompt does, without the discount that prefill tokens may have.
-        decode_s = token_s + max(-curve.e, 0.0) + curve.a * (of.prompt[at] + of.output[at] / 2)
-        return token_s * of.prompt[at] + decode_s * of.sequences[at] * of.output[at]
+        # A decode costs what a prompt token does, without the discount that prefill tokens may have.
+        decode_s = token_s + max(-curve.e, 0.0) + curve.a * (of.prompt + of.output / 2)
+        return token_s * of.prompt + decode_s * of.sequences * of.output
 
-    def fit(
-        self, batch: RunningBatch, now: float, backlog: int, at: NDArray[np.intp], *, memory_z: float
-    ) -> NDArray[np.bool_]:
-        """Whether each request ``at`` can run beside ``batch``: slots, memory, pace and its own deadline.
-
-        With R + r the batch and the request, and ``backlog`` prompt tokens in the engine:
+    def fit(self, batch: RunningBatch, now: float, backlog: int, at: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Return whether each request ``at`` can run beside ``batch``, with ``backlog`` prompt tokens in the engine.
 
             slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
             T(R + r) <= P*(R + r),   now + wait + mu * (backlog + p_r) / (1 - T(R + r)/P*) <= d_r,
@@ -200,11 +202,11 @@ class WaitingBatch:
         where the step under way must end first, and takes up to P* while other prompts wait.
         """
         engine, of = batch.engine, self.arrays
-        curve, sequences, prompt, pace_s = engine.step_time.curve, of.sequences[at], of.prompt[at], self.pace_s[at]
+        curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
         weight = np.where(of.kind[at] == _PACED, sequences, _BEST_EFFORT_SHARE * sequences)
-        strictest_s = np.minimum(pace_s, batch.strictest_s)
+        strictest_s = np.minimum(self.pace_s[at], batch.strictest_s)
         decoding = batch.decoding + weight
-        step_s = curve.steps_s(decoding, batch.context + (prompt + of.output[at] / 2) * weight)
+        step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
         others = backlog + of.prompt.sum() - prompt
         wait_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * others))
@@ -212,11 +214,6 @@ class WaitingBatch:
         fits = (batch.slots_in_use + sequences <= engine.max_num_seqs) & (step_s <= strictest_s)
         fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
-            memory = batch.memory_in_use + sequences * (prompt + np.maximum(of.output[at], 1.0))
-            fits &= memory + memory_z * np.sqrt(batch.variance + of.variance[at]) <= engine.kv_tokens
+            memory = batch.memory - batch.preemptible_memory + sequences * (prompt + np.maximum(output, 1.0))
+            fits &= memory + batch.memory_z * np.sqrt(batch.variance + of.variance[at]) <= engine.kv_tokens
         return np.asarray(fits, dtype=np.bool_)
-
-
-def normal_quantile(risk: float) -> float:
-    """Return z such that a normal variable exceeds its mean by z standard deviations with probability ``risk``."""
-    return NormalDist().inv_cdf(1 - risk)
