@@ -1,7 +1,7 @@
 """Splits an OpenAI event stream into events and counts its output tokens, mostly without parsing.
 
-The bytes pass through unchanged. Only some events are parsed: those up to the first token, those that end a sequence,
-and those with usage. Two short byte searches classify all others.
+The bytes pass through unchanged. The counter parses the events up to the first token, events that end a sequence, and
+events with usage. Two short byte searches classify all other events.
 """
 
 from __future__ import annotations

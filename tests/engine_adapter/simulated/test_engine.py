@@ -256,7 +256,7 @@ async def test_an_idle_engine_does_not_step() -> None:
         ("POST", CHAT, ask(vllm_xargs={"antares_tpot_ms": -1}), 400, "antares_tpot_ms"),
         ("POST", CHAT, ask(stream_options={"include_usage": True}), 400, "stream_options"),
         ("POST", "/v1/completions", {"prompt": 5}, 400, "prompt must be"),
-        ("GET", CHAT, None, 405, "takes POST"),
+        ("GET", CHAT, None, 405, "requires POST"),
         ("POST", "/v1/models", {}, 405, "takes GET"),
         ("POST", "/v1/embeddings", {}, 404, "/v1/embeddings"),
     ],
