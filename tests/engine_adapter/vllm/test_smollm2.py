@@ -199,7 +199,7 @@ def test_a_folder_with_other_files_is_left_alone(package: Path, tmp_path: Path) 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("years of work")
 
-    with pytest.raises(ModelPreparationError, match="name another folder"):
+    with pytest.raises(ModelPreparationError, match="choose another folder"):
         prepare(tmp_path / "model", silent)
     assert (tmp_path / "model" / "thesis.txt").exists()
 
