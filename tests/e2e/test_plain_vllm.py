@@ -78,7 +78,7 @@ def body(tokens: int) -> dict[str, object]:
     return {"model": "small", "prompt": "one two three", "max_tokens": tokens, "ignore_eos": True}
 
 
-async def test_the_gate_paces_requests_of_a_plain_vllm_behind_the_light_gateway(served: Served) -> None:
+async def test_gate_paces_requests_of_a_plain_vllm_server(served: Served) -> None:
     async with httpx.AsyncClient(base_url=served.base, timeout=120, trust_env=False) as http:
 
         async def tpot(slo_class: str) -> float:
@@ -95,7 +95,7 @@ async def test_the_gate_paces_requests_of_a_plain_vllm_behind_the_light_gateway(
         assert slower > 1.25 * strict
 
 
-async def test_the_light_gateway_sees_the_first_token_of_an_answer_in_one_piece(served: Served) -> None:
+async def test_gateway_observes_first_token_of_non_streaming_request(served: Served) -> None:
     async with httpx.AsyncClient(base_url=served.base, timeout=120, trust_env=False) as http:
         answer = (await http.post("/v1/completions", json=body(30), headers={"x-slo-report": "1"})).json()
     verdict = answer["antares"]
@@ -103,13 +103,13 @@ async def test_the_light_gateway_sees_the_first_token_of_an_answer_in_one_piece(
     assert 0 < verdict["ttft_ms"] < verdict["e2e_ms"]
 
 
-def test_the_light_gateway_loads_neither_torch_nor_vllm(served: Served) -> None:
+def test_gateway_process_loads_neither_torch_nor_vllm(served: Served) -> None:
     maps = Path(f"/proc/{served.process.pid}/maps").read_text()
     assert "libtorch" not in maps
     assert "vllm" not in maps
 
 
-async def test_gates_decide_when_tokens_come_and_not_which(vllm: str) -> None:
+async def test_gates_do_not_change_generated_text(vllm: str) -> None:
     async with httpx.AsyncClient(base_url=vllm, timeout=120, trust_env=False) as http:
         said = []
         for gate in (None, "credit", "slack", "a gate of tomorrow"):
@@ -120,7 +120,7 @@ async def test_gates_decide_when_tokens_come_and_not_which(vllm: str) -> None:
     assert len(set(said)) == 1
 
 
-async def test_who_has_no_pace_makes_way_in_a_full_engine_and_loses_no_token(vllm: str) -> None:
+async def test_best_effort_preemption_loses_no_token(vllm: str) -> None:
     async with httpx.AsyncClient(base_url=vllm, timeout=300, trust_env=False) as http:
 
         async def metric(name: str) -> float:

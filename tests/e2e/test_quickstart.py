@@ -44,7 +44,7 @@ def ask(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def test_a_streamed_answer_says_paris_and_carries_the_verdict(served: Served, client: openai.OpenAI) -> None:
+def test_streamed_response_has_slo_headers(served: Served, client: openai.OpenAI) -> None:
     response = client.chat.completions.with_raw_response.create(
         model=MODEL,
         messages=ask("What is the capital of France?"),  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def test_a_streamed_answer_says_paris_and_carries_the_verdict(served: Served, cl
     assert float(response.headers["x-antares-predicted-ttft-ms"]) > 0
 
 
-def test_an_answer_in_one_piece_reports_the_first_token_it_never_sent_alone(client: openai.OpenAI) -> None:
+def test_non_streaming_response_reports_ttft(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL,
         messages=ask("What is the capital of France?"),  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def test_an_answer_in_one_piece_reports_the_first_token_it_never_sent_alone(clie
     assert spent == pytest.approx(verdict["e2e_ms"], rel=0.1)
 
 
-def test_the_verdict_stands_as_a_comment_before_the_end_of_a_stream(served: Served) -> None:
+def test_slo_report_is_a_comment_before_the_end_of_a_stream(served: Served) -> None:
     body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 5, "stream": True}
     raw = httpx.post(f"{served.base}/v1/completions", json=body, headers={"x-slo-report": "1"}, timeout=60).text
     comment = re.search(r"^: antares (\{.*\})\n\ndata: \[DONE\]", raw, re.MULTILINE)
@@ -86,7 +86,7 @@ def test_the_verdict_stands_as_a_comment_before_the_end_of_a_stream(served: Serv
     assert json.loads(comment[1])["output_tokens"] == 5
 
 
-def test_an_unattainable_bound_is_refused_with_what_would_be_attainable(served: Served) -> None:
+def test_unattainable_bound_is_rejected_with_attainable_value(served: Served) -> None:
     body = {"model": MODEL, "messages": ask("Hello"), "max_tokens": 5}
     answer = httpx.post(f"{served.base}/v1/chat/completions", json=body, headers={"x-slo-ttft-ms": "1"}, timeout=30)
     error = answer.json()["error"]
@@ -107,7 +107,7 @@ def test_an_unattainable_bound_is_refused_with_what_would_be_attainable(served: 
         ({}, {"messages": ask("hi"), "seed": 1, "temperature": 1}, "seed"),
     ],
 )
-def test_bad_input_gets_a_400_that_names_the_field(
+def test_bad_input_gets_400_that_names_the_field(
     served: Served, headers: dict[str, str], body: dict[str, object], named: str
 ) -> None:
     answer = httpx.post(
@@ -117,14 +117,14 @@ def test_bad_input_gets_a_400_that_names_the_field(
     assert answer.json()["error"]["param"] == named
 
 
-def test_what_the_engine_itself_refuses_passes_through(served: Served) -> None:
+def test_engine_errors_pass_through(served: Served) -> None:
     body = {"model": "no-such-model", "messages": ask("hi"), "max_tokens": 3}
     answer = httpx.post(f"{served.base}/v1/chat/completions", json=body, timeout=30)
     assert answer.status_code == 404
     assert "no-such-model" in answer.json()["error"]["message"]
 
 
-def test_the_engines_own_features_work_because_its_own_app_serves_them(client: openai.OpenAI) -> None:
+def test_engine_features_work_through_the_gateway(client: openai.OpenAI) -> None:
     two = client.chat.completions.create(
         model=MODEL,
         messages=ask("Name a colour."),  # type: ignore[arg-type]
@@ -164,12 +164,12 @@ def test_the_engines_own_features_work_because_its_own_app_serves_them(client: o
     assert last.usage.completion_tokens <= 6
 
 
-def test_models_and_other_routes_of_the_engine_pass_through(served: Served) -> None:
+def test_other_engine_routes_pass_through(served: Served) -> None:
     assert served.get("/v1/models").json()["data"][0]["id"] == MODEL
     assert served.get("/v1/no-such-route").status_code == 404
 
 
-def test_vllms_own_benchmark_client_runs_against_the_gateway(served: Served, tmp_path: Path) -> None:
+def test_vllm_bench_serve_runs_against_the_gateway(served: Served, tmp_path: Path) -> None:
     model = served.get("/v1/models").json()["data"][0]["root"]
     command = [sys.executable, "-c", VLLM_CLI, "bench", "serve", "--backend", "openai-chat"]
     command += ["--base-url", served.base, "--endpoint", "/v1/chat/completions", "--model", MODEL, "--tokenizer", model]
@@ -185,7 +185,7 @@ def test_vllms_own_benchmark_client_runs_against_the_gateway(served: Served, tmp
     assert (result["completed"], result.get("failed", 0)) == (50, 0)
 
 
-def test_both_metrics_and_the_engines_own_are_visible(served: Served) -> None:
+def test_metrics_include_gateway_and_engine(served: Served) -> None:
     text = served.get("/metrics").text
     assert "antares_requests_total{" in text
     assert "vllm:" in text
@@ -193,7 +193,7 @@ def test_both_metrics_and_the_engines_own_are_visible(served: Served) -> None:
     assert "<title>Antares</title>" in served.get("/dashboard").text
 
 
-def test_a_killed_predictor_costs_no_answer_and_comes_back(served: Served, client: openai.OpenAI) -> None:
+def test_killed_predictor_fails_no_request_and_restarts(served: Served, client: openai.OpenAI) -> None:
     before = served.metric("antares_predictions_total", source="fallback")
     os.kill(served.child("predictor_service"), signal.SIGKILL)
     for _ in range(3):
@@ -211,7 +211,7 @@ def test_a_killed_predictor_costs_no_answer_and_comes_back(served: Served, clien
     assert served.metric("antares_predictions_total", source="service") > asked
 
 
-def test_ctrl_c_lets_streams_finish_and_leaves_no_process(served: Served, client: openai.OpenAI) -> None:
+def test_ctrl_c_drains_streams_and_leaves_no_process(served: Served, client: openai.OpenAI) -> None:
     """The last of the module: it stops the server."""
     pids = [served.process.pid, *served.children()]
     assert len(pids) >= 3  # the gateway, its predictor, and vLLM's EngineCore

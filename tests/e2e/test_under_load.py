@@ -123,7 +123,7 @@ async def ended_with(served: Served, streams: Sequence[asyncio.Task[Any]]) -> As
         await eventually(lambda: served.metric("antares_engine_running_sequences"), 30, lambda running: running == 0)
 
 
-async def test_requests_with_twice_the_tpot_bound_decode_in_half_of_the_steps(
+async def test_requests_with_twice_the_tpot_bound_decode_in_half_the_steps(
     served: Served, http: httpx.AsyncClient
 ) -> None:
     def counted() -> dict[str, float]:
@@ -168,7 +168,7 @@ async def test_requests_with_twice_the_tpot_bound_decode_in_half_of_the_steps(
     assert spent["batched 2000"] / spent["eligible 2000"] == 1.0
 
 
-async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times_over(served: Served) -> None:
+async def test_client_disconnects_free_the_engine_within_two_seconds(served: Served) -> None:
     def in_engine() -> float:
         text = served.get("/metrics").text
         return sum(served.metric(f"antares_engine_{where}_sequences", text) for where in ("running", "waiting"))
@@ -218,7 +218,7 @@ async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times
     assert memory[-1] - memory[1] < 50_000, f"resident memory in kB, by round: {memory}"
 
 
-async def test_a_client_that_leaves_before_an_answer_in_one_piece_frees_the_engine_too(
+async def test_disconnect_before_non_streaming_response_frees_the_engine(
     served: Served, http: httpx.AsyncClient
 ) -> None:
     def cancelled() -> int:
@@ -237,7 +237,7 @@ async def test_a_client_that_leaves_before_an_answer_in_one_piece_frees_the_engi
     pytest.fail("four times the answer was whole before the client had left: what starves this process?")
 
 
-async def test_a_seed_which_kills_vllm_on_cpu_does_not_reach_it(served: Served, http: httpx.AsyncClient) -> None:
+async def test_seed_that_kills_vllm_on_cpu_does_not_reach_it(served: Served, http: httpx.AsyncClient) -> None:
     refused = await http.post("/v1/completions", json=body(4, seed=1, temperature=0.7), headers=LOOSE)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "seed")
     greedy = await http.post("/v1/completions", json=body(4, seed=1, temperature=0), headers=LOOSE)
@@ -245,7 +245,7 @@ async def test_a_seed_which_kills_vllm_on_cpu_does_not_reach_it(served: Served, 
     assert served.metric("antares_engine_restarts_total") == 0
 
 
-async def test_a_killed_engine_costs_what_was_in_flight_and_the_gateway_answers_throughout(
+async def test_killed_engine_fails_requests_in_flight_and_restarts(
     served: Served, http: httpx.AsyncClient
 ) -> None:
     streams = [asyncio.create_task(read_stream(http, 900)) for _ in range(4)]
@@ -278,7 +278,7 @@ async def test_a_killed_engine_costs_what_was_in_flight_and_the_gateway_answers_
     assert served.get("/ready").status_code == 200
 
 
-def test_a_killed_gateway_leaves_no_process_behind(served: Served) -> None:
+def test_killed_gateway_leaves_no_process(served: Served) -> None:
     """The last of the module: it kills the server."""
     children = list(served.children())
     assert len(children) >= 2

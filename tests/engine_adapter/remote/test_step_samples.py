@@ -29,7 +29,7 @@ def stream(sampler: StepSampler, stream: StreamTiming, tokens: int, start: float
         sampler.tokens(stream, at_once, start + (i + at_once) * gap)
 
 
-def test_twenty_tokens_make_one_sample_of_the_median_gap() -> None:
+def test_twenty_tokens_give_one_sample_of_the_median_gap() -> None:
     timings, steps = sampler()
     one = timings.sent(0.0, 100, 1)
     timings.tokens(one, 1, 0.5)
@@ -41,7 +41,7 @@ def test_twenty_tokens_make_one_sample_of_the_median_gap() -> None:
     assert seconds == pytest.approx(0.02), "one stall does not matter"
 
 
-def test_tokens_that_arrive_together_share_their_gap() -> None:
+def test_tokens_that_arrive_together_share_the_gap() -> None:
     timings, steps = sampler()
     one = timings.sent(0.0, 100, 1)
     timings.tokens(one, 1, 0.5)
@@ -49,7 +49,7 @@ def test_tokens_that_arrive_together_share_their_gap() -> None:
     assert steps.seen[0][3] == pytest.approx(0.02)
 
 
-def test_behind_a_step_gate_only_the_strictest_tell_and_the_others_count_by_their_share() -> None:
+def test_gated_streams_count_by_share_and_only_the_strictest_is_sampled() -> None:
     timings, steps = sampler()
     strict, loose = timings.sent(0.0, 100, 1, tpot_ms=50), timings.sent(0.0, 100, 2, tpot_ms=100)
     timings.tokens(strict, 1, 0.1)
@@ -62,7 +62,7 @@ def test_behind_a_step_gate_only_the_strictest_tell_and_the_others_count_by_thei
     assert seconds == pytest.approx(0.02)
 
 
-def test_the_batch_is_all_sequences_that_stream() -> None:
+def test_batch_includes_all_streaming_sequences() -> None:
     timings, steps = sampler()
     one, two = timings.sent(0.0, 100, 1), timings.sent(0.0, 50, 2)
     timings.tokens(one, 1, 0.1)
@@ -74,7 +74,7 @@ def test_the_batch_is_all_sequences_that_stream() -> None:
     assert steps.seen[1][0] == 1
 
 
-def test_a_lone_prefill_is_a_sample_of_its_own() -> None:
+def test_single_prefill_gives_a_sample() -> None:
     timings, steps = sampler()
     one = timings.sent(0.0, 30, 1)
     timings.tokens(one, 1, 0.2)
@@ -82,7 +82,7 @@ def test_a_lone_prefill_is_a_sample_of_its_own() -> None:
     assert steps.seen == [(0, 400, 0.0, 0.2)]
 
 
-def test_a_prefill_beside_decodes_waited_half_a_step_first() -> None:
+def test_prefill_during_decodes_subtracts_half_a_step() -> None:
     timings, steps = sampler()
     other = timings.sent(0.0, 30, 1)
     timings.tokens(other, 1, 0.1)
@@ -93,7 +93,7 @@ def test_a_prefill_beside_decodes_waited_half_a_step_first() -> None:
 
 
 @pytest.mark.parametrize("computed", [None, 0, 5000])
-def test_a_prefill_of_unknown_length_or_of_several_steps_teaches_nothing(computed: int | None) -> None:
+def test_prefill_of_unknown_length_or_several_steps_gives_no_sample(computed: int | None) -> None:
     timings, steps = sampler()
     one = timings.sent(0.0, 30, 1)
     timings.tokens(one, 1, 0.2)
@@ -101,7 +101,7 @@ def test_a_prefill_of_unknown_length_or_of_several_steps_teaches_nothing(compute
     assert steps.seen == []
 
 
-def test_prefills_at_the_same_time_teach_nothing() -> None:
+def test_concurrent_prefills_give_no_sample() -> None:
     timings, steps = sampler()
     one, two = timings.sent(0.0, 30, 1), timings.sent(0.01, 30, 1)
     for timing in (one, two):
@@ -113,7 +113,7 @@ def test_prefills_at_the_same_time_teach_nothing() -> None:
     assert len(steps.seen) == 1
 
 
-def test_a_request_without_an_answer_does_not_stand_in_later_ones_way() -> None:
+def test_failed_request_does_not_affect_later_samples() -> None:
     timings, _ = sampler()
     assert not timings.finished(timings.sent(0.0, 30, 1), None)
     one = timings.sent(1.0, 30, 1)

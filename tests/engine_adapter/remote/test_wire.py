@@ -16,7 +16,7 @@ from tests.fixtures.live_server import Recorder, serve
 from tests.fixtures.scripted_server import CHAT, Scripted, ask, events, proxied
 
 
-async def test_the_clients_credentials_and_hop_by_hop_headers_stay_here() -> None:
+async def test_credentials_and_hop_by_hop_headers_are_not_forwarded() -> None:
     upstream = Scripted(lambda _: (200, b"application/json", b"{}"))
     secrets = {"authorization": "Bearer gateway-key", "x-api-key": "gateway-key", "cookie": "session=gateway-key"}
     sent = {
@@ -44,7 +44,7 @@ async def test_the_clients_credentials_and_hop_by_hop_headers_stay_here() -> Non
     assert upstream.bodies[1]["vllm_xargs"] == {"antares_tpot_ms": 30, "mine": 1}
 
 
-async def test_nothing_is_said_that_the_client_did_not_say() -> None:
+async def test_no_headers_are_added_to_the_clients_request() -> None:
     upstream = Scripted(lambda _: (200, b"application/json", b"{}"))
     message = orjson.dumps(ask())
     async with serve(upstream) as url:
@@ -73,7 +73,7 @@ async def _called(app: ASGIApp, scope: Scope, body: bytes) -> None:
     await app(scope, receive, send)
 
 
-async def test_a_stream_that_the_upstream_compresses_though_asked_not_to_is_passed_on_plain() -> None:
+async def test_compressed_stream_is_forwarded_uncompressed() -> None:
     token = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
     stream, plain = events(token, token), b'{"data": []}'
 
@@ -94,7 +94,7 @@ async def test_a_stream_that_the_upstream_compresses_though_asked_not_to_is_pass
     assert recorder.count() == 2
 
 
-async def test_a_cookie_of_the_upstream_is_the_clients_not_ours() -> None:
+async def test_upstream_cookies_are_forwarded_but_not_stored() -> None:
     async def sets(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(dict(scope["headers"]))
         headers = [(b"set-cookie", b"a=1; Path=/"), (b"set-cookie", b"b=2; Path=/")]
@@ -110,7 +110,7 @@ async def test_a_cookie_of_the_upstream_is_the_clients_not_ours() -> None:
     assert not any(b"cookie" in headers for headers in seen)
 
 
-async def test_any_route_passes_with_its_query_and_a_base_url_may_end_in_v1() -> None:
+async def test_any_route_passes_with_its_query_if_base_url_ends_in_v1() -> None:
     upstream = Scripted(lambda _: (200, b"application/json", b"[1]"))
     async with serve(upstream) as url:
         engine = HttpEngine("remote", url + "/v1/")
@@ -123,7 +123,7 @@ async def test_any_route_passes_with_its_query_and_a_base_url_may_end_in_v1() ->
 
 
 @pytest.mark.parametrize("size", [1, 7, 50, 10_000])
-async def test_the_bytes_of_a_stream_are_the_upstreams_whatever_its_packets(size: int) -> None:
+async def test_stream_bytes_are_independent_of_packet_sizes(size: int) -> None:
     token = {"choices": [{"index": 0, "delta": {"content": "h\u00e9"}, "finish_reason": None}]}
     usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
     stream = b": hello\n\n" + events(token, token, usage)

@@ -58,7 +58,7 @@ def chunks(stream: str) -> list[dict[str, Any]]:
     return [orjson.loads(event) for event in events[:-1]]
 
 
-async def test_a_chat_stream_has_vllms_shape() -> None:
+async def test_chat_stream_has_vllm_format() -> None:
     async with running() as engine, client_of(engine) as client:
         options = {"include_usage": True}
         response = await client.post(CHAT, json=ask(stream=True, max_tokens=4, ignore_eos=True, stream_options=options))
@@ -73,7 +73,7 @@ async def test_a_chat_stream_has_vllms_shape() -> None:
     assert {c["object"] for c in tokens} == {"chat.completion.chunk"}
 
 
-async def test_the_plain_answer_is_the_streamed_one() -> None:
+async def test_non_streaming_response_equals_the_streamed_one() -> None:
     async with running() as engine, client_of(engine) as client:
         plain = (await client.post(CHAT, json=ask())).json()
         streamed = chunks((await client.post(CHAT, json=ask(stream=True))).text)
@@ -97,7 +97,7 @@ async def test_text_completions_serve_several_prompts_and_n() -> None:
         assert "".join(c["text"] for c in own) == choice["text"]
 
 
-async def test_the_observer_hears_of_the_prompt_and_of_every_token() -> None:
+async def test_observer_receives_prompt_and_every_token() -> None:
     recorder = Recorder()
     async with running() as engine, client_of(engine, recorder) as client:
         began = time.monotonic()
@@ -119,7 +119,7 @@ async def test_the_observer_hears_of_the_prompt_and_of_every_token() -> None:
         ({}, 33),
     ],
 )
-async def test_the_answers_length_is_known_beforehand(fields: dict[str, Any], tokens: int) -> None:
+async def test_output_length_follows_the_request(fields: dict[str, Any], tokens: int) -> None:
     engine = SimulatedEngine(times=StepTimes(b=0, d=1e-4), output_tokens=33)
     await engine.start(EngineEvents())
     async with client_of(engine) as client:
@@ -128,7 +128,7 @@ async def test_the_answers_length_is_known_beforehand(fields: dict[str, Any], to
     assert usage["completion_tokens"] == tokens
 
 
-async def test_steps_take_the_time_that_the_model_says() -> None:
+async def test_steps_take_the_configured_time() -> None:
     times = StepTimes(b=0.0, d=10e-3, alpha=1e-4)
     recorder = Recorder()
     async with running(times=times) as engine, client_of(engine, recorder) as client:
@@ -139,7 +139,7 @@ async def test_steps_take_the_time_that_the_model_says() -> None:
     assert last - first == pytest.approx(0.2, abs=0.04), "late wake-ups do not add up"
 
 
-async def test_a_long_prompt_is_prefilled_in_chunks_that_decodes_ride_along_with() -> None:
+async def test_long_prompt_is_prefilled_in_chunks_with_decodes() -> None:
     async with running(max_num_batched_tokens=100) as engine, client_of(engine) as client:
         engine.state.step_time = steps = RecordedSteps()
         first = asyncio.create_task(client.post(CHAT, json=ask("a", max_tokens=30, ignore_eos=True)))
@@ -152,7 +152,7 @@ async def test_a_long_prompt_is_prefilled_in_chunks_that_decodes_ride_along_with
 
 
 @pytest.mark.parametrize(("limits", "most"), [({"max_num_seqs": 3}, 3), ({"kv_tokens": 64, "max_model_len": 64}, 4)])
-async def test_the_batch_is_limited_by_sequences_and_by_kv(limits: dict[str, int], most: int) -> None:
+async def test_batch_is_limited_by_sequences_and_kv_memory(limits: dict[str, int], most: int) -> None:
     seen: list[tuple[int, float]] = []
     engine = SimulatedEngine(times=FAST, **limits)
     await engine.start(EngineEvents(on_step=lambda: seen.append((engine.state.engine_running, engine.state.kv_usage))))
@@ -166,7 +166,7 @@ async def test_the_batch_is_limited_by_sequences_and_by_kv(limits: dict[str, int
     assert seen[-1] == (0, 0.0)
 
 
-async def test_the_gate_gives_looser_requests_their_share_of_steps() -> None:
+async def test_gate_gives_loose_requests_their_share_of_steps() -> None:
     async with running(times=StepTimes(b=0, d=1e-3, alpha=0)) as engine, client_of(engine) as client:
 
         def asked(tpot_ms: float | None, tokens: int) -> Any:
@@ -183,7 +183,7 @@ async def test_the_gate_gives_looser_requests_their_share_of_steps() -> None:
     assert 0 < report.gated_steps < report.steps
 
 
-async def test_a_client_that_leaves_frees_its_place_in_the_next_step() -> None:
+async def test_client_disconnect_frees_its_slot_in_the_next_step() -> None:
     async with running() as engine, serve(engine.app) as url, httpx.AsyncClient(verify=False) as client:
         body = ask(stream=True, max_tokens=5000, ignore_eos=True)
         async with client.stream("POST", url + CHAT, json=body) as response:
@@ -195,7 +195,7 @@ async def test_a_client_that_leaves_frees_its_place_in_the_next_step() -> None:
         assert engine.state.kv_usage == 0
 
 
-async def test_cancelling_a_waiting_call_takes_it_out_of_the_queue() -> None:
+async def test_cancelled_request_leaves_the_queue() -> None:
     async with running(max_num_seqs=1) as engine, client_of(engine) as client:
         first = asyncio.create_task(client.post(CHAT, json=ask(max_tokens=5000, ignore_eos=True)))
         await eventually(lambda: engine.state.engine_running == 1)
@@ -207,7 +207,7 @@ async def test_cancelling_a_waiting_call_takes_it_out_of_the_queue() -> None:
         await eventually(lambda: engine.state.engine_waiting == engine.state.engine_running == 0)
 
 
-async def test_a_crash_loses_everyone_and_the_engine_comes_back() -> None:
+async def test_crash_ends_all_requests_and_engine_restarts() -> None:
     alive: list[bool] = []
     engine = SimulatedEngine(times=FAST, restart_s=0.1)
     await engine.start(EngineEvents(on_alive=alive.append))
@@ -228,7 +228,7 @@ async def test_a_crash_loses_everyone_and_the_engine_comes_back() -> None:
     assert alive == [True, False, True]
 
 
-async def test_stopping_loses_everyone_and_may_be_done_twice() -> None:
+async def test_stop_ends_requests_in_flight() -> None:
     async with running() as engine, client_of(engine) as client:
         task = asyncio.create_task(client.post(CHAT, json=ask(max_tokens=5000, ignore_eos=True)))
         await eventually(lambda: engine.state.engine_running)
@@ -238,7 +238,7 @@ async def test_stopping_loses_everyone_and_may_be_done_twice() -> None:
         assert not engine.state.alive
 
 
-async def test_an_idle_engine_does_not_step() -> None:
+async def test_idle_engine_runs_no_steps() -> None:
     async with running() as engine, client_of(engine) as client:
         await client.post(CHAT, json=ask(max_tokens=2))
         steps = engine.state.gate.steps
@@ -261,7 +261,7 @@ async def test_an_idle_engine_does_not_step() -> None:
         ("POST", "/v1/embeddings", {}, 404, "/v1/embeddings"),
     ],
 )
-async def test_errors_have_the_openai_shape(method: str, path: str, body: Any, status: int, says: str) -> None:
+async def test_errors_have_openai_format(method: str, path: str, body: Any, status: int, says: str) -> None:
     async with running() as engine, client_of(engine) as client:
         response = await client.request(method, path, json=body)
     error = response.json()["error"]
@@ -269,22 +269,22 @@ async def test_errors_have_the_openai_shape(method: str, path: str, body: Any, s
     assert says in error["message"]
 
 
-async def test_a_body_that_is_not_json_is_refused() -> None:
+async def test_body_that_is_not_json_is_rejected() -> None:
     async with running() as engine, client_of(engine) as client:
         for raw in (b"{", b"[]"):
             assert (await client.post(CHAT, content=raw)).status_code == 400
 
 
-async def test_models_tell_the_context_length() -> None:
+async def test_models_route_reports_the_context_length() -> None:
     async with running(model="m", max_model_len=99) as engine, client_of(engine) as client:
         card = (await client.get("/v1/models")).json()["data"][0]
     assert (card["id"], card["max_model_len"]) == ("m", 99)
 
 
-def test_a_wrong_gate_names_the_right_ones() -> None:
+def test_unknown_gate_error_lists_known_gates() -> None:
     with pytest.raises(ValueError, match="open, credit"):
         SimulatedEngine(gate="nope")
 
 
-def test_tokens_are_words() -> None:
+def test_count_tokens_counts_words() -> None:
     assert SimulatedEngine().count_tokens(" two  words ") == 2

