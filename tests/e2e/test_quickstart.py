@@ -18,7 +18,7 @@ import openai
 import pytest
 import yaml
 
-from tests.fixtures.served import VLLM_CLI, Served, gone, serve
+from tests.fixtures.served import VLLM_CLI, Served, serve, still_running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -239,4 +239,4 @@ def test_ctrl_c_drains_streams_and_leaves_no_process(served: Served, client: ope
     reader.join(60)
     assert seen[-1] == "length"
     assert served.process.wait(60) == 0
-    assert gone(pids) == []
+    assert still_running(pids) == []

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from benchmarks.live.dummy_model import write_dummy_model
-from tests.fixtures.served import Served, gone, serve
+from tests.fixtures.served import Served, serve, still_running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -245,9 +245,7 @@ async def test_seed_that_kills_vllm_on_cpu_does_not_reach_it(served: Served, htt
     assert served.metric("antares_engine_restarts_total") == 0
 
 
-async def test_killed_engine_fails_requests_in_flight_and_restarts(
-    served: Served, http: httpx.AsyncClient
-) -> None:
+async def test_killed_engine_fails_requests_in_flight_and_restarts(served: Served, http: httpx.AsyncClient) -> None:
     streams = [asyncio.create_task(read_stream(http, 900)) for _ in range(4)]
     whole = asyncio.create_task(http.post("/v1/completions", json=body(900), headers=LOOSE))
     await eventually(lambda: served.metric("antares_engine_running_sequences"), 30, lambda running: running == 5)
@@ -284,4 +282,4 @@ def test_killed_gateway_leaves_no_process(served: Served) -> None:
     assert len(children) >= 2
     served.process.kill()
     served.process.wait(10)
-    assert gone(children) == []
+    assert still_running(children) == []

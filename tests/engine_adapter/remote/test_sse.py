@@ -37,20 +37,20 @@ def count(*events: bytes, several: bool = False) -> tuple[Recorder, list[EventKi
     return recorder, kinds
 
 
-pieces = st.lists(
+streams = st.lists(
     st.sampled_from([b"data: {}", b": note", b"\n", b"\r\n", b"\n\n", b"\r", b"data:a\n", b"id: 3", b"\r\n\r\n", b"x"]),
     max_size=30,
 ).map(b"".join)
 
 
 @settings(max_examples=300, deadline=None)
-@given(pieces, st.lists(st.integers(0, 120)))
+@given(streams, st.lists(st.integers(0, 120)))
 def test_splitter_is_independent_of_chunking(stream: bytes, cuts: list[int]) -> None:
     whole = SSESplitter()
     expected = whole.feed(stream)
-    slots = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    positions = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     splitter = SSESplitter()
-    events = [e for a, b in pairwise(slots) for e in splitter.feed(stream[a:b])]
+    events = [e for a, b in pairwise(positions) for e in splitter.feed(stream[a:b])]
     assert events == expected
     assert splitter.rest == whole.rest
     assert b"".join(events) + splitter.rest == stream
@@ -152,7 +152,7 @@ def test_sequences_are_counted_separately() -> None:
         several=True,
     )
     assert (recorder.count("0"), recorder.count("1")) == (1, 3)
-    assert recorder.prompts == {}, "the usage does not say whose prompt"
+    assert recorder.prompts == {}, "the usage does not name the sequence of the prompt tokens"
 
 
 def test_usage_chunk_has_usage_and_no_choices() -> None:

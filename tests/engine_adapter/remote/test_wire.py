@@ -1,4 +1,4 @@
-"""What an `HttpEngine` sends and passes on, byte by byte: paths, headers, bodies, and no secret."""
+"""Bytes that an `HttpEngine` sends and forwards: paths, headers and bodies, without credentials."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ async def test_credentials_and_hop_by_hop_headers_are_not_forwarded() -> None:
 
 async def test_no_headers_are_added_to_the_clients_request() -> None:
     upstream = Scripted(lambda _: (200, b"application/json", b"{}"))
-    message = orjson.dumps(ask())
+    content = orjson.dumps(ask())
     async with serve(upstream) as url:
         engine = HttpEngine("remote", url)
-        length, note = (b"content-length", b"%d" % len(message)), (b"x-note", "h\u00e9".encode())
-        sent = [length, note, (b"x-two", b"1"), (b"x-two", b"2")]
-        for method, path, body in (("POST", CHAT, message), ("GET", "/v1/files", b"")):
-            scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": sent}
-            await _called(engine.app, scope, body)
+        length, note = (b"content-length", b"%d" % len(content)), (b"x-note", "h\u00e9".encode())
+        headers = [length, note, (b"x-two", b"1"), (b"x-two", b"2")]
+        for method, path, body in (("POST", CHAT, content), ("GET", "/v1/files", b"")):
+            scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
+            await _call(engine.app, scope, body)
         await engine.stop()
     identity = (b"accept-encoding", b"identity")
     post, get = upstream.lines
@@ -62,11 +62,11 @@ async def test_no_headers_are_added_to_the_clients_request() -> None:
     assert [post[0], *post[2:]] == get
 
 
-async def _called(app: ASGIApp, scope: Scope, body: bytes) -> None:
-    waiting = [{"type": "http.request", "body": body}]
+async def _call(app: ASGIApp, scope: Scope, body: bytes) -> None:
+    messages = [{"type": "http.request", "body": body}]
 
     async def receive() -> Any:
-        return waiting.pop() if waiting else await asyncio.Event().wait()
+        return messages.pop() if messages else await asyncio.Event().wait()
 
     async def send(message: Any) -> None: ...
 
@@ -77,7 +77,7 @@ async def test_compressed_stream_is_forwarded_uncompressed() -> None:
     token = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
     stream, plain = events(token, token), b'{"data": []}'
 
-    async def compresses(scope: Scope, receive: Receive, send: Send) -> None:
+    async def compressing(scope: Scope, receive: Receive, send: Send) -> None:
         body, kind = (stream, b"text/event-stream") if scope["path"] == CHAT else (plain, b"application/json")
         packed = gzip.compress(body)
         headers = [(b"content-type", kind), (b"content-encoding", b"gzip"), (b"content-length", b"%d" % len(packed))]
@@ -85,29 +85,29 @@ async def test_compressed_stream_is_forwarded_uncompressed() -> None:
         await send({"type": "http.response.body", "body": packed})
 
     recorder = Recorder()
-    async with proxied(compresses, recorder) as (_, client):
+    async with proxied(compressing, recorder) as (_, client):
         streamed = await client.post(CHAT, json=ask(stream=True, stream_options={"include_usage": True}))
         listed = await client.get("/v1/models")
     assert (streamed.content, listed.content) == (stream, plain)
     assert "content-encoding" not in streamed.headers
-    assert listed.headers["content-encoding"] == "gzip", "nobody reads it on the way"
+    assert listed.headers["content-encoding"] == "gzip", "other responses are forwarded unchanged"
     assert recorder.count() == 2
 
 
 async def test_upstream_cookies_are_forwarded_but_not_stored() -> None:
-    async def sets(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(dict(scope["headers"]))
+    async def setting_cookies(scope: Scope, receive: Receive, send: Send) -> None:
+        received.append(dict(scope["headers"]))
         headers = [(b"set-cookie", b"a=1; Path=/"), (b"set-cookie", b"b=2; Path=/")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    seen: list[dict[bytes, bytes]] = []
-    async with proxied(sets) as (_, client):
+    received: list[dict[bytes, bytes]] = []
+    async with proxied(setting_cookies) as (_, client):
         first = await client.post(CHAT, json=ask())
         client.cookies.clear()
         await client.post(CHAT, json=ask())
     assert first.headers.get_list("set-cookie") == ["a=1; Path=/", "b=2; Path=/"]
-    assert not any(b"cookie" in headers for headers in seen)
+    assert not any(b"cookie" in headers for headers in received)
 
 
 async def test_any_route_passes_with_its_query_if_base_url_ends_in_v1() -> None:
@@ -137,8 +137,8 @@ async def test_stream_bytes_are_independent_of_packet_sizes(size: int) -> None:
 
     recorder = Recorder()
     async with proxied(in_pieces, recorder) as (_, client):
-        asked = await client.post(CHAT, json=ask(stream=True, stream_options={"include_usage": True}))
-        plain = await client.post(CHAT, json=ask(stream=True))
-    assert asked.content == stream
-    assert plain.content == b": hello\n\n" + events(token, token)
+        with_usage = await client.post(CHAT, json=ask(stream=True, stream_options={"include_usage": True}))
+        without_usage = await client.post(CHAT, json=ask(stream=True))
+    assert with_usage.content == stream
+    assert without_usage.content == b": hello\n\n" + events(token, token)
     assert recorder.count() == 4

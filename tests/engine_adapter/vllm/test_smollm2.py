@@ -173,9 +173,7 @@ def test_concurrent_callers_convert_once(package: Path, tmp_path: Path) -> None:
     assert sum(line.startswith("Preparing") for line in said) == 1
 
 
-def test_failed_conversion_leaves_no_files(
-    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_conversion_leaves_no_files(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(folder: Path, *_: object) -> None:
         raise OSError("No space left on device")
 
