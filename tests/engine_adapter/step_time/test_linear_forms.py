@@ -132,7 +132,7 @@ def test_single_request_steps_keep_the_prior_batch_cost(
     for i in range(640):
         model.observe(1, 0, context(i), 20e-3 * rng.normal(1, 0.1))
     assert model.itl(1, 300) == pytest.approx(20e-3, rel=0.05)
-    assert model.itl(64, 300) == pytest.approx(2 * (64 * 3e-4 + 1e-2), rel=0.25), "the first guess, twice as slow"
+    assert model.itl(64, 300) == pytest.approx(2 * (64 * 3e-4 + 1e-2), rel=0.25), "the prior, twice as slow"
 
 
 def test_noisy_steps_of_similar_lengths_give_no_steep_slope() -> None:

@@ -48,14 +48,14 @@ def test_niyama_profile_equals_the_published_formula(decodes: int, length: int, 
     else:
         expected = 0.005004 + 2.719e-5 * tokens + 6.863e-5 * prefill - 4.144e-5 * decodes + 1.663e-7 * context
         expected += 2.727e-6 * before if prefill else 0.0
-    found = load_profile("niyama-a100").step_seconds(decodes, context, prefill, before)
-    assert found == pytest.approx(expected if tokens else 0.0, rel=1e-12)
+    seconds = load_profile("niyama-a100").step_seconds(decodes, context, prefill, before)
+    assert seconds == pytest.approx(expected if tokens else 0.0, rel=1e-12)
 
 
 @given(st.integers(1, 256), st.integers(0, 2048), st.integers(0, 400_000))
 def test_blis_profile_equals_the_published_formula(decodes: int, prefill: int, context: int) -> None:
-    found = load_profile("blis-a100").step_seconds(decodes, context, prefill, 0)
-    assert found * 1e6 == pytest.approx(16441.5315 + 47.837412 * prefill + 18.205606 * decodes, rel=1e-6)
+    seconds = load_profile("blis-a100").step_seconds(decodes, context, prefill, 0)
+    assert seconds * 1e6 == pytest.approx(16441.5315 + 47.837412 * prefill + 18.205606 * decodes, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -96,7 +96,7 @@ def test_regime_bound_is_inclusive() -> None:
 def test_chunk_cost_counts_its_query_key_pairs() -> None:
     profile = linear(per_prefill_pair=1e-9)
     assert profile.step_seconds(0, 0, 100, 400) == pytest.approx(1e-9 * 100 * (400 + 50))
-    # Four prompts of 25 attend each to its own 100 tokens before, and to themselves.
+    # Each of four prompts of 25 tokens attends to its own 100 computed tokens and to itself.
     assert profile.step_seconds(0, 0, 100, 400, 4) == pytest.approx(1e-9 * 4 * 25 * (100 + 12.5))
 
 
@@ -106,7 +106,7 @@ def test_decode_and_prefill_have_fixed_costs() -> None:
     assert [profile.step_seconds(*step) for step in steps] == [1.25, 1.5, 1.75]
 
 
-# --- what policies start from -------------------------------------------------------------------------------------
+# --- SCORPIO's two forms ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -144,9 +144,9 @@ def test_saved_profile_loads_unchanged(tmp_path_factory: pytest.TempPathFactory,
 
 def test_profile_can_be_pickled() -> None:
     profile = load_profile("niyama-a100")
-    again = pickle.loads(pickle.dumps(profile))
-    assert again == profile
-    assert again.step_seconds(3, 900, 100, 0) == profile.step_seconds(3, 900, 100, 0)
+    copy = pickle.loads(pickle.dumps(profile))
+    assert copy == profile
+    assert copy.step_seconds(3, 900, 100, 0) == profile.step_seconds(3, 900, 100, 0)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -184,12 +184,12 @@ def without(key: str) -> Any:
     return lambda document: document.pop(key)
 
 
-def with_regime(**change: Any) -> Any:
-    return lambda document: document["regimes"][0].update(change)
+def with_regime(**values: Any) -> Any:
+    return lambda document: document["regimes"][0].update(values)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "complaint"),
+    ("change", "message"),
     [
         (without("name"), "a profile needs name"),
         (without("format"), "format is None"),
@@ -208,12 +208,12 @@ def with_regime(**change: Any) -> Any:
         (with_regime(base=math.inf), r"regimes\[0\].base must be a finite number"),
     ],
 )
-def test_invalid_profile_error_names_path_and_fault(tmp_path: Path, spoil: Any, complaint: str) -> None:
+def test_invalid_profile_error_names_path_and_fault(tmp_path: Path, change: Any, message: str) -> None:
     document = json.loads(json.dumps(profile_document(load_profile("niyama-a100"))))
-    spoil(document)
+    change(document)
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=f"bad.json: .*{complaint}"):
+    with pytest.raises(ValueError, match=f"bad.json: .*{message}"):
         load_profile(path)
 
 

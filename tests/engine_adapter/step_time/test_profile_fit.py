@@ -16,7 +16,7 @@ def profile_of(*regimes: Regime) -> Profile:
     return Profile("a", "", {}, regimes, 256, 2048, 8192, 400_000)
 
 
-# Flat while memory is the limit, a jump from one wave of tiles to two, then compute.
+# Flat while memory-bound, then a jump from one wave of tiles to two, then compute-bound.
 ATTENTION = (0.0, 2e-6, 8e-8, 0.0, 3e-9, 2e-4, 4e-4)
 WAVES = profile_of(
     Regime(64, 0.012, 0, *ATTENTION),
@@ -47,11 +47,11 @@ def test_fit_predicts_noisy_wave_quantised_steps() -> None:
 
 def test_fit_recovers_one_line_without_a_knot() -> None:
     truth = Regime(math.inf, 0.01, 5e-5, 0, 3e-6, 1e-7, 2e-7, 3e-9, 0, 1e-3)
-    (found,) = fit_regimes(random_steps(profile_of(truth), 200, noise=0, seed=3))
+    (fitted,) = fit_regimes(random_steps(profile_of(truth), 200, noise=0, seed=3))
     for name in ("per_decode_context", "per_prefill_context", "per_prefill_pair"):
-        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=1e-3)
-    assert found.per_token + found.per_decode == pytest.approx(5.3e-5, rel=1e-3)
-    assert found.base + found.per_prefill_step == pytest.approx(0.011, rel=1e-3)
+        assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=1e-3)
+    assert fitted.per_token + fitted.per_decode == pytest.approx(5.3e-5, rel=1e-3)
+    assert fitted.base + fitted.per_prefill_step == pytest.approx(0.011, rel=1e-3)
 
 
 @settings(max_examples=15)
@@ -70,9 +70,9 @@ def rows_of(steps: Steps) -> list[tuple[float, ...]]:
 
 
 def test_fit_weights_rare_prefills_like_frequent_decodes() -> None:
-    many = random_steps(WAVES, 700, noise=0.02, seed=4)
-    scarce = np.flatnonzero((many.prefill_tokens == 0) | (np.arange(len(many)) < 180))
-    fitted = profile_of(*fit_regimes(many.where(scarce)))
+    steps = random_steps(WAVES, 700, noise=0.02, seed=4)
+    rare_prefills = np.flatnonzero((steps.prefill_tokens == 0) | (np.arange(len(steps)) < 180))
+    fitted = profile_of(*fit_regimes(steps.where(rare_prefills)))
     assert quality(fitted, random_steps(WAVES, 300, noise=0, seed=5))["prefill"]["mape"] < 0.03
 
 
@@ -96,9 +96,9 @@ def test_split_depends_on_seed_and_keeps_every_step() -> None:
 
 def test_quality_is_computed_per_kind_of_step() -> None:
     steps = random_steps(WAVES, 50, noise=0, seed=8)
-    found = quality(WAVES, steps)
-    assert {kind: fit["samples"] for kind, fit in found.items()} == {"prefill": 50, "itl": 50, "mixed": 50}
-    assert all(fit["r2"] == 1 and fit["mape"] == 0 for fit in found.values())
+    fits = quality(WAVES, steps)
+    assert {kind: fit["samples"] for kind, fit in fits.items()} == {"prefill": 50, "itl": 50, "mixed": 50}
+    assert all(fit["r2"] == 1 and fit["mape"] == 0 for fit in fits.values())
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
@@ -108,7 +108,7 @@ def test_active_sets_match_exhaustive_search(seed: int, k: int) -> None:
     expected = nonnegative_least_squares(columns, target, parsimonious=False)
     found = nonnegative(columns, target)
     assert (found >= 0).all()
-    # A coefficient next to nothing may be left out; what counts is that nothing fits better.
+    # A negligible coefficient may be left out, so compare the losses and not the coefficients.
     losses = [float(((columns @ w - target) ** 2).sum()) for w in (found, expected)]
     assert losses[0] <= losses[1] * (1 + 1e-9)
 

