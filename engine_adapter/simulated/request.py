@@ -1,4 +1,4 @@
-"""What the simulated engine reads out of an OpenAI completion request."""
+"""Parses OpenAI completion requests for the simulated engine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from engine_adapter.engine import GATE_XARG, KIND_XARG, TPOT_XARG
 from engine_adapter.service_kind import KINDS_BY_LABEL, ServiceKind, default_kind
 
 
-class BadRequest(Exception):  # noqa: N818 - it becomes the answer of that name
-    """The request cannot be served; the message goes to the client as a 400."""
+class BadRequest(Exception):  # noqa: N818 - named after the HTTP status
+    """The request is invalid. The client gets a 400 with the message."""
 
 
 @dataclass(slots=True, frozen=True)
 class Completion:
-    """One completion request as the simulated engine understands it. Lengths in tokens."""
+    """The parts of a completion request that the simulated engine supports. Lengths are in tokens.
+
+    Attributes:
+        prompts: text and length of each prompt.
+        gate: the step gate that the request names; "" for the engine's default.
+        fixed_output: output length, if ``vllm_xargs.simulated_output_tokens`` sets it.
+    """
 
     chat: bool
     prompts: list[tuple[str, int]]
@@ -33,7 +39,7 @@ class Completion:
 
     @classmethod
     def parse(cls, raw: bytes, chat: bool) -> Completion:
-        """Read an OpenAI body. Raises `BadRequest` naming the field."""
+        """Parse an OpenAI request body. Raises `BadRequest` naming the field."""
         try:
             body = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
