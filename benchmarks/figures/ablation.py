@@ -8,17 +8,8 @@ from benchmarks.figures.drawing import canvas, look
 from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab
 from benchmarks.figures.qps_scaling import AUTHORS_BUDGET, PROFILE
-from benchmarks.figures.records import (
-    Record,
-    factor_text,
-    markdown_table,
-    matching,
-    mean,
-    policies_of,
-    policy_label,
-    rates_of,
-    ratio,
-)
+from benchmarks.figures.records import Record, factor_text, matching, mean, policies_of, rates_of, ratio
+from benchmarks.markdown import policy_label, table
 from lab.simulate.experiment import Experiment, Run
 
 NAME = "ablation"
@@ -92,7 +83,7 @@ attained.
 
 ![Violations and goodput of each guard]({NAME}.png)
 
-{markdown_table(["offered/s", "policy", *PANELS.values(), "adherence"], rows)}
+{table(["offered/s", "policy", *PANELS.values(), "adherence"], rows)}
 
 **Comparison.** {_reading_at(runs, RATES[0])}
 

@@ -13,16 +13,9 @@ from benchmarks.figures.drawing import canvas, legend, look, plot_label
 from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab, shortened
 from benchmarks.figures.qps_scaling import AUTHORS_BUDGET
-from benchmarks.figures.records import (
-    Record,
-    factor_text,
-    markdown_table,
-    matching,
-    policies_of,
-    policy_label,
-    ratio,
-)
+from benchmarks.figures.records import Record, factor_text, matching, policies_of, ratio
 from benchmarks.figures.replay import simulate_run
+from benchmarks.markdown import policy_label, table
 from lab.bounds import bounds, works
 from lab.records.run_record import RequestResult, run_record
 from lab.simulate.experiment import Experiment, Run
@@ -243,7 +236,7 @@ def _table(records: list[Record]) -> str:
         lines.append([*line, first["lengths"], str(first["requests"]), *met, factors, limits])
     heads = ["profile", "arrivals", "mean/s", "lengths", "requests", *map(policy_label, names)]
     heads += ["`scorpio` over Mooncake / stock / S3", "count / fair bound on adherence"]
-    return markdown_table(heads, lines)
+    return table(heads, lines)
 
 
 def _reading(records: list[Record]) -> str:

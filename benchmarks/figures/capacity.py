@@ -9,7 +9,8 @@ from typing import Any
 from benchmarks.figures.drawing import canvas, look, plot_label
 from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab
-from benchmarks.figures.records import Record, factor_text, markdown_table, matching, policy_label
+from benchmarks.figures.records import Record, factor_text, matching
+from benchmarks.markdown import policy_label, table
 from lab.simulate.experiment import Experiment
 from lab.simulate.experiment import capacity as highest_rate
 
@@ -131,7 +132,7 @@ def tables(document: Document) -> str:
         gain = factor_text(scorpio / stock) if stock else "-"
         profile = by_policy["fcfs"]["profile"]
         rows.append([f"`{command}`", f"`{profile}`", f"{stock:.1f}", f"{scorpio:.1f}", gain])
-    return markdown_table(["command", "profile", *map(policy_label, POLICIES), "`scorpio` over stock"], rows)
+    return table(["command", "profile", *map(policy_label, POLICIES), "`scorpio` over stock"], rows)
 
 
 def section(document: Document) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from benchmarks.figures.drawing import canvas, look
 from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab
-from benchmarks.figures.records import Record, markdown_table, matching, policies_of, policy_label
+from benchmarks.figures.records import Record, matching, policies_of
+from benchmarks.markdown import policy_label, table
 from lab.simulate.experiment import Experiment, parse_policy
 from lab.simulate.predictions import predict
 from lab.simulate.simulator import simulate
@@ -113,7 +114,7 @@ Wall seconds of {ROUNDS} rounds in one process, on a shared machine with {docume
 average {document["machine"]["load_average"][0]:g} at the end). Other load on the machine can only make the numbers
 larger.
 
-{markdown_table(["policy", "fastest, s", "slowest, s", "faster than real time"], rows)}
+{table(["policy", "fastest, s", "slowest, s", "faster than real time"], rows)}
 
 The slowest policy takes {slowest:.2f} s in its best round: {"met" if slowest < LIMIT_S else "**not met**"}.
 
@@ -121,7 +122,7 @@ The slowest policy takes {slowest:.2f} s in its best round: {"met" if slowest < 
 
 Wall seconds, and CPU microseconds per request, with two processes in parallel:
 
-{markdown_table(heads, growth_rows)}
+{table(heads, growth_rows)}
 
 {"At most linear" if factor <= LINEAR else "**More than linear**"}: from {sizes[-2]:,} to {sizes[-1]:,} requests the
 CPU time per request changes by at most {factor:.2f} times (`{worst}`). The comparison leaves out {sizes[0]:,} requests:

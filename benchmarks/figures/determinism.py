@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab
-from benchmarks.figures.records import markdown_table
+from benchmarks.markdown import table
 
 NAME = "determinism"
 PROFILE = "a100-llama3.1-8b"
@@ -59,7 +59,7 @@ def section(document: Document) -> str:
 {document["hashed_command"]} --jobs 1 | sha256sum
 ```
 
-{markdown_table(["processes", "SHA-256 of the output"], [[str(jobs), f"`{digest}`"] for jobs, digest in pairs])}
+{table(["processes", "SHA-256 of the output"], [[str(jobs), f"`{digest}`"] for jobs, digest in pairs])}
 
 The outputs of one process and of two are {"identical" if document["same"] else "**not identical**"}. `--no-timings`
 leaves out wall-clock times, which vary. Another NumPy version may draw other random numbers; these hashes are from

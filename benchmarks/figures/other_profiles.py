@@ -9,17 +9,8 @@ from benchmarks.figures.drawing import canvas, legend, plot_bounds_over_rates, p
 from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab
 from benchmarks.figures.qps_scaling import AUTHORS_BUDGET
-from benchmarks.figures.records import (
-    Record,
-    compare,
-    factor_text,
-    markdown_table,
-    matching,
-    mean,
-    policies_of,
-    policy_label,
-    rates_of,
-)
+from benchmarks.figures.records import Record, compare, factor_text, matching, mean, policies_of, rates_of
+from benchmarks.markdown import policy_label, table
 from lab.simulate.experiment import Experiment, Run
 
 NAME = "other_profiles"
@@ -119,7 +110,7 @@ Adherence, mean over the seeds. The last column compares goodput and adherence o
             bounds = f"{mean(at_rate, 'count_bound'):.2f} / {mean(at_rate, 'fair_bound'):.2f}"
             rows.append([f"{qps:g}", *cells, bounds, f"{factor_text(factor)}, {points:+.1f} points"])
         heads = ["offered/s", *map(policy_label, names), "count / fair bound", "`scorpio` over stock"]
-        parts.append(f"`{panel.profile}`, {panel.step_mode}:\n\n{markdown_table(heads, rows)}")
+        parts.append(f"`{panel.profile}`, {panel.step_mode}:\n\n{table(heads, rows)}")
     parts.append(_reading(document["runs"]))
     return "\n\n".join(parts) + "\n"
 
@@ -144,7 +135,7 @@ def _reading(runs: list[Record]) -> str:
     heads = ["engine", "offered/s", "best baseline, lead", "`scorpio`: TPOT violations", "`scorpio`: rejected"]
     return f"""**Where SCORPIO loses.** A baseline leads by more than {MIN_LEAD:g} point of adherence in these rows:
 
-{markdown_table(heads, rows)}
+{table(heads, rows)}
 
 Where many TPOT bounds are violated: SCORPIO's TPOT estimate is eta times the time of a step that only decodes. In
 prefill-first mode decodes stop during prefills, for a share of the time that the constant eta (1.3) does not capture.

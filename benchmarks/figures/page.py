@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.figures import capacity
 from benchmarks.figures.catalogue import FIGURES
 from benchmarks.figures.figure import Document
+from benchmarks.markdown import anchor, with_block, wrapped
 
 PAGE = "simulated.md"
 INDEX = "README.md"
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 PLANNING = RESULTS.parent / "planning.md"
-
-_NOT_PROSE = ("|", "!", "#", "`" * 3)
-"""First characters of a paragraph that is not wrapped: tables, pictures, headings and code."""
 
 _HEAD = """# Simulated results
 
@@ -72,13 +68,13 @@ def write_pages(folder: Path) -> list[Path]:
 
 def page_text(documents: dict[str, Document]) -> str:
     """The page with one section per document."""
-    parts = [_wrapped(_HEAD) + "\n"]
+    parts = [wrapped(_HEAD) + "\n"]
     for name, document in documents.items():
         seeds = ", ".join(map(str, document["seeds"]))
         section = _text_of(name, FIGURES[name].section, document)
         label = "Seed" if len(document["seeds"]) == 1 else "Seeds"
         parts.append(
-            f"## {FIGURES[name].title}\n\n{_wrapped(section)}\n\n"
+            f"## {FIGURES[name].title}\n\n{wrapped(section)}\n\n"
             f"{label} {seeds}; [{name}.json]({name}.json).\n\n```\n{document['command']}\n```\n"
         )
     return "\n".join(parts)
@@ -91,47 +87,12 @@ def _text_of(name: str, write: Callable[[Document], str], document: Document) ->
         raise ValueError(f"{name}.json lacks {error}: an older version wrote it; run {document['command']}") from error
 
 
-def _wrapped(text: str) -> str:
-    """``text`` with its paragraphs and list items wrapped at 120 characters; tables, pictures and code unchanged."""
-    parts = [part.strip("\n") for part in text.split("\n\n")]
-    return "\n\n".join(part if part.startswith(_NOT_PROSE) else _fill(part) for part in parts if part)
-
-
-def _fill(paragraph: str) -> str:
-    items = re.split(r"\n(?=- )", paragraph)
-    return "\n".join(
-        textwrap.fill(
-            " ".join(item.split()),
-            120,
-            subsequent_indent="  " if item.startswith("- ") else "",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for item in items
-    )
-
-
 def index_text(documents: dict[str, Document]) -> str:
     """The block of the index: one line per document, with a link to its section and its headline."""
     intro = f"""No GPU was used: the gateway's own policies run in virtual time. [{PAGE}]({PAGE}) has pictures,
     tables, commands and seeds; `make figures` reproduces all of it."""
-    lines = ["## Simulated, on step times of GPUs", "", _fill(intro), ""]
+    lines = ["## Simulated, on step times of GPUs", "", wrapped(intro), ""]
     for name, document in documents.items():
         title, headline = FIGURES[name].title, _text_of(name, FIGURES[name].headline, document)
         lines.append(f"- [{title}]({PAGE}#{anchor(title)}): {headline}")
     return "\n".join(lines)
-
-
-def anchor(title: str) -> str:
-    """The fragment of a link to the heading ``title``."""
-    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-
-
-def with_block(text: str, name: str, block: str) -> str:
-    """``text`` with ``block`` between the markers of ``name``. Without markers: before the second heading."""
-    marked = f"<!-- {name}:start -->\n{block}\n<!-- {name}:end -->"
-    pattern = re.compile(rf"<!-- {name}:start -->.*?<!-- {name}:end -->", re.DOTALL)
-    if pattern.search(text):
-        return pattern.sub(lambda _: marked, text)
-    head, heading, rest = text.partition("\n## ")
-    return f"{head.rstrip()}\n\n{marked}\n{heading}{rest}"

@@ -8,8 +8,9 @@ from statistics import fmean
 from benchmarks.figures.drawing import canvas, look
 from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab, experiment_fields, shortened
-from benchmarks.figures.records import Record, markdown_table, matching, mean
+from benchmarks.figures.records import Record, matching, mean
 from benchmarks.figures.replay import simulate_run
+from benchmarks.markdown import table
 from lab.records.run_record import run_record
 from lab.simulate.experiment import Experiment, Run, capacity
 
@@ -115,7 +116,7 @@ def section(document: Document) -> str:
 
 Goodput in attained requests/s / adherence:
 
-{markdown_table(["policy", "load", *(f"`{p}`" for p in PREDICTORS)], rows)}
+{table(["policy", "load", *(f"`{p}`" for p in PREDICTORS)], rows)}
 
 {_reading(runs)}
 """

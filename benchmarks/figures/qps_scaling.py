@@ -8,17 +8,8 @@ from typing import Any
 from benchmarks.figures.drawing import canvas, legend, plot_bounds_over_rates, plot_over_rates
 from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab
-from benchmarks.figures.records import (
-    Record,
-    compare,
-    factor_text,
-    markdown_table,
-    matching,
-    mean,
-    policies_of,
-    policy_label,
-    rates_of,
-)
+from benchmarks.figures.records import Record, compare, factor_text, matching, mean, policies_of, rates_of
+from benchmarks.markdown import policy_label, table
 from lab.simulate.experiment import Experiment, Run
 
 NAME = "qps_scaling"
@@ -158,7 +149,7 @@ def _rate_table(shown: list[Record]) -> str:
     for qps in rates_of(shown):
         own = matching(shown, qps=qps)
         rows.append([f"{qps:g}", *(_cell(own, policy) for policy in names), _gain(own)])
-    return markdown_table(["offered/s", *map(policy_label, names), f"`{OURS}` over stock"], rows)
+    return table(["offered/s", *map(policy_label, names), f"`{OURS}` over stock"], rows)
 
 
 def _cell(records: list[Record], policy: str) -> str:
@@ -193,7 +184,7 @@ def _span_table(document: Document) -> str:
             own = matching(document["runs"], workload_options=span, qps=qps)
             if own:
                 rows.append([f"{qps:g}", span_text(span), *(_cell(own, p) for p in CODE_POLICIES), _gain(own)])
-    return markdown_table(["offered/s", "arrivals", *map(policy_label, CODE_POLICIES), f"`{OURS}` over stock"], rows)
+    return table(["offered/s", "arrivals", *map(policy_label, CODE_POLICIES), f"`{OURS}` over stock"], rows)
 
 
 def headline(document: Document) -> str:

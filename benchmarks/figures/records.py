@@ -1,4 +1,4 @@
-"""Selects and compares run records: filters, means over seeds, ratios, and Markdown tables."""
+"""Selects and compares run records: filters, means over seeds, and ratios."""
 
 from __future__ import annotations
 
@@ -48,14 +48,3 @@ def factor_text(factor: float) -> str:
     if factor == float("inf"):
         return "from 0"
     return f"{factor:.3g}x" if factor < 100 else f"{factor:.0f}x"
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def policy_label(policy: str) -> str:
-    """The name of a policy in tables."""
-    return "`fcfs` (stock vLLM)" if policy == "fcfs" else f"`{policy}`"
