@@ -60,7 +60,7 @@ async def one(
     real: RealEngine, policy: dict[str, Any], asked: list[WorkloadRequest], seed: int
 ) -> tuple[list[RequestResult], float]:
     """The fate of a burst, and how long it took (s)."""
-    async with real.behind(policy, lengths_known=True) as (_, url):
+    async with real.gateway(policy, lengths_known=True) as (_, url):
         sent = await send_from_another_process(Target(url, DUMMY), asked, seed)
     return sent.served(), sent.duration_s
 

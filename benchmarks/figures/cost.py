@@ -138,7 +138,7 @@ def _growth(large: list[Record], policy: str) -> float:
 
 def _slowest_s(small: list[Record]) -> float:
     """Wall seconds of the slowest policy, each in its best round."""
-    return max(min(t["wall_s"] for t in matching(small, policy=p)) for p in policies_of(small))
+    return float(max(min(t["wall_s"] for t in matching(small, policy=p)) for p in policies_of(small)))
 
 
 def headline(document: Document) -> str:
