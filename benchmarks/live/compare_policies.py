@@ -2,8 +2,8 @@
 
     python -m benchmarks.live.compare_policies --policy fcfs --policy slack --load 1 --load 2 --repeats 3
 
-One engine serves the whole comparison. In each round the policies take turns in front of it at each load, with the
-same seed, so that a drift in machine speed affects all of them. The capacity is measured first: the rate at which the
+One engine serves the whole comparison. In each round the policies take turns in front of it, at each load and with the
+same seed. So a drift in machine speed affects all of them. The capacity is measured first: the rate at which the
 engine completes the same workload with 64 requests always in flight.
 """
 

@@ -216,7 +216,7 @@ def compared(
 
 
 def drift(profile: Profile, samples: list[Sample]) -> float | None:
-    """Median ratio of measured step times to those of ``profile``; 1 if the machine has not changed, None if no steps."""
+    """Median ratio of measured step times to those of ``profile``; 1 if the machine has not changed."""
     ratios = [
         s.seconds / profile.step_seconds(round(s.decodes), s.decodes * s.mean_context, int(s.prefill_tokens), 0)
         for s in samples

@@ -51,7 +51,9 @@ def page(found: dict[str, Any]) -> str:
     text = f"""# Accuracy of the simulator
 
 The same workloads ran on a real engine and in the simulator, with the same policies and seeds.
-**Real:** {found["real"]}. Real HTTP; the gateway and the load client share two cores with the engine. **Not a GPU.**
+
+- **Real:** HTTP, the gateway and the engine. The gateway and the load client share two cores with the engine.
+- **Not a GPU:** {found["real"]}.
 
 {table(_HEADS, rows)}
 

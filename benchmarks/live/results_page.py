@@ -73,8 +73,9 @@ def page(result: dict[str, Any]) -> str:
     client_late_ms = max(run["client_lateness_p99_s"] for run in runs) * 1000
     text = f"""# One real engine at {loads[0]:g} to {loads[-1]:g} times its capacity
 
-**Real:** {result["real"]}, on two shared cores, over real HTTP, with the load client in a process of its own. **Not a
-GPU.** Mean (range) over {rounds} rounds of {result["duration_s"]:g} s of Poisson arrivals.
+- **Real:** HTTP, the gateway and the engine, on two shared cores. The load client has a process of its own.
+- **Not a GPU:** {result["real"]}.
+- Numbers are means (ranges) over {rounds} rounds of {result["duration_s"]:g} s of Poisson arrivals.
 
 {tables}
 
@@ -115,8 +116,8 @@ def _scheduling_share(runs: list[dict[str, Any]], load: float) -> str:
         )
         shares.append(f"{deciding:.2%} and {gates:.2%} under `{policy}`")
     return (
-        f"At load {load:g}, decisions in the gateway and step gates in the engine took these shares of the time: "
-        f"{', '.join(shares)}."
+        f"Share of the time that decisions (gateway) and step gates (engine) took at load {load:g}: "
+        f"{'; '.join(shares)}."
     )
 
 

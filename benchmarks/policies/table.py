@@ -3,8 +3,8 @@
     python -m benchmarks.policies.table --json > docs/results/policies.json
     python -m benchmarks.policies.table --page docs/results/policies.json
 
-S is the capacity of stock vLLM (`fcfs`, chunked prefill): the highest rate at which it keeps 90% adherence on the
-profile and workload, mean over the seeds, to 1%. Length predictions have the measured errors of the shipped model.
+S is the capacity of stock vLLM (`fcfs`, chunked prefill) on the profile and workload. It is the highest rate at which
+the mean adherence over the seeds is 90%, to 1%. Length predictions have the measured errors of the shipped model.
 Runs with the same seed get the same requests.
 """
 
