@@ -103,8 +103,8 @@ start_gateway() { # POLICY
   say "starting vLLM behind $1 (log: $log)"
   "$bin/antares" serve --config "$OUT/$1.yaml" >"$log" 2>&1 &
   gateway=$!
-  for ((waited = 0; waited < 1800; waited++)); do
-    sleep 0.5
+  for ((waited = 0; waited < 4500; waited++)); do
+    sleep 0.2
     if ready 2>/dev/null; then return; fi
     kill -0 "$gateway" 2>/dev/null || { tail -n 20 "$log" >&2; say "the gateway exited"; exit 1; }
   done

@@ -28,7 +28,7 @@ PANELS = {
 def measure(lab: Lab, quick: bool) -> Document:
     """Run the four policies at the paper's rate, and at a rate where TTFT bounds are missed too."""
     seeds = (0,) if quick else SEEDS
-    workload = {"name": "sharegpt", "duration_s": 1.0 if quick else DURATION_S}
+    workload = {"name": "sharegpt", "duration_s": 0.5 if quick else DURATION_S}
     experiment = Experiment(PROFILE, workload, step_mode="prefill-first", limits=dict(AUTHORS_BUDGET))
     tasks = [(experiment, Run(policy, qps, seed)) for qps in RATES for policy in POLICIES for seed in seeds]
     return new_document(NAME, seeds, (PROFILE,), runs=lab.runs("Figure 6", tasks))

@@ -60,7 +60,7 @@ class Search:
 
 def _searches(quick: bool) -> list[Search]:
     if quick:
-        return [Search(FIRST, policy, duration_s=2.0) for policy in POLICIES]
+        return [Search(FIRST, policy, duration_s=0.5) for policy in POLICIES]
     variants: list[dict[str, Any]] = [
         *({"profile": profile} for profile in PROFILES),
         {"profile": FIRST, "hold": 0.99},

@@ -26,7 +26,7 @@ LOADS = (1.0, 2.0)
 
 def measure(lab: Lab, quick: bool) -> Document:
     """Find the capacity of stock vLLM, then run at one and two times that rate with each predictor."""
-    duration_s, seeds = (1.0, (0,)) if quick else (DURATION_S, SEEDS)
+    duration_s, seeds = (0.5, (0,)) if quick else (DURATION_S, SEEDS)
     saturation = 20.0 if quick else lab.each("Stock vLLM's capacity", _saturation, [duration_s])[0]
     tasks = [
         (_experiment(duration_s, predictor), Run(policy, round(load * saturation, 3), seed))

@@ -34,8 +34,8 @@ PAPER_RATIO, PAPER_POINTS = 8.8, 40.7
 
 def measure(lab: Lab, quick: bool) -> Document:
     """Run every policy at every rate, and at a few rates over shorter and longer runs."""
-    plotted = {"duration_s": 2.0} if quick else PLOTTED
-    spans: tuple[dict[str, Any], ...] = ({"requests": 20}, plotted) if quick else SPANS
+    plotted = {"duration_s": 0.5} if quick else PLOTTED
+    spans: tuple[dict[str, Any], ...] = ({"requests": 10}, plotted) if quick else SPANS
     seeds = (0,) if quick else SEEDS
     offered = (PAPER_RATE, 20.0) if quick else RATES
     tasks = [(_experiment(plotted), Run(p, qps, s)) for p in POLICIES for qps in offered for s in seeds]
