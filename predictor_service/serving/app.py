@@ -11,9 +11,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from predictor_service.model.length_model import LengthPredictor
 from predictor_service.serving.batching import Batcher, BatchLimits, DeadlinePassed, QueueFull
@@ -44,7 +47,7 @@ def create_app(
     limits: BatchLimits | None = None,
     learning: Learning | None = None,
     known_models: frozenset[str] = frozenset(),
-) -> FastAPI:
+) -> Starlette:
     """Return the ASGI app that serves ``model``. Its lifespan starts and stops the batcher and ``learning``.
 
     If ``known_models`` is not empty, calls that name another served model are rejected with 404.
@@ -62,17 +65,13 @@ def create_app(
     metrics.watch(learning)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await batcher.start()
         await learning.start()
         yield
         await batcher.stop()
         await learning.stop()
 
-    app = FastAPI(title="Antares output-length predictor", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.openapi_url = None
-
-    @app.post("/v1/predict")
     async def predict(request: Request) -> Response:
         started = time.perf_counter()
 
@@ -88,7 +87,6 @@ def create_app(
         metrics.latency.observe(time.perf_counter() - started)
         return response
 
-    @app.post("/v1/observe")
     async def observe(request: Request) -> Response:
         async def respond() -> Response:
             observations = parse_observations(await _body(request), known_models)
@@ -97,21 +95,29 @@ def create_app(
 
         return await _or_error(respond)
 
-    @app.get("/health")
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         return _json(render_health(model.name))
 
-    @app.get("/metrics")
-    async def render_metrics() -> Response:
+    async def render_metrics(request: Request) -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.exception_handler(HTTPException)
-    async def routing_error(request: Request, error: HTTPException) -> Response:
-        code = "method_not_allowed" if error.status_code == 405 else "not_found"
-        body = render_error(str(error.detail), "invalid_request_error", code)
-        return _json(body, error.status_code, dict(error.headers or {}))
+    return Starlette(
+        routes=[
+            Route("/v1/predict", predict, methods=["POST"]),
+            Route("/v1/observe", observe, methods=["POST"]),
+            Route("/health", health),
+            Route("/metrics", render_metrics),
+        ],
+        exception_handlers={HTTPException: _routing_error},
+        lifespan=lifespan,
+    )
 
-    return app
+
+async def _routing_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    body = render_error(str(error.detail), "invalid_request_error", code)
+    return _json(body, error.status_code, dict(error.headers or {}))
 
 
 async def _or_error(respond: Callable[[], Awaitable[Response]]) -> Response:
