@@ -60,7 +60,7 @@ def base(training, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def labelled(training):
-    """A function that returns prompts whose verb determines the length of the response, up to log-normal noise."""
+    """A function that returns prompts whose verb determines the length of the answer, up to log-normal noise."""
 
     def make(rows: int, seed: int):
         rng = np.random.default_rng(seed)

@@ -33,9 +33,9 @@ def test_collected_features_equal_features_of_prompts(tmp_path):
     features = read_dataset(3, lambda stage, share: None, write_jsonl(tmp_path / "features.jsonl", as_features))
     assert features.name != text.name
     rows = np.arange(250)
-    for one, other in zip(text.examples(rows).features, features.examples(rows).features, strict=True):
-        assert (one.indices == other.indices).all()
-        assert one.lexical == pytest.approx(other.lexical)
+    for expected, actual in zip(text.examples(rows).features, features.examples(rows).features, strict=True):
+        assert (expected.indices == actual.indices).all()
+        assert expected.lexical == pytest.approx(actual.lexical)
     with pytest.raises(BadData, match="reads text"):
         features.prompts(rows)
 

@@ -163,7 +163,7 @@ def test_damaged_state_file_is_ignored(tmp_path, text):
 def test_failed_save_keeps_previous_file(tmp_path, monkeypatch):
     state = CalibrationState(tmp_path, "p")
     state.save(calibrated(finished(1, 50)))
-    kept = (tmp_path / STATE_FILE).read_bytes()
+    previous = (tmp_path / STATE_FILE).read_bytes()
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
@@ -171,7 +171,7 @@ def test_failed_save_keeps_previous_file(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         state.save(calibrated(finished(2, 90)))
-    assert (tmp_path / STATE_FILE).read_bytes() == kept
+    assert (tmp_path / STATE_FILE).read_bytes() == previous
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
 
 

@@ -179,6 +179,7 @@ def test_commands_name_missing_training_extra(command, tmp_path, monkeypatch):
     assert "antares-gateway[train]" in result.output
 
 
+@pytest.mark.usefixtures("lightgbm")
 def test_commands_train_evaluate_and_study_hashed_model(tmp_path, monkeypatch):
     lengths = {"define": 20, "explain": 300}
     turns = [
@@ -187,7 +188,6 @@ def test_commands_train_evaluate_and_study_hashed_model(tmp_path, monkeypatch):
         for turn in range(2)
         for verb, length in [list(lengths.items())[(n + turn) % 2]]
     ]
-    pytest.importorskip("lightgbm")
     monkeypatch.setattr(datasets, "read_turns", lambda progress: turns)
     monkeypatch.setattr(training_run, "Recipe", lambda seed: Recipe(folds=2, trees=60, tree_rate=0.1, seed=seed))
     folder = tmp_path / "model"

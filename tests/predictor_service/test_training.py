@@ -18,17 +18,9 @@ from predictor_service.training.fit import Examples, Recipe, fit_length_model, m
 from predictor_service.training.ridge import fit_ridge
 from predictor_service.training.sharegpt import Turn, groups_by_opening, split_by_conversation, user_turns
 from tests.fixtures.length_data import collected_line, write_jsonl
-from tests.fixtures.untraced import untraced
 
 CARD = {"model": "synthetic", "features_version": FEATURES_VERSION}
 SMALL = Recipe(folds=2, levels=(0.25, 0.5, 0.75), trees=60, tree_rate=0.1, tree_least_rows=10, ridge_iterations=10)
-
-
-@pytest.fixture(scope="module")
-def lightgbm():
-    """Imports LightGBM in the test process that needs it, not when tests are collected."""
-    with untraced():
-        return pytest.importorskip("lightgbm")
 
 
 def synthetic(rows: int, seed: int) -> Examples:

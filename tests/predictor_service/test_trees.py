@@ -47,8 +47,7 @@ def test_trees_check_rejects_inconsistent_arrays():
         Trees(**fields, depth=1000).check(columns=2)
 
 
-def test_trees_predict_matches_lightgbm():
-    lightgbm = pytest.importorskip("lightgbm")
+def test_trees_predict_matches_lightgbm(lightgbm):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(400, 5)).astype(np.float32)
     target = np.where(rows[:, 0] > 0, rows[:, 1], 3 * rows[:, 2])
