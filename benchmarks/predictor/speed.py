@@ -4,10 +4,10 @@
 
 Three measurements run one after another, on held-out ShareGPT prompts:
 
-- shipped model: predictions/s on one core, from text to quantiles, in batches of 64 and one at a time; -
-`TfidfVectorizer` (words and pairs) + `Ridge` on log length, fitted to 2,000 other prompts: the same; - HTTP: `antares
-predictor serve` in its own process, one prompt per call, 200 calls/s, open loop. Each call is sent when
-  it is due, whether or not earlier ones have finished, and is timed from then.
+1. Predictions/s of the shipped model on one core, from text to quantiles, in batches of 64 and one at a time.
+2. The same for `TfidfVectorizer` (words and pairs) + `Ridge` on log length, fitted to 2,000 other prompts.
+3. HTTP latency of `antares predictor serve` in its own process, with one prompt per call and 200 calls/s, open loop.
+   Each call is sent when it is due, whether or not earlier ones have finished, and is timed from then.
 """
 
 from __future__ import annotations
