@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from engine_adapter.asgi import encode_json
 from engine_adapter.engine import GATE_XARG, TPOT_XARG
 from engine_adapter.remote.assemble import can_rebuild
 
@@ -79,18 +80,13 @@ class CompletionPlan:
     sequences: int
 
     @classmethod
-    def make(cls, raw: bytes, rewrite: bool, ask_usage: bool, send_slo: bool) -> CompletionPlan | None:
-        """Plan for the request body ``raw``; None when it is no JSON object: the upstream says so itself.
+    def make(cls, document: dict[str, Any], rewrite: bool, ask_usage: bool, send_slo: bool) -> CompletionPlan:
+        """Return the plan for the request body ``document``, which stays unchanged.
 
         ``rewrite``: ask for streams in place of plain bodies, where the answer can be rebuilt. ``ask_usage``:
         the upstream understands ``stream_options``.
         """
-        try:
-            body = orjson.loads(raw)
-        except orjson.JSONDecodeError:
-            return None
-        if not isinstance(body, dict):
-            return None
+        body = dict(document)
         streams = body.get("stream") is True
         rewritten = rewrite and not body.get("stream") and can_rebuild(body)
         options = body.get("stream_options") or {}
@@ -127,8 +123,17 @@ class CompletionPlan:
             self.body["stream_options"] = options
 
     def encoded(self) -> bytes:
-        """The body to send."""
-        return orjson.dumps(self.body)
+        """Return the body to send. Raises `BodyTooDeep`."""
+        return encode_json(self.body)
+
+
+def parse_completion(raw: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in ``raw``; None if it is not one, in which case the upstream rejects the request."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+    return body if isinstance(body, dict) else None
 
 
 def _sequences(body: dict[str, Any]) -> int:
