@@ -57,10 +57,10 @@ MAX_TRIES = 3
 """Engines that a request is sent to, one after the other, if each is unreachable before it takes the request."""
 
 STALL_S = 300.0
-"""A client that accepts no data for this long (up to twice that) counts as disconnected."""
+"""A client that accepts no data for this many seconds (up to twice that) counts as disconnected. Convention."""
 
 LEAVE_GRACE_S = 1.0
-"""Seconds that an engine's app has to return after the client disconnected. After that it is cancelled."""
+"""Seconds that an engine's app has to return after the client disconnected. Then it is cancelled. Convention."""
 
 
 @dataclass(slots=True, eq=False)
@@ -119,11 +119,11 @@ class Proxy:
         """Serve ``http``, and answer with an error response if that fails."""
         try:
             key = self._authenticate(http)
-            body = await read_limited_body(http.headers, http.receive, self._max_body_bytes)
+            # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for every open request.
             if http.is_scheduled:
-                await self._schedule(self._read(http, key, body))
+                await self._schedule(self._read(http, key, await self._receive_body(http)))
             else:
-                await self._pass_through(http, body)
+                await self._pass_through(http, await self._receive_body(http))
         except ApiError as error:
             await send_error(http.send, error, http.request_id)
         except ClientDisconnected:
@@ -139,12 +139,16 @@ class Proxy:
     # --- the pipeline, in order ---------------------------------------------------------------------------------------
 
     def _authenticate(self, http: HttpRequest) -> ApiKey:
+        """Return the request's API key. Raises `ApiError` 401, 431 for too many headers, or 503 while draining."""
         if len(http.headers.raw) > MAX_HEADERS:
             raise bad_request(f"More than {MAX_HEADERS} headers.", None, "too_many_headers", 431)
         key = self._keys.authenticate(http.headers.get("authorization"))
         if self.draining:
             raise unavailable("The gateway is shutting down.", "draining", 5.0)
         return key
+
+    async def _receive_body(self, http: HttpRequest) -> bytes:
+        return await read_limited_body(http.headers, http.receive, self._max_body_bytes)
 
     def _read(self, http: HttpRequest, key: ApiKey, body: bytes) -> Call:
         """Parse the body, read the SLO, estimate the prompt size. Nothing here depends on an engine."""
@@ -194,6 +198,7 @@ class Proxy:
         return engine_queue
 
     def _open_entry(self, request: Request) -> Entry:
+        """Open the ledger entry. Raises `ApiError` 429, and closes the entry, if too many requests are open."""
         entry = self._ledger.open(request)
         if self.in_flight > self._max_open_requests:
             raise self._closed(entry, "rejected", "gateway_full", self._gateway_full())
