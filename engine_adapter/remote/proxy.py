@@ -12,7 +12,7 @@ from urllib.parse import quote
 import aiohttp
 import orjson
 
-from engine_adapter.asgi import ClientGone, read_body, run_until_disconnect
+from engine_adapter.asgi import ClientDisconnected, read_document_or_body, run_until_disconnect
 from engine_adapter.engine import (
     OBSERVER_KEY,
     EngineEvents,
@@ -30,6 +30,7 @@ from engine_adapter.remote.request import (
     COMPLETION_PATHS,
     CompletionPlan,
     downstream_headers,
+    parse_completion,
     upstream_headers,
 )
 from engine_adapter.remote.sse import EventKind, SSESplitter, TokenCounter
@@ -54,7 +55,6 @@ class _ClientRequest:
     """One client request and the channel for its response. ``plan`` is None unless it is a completion."""
 
     scope: Scope
-    raw: bytes
     plan: CompletionPlan | None
     observer: TokenObserver
     send: Send
@@ -106,20 +106,22 @@ class HttpProxy:
         if scope["type"] != "http":
             return
         try:
-            raw = await read_body(receive)
-        except ClientGone:
+            document, raw = await read_document_or_body(scope, receive)
+        except ClientDisconnected:
             return
         self._state.engine_running += 1
         try:
-            await run_until_disconnect(self._serve(scope, raw, send), receive)
+            await run_until_disconnect(self._serve(scope, document, raw, send), receive)
         finally:
             self._state.engine_running -= 1
 
-    async def _serve(self, scope: Scope, raw: bytes, send: Send) -> None:
+    async def _serve(self, scope: Scope, document: dict[str, Any] | None, raw: bytes, send: Send) -> None:
         plan = None
         if scope["method"] == "POST" and scope["path"].endswith(COMPLETION_PATHS):
-            plan = CompletionPlan.make(raw, self._see_first_token, not self._usage_unsupported, self._send_slo)
-        request = _ClientRequest(scope, raw, plan, scope.get(OBSERVER_KEY) or _NullObserver(), send)
+            document = parse_completion(raw) if document is None else document
+            if document is not None:
+                plan = CompletionPlan.make(document, self._see_first_token, not self._usage_unsupported, self._send_slo)
+        request = _ClientRequest(scope, plan, scope.get(OBSERVER_KEY) or _NullObserver(), send)
         try:
             if plan is None:
                 async with self._open_response(scope, raw) as response:
@@ -134,13 +136,13 @@ class HttpProxy:
             raise
 
     async def _complete(self, request: _ClientRequest, plan: CompletionPlan) -> None:
-        prompt_tokens = len(request.raw) / BYTES_PER_TOKEN
-        timing = self._sampler.sent(time.monotonic(), prompt_tokens, plan.sequences, plan.tpot_ms)
+        content = plan.encoded()
+        timing = self._sampler.sent(time.monotonic(), len(content) / BYTES_PER_TOKEN, plan.sequences, plan.tpot_ms)
         usage: dict[str, Any] = {}
         if not plan.streams:
             request.observer.on_unobserved()
         try:
-            async with self._open_response(request.scope, plan.encoded()) as response:
+            async with self._open_response(request.scope, content) as response:
                 if not (plan.asked_usage and response.status in (400, 422)):
                     usage = await self._forward_completion(request, plan, response, timing)
                     return

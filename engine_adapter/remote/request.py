@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from engine_adapter.asgi import encode_json
 from engine_adapter.engine import GATE_XARG, TPOT_XARG
 from engine_adapter.remote.assemble import can_rebuild
 
@@ -86,21 +87,16 @@ class CompletionPlan:
     sequences: int
 
     @classmethod
-    def make(cls, raw: bytes, rewrite: bool, ask_usage: bool, send_slo: bool) -> CompletionPlan | None:
-        """The plan for request body ``raw``. None if it is not a JSON object: the upstream server rejects it itself.
+    def make(cls, document: dict[str, Any], rewrite: bool, ask_usage: bool, send_slo: bool) -> CompletionPlan:
+        """Return the plan for a request body.
 
         Args:
-            raw: the client's request body.
+            document: the client's request body, which stays unchanged.
             rewrite: request a stream instead of a JSON body where the response can be rebuilt from the stream.
             ask_usage: the upstream supports ``stream_options``.
             send_slo: keep the ``antares_*`` members of ``vllm_xargs``.
         """
-        try:
-            body = orjson.loads(raw)
-        except orjson.JSONDecodeError:
-            return None
-        if not isinstance(body, dict):
-            return None
+        body = dict(document)
         streams = body.get("stream") is True
         rewritten = rewrite and not body.get("stream") and can_rebuild(body)
         options = body.get("stream_options") or {}
@@ -137,8 +133,17 @@ class CompletionPlan:
             self.body["stream_options"] = options
 
     def encoded(self) -> bytes:
-        """The body as JSON bytes."""
-        return orjson.dumps(self.body)
+        """Return the body to send. Raises `BodyTooDeep`."""
+        return encode_json(self.body)
+
+
+def parse_completion(raw: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in ``raw``; None if it is not one, in which case the upstream rejects the request."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+    return body if isinstance(body, dict) else None
 
 
 def _sequence_count(body: dict[str, Any]) -> int:

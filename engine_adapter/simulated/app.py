@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from engine_adapter.asgi import ClientGone, read_body, run_until_disconnect
+from engine_adapter.asgi import ClientDisconnected, read_body, run_until_disconnect
 from engine_adapter.engine import OBSERVER_KEY, EngineLost, EngineUnreachable, Receive, Scope, Send
 from engine_adapter.simulated.request import BadRequest, Completion
 from engine_adapter.simulated.sequence import SimulatedSequence
@@ -92,7 +92,7 @@ class SimulatedApp:
         try:
             request = Completion.parse(await read_body(receive), chat)
             choices = self._choices(request)
-        except ClientGone:
+        except ClientDisconnected:
             return
         except BadRequest as error:
             await _error(send, 400, "BadRequestError", str(error))
