@@ -62,7 +62,7 @@ async def one(
     """The fate of a burst, and how long it took (s)."""
     async with real.behind(policy, lengths_known=True) as (_, url):
         sent = await send_from_another_process(Target(url, DUMMY), asked, seed)
-    return sent.served(), sent.duration_s
+    return sent.results(), sent.duration_s
 
 
 async def compare(requests: int, batch: int, repeats: int, seed: int) -> dict[str, Any]:

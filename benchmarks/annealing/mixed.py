@@ -38,13 +38,13 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 
 def one(name: str, experiment: Experiment, qps: float, seed: int) -> dict[str, Any]:
     """One run's record."""
-    asked = experiment.asked(qps, seed)
+    asked = experiment.requests(qps, seed)
     made = simulate(asked, predict(experiment.predictor, asked, seed), experiment.engine(), POLICIES[name])
     return run_record(
         name,
         qps,
         seed,
-        made.served,
+        made.results,
         made.duration_s,
         wall_s=0.0,
         scheduling_s=made.scheduling_s,

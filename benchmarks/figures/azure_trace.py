@@ -15,10 +15,10 @@ from benchmarks.figures.lab import DROPPED, Lab
 from benchmarks.figures.qps_scaling import AUTHORS_BUDGET
 from benchmarks.figures.records import Record, name_of, of, policies, ratio, table, times
 from benchmarks.figures.replay import played
-from lab.bounds import bounds, works
+from lab.bounds import bounds, token_costs
 from lab.records.run_record import RequestResult, run_record
 from lab.simulate.experiment import Experiment, Run
-from lab.workload.lengths import TRACES, rows
+from lab.workload.lengths import TRACES, dataset
 
 NAME = "azure_trace"
 POLICIES = ("fcfs", "s3", "mooncake", "scorpio")
@@ -98,22 +98,22 @@ def replayed(task: tuple[Replay, str, float]) -> Record:
     replay, policy, window_s = task
     experiment = replay.experiment(window_s)
     asked, came = played(experiment, Run(policy, None, SEED))
-    limit = bounds(asked, works(experiment.engine()))
+    limit = bounds(asked, token_costs(experiment.engine()))
     record = run_record(
-        policy, len(asked) * replay.speed / window_s, SEED, came.served, came.duration_s, wall_s=0.0, bounds=limit
+        policy, len(asked) * replay.speed / window_s, SEED, came.results, came.duration_s, wall_s=0.0, bounds=limit
     )
     at_s = [round(window_s / replay.speed * point / POINTS, 2) for point in range(POINTS + 1)] + [came.duration_s]
     return (
         asdict(replay)
         | {key: value for key, value in record.items() if key not in DROPPED}
-        | {"slo_met": sum(one.attained for one in came.served)}
-        | {"met_at_s": [round(at, 2) for at in at_s], "met": _met_by(came.served, at_s)}
+        | {"slo_met": sum(one.attained for one in came.results)}
+        | {"met_at_s": [round(at, 2) for at in at_s], "met": _met_by(came.results, at_s)}
         | {"arrived": _count_by([one.at_s for one in asked], at_s)}
     )
 
 
 def _met_by(served: list[RequestResult], at_s: list[float]) -> list[int]:
-    return _count_by(sorted(one.asked.at_s + (one.e2e_s or 0.0) for one in served if one.attained), at_s)
+    return _count_by(sorted(one.request.at_s + (one.e2e_s or 0.0) for one in served if one.attained), at_s)
 
 
 def _count_by(events_s: list[float], at_s: list[float]) -> list[int]:
@@ -122,7 +122,7 @@ def _count_by(events_s: list[float], at_s: list[float]) -> list[int]:
 
 
 def _arrivals(trace: str, window_s: float) -> dict[str, Any]:
-    at_s = rows(trace).at_s
+    at_s = dataset(trace).at_s
     assert at_s is not None
     counts = np.bincount(at_s[at_s < window_s].astype(int), minlength=int(window_s))
     return {
@@ -275,9 +275,9 @@ def _is_paper(record: Record) -> bool:
 
 
 def _mean_prompt(trace: str) -> float:
-    at_s = rows(trace).at_s
+    at_s = dataset(trace).at_s
     assert at_s is not None
-    return float(rows(trace).prompt_tokens[at_s < WINDOW_S].mean())
+    return float(dataset(trace).prompt_tokens[at_s < WINDOW_S].mean())
 
 
 def headline(made: Document) -> str:

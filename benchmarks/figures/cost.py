@@ -47,7 +47,7 @@ def timed(task: tuple[str, int]) -> Record:
     """Seconds, by the wall and of this process, that the simulation alone takes."""
     policy, requests = task
     experiment = Experiment(PROFILE, {"name": "sharegpt", "requests": requests})
-    asked = experiment.asked(QPS, SEED)
+    asked = experiment.requests(QPS, SEED)
     predictions = predict(experiment.predictor, asked, SEED)
     wall, cpu = time.perf_counter(), time.process_time()
     came = simulate(asked, predictions, experiment.engine(), lambda: parse_policy(policy))

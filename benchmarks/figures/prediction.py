@@ -48,8 +48,8 @@ def _run(task: tuple[Experiment, Run]) -> Record:
     """The record of one run, with the mean output length of all requests and of those that attained (tokens)."""
     experiment, run = task
     asked, came = played(experiment, run)
-    record = run_record(run.policy, run.qps or 0.0, run.seed, came.served, came.duration_s, wall_s=0.0)
-    attained = [one.asked.output_tokens for one in came.served if one.attained]
+    record = run_record(run.policy, run.qps or 0.0, run.seed, came.results, came.duration_s, wall_s=0.0)
+    attained = [one.request.output_tokens for one in came.results if one.attained]
     return (
         described(experiment)
         | {key: value for key, value in record.items() if key not in DROPPED}

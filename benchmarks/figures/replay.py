@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from lab.simulate.experiment import Experiment, Run, parse_policy
 from lab.simulate.predictions import predict
-from lab.simulate.simulator import Simulated, simulate
+from lab.simulate.simulator import SimulationResult, simulate
 from lab.workload import WorkloadRequest
 
 
-def played(experiment: Experiment, run: Run) -> tuple[list[WorkloadRequest], Simulated]:
+def played(experiment: Experiment, run: Run) -> tuple[list[WorkloadRequest], SimulationResult]:
     """What was asked, and what came of it."""
-    asked = experiment.asked(run.qps, run.seed)
+    asked = experiment.requests(run.qps, run.seed)
     came = simulate(
         asked,
         predict(experiment.predictor, asked, run.seed),

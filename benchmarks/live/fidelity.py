@@ -34,9 +34,9 @@ from lab.profile.from_engine import (
     Sample,
     StepRecorder,
     as_steps,
-    engine_of,
-    profile_of,
-    uninterrupted,
+    build_engine,
+    drop_interrupted,
+    fit_profile,
 )
 from lab.records.run_record import run_record
 from lab.simulate.predictions import predict
@@ -66,7 +66,7 @@ async def measure(
     seed: int,
 ) -> dict[str, Any]:
     """Every pair of runs, and what they were made with. The profile is written to ``save``."""
-    engine, words = engine_of(config)
+    engine, words = build_engine(config)
     real = RealEngine(engine)
     console.print("Starting vLLM…")
     await real.start()
@@ -120,7 +120,7 @@ async def _taught(real: RealEngine, words: str, capacity: float, slo_scale: floa
         )
         async with real.behind({"name": "fcfs"}, lengths_known=True) as (_, url):
             await send_from_another_process(Target(url, state.model), asked, seed + 1000 + at)
-    samples = uninterrupted(recorder.samples)
+    samples = drop_interrupted(recorder.samples)
     stretches = np.random.default_rng(seed).random(len(samples) // STRETCH + 1) < HELD_OUT
     held_out = [s for i, s in enumerate(samples) if stretches[i // STRETCH]]
     fitted = [s for i, s in enumerate(samples) if not stretches[i // STRETCH]]
@@ -130,7 +130,7 @@ async def _taught(real: RealEngine, words: str, capacity: float, slo_scale: floa
         f"{len(held_out)} held out in stretches "
         f"of {STRETCH}, {len(recorder.samples) - len(samples)} interrupted ones left out"
     )
-    return profile_of(state, "cpu-smollm2", words, method, as_steps(fitted), as_steps(held_out))
+    return fit_profile(state, "cpu-smollm2", words, method, as_steps(fitted), as_steps(held_out))
 
 
 async def _pair(
@@ -147,7 +147,7 @@ async def _pair(
         policy,
         qps,
         seed,
-        sent.served(),
+        sent.results(),
         sent.duration_s,
         wall_s=sent.duration_s,
         scheduling_s=deciding_s + state.gate.gate_seconds - gate_s,
@@ -179,7 +179,7 @@ def compared(
             times=profile.step_times(),
             learn=False,
         )
-        record = run_record(policy, qps, seed, came.served, came.duration_s, wall_s=0.0)
+        record = run_record(policy, qps, seed, came.results, came.duration_s, wall_s=0.0)
         return {key: record[key] for key in KEYS} | {
             "adherence_off": round(record["slo_adherence"] - measured["slo_adherence"], 4),
             "ttft_p50_off": _relative(record["ttft_p50_s"], measured["ttft_p50_s"]),

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lab.bench.load_answer import ClientResult
+from lab.bench.client_request import ClientResult
 from lab.bench.load_client import Target, send_from_another_process
 from lab.workload import WorkloadRequest
 

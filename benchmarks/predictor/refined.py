@@ -25,7 +25,7 @@ from gateway.policies.base import Decision, Policy
 from gateway.policies.registry import make_policy
 from gateway.requests.request import Request
 from lab.simulate.predictions import predict
-from lab.simulate.simulator import Simulated, simulate
+from lab.simulate.simulator import SimulationResult, simulate
 from lab.workload import make_workload
 
 POLICIES = ("scorpio", "slack")
@@ -80,9 +80,9 @@ def _believing(name: str) -> Policy:
     return AsPredictedAtArrival(make_policy(name, {}))
 
 
-def _figures(came: Simulated) -> dict[str, float]:
-    attained = sum(one.attained for one in came.served)
-    return {"goodput": attained / came.duration_s, "slo_adherence": attained / len(came.served)}
+def _figures(came: SimulationResult) -> dict[str, float]:
+    attained = sum(one.attained for one in came.results)
+    return {"goodput": attained / came.duration_s, "slo_adherence": attained / len(came.results)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

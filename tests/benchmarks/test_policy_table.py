@@ -14,7 +14,7 @@ pytestmark = pytest.mark.no_cover  # whole simulations
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_setting_is_an_experiment(setting: str) -> None:
-    asked = experiment(setting, 60.0).asked(20.0, 0)
+    asked = experiment(setting, 60.0).requests(20.0, 0)
     assert len(asked) > 500
     assert (asked[-1].at_s > 100) == setting.endswith("180 s"), "a setting's own duration goes first"
 
