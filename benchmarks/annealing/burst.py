@@ -67,7 +67,7 @@ async def serve_once(
     """The results of a burst, and its duration (s)."""
     async with real.gateway(policy, lengths_known=True) as (_, url):
         sent = await send_from_another_process(Target(url, DUMMY), workload, seed)
-    return sent.served(), sent.duration_s
+    return sent.results(), sent.duration_s
 
 
 async def compare(requests: int, batch: int, repeats: int, seed: int) -> dict[str, Any]:

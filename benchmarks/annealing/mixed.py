@@ -39,13 +39,13 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 
 def record_of(name: str, experiment: Experiment, qps: float, seed: int) -> dict[str, Any]:
     """The record of one run."""
-    workload = experiment.asked(qps, seed)
+    workload = experiment.requests(qps, seed)
     result = simulate(workload, predict(experiment.predictor, workload, seed), experiment.engine(), POLICIES[name])
     return run_record(
         name,
         qps,
         seed,
-        result.served,
+        result.results,
         result.duration_s,
         wall_s=0.0,
         scheduling_s=result.scheduling_s,

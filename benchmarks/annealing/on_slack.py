@@ -13,9 +13,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from engine_adapter.engine import EngineState
+from engine_adapter.service_kind import ServiceKind
 from gateway.policies.annealing.policy import Annealing
 from gateway.policies.base import Decision
-from gateway.policies.slack.policy import Slack, is_unbounded
+from gateway.policies.slack.policy import Slack
 from gateway.requests.request import Request
 
 
@@ -40,7 +41,7 @@ class AnnealingOnSlack:
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
         """Admit, in annealing's order, requests that `slack` accepts; reject what `slack` rejects."""
-        bounded = [r for r in waiting if not is_unbounded(r)]
+        bounded = [r for r in waiting if r.kind is not ServiceKind.BEST_EFFORT]
         if len(bounded) < 2:
             return self.slack.decide(now, waiting, running, engine)
         plain = self.slack.decide(now, waiting, running, engine)

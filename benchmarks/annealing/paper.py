@@ -56,8 +56,8 @@ def serve(
         replicas=instances,
         learn=False,
     )
-    attained = sum(one.attained for one in result.served) / len(result.served)
-    return attained, fmean([one.e2e_s for one in result.served if one.e2e_s is not None])
+    attained = sum(one.attained for one in result.results) / len(result.results)
+    return attained, fmean([one.e2e_s for one in result.results if one.e2e_s is not None])
 
 
 def point(size: int, batch: int, instances: int, seeds: int, slo_scale: float, predictor: str) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from benchmarks.figures.qps_scaling import AUTHORS_BUDGET
 from benchmarks.figures.records import Record, factor_text, matching, policies_of, ratio
 from benchmarks.figures.replay import simulate_run
 from benchmarks.markdown import policy_label, table
-from lab.bounds import bounds, works
+from lab.bounds import bounds, token_costs
 from lab.records.run_record import RequestResult, run_record
 from lab.simulate.experiment import Experiment, Run
-from lab.workload.lengths import TRACES, rows
+from lab.workload.lengths import TRACES, dataset
 
 NAME = "azure_trace"
 POLICIES = ("fcfs", "s3", "mooncake", "scorpio")
@@ -104,21 +104,21 @@ def replay_record(task: tuple[Replay, str, float]) -> Record:
     replay, policy, window_s = task
     experiment = replay.experiment(window_s)
     workload, result = simulate_run(experiment, Run(policy, None, SEED))
-    limit = bounds(workload, works(experiment.engine()))
+    limit = bounds(workload, token_costs(experiment.engine()))
     qps = len(workload) * replay.speed / window_s
-    record = run_record(policy, qps, SEED, result.served, result.duration_s, wall_s=0.0, bounds=limit)
+    record = run_record(policy, qps, SEED, result.results, result.duration_s, wall_s=0.0, bounds=limit)
     at_s = [round(window_s / replay.speed * point / POINTS, 2) for point in range(POINTS + 1)] + [result.duration_s]
     return (
         asdict(replay)
         | shortened(record)
-        | {"slo_met": sum(one.attained for one in result.served)}
-        | {"met_at_s": [round(at, 2) for at in at_s], "met": _met_by(result.served, at_s)}
+        | {"slo_met": sum(one.attained for one in result.results)}
+        | {"met_at_s": [round(at, 2) for at in at_s], "met": _met_by(result.results, at_s)}
         | {"arrived": _count_by([request.at_s for request in workload], at_s)}
     )
 
 
 def _met_by(served: list[RequestResult], at_s: list[float]) -> list[int]:
-    return _count_by(sorted(one.asked.at_s + (one.e2e_s or 0.0) for one in served if one.attained), at_s)
+    return _count_by(sorted(one.request.at_s + (one.e2e_s or 0.0) for one in served if one.attained), at_s)
 
 
 def _count_by(events_s: list[float], at_s: list[float]) -> list[int]:
@@ -127,7 +127,7 @@ def _count_by(events_s: list[float], at_s: list[float]) -> list[int]:
 
 
 def _arrivals(trace: str, window_s: float) -> dict[str, Any]:
-    at_s = rows(trace).at_s
+    at_s = dataset(trace).at_s
     assert at_s is not None
     counts = np.bincount(at_s[at_s < window_s].astype(int), minlength=int(window_s))
     return {
@@ -293,9 +293,9 @@ def _is_paper(record: Record) -> bool:
 
 def _mean_prompt(trace: str) -> float:
     """Mean prompt length in tokens over the window."""
-    at_s = rows(trace).at_s
+    at_s = dataset(trace).at_s
     assert at_s is not None
-    return float(rows(trace).prompt_tokens[at_s < WINDOW_S].mean())
+    return float(dataset(trace).prompt_tokens[at_s < WINDOW_S].mean())
 
 
 def headline(document: Document) -> str:

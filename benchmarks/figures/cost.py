@@ -50,7 +50,7 @@ def timed(task: tuple[str, int]) -> Record:
     """Wall and CPU seconds of one simulation, without the generation of its workload."""
     policy, requests = task
     experiment = Experiment(PROFILE, {"name": "sharegpt", "requests": requests})
-    workload = experiment.asked(QPS, SEED)
+    workload = experiment.requests(QPS, SEED)
     predictions = predict(experiment.predictor, workload, SEED)
     wall, cpu = time.perf_counter(), time.process_time()
     result = simulate(workload, predictions, experiment.engine(), lambda: parse_policy(policy))

@@ -49,8 +49,8 @@ def _record_of(task: tuple[Experiment, Run]) -> Record:
     """The record of one run, with the mean output length (tokens) of all requests and of the attained ones."""
     experiment, run = task
     workload, result = simulate_run(experiment, run)
-    record = run_record(run.policy, run.qps or 0.0, run.seed, result.served, result.duration_s, wall_s=0.0)
-    attained = [one.asked.output_tokens for one in result.served if one.attained]
+    record = run_record(run.policy, run.qps or 0.0, run.seed, result.results, result.duration_s, wall_s=0.0)
+    attained = [one.request.output_tokens for one in result.results if one.attained]
     return (
         experiment_fields(experiment)
         | shortened(record)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from lab.simulate.experiment import Experiment, Run, parse_policy
 from lab.simulate.predictions import predict
-from lab.simulate.simulator import Simulated, simulate
+from lab.simulate.simulator import SimulationResult, simulate
 from lab.workload import WorkloadRequest
 
 
-def simulate_run(experiment: Experiment, run: Run) -> tuple[list[WorkloadRequest], Simulated]:
+def simulate_run(experiment: Experiment, run: Run) -> tuple[list[WorkloadRequest], SimulationResult]:
     """The workload of ``run`` and the simulation's result for it."""
-    workload = experiment.asked(run.qps, run.seed)
+    workload = experiment.requests(run.qps, run.seed)
     result = simulate(
         workload,
         predict(experiment.predictor, workload, run.seed),

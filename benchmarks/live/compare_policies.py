@@ -97,7 +97,7 @@ async def compare(
                     policy,
                     load * capacity,
                     seed + repeat,
-                    sent.served(),
+                    sent.results(),
                     sent.duration_s,
                     wall_s=sent.duration_s,
                     load=load,

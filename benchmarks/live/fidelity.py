@@ -35,9 +35,9 @@ from lab.profile.from_engine import (
     Sample,
     StepRecorder,
     as_steps,
-    engine_of,
-    profile_of,
-    uninterrupted,
+    build_engine,
+    drop_interrupted,
+    fit_profile,
 )
 from lab.records.run_record import run_record
 from lab.simulate.predictions import predict
@@ -79,7 +79,7 @@ async def measure(
         slo_scale: multiplies the bounds of the paper's SLO table.
         seed: seed of the first load's workload.
     """
-    engine, description = engine_of(config)
+    engine, description = build_engine(config)
     real = RealEngine(engine)
     console.print("Starting vLLM…")
     await real.start()
@@ -135,7 +135,7 @@ async def _fit_profile(real: RealEngine, description: str, capacity: float, slo_
         )
         async with real.gateway({"name": "fcfs"}, lengths_known=True) as (_, url):
             await send_from_another_process(Target(url, state.model), workload, seed + 1000 + number)
-    samples = uninterrupted(recorder.samples)
+    samples = drop_interrupted(recorder.samples)
     stretches = np.random.default_rng(seed).random(len(samples) // STRETCH + 1) < HELD_OUT
     held_out = [s for i, s in enumerate(samples) if stretches[i // STRETCH]]
     fitted = [s for i, s in enumerate(samples) if not stretches[i // STRETCH]]
@@ -145,7 +145,7 @@ async def _fit_profile(real: RealEngine, description: str, capacity: float, slo_
         f"{len(held_out)} held out in stretches "
         f"of {STRETCH}, {len(recorder.samples) - len(samples)} interrupted steps left out"
     )
-    return profile_of(state, "cpu-smollm2", description, method, as_steps(fitted), as_steps(held_out))
+    return fit_profile(state, "cpu-smollm2", description, method, as_steps(fitted), as_steps(held_out))
 
 
 async def _pair(
@@ -162,7 +162,7 @@ async def _pair(
         policy,
         qps,
         seed,
-        sent.served(),
+        sent.results(),
         sent.duration_s,
         wall_s=sent.duration_s,
         scheduling_s=deciding_s + state.gate.gate_seconds - gate_s,
@@ -194,7 +194,7 @@ def compared(
             times=profile.step_times(),
             learn=False,
         )
-        record = run_record(policy, qps, seed, result.served, result.duration_s, wall_s=0.0)
+        record = run_record(policy, qps, seed, result.results, result.duration_s, wall_s=0.0)
         return {key: record[key] for key in KEYS} | {
             "adherence_off": round(record["slo_adherence"] - measured["slo_adherence"], 4),
             "ttft_p50_off": _relative(record["ttft_p50_s"], measured["ttft_p50_s"]),

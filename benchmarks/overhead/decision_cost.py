@@ -40,6 +40,7 @@ from benchmarks.markdown import table as markdown_table
 from benchmarks.markdown import wrapped
 from engine_adapter.engine import EngineState
 from engine_adapter.gates.composite import Gates
+from engine_adapter.service_kind import ServiceKind
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.step_time.profile import Profile, load_profile
@@ -65,7 +66,8 @@ class Sequence:
     """A decoding sequence for a gate (`engine_adapter.gates.base.Decoding`)."""
 
     request_id: str
-    tpot_slo_s: float | None
+    kind: ServiceKind
+    pace_s: float | None
     gate: str
     length: int
 
@@ -181,7 +183,7 @@ def gate_steps(
 ) -> Iterator[dict[str, Any]]:
     """The CPU time to plan a step and to observe its duration. In each step one request leaves and one arrives."""
     gates = Gates()
-    decoding = [Sequence(r.id, r.slo.tpot_s, gate, int(r.length)) for r in _requests(workload, 0, running)]
+    decoding = [Sequence(r.id, r.kind, r.pace_s, gate, int(r.length)) for r in _requests(workload, 0, running)]
     backlog = 2 * profile.max_num_batched_tokens
     plan_s, observe_s = [], []
     with _without_gc():
@@ -191,7 +193,7 @@ def gate_steps(
                 sequence.length += 1
             gates.forget(decoding.pop(0).request_id)
             (r,) = _requests(workload, running + step, 1)
-            decoding.append(Sequence(r.id, r.slo.tpot_s, gate, int(r.length)))
+            decoding.append(Sequence(r.id, r.kind, r.pace_s, gate, int(r.length)))
             context = sum(sequence.length for sequence in decoding) / running
             prefill_tokens = 256 if step % 2 else 0
             step_s = profile.step_seconds(running, running * context, prefill_tokens, 0, 1)

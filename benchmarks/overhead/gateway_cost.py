@@ -42,7 +42,7 @@ from rich.table import Table
 from benchmarks import results_json
 from benchmarks.markdown import table as markdown_table
 from benchmarks.markdown import wrapped
-from lab.bench.load_answer import ClientResult
+from lab.bench.client_request import ClientResult
 from lab.bench.load_client import Target, send_from_another_process
 from lab.workload import WorkloadRequest
 

@@ -24,7 +24,7 @@ from gateway.policies.base import Decision, Policy
 from gateway.policies.registry import make_policy
 from gateway.requests.request import Request
 from lab.simulate.predictions import predict
-from lab.simulate.simulator import Simulated, simulate
+from lab.simulate.simulator import SimulationResult, simulate
 from lab.workload import make_workload
 
 POLICIES = ("scorpio", "slack")
@@ -80,9 +80,9 @@ def _at_arrival(name: str) -> Policy:
     return PredictionsAtArrival(make_policy(name, {}))
 
 
-def _figures(run: Simulated) -> dict[str, float]:
-    attained = sum(record.attained for record in run.served)
-    return {"goodput": attained / run.duration_s, "slo_adherence": attained / len(run.served)}
+def _figures(run: SimulationResult) -> dict[str, float]:
+    attained = sum(record.attained for record in run.results)
+    return {"goodput": attained / run.duration_s, "slo_adherence": attained / len(run.results)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

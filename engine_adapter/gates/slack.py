@@ -1,17 +1,13 @@
 """The step gate of `slack`: prefill gets the time that running requests can spare, and no more.
 
-TPOT is an average, so a request may be late on one token and recover. With its first token at f_i, token g + 1 of
-request i is due at
-
-    due_i = f_i + g * P_i,
-
-and a step that ends by min over i of due_i makes no request late. If all waiting prefill fits in that time, the step
-is stock vLLM's. Otherwise it takes the chunk that spends the slack best (`StepCurve.chunk`). A request that is already
-late does not limit the step: only requests that can still be on time count.
+TPOT is an average, so a request may be late on one token and recover. With its first token at f_i, its token g + 1 is
+due at due_i = f_i + g * P_i, and a step that ends by min over i of due_i makes no request late. If all waiting prefill
+fits in that time, the step is stock vLLM's; otherwise it takes the chunk that spends the slack best
+(`StepCurve.chunk`). A request that is already late does not limit the step.
 
 Requests without a pace use what is left. While a step of all requests, prefill included, would make a paced one late,
-they sit out. They return after `steps_per_turn` steps in a row that had time for all, since slack used in a quiet step
-is missing when the next prompt arrives; and they never sit out more than that many steps in a row.
+they sit out, until `steps_per_turn` steps in a row had time for all: slack that a quiet step uses is missing when the
+next prompt arrives. They never sit out more than that many steps in a row.
 """
 
 from __future__ import annotations

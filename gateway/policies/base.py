@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -132,9 +133,14 @@ class PrefillLookahead:
         """Return the lookahead of an engine that has admitted ``running``, with a limit in prompt tokens."""
         return cls(sum([r.prompt_tokens for r in running if r.first_token_s is None and not r.unobserved]), limit)
 
+    @property
+    def room(self) -> float:
+        """Prompt tokens that may enter now."""
+        return self.limit - self.tokens if self.tokens else math.inf
+
     def fits(self, request: Request) -> bool:
         """Whether the request's prompt may enter now."""
-        return not self.tokens or self.tokens + request.prompt_tokens <= self.limit
+        return request.prompt_tokens <= self.room
 
     def add(self, request: Request) -> None:
         """Count an admitted request's prompt."""

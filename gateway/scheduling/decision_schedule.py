@@ -17,8 +17,8 @@ class DecisionSchedule:
     """Says when the next decision is due. Times are monotonic seconds; it reads no clock.
 
     A decision is due after a change: an arrival, a first token, an end, the engine's return; or when the policy asked
-    for it. Changes wait while the latest decision is held: for a step of the engine (`Decision.hold_s`), and longer if it
-    was slow. That is only so while the engine is *busy*: requests wait and others run. An idle engine and an arrival at an empty queue never wait.
+    for it. While the engine is *busy* (requests wait and others run), changes wait for a step (`Decision.hold_s`), and
+    longer after a slow decision. An idle engine and an arrival at an empty queue never wait.
     """
 
     due_s: float = -math.inf

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from benchmarks.overhead import gateway_cost
 from benchmarks.overhead.gateway_cost import ONE_TOKEN, SERVERS, Case, check_answers, costs, measure, page
-from lab.bench.load_answer import ClientResult
+from lab.bench.client_request import ClientResult
 
 
 def record(

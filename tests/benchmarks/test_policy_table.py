@@ -16,7 +16,7 @@ pytestmark = pytest.mark.no_cover  # whole simulations are slow under coverage
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_setting_makes_a_workload(setting: str) -> None:
-    workload = experiment(setting, 60.0).asked(20.0, 0)
+    workload = experiment(setting, 60.0).requests(20.0, 0)
     assert len(workload) > 500
     assert (workload[-1].at_s > 100) == setting.endswith("180 s"), "a setting's own duration takes precedence"
 

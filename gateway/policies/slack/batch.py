@@ -27,12 +27,12 @@ class RunningBatch:
     Attributes:
         memory_z: standard deviations of memory to keep free.
         reserved_slots: best-effort slots that no other request may take.
-        slots: sequences in the engine; ``best_effort_slots`` of them are best-effort.
-        decoding, context: sequences that take part in a step, and their tokens of context. Requests without a pace
-            count by the share of steps that they are sure of.
+        slots, best_effort_slots: sequences in the engine, and the best-effort ones of them.
+        decoding, context: sequences in a step and their tokens; without a pace they count by their share of steps.
         strictest_s: P*, the strictest pace (s per token).
-        memory, variance: the tokens that R is expected to reach, and the variance of that sum.
-        preemptible_memory: of ``memory``, what best-effort requests beyond the reserved slots hold.
+        memory, preemptible_memory, variance: tokens that R is expected to reach, the part of best-effort requests
+            beyond the reserved slots, and the variance of the sum.
+        backlog: prompt tokens that are not prefilled yet.
     """
 
     engine: EngineState
@@ -46,23 +46,29 @@ class RunningBatch:
     memory: float = 0.0
     preemptible_memory: float = 0.0
     variance: float = 0.0
+    backlog: int = 0
     _prefill_token_s: float | None = None
 
     @classmethod
     def of(cls, running: Collection[Request], engine: EngineState, memory_z: float = 0.0) -> RunningBatch:
         """Return the sums over ``running``, oldest first."""
         batch = cls(engine, memory_z, reserved_slots(engine.max_num_seqs))
-        batch.add(running, [request.pace_s for request in running])
+        batch.add(running)
         return batch
 
-    def add(self, requests: Collection[Request], paces_s: Sequence[float | None]) -> None:
-        """Add requests with the paces that they are planned with."""
+    def add(self, requests: Collection[Request], pace_s: float | None = None) -> None:
+        """Add requests, each with its own pace or with ``pace_s``."""
         # Every running request is added in every decision, so the sums are local and the loop calls nothing.
         slots, best_effort_slots = self.slots, self.best_effort_slots
         protected = self.reserved_slots if self.engine.gate.preemptible else self.engine.max_num_seqs
         decoding, context, strictest_s = self.decoding, self.context, self.strictest_s
-        memory, preemptible_memory, variance = self.memory, self.preemptible_memory, self.variance
-        for request, pace_s in zip(requests, paces_s, strict=True):
+        memory, preemptible_memory, variance, backlog = (
+            self.memory,
+            self.preemptible_memory,
+            self.variance,
+            self.backlog,
+        )
+        for request in requests:
             sequences, predicted = request.sequences, request.predicted_tokens
             generated = request.generated / sequences
             weight: float = sequences
@@ -75,16 +81,25 @@ class RunningBatch:
                     best_effort_slots += sequences
                     if best_effort_slots > protected:
                         preemptible_memory += expected
-            elif pace_s is not None and pace_s < strictest_s:
-                strictest_s = pace_s
+            else:
+                pace = request.pace_s if pace_s is None else pace_s
+                if pace is not None and pace < strictest_s:
+                    strictest_s = pace
             # A running request counts by its length now, because another takes its slot and begins short.
             length = request.prompt_tokens + (generated if request.admitted_s is not None else predicted / 2)
             decoding += weight
             context += length * weight
             variance += request.variance
+            if request.first_token_s is None and not request.unobserved:
+                backlog += request.prompt_tokens
         self.slots, self.best_effort_slots = slots, best_effort_slots
         self.decoding, self.context, self.strictest_s = decoding, context, strictest_s
-        self.memory, self.preemptible_memory, self.variance = memory, preemptible_memory, variance
+        self.memory, self.preemptible_memory, self.variance, self.backlog = (
+            memory,
+            preemptible_memory,
+            variance,
+            backlog,
+        )
         self._prefill_token_s = None
 
     @property

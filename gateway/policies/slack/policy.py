@@ -10,7 +10,7 @@ time left for prefill, share = 1 - T(R)/P*, and the cost mu of an uncached promp
     4 admit r if slots and KV memory suffice and R + r keeps its strictest pace, T(R + r) <= P*(R + r),
     5   its own prefill ends before its deadline, and the prefill lookahead has room
     6 a request that does not fit never blocks the next one
-    7 best-effort requests get what is left, in arrival order, and a small share of the slots in any case
+    7 best-effort requests get what is left, in arrival order, and a reserved share of the slots in any case
     8 the slots and memory of best-effort requests beyond that share count as free for all others
 
 INVARIANT: the running set keeps its strictest pace, and every waiting request can still meet its deadline.
@@ -29,7 +29,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
-from engine_adapter.gates.best_effort_preemption import RecentPeak
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import Decision, PrefillLookahead, reject_tpot, reject_ttft
@@ -49,7 +48,7 @@ class _Round:
     decision: Decision = field(default_factory=Decision)
 
     def admit(self, request: Request, pace_s: float) -> None:
-        self.batch.add((request,), (pace_s,))
+        self.batch.add((request,), pace_s)
         self.lookahead.add(request)
         self.decision.admit.append(request)
         if request.kind is ServiceKind.PACED and pace_s != request.pace_s:
@@ -61,13 +60,12 @@ class Slack:
     """The options; each is a number of at least 0.
 
     Attributes:
-        tpot_target_fraction: the fraction of a pace to plan with. Below 1 it keeps a margin for step jitter.
+        tpot_target_fraction: fraction of a pace to plan with; below 1 keeps a margin for step jitter.
         cost_weight: deadline penalty (s) per second of engine time; 0 orders by deadline alone.
-        min_admission_share: the share of the overall admission rate that each class and tenant gets; 0 turns it off.
-        memory_risk: the probability with which the running set may outgrow the KV memory.
-        max_wait_s: a paced request without a TTFT bound is due so long after it arrived; a best-effort one then gets
-            its share of slots first.
-        queue_discount: the fraction of the work queued ahead that counts in line 2, since some of it is rejected.
+        min_admission_share: share of the overall admission rate that each class and tenant gets; 0 turns it off.
+        memory_risk: probability with which the running set may outgrow the KV memory.
+        max_wait_s: when a paced request without a TTFT bound is due, and a best-effort one gets a reserved slot first.
+        queue_discount: fraction of the work queued ahead that counts in line 2, since some of it will be rejected.
         prefill_lookahead_steps: steps' worth of prefill that may wait inside the engine.
     """
 
@@ -81,7 +79,6 @@ class Slack:
     name: str = "slack"
     gate: str = "slack"
     _fair_share: FairShare = field(init=False, repr=False, compare=False)
-    _peak: RecentPeak = field(default_factory=RecentPeak, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.tpot_target_fraction <= 1:
@@ -103,7 +100,7 @@ class Slack:
         if not waiting:
             return Decision()
         batch = RunningBatch.of(running, engine, NormalDist().inv_cdf(1 - self.memory_risk))
-        lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * batch.chunk_tokens)
+        lookahead = PrefillLookahead(batch.backlog, self.prefill_lookahead_steps * batch.chunk_tokens)
         this = _Round(now, batch, lookahead)
         decision = this.decision
         count = int(np.count_nonzero(arrays_of(waiting).kind != ServiceKind.BEST_EFFORT))
@@ -115,7 +112,7 @@ class Slack:
         self._admit_best_effort(this, overdue, batch.reserved_slots, overdue=True)
         held_back = self._admit(this, queue)
         left = [r for r in best_effort if r not in decision.admit] if overdue else best_effort
-        self._admit_best_effort(this, left, self._slots_for_best_effort(this, held_back))
+        self._admit_best_effort(this, left, batch.reserved_slots if held_back else engine.max_num_seqs)
         self._fair_share.note(decision)
         decision.hold_s = batch.full_step_s(lookahead.tokens)
         decision.max_hold_s = min(self.prefill_lookahead_steps * batch.strictest_s, SLACK.max_hold_s)
@@ -170,41 +167,43 @@ class Slack:
 
     def _admit(self, this: _Round, queue: WaitingBatch) -> bool:
         """Lines 3 to 6. Return whether any request is left waiting."""
-        batch, lookahead, before = this.batch, this.lookahead, len(this.decision.admit)
+        batch, lookahead, admitted = this.batch, this.lookahead, 0
         if not queue.requests or not batch.has_slots:
             return bool(queue.requests)
         order, claim = self._order(this, queue)
         while len(order) and batch.has_slots:
             # Most candidates pass, so test them one at a time and re-filter only after a failure.
-            at, order = int(order[0]), order[1:]
-            request = queue.requests[at]
-            has_room = lookahead.fits(request) or (at == claim and lookahead.tokens <= lookahead.limit)
-            if not batch.slots or (has_room and queue.fit(batch, this.now, lookahead.tokens, np.array([at]))[0]):
-                this.admit(request, float(queue.planned_pace_s[at]))
-                continue
-            if lookahead.tokens:
-                order = order[queue.arrays.prompt[order] <= lookahead.limit - lookahead.tokens]
-            order = order[queue.fit(batch, this.now, lookahead.tokens, order)]
-        return len(this.decision.admit) - before < len(queue.requests)
+            at, order = order[:1], order[1:]
+            request = queue.requests[at[0]]
+            has_room = at[0] == claim or lookahead.fits(request)
+            if not batch.slots or (has_room and queue.fit(batch, this.now, lookahead.tokens, at)[0]):
+                this.admit(request, float(queue.planned_pace_s[at[0]]))
+                admitted += 1
+            else:
+                order = order[queue.arrays.prompt[order] <= lookahead.room]
+                order = order[queue.fit(batch, this.now, lookahead.tokens, order)]
+        return admitted < len(queue.requests)
 
     def _order(self, this: _Round, queue: WaitingBatch) -> tuple[NDArray[np.intp], int | None]:
-        """Line 3. Return all requests in order, and the first one if it has a claim: overdue, or its group is behind.
+        """Line 3. Return the requests in order, and the first that has a claim: it is overdue, or its group is behind.
 
-        NOTE: a claim also enters a lookahead that only has room for a shorter prompt; else short prompts could pass it
+        NOTE: that one leads, and needs no room in the lookahead for all of its prompt; else shorter ones could pass it
         for ever.
         """
         due_s = np.minimum(queue.arrays.deadline, queue.arrays.arrival + self.max_wait_s)
         claims, behind = due_s < this.now, self._fair_share.behind(queue.requests)
         if behind is not None:
             claims |= np.array(behind, dtype=bool)
-        order = np.lexsort((due_s + self.cost_weight * queue.cost_s(this.batch), ~claims))
-        return order, int(order[0]) if claims[order[0]] else None
+        key = due_s + self.cost_weight * queue.cost_s(this.batch)
+        order = np.flatnonzero(queue.arrays.prompt <= this.lookahead.room)
+        order = order[np.lexsort((key[order], ~claims[order]))]
+        if not claims.any() or this.lookahead.tokens > this.lookahead.limit:
+            return order, None
+        claim = int(np.argmin(np.where(claims, key, math.inf)))
+        return np.concatenate([[claim], order[order != claim]]), claim
 
     def _admit_best_effort(self, this: _Round, requests: Sequence[Request], slots: int, overdue: bool = False) -> None:
-        """Line 7: in arrival order, up to ``slots`` best-effort slots. Overdue requests ignore the lookahead.
-
-        One that does not fit blocks those behind it only while other best-effort requests run: when they end, it may.
-        """
+        """Line 7: in arrival order, up to ``slots`` best-effort slots. Overdue requests ignore the lookahead."""
         batch, blocks = this.batch, this.batch.best_effort_slots > 0
         for request in requests:
             if batch.best_effort_slots and batch.best_effort_slots + request.sequences > slots:
@@ -214,12 +213,4 @@ class Slack:
             if not batch.slots or batch.has_room_for(request):
                 this.admit(request, math.inf)
             elif blocks:
-                break
-
-    def _slots_for_best_effort(self, this: _Round, held_back: bool) -> int:
-        """Return the reserved slots; and if no other request waits, also those that the others did not use recently."""
-        others, slots = this.batch.slots - this.batch.best_effort_slots, this.batch.engine.max_num_seqs
-        peak = int(self._peak.note(this.now, others))
-        if held_back:
-            return this.batch.reserved_slots
-        return max(this.batch.reserved_slots, slots - peak) if others else slots
+                break  # It may fit once the running best-effort requests have ended.
