@@ -23,15 +23,16 @@ import typer
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.annealing.exact import best_plan
 from gateway.policies.annealing.latency import Latency
+from gateway.policies.annealing.plan import START_ORDERS, Job, Limits, Problem
 from gateway.policies.annealing.policy import Annealing
-from gateway.policies.annealing.search import STRAWMEN, Board, Job, Limits, anneal
+from gateway.policies.annealing.search import anneal
 from lab.workload import code_chat
 
 SAME = 1e-9
 """Relative difference of G up to which two plans are equally good."""
 
 
-def random_board(seed: int, requests: int, batch: int, latency: Latency) -> Board:
+def random_board(seed: int, requests: int, batch: int, latency: Latency) -> Problem:
     """A standing set of code and chat requests, in batches of at most ``batch``; bounds from hopeless to easy."""
     numbers = np.random.default_rng([seed, requests])
     code = numbers.random(requests) < 0.5
@@ -49,7 +50,7 @@ def random_board(seed: int, requests: int, batch: int, latency: Latency) -> Boar
             pace = uniform(0.012, 0.03)
             job = Job(prefill, decode, waited, ttft_left=uniform(0.05, 1.0) * rounds, decode_s=output * pace)
         jobs.append(job)
-    return Board(jobs, Limits(batch))
+    return Problem(jobs, Limits(batch))
 
 
 def against_all(instances: int, seed: int, latency: Latency, budget_ms: float) -> list[dict[str, Any]]:
@@ -59,18 +60,18 @@ def against_all(instances: int, seed: int, latency: Latency, budget_ms: float) -
     rng = random.Random(seed)
     cases = [(rng.randint(2, 8), rng.randint(1, 4)) for _ in range(instances)]
 
-    def fresh(which: int) -> Board:
+    def fresh(which: int) -> Problem:
         return random_board(seed * 100_000 + which, *cases[which], latency)
 
     best = []
     for which in range(instances):
         found = best_plan(fresh(which), prune=False)
-        best.append(found.goal if found else 0.0)
-    ways: dict[str, Callable[[Board], float]] = {
-        "search (annealing, then branch and bound)": lambda board: policy.search(board).goal,
-        "annealing alone, the same budget": lambda board: anneal(board, budget).goal,
-        "annealing alone, 5 times the budget": lambda board: anneal(board, 5 * budget).goal,
-        **{f"{name} order": _filled(name) for name in STRAWMEN},
+        best.append(found.objective if found else 0.0)
+    ways: dict[str, Callable[[Problem], float]] = {
+        "search (annealing, then branch and bound)": lambda board: policy.search(board).objective,
+        "annealing alone, the same budget": lambda board: anneal(board, budget).objective,
+        "annealing alone, 5 times the budget": lambda board: anneal(board, 5 * budget).objective,
+        **{f"{name} order": _filled(name) for name in START_ORDERS},
     }
     rows = []
     for name, way in ways.items():
@@ -96,8 +97,8 @@ def against_all(instances: int, seed: int, latency: Latency, budget_ms: float) -
     return rows
 
 
-def _filled(name: str) -> Callable[[Board], float]:
-    return lambda board: board.plan(board.filled(STRAWMEN[name](board.jobs))).goal
+def _filled(name: str) -> Callable[[Problem], float]:
+    return lambda board: board.plan(board.fill(START_ORDERS[name](board.jobs))).objective
 
 
 def budget_kept(seed: int, latency: Latency, sizes: tuple[int, ...], instances: int) -> list[dict[str, Any]]:
@@ -113,7 +114,9 @@ def budget_kept(seed: int, latency: Latency, sizes: tuple[int, ...], instances: 
                 plan = policy.search(board)
                 spent.append((time.process_time() - began) * 1e3)
                 other = random_board(seed * 100_000 + which, requests, 8 if requests > 8 else 4, latency)
-                gains.append(plan.goal / max(_filled(name)(other) for name in STRAWMEN) if plan.goal else 1.0)
+                gains.append(
+                    plan.objective / max(_filled(name)(other) for name in START_ORDERS) if plan.objective else 1.0
+                )
             rows.append(
                 {
                     "requests": requests,
