@@ -219,7 +219,7 @@ class _LiveState(Collector):
                 put("antares_shadow_up", shadow.up, *of)
                 put("antares_shadow_waiting_requests", shadow.waiting, *of)
                 put("antares_shadow_running_requests", shadow.running, *of)
-                put("antares_shadow_looks_total", shadow.looks, *of)
+                put("antares_shadow_looks_total", shadow.updates, *of)
                 put("antares_shadow_seconds_total", shadow.seconds, *of)
                 for slo_class, outcome, reason in shadow.outcomes:
                     count = shadow.outcomes[slo_class, outcome, reason]
