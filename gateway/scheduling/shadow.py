@@ -15,8 +15,8 @@ step gate, paced requests get their slots first.
 the mean of the predicted log-normal distribution, exp(mu + sigma^2/2) (`gateway.requests.length_survival`). NOTE: the
 median would ignore the few long requests, which hold their slots for the longest time.
 
-*Not modelled:* the step gate of the shadow's policy (all sequences decode in every step), preemption for lack of KV
-memory, prefix caches, clients that retry after a rejection, and decisions that stand for a time (`Decision.stands_s`).
+*Not modelled.* All sequences decode in every step, whatever the step gate of the shadow's policy. There is no preemption
+for lack of KV memory and no prefix cache, no client retries, and no decision stands for a time (`Decision.stands_s`).
 
 A shadow has no clock and no event loop: `gateway.scheduling.shadow_runner` drives it.
 """
