@@ -1,13 +1,13 @@
-# docker build -t antares .                             vLLM on CPU and its small model inside: the quickstart
-# docker build -t antares:gpu --build-arg ENGINE=gpu .  vLLM for NVIDIA GPUs
-# docker build -t antares:light --build-arg ENGINE=none .  the proxy and the predictor only, no torch
+# docker build -t antares .                                vLLM on CPU with a small model: the quickstart
+# docker build -t antares:gpu --build-arg ENGINE=gpu .     vLLM for NVIDIA GPUs
+# docker build -t antares:light --build-arg ENGINE=none .  the proxy and the predictor only, without torch
 #
 # docker run --rm --init -p 127.0.0.1:8100:8100 antares
 ARG PYTHON_VERSION=3.12
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS build
 ARG ENGINE=cpu
-# Where to get torch alone, such as PyTorch's CPU index; else pip's own index, whose build for CUDA is several GB.
+# Package index for torch only, such as PyTorch's CPU index. The default index has a CUDA build of several GB.
 ARG TORCH_INDEX_URL=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 # hadolint ignore=DL3008
@@ -18,13 +18,13 @@ WORKDIR /antares
 RUN python -m venv venv
 ENV PATH=/antares/venv/bin:$PATH
 
-# The engine first: it is large and changes rarely, so that a change to the code reuses this layer.
+# Install the engine first: it is large and changes rarely, so that code changes reuse this layer.
 COPY pyproject.toml ./
 COPY deploy/install_engine.py deploy/
 RUN case "$ENGINE" in \
       cpu | gpu) python deploy/install_engine.py "$ENGINE" --torch-index-url "$TORCH_INDEX_URL" ;; \
       none) ;; \
-      *) echo "ENGINE is cpu, gpu or none, not '$ENGINE'" >&2; exit 1 ;; \
+      *) echo "ENGINE must be cpu, gpu or none, not '$ENGINE'" >&2; exit 1 ;; \
     esac
 
 COPY LICENSE README.md ./
@@ -39,7 +39,7 @@ RUN pip install . \
 
 FROM python:${PYTHON_VERSION}-slim-bookworm
 ARG ENGINE=cpu
-# vLLM on CPU needs libnuma; on GPU, Triton compiles its launchers with gcc when it starts.
+# vLLM needs libnuma on CPU, and gcc on GPU, because Triton compiles its launchers at start.
 # hadolint ignore=DL3008
 RUN case "$ENGINE" in cpu) set -- libnuma1 ;; gpu) set -- gcc libc6-dev ;; *) set -- ;; esac \
     && if [ $# -gt 0 ]; then \

@@ -1,1 +1,1 @@
-"""Studies: the runs behind the figures in docs/results. The product imports nothing from here."""
+"""Studies behind the results in docs/results. The product does not import this package."""

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Policies side by side on one NVIDIA GPU: a model of Llama-3.1-8B's shape with random weights, the paper's six SLO
-# categories, the load rising until stock vLLM collapses; then a step-time profile of this very engine.
+# Compares policies on one NVIDIA GPU: a model of Llama-3.1-8B's shape with random weights, the paper's six SLO
+# categories, and rates that rise until stock vLLM collapses. Then fits a step-time profile of this engine.
 #
-#   bash benchmarks/gpu.sh                 # hours; run it again after an interruption, and it goes on where it was
-#   bash benchmarks/gpu.sh --dry-run       # print what would be run
-#   bash benchmarks/gpu.sh --smoke         # the same on vLLM for CPU (after `make install`), small and short: does it work?
+#   bash benchmarks/gpu.sh                 # takes hours; after an interruption, run it again to resume
+#   bash benchmarks/gpu.sh --dry-run       # print the commands
+#   bash benchmarks/gpu.sh --smoke         # a short smoke test on vLLM for CPU (after `make install`)
 #
 # Environment: OUT (results/gpu), PYTHON (python3), POLICIES, RATES (requests/s, rising), SEEDS, DURATION (s of arrivals),
-# MINUTES (in all), PORT. Nothing is fetched from a model hub. Results: OUT/runs/*.json, OUT/runs.png, OUT/profile.json.
+# MINUTES (total), PORT. Needs no model hub. Results: OUT/runs/*.json, OUT/runs.png, OUT/profile.json.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,7 +20,7 @@ for argument in "$@"; do
   esac
 done
 
-POLICIES=${POLICIES:-fcfs scorpio mooncake slack} # the first one's collapse ends the rates
+POLICIES=${POLICIES:-fcfs scorpio mooncake slack} # the collapse of the first policy ends the rates
 COLLAPSED=0.1                                     # adherence below which a policy counts as collapsed
 PORT=${PORT:-8190}
 if [[ $smoke ]]; then
@@ -36,17 +36,17 @@ else
   environment='{HF_HUB_OFFLINE: 1, VLLM_LOGGING_LEVEL: ERROR}'
 fi
 url=http://127.0.0.1:$PORT
-longest=$((DURATION * 10 + 300)) # seconds that one run may take, drain included
+run_timeout=$((DURATION * 10 + 300)) # seconds per run, drain included
 gateway=''
 
 say() { echo "==> $*" >&2; }
 
-run() { # COMMAND...: run it, or with --dry-run print it
+run() { # COMMAND...: run it; with --dry-run, print it
   if [[ $dry_run ]]; then printf '%q ' "$@"; echo; else "$@"; fi
 }
 
-in_time() { # fail once MINUTES are over
-  ((SECONDS < MINUTES * 60)) || { say "$MINUTES minutes are over: run this again to go on"; exit 1; }
+check_time() { # exit once MINUTES have passed
+  ((SECONDS < MINUTES * 60)) || { say "$MINUTES minutes have passed: run this script again to resume"; exit 1; }
 }
 
 stop_gateway() {
@@ -85,7 +85,7 @@ engines:
     served_model_name: dummy
     flags: $flags
     env: $environment
-# Prompts are random ids, which tell nothing of the answer: lengths are the running median, at most max_tokens.
+# Prompts are random ids, from which no length can be predicted: lengths are the running median, cut at max_tokens.
 predictor: { enabled: false, expected_tokens: 250 }
 policy: { name: $1 }
 classes: { default: { ttft_ms: 10000, tpot_ms: 1000, max_waiting: 100000 } }
@@ -93,7 +93,7 @@ default_class: default
 YAML
 }
 
-ready() ( # in a subshell, which closes the connection
+ready() ( # a subshell, so that the connection is closed
   exec 3<>"/dev/tcp/127.0.0.1/$PORT" && printf 'GET /ready HTTP/1.0\r\n\r\n' >&3 && read -r -t 2 answer <&3 && [[ $answer == *' 200 '* ]]
 )
 
@@ -103,39 +103,39 @@ start_gateway() { # POLICY
   say "starting vLLM behind $1 (log: $log)"
   "$bin/antares" serve --config "$OUT/$1.yaml" >"$log" 2>&1 &
   gateway=$!
-  for ((waited = 0; waited < 1800; waited++)); do
-    sleep 0.5
+  for ((waited = 0; waited < 4500; waited++)); do
+    sleep 0.2
     if ready 2>/dev/null; then return; fi
-    kill -0 "$gateway" 2>/dev/null || { tail -n 20 "$log" >&2; say "the gateway ended"; exit 1; }
+    kill -0 "$gateway" 2>/dev/null || { tail -n 20 "$log" >&2; say "the gateway exited"; exit 1; }
   done
   say "the engine did not start within 15 minutes"
   exit 1
 }
 
-measure() { # POLICY RATE: every seed that is not there yet
+measure() { # POLICY RATE: run every seed without a result
   local file seed
   for seed in $SEEDS; do
     file=$OUT/runs/$1-$2-$seed.json
     [[ -f $file ]] && continue
-    in_time
+    check_time
     [[ $started ]] || { configure "$1"; start_gateway "$1"; started=1; }
-    local command=(timeout "$longest" "$bin/antares" bench "$url" --model dummy --policy "$1" --workload "$workload"
+    local command=(timeout "$run_timeout" "$bin/antares" bench "$url" --model dummy --policy "$1" --workload "$workload"
       --slo-table llama-3.1-8b --qps "$2" --seed "$seed" --duration "$DURATION" --timeout 300 --json)
     if [[ $dry_run ]]; then run "${command[@]}"; continue; fi
     say "$1 at $2/s, seed $seed"
     "${command[@]}" >"$file.partial" || say "$1 at $2/s, seed $seed, failed"
-    # A run in which every request failed is a result too; without a document there is none.
+    # A run in which every request failed is a result too, if it wrote a document.
     if [[ -s $file.partial ]]; then mv "$file.partial" "$file"; fi
   done
 }
 
-collapsed() { # POLICY RATE: whether its mean over the seeds is below COLLAPSED
+collapsed() { # POLICY RATE: whether mean adherence over the seeds is below COLLAPSED
   local files=("$OUT/runs/$1-$2"-*.json)
   [[ -f ${files[0]} ]] || { say "no result for $1 at $2/s"; exit 1; }
   "$bin/python" - "$COLLAPSED" "${files[@]}" <<'PY'
 import json, statistics, sys
-got = [json.load(open(name))["runs"][0]["slo_adherence"] for name in sys.argv[2:]]
-sys.exit(statistics.fmean(got) >= float(sys.argv[1]))
+adherence = [json.load(open(name))["runs"][0]["slo_adherence"] for name in sys.argv[2:]]
+sys.exit(statistics.fmean(adherence) >= float(sys.argv[1]))
 PY
 }
 
@@ -161,16 +161,16 @@ install
 
 rates=$RATES
 for policy in $POLICIES; do
-  started='' seen=''
+  started='' run_rates=''
   for rate in $rates; do
     measure "$policy" "$rate"
-    seen+="$rate "
+    run_rates+="$rate "
     if [[ $policy == "${POLICIES%% *}" && ! $dry_run ]] && collapsed "$policy" "$rate"; then
       say "$policy collapsed at $rate/s"
       break
     fi
   done
-  rates=$seen # the others are measured as far as the first one got
+  rates=$run_rates # the other policies run at the rates of the first one
   if [[ $dry_run && $policy == "${POLICIES%% *}" ]]; then
     echo "# the rates end where $policy attains less than $COLLAPSED"
   fi
@@ -178,7 +178,7 @@ for policy in $POLICIES; do
 done
 
 if [[ ! -f $OUT/profile.json ]]; then
-  in_time
+  check_time
   say "profiling the engine"
   configure fcfs
   run timeout 3600 "$bin/antares" profile --from-engine "$OUT/fcfs.yaml" --name "measured-$shape" \

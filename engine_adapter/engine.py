@@ -1,8 +1,8 @@
-"""The door between the gateway and whatever generates tokens.
+"""The interface between the gateway and an engine.
 
-An engine is an ASGI app plus a view of its state. The gateway never speaks an engine's own protocol: it calls
-``engine.app`` with the client's request, and learns what the engine did with it through a `TokenObserver` that it puts
-into the ASGI scope under `OBSERVER_KEY`.
+An engine is an ASGI app and a view of its state. The gateway calls ``engine.app`` with the client's request, so it
+needs no engine-specific protocol. It passes a `TokenObserver` in the ASGI scope under `OBSERVER_KEY`; the engine
+reports prompts and tokens to it.
 """
 
 from __future__ import annotations
@@ -27,33 +27,40 @@ TPOT_XARG = "antares_tpot_ms"
 """Member of ``vllm_xargs`` that carries a request's TPOT bound (ms) to the step gate."""
 
 
+KIND_XARG = "antares_kind"
+"""The request's `ServiceKind` by its label, where it is not what `default_kind` derives from the pace."""
+
 GATE_XARG = "antares_gate"
-"""Member of ``vllm_xargs`` that names the step gate that paces a request (`gates.GATES`)."""
+"""Member of ``vllm_xargs`` that names the step gate for a request (`gates.GATES`)."""
 
 
 class TokenObserver(Protocol):
-    """What an engine tells about one HTTP request while it serves it.
+    """Receives an engine's reports about one HTTP request.
 
-    One request may hold several sequences (``n > 1``, or several prompts), each named by an opaque string. All times
-    are ``time.monotonic()`` seconds. Calls come from the event loop's thread, on the hot path: they must not block.
+    A request may have several sequences (``n > 1``, or several prompts). An opaque string identifies each one.
+    Times are ``time.monotonic()`` seconds. Engines call these methods on the event loop's thread and on the hot path,
+    so they must not block.
     """
 
     def on_prompt(self, sequence: str, tokens: int) -> None:
-        """The engine has tokenised a sequence's prompt: ``tokens`` prompt tokens."""
+        """The engine has tokenised the prompt of ``sequence`` into ``tokens`` tokens."""
 
     def on_tokens(self, sequence: str, count: int, at: float) -> None:
-        """``count`` new output tokens of ``sequence`` came out of the engine at time ``at``."""
+        """The engine produced ``count`` output tokens of ``sequence`` at time ``at``."""
 
     def on_unobserved(self) -> None:
-        """Of its tokens nothing will be told before the answer is complete."""
+        """The engine reports no tokens before the response is complete."""
 
 
 @dataclass(slots=True, frozen=True)
 class StepReport:
-    """One forward pass of the engine, as the step-time model learns from it.
+    """One forward pass of the engine: a sample for the step-time model.
 
-    ``decode_requests`` sequences decoded one token each over a mean context of ``mean_context`` tokens (0 when not
-    known), ``prefill_tokens`` prompt tokens rode along, and the step took ``elapsed_s`` seconds.
+    Attributes:
+        decode_requests: sequences that decoded one token each.
+        prefill_tokens: prompt tokens computed in the same step.
+        mean_context: mean context of the decoding sequences, in tokens; 0 if unknown.
+        elapsed_s: duration of the step.
     """
 
     decode_requests: int
@@ -64,12 +71,16 @@ class StepReport:
 
 @dataclass(slots=True)
 class GateReport:
-    """What the step gate inside the engine has counted since the engine started (cumulative).
+    """Counters of the step gate inside the engine, cumulative since the engine started.
 
-    ``eligible`` and ``batched`` are keyed by the TPOT bound in milliseconds as text: decode opportunities of requests
-    with that bound, and those in which the gate let them run. ``best_effort_preemptions``: how often a request made
-    way for others
-    (`engine_adapter.gates.best_effort_preemption`); ``preemptible``: whether any would, in this engine.
+    Attributes:
+        steps: steps planned.
+        gated_steps: steps in which at least one request sat out.
+        gate_seconds: time spent in the gate.
+        eligible: decode opportunities per TPOT bound. Keys are the bound in milliseconds, as text.
+        batched: the opportunities among ``eligible`` in which the request decoded.
+        best_effort_preemptions: requests preempted for paced ones (`engine_adapter.gates.best_effort_preemption`).
+        preemptible: whether this engine supports best-effort preemption.
     """
 
     steps: int = 0
@@ -83,11 +94,13 @@ class GateReport:
 
 @dataclass(slots=True)
 class EngineState:
-    """A live view of one engine, read by policies and metrics. Sizes in tokens, times in seconds.
+    """A live view of one engine, read by policies and metrics. Sizes are in tokens, times in seconds.
 
-    ``alive`` is False while the engine is down or restarting; ``ready_in_s`` is then the expected wait. ``model``
-    is the name the engine serves its model under ("" when unknown). ``plans_ahead``: each step is decided on while the
-    one before it runs, as with vLLM's asynchronous scheduling.
+    Attributes:
+        alive: False while the engine is down or restarting.
+        model: the name under which the engine serves its model; "" if unknown.
+        ready_in_s: expected wait until the engine is up again, while ``alive`` is False.
+        plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
     """
 
     alive: bool = False
@@ -108,61 +121,62 @@ class EngineState:
 
 @dataclass(slots=True)
 class EngineEvents:
-    """What an engine calls when something happens that a dispatcher may want to act on. All optional."""
+    """Callbacks that an engine invokes. All are optional."""
 
     on_step: Callable[[], None] = lambda: None
-    """A step ended and the step-time model has learnt from it."""
+    """A step ended and the step-time model was updated."""
     on_alive: Callable[[bool], None] = lambda alive: None
     """The engine came up (True) or went down (False)."""
 
 
 class Engine(Protocol):
-    """One engine: its HTTP face, its state, its life.
+    """One engine: its ASGI app, its state, and its lifecycle.
 
-    ``app`` serves the OpenAI routes. When the engine is lost while it serves, ``app`` raises `EngineLost` (before or
-    after the response started), or `EngineUnreachable` if it never took the request; the caller turns that into an
-    answer. Cancelling a call to ``app``, or delivering
-    ``http.disconnect`` to its ``receive``, frees everything the request held in the engine.
+    ``app`` serves the OpenAI routes. If the engine dies during a request, ``app`` raises `EngineLost`, before or after
+    the response started. If the engine never received the request, ``app`` raises `EngineUnreachable`. The caller
+    turns either into a response. Cancelling a call to ``app``, or delivering ``http.disconnect`` to its ``receive``,
+    frees all engine resources of the request.
     """
 
     name: str
     state: EngineState
     takes_xargs: bool
-    """Whether the engine reads ``vllm_xargs``, which carry a request's TPOT bound to the step gate."""
+    """Whether the engine accepts ``vllm_xargs``, which carry a request's TPOT bound to the step gate."""
 
     @property
     def app(self) -> ASGIApp:
         """The engine's OpenAI-compatible ASGI app."""
 
     async def start(self, events: EngineEvents) -> None:
-        """Bring the engine up; returns when it can serve. Raises `EngineStartError` with what to fix."""
+        """Start the engine. Returns when it can serve. Raises `EngineStartError` with what to fix."""
 
     async def stop(self) -> None:
-        """Stop the engine and everything that it started. Idempotent."""
+        """Stop the engine and all processes that it started. Idempotent."""
 
     def count_tokens(self, text: str) -> int | None:
-        """Tokens in ``text`` by the engine's own tokenizer, or None when it has none at hand."""
+        """Number of tokens in ``text`` by the engine's tokenizer, or None if no tokenizer is available."""
 
     async def probe(self) -> None:
-        """The engine is idle, yet the step-time model has requests refused: make the model current.
+        """Refresh the step-time model of an idle engine.
 
-        A model learns from traffic; one that has come to refuse everything would never learn better.
+        The model learns from traffic. If its estimates make the policy reject every request, it gets no traffic, so
+        wrong estimates would never be corrected.
         """
 
     def unsupported_reason(self, body: dict[str, Any]) -> str | None:
-        """Why this engine cannot serve ``body`` (a parsed OpenAI request) safely, naming the field; None if it can.
+        """Why this engine cannot serve ``body`` (a parsed OpenAI request), naming the field. None if it can.
 
-        May drop a field from ``body`` that has no effect on the answer.
+        May remove a field from ``body`` that has no effect on the response.
         """
 
 
-class EngineLost(Exception):  # noqa: N818 - it names what happened, as an event does
+class EngineLost(Exception):  # noqa: N818 - named after an event
     """The engine died, or the connection to it broke, while it held this request."""
 
 
 class EngineUnreachable(EngineLost):
-    """The engine was down before it took this request; nothing happened to it, and it can be queued again."""
+    """The engine was down before it received this request. The request can be queued again."""
 
 
 class EngineStartError(Exception):
-    """The engine could not start; the message says what to fix."""
+    """The engine could not start. The message says what to fix."""

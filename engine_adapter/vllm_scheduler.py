@@ -1,4 +1,4 @@
-"""The public path of vLLM's `--scheduler-cls`: ``engine_adapter.vllm_scheduler.SloScheduler``."""
+"""Public import path of the scheduler class, for vLLM's `--scheduler-cls`."""
 
 from engine_adapter.vllm.scheduler import SloScheduler
 

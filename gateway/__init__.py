@@ -1,3 +1,3 @@
-"""The Antares gateway: HTTP in, decisions, HTTP out."""
+"""The Antares gateway: HTTP API, scheduling and admission of requests."""
 
 __version__ = "0.1.0"

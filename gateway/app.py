@@ -1,4 +1,4 @@
-"""The gateway as one ASGI app: `/v1/*` to the proxy, everything else to the operator's routes."""
+"""The gateway as one ASGI app: `/v1/*` goes to the proxy, every other path to the operator's routes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from gateway.scheduling.router import Router
 
 
 class Gateway:
-    """One gateway over its engines. An ASGI app; `start` and `stop` bracket its life.
+    """One gateway and its engines, as an ASGI app. Call `start` before the first request and `stop` after the last.
 
-    ``predictor_url`` None leaves predictions to the running ``statistics``.
+    ``predictor_url``: the length predictor service; None predicts from the running ``statistics`` only.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Gateway:
             await self._operator(scope, receive, send)
 
     async def start(self) -> None:
-        """Start every engine; returns when all serve. Raises `engine_adapter.engine.EngineStartError`."""
+        """Start every engine and return when all can serve. Raises `engine_adapter.engine.EngineStartError`."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.predictor.warm_up())
             for engine_queue in self.engine_queues:
@@ -88,7 +88,7 @@ class Gateway:
                 )
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take nothing new; wait until all that came in has its answer. False when time ran out."""
+        """Reject new requests and wait for the open ones. Returns False if some are still open after ``timeout_s``."""
         self.proxy.draining = True
         try:
             async with asyncio.timeout(timeout_s):
@@ -99,7 +99,7 @@ class Gateway:
         return True
 
     async def stop(self) -> None:
-        """Stop the engines and what else is held. Idempotent."""
+        """Stop the engines, the engine queues and the predictor client. Idempotent."""
         self.router.close()
         await self.predictor.close()
         await asyncio.gather(
@@ -114,11 +114,11 @@ class Gateway:
 def _operator_routes(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="Antares", version=__version__, docs_url="/docs", redoc_url=None)
 
-    @app.get("/health", response_class=PlainTextResponse, summary="Alive: the gateway answers")
+    @app.get("/health", response_class=PlainTextResponse, summary="Liveness: the gateway answers")
     async def health() -> str:
         return "ok"
 
-    @app.get("/ready", summary="Ready: an engine can serve and the gateway takes requests")
+    @app.get("/ready", summary="Readiness: an engine can serve and the gateway accepts requests")
     async def ready() -> Response:
         if gateway.proxy.draining:
             return JSONResponse({"ready": False, "why": "draining"}, 503)
@@ -130,11 +130,11 @@ def _operator_routes(gateway: Gateway) -> FastAPI:
     async def metrics() -> Response:
         return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/status", summary="Live state as JSON")
+    @app.get("/status", summary="Current state as JSON")
     async def status() -> dict[str, Any]:
         return {**gateway.status.document(), "predictor_up": gateway.predictor.up}
 
-    @app.get("/dashboard", response_class=HTMLResponse, summary="Live state as a page")
+    @app.get("/dashboard", response_class=HTMLResponse, summary="Current state as a page")
     async def dashboard() -> str:
         return files("gateway.observability").joinpath("dashboard.html").read_text(encoding="utf-8")
 

@@ -1,8 +1,12 @@
-"""The `antares` command. Heavy imports happen inside the commands that need them."""
+"""The `antares` command. Each command imports heavy modules only when it runs."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,35 +15,35 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 LAZY_COMMANDS = {
-    "predictor": ("predictor_service.cli", "The output-length predictor: train, evaluate, serve, collect."),
-    "simulate": ("lab.cli", "Plan capacity and compare policies in virtual time, without a GPU."),
-    "bench": ("lab.cli", "Measure any OpenAI-compatible server under a workload with SLOs."),
-    "profile": ("lab.cli", "Make a step-time profile of an engine, or show one."),
+    "predictor": ("predictor_service.cli", "Train, evaluate and serve the output-length predictor."),
+    "simulate": ("lab.cli", "Simulate capacity and compare policies in virtual time, without a GPU."),
+    "bench": ("lab.cli", "Measure an OpenAI-compatible server under a workload with SLOs."),
+    "profile": ("lab.cli", "Create a step-time profile of an engine, or show one."),
 }
-"""Command to (module with a typer ``app``, help). By name, because the gateway must not import these packages."""
+"""Command to (module with a typer ``app``, help). The modules are named, since the gateway must not import them."""
 
 
 class LazyGroup(TyperGroup):
-    """Imports the module of a command of `LAZY_COMMANDS` only when that command runs."""
+    """A command group that imports the module of a `LAZY_COMMANDS` entry only when its command runs."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """All names, lazy ones last."""
+        """Return all command names, lazy ones last."""
         return [*super().list_commands(ctx), *LAZY_COMMANDS]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command; a lazy one is represented by its name and help."""
+        """Return the command. A lazy command is a stub with name and help."""
         if cmd_name in LAZY_COMMANDS:
             return TyperCommand(cmd_name, help=LAZY_COMMANDS[cmd_name][1])
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command to run, imported."""
+        """Return the command to run, after importing it."""
         name, command, rest = super().resolve_command(ctx, args)
         module, _ = LAZY_COMMANDS.get(name or "", (None, ""))
         if module is None:
             return name, command, rest
         group: Any = typer.main.get_command(import_module(module).app)
-        # `lab.cli` has one command of each name; the predictor's app is itself the command.
+        # `lab.cli` is a group with a command of this name; `predictor_service.cli` is the command itself.
         return name, group.commands.get(name, group), rest
 
 
@@ -51,7 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config_app = typer.Typer(help="Check configuration files, hash API keys.", no_args_is_help=True)
+config_app = typer.Typer(help="Check configuration files and hash API keys.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (YAML); see configs/.")]
@@ -73,18 +77,20 @@ def serve(
     config: ConfigPath,
     host: Annotated[str | None, typer.Option(help="Listen here instead of server.host.")] = None,
     port: Annotated[int | None, typer.Option(help="Listen on this port instead of server.port.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Use this policy, with its defaults.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Use this policy with its default options.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
-    """Serve OpenAI clients under SLOs: the gateway, its engines, and the predictor's process."""
+    """Start the gateway, its engines and the predictor process."""
     import asyncio
 
-    loaded = _load(config, host=host, port=port, policy=policy, log_level=log_level)
+    loaded, deprecations = _load(config, host=host, port=port, policy=policy, log_level=log_level)
     from gateway.observability import logs
     from gateway.serve import ServeError
     from gateway.serve import serve as run
 
     logs.configure(loaded.logging.level, loaded.logging.format)
+    for deprecation in deprecations:
+        logging.getLogger("antares.config").warning("%s: %s", config, deprecation)
     try:
         if sys.platform == "win32":
             asyncio.run(run(loaded))
@@ -102,15 +108,16 @@ def serve(
 @config_app.command("check")
 def config_check(
     file: Annotated[Path, typer.Argument(help="The file to check.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Say whether FILE can be used; if not, every mistake with its line, key and reason."""
+    """Validate FILE and report every mistake with its line, key and reason."""
     import orjson
 
     from gateway.config.file import ConfigError, load
 
     try:
-        cautions = load(file).cautions()
+        with _recorded_deprecations() as deprecations:
+            cautions = load(file).cautions()
     except ConfigError as error:
         if as_json:
             found = [{"line": m.line, "key": m.key, "reason": m.reason} for m in error.mistakes]
@@ -118,25 +125,42 @@ def config_check(
         else:
             typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
-    for caution in cautions:
+    for caution in [*deprecations, *cautions]:
         typer.echo(f"{file}: {caution}", err=True)
     typer.echo(orjson.dumps({"ok": True, "mistakes": []}).decode() if as_json else f"{file}: ok")
 
 
 @config_app.command("hash-key")
 def config_hash_key() -> None:
-    """Read an API key from standard input and print the digest that `keys:` takes."""
+    """Read an API key from standard input and print its digest for `keys:`."""
     from gateway.api.auth import hash_key
 
     key = typer.prompt("API key", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline().strip()
     if len(key) < 16:
-        typer.echo("antares: a key needs at least 16 characters (try `openssl rand -hex 24`)", err=True)
+        typer.echo("antares: an API key needs at least 16 characters (try `openssl rand -hex 24`)", err=True)
         raise typer.Exit(2)
     typer.echo(hash_key(key))
 
 
-def _load(path: Path, *, host: str | None, port: int | None, policy: str | None, log_level: str | None) -> Any:
-    """The configuration with the command line's overrides; exits 2 when it cannot be used."""
+@contextmanager
+def _recorded_deprecations() -> Iterator[list[str]]:
+    """Collect the text of each FutureWarning once. Other warnings are shown as usual."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        yield texts
+    for warning in caught:
+        text = str(warning.message)
+        if not issubclass(warning.category, FutureWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif text not in texts:
+            texts.append(text)
+
+
+def _load(
+    path: Path, *, host: str | None, port: int | None, policy: str | None, log_level: str | None
+) -> tuple[Any, list[str]]:
+    """Return the configuration with overrides of the command line, and its deprecations. Exits 2 if it is invalid."""
     from gateway.config.file import ConfigError, load
 
     overrides = {
@@ -146,12 +170,14 @@ def _load(path: Path, *, host: str | None, port: int | None, policy: str | None,
         "logging.level": log_level,
     }
     try:
-        return load(path, overrides={key: value for key, value in overrides.items() if value is not None})
+        with _recorded_deprecations() as deprecations:
+            config = load(path, overrides={key: value for key, value in overrides.items() if value is not None})
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
+    return config, deprecations
 
 
 def main() -> None:
-    """Entry point of the `antares` command."""
+    """Run the `antares` command."""
     app()

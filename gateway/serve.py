@@ -1,4 +1,4 @@
-"""`antares serve`: the predictor's process, the engines, the gateway; up in that order, down in reverse."""
+"""`antares serve`: start the predictor process, the engines and the gateway, and stop them in reverse order."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from gateway.prediction.supervisor import Supervisor
 log = logging.getLogger("antares.serve")
 console = Console(stderr=True, highlight=False)
 
-KEEPALIVE_IDLE_S, KEEPALIVE_EVERY_S, KEEPALIVE_PROBES = 60, 15, 4
-"""A client that vanished without a word, its machine or network gone, is found out after two minutes of silence."""
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 60, 15, 4
+"""TCP keep-alive of client connections: two minutes without a response close the connection of a dead client."""
 
 
 class ServeError(Exception):
@@ -33,7 +33,7 @@ class ServeError(Exception):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with the signals left to us: a SIGTERM drains first."""
+    """uvicorn without its signal handlers, because SIGTERM must drain first."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -41,17 +41,17 @@ class _Server(uvicorn.Server):
 
 
 async def serve(config: GatewayConfig) -> None:
-    """Serve until SIGINT or SIGTERM, then drain and stop everything that was started."""
+    """Serve until SIGINT or SIGTERM, then drain and stop. Raises `ServeError` if the start fails."""
     started = time.monotonic()
     for caution in config.cautions():
         log.warning("%s", caution)
-    listener = _listen(config.server.host, config.server.port)
+    listener = listen(config.server.host, config.server.port)
     port: int = listener.getsockname()[1]
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
-        # What the predictor learnt outlives at least its own restarts.
+        # The predictor's state must survive its restarts, even without a configured folder.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="antares-", ignore_cleanup_errors=True))
-        supervisor, predictor_url = _predictor(config, scratch)
+        supervisor, predictor_url = supervised_predictor(config, scratch)
         if supervisor is not None:
             await supervisor.start()
             stack.push_async_callback(supervisor.stop)
@@ -81,7 +81,7 @@ async def serve(config: GatewayConfig) -> None:
             starting.result()
             _announce(config, gateway, port, time.monotonic() - started)
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
-            log.info("draining: %d requests open", gateway.ledger.open_count)
+            log.info("draining: %d open requests", gateway.ledger.open_count)
             if not await gateway.drain(config.server.drain_s):
                 log.warning(
                     "%d requests were still open after %.0f s",
@@ -96,10 +96,11 @@ async def serve(config: GatewayConfig) -> None:
     log.info("stopped")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket bound to ``host`` and ``port`` (0: any free port). Raises `ServeError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio sets TCP_NODELAY only on sockets that name it; without it, Nagle's algorithm
-    # keeps each small event of a stream back until the client has acknowledged the one before, up to 40 ms.
+    # NOTE: asyncio sets TCP_NODELAY only on sockets created with an explicit protocol. Without it, Nagle's algorithm
+    # delays each small stream event by up to 40 ms, until the client acknowledges the previous one.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     _keep_alive(listener)
@@ -114,22 +115,22 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _keep_alive(listener: socket.socket) -> None:
-    """Have the system probe silent clients. What it accepts inherits this."""
+    """Enable TCP keep-alive. Accepted sockets inherit these options."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Not every platform has these, or calls them so; its own times (often hours) are better than nothing.
+    # Platforms without these options use their own times, often hours.
     for name, value in (
         ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
-        ("TCP_KEEPINTVL", KEEPALIVE_EVERY_S),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
         ("TCP_KEEPCNT", KEEPALIVE_PROBES),
     ):
         if hasattr(socket, name):
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _predictor(config: GatewayConfig, scratch: str) -> tuple[Supervisor | None, str | None]:
-    """The supervised predictor and its URL; no supervisor when it runs elsewhere, neither when it is off.
+def supervised_predictor(config: GatewayConfig, scratch: str) -> tuple[Supervisor | None, str | None]:
+    """Return the predictor's supervisor (None: it runs elsewhere) and its URL (None: it is disabled).
 
-    ``scratch``: a folder for its state where the configuration names none.
+    ``scratch``: a folder for its state if the configuration has none.
     """
     if not config.predictor.enabled:
         return None, None
@@ -150,8 +151,8 @@ def _predictor(config: GatewayConfig, scratch: str) -> tuple[Supervisor | None, 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        found: int = probe.getsockname()[1]
-        return found
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _build(config: EngineConfig) -> Engine:
@@ -165,12 +166,9 @@ def _build(config: EngineConfig) -> Engine:
 
 
 async def _start(gateway: Gateway) -> None:
-    names = ", ".join(engine_queue.engine.name for engine_queue in gateway.engine_queues)
-    slow = (
-        " (vLLM takes 30 to 90 s)"
-        if any(engine_queue.engine.takes_xargs for engine_queue in gateway.engine_queues)
-        else ""
-    )
+    engines = [engine_queue.engine for engine_queue in gateway.engine_queues]
+    names = ", ".join(engine.name for engine in engines)
+    slow = " (vLLM takes 30 to 90 s)" if any(engine.takes_xargs for engine in engines) else ""
     try:
         with console.status(f"Starting engine {names}{slow}…"):
             await gateway.start()
@@ -193,7 +191,7 @@ def _stop_on_signals() -> asyncio.Event:
 
     def on_signal() -> None:
         if stop.is_set():
-            log.warning("a second signal: stopping without draining")
+            log.warning("second signal: stopping without draining")
             for task in asyncio.all_tasks(loop):
                 if task.get_name() != "http server":
                     task.cancel()
@@ -225,7 +223,7 @@ def _announce(config: GatewayConfig, gateway: Gateway, port: int, seconds: float
   for chunk in stream: print(chunk.choices[0].delta.content or "", end="", flush=True)
 
   dashboard {base}/dashboard   metrics {base}/metrics   API {base}/docs
-""",  # noqa: E501 - a line to be copied
+""",  # noqa: E501 - a command to copy
         markup=True,
         soft_wrap=True,
     )

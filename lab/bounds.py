@@ -1,42 +1,41 @@
-"""Upper bounds on SLO adherence that no scheduler can pass, from true lengths and what engine steps cost.
+"""Upper bounds on SLO adherence that no scheduler can exceed, from true lengths and the cost of engine steps.
 
-**Work.** Let a step with p prefill tokens, d decodes and C tokens of decode context take t(p, d, C). If
+**Token costs.** Let a step with p prefill tokens, d decodes and C tokens of decode context take t(p, d, C). If
 
-    t(p, d, C) >= x*p + y*d + z*C      for every step that the engine can make,                            (1)
+    t(p, d, C) >= x*p + y*d + z*C      for every step that the engine can run,                             (1)
 
 then summing (1) over all steps of a run, and counting only the tokens of requests that attained their SLO, gives
 
     sum of w_i over attained i <= time in steps,    w_i = x*p_i + y*(o_i - 1) + z*(sum of i's decode contexts). (2)
 
-The first of o_i output tokens comes out of the prefill's last step, so o_i - 1 tokens are decoded; the j-th of them
-reads at least p_i + j - 1 tokens. Each (x, y, z) with (1) is a `Work`. `works` finds several, as the support of the
-profile's steps: the fixed cost of a step enters, spread over as many tokens as the scheduler's limits let into one
-step, and how it is split between prefill and decode is what the several differ in. Each gives a valid bound; the least
-counts.
+The last prefill step produces the first of o_i output tokens, so o_i - 1 tokens are decoded. The j-th decode reads at
+least p_i + j - 1 tokens. Each (x, y, z) that satisfies (1) is a `TokenCosts`. `token_costs` returns several of them.
+Each spreads the fixed cost of a step over as many tokens as the scheduler's limits allow in one step. They differ in
+how they split it between prefill and decode. Each gives a valid bound; the lowest bound is used.
 
-**Deadlines.** A request that attains its SLO is finished by D_i = arrival + TTFT bound + (o_i - 1) * TPOT bound
-(or by its end-to-end bound), and
-nothing is computed for it before it arrives. So in any window that begins at s, for every t,
+**Deadlines.** Request i is due at D_i = arrival + TTFT bound + (o_i - 1) * TPOT bound, or at its end-to-end bound.
+An attained request finishes by D_i, and the engine computes nothing for it before it arrives. So in any window that
+begins at s, for every t,
 
     sum of w_i over attained i that arrive from s on and have D_i <= t    <=    t - s.                    (3)
 
-*Count bound.* The largest set that satisfies (3) for one s and all t is a classic: one machine, jobs of length w_i,
-due at D_i - s, fewest late. Moore-Hodgson finds it exactly: in order of due dates, whenever the work exceeds the time,
-drop the largest job so far. The run's attained set satisfies (3), so it is no larger. Wherever a window is cut in two,
-it is also bounded by its two parts plus every request that straddles the cut; the lesser of the two counts, and so on
-within the parts: this is what sees a burst inside a long quiet trace. With t the last deadline alone, (3) is the plain
-bound "all work fits into all time"; the other t and s only tighten it.
+*Count bound.* Finding the largest set that satisfies (3) for one s and all t is a scheduling problem on one machine.
+Job i has length w_i and is due at D_i - s, and as few jobs as possible may be late. Moore-Hodgson solves it exactly: in
+order of due dates, it drops the largest job so far whenever the work exceeds the time. The attained set of a run
+satisfies (3), so it cannot be larger. Cutting a window in two gives another bound: the bounds of both parts plus every
+request that straddles the cut. The lower of the two is used, recursively. This detects a burst inside a long quiet
+trace. With t at the last deadline only, (3) says "all work fits in all the time"; the other t and s tighten it.
 
-*Fair bound.* The same windows filled in proportion: who attains does not depend on size, so of the N requests due by t,
-whose work is W, at most N * (t - s) / W attain (in expectation), and at best all others. A policy that plays no
-favourites cannot pass it by more than chance; one that prefers cheap requests can, up to the count bound.
+*Fair bound.* The same windows, filled in proportion: attainment does not depend on request size. Let N requests with
+total work W be due by t. In expectation, at most N * (t - s) / W of them attain. At best, all other requests attain.
+A policy that does not prefer cheap requests exceeds it only by chance. A policy that does can reach the count bound.
 
-A request is left out of both when it could not attain its SLO on an idle engine: the shortest decode step exceeds its
-TPOT bound, or its prefill its TTFT bound.
+Both bounds exclude a request that cannot attain its SLO on an idle engine: the shortest decode step exceeds its TPOT
+bound, or its prefill exceeds its TTFT bound.
 
-The bounds hold for engines that make one token per sequence and step, whose prompts share no cached prefix, and whose
-scheduler keeps the limits that `works` was given. A sequence that is preempted gets one token out of its recomputation
-that is counted as a decode here; computing a context anew is dearer than the one decode, so nothing is gained by it.
+The bounds assume that a step produces one token per sequence and that prompts share no cached prefix. The scheduler
+must keep the limits given to `token_costs`. A preempted sequence gets one token from its recomputation, which is
+counted as a decode here. Recomputing a context costs more than one decode, so the bounds stay valid.
 """
 
 from __future__ import annotations
@@ -54,18 +53,18 @@ from lab.workload import WorkloadRequest
 Floats = NDArray[np.float64]
 
 _SPLITS = 9
-"""How many divisions of a step's fixed cost between prefill and decode `works` tries."""
+"""Number of splits of a step's fixed cost between prefill and decode that `token_costs` returns at most."""
 
 _SMALLEST_WINDOW = 256
-"""Windows of fewer than twice as many requests are not cut: too many would straddle for anything to be gained."""
+"""A window with fewer than twice this many requests is not cut: too many requests would straddle the cut."""
 
 _ROUNDING = 1e-9
-"""Relative allowance for sums of floating point numbers: a schedule that just fits must not count as impossible."""
+"""Relative tolerance for floating-point sums, so that a schedule that exactly fits counts as possible."""
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """The least engine time (s) that tokens cost: coefficients x, y, z of (1), and the shortest step there is."""
+class TokenCosts:
+    """Lower bounds on the engine time (s) per token: coefficients x, y, z of (1), and the shortest possible step."""
 
     per_prompt_token_s: float
     per_decode_s: float
@@ -73,12 +72,12 @@ class Work:
     shortest_step_s: float = 0.0
 
 
-def works(
+def token_costs(
     profile: Profile, *, max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None
-) -> list[Work]:
-    """Costs that satisfy (1) for every step that ``profile`` times.
+) -> list[TokenCosts]:
+    """Return costs that satisfy (1) for every step that ``profile`` times.
 
-    The limits are those that the run kept, if other than the profile's own: sequences and tokens in one step.
+    ``max_num_seqs`` and ``max_num_batched_tokens`` replace the profile's own limits on one step.
     """
     seqs = max_num_seqs or profile.max_num_seqs
     tokens = max(max_num_batched_tokens or profile.max_num_batched_tokens, seqs)
@@ -86,24 +85,25 @@ def works(
     prefill, decodes, seconds = _extreme_steps(profile, seqs, tokens)
     shortest = float(seconds.min())
     prefill_only, decoding = decodes == 0, decodes > 0
-    dearest = float((seconds[prefill_only] / prefill[prefill_only]).min())
-    found = []
-    for per_prompt in np.linspace(0.0, dearest, _SPLITS):
-        # With x given, the largest y that (1) allows.
+    max_per_prompt = float((seconds[prefill_only] / prefill[prefill_only]).min())
+    costs = []
+    for per_prompt in np.linspace(0.0, max_per_prompt, _SPLITS):
+        # The largest y that (1) allows for this x.
         per_decode = float(((seconds - per_prompt * prefill)[decoding] / decodes[decoding]).min())
         if per_decode >= 0:
-            found.append(Work(float(per_prompt), per_decode, per_context, shortest))
-    return found
+            costs.append(TokenCosts(float(per_prompt), per_decode, per_context, shortest))
+    return costs
 
 
 def _extreme_steps(profile: Profile, seqs: int, tokens: int) -> tuple[Floats, Floats, Floats]:
-    """Prefill tokens, decodes and least seconds (decode context's share aside) of the steps that decide (1).
+    """Return prefill tokens, decodes and minimum seconds, without decode context, of the steps that determine (1).
 
-    With the number of decodes fixed, a regime is linear in the prefill tokens, and so is (1): its ends are enough.
+    For a fixed number of decodes, both a regime and (1) are linear in the prefill tokens. So the ends of each regime
+    are enough. Each array has shape (steps,).
     """
     columns: list[tuple[Floats, Floats, Floats]] = []
     decodes = np.arange(seqs + 1)
-    # Without chunked prefill, a prompt longer than the limit goes by itself.
+    # Without chunked prefill, a prompt above the token limit runs in a step of its own.
     longest = max(tokens, profile.max_model_len)
     lower = 0
     for regime in profile.regimes:
@@ -122,10 +122,10 @@ def _extreme_steps(profile: Profile, seqs: int, tokens: int) -> tuple[Floats, Fl
 
 
 def _least_seconds(profile: Profile, regime: Regime, prefill: Floats, decodes: Floats) -> Floats:
-    """What a step costs at least, whatever its contexts, beyond the least cost of its decode context."""
+    """Return the minimum seconds of a step over all contexts, without the minimum cost of its decode context."""
     seconds = regime.base + (regime.per_token + regime.per_prefill_token) * prefill
     seconds = seconds + (regime.per_token + regime.per_decode) * decodes
-    # A fit may have context make a step cheaper. There is never more context than the cache holds.
+    # A fitted coefficient of context may be negative. The KV cache limits the context that it multiplies.
     seconds += min(0.0, regime.per_decode_context) * profile.kv_tokens
     seconds += min(0.0, regime.per_prefill_context) * profile.kv_tokens
     seconds += min(0.0, regime.per_prefill_pair) * prefill * profile.kv_tokens
@@ -133,28 +133,30 @@ def _least_seconds(profile: Profile, regime: Regime, prefill: Floats, decodes: F
     return np.maximum(seconds, 0.0)
 
 
-def bounds(workload: Sequence[WorkloadRequest], costs: Work | Sequence[Work], engines: int = 1) -> tuple[float, float]:
-    """Count bound and fair bound on the adherence of ``workload``, fractions of all its requests.
+def bounds(
+    workload: Sequence[WorkloadRequest], costs: TokenCosts | Sequence[TokenCosts], engines: int = 1
+) -> tuple[float, float]:
+    """Return the count bound and the fair bound on the adherence of ``workload``, as fractions of all its requests.
 
-    ``engines`` equal engines are at best one that is so many times as fast.
+    ``engines`` equal engines are treated as one engine that is ``engines`` times as fast.
 
     Raises:
         ValueError: no requests, or no costs.
     """
-    every = [costs] if isinstance(costs, Work) else list(costs)
-    if not workload or not every:
-        raise ValueError("bounds need at least one request and one Work")
-    jobs = [_jobs(workload, work, engines) for work in every]
-    fair = [_least(job, _in_proportion) for job in jobs]
-    # The heap is slower than the proportion, and the costs that are tight for one are tight for the other.
-    tightest = sorted(range(len(every)), key=fair.__getitem__)[:2]
-    count = min(_least(jobs[which], _most) for which in tightest)
+    all_costs = [costs] if isinstance(costs, TokenCosts) else list(costs)
+    if not workload or not all_costs:
+        raise ValueError("bounds need at least one request and one TokenCosts")
+    jobs = [_jobs(workload, cost, engines) for cost in all_costs]
+    fair = [_lowest_bound(job, _proportional_bound) for job in jobs]
+    # Moore-Hodgson is slower, and costs that give a tight fair bound give a tight count bound too.
+    tightest = sorted(range(len(all_costs)), key=fair.__getitem__)[:2]
+    count = min(_lowest_bound(jobs[i], _moore_hodgson) for i in tightest)
     return count / len(workload), min(*fair, count) / len(workload)
 
 
 @dataclass(frozen=True, slots=True)
 class _Jobs:
-    """Attainable requests in order of deadline: arrival (s), deadline (s), work (s), each of shape (n,)."""
+    """Requests that an idle engine can serve, in order of deadline: arrival, deadline and work (s), shape (n,)."""
 
     arrival: Floats
     deadline: Floats
@@ -163,45 +165,48 @@ class _Jobs:
     def __len__(self) -> int:
         return len(self.work)
 
-    def only(self, which: NDArray[np.bool_]) -> _Jobs:
-        return _Jobs(self.arrival[which], self.deadline[which], self.work[which])
+    def select(self, mask: NDArray[np.bool_]) -> _Jobs:
+        return _Jobs(self.arrival[mask], self.deadline[mask], self.work[mask])
 
 
-def _jobs(workload: Sequence[WorkloadRequest], cost: Work, engines: int) -> _Jobs:
+def _jobs(workload: Sequence[WorkloadRequest], cost: TokenCosts, engines: int) -> _Jobs:
     columns = [(a.at_s, a.prompt_tokens, a.output_tokens, a.ttft_slo_s, a.tpot_slo_s, a.e2e_slo_s) for a in workload]
     arrival, prompt, output, ttft, tpot, e2e = np.array(columns, dtype=np.float64).T
     decoded = np.maximum(output - 1, 0)
     context = decoded * prompt + decoded * (decoded - 1) / 2
     prefill = cost.per_prompt_token_s * prompt
     work = prefill + cost.per_decode_s * decoded + cost.per_context_token_s * context
-    slack = 1 + _ROUNDING
-    in_time = np.maximum(prefill, cost.shortest_step_s) <= ttft * slack
-    apace = (decoded == 0) | (cost.shortest_step_s + cost.per_context_token_s * prompt <= tpot * slack)
-    ends = prefill + decoded * cost.shortest_step_s <= e2e * slack
-    # A single token has no pace to keep, whatever that is.
-    tail = decoded * np.where(decoded > 0, tpot, 0.0)
-    jobs = _Jobs(arrival, (arrival + np.minimum(ttft + tail, e2e)) * slack, work / engines)
+    tolerance = 1 + _ROUNDING
+    ttft_feasible = np.maximum(prefill, cost.shortest_step_s) <= ttft * tolerance
+    tpot_feasible = (decoded == 0) | (cost.shortest_step_s + cost.per_context_token_s * prompt <= tpot * tolerance)
+    e2e_feasible = prefill + decoded * cost.shortest_step_s <= e2e * tolerance
+    # Avoids 0 * inf: a TPOT bound does not apply to a single output token.
+    decode_s = decoded * np.where(decoded > 0, tpot, 0.0)
+    jobs = _Jobs(arrival, (arrival + np.minimum(ttft + decode_s, e2e)) * tolerance, work / engines)
     order = np.argsort(jobs.deadline, kind="stable")
-    return jobs.only(order[(in_time & apace & ends)[order]])
+    return jobs.select(order[(ttft_feasible & tpot_feasible & e2e_feasible)[order]])
 
 
-def _least(jobs: _Jobs, fill: Callable[[_Jobs], float]) -> float:
-    """The least that ``fill`` and the parts of the window say can attain."""
+def _lowest_bound(jobs: _Jobs, bound: Callable[[_Jobs], float]) -> float:
+    """Return the lower of ``bound`` over the whole window and over its parts, recursively; in requests."""
     if not len(jobs):
         return 0.0
-    whole = fill(jobs)
+    whole = bound(jobs)
     if len(jobs) < 2 * _SMALLEST_WINDOW:
         return whole
-    cut = _quietest(jobs)
+    cut = _best_cut(jobs)
     before, after = jobs.deadline <= cut, jobs.arrival >= cut
     straddling = len(jobs) - int(before.sum()) - int(after.sum())
     if straddling >= whole or not before.any() or not after.any():
         return whole
-    return min(whole, _least(jobs.only(before), fill) + _least(jobs.only(after), fill) + straddling)
+    return min(whole, _lowest_bound(jobs.select(before), bound) + _lowest_bound(jobs.select(after), bound) + straddling)
 
 
-def _quietest(jobs: _Jobs) -> float:
-    """Where to cut the window: of its quarters, in time and in requests, the one that the fewest requests straddle."""
+def _best_cut(jobs: _Jobs) -> float:
+    """Return the time (s) at which to cut the window.
+
+    The candidates are its quarters, in time and in requests. The one with the fewest straddling requests is chosen.
+    """
     first, last = float(jobs.arrival.min()), float(jobs.arrival.max())
     quarters = (0.5, 0.25, 0.75)
     cuts = [first + share * (last - first) for share in quarters]
@@ -209,29 +214,33 @@ def _quietest(jobs: _Jobs) -> float:
     return min(cuts, key=lambda cut: int(((jobs.arrival < cut) & (jobs.deadline > cut)).sum()))
 
 
-def _room(jobs: _Jobs) -> Floats:
-    """Time from the window's first arrival to each deadline."""
+def _available_s(jobs: _Jobs) -> Floats:
+    """Return the seconds from the window's first arrival to each deadline, shape (n,)."""
     return jobs.deadline - float(jobs.arrival.min())
 
 
-def _most(jobs: _Jobs) -> float:
-    """Moore-Hodgson: the most jobs that can be done by their deadlines, arrivals aside."""
-    room = _room(jobs)
-    if (np.cumsum(jobs.work) <= room).all():
+def _moore_hodgson(jobs: _Jobs) -> float:
+    """Return the largest number of jobs that can finish by their deadlines, ignoring arrival times."""
+    available_s = _available_s(jobs)
+    if (np.cumsum(jobs.work) <= available_s).all():
         return len(jobs)
     kept: list[float] = []
     total = 0.0
-    for work, left in zip(jobs.work.tolist(), room.tolist(), strict=True):
+    for work, available in zip(jobs.work.tolist(), available_s.tolist(), strict=True):
         heapq.heappush(kept, -work)
         total += work
-        if total > left:
+        if total > available:
             total += heapq.heappop(kept)
     return len(kept)
 
 
-def _in_proportion(jobs: _Jobs) -> float:
-    """The fewest, over all deadlines, of: those due by it in proportion to the time there is, and all others."""
+def _proportional_bound(jobs: _Jobs) -> float:
+    """Return the fair bound of one window, in jobs.
+
+    For each deadline t: the jobs due by t, times the share of their work that fits, plus all later jobs. The minimum
+    over t counts.
+    """
     due = np.arange(1, len(jobs) + 1)
     total = np.cumsum(jobs.work)
-    share = np.minimum(1.0, _room(jobs) / np.maximum(total, np.finfo(float).tiny))
+    share = np.minimum(1.0, _available_s(jobs) / np.maximum(total, np.finfo(float).tiny))
     return float((len(jobs) - due * (1 - share)).min())

@@ -1,4 +1,7 @@
-"""The measuring commands of `antares`: simulate, bench, profile. Heavy imports happen inside them."""
+"""The measuring commands of `antares`: simulate, bench, profile.
+
+Each command imports heavy packages in its body, so that `antares --help` starts fast.
+"""
 
 from __future__ import annotations
 

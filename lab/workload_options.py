@@ -1,4 +1,4 @@
-"""The options of the measuring commands that say what is asked of a server, and what `make_workload` makes of them."""
+"""Workload options that `simulate` and `bench` share, and their translation to arguments of `make_workload`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ from typing import Annotated, Any
 import typer
 
 Workload = Annotated[
-    str, typer.Option(help="Lengths: sharegpt, lmsys-like, azure-conv, azure-code, code-chat or small (docs/bench.md).")
+    str,
+    typer.Option(help="Prompt and output lengths: sharegpt, lmsys-like, azure-conv, azure-code, code-chat or small."),
 ]
-Requests = Annotated[int | None, typer.Option(min=1, help="Arrivals end after so many requests.")]
+Requests = Annotated[int | None, typer.Option(min=1, help="Stop arrivals after N requests.", metavar="N")]
 Duration = Annotated[
-    float | None, typer.Option(help="Arrivals end after so many seconds; simulate: 60 unless told.", metavar="SECONDS")
+    float | None, typer.Option(help="Stop arrivals after SECONDS.", metavar="SECONDS", show_default="60 in simulate")
 ]
-Arrivals = Annotated[str, typer.Option(help="poisson, gamma (bursts: --burstiness) or trace (recorded times).")]
-Burstiness = Annotated[float, typer.Option(help="Coefficient of variation of the gaps; above 1, bursts.")]
-Trace = Annotated[str | None, typer.Option(help="Whose arrival times: azure-conv or azure-code.")]
-Speed = Annotated[float, typer.Option(help="Replay a trace so many times as fast (or give --qps).")]
-Window = Annotated[float | None, typer.Option(help="Only the first so many seconds of the trace.", metavar="SECONDS")]
+Arrivals = Annotated[
+    str, typer.Option(help="poisson, gamma (bursty, see --burstiness) or trace (recorded arrival times).")
+]
+Burstiness = Annotated[
+    float, typer.Option(help="Coefficient of variation of the gaps between arrivals; above 1 is bursty.")
+]
+Trace = Annotated[str | None, typer.Option(help="Trace with the arrival times: azure-conv or azure-code.")]
+Speed = Annotated[float, typer.Option(help="Speed-up factor of a trace. Do not combine with --qps.")]
+Window = Annotated[float | None, typer.Option(help="Replay only the first SECONDS of the trace.", metavar="SECONDS")]
 SloTable = Annotated[
-    str, typer.Option(help="The papers' bounds: llama-3.1-8b, gemma-2-27b, annealing-paper; or code-chat.")
+    str, typer.Option(help="SLO bounds per category: llama-3.1-8b, gemma-2-27b, annealing-paper or code-chat.")
 ]
-SloScale = Annotated[float, typer.Option(help="Multiplies every bound.")]
-Mix = Annotated[str | None, typer.Option(help="Weights of categories, such as 1=3,6=1. Default: all the same.")]
-MaxPrompt = Annotated[int | None, typer.Option(min=1, help="Longest prompt, in tokens.")]
-MaxOutput = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")]
+SloScale = Annotated[float, typer.Option(help="Factor on every bound.")]
+Mix = Annotated[
+    str | None, typer.Option(help="Weights of SLO categories, such as 1=3,6=1.", show_default="equal weights")
+]
+MaxPrompt = Annotated[int | None, typer.Option(min=1, help="Maximum prompt length (tokens).")]
+MaxOutput = Annotated[int | None, typer.Option(min=1, help="Maximum output length (tokens).")]
 
 _ARGUMENTS = {
     "requests": "requests",
@@ -41,21 +48,24 @@ _ARGUMENTS = {
     "max_prompt": "max_prompt",
     "max_output": "max_output",
 }
-"""Each option's argument of `make_workload`."""
+"""Option name to argument of `make_workload`."""
 
 
-def workload_arguments(options: Mapping[str, Any], unless_told_s: float | None = None) -> dict[str, Any]:
-    """`make_workload`'s arguments, but for name, rate and seed, from a command's ``options`` by name.
+def workload_arguments(options: Mapping[str, Any], default_duration_s: float | None = None) -> dict[str, Any]:
+    """Return the arguments of `make_workload`, except name, rate and seed, from a command's ``options``.
 
-    Poisson arrivals with a burstiness of their own are Gamma. ``unless_told_s``: the duration (s) of arrivals that
-    nothing else ends. ValueError: the mix cannot be read.
+    Poisson arrivals with a burstiness other than 1 become Gamma arrivals. ``default_duration_s`` (s) applies if neither
+    a duration, a number of requests nor a trace ends the arrivals.
+
+    Raises:
+        ValueError: the mix is malformed.
     """
     arguments = {argument: options[option] for option, argument in _ARGUMENTS.items()}
     arguments["mix"] = _mix(options["mix"])
     if options["arrivals"] == "poisson" and options["burstiness"] != 1:
         arguments["arrivals"] = "gamma"
     if options["duration"] is None and options["requests"] is None and options["arrivals"] != "trace":
-        arguments["duration_s"] = unless_told_s
+        arguments["duration_s"] = default_duration_s
     return arguments
 
 
@@ -65,4 +75,4 @@ def _mix(text: str | None) -> dict[int, float] | None:
     try:
         return {int(category): float(weight) for category, weight in (part.split("=") for part in text.split(","))}
     except ValueError:
-        raise ValueError(f"--mix is written CATEGORY=WEIGHT,..., such as 1=3,6=1; got {text!r}") from None
+        raise ValueError(f"--mix must have the form CATEGORY=WEIGHT,..., such as 1=3,6=1; got {text!r}") from None

@@ -1,4 +1,6 @@
-"""The output-length predictor: a microservice of its own that serves, trains and evaluates one small model.
+"""The output-length predictor, a separate HTTP service that also trains and evaluates its models.
 
-Nothing here imports ``gateway`` or ``engine_adapter``; serving needs numpy and safetensors, never torch.
+Packages: ``model`` (features and length models), ``calibration`` (online corrections), ``serving`` (HTTP) and
+``training``. INVARIANT: nothing here imports ``gateway`` or ``engine_adapter``, and serving the shipped model never
+imports torch.
 """

@@ -1,3 +1,5 @@
+"""Consistency of the deployment files with the code and with each other."""
+
 from __future__ import annotations
 
 import json
@@ -46,21 +48,21 @@ def metrics_in(query: str) -> set[str]:
 
 
 def copied_from_context() -> list[str]:
-    """Sources of the Dockerfile's COPY lines, but for those that come from another stage."""
+    """Return the sources of the Dockerfile's COPY lines, except copies from another stage."""
     lines = re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE)
     return [source for line in lines for source in line.split()[:-1]]
 
 
-def test_every_metric_of_the_dashboard_and_the_alerts_exists():
+def test_dashboard_and_alerts_use_only_current_metric_names():
     queries = [*dashboard_queries(), *(rule["expr"] for rule in ALERTS)]
 
-    asked = set().union(*(metrics_in(query) for query in queries))
+    used = set().union(*(metrics_in(query) for query in queries))
 
-    assert asked <= METRIC_NAMES
-    assert len(asked) > 25
+    assert used <= METRIC_NAMES
+    assert len(used) > 25
 
 
-def test_adherence_keeps_every_request_in_its_denominator():
+def test_adherence_panel_counts_every_request_in_its_denominator():
     adherence = next(p for p in PANELS if p["title"] == "SLO adherence by class")["targets"][0]["expr"]
     numerator, denominator = adherence.rsplit(" / ", 1)
 
@@ -69,17 +71,17 @@ def test_adherence_keeps_every_request_in_its_denominator():
     assert "outcome" not in denominator
 
 
-def test_panels_have_their_own_id_and_do_not_overlap():
+def test_dashboard_panels_have_unique_ids_and_do_not_overlap():
     ids = [panel["id"] for panel in PANELS]
     assert len(ids) == len(set(ids))
     for one, other in combinations((panel["gridPos"] for panel in PANELS), 2):
-        apart_x = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
-        apart_y = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
-        assert apart_x or apart_y
+        separate_x = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        separate_y = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert separate_x or separate_y
         assert one["x"] + one["w"] <= 24
 
 
-def test_variables_that_the_dashboard_uses_are_defined():
+def test_dashboard_defines_the_variables_that_it_uses():
     defined = {variable["name"] for variable in DASHBOARD["templating"]["list"]} | {"__range", "__rate_interval"}
 
     used = set(re.findall(r"\$\{?(\w+)", " ".join([*dashboard_queries(), json.dumps(PANELS)])))
@@ -87,14 +89,14 @@ def test_variables_that_the_dashboard_uses_are_defined():
     assert used <= defined
 
 
-def test_every_alert_says_what_is_felt_and_where_to_look():
+def test_alerts_have_annotations_and_a_severity():
     assert len({rule["alert"] for rule in ALERTS}) == len(ALERTS)
     for rule in ALERTS:
         assert set(rule["annotations"]) == {"summary", "description"}
         assert rule["labels"]["severity"] in {"page", "warn"}
 
 
-def test_prometheus_scrapes_the_services_of_the_compose_file():
+def test_prometheus_scrapes_the_services_of_compose():
     targets = [t for job in PROMETHEUS["scrape_configs"] for config in job["static_configs"] for t in config["targets"]]
 
     assert targets == ["gateway:8100", "predictor:8101"]
@@ -104,19 +106,19 @@ def test_prometheus_scrapes_the_services_of_the_compose_file():
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_what_a_service_mounts_exists(name: str):
+def test_compose_service_mounts_exist(name: str):
     for volume in SERVICES[name].get("volumes", []):
         source = volume.split(":")[0]
         assert (DEPLOY / source).exists() if source.startswith(".") else source in COMPOSE["volumes"]
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_is_published_on_the_loopback_only(name: str):
+def test_compose_service_is_published_on_loopback_only(name: str):
     for port in SERVICES[name].get("ports", []):
         assert port.startswith("127.0.0.1:")
 
 
-def test_grafana_finds_its_dashboard_and_its_data_source():
+def test_grafana_provisioning_matches_the_mounts():
     mounts = dict(volume.split(":")[:2] for volume in SERVICES["grafana"]["volumes"])
     provisioning = DEPLOY / "grafana" / "provisioning"
     provider = yaml.safe_load((provisioning / "dashboards" / "antares.yaml").read_text())["providers"][0]
@@ -128,29 +130,29 @@ def test_grafana_finds_its_dashboard_and_its_data_source():
     assert home == f"{provider['options']['path']}/antares.json"
 
 
-def test_what_the_dockerfile_copies_exists_and_is_sent_to_the_builder():
+def test_dockerfile_sources_exist_and_are_in_the_build_context():
     lines = (ROOT / ".dockerignore").read_text().splitlines()
-    kept = [line[1:] for line in lines if line.startswith("!")]
+    included = [line[1:] for line in lines if line.startswith("!")]
 
     for source in copied_from_context():
         assert (ROOT / source).exists(), source
-        assert any(fnmatch(source, pattern) for pattern in kept), source
+        assert any(fnmatch(source, pattern) for pattern in included), source
 
 
-def test_the_image_holds_every_package_of_the_distribution():
+def test_dockerfile_copies_every_package_of_the_distribution():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
 
     assert packages <= set(copied_from_context())
 
 
-def test_the_image_runs_as_a_numbered_user_and_watches_its_health():
+def test_dockerfile_sets_numeric_user_health_check_and_stop_signal():
     assert re.search(r"^USER \d+$", DOCKERFILE, re.MULTILINE)
     assert "127.0.0.1:8100/health" in DOCKERFILE
     assert "STOPSIGNAL SIGTERM" in DOCKERFILE
 
 
-def test_the_container_serves_the_quickstart():
+def test_container_configuration_matches_the_quickstart():
     container = yaml.safe_load((DEPLOY / "gateway.yaml").read_text())
     quickstart = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
 
@@ -159,13 +161,13 @@ def test_the_container_serves_the_quickstart():
     load(DEPLOY / "gateway.yaml", env={}, overrides={"server.host": "0.0.0.0"})
 
 
-def test_the_installer_and_the_engine_name_one_version_of_the_model_package():
+def test_installer_and_engine_use_the_same_model_package():
     installer = (DEPLOY / "install_engine.py").read_text()
 
     assert f'MODEL = "{smollm2.REQUIREMENT}"' in installer
 
 
-def test_make_lists_its_targets():
+def test_make_help_lists_all_targets():
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     assert re.findall(r"^  make (\w+)", listed, re.MULTILINE) == [
@@ -173,5 +175,5 @@ def test_make_lists_its_targets():
     ]  # fmt: skip
 
 
-def test_the_ci_script_is_valid_bash():
+def test_ci_script_is_valid_bash():
     subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)

@@ -1,17 +1,17 @@
-"""A burst of mixed requests on a real engine: annealing against FCFS, on vLLM on CPU with a small random model.
+"""Compares annealing with FCFS on a burst of mixed requests: vLLM on CPU with a small random model.
 
     python -m benchmarks.annealing.burst --batch 8 --repeats 3 --json docs/results/annealing_burst.json
 
-64 requests at once, half of them chat (TTFT and TPOT bounds), half code (an end-to-end bound), through a gateway on a
-real socket; the policies take turns in front of one engine that runs ``--batch`` at a time, as the paper's do: where
-all run at once there is nothing to order. Bounds scale with what the engine takes for the whole burst under FCFS, which
-is measured first, so that they mean the same on any machine. Lengths are known (``max_tokens`` with ``ignore_eos``).
+64 requests arrive at once through a gateway on a real socket. Half are chat (TTFT and TPOT bounds), half are code (an
+end-to-end bound). The policies take turns in front of one engine that runs ``--batch`` requests at a time, as in the
+paper: if all requests run at once, no order is needed. The bounds scale with the duration of the whole burst under
+FCFS, which is measured first, so that they are equally strict on any machine. Lengths are known (``max_tokens`` with
+``ignore_eos``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import sys
 import tempfile
@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks import results_json
 from benchmarks.live.real_engine import DUMMY, RealEngine, dummy_engine
 from lab.bench.load_client import Target, send_from_another_process
 from lab.records.run_record import RequestResult, run_record
@@ -31,55 +32,59 @@ POLICIES = ("fcfs", "annealing")
 
 
 def configured(name: str, batch: int) -> dict[str, Any]:
-    """The policy's part of a configuration: annealing plans all of the burst, and refuses nothing, as the paper's."""
+    """The policy section of the configuration. As in the paper, annealing plans the whole burst and rejects nothing."""
     if name == "fcfs":
         return {"name": name}
     return {"name": name, "options": {"reject": False, "horizon": 64, "max_batch": batch}}
 
 
 def burst(requests: int, seed: int, whole_s: float) -> list[WorkloadRequest]:
-    """All at time 0. Chat: first token within 0.1 to 0.6 of ``whole_s``; code: done within 0.3 to 1.0 of it."""
+    """A burst at time 0, chat and code in turn.
+
+    ``whole_s`` (s) is the duration of the burst under FCFS. The TTFT bounds of chat are 0.1 to 0.6 of it, the
+    end-to-end bounds of code 0.3 to 1.0.
+    """
     random = np.random.default_rng(seed)
     prompts, outputs = SMALL_PROMPTS.draw(random, requests), SMALL_OUTPUTS.draw(random, requests)
     shares = random.uniform(0.0, 1.0, requests)
-    asked = []
-    for which, (prompt, output, share) in enumerate(
+    workload = []
+    for number, (prompt, output, share) in enumerate(
         zip(prompts.tolist(), outputs.tolist(), shares.tolist(), strict=True)
     ):
-        if which % 2:
-            asked.append(
+        if number % 2:
+            workload.append(
                 WorkloadRequest(0.0, prompt, output, math.inf, math.inf, 2, e2e_slo_s=(0.3 + 0.7 * share) * whole_s)
             )
         else:
-            # 50 ms a token: about three times a step of this engine with a small batch.
-            asked.append(WorkloadRequest(0.0, prompt, output, (0.1 + 0.5 * share) * whole_s, 0.05, 1))
-    return asked
+            # 50 ms per token is about three times a step of this engine with a small batch.
+            workload.append(WorkloadRequest(0.0, prompt, output, (0.1 + 0.5 * share) * whole_s, 0.05, 1))
+    return workload
 
 
-async def one(
-    real: RealEngine, policy: dict[str, Any], asked: list[WorkloadRequest], seed: int
+async def serve_once(
+    real: RealEngine, policy: dict[str, Any], workload: list[WorkloadRequest], seed: int
 ) -> tuple[list[RequestResult], float]:
-    """The fate of a burst, and how long it took (s)."""
-    async with real.behind(policy, lengths_known=True) as (_, url):
-        sent = await send_from_another_process(Target(url, DUMMY), asked, seed)
-    return sent.served(), sent.duration_s
+    """The results of a burst, and its duration (s)."""
+    async with real.gateway(policy, lengths_known=True) as (_, url):
+        sent = await send_from_another_process(Target(url, DUMMY), workload, seed)
+    return sent.results(), sent.duration_s
 
 
 async def compare(requests: int, batch: int, repeats: int, seed: int) -> dict[str, Any]:
-    """All runs, in the order they were made."""
+    """All runs in the order of the measurement, with the settings that they share."""
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         real = RealEngine(dummy_engine(Path(folder), batch))
         await real.start()
         try:
-            await one(
-                real, configured("fcfs", batch), burst(requests, seed, 600.0), seed
-            )  # warm up; step times are learnt
-            _, whole_s = await one(real, configured("fcfs", batch), burst(requests, seed, 600.0), seed)
+            loose = burst(requests, seed, 600.0)
+            # The first burst warms up the engine, and the gateway learns its step times.
+            await serve_once(real, configured("fcfs", batch), loose, seed)
+            _, whole_s = await serve_once(real, configured("fcfs", batch), loose, seed)
             for repeat in range(repeats):
-                asked = burst(requests, seed + repeat, whole_s)
+                workload = burst(requests, seed + repeat, whole_s)
                 for name in POLICIES:
-                    served, duration_s = await one(real, configured(name, batch), asked, seed + repeat)
+                    served, duration_s = await serve_once(real, configured(name, batch), workload, seed + repeat)
                     record = run_record(name, 0.0, seed + repeat, served, duration_s, wall_s=duration_s)
                     record["mean_latency_s"] = round(
                         fmean([s.e2e_s for s in served if s.e2e_s is not None] or [0.0]), 3
@@ -99,21 +104,21 @@ async def compare(requests: int, batch: int, repeats: int, seed: int) -> dict[st
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="In the burst.")] = 64,
-    batch: Annotated[int, typer.Option(help="Sequences that the engine runs at a time.")] = 8,
+    requests: Annotated[int, typer.Option(help="Requests in the burst.")] = 64,
+    batch: Annotated[int, typer.Option(help="Maximum number of sequences in the engine's batch.")] = 8,
     repeats: Annotated[int, typer.Option(help="Bursts; the policies take turns.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the first burst.")] = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the figures.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first burst.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
     """Run the bursts and print attainment and mean latency."""
     found = asyncio.run(compare(requests, batch, repeats, seed))
     if json_path is not None:
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        results_json.write(found, json_path)
     for name in POLICIES:
-        mine = [run for run in found["runs"] if run["policy"] == name]
+        own = [run for run in found["runs"] if run["policy"] == name]
         sys.stdout.write(
-            f"{name}: attained {fmean(run['slo_adherence'] for run in mine):.3f}, "
-            f"mean latency {fmean(run['mean_latency_s'] for run in mine):.2f} s\n"
+            f"{name}: attained {fmean(run['slo_adherence'] for run in own):.3f}, "
+            f"mean latency {fmean(run['mean_latency_s'] for run in own):.2f} s\n"
         )
 
 

@@ -1,14 +1,13 @@
-"""Annealing beside `scorpio` and `slack` where both kinds of bounds arrive without end; simulated.
+"""Compares annealing with `scorpio` and `slack` on continuous arrivals with both kinds of bounds. Simulated.
 
     python -m benchmarks.annealing.mixed --json docs/results/annealing_mixed.json
 
-S is the highest rate at which stock chunked vLLM (`fcfs`) attains 90% of the code-chat mix. The last two rows are
-annealing's order on top of `slack`'s feasible set (`benchmarks.annealing.on_slack`).
+S is the highest rate at which stock vLLM (`fcfs`, chunked prefill) attains 90% of the code-chat mix. The last two
+policies apply annealing's order to `slack`'s feasible set (`benchmarks.annealing.on_slack`).
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import results_json
 from benchmarks.annealing.on_slack import AnnealingOnSlack
 from gateway.policies.base import Policy
 from lab.records.run_record import run_record
@@ -26,47 +26,48 @@ from lab.simulate.predictions import predict
 from lab.simulate.simulator import simulate
 
 PROFILE = "a100-llama3.1-8b"
-KEPT = 0.9
+CAPACITY_ADHERENCE = 0.9
+"""Adherence that defines S."""
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     **{name: partial(parse_policy, name) for name in ("fcfs", "s3", "scorpio", "annealing", "slack")},
-    "annealing, nothing refused": lambda: parse_policy("annealing:reject=false"),
+    "annealing, nothing rejected": lambda: parse_policy("annealing:reject=false"),
     "slack, annealing's order": lambda: AnnealingOnSlack("order"),
     "slack, annealing's order and set": lambda: AnnealingOnSlack("set"),
 }
 
 
-def one(name: str, experiment: Experiment, qps: float, seed: int) -> dict[str, Any]:
-    """One run's record."""
-    asked = experiment.asked(qps, seed)
-    made = simulate(asked, predict(experiment.predictor, asked, seed), experiment.engine(), POLICIES[name])
+def record_of(name: str, experiment: Experiment, qps: float, seed: int) -> dict[str, Any]:
+    """The record of one run."""
+    workload = experiment.requests(qps, seed)
+    result = simulate(workload, predict(experiment.predictor, workload, seed), experiment.engine(), POLICIES[name])
     return run_record(
         name,
         qps,
         seed,
-        made.served,
-        made.duration_s,
+        result.results,
+        result.duration_s,
         wall_s=0.0,
-        scheduling_s=made.scheduling_s,
-        decisions=made.decisions,
+        scheduling_s=result.scheduling_s,
+        decisions=result.decisions,
     )
 
 
 def main(
     duration: Annotated[float, typer.Option(help="Seconds of arrivals.")] = 60.0,
-    seeds: Annotated[int, typer.Option(help="Seeds 0 to this, not included.")] = 2,
-    policy: Annotated[list[str] | None, typer.Option(help="Only these.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the figures.")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, which are 0, 1, ...")] = 2,
+    policy: Annotated[list[str] | None, typer.Option(help="Policy; repeat for several. [default: all]")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
-    """Find S, run every policy at S, 2S and 3S, print a table."""
+    """Find S, run every policy at S, 2S and 3S, and print a table."""
     experiment = Experiment(profile=PROFILE, workload={"name": "code-chat", "duration_s": duration})
     all_seeds = list(range(seeds))
-    s, _ = capacity(experiment, "fcfs", all_seeds, KEPT)
+    s, _ = capacity(experiment, "fcfs", all_seeds, CAPACITY_ADHERENCE)
     rows = []
-    for times in (1, 2, 3):
+    for load in (1, 2, 3):
         for name in policy or POLICIES:
-            runs = [one(name, experiment, times * s, seed) for seed in all_seeds]
-            row = {"policy": name, "load": f"{times}S", "qps": round(times * s, 2)}
+            runs = [record_of(name, experiment, load * s, seed) for seed in all_seeds]
+            row = {"policy": name, "load": f"{load}S", "qps": round(load * s, 2)}
             row |= {key: round(fmean(run[key] for run in runs), 4) for key in (
                 "slo_adherence", "goodput", "rejected", "ttft_violations", "tpot_violations", "e2e_violations",
                 "ttft_p50_s", "e2e_p50_s")}  # fmt: skip
@@ -86,7 +87,7 @@ def main(
         "runs": rows,
     }
     if json_path is not None:
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        results_json.write(found, json_path)
     for row in rows:
         sys.stdout.write(
             f"| {row['load']} | {row['policy']} | {row['slo_adherence']:.3f} | {row['goodput']:.2f} "

@@ -1,16 +1,15 @@
-"""The annealing paper's experiment (arXiv 2504.14966): a standing set of code and chat tasks, against FCFS.
+"""Reproduces the annealing paper's experiment (arXiv 2504.14966): a standing set of code and chat tasks, against FCFS.
 
     python -m benchmarks.annealing.paper --seeds 2 --most 64 --json FILE.json --plot FILE.png
 
-Everything is there at time 0. Sets of rising size, engines that run at most so many sequences at once, one to four
-instances with the requests spread over them by remaining KV memory. Bounds of the paper (from memory): chat 10 s to the
-first token and 50 ms a token, code 30 s end to end. Simulated: the policies that serve, on an A100's step times, which
-they know.
+All tasks arrive at time 0. The study varies the size of the set, the maximum batch of the engines, and the number of
+instances (one to four, with the requests spread by remaining KV memory). Bounds of the paper: TTFT 10 s and
+TPOT 50 ms for chat, 30 s end to end for code (quoted from memory). Simulated: the policies of the product on the step
+times of an A100, which they know.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import results_json
 from engine_adapter.step_time.profile import load_profile
 from lab.simulate.experiment import parse_policy
 from lab.simulate.predictions import predict
@@ -46,9 +46,9 @@ def standing(size: int, seed: int, slo_scale: float) -> list[WorkloadRequest]:
 def serve(
     policy: str, tasks: list[WorkloadRequest], batch: int, instances: int, predictor: str, seed: int
 ) -> tuple[float, float]:
-    """SLO attainment (a share) and mean latency (s)."""
+    """SLO attainment (0 to 1) and mean latency (s) of a set."""
     engine = replace(load_profile(PROFILE), max_num_seqs=batch)
-    made = simulate(
+    result = simulate(
         tasks,
         predict(predictor, tasks, seed),
         engine,
@@ -56,12 +56,12 @@ def serve(
         replicas=instances,
         learn=False,
     )
-    attained = sum(one.attained for one in made.served) / len(made.served)
-    return attained, fmean([one.e2e_s for one in made.served if one.e2e_s is not None])
+    attained = sum(one.attained for one in result.results) / len(result.results)
+    return attained, fmean([one.e2e_s for one in result.results if one.e2e_s is not None])
 
 
 def point(size: int, batch: int, instances: int, seeds: int, slo_scale: float, predictor: str) -> dict[str, Any]:
-    """Every policy on the same sets."""
+    """Mean results of every policy on the same sets."""
     row: dict[str, Any] = {"requests": size, "batch": batch, "instances": instances}
     for policy in POLICIES:
         runs = [
@@ -78,14 +78,14 @@ def point(size: int, batch: int, instances: int, seeds: int, slo_scale: float, p
 
 
 def main(
-    seeds: Annotated[int, typer.Option(help="Seeds 0 to this, not included.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, which are 0, 1, ...")] = 3,
     slo_scale: Annotated[float, typer.Option(help="Multiplies the bounds.")] = 1.0,
-    predictor: Annotated[str, typer.Option()] = "shipped",
+    predictor: Annotated[str, typer.Option(help="Length predictor (lab.simulate.predictions).")] = "shipped",
     most: Annotated[int, typer.Option(help="Largest set.")] = SIZES[-1],
-    json_path: Annotated[Path | None, typer.Option("--json")] = None,
-    plot: Annotated[Path | None, typer.Option()] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the results to this PNG.")] = None,
 ) -> None:
-    """Run all sizes, batches and instances; print a table."""
+    """Run all sizes, batches and instances, and print a table."""
     sizes = [size for size in SIZES if size <= most]
     points = [(size, batch, 1) for batch in reversed(BATCHES) for size in sizes if size <= 32 * batch]
     points += [(size, 4, instances) for instances in (2, 3, 4) for size in sizes]
@@ -108,13 +108,13 @@ def main(
         "points": rows,
     }
     if json_path is not None:
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        results_json.write(found, json_path)
     if plot is not None:
         draw(rows, plot)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Attainment of both, and the change of mean latency, over the size of the set; a line each maximum batch."""
+    """Draw attainment and the change of mean latency over the size of the set: one line per maximum batch."""
     import matplotlib
 
     matplotlib.use("Agg")

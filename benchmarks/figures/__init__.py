@@ -1,5 +1,5 @@
-"""The papers' figures and our own, made again by one command: ``python -m benchmarks.figures``.
+"""Reproduces the papers' figures and draws our own in the simulator: ``python -m benchmarks.figures``.
 
-A module a figure: what is run, how it is drawn, and what its part of the page says. `benchmarks.figures.catalogue` has
-them all. Everything here is simulated (`lab.simulate.simulator`).
+Each figure is one module, which runs, draws and describes it. `benchmarks.figures.catalogue` lists them. All figures
+are simulated (`lab.simulate.simulator`).
 """

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.figures``: run the simulations, draw them, write the page."""
+"""``python -m benchmarks.figures``: runs the simulations, draws the figures and writes the pages."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Annotated
 
 import typer
 
+from benchmarks import results_json
 from benchmarks.figures.catalogue import FIGURES
-from benchmarks.figures.figure import save
 from benchmarks.figures.lab import laboratory
 from benchmarks.figures.page import RESULTS, load, write_pages
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help="Make this figure; repeat for several. [default: all]")] = None,
-    show: Annotated[bool, typer.Option("--list", help="Say which figures there are, and stop.")] = False,
-    quick: Annotated[bool, typer.Option(help="Toy sizes, to see that everything works; needs --output.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Run this figure; repeat for several. [default: all]")] = None,
+    show: Annotated[bool, typer.Option("--list", help="List the figures and exit.")] = False,
+    quick: Annotated[bool, typer.Option(help="Run at toy size, as a smoke test; needs --output.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for JSON, PNGs and pages.")] = RESULTS,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a core]")] = None,
-    redraw: Annotated[bool, typer.Option(help="Run nothing: pictures and pages from the JSON that is there.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one per core]")] = None,
+    redraw: Annotated[bool, typer.Option(help="Draw and write pages from existing JSON; simulate nothing.")] = False,
 ) -> None:
-    """Make the figures of docs/results again, all of them simulated."""
+    """Reproduce the simulated figures of docs/results."""
     if show:
         for figure in FIGURES.values():
             print(f"{figure.name:16}{figure.title}")
@@ -33,7 +33,7 @@ def main(
     names = only or list(FIGURES)
     unknown = [name for name in names if name not in FIGURES]
     if unknown:
-        raise typer.BadParameter(f"no figure is called {unknown[0]!r}; there are {', '.join(FIGURES)}")
+        raise typer.BadParameter(f"unknown figure {unknown[0]!r}: choose from {', '.join(FIGURES)}")
     if quick and output.resolve() == RESULTS.resolve():
         raise typer.BadParameter("--quick would overwrite docs/results with toy sizes: give --output")
     if find_spec("matplotlib") is None:
@@ -44,11 +44,11 @@ def main(
         for name in names:
             figure, started = FIGURES[name], time.perf_counter()
             if not redraw:
-                save(figure.measure(lab, quick), output / f"{name}.json")
-            made = load(output)
-            drawn = figure.draw(made[name], output) if name in made else []
-            took = time.perf_counter() - started
-            print(f"{name}: {took:.0f} s, {', '.join([f'{name}.json', *drawn])}", file=sys.stderr)
+                results_json.write(figure.measure(lab, quick), output / f"{name}.json")
+            documents = load(output)
+            pictures = figure.draw(documents[name], output) if name in documents else []
+            elapsed_s = time.perf_counter() - started
+            print(f"{name}: {elapsed_s:.0f} s, {', '.join([f'{name}.json', *pictures])}", file=sys.stderr)
     try:
         for path in write_pages(output):
             print(f"wrote {path}", file=sys.stderr)

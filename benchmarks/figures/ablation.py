@@ -1,14 +1,15 @@
-"""SCORPIO, figure 6: each guard alone, both, and neither."""
+"""SCORPIO, figure 6: each guard alone, both guards, and neither."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from benchmarks.figures.drawing import canvas, look
-from benchmarks.figures.figure import Document, Figure, document
+from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab
 from benchmarks.figures.qps_scaling import AUTHORS_BUDGET, PROFILE
-from benchmarks.figures.records import Record, mean, name_of, of, policies, rates, ratio, table, times
+from benchmarks.figures.records import Record, factor_text, matching, mean, policies_of, rates_of, ratio
+from benchmarks.markdown import policy_label, table
 from lab.simulate.experiment import Experiment, Run
 
 NAME = "ablation"
@@ -16,44 +17,42 @@ POLICIES = ("fcfs", "ttft_guard_only", "tpot_guard_only", "scorpio")
 RATES = (14.0, 20.0)
 SEEDS = (0, 1, 2)
 DURATION_S = 60.0
-SHOWN = {
-    "ttft_violations": "late first token",
-    "tpot_violations": "late tokens",
+PANELS = {
+    "ttft_violations": "TTFT violations",
+    "tpot_violations": "TPOT violations",
     "rejected": "rejected",
     "goodput": "goodput, attained/s",
 }
 
 
 def measure(lab: Lab, quick: bool) -> Document:
-    """The four policies at the paper's rate, and at one where first tokens are late too."""
+    """Run the four policies at the paper's rate, and at a rate where TTFT bounds are missed too."""
     seeds = (0,) if quick else SEEDS
-    workload = {"name": "sharegpt", "duration_s": 1.0 if quick else DURATION_S}
+    workload = {"name": "sharegpt", "duration_s": 0.5 if quick else DURATION_S}
     experiment = Experiment(PROFILE, workload, step_mode="prefill-first", limits=dict(AUTHORS_BUDGET))
     tasks = [(experiment, Run(policy, qps, seed)) for qps in RATES for policy in POLICIES for seed in seeds]
-    return document(NAME, seeds, (PROFILE,), runs=lab.runs("Figure 6", tasks))
+    return new_document(NAME, seeds, (PROFILE,), runs=lab.runs("Figure 6", tasks))
 
 
-def draw(made: Document, folder: Path) -> list[str]:
-    """Bars: a panel a quantity, a group a rate."""
-    names = policies(made["runs"])
+def draw(document: Document, folder: Path) -> list[str]:
+    """Draw bars: one panel per quantity, one group per rate."""
+    names = policies_of(document["runs"])
     with canvas(folder / f"{NAME}.png", f"SCORPIO figure 6 on {PROFILE}, prefill-first", 1, 4, (12, 3.6)) as (
         figure,
         (cells,),
     ):
-        for axes, (key, label) in zip(cells, SHOWN.items(), strict=True):
-            for place, policy in enumerate(names):
-                at = [of(made["runs"], policy=policy, qps=qps) for qps in RATES]
-                heights = [mean(records, key) for records in at]
-                x = [group + (place - (len(names) - 1) / 2) * 0.2 for group in range(len(RATES))]
+        for axes, (key, title) in zip(cells, PANELS.items(), strict=True):
+            for position, policy in enumerate(names):
+                by_rate = [matching(document["runs"], policy=policy, qps=qps) for qps in RATES]
+                heights = [mean(records, key) for records in by_rate]
+                x = [group + (position - (len(names) - 1) / 2) * 0.2 for group in range(len(RATES))]
                 spread = [
-                    [abs(h - pick(r[key] for r in records)) for h, records in zip(heights, at, strict=True)]
+                    [abs(h - pick(r[key] for r in records)) for h, records in zip(heights, by_rate, strict=True)]
                     for pick in (min, max)
                 ]
-                label_of = "fcfs (neither guard)" if policy == "fcfs" else policy
-                axes.bar(
-                    x, heights, 0.18, color=look(policy)[0], yerr=spread, error_kw={"linewidth": 1}, label=label_of
-                )
-            axes.set_title(label)
+                label = "fcfs (neither guard)" if policy == "fcfs" else policy
+                axes.bar(x, heights, 0.18, color=look(policy)[0], yerr=spread, error_kw={"linewidth": 1}, label=label)
+            axes.set_title(title)
             axes.set_xticks(range(len(RATES)), [f"{qps:g}/s" for qps in RATES])
             axes.grid(axis="x", visible=False)
             if key != "goodput":
@@ -63,74 +62,73 @@ def draw(made: Document, folder: Path) -> list[str]:
     return [f"{NAME}.png"]
 
 
-def section(made: Document) -> str:
-    """The table, and what each guard does alone."""
-    runs = made["runs"]
+def section(document: Document) -> str:
+    """The table, and the effect of each guard alone."""
+    runs = document["runs"]
     rows = [
         [
             f"{qps:g}",
-            name_of(policy),
-            *(f"{mean(of(runs, qps=qps, policy=policy), key):.2f}" for key in [*SHOWN, "slo_adherence"]),
+            policy_label(policy),
+            *(f"{mean(matching(runs, qps=qps, policy=policy), key):.2f}" for key in [*PANELS, "slo_adherence"]),
         ]
-        for qps in rates(runs)
-        for policy in policies(runs)
+        for qps in rates_of(runs)
+        for policy in policies_of(runs)
     ]
-    return f"""**The paper.** At 14 requests/s: with neither guard goodput is far lower; the TTFT guard alone removes
-TTFT violations but leaves
-severe TPOT violations, and the other way round.
+    return f"""**Paper.** At 14 requests/s, goodput is far lower with neither guard. The TTFT guard alone removes TTFT
+violations but leaves severe TPOT violations. The TPOT guard alone does the reverse.
 
-**Here.** As in figure 4: `{PROFILE}`, prefill-first, {made["runs"][0]["asked"]["duration_s"]:g} s of arrivals,
-{len(made["seeds"])} seeds. Violations are shares of
-all requests; a rejected one violates nothing and attains nothing.
+**Here.** As in figure 4: `{PROFILE}`, prefill-first, {runs[0]["workload_options"]["duration_s"]:g} s of arrivals,
+{len(document["seeds"])} seeds. Violations are shares of all requests. A rejected request violates no bound, and is not
+attained.
 
 ![Violations and goodput of each guard]({NAME}.png)
 
-{table(["offered/s", "policy", *SHOWN.values(), "adherence"], rows)}
+{table(["offered/s", "policy", *PANELS.values(), "adherence"], rows)}
 
-**Where they differ, and why.** {_at(runs, RATES[0])}
+**Comparison.** {_reading_at(runs, RATES[0])}
 
-{_at(runs, RATES[1])}
+{_reading_at(runs, RATES[1])}
 
-So the interdependence is there: admission control needs somebody who rejects, and rejection by first tokens alone does
-nothing for the pace. The two are not equals, though: on this engine the pace breaks first, and the TTFT guard by itself
-begins to matter only once the batch is full.
+So the guards depend on each other: the TPOT guard needs a guard that rejects, and rejection by TTFT alone does not
+protect TPOT. They do not matter equally. On this engine TPOT fails first, and the TTFT guard alone matters only once
+the batch is full.
 """
 
 
-def _at(runs: list[Record], qps: float) -> str:
-    def got(policy: str, key: str) -> float:
-        return mean(of(runs, qps=qps, policy=policy), key)
+def _reading_at(runs: list[Record], qps: float) -> str:
+    def value(policy: str, key: str) -> float:
+        return mean(matching(runs, qps=qps, policy=policy), key)
 
-    stock_late = got("fcfs", "ttft_violations")
+    stock_late = value("fcfs", "ttft_violations")
     if stock_late < 0.01:
         first = (
-            f"At {qps:g}/s stock vLLM, which puts prefills first, has hardly a late first token ({stock_late:.1%}), "
-            f"so the TTFT guard "
-            f"alone has nothing to do: goodput {got('ttft_guard_only', 'goodput'):.2f}/s against "
-            f"{got('fcfs', 'goodput'):.2f}/s, late tokens "
-            f"{got('ttft_guard_only', 'tpot_violations'):.0%} against {got('fcfs', 'tpot_violations'):.0%}."
+            f"At {qps:g}/s stock vLLM runs prefills first and misses hardly any TTFT bound ({stock_late:.1%}), "
+            f"so the TTFT guard alone changes nothing. Goodput is {value('ttft_guard_only', 'goodput'):.2f}/s against "
+            f"{value('fcfs', 'goodput'):.2f}/s; TPOT violations are "
+            f"{value('ttft_guard_only', 'tpot_violations'):.0%} against {value('fcfs', 'tpot_violations'):.0%}."
         )
     else:
         first = (
-            f"At {qps:g}/s, where its batch is full, stock vLLM is late with {stock_late:.0%} of first tokens; the "
-            f"TTFT guard alone brings that "
-            f"to {got('ttft_guard_only', 'ttft_violations'):.0%} and leaves "
-            f"{got('ttft_guard_only', 'tpot_violations'):.0%} late on TPOT."
+            f"At {qps:g}/s the batch is full, and stock vLLM violates {stock_late:.0%} of TTFT bounds. The TTFT guard "
+            f"alone reduces that to {value('ttft_guard_only', 'ttft_violations'):.0%}, and leaves "
+            f"{value('ttft_guard_only', 'tpot_violations'):.0%} TPOT violations."
         )
-    alone = max(got("ttft_guard_only", "goodput"), got("tpot_guard_only", "goodput"))
+    best_alone = max(value("ttft_guard_only", "goodput"), value("tpot_guard_only", "goodput"))
     return (
-        f"{first} The TPOT guard alone brings late tokens from {got('fcfs', 'tpot_violations'):.0%} to "
-        f"{got('tpot_guard_only', 'tpot_violations'):.1%}, but nobody turns away what it holds back: "
-        f"{got('tpot_guard_only', 'ttft_violations'):.0%} late first tokens. Both together: "
-        f"{got('scorpio', 'ttft_violations'):.1%} and {got('scorpio', 'tpot_violations'):.1%} late, "
-        f"{times(ratio(got('scorpio', 'goodput'), alone))} the goodput of the better guard alone."
+        f"{first} The TPOT guard alone reduces TPOT violations from {value('fcfs', 'tpot_violations'):.0%} to "
+        f"{value('tpot_guard_only', 'tpot_violations'):.1%}. It rejects nothing, so the requests that it delays cause "
+        f"{value('tpot_guard_only', 'ttft_violations'):.0%} TTFT violations. With both guards "
+        f"{value('scorpio', 'ttft_violations'):.1%} violate TTFT and {value('scorpio', 'tpot_violations'):.1%} TPOT; "
+        f"goodput is {factor_text(ratio(value('scorpio', 'goodput'), best_alone))} that of the better guard alone."
     )
 
 
-def headline(made: Document) -> str:
-    """Goodput of all four at the paper's rate."""
-    got = [f"{name_of(p)} {mean(of(made['runs'], qps=RATES[0], policy=p), 'goodput'):.2f}" for p in POLICIES]
-    return f"goodput at {RATES[0]:g}/s: {', '.join(got)}"
+def headline(document: Document) -> str:
+    """Goodput of the four policies at the paper's rate."""
+    goodput = [
+        f"{policy_label(p)} {mean(matching(document['runs'], qps=RATES[0], policy=p), 'goodput'):.2f}" for p in POLICIES
+    ]
+    return f"goodput at {RATES[0]:g}/s: {', '.join(goodput)}"
 
 
 FIGURE = Figure(NAME, "Each guard alone (SCORPIO, figure 6)", measure, draw, section, headline)

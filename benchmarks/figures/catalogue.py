@@ -1,4 +1,4 @@
-"""All figures, in the order of the page."""
+"""All figures in the order of the page."""
 
 from __future__ import annotations
 

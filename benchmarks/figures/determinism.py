@@ -1,4 +1,4 @@
-"""The same seed, the same JSON: the command run twice, its output hashed."""
+"""Checks that the same seed gives the same JSON: runs one command twice and compares the hashes of its output."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.figures.figure import Document, Figure, document
+from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab
-from benchmarks.figures.records import table
+from benchmarks.markdown import table
 
 NAME = "determinism"
 PROFILE = "a100-llama3.1-8b"
@@ -23,55 +23,54 @@ JOBS = (1, 2)
 
 
 def measure(lab: Lab, quick: bool) -> Document:
-    """Twice, once in one process and once shared by two."""
+    """Run the command with one process, then with two."""
     arguments = ["simulate", "--qps", "20", "--qps", "60", "--requests", "10" if quick else "900", "--seed", str(SEED)]
     for policy in POLICIES[:1] if quick else POLICIES:
         arguments += ["--policy", policy]
     arguments += ["--profile", PROFILE, "--json", "--no-timings"]
-    hashes = lab.each("Determinism", _hashed, [[*arguments, "--jobs", str(jobs)] for jobs in JOBS])
+    hashes = lab.each("Determinism", _output_hash, [[*arguments, "--jobs", str(jobs)] for jobs in JOBS])
     runs = {
-        "ran": "antares " + " ".join(arguments),
+        "hashed_command": "antares " + " ".join(arguments),
         "jobs": list(JOBS),
         "sha256": hashes,
         "same": len(set(hashes)) == 1,
     }
     made_with = {"python": platform.python_version(), "numpy": np.__version__}
-    return document(NAME, (SEED,), (PROFILE,), **runs, made_with=made_with)
+    return new_document(NAME, (SEED,), (PROFILE,), **runs, made_with=made_with)
 
 
-def _hashed(arguments: list[str]) -> str:
-    done = subprocess.run([sys.executable, "-m", "lab.cli", *arguments], check=True, capture_output=True)
-    return hashlib.sha256(done.stdout).hexdigest()
+def _output_hash(arguments: list[str]) -> str:
+    process = subprocess.run([sys.executable, "-m", "lab.cli", *arguments], check=True, capture_output=True)
+    return hashlib.sha256(process.stdout).hexdigest()
 
 
-def draw(made: Document, folder: Path) -> list[str]:
-    """Nothing to draw."""
+def draw(document: Document, folder: Path) -> list[str]:
+    """Draw nothing."""
     return []
 
 
-def section(made: Document) -> str:
-    """The command and the hashes."""
-    pairs: list[tuple[Any, Any]] = list(zip(made["jobs"], made["sha256"], strict=True))
-    made_with = made["made_with"]
-    return f"""**Asked:** the same seed gives the same JSON, twice.
+def section(document: Document) -> str:
+    """The command, the hashes, and whether they are equal."""
+    pairs: list[tuple[Any, Any]] = list(zip(document["jobs"], document["sha256"], strict=True))
+    versions = document["made_with"]
+    return f"""**Requirement:** the same seed gives the same JSON.
 
 ```
-{made["ran"]} --jobs 1 | sha256sum
+{document["hashed_command"]} --jobs 1 | sha256sum
 ```
 
 {table(["processes", "SHA-256 of the output"], [[str(jobs), f"`{digest}`"] for jobs, digest in pairs])}
 
-{"The same, byte for byte" if made["same"] else "**Not the same**"}, with one process and with two. `--no-timings`
-leaves out what a clock says, which is all
-that may differ. Another NumPy may draw other numbers: these are from Python {made_with["python"]}, NumPy
-{made_with["numpy"]}. The JSON files of this
-folder, but for `cost.json`, hold no wall-clock times either, so the same code writes the same files again.
+The outputs of one process and of two are {"identical" if document["same"] else "**not identical**"}. `--no-timings`
+leaves out wall-clock times, which vary. Another NumPy version may draw other random numbers; these hashes are from
+Python {versions["python"]} and NumPy {versions["numpy"]}. Except for `cost.json`, the figures' JSON files hold no
+wall-clock times, so the same code writes the same files.
 """
 
 
-def headline(made: Document) -> str:
-    """Whether it holds."""
-    return f"the same JSON from the same seed, twice: {'yes' if made['same'] else '**no**'}"
+def headline(document: Document) -> str:
+    """Whether the outputs are identical."""
+    return f"the same seed gives the same JSON: {'yes' if document['same'] else '**no**'}"
 
 
-FIGURE = Figure(NAME, "The same seed, the same result", measure, draw, section, headline)
+FIGURE = Figure(NAME, "Determinism", measure, draw, section, headline)

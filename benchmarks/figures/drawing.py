@@ -1,4 +1,4 @@
-"""How the figures look: one style, and one colour a policy throughout."""
+"""Shared style of the figures: one colour and marker per policy."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.figures.records import Record, mean, of, policies, rates
+from benchmarks.figures.records import Record, matching, mean, policies_of, rates_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-# Okabe and Ito's palette, which the colour-blind can tell apart; markers differ too, for print.
+# The Okabe-Ito palette is safe for colour-blind readers. Markers differ too, for print.
 _LOOKS = {
     "fcfs": ("#0072B2", "o"),
     "s3": ("#D55E00", "s"),
@@ -44,14 +44,19 @@ def look(policy: str) -> tuple[str, str]:
     return _LOOKS.get(base) or _SPARE[sum(map(ord, base)) % len(_SPARE)]
 
 
+def plot_label(policy: str) -> str:
+    """The name of a policy in a legend."""
+    return "fcfs (stock vLLM)" if policy == "fcfs" else policy
+
+
 @contextmanager
 def canvas(
     path: Path, title: str, rows: int, columns: int, size: tuple[float, float], *, simulated: bool = True
 ) -> Iterator[tuple[Canvas, Any]]:
-    """A figure and its axes, shape (rows, columns), saved as ``path`` at the end; says whether it is simulated.
+    """A figure and its axes, shape (rows, columns). Saves it as ``path`` on exit, and marks it if simulated.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing; the message names the extra that brings it.
+        ModuleNotFoundError: matplotlib is missing; the message names the extra that installs it.
     """
     try:
         import matplotlib as mpl
@@ -65,48 +70,48 @@ def canvas(
         try:
             yield figure, axes
             figure.suptitle(f"SIMULATED · {title}" if simulated else title, fontsize=11)
-            # No date and no version inside: the same data makes the same file.
+            # Without date and version in the metadata, the same data writes the same file.
             figure.savefig(path, dpi=120, metadata={"Software": None})
         finally:
             pyplot.close(figure)
 
 
 def legend(figure: Canvas, axes: Sequence[Axes]) -> None:
-    """One legend below all axes; a label that several have appears once."""
+    """Draw one legend below all axes; each label appears once."""
     lines = {label: line for one in axes for line, label in zip(*one.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 7), frameon=False)
 
 
-def over_rates(axes: Axes, runs: Sequence[Record], key: str) -> None:
-    """A line a policy: ``key`` over the offered rate, mean over seeds, the band around it their range."""
-    for policy in policies(runs):
-        own = of(runs, policy=policy)
-        offered = rates(own)
-        at = [of(own, qps=qps) for qps in offered]
+def plot_over_rates(axes: Axes, runs: Sequence[Record], key: str) -> None:
+    """Plot ``key`` over the offered rate: one line per policy (mean over seeds) in a band (their range)."""
+    for policy in policies_of(runs):
+        own = matching(runs, policy=policy)
+        offered = rates_of(own)
+        by_rate = [matching(own, qps=qps) for qps in offered]
         colour, marker = look(policy)
-        varied = ":" in policy
+        has_options = ":" in policy
         axes.plot(
             offered,
-            [mean(records, key) for records in at],
+            [mean(records, key) for records in by_rate],
             color=colour,
             marker=marker,
             markersize=5,
-            markerfacecolor="white" if varied else colour,
-            linestyle="--" if varied else "-",
+            markerfacecolor="white" if has_options else colour,
+            linestyle="--" if has_options else "-",
             linewidth=1.7,
-            label="fcfs (stock vLLM)" if policy == "fcfs" else policy,
+            label=plot_label(policy),
         )
-        if any(len(records) > 1 for records in at):
-            least, most = ([pick(r[key] for r in records) for records in at] for pick in (min, max))
-            axes.fill_between(offered, least, most, color=colour, alpha=0.15, linewidth=0)
+        if any(len(records) > 1 for records in by_rate):
+            low, high = ([pick(r[key] for r in records) for records in by_rate] for pick in (min, max))
+            axes.fill_between(offered, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("offered requests per second")
     axes.set_ylim(bottom=0)
 
 
-def bounds_over_rates(axes: Axes, runs: Sequence[Record]) -> None:
-    """The bounds on adherence that no policy can pass."""
-    offered = rates(runs)
+def plot_bounds_over_rates(axes: Axes, runs: Sequence[Record]) -> None:
+    """Plot the upper bounds on adherence (`lab.bounds`) over the offered rate."""
+    offered = rates_of(runs)
     for key, label, dashes in (("count_bound", "count bound", "--"), ("fair_bound", "fair bound", ":")):
-        heights = [mean(of(runs, qps=qps), key) for qps in offered]
+        heights = [mean(matching(runs, qps=qps), key) for qps in offered]
         axes.plot(offered, heights, color="0.25", linewidth=1.2, linestyle=dashes, label=label, zorder=1)
     axes.set_ylim(0, 1.04)

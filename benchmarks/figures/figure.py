@@ -1,8 +1,7 @@
-"""What a figure is, and the JSON that it leaves behind."""
+"""The parts of a figure, and its JSON document."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +10,17 @@ from typing import Any
 from benchmarks.figures.lab import Lab
 
 Document = dict[str, Any]
-"""A figure's JSON: what `document` makes."""
-
-LISTS = ("runs", "replays", "capacities", "timings")
-"""Members that hold many records: one a line in the file."""
+"""The JSON of a figure, as made by `new_document`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
     """One figure of the page.
 
-    ``measure(lab, quick)`` runs it, at toy sizes if ``quick``; ``draw(document, folder)`` writes its PNGs and answers
-    their names; ``section(document)`` is its text on the page, without the heading, lines of any length;
-    ``headline(document)`` is one sentence.
+    - ``measure(lab, quick)`` runs the simulations, at toy size if ``quick``, and returns the document.
+    - ``draw(document, folder)`` writes the PNGs and returns their names.
+    - ``section(document)`` returns the page text without the heading, with lines of any length.
+    - ``headline(document)`` returns one sentence for the index.
     """
 
     name: str
@@ -34,8 +31,8 @@ class Figure:
     headline: Callable[[Document], str]
 
 
-def document(name: str, seeds: tuple[int, ...], profiles: tuple[str, ...], **members: Any) -> Document:
-    """A figure's JSON, with what every figure says of itself."""
+def new_document(name: str, seeds: tuple[int, ...], profiles: tuple[str, ...], **members: Any) -> Document:
+    """The document of figure ``name``: the members that all figures have, then ``members``."""
     return {
         "figure": name,
         "simulated": True,
@@ -44,15 +41,3 @@ def document(name: str, seeds: tuple[int, ...], profiles: tuple[str, ...], **mem
         "profiles": list(profiles),
         **members,
     }
-
-
-def save(made: Document, path: Path) -> None:
-    """Write ``made`` as JSON, records one a line."""
-    parts = []
-    for key, value in made.items():
-        if key in LISTS:
-            lines = ",\n".join("    " + json.dumps(record) for record in value)
-            parts.append(f'  "{key}": [\n{lines}\n  ]')
-        else:
-            parts.append(f'  "{key}": ' + json.dumps(value, indent=2).replace("\n", "\n  "))
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where the figures' runs are made: processes that share the work, and a bar that shows how far they are."""
+"""Runs the simulations of the figures in several processes, with a progress bar."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ from lab.simulate.experiment import Experiment, Run, perform
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-DROPPED = ("per_class", "failed", "finished", "wall_s", "scheduling_s", "setup_s", "decisions")
-"""Of a run record: what no figure shows, and wall-clock times, so that the same code writes the same file again."""
+OMITTED_FIELDS = ("per_class", "failed", "finished", "wall_s", "scheduling_s", "setup_s", "decisions")
+"""Fields of a run record that no figure shows, and wall-clock times, which differ from run to run.
+
+Without them the same code and seed write the same file."""
 
 
 @dataclass(slots=True)
 class Lab:
-    """``pool`` None: everything in this process. ``begin(text, n)`` and ``advance()`` tell of progress."""
+    """Runs tasks in ``pool``, or in this process if ``pool`` is None.
+
+    ``begin(text, n)`` and ``advance()`` report progress.
+    """
 
     pool: Executor | None
     begin: Callable[[str, int], None] = lambda text, n: None
     advance: Callable[[], None] = lambda: None
 
     def each(self, what: str, work: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
-        """``work`` of every task, in order. ``work`` must be a function of a module."""
+        """``work(task)`` for each task, in order. ``work`` must be a function of a module, so that it pickles."""
         self.begin(what, len(tasks))
         results = []
         for result in self.pool.map(work, tasks) if self.pool else map(work, tasks):
@@ -39,33 +44,37 @@ class Lab:
         return results
 
     def runs(self, what: str, tasks: Sequence[tuple[Experiment, Run]]) -> list[dict[str, Any]]:
-        """A record (`lab.records.run_record`, shortened) of every run, with what tells experiments apart."""
+        """The shortened run record (`lab.records.run_record`) of each run, with the fields of its experiment."""
         return self.each(what, record_of, tasks)
 
 
 def record_of(task: tuple[Experiment, Run]) -> dict[str, Any]:
     """The record of one run."""
     experiment, run = task
-    record = perform(experiment, run)
-    return described(experiment) | {key: value for key, value in record.items() if key not in DROPPED}
+    return experiment_fields(experiment) | shortened(perform(experiment, run))
 
 
-def described(experiment: Experiment) -> dict[str, Any]:
-    """What a record must say of its experiment."""
-    asked = {key: value for key, value in experiment.workload.items() if value is not None}
+def shortened(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` without `OMITTED_FIELDS`."""
+    return {key: value for key, value in record.items() if key not in OMITTED_FIELDS}
+
+
+def experiment_fields(experiment: Experiment) -> dict[str, Any]:
+    """The fields that tell the experiments of one document apart."""
+    options = {key: value for key, value in experiment.workload.items() if value is not None}
     return {
         "profile": experiment.profile,
         "step_mode": experiment.step_mode,
         **experiment.limits,
-        "workload": asked.pop("name"),
-        "asked": asked,
+        "workload": options.pop("name"),
+        "workload_options": options,
         "predictor": experiment.predictor,
     }
 
 
 @contextmanager
 def laboratory(jobs: int) -> Iterator[Lab]:
-    """A lab of ``jobs`` processes, its progress on stderr."""
+    """A `Lab` of ``jobs`` processes that shows progress on stderr."""
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -78,7 +87,7 @@ def laboratory(jobs: int) -> Iterator[Lab]:
         if jobs <= 1:
             yield lab
             return
-        # Spawned, because the bar has a thread of its own, and forking beside a thread may hang.
+        # NOTE: spawn, not fork: the progress bar has a thread, and a fork beside a running thread can deadlock.
         with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
             lab.pool = pool
             yield lab

@@ -1,30 +1,31 @@
-"""SCORPIO's figure 4 on the other profiles of an A100, in both step modes, as it comes out."""
+"""SCORPIO's figure 4 on the other profiles of an A100, in both step modes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.figures.drawing import bounds_over_rates, canvas, legend, over_rates
-from benchmarks.figures.figure import Document, Figure, document
+from benchmarks.figures.drawing import canvas, legend, plot_bounds_over_rates, plot_over_rates
+from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab
 from benchmarks.figures.qps_scaling import AUTHORS_BUDGET
-from benchmarks.figures.records import Record, compared, mean, name_of, of, policies, rates, table, times
+from benchmarks.figures.records import Record, compare, factor_text, matching, mean, policies_of, rates_of
+from benchmarks.markdown import policy_label, table
 from lab.simulate.experiment import Experiment, Run
 
 NAME = "other_profiles"
 POLICIES = ("fcfs", "s3", "mooncake", "scorpio")
 CAUTIOUS = "scorpio:eta=1.6"
-"""Added where prefills stop all decodes: eta is what SCORPIO has to allow for that."""
-CLEARLY = 1.0
-"""Points of adherence that are worth a word."""
+"""Run where prefills stop all decodes: a larger eta is SCORPIO's only allowance for that."""
+MIN_LEAD = 1.0
+"""Smallest lead, in points of adherence, that the page reports."""
 SEEDS = (0, 1)
 DURATION_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A profile in a step mode, and the rates from calm to collapse."""
+    """A profile in a step mode, with offered rates from light load to collapse."""
 
     profile: str
     step_mode: str
@@ -32,7 +33,7 @@ class Panel:
     policies: tuple[str, ...] = POLICIES
 
     def experiment(self, duration_s: float) -> Experiment:
-        """As deployed: chunked with the profile's own budget, prefill-first with the authors'."""
+        """The experiment: chunked prefill with the profile's token budget, prefill-first with the authors' budget."""
         limits = {} if self.step_mode == "chunked" else dict(AUTHORS_BUDGET)
         return Experiment(
             self.profile, {"name": "sharegpt", "duration_s": duration_s}, step_mode=self.step_mode, limits=limits
@@ -49,7 +50,7 @@ PANELS = (
 
 
 def measure(lab: Lab, quick: bool) -> Document:
-    """Every panel: policies, rates, seeds."""
+    """Run every policy at every rate and seed of all panels."""
     seeds = (0,) if quick else SEEDS
     tasks = [
         (panel.experiment(1.0 if quick else DURATION_S), Run(policy, float(qps), seed))
@@ -59,25 +60,25 @@ def measure(lab: Lab, quick: bool) -> Document:
         for seed in seeds
     ]
     profiles = tuple(dict.fromkeys(panel.profile for panel in PANELS))
-    return document(NAME, seeds, profiles, runs=lab.runs("Other profiles", tasks))
+    return new_document(NAME, seeds, profiles, runs=lab.runs("Other profiles", tasks))
 
 
-def _of(panel: Panel, runs: list[Record]) -> list[Record]:
-    return of(runs, profile=panel.profile, step_mode=panel.step_mode)
+def _runs_of(panel: Panel, runs: list[Record]) -> list[Record]:
+    return matching(runs, profile=panel.profile, step_mode=panel.step_mode)
 
 
-def draw(made: Document, folder: Path) -> list[str]:
-    """A column a panel: goodput above, adherence below."""
+def draw(document: Document, folder: Path) -> list[str]:
+    """Draw one column per panel: goodput above, adherence below."""
     with canvas(folder / f"{NAME}.png", "ShareGPT lengths, the paper's SLOs", 2, len(PANELS), (17, 6.6)) as (
         figure,
         axes,
     ):
         for column, panel in enumerate(PANELS):
-            own = _of(panel, made["runs"])
+            own = _runs_of(panel, document["runs"])
             goodput, adherence = axes[0][column], axes[1][column]
-            over_rates(goodput, own, "goodput")
-            over_rates(adherence, own, "slo_adherence")
-            bounds_over_rates(adherence, own)
+            plot_over_rates(goodput, own, "goodput")
+            plot_over_rates(adherence, own, "slo_adherence")
+            plot_bounds_over_rates(adherence, own)
             goodput.set_title(f"{panel.profile}, {panel.step_mode}")
             goodput.set_xlabel("")
         axes[0][0].set_ylabel("goodput, attained/s")
@@ -86,78 +87,83 @@ def draw(made: Document, folder: Path) -> list[str]:
     return [f"{NAME}.png"]
 
 
-def section(made: Document) -> str:
-    """One table a panel, and what stands out."""
+def section(document: Document) -> str:
+    """One table per panel, and the panels in which a baseline leads."""
     parts = [
-        f"""**The paper** has one engine. **Here** the same policies run on three accounts of the same card, which
-disagree by
-2x and more ([profiles](../profiles.md)), under today's vLLM (chunked prefill, budget 2048) and under vLLM 0.6's rule
-(prefill-first, budget 1024). {DURATION_S:g} s of Poisson arrivals, {len(made["seeds"])} seeds, as it came out.
+        f"""**Paper.** One engine. **Here.** The same policies on three profiles of the same card, whose step times
+differ by 2x and more ([profiles](../profiles.md)). Both step modes: chunked prefill with budget 2048, as in current
+vLLM, and prefill-first with budget 1024, as in vLLM 0.6. {DURATION_S:g} s of Poisson arrivals,
+{len(document["seeds"])} seeds.
 
 ![Goodput and adherence on five engines]({NAME}.png)
 
-Adherence, mean over the seeds; the last column compares goodput and adherence of `scorpio` with stock vLLM's."""
+Adherence, mean over the seeds. The last column compares goodput and adherence of `scorpio` with those of stock vLLM."""
     ]
     for panel in PANELS:
-        own = _of(panel, made["runs"])
-        names = policies(own)
+        own = _runs_of(panel, document["runs"])
+        names = policies_of(own)
         rows = []
-        for qps in rates(own):
-            at = of(own, qps=qps)
-            factor, points = compared(at, "scorpio", "fcfs")
-            cells = [f"{mean(of(at, policy=p), 'slo_adherence'):.2f}" for p in names]
-            bounds = f"{mean(at, 'count_bound'):.2f} / {mean(at, 'fair_bound'):.2f}"
-            rows.append([f"{qps:g}", *cells, bounds, f"{times(factor)}, {points:+.1f} points"])
-        heads = ["offered/s", *map(name_of, names), "count / fair bound", "`scorpio` over stock"]
+        for qps in rates_of(own):
+            at_rate = matching(own, qps=qps)
+            factor, points = compare(at_rate, "scorpio", "fcfs")
+            cells = [f"{mean(matching(at_rate, policy=p), 'slo_adherence'):.2f}" for p in names]
+            bounds = f"{mean(at_rate, 'count_bound'):.2f} / {mean(at_rate, 'fair_bound'):.2f}"
+            rows.append([f"{qps:g}", *cells, bounds, f"{factor_text(factor)}, {points:+.1f} points"])
+        heads = ["offered/s", *map(policy_label, names), "count / fair bound", "`scorpio` over stock"]
         parts.append(f"`{panel.profile}`, {panel.step_mode}:\n\n{table(heads, rows)}")
-    parts.append(_reading(made["runs"]))
+    parts.append(_reading(document["runs"]))
     return "\n\n".join(parts) + "\n"
 
 
 def _reading(runs: list[Record]) -> str:
     rows = []
     for panel in PANELS:
-        own = _of(panel, runs)
-        for qps in rates(own):
-            at = of(own, qps=qps)
-            adherence = {policy: mean(of(at, policy=policy), "slo_adherence") for policy in POLICIES}
+        own = _runs_of(panel, runs)
+        for qps in rates_of(own):
+            at_rate = matching(own, qps=qps)
+            adherence = {policy: mean(matching(at_rate, policy=policy), "slo_adherence") for policy in POLICIES}
             best = max(adherence, key=lambda policy: adherence[policy])
-            behind = 100 * (adherence[best] - adherence["scorpio"])
-            if behind > CLEARLY:
-                late, refused = (
-                    f"{mean(of(at, policy='scorpio'), key):.0%}" for key in ("tpot_violations", "rejected")
+            lead = 100 * (adherence[best] - adherence["scorpio"])
+            if lead > MIN_LEAD:
+                late, rejected = (
+                    f"{mean(matching(at_rate, policy='scorpio'), key):.0%}" for key in ("tpot_violations", "rejected")
                 )
                 engine = f"`{panel.profile}`, {panel.step_mode}"
-                rows.append([engine, f"{qps:g}", f"`{best}` by {behind:.0f} points", late, refused])
+                rows.append([engine, f"{qps:g}", f"`{best}` by {lead:.0f} points", late, rejected])
     if not rows:
-        return f"**Where SCORPIO fails.** Nowhere is another policy more than {CLEARLY:g} point ahead of `scorpio`."
-    heads = ["engine", "offered/s", "best baseline, ahead", "`scorpio`: late tokens", "`scorpio`: rejected"]
-    return f"""**Where SCORPIO fails.** Here a baseline is ahead of it by more than {CLEARLY:g} point of adherence:
+        return f"**Where SCORPIO loses.** No other policy leads `scorpio` by more than {MIN_LEAD:g} point anywhere."
+    heads = ["engine", "offered/s", "best baseline, lead", "`scorpio`: TPOT violations", "`scorpio`: rejected"]
+    return f"""**Where SCORPIO loses.** A baseline leads by more than {MIN_LEAD:g} point of adherence in these rows:
 
 {table(heads, rows)}
 
-Where many of its tokens are late: its TPOT estimate is eta times the time of a step that only decodes, and in
-prefill-first mode decodes stand still during prefills, for a share of the time that one constant (1.3) does not know.
-With eta 1.6 (dashed) nearly all tokens are in time, at the price of refusals at lower rates. Its credits add to it:
-they
-slow a request with a loose bound to just that bound, which leaves nothing in hand for the next prefill. Where none are
-late it refuses what others serve in time: eta is too cautious there, and the strictest running request decides for all.
-`mooncake` falls off on the fastest engines at the highest rates, because it does not look at places in the batch
-(`max_num_seqs` 256): what it lets in then waits inside the engine for one. Where steps hardly grow with context and
-batch
-(`blis-a100`, chunked), nobody's tokens are late, and shortest first, which rejects nobody, frees places fastest."""
+Where many TPOT bounds are violated: SCORPIO's TPOT estimate is eta times the time of a step that only decodes. In
+prefill-first mode decodes stop during prefills, for a share of the time that the constant eta (1.3) does not capture.
+With eta 1.6 (dashed) nearly all requests meet their TPOT bound, at the price of rejections at lower rates. The credits
+make it worse: they slow a request with a loose bound down to exactly that bound, which leaves no slack for the next
+prefill.
+
+Where no TPOT bound is violated, `scorpio` rejects requests that others serve in time. Eta is too cautious there, and
+the strictest running request decides for all.
+
+`mooncake` collapses on the fastest engines at the highest rates. It does not check the free slots of the batch
+(`max_num_seqs` 256), so admitted requests wait inside the engine for a slot.
+
+On `blis-a100` with chunked prefill, steps hardly grow with context and batch. No policy violates TPOT there, and
+shortest first, which rejects nothing, frees slots fastest."""
 
 
-def headline(made: Document) -> str:
-    """The extremes over all panels."""
+def headline(document: Document) -> str:
+    """The range of SCORPIO's gain over stock vLLM."""
     points = [
-        compared(of(own, qps=qps), "scorpio", "fcfs")[1]
-        for own in (_of(panel, made["runs"]) for panel in PANELS)
-        for qps in rates(own)
+        compare(matching(own, qps=qps), "scorpio", "fcfs")[1]
+        for own in (_runs_of(panel, document["runs"]) for panel in PANELS)
+        for qps in rates_of(own)
     ]
     return (
-        f"`scorpio` {min(points):+.0f} to {max(points):+.0f} points of adherence against stock vLLM, by engine and rate"
+        f"`scorpio` has {min(points):+.0f} to {max(points):+.0f} points of adherence against stock vLLM, depending on "
+        "engine and rate"
     )
 
 
-FIGURE = Figure(NAME, "The same on other step times and step modes", measure, draw, section, headline)
+FIGURE = Figure(NAME, "Other step times and step modes", measure, draw, section, headline)

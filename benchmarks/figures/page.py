@@ -1,48 +1,42 @@
-"""The pages: docs/results/simulated.md with every figure, its entry in the index, and the table in docs/planning.md."""
+"""Writes docs/results/simulated.md with all figures, their list in the index, and the table in docs/planning.md."""
 
 from __future__ import annotations
 
 import json
-import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.figures import capacity
 from benchmarks.figures.catalogue import FIGURES
 from benchmarks.figures.figure import Document
+from benchmarks.markdown import anchor, with_block, wrapped
 
 PAGE = "simulated.md"
 INDEX = "README.md"
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 PLANNING = RESULTS.parent / "planning.md"
 
-_AS_IT_IS = ("|", "!", "#", "`" * 3)
-"""How a paragraph begins that is no prose."""
-
 _HEAD = """# Simulated results
 
-**Everything on this page is simulated.** No GPU was used. The gateway's own policies, admission and step gate ran in
-virtual
-time against the rules of vLLM's scheduler, each step as long as a [step-time profile](../profiles.md) says. What
-that leaves
-out is listed in [docs/planning.md](../planning.md). Measurements on a real engine stand in the [index](README.md).
+**Everything on this page is simulated.** No GPU was used. The gateway's own policies, admission and step gate run in
+virtual time. Steps follow the rules of vLLM's scheduler and the times of a [profile](../profiles.md).
+[docs/planning.md](../planning.md) lists what the simulation leaves out. The [index](README.md) links to the
+measurements on a real engine.
 
-`make figures` makes every number and picture here again; `python -m benchmarks.figures --only NAME` makes one. The
-text is
-written by the same command from the same JSON: a sentence with a number in it cannot be older than the number.
+`make figures` reproduces all numbers and pictures; `python -m benchmarks.figures --only NAME` reproduces one figure.
+The same command writes the text from the same JSON, so text and numbers agree.
 
-*Goodput* is attained requests per second from the start to the last answer, *adherence* attained over **all** requests:
-what was rejected stays in the denominator. *Attained*: finished, first token and tokens both in time. *Bounds*: no
-scheduler can pass the count bound, none that prefers no cheap requests the fair bound
-([how](../../lab/bounds.py)).
-The SLOs are the paper's six categories for Llama-3.1-8B (first token 0.5 to 7.5 s, tokens 30 or 50 ms apart), evenly
-mixed.
+- *Attained*: the request finished and met its TTFT and TPOT bounds.
+- *Goodput*: attained requests per second, from the start to the last answer.
+- *Adherence*: attained over **all** requests. Rejected requests stay in the denominator.
+- *Bounds*: no scheduler can exceed the count bound. No scheduler without a preference for cheap requests can exceed
+the fair bound ([lab/bounds.py](../../lab/bounds.py)).
+- *SLOs*: the paper's six categories for Llama-3.1-8B in equal shares (TTFT 0.5 to 7.5 s, TPOT 30 or 50 ms).
 """
 
 
 def load(folder: Path) -> dict[str, Document]:
-    """The documents that are in ``folder``, by figure, in the page's order."""
+    """The documents in ``folder`` by figure name, in the order of the page."""
     return {
         name: json.loads((folder / f"{name}.json").read_text())
         for name in FIGURES
@@ -51,16 +45,19 @@ def load(folder: Path) -> dict[str, Document]:
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """Write the page and, around what else it holds, the index; in the repository's own folder docs/planning.md too.
+    """Write the page and the generated block of the index in ``folder``; return the files written.
+
+    In docs/results this also writes the table in docs/planning.md.
 
     Raises:
-        ValueError: a JSON file that other code made; the message says how to make it again.
+        ValueError: a JSON file lacks a field because an older version wrote it; the message has the command that
+            writes it again.
     """
     documents = load(folder)
     page, index = folder / PAGE, folder / INDEX
-    page.write_text(_page(documents), encoding="utf-8")
+    page.write_text(page_text(documents), encoding="utf-8")
     old = index.read_text(encoding="utf-8") if index.exists() else "# Results\n"
-    index.write_text(with_block(old, "simulated", _index(documents)), encoding="utf-8")
+    index.write_text(with_block(old, "simulated", index_text(documents)), encoding="utf-8")
     written = [page, index]
     if folder.resolve() == RESULTS.resolve() and "capacity" in documents:
         planning = PLANNING.read_text(encoding="utf-8")
@@ -69,55 +66,33 @@ def write_pages(folder: Path) -> list[Path]:
     return written
 
 
-def _page(documents: dict[str, Document]) -> str:
-    parts = [_refilled(_HEAD) + "\n"]
-    for name, made in documents.items():
-        seeds = ", ".join(map(str, made["seeds"]))
+def page_text(documents: dict[str, Document]) -> str:
+    """The page with one section per document."""
+    parts = [wrapped(_HEAD) + "\n"]
+    for name, document in documents.items():
+        seeds = ", ".join(map(str, document["seeds"]))
+        section = _text_of(name, FIGURES[name].section, document)
+        label = "Seed" if len(document["seeds"]) == 1 else "Seeds"
         parts.append(
-            f"## {FIGURES[name].title}\n\n{_refilled(_told(name, FIGURES[name].section, made))}\n\n"
-            f"Seeds {seeds}; [{name}.json]({name}.json).\n\n```\n{made['command']}\n```\n"
+            f"## {FIGURES[name].title}\n\n{wrapped(section)}\n\n"
+            f"{label} {seeds}; [{name}.json]({name}.json).\n\n```\n{document['command']}\n```\n"
         )
     return "\n".join(parts)
 
 
-def _told(name: str, tell: Callable[[Document], str], made: Document) -> str:
+def _text_of(name: str, write: Callable[[Document], str], document: Document) -> str:
     try:
-        return tell(made)
+        return write(document)
     except LookupError as error:
-        raise ValueError(f"{name}.json lacks {error}: other code made it; run {made['command']}") from error
+        raise ValueError(f"{name}.json lacks {error}: an older version wrote it; run {document['command']}") from error
 
 
-def _refilled(text: str) -> str:
-    """Paragraphs of prose at the width of the other pages; tables, pictures and code as they are."""
-    parts = [part.strip("\n") for part in text.split("\n\n")]
-    return "\n\n".join(part if part.startswith(_AS_IT_IS) else _fill(part) for part in parts if part)
-
-
-def _fill(paragraph: str) -> str:
-    words = " ".join(paragraph.split())
-    return textwrap.fill(words, 120, break_long_words=False, break_on_hyphens=False)
-
-
-def _index(documents: dict[str, Document]) -> str:
-    intro = f"""No GPU was used: the gateway's own policies in virtual time. [{PAGE}]({PAGE}) has pictures, tables,
-    commands and seeds; `make figures` makes all of it again."""
-    lines = ["## Simulated, on step times of GPUs", "", _fill(intro), ""]
-    for name, made in documents.items():
-        title, headline = FIGURES[name].title, _told(name, FIGURES[name].headline, made)
+def index_text(documents: dict[str, Document]) -> str:
+    """The block of the index: one line per document, with a link to its section and its headline."""
+    intro = f"""No GPU was used: the gateway's own policies run in virtual time. [{PAGE}]({PAGE}) has pictures,
+    tables, commands and seeds; `make figures` reproduces all of it."""
+    lines = ["## Simulated, on step times of GPUs", "", wrapped(intro), ""]
+    for name, document in documents.items():
+        title, headline = FIGURES[name].title, _text_of(name, FIGURES[name].headline, document)
         lines.append(f"- [{title}]({PAGE}#{anchor(title)}): {headline}")
     return "\n".join(lines)
-
-
-def anchor(title: str) -> str:
-    """What a heading is called in a link."""
-    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-
-
-def with_block(text: str, name: str, block: str) -> str:
-    """``text`` with what stands between the marks of ``name`` replaced; without marks, before the second heading."""
-    marked = f"<!-- {name}:start -->\n{block}\n<!-- {name}:end -->"
-    pattern = re.compile(rf"<!-- {name}:start -->.*?<!-- {name}:end -->", re.DOTALL)
-    if pattern.search(text):
-        return pattern.sub(lambda _: marked, text)
-    head, heading, rest = text.partition("\n## ")
-    return f"{head.rstrip()}\n\n{marked}\n{heading}{rest}"

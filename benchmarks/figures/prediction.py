@@ -1,4 +1,4 @@
-"""What accuracy of predicted lengths buys: the shipped predictor's errors, an oracle, and no information at all."""
+"""Effect of length prediction: the shipped predictor's errors, an oracle, and a constant."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.figures.drawing import canvas, look
-from benchmarks.figures.figure import Document, Figure, document
-from benchmarks.figures.lab import DROPPED, Lab, described
-from benchmarks.figures.records import Record, mean, of, table
-from benchmarks.figures.replay import played
+from benchmarks.figures.figure import Document, Figure, new_document
+from benchmarks.figures.lab import Lab, experiment_fields, shortened
+from benchmarks.figures.records import Record, matching, mean
+from benchmarks.figures.replay import simulate_run
+from benchmarks.markdown import table
 from lab.records.run_record import run_record
 from lab.simulate.experiment import Experiment, Run, capacity
 
@@ -24,9 +25,9 @@ LOADS = (1.0, 2.0)
 
 
 def measure(lab: Lab, quick: bool) -> Document:
-    """Find what stock vLLM holds, then run at one and two times that with each predictor."""
-    duration_s, seeds = (1.0, (0,)) if quick else (DURATION_S, SEEDS)
-    saturation = 20.0 if quick else lab.each("Stock vLLM's saturation", _saturation, [duration_s])[0]
+    """Find the capacity of stock vLLM, then run at one and two times that rate with each predictor."""
+    duration_s, seeds = (0.5, (0,)) if quick else (DURATION_S, SEEDS)
+    saturation = 20.0 if quick else lab.each("Stock vLLM's capacity", _saturation, [duration_s])[0]
     tasks = [
         (_experiment(duration_s, predictor), Run(policy, round(load * saturation, 3), seed))
         for policy in POLICIES
@@ -34,26 +35,26 @@ def measure(lab: Lab, quick: bool) -> Document:
         for predictor in PREDICTORS
         for seed in seeds
     ]
-    runs = lab.each("Predictors", _run, tasks)
+    runs = lab.each("Predictors", _record_of, tasks)
     for (_, run), record in zip(tasks, runs, strict=True):
         record["load"] = min(LOADS, key=lambda load: abs(load * saturation - (run.qps or 0.0)))
-    return document(NAME, seeds, (PROFILE,), saturation_qps=round(saturation, 3), hold=HOLD, runs=runs)
+    return new_document(NAME, seeds, (PROFILE,), saturation_qps=round(saturation, 3), hold=HOLD, runs=runs)
 
 
 def _experiment(duration_s: float, predictor: str) -> Experiment:
     return Experiment(PROFILE, {"name": "sharegpt", "duration_s": duration_s}, predictor=predictor)
 
 
-def _run(task: tuple[Experiment, Run]) -> Record:
-    """The record of one run, with the mean output length of all requests and of those that attained (tokens)."""
+def _record_of(task: tuple[Experiment, Run]) -> Record:
+    """The record of one run, with the mean output length (tokens) of all requests and of the attained ones."""
     experiment, run = task
-    asked, came = played(experiment, run)
-    record = run_record(run.policy, run.qps or 0.0, run.seed, came.served, came.duration_s, wall_s=0.0)
-    attained = [one.asked.output_tokens for one in came.served if one.attained]
+    workload, result = simulate_run(experiment, run)
+    record = run_record(run.policy, run.qps or 0.0, run.seed, result.results, result.duration_s, wall_s=0.0)
+    attained = [one.request.output_tokens for one in result.results if one.attained]
     return (
-        described(experiment)
-        | {key: value for key, value in record.items() if key not in DROPPED}
-        | {"mean_output_tokens": round(fmean(one.output_tokens for one in asked), 1)}
+        experiment_fields(experiment)
+        | shortened(record)
+        | {"mean_output_tokens": round(fmean(one.output_tokens for one in workload), 1)}
         | {"mean_output_tokens_attained": round(fmean(attained), 1) if attained else 0.0}
     )
 
@@ -62,24 +63,24 @@ def _saturation(duration_s: float) -> float:
     return capacity(_experiment(duration_s, "shipped"), "fcfs", [0], HOLD)[0]
 
 
-def draw(made: Document, folder: Path) -> list[str]:
-    """Bars: a panel a policy, a group a load."""
-    with canvas(folder / f"{NAME}.png", f"what accuracy buys on {PROFILE}, chunked", 1, 2, (9, 3.6)) as (
+def draw(document: Document, folder: Path) -> list[str]:
+    """Draw bars: one panel per policy, one group per load."""
+    with canvas(folder / f"{NAME}.png", f"goodput by length predictor on {PROFILE}, chunked", 1, 2, (9, 3.6)) as (
         _,
         (cells,),
     ):
         for axes, policy in zip(cells, POLICIES, strict=True):
             colour = look(policy)[0]
-            for place, predictor in enumerate(PREDICTORS):
-                at = [of(made["runs"], policy=policy, predictor=predictor, load=load) for load in LOADS]
-                heights = [mean(records, "goodput") for records in at]
+            for position, predictor in enumerate(PREDICTORS):
+                by_load = [matching(document["runs"], policy=policy, predictor=predictor, load=load) for load in LOADS]
+                heights = [mean(records, "goodput") for records in by_load]
                 spread = [
-                    [abs(h - pick(r["goodput"] for r in records)) for h, records in zip(heights, at, strict=True)]
+                    [abs(h - pick(r["goodput"] for r in records)) for h, records in zip(heights, by_load, strict=True)]
                     for pick in (min, max)
                 ]
-                x = [group + (place - 1) * 0.26 for group in range(len(LOADS))]
+                x = [group + (position - 1) * 0.26 for group in range(len(LOADS))]
                 bars = axes.bar(
-                    x, heights, 0.24, color=colour, alpha=1 - 0.32 * place, yerr=spread, error_kw={"linewidth": 1}
+                    x, heights, 0.24, color=colour, alpha=1 - 0.32 * position, yerr=spread, error_kw={"linewidth": 1}
                 )
                 axes.bar_label(bars, labels=[predictor] * len(LOADS), fontsize=8, padding=3)
             axes.set_title(policy)
@@ -90,27 +91,30 @@ def draw(made: Document, folder: Path) -> list[str]:
     return [f"{NAME}.png"]
 
 
-def section(made: Document) -> str:
-    """The table and what it says."""
-    runs = made["runs"]
+def section(document: Document) -> str:
+    """The settings, the table, and the gains over a constant."""
+    runs = document["runs"]
     rows = []
     for policy in POLICIES:
         for load in LOADS:
             cells = []
             for predictor in PREDICTORS:
-                at = of(runs, policy=policy, load=load, predictor=predictor)
-                cells.append(f"{mean(at, 'goodput'):.2f} / {mean(at, 'slo_adherence'):.3f}")
-            rows.append([f"`{policy}`", f"{load:g}x: {of(runs, load=load)[0]['qps']:.1f}/s", *cells])
-    return f"""**The paper** studies its predictor by itself, not what its errors cost. **Here** `{PROFILE}`,
-chunked, {runs[0]["asked"]["duration_s"]:g} s of
-ShareGPT arrivals, {len(made["seeds"])} seeds, at one and two times the rate of which stock vLLM attains
-{made["hold"]:.0%} ({made["saturation_qps"]:.1f}/s). `shipped`: the
-errors of our shipped model on held-out answers. `constant`: the workload's median for everybody. `oracle`: the true
-length.
+                own = matching(runs, policy=policy, load=load, predictor=predictor)
+                cells.append(f"{mean(own, 'goodput'):.2f} / {mean(own, 'slo_adherence'):.3f}")
+            rows.append([f"`{policy}`", f"{load:g}x: {matching(runs, load=load)[0]['qps']:.1f}/s", *cells])
+    return f"""**Paper.** Evaluates the predictor by itself, not the cost of its errors.
+
+**Here.** `{PROFILE}`, chunked prefill, {runs[0]["workload_options"]["duration_s"]:g} s of ShareGPT arrivals,
+{len(document["seeds"])} seeds. *Saturation* is the rate at which stock vLLM attains {document["hold"]:.0%}
+({document["saturation_qps"]:.1f}/s).
+
+- `oracle`: the true length.
+- `shipped`: the errors of the shipped model on held-out answers.
+- `constant`: the median of the workload for every request.
 
 ![Goodput by predictor]({NAME}.png)
 
-Goodput in attained requests/s, then adherence:
+Goodput in attained requests/s / adherence:
 
 {table(["policy", "load", *(f"`{p}`" for p in PREDICTORS)], rows)}
 
@@ -119,38 +123,39 @@ Goodput in attained requests/s, then adherence:
 
 
 def _gain(runs: list[Record], policy: str, load: float, predictor: str) -> float:
-    def got(which: str) -> float:
-        return mean(of(runs, policy=policy, load=load, predictor=which), "goodput")
+    """Relative change of goodput against the constant prediction."""
 
-    return got(predictor) / got("constant") - 1 if got("constant") else 0.0
+    def goodput(name: str) -> float:
+        return mean(matching(runs, policy=policy, load=load, predictor=name), "goodput")
+
+    return goodput(predictor) / goodput("constant") - 1 if goodput("constant") else 0.0
 
 
 def _reading(runs: list[Record]) -> str:
     def gains(policy: str, load: float) -> str:
-        return " and ".join(f"{_gain(runs, policy, load, p):+.0%} from `{p}`" for p in PREDICTORS[:-1])
+        return " and ".join(f"{_gain(runs, policy, load, p):+.0%} with `{p}`" for p in PREDICTORS[:-1])
 
-    def attained(predictor: str) -> str:
-        at = of(runs, policy="scorpio", load=LOADS[-1], predictor=predictor)
-        return f"{mean(at, 'mean_output_tokens_attained'):.0f} with `{predictor}`"
+    def attained_length(predictor: str) -> str:
+        own = matching(runs, policy="scorpio", load=LOADS[-1], predictor=predictor)
+        return f"{mean(own, 'mean_output_tokens_attained'):.0f} tokens with `{predictor}`"
 
-    everybody = mean(of(runs, load=LOADS[-1]), "mean_output_tokens")
+    all_lengths = mean(matching(runs, load=LOADS[-1]), "mean_output_tokens")
     return (
-        f"Over a constant, at saturation `scorpio`'s goodput changes by {gains('scorpio', LOADS[0])}; at "
-        f"{LOADS[-1]:g} times "
-        f"saturation by {gains('scorpio', LOADS[-1])}, and `s3`'s by {gains('s3', LOADS[-1])}. "
-        "`s3` orders by predicted length. `scorpio` does not, but when the batch is nearly full its TPOT estimate "
-        "still lets "
-        "short answers in (they add less context), and a request that does not fit never blocks the one behind it. "
-        "So a "
-        "better prediction makes it prefer cheap requests: the answers of those that attained have on average "
-        f"{', '.join(attained(p) for p in PREDICTORS)} tokens, all answers {everybody:.0f}."
+        f"Goodput of `scorpio` against `constant` at saturation: {gains('scorpio', LOADS[0])}. At {LOADS[-1]:g} times "
+        f"saturation: {gains('scorpio', LOADS[-1])}. `s3` at {LOADS[-1]:g} times saturation: {gains('s3', LOADS[-1])}."
+        "\n\n"
+        "`s3` orders requests by predicted length. `scorpio` does not. But when the batch is nearly full, its TPOT "
+        "estimate still admits short answers, which add less context. A request that does not fit does not block the "
+        "requests behind it. So with better predictions `scorpio` prefers cheap requests. The mean length of attained "
+        f"answers is {', '.join(attained_length(p) for p in PREDICTORS)}. Over all answers it is {all_lengths:.0f} "
+        "tokens."
     )
 
 
-def headline(made: Document) -> str:
-    """What an oracle buys at overload."""
-    got = [f"`{p}` {_gain(made['runs'], p, LOADS[-1], 'oracle'):+.1%}" for p in POLICIES]
-    return f"goodput with an oracle over a constant at twice saturation: {', '.join(got)}"
+def headline(document: Document) -> str:
+    """The gain of an oracle at overload."""
+    gains = [f"`{p}` {_gain(document['runs'], p, LOADS[-1], 'oracle'):+.1%}" for p in POLICIES]
+    return f"goodput with an oracle over a constant at twice saturation: {', '.join(gains)}"
 
 
-FIGURE = Figure(NAME, "What accuracy of predicted lengths buys", measure, draw, section, headline)
+FIGURE = Figure(NAME, "Effect of length prediction", measure, draw, section, headline)

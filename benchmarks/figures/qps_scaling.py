@@ -1,21 +1,22 @@
-"""SCORPIO, figure 4: goodput and adherence over the offered rate, on the engine nearest to the paper's."""
+"""SCORPIO, figure 4: goodput and adherence over the offered rate, on the profile nearest to the paper's engine."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures.drawing import bounds_over_rates, canvas, legend, over_rates
-from benchmarks.figures.figure import Document, Figure, document
+from benchmarks.figures.drawing import canvas, legend, plot_bounds_over_rates, plot_over_rates
+from benchmarks.figures.figure import Document, Figure, new_document
 from benchmarks.figures.lab import Lab
-from benchmarks.figures.records import Record, compared, mean, name_of, of, policies, rates, table, times
+from benchmarks.figures.records import Record, compare, factor_text, matching, mean, policies_of, rates_of
+from benchmarks.markdown import policy_label, table
 from lab.simulate.experiment import Experiment, Run
 
 NAME = "qps_scaling"
 POLICIES = ("fcfs", "s3", "mooncake", "scorpio")
 OURS, STOCK = "scorpio", "fcfs"
 CODE_POLICIES = (*POLICIES, "mooncake:tpot_check=false")
-"""In the table of lengths of a run: also what the authors' code runs under Mooncake's name."""
+"""The policies of the table over run lengths. The last is what the authors' code runs under Mooncake's name."""
 
 PROFILE = "niyama-a100"
 AUTHORS_BUDGET = {"max_num_batched_tokens": 1024}
@@ -28,28 +29,28 @@ SPANS_AT = (15.0, 20.0)
 LONG_AT, LONG_SEEDS = (15.0,), (0, 1)
 
 PAPER_RATIO, PAPER_POINTS = 8.8, 40.7
-"""The least that the paper reports at QPS 15: times the goodput, points of adherence."""
+"""The smallest gains that the paper reports at 15 requests/s: goodput ratio, and points of adherence."""
 
 
 def measure(lab: Lab, quick: bool) -> Document:
-    """Every policy at every rate, and at the paper's rate over shorter and longer runs."""
-    plotted = {"duration_s": 2.0} if quick else PLOTTED
-    spans: tuple[dict[str, Any], ...] = ({"requests": 20}, plotted) if quick else SPANS
+    """Run every policy at every rate, and at a few rates over shorter and longer runs."""
+    plotted = {"duration_s": 0.5} if quick else PLOTTED
+    spans: tuple[dict[str, Any], ...] = ({"requests": 10}, plotted) if quick else SPANS
     seeds = (0,) if quick else SEEDS
     offered = (PAPER_RATE, 20.0) if quick else RATES
     tasks = [(_experiment(plotted), Run(p, qps, s)) for p in POLICIES for qps in offered for s in seeds]
     for span in spans:
         for policy in CODE_POLICIES:
-            known = POLICIES if span == plotted else ()
-            long = span == SPANS[-1]
-            for qps in LONG_AT if long else SPANS_AT:
-                some = LONG_SEEDS if long else seeds
-                tasks += [(_experiment(span), Run(policy, qps, s)) for s in some if policy not in known]
+            already_run = POLICIES if span == plotted else ()
+            is_long = span == SPANS[-1]
+            for qps in LONG_AT if is_long else SPANS_AT:
+                span_seeds = LONG_SEEDS if is_long else seeds
+                tasks += [(_experiment(span), Run(policy, qps, s)) for s in span_seeds if policy not in already_run]
     runs = lab.runs("Figure 4", sorted(tasks, key=_size, reverse=True))
-    order = {policy: place for place, policy in enumerate(CODE_POLICIES)}
-    runs.sort(key=lambda run: (order[run["policy"]], str(run["asked"]), run["qps"], run["seed"]))
-    return document(
-        NAME, seeds, (PROFILE,), plotted=plotted, spans=list(spans), findings=_findings(runs, plotted), runs=runs
+    order = {policy: position for position, policy in enumerate(CODE_POLICIES)}
+    runs.sort(key=lambda run: (order[run["policy"]], str(run["workload_options"]), run["qps"], run["seed"]))
+    return new_document(
+        NAME, seeds, (PROFILE,), plotted=plotted, spans=list(spans), findings=findings_of(runs, plotted), runs=runs
     )
 
 
@@ -61,12 +62,13 @@ def _size(task: tuple[Experiment, Run]) -> float:
     return float(task[0].workload.get("duration_s", 0.0)) * (task[1].qps or 0.0)
 
 
-def _findings(runs: list[Record], plotted: dict[str, float]) -> dict[str, Any]:
-    shown = of(runs, asked=plotted)
-    by_rate = {qps: compared(of(shown, qps=qps), OURS, STOCK) for qps in rates(of(shown, policy=OURS))}
+def findings_of(runs: list[Record], plotted: dict[str, float]) -> dict[str, Any]:
+    """The best gains of SCORPIO over stock vLLM, where it reaches the paper's, and the order of policies."""
+    shown = matching(runs, workload_options=plotted)
+    by_rate = {qps: compare(matching(shown, qps=qps), OURS, STOCK) for qps in rates_of(matching(shown, policy=OURS))}
     best = max(by_rate, key=lambda qps: by_rate[qps][0])
-    at_paper = of(shown, qps=PAPER_RATE)
-    ranked = sorted(POLICIES, key=lambda p: mean(of(at_paper, policy=p), "slo_adherence"), reverse=True)
+    at_paper = matching(shown, qps=PAPER_RATE)
+    ranked = sorted(POLICIES, key=lambda p: mean(matching(at_paper, policy=p), "slo_adherence"), reverse=True)
     reached = [qps for qps, (factor, points) in by_rate.items() if factor >= PAPER_RATIO and points >= PAPER_POINTS]
     return {
         "best_qps": best,
@@ -77,121 +79,122 @@ def _findings(runs: list[Record], plotted: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def draw(made: Document, folder: Path) -> list[str]:
-    """Goodput and adherence over the rate, side by side."""
-    shown = [run for run in of(made["runs"], asked=made["plotted"]) if run["policy"] in POLICIES]
+def draw(document: Document, folder: Path) -> list[str]:
+    """Draw goodput and adherence over the rate, side by side."""
+    shown = _plotted(document)
     title = f"SCORPIO figure 4 on {PROFILE}, prefill-first, ShareGPT lengths"
     with canvas(folder / f"{NAME}.png", title, 1, 2, (10, 4.3)) as (figure, ((goodput, adherence),)):
-        over_rates(goodput, shown, "goodput")
-        over_rates(adherence, shown, "slo_adherence")
-        bounds_over_rates(adherence, shown)
+        plot_over_rates(goodput, shown, "goodput")
+        plot_over_rates(adherence, shown, "slo_adherence")
+        plot_bounds_over_rates(adherence, shown)
         goodput.set_ylabel("goodput: attained requests per second")
         adherence.set_ylabel("SLO adherence: share of all requests")
         legend(figure, (goodput, adherence))
     return [f"{NAME}.png"]
 
 
-def section(made: Document) -> str:
-    """Paper, ours, difference."""
-    runs, found = made["runs"], made["findings"]
-    shown = [run for run in of(runs, asked=made["plotted"]) if run["policy"] in POLICIES]
-    return f"""**The paper.** Llama-3.1-8B on one A100-80GB under vLLM 0.6 (prefills first), ShareGPT, six categories
-of SLO.
-At 15 requests/s SCORPIO has 8.8 to 14.4 times the baselines' goodput and 40.7 to 46.5 points more adherence; at low
-rates
-a baseline is sometimes ahead.
+def _plotted(document: Document) -> list[Record]:
+    runs = matching(document["runs"], workload_options=document["plotted"])
+    return [run for run in runs if run["policy"] in POLICIES]
 
-**Here.** Profile `{PROFILE}`, prefill-first steps, `max_num_batched_tokens` 1024 (the authors' setting), predictor
-errors
-of our shipped model, {span_words(made["plotted"])} of Poisson arrivals, {len(made["seeds"])} seeds. The line is the
-mean, the band the range.
+
+def section(document: Document) -> str:
+    """The paper's result, ours, and the reasons for the difference."""
+    return f"""**Paper.** Llama-3.1-8B on one A100-80GB under vLLM 0.6 (prefills first), ShareGPT, six SLO categories.
+At 15 requests/s SCORPIO has 8.8 to 14.4 times the baselines' goodput, and 40.7 to 46.5 points more adherence. At low
+rates a baseline is sometimes ahead.
+
+**Here.** Profile `{PROFILE}`, prefill-first steps, `max_num_batched_tokens` 1024 (the authors' setting), errors of the
+shipped predictor, {span_text(document["plotted"])} of Poisson arrivals, {len(document["seeds"])} seeds. Lines are means
+over the seeds; bands are ranges.
 
 ![Goodput and adherence over the offered rate]({NAME}.png)
 
-Goodput in attained requests/s, then adherence:
+Goodput in attained requests/s / adherence:
 
-{_rate_table(shown)}
+{_rate_table(_plotted(document))}
 
-{_verdict(found)}
+{verdict(document["findings"])}
 
-**Where they differ, and why.** The factor depends on how long the arrivals last: above saturation a stock server's
-queue and batch grow with every second, so its goodput falls the longer one looks, while a server that rejects settles.
+**Comparison.** The ratio depends on how long the arrivals last. Above saturation, a stock server's queue and batch grow
+with every second, so its goodput falls with the length of the run. A server that rejects reaches a steady state.
 The authors' 512 requests are {512 / PAPER_RATE:.0f} s of arrivals at 15/s:
 
-{_span_table(made)}
+{_span_table(document)}
 
-So at 15/s our factor lies below or above the paper's by the length of the run alone. Two more differences make our
-15/s the lighter load. Prompts are shorter: opening turns without a chat template, 82 tokens on average, where the
-paper's
-appendix says about 150 for Gemma and slightly more for Llama, template included. And neither the authors' eager mode
-nor
-their predictor on the same GPU, which make steps slower, is modelled; the step times are those of another engine on the
-same card. How much each of them matters cannot be told from here.
+So at 15/s our ratio is below or above the paper's, depending only on the length of the run. Two more differences make
+our 15/s the lighter load. First, our prompts are shorter: opening turns without a chat template, 82 tokens on average.
+The paper's appendix says about 150 tokens for Gemma and slightly more for Llama, with the template. Second, the
+simulation does not model the authors' eager mode, or their predictor on the same GPU, which both make steps slower. Our
+step times come from another engine on the same card. This study cannot tell how much each difference matters.
 
-`mooncake` here also checks a request's predicted TPOT. The authors' code under that name checks only TTFT
-(`mooncake:tpot_check=false`), which does little here; it may be why SCORPIO is further ahead of Mooncake in the paper.
-`s3` and stock vLLM coincide as long as the engine takes in everything at once: there is no queue to order.
+`mooncake` here also checks the predicted TPOT of a request. The authors' code under that name checks only TTFT
+(`mooncake:tpot_check=false`), which has little effect here. That may explain why SCORPIO's lead over Mooncake is larger
+in the paper. `s3` and stock vLLM are equal while the engine accepts every request at once: no queue needs ordering.
 
-At light load everybody attains, and `scorpio`'s goodput is still a few percent lower: its credits stretch answers
-with a
-loose bound, so the run ends later. The paper, too, finds baselines ahead at its lowest rates.
+At light load all policies attain nearly all requests, but the goodput of `scorpio` is a few percent lower. Its credits
+slow down answers with a loose TPOT bound, so the run ends later. The paper, too, finds baselines ahead at its lowest
+rates.
 """
 
 
-def span_words(span: dict[str, float]) -> str:
-    """How long arrivals last."""
+def span_text(span: dict[str, float]) -> str:
+    """The length of a run, in requests or in seconds of arrivals."""
     return f"{span['requests']:g} requests" if "requests" in span else f"{span['duration_s']:g} s"
 
 
 def _rate_table(shown: list[Record]) -> str:
-    names = policies(shown)
+    names = policies_of(shown)
     rows = []
-    for qps in rates(shown):
-        at = of(shown, qps=qps)
-        cells = [
-            f"{mean(of(at, policy=p), 'goodput'):.2f} / {mean(of(at, policy=p), 'slo_adherence'):.2f}" for p in names
-        ]
-        factor, points = compared(at, OURS, STOCK)
-        rows.append([f"{qps:g}", *cells, f"{times(factor)}, {points:+.1f} points"])
-    return table(["offered/s", *map(name_of, names), f"`{OURS}` over stock"], rows)
+    for qps in rates_of(shown):
+        own = matching(shown, qps=qps)
+        rows.append([f"{qps:g}", *(_cell(own, policy) for policy in names), _gain(own)])
+    return table(["offered/s", *map(policy_label, names), f"`{OURS}` over stock"], rows)
 
 
-def _verdict(found: dict[str, Any]) -> str:
-    reached = found["goodput_ratio"] >= PAPER_RATIO and found["adherence_points"] >= PAPER_POINTS
-    since = f", from {found['paper_reached_from_qps']:g}/s on" if found["paper_reached_from_qps"] else ""
+def _cell(records: list[Record], policy: str) -> str:
+    own = matching(records, policy=policy)
+    return f"{mean(own, 'goodput'):.2f} / {mean(own, 'slo_adherence'):.2f}"
+
+
+def _gain(records: list[Record]) -> str:
+    factor, points = compare(records, OURS, STOCK)
+    return f"{factor_text(factor)}, {points:+.1f} points"
+
+
+def verdict(findings: dict[str, Any]) -> str:
+    """Whether SCORPIO's gains reach the paper's, and the order of policies, in words."""
+    reached = findings["goodput_ratio"] >= PAPER_RATIO and findings["adherence_points"] >= PAPER_POINTS
+    first_qps = findings["paper_reached_from_qps"]
+    since = f", from {first_qps:g}/s on" if first_qps else ""
+    order = findings["order_at_15"]
     return (
-        f"At {found['best_qps']:g}/s `{OURS}` has **{times(found['goodput_ratio'])} the goodput of stock vLLM and "
-        f"{found['adherence_points']:+.1f} points of adherence**; the paper's least ({PAPER_RATIO}x and "
-        f"{PAPER_POINTS} points) is {'reached' if reached else '**not** reached'}{since}. "
-        f"Order by adherence at {PAPER_RATE:g}/s: {', '.join(f'`{p}`' for p in found['order_at_15'])} "
-        f"({'as' if found['order_at_15'][:2] == ['scorpio', 'mooncake'] else '**not** as'} in the paper)."
+        f"At {findings['best_qps']:g}/s `{OURS}` has **{factor_text(findings['goodput_ratio'])} the goodput of stock "
+        f"vLLM and {findings['adherence_points']:+.1f} points of adherence**. The paper's smallest gain "
+        f"({PAPER_RATIO}x and {PAPER_POINTS} points) is {'reached' if reached else '**not** reached'}{since}. "
+        f"Order by adherence at {PAPER_RATE:g}/s: {', '.join(f'`{p}`' for p in order)} "
+        f"({'as' if order[:2] == ['scorpio', 'mooncake'] else '**not** as'} in the paper)."
     )
 
 
-def _span_table(made: Document) -> str:
+def _span_table(document: Document) -> str:
     rows = []
     for qps in SPANS_AT:
-        for span in made["spans"]:
-            at = of(made["runs"], asked=span, qps=qps)
-            if not at:
-                continue
-            cells = []
-            for policy in CODE_POLICIES:
-                own = of(at, policy=policy)
-                cells.append(f"{mean(own, 'goodput'):.2f} / {mean(own, 'slo_adherence'):.2f}")
-            factor, points = compared(at, OURS, STOCK)
-            rows.append([f"{qps:g}", span_words(span), *cells, f"{times(factor)}, {points:+.1f} points"])
-    return table(["offered/s", "arrivals", *map(name_of, CODE_POLICIES), f"`{OURS}` over stock"], rows)
+        for span in document["spans"]:
+            own = matching(document["runs"], workload_options=span, qps=qps)
+            if own:
+                rows.append([f"{qps:g}", span_text(span), *(_cell(own, p) for p in CODE_POLICIES), _gain(own)])
+    return table(["offered/s", "arrivals", *map(policy_label, CODE_POLICIES), f"`{OURS}` over stock"], rows)
 
 
-def headline(made: Document) -> str:
-    """The best rate's figures."""
-    found = made["findings"]
+def headline(document: Document) -> str:
+    """The gains at the best rate."""
+    findings = document["findings"]
     return (
-        f"{times(found['goodput_ratio'])} stock vLLM's goodput, {found['adherence_points']:+.1f} points of "
-        f"adherence at "
-        f"{found['best_qps']:g}/s; the paper 8.8x to 14.4x, 40.7 to 46.5 points at 15/s"
+        f"`{OURS}` reaches {factor_text(findings['goodput_ratio'])} the goodput of stock vLLM and "
+        f"{findings['adherence_points']:+.1f} points of adherence at {findings['best_qps']:g}/s; "
+        "the paper reports 8.8x to 14.4x and 40.7 to 46.5 points at 15/s"
     )
 
 
-FIGURE = Figure(NAME, "Over the offered rate (SCORPIO, figure 4)", measure, draw, section, headline)
+FIGURE = Figure(NAME, "Goodput over the offered rate (SCORPIO, figure 4)", measure, draw, section, headline)

@@ -1,23 +1,23 @@
-"""One simulation with each request's fate at hand, for figures that need more than a run record."""
+"""One simulation with the result of each request, for figures that need more than a run record."""
 
 from __future__ import annotations
 
 from lab.simulate.experiment import Experiment, Run, parse_policy
 from lab.simulate.predictions import predict
-from lab.simulate.simulator import Simulated, simulate
+from lab.simulate.simulator import SimulationResult, simulate
 from lab.workload import WorkloadRequest
 
 
-def played(experiment: Experiment, run: Run) -> tuple[list[WorkloadRequest], Simulated]:
-    """What was asked, and what came of it."""
-    asked = experiment.asked(run.qps, run.seed)
-    came = simulate(
-        asked,
-        predict(experiment.predictor, asked, run.seed),
+def simulate_run(experiment: Experiment, run: Run) -> tuple[list[WorkloadRequest], SimulationResult]:
+    """The workload of ``run`` and the simulation's result for it."""
+    workload = experiment.requests(run.qps, run.seed)
+    result = simulate(
+        workload,
+        predict(experiment.predictor, workload, run.seed),
         experiment.engine(),
         lambda: parse_policy(run.policy),
         step_mode=experiment.step_mode,
         replicas=experiment.replicas,
         learn=experiment.learn,
     )
-    return asked, came
+    return workload, result

@@ -1,17 +1,16 @@
-"""Policies side by side on one real engine: vLLM on CPU with a small random model, up to and past its capacity.
+"""Compares policies on one real engine: vLLM on CPU with a small random model, up to and above its capacity.
 
     python -m benchmarks.live.compare_policies --policy fcfs --policy slack --load 1 --load 2 --repeats 3
 
-One engine for the whole run; the policies take turns in front of it at each load, round by round, each round with a
-seed of its own that all policies share, so that a machine that drifts drifts for all. The capacity is measured first:
-the rate at which the engine completes the same workload when 64 requests are always in flight.
+One engine serves the whole comparison. In each round the policies take turns in front of it, at each load and with the
+same seed. So a drift in machine speed affects all of them. The capacity is measured first: the rate at which the
+engine completes the same workload with 64 requests always in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import results_json
 from benchmarks.live.real_engine import DUMMY, RealEngine, dummy_engine
 from engine_adapter.engine import Engine
 from gateway.app import Gateway
@@ -33,12 +33,13 @@ from lab.workload import make_workload
 console = Console(stderr=True)
 
 _IN_FLIGHT = 64
+"""Concurrent requests of the capacity measurement."""
 
 
 async def _capacity(real: RealEngine, seed: int, temperature: float) -> float:
-    """Requests per second that the engine completes while 64 are in flight (no SLO in the way).
+    """Requests per second that the engine completes with 64 in flight and no SLOs.
 
-    Counted from the 64th that ends to the last that starts: neither the filling nor the emptying of the engine.
+    Counts from the end of the 64th request to the start of the last, so that ramp-up and drain stay out.
     """
     import aiohttp
 
@@ -46,7 +47,7 @@ async def _capacity(real: RealEngine, seed: int, temperature: float) -> float:
     clock = asyncio.get_running_loop().time
     ended: list[float] = []
     started = 0.0
-    async with real.behind({"name": "fcfs"}) as (_, url), aiohttp.ClientSession(url) as session:
+    async with real.gateway({"name": "fcfs"}) as (_, url), aiohttp.ClientSession(url) as session:
         slots = asyncio.Semaphore(_IN_FLIGHT)
 
         async def one(prompt_tokens: int, output_tokens: int) -> None:
@@ -73,7 +74,7 @@ async def compare(
     seed: int,
     temperature: float,
 ) -> dict[str, Any]:
-    """All runs, in the order they were made, and what they were made with."""
+    """All runs in the order of the measurement, with the settings that they share."""
     with tempfile.TemporaryDirectory() as folder:
         real = RealEngine(dummy_engine(Path(folder)))
         console.print("Starting vLLM…")
@@ -87,26 +88,26 @@ async def compare(
                     "small", qps=load * capacity, duration_s=duration_s, seed=seed + repeat, slo_scale=slo_scale
                 )
                 gate_s = real.engine.state.gate.gate_seconds
-                async with real.behind(policy_spec(policy)) as (gateway, url):
+                async with real.gateway(policy_spec(policy)) as (gateway, url):
                     sent = await send_from_another_process(
                         Target(url, DUMMY, temperature=temperature), workload, seed + repeat
                     )
-                    spent = _spent(gateway, real.engine, gate_s)
-                figures = run_record(
+                    scheduling = _scheduling_cost(gateway, real.engine, gate_s)
+                record = run_record(
                     policy,
                     load * capacity,
                     seed + repeat,
-                    sent.served(),
+                    sent.results(),
                     sent.duration_s,
                     wall_s=sent.duration_s,
                     load=load,
                     **sent.extras(),
-                    **spent,
+                    **scheduling,
                 )
-                runs.append(figures)
+                runs.append(record)
                 console.print(
-                    f"round {repeat + 1}, load {load:g}, {policy}: goodput {figures['goodput']:.2f}/s, "
-                    f"adherence {figures['slo_adherence']:.3f}"
+                    f"round {repeat + 1}, load {load:g}, {policy}: goodput {record['goodput']:.2f}/s, "
+                    f"adherence {record['slo_adherence']:.3f}"
                 )
         finally:
             await real.engine.stop()
@@ -121,8 +122,8 @@ async def compare(
     }
 
 
-def _spent(gateway: Gateway, engine: Engine, gate_before_s: float) -> dict[str, Any]:
-    """What scheduling took: decisions in the gateway's process, step gates in the engine's."""
+def _scheduling_cost(gateway: Gateway, engine: Engine, gate_before_s: float) -> dict[str, Any]:
+    """Seconds in decisions (gateway process) and in step gates (engine process), and the learned step times."""
     engine_queue = gateway.engine_queues[0]
     gate_s = engine.state.gate.gate_seconds - gate_before_s
     return {
@@ -137,8 +138,8 @@ def _spent(gateway: Gateway, engine: Engine, gate_before_s: float) -> dict[str, 
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"Load in capacities of {result['capacity_rps']:.2f} requests/s; mean and range")
-    for head in ("load", "policy", "goodput /s", "adherence", "rejected", "late TTFT", "late TPOT"):
+    table = Table(title=f"Load as a multiple of {result['capacity_rps']:.2f} requests/s; mean and range")
+    for head in ("load", "policy", "goodput /s", "adherence", "rejected", "TTFT violations", "TPOT violations"):
         table.add_column(head, justify="left" if head == "policy" else "right")
     for load, policy in dict.fromkeys((run["load"], run["policy"]) for run in result["runs"]):
         runs = [run for run in result["runs"] if (run["load"], run["policy"]) == (load, policy)]
@@ -154,13 +155,13 @@ def _table(result: dict[str, Any]) -> Table:
 
 def main(
     policy: Annotated[list[str] | None, typer.Option(help="NAME or NAME:OPTION=VALUE,...; repeat for several.")] = None,
-    load: Annotated[list[float] | None, typer.Option(help="In measured capacities; repeat. [default: 2]")] = None,
-    duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals in a run.")] = 30.0,
-    repeats: Annotated[int, typer.Option(help="Rounds; the policies take turns within each.")] = 3,
+    load: Annotated[list[float] | None, typer.Option(help="Multiple of capacity; repeat. [default: 2]")] = None,
+    duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals per run.")] = 30.0,
+    repeats: Annotated[int, typer.Option(help="Rounds; the policies take turns in each.")] = 3,
     slo_scale: Annotated[float, typer.Option(help="Multiplies the paper's SLO table.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of the first round.")] = 0,
-    temperature: Annotated[float, typer.Option(min=0, help="Of the sampling; 0 is greedy.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Compare policies on a real engine."""
     policies = policy or ["fcfs", "scorpio"]
@@ -171,7 +172,7 @@ def main(
         raise typer.BadParameter(str(wrong), param_hint="--policy") from wrong
     result = asyncio.run(compare(policies, load or [2.0], duration, repeats, slo_scale, seed, temperature))
     if as_json:
-        json.dump(result, sys.stdout, indent=2)
+        sys.stdout.write(results_json.dumps(result))
     else:
         Console().print(_table(result))
 

@@ -1,9 +1,9 @@
-"""Llamas with random weights: real models to vLLM, of any shape, with nothing to download but a small tokenizer.
+"""Writes Llama models with random weights for vLLM, in several shapes; only a small tokenizer is downloaded.
 
     python -m benchmarks.live.dummy_model FOLDER --shape llama-3.1-8b
 
-Their answers mean nothing; their step times are those of the real model. `SMALL` is fast enough on two cores to be
-driven into overload, with a GPU's shape: a base cost, a little per sequence, more per prompt token.
+The answers are meaningless, but the step times are those of the real model. Two cores can drive `SMALL` into overload,
+and its step times have the form of a GPU's: a base cost, a little per sequence, more per prompt token.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ SMALL: dict[str, Any] = {
     "tie_word_embeddings": True,
     "vocab_size": 4096,
 }
-"""With the tokenizer's 49,152 tokens half of its weights would be the output layer's, which only decodes pay for; in
-an 8B model these are 6%."""
+"""A small model whose vocabulary is cut to 4,096 tokens.
+
+With the tokenizer's 49,152 tokens the output layer, which only decodes use, would hold half of the weights. In an 8B
+model it holds 6%."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": SMALL,
@@ -56,14 +58,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128_256,
     },
 }
-"""What differs between them in a `config.json`."""
+"""Members of `config.json` that differ between the shapes."""
 
 
 def write_dummy_model(folder: Path, shape: str = "small") -> Path:
-    """Write configuration and tokenizer into ``folder``; vLLM makes up the weights (`load-format: dummy`).
+    """Write configuration and tokenizer into ``folder`` and return it; vLLM draws the weights (`load-format: dummy`).
 
-    The tokenizer is SmolLM2's, cut off at the shape's vocabulary, or with made-up tokens up to it. KeyError: no such
-    shape.
+    The tokenizer is SmolLM2's, cut at the shape's vocabulary size or filled up to it with placeholder tokens.
+
+    Raises:
+        KeyError: ``shape`` is not in `SHAPES`.
     """
     chosen = SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,30 +89,33 @@ def write_dummy_model(folder: Path, shape: str = "small") -> Path:
 
 
 def _write_tokenizer(source: Path, target: Path, vocabulary: int) -> None:
-    """Every id that random weights may produce must have a text, and no text an id that they know nothing of."""
+    """Write ``source`` with ``vocabulary`` tokens to ``target``.
+
+    INVARIANT: every id that the weights can produce has a text, and no text has an id above them.
+    """
     tokenizer = json.loads(source.read_text(encoding="utf-8"))
     model = tokenizer["model"]
-    # Tokens are numbered in the order in which they were merged: the first of them are a tokenizer too.
-    known: dict[str, int] = {token: number for token, number in model["vocab"].items() if number < vocabulary}
-    taken = {*known.values(), *(added["id"] for added in tokenizer["added_tokens"])}
-    known.update({f"<extra_{number}>": number for number in range(vocabulary) if number not in taken})
-    model["vocab"] = known
-    model["merges"] = [pair for pair in model["merges"] if _merged(pair) in known]
+    # Ids follow the order of merges, so the tokens below any id form a valid tokenizer.
+    kept: dict[str, int] = {token: number for token, number in model["vocab"].items() if number < vocabulary}
+    taken = {*kept.values(), *(added["id"] for added in tokenizer["added_tokens"])}
+    kept.update({f"<extra_{number}>": number for number in range(vocabulary) if number not in taken})
+    model["vocab"] = kept
+    model["merges"] = [pair for pair in model["merges"] if _merged(pair) in kept]
     target.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
 def _merged(pair: str | list[str]) -> str:
-    """What a merge makes; tokenizer files write the two with a space between them, or as a list."""
+    """The token that a merge produces. Tokenizer files write the pair with a space, or as a list."""
     return "".join(pair.split(" ") if isinstance(pair, str) else pair)
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+    folder: Annotated[Path, typer.Argument(help="Output folder.")],
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "small",
 ) -> None:
     """Write a model with random weights for vLLM's `--load-format dummy`."""
     if shape not in SHAPES:
-        typer.echo(f"no shape is called {shape!r}; choose one of {', '.join(SHAPES)}", err=True)
+        typer.echo(f"unknown shape {shape!r}: choose from {', '.join(SHAPES)}", err=True)
         raise typer.Exit(2)
     typer.echo(write_dummy_model(folder, shape))
 

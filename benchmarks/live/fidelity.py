@@ -1,21 +1,21 @@
-"""The same trace on a real engine and in the simulator: how far can the simulator be believed?
+"""Measures the accuracy of the simulator: the same workloads on a real engine and in the simulator.
 
     python -m benchmarks.live.fidelity --json > docs/results/fidelity.json
 
-Starts the configuration's engine (vLLM on CPU with SmolLM2), measures its capacity, fits a profile to the steps that
-it reports while it serves a few workloads of their own seeds, and then sends other workloads to it and to the
-simulator under that profile, at several loads, for several policies. The profile comes from serving and not from a
-sweep because here the gateway and the load client share two cores with the engine, which slows its steps. Lengths are
-known to both sides (`max_tokens` with `ignore_eos`), and policies believe the profile's step times on both,
-throughout. What a run's own steps took, against what the profile says of them, is the machine's drift since the
-profile was learnt; the run is also simulated at that speed. Simulating it a few per cent faster and slower tells how
-closely it can be predicted.
+1. Start the configuration's engine (vLLM on CPU with SmolLM2) and measure its capacity.
+2. Fit a profile to the steps that it reports while it serves a few workloads with seeds of their own. A sweep would
+   not do: the gateway and the load client share two cores with the engine, which slows down its steps.
+3. Send other workloads to the engine, and to the simulator under that profile, at several loads and with several
+   policies. Both sides know the lengths (`max_tokens` with `ignore_eos`), and their policies use the profile's step
+   times throughout.
+
+The ratio of a run's step times to the profile's is the drift of the machine since the fit. The run is also simulated at
+that speed. Simulations at a few percent faster and slower show how predictable the run is.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -25,6 +25,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from benchmarks import results_json
 from benchmarks.live.real_engine import RealEngine
 from engine_adapter.step_time.profile import Profile, load_profile, save_profile
 from gateway.policies.registry import make_policy
@@ -34,9 +35,9 @@ from lab.profile.from_engine import (
     Sample,
     StepRecorder,
     as_steps,
-    engine_of,
-    profile_of,
-    uninterrupted,
+    build_engine,
+    drop_interrupted,
+    fit_profile,
 )
 from lab.records.run_record import run_record
 from lab.simulate.predictions import predict
@@ -45,12 +46,13 @@ from lab.workload import WorkloadRequest, make_workload
 
 KEYS = ("slo_adherence", "ttft_p50_s", "tpot_p50_s", "goodput", "rejected", "ttft_violations", "tpot_violations")
 SPEEDS = (0.95, 0.98, 1.0, 1.02, 1.05)
-"""How much longer steps could take on another day, as far as the sensitivity of a run is concerned."""
+"""Step-time multipliers of the simulations that show how sensitive a run is to the machine's speed."""
 IN_FLIGHT = 32
-TEACHING_LOADS = (0.5, 1.0, 2.0)
-TEACHING_REQUESTS = 80
+"""Concurrent requests of the capacity measurement."""
+FIT_LOADS = (0.5, 1.0, 2.0)
+FIT_REQUESTS = 80
 STRETCH = 40
-"""Neighbouring steps are alike: they are held out together."""
+"""Consecutive steps that are held out together, because neighbouring steps are correlated."""
 
 console = Console(stderr=True)
 
@@ -65,28 +67,41 @@ async def measure(
     slo_scale: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Every pair of runs, and what they were made with. The profile is written to ``save``."""
-    engine, words = engine_of(config)
+    """Every pair of runs, with the settings that they share. Writes the profile to ``save``.
+
+    Args:
+        config: configuration file; its first engine is used.
+        known: the profile to use; None fits one.
+        save: where to write the profile.
+        loads: offered rates as multiples of the capacity.
+        policies: names of policies.
+        requests: requests per run.
+        slo_scale: multiplies the bounds of the paper's SLO table.
+        seed: seed of the first load's workload.
+    """
+    engine, description = build_engine(config)
     real = RealEngine(engine)
     console.print("Starting vLLM…")
     await real.start()
     try:
         capacity = await _capacity(real, seed)
         console.print(f"Capacity {capacity:.2f} requests/s")
-        profile = known or await _taught(real, words, capacity, slo_scale, seed)
+        profile = known or await _fit_profile(real, description, capacity, slo_scale, seed)
         if save is not None:
             save_profile(profile, save)
         pairs = []
-        for at, load in enumerate(loads):
-            asked = make_workload("small", qps=load * capacity, requests=requests, seed=seed + at, slo_scale=slo_scale)
+        for number, load in enumerate(loads):
+            workload = make_workload(
+                "small", qps=load * capacity, requests=requests, seed=seed + number, slo_scale=slo_scale
+            )
             for policy in policies:
-                pair = await _pair(real, profile, policy, load, load * capacity, asked, seed + at)
+                pair = await _pair(real, profile, policy, load, load * capacity, workload, seed + number)
                 console.print(_line(pair))
                 pairs.append(pair)
     finally:
         await engine.stop()
     return {
-        "real": words,
+        "real": description,
         "capacity_rps": round(capacity, 3),
         "slo_table": "llama-3.1-8b",
         "slo_scale": slo_scale,
@@ -97,9 +112,9 @@ async def measure(
 
 
 async def _capacity(real: RealEngine, seed: int) -> float:
-    """Requests per second that the engine completes with `IN_FLIGHT` always in flight and no SLO in the way."""
+    """Requests per second that the engine completes with `IN_FLIGHT` in flight, under SLOs too loose to matter."""
     workload = make_workload("small", qps=1000.0, requests=3 * IN_FLIGHT, seed=seed, slo_scale=60.0)
-    async with real.behind({"name": "fcfs"}) as (_, url):
+    async with real.gateway({"name": "fcfs"}) as (_, url):
         target = Target(url, real.engine.state.model, max_connections=IN_FLIGHT)
         sent = await send_from_another_process(target, workload, seed)
     finished = sum(answer.outcome == "finished" for answer in sent.answers)
@@ -108,59 +123,59 @@ async def _capacity(real: RealEngine, seed: int) -> float:
     return finished / sent.duration_s
 
 
-async def _taught(real: RealEngine, words: str, capacity: float, slo_scale: float, seed: int) -> Profile:
-    """A profile of the steps that the engine reports while it serves; whole stretches of them are held out."""
+async def _fit_profile(real: RealEngine, description: str, capacity: float, slo_scale: float, seed: int) -> Profile:
+    """A profile fitted to the steps that the engine reports while it serves. Holds out whole stretches of steps."""
     state = real.engine.state
     recorder = StepRecorder(state.step_time.times)
     state.step_time = recorder
-    for at, load in enumerate(TEACHING_LOADS):
-        console.print(f"Learning its steps at {load:g} times that…")
-        asked = make_workload(
-            "small", qps=load * capacity, requests=TEACHING_REQUESTS, seed=seed + 1000 + at, slo_scale=slo_scale
+    for number, load in enumerate(FIT_LOADS):
+        console.print(f"Fitting step times at {load:g} times the capacity…")
+        workload = make_workload(
+            "small", qps=load * capacity, requests=FIT_REQUESTS, seed=seed + 1000 + number, slo_scale=slo_scale
         )
-        async with real.behind({"name": "fcfs"}, lengths_known=True) as (_, url):
-            await send_from_another_process(Target(url, state.model), asked, seed + 1000 + at)
-    samples = uninterrupted(recorder.samples)
+        async with real.gateway({"name": "fcfs"}, lengths_known=True) as (_, url):
+            await send_from_another_process(Target(url, state.model), workload, seed + 1000 + number)
+    samples = drop_interrupted(recorder.samples)
     stretches = np.random.default_rng(seed).random(len(samples) // STRETCH + 1) < HELD_OUT
     held_out = [s for i, s in enumerate(samples) if stretches[i // STRETCH]]
     fitted = [s for i, s in enumerate(samples) if not stretches[i // STRETCH]]
     method = (
-        f"{len(TEACHING_LOADS)} workloads of {TEACHING_REQUESTS} requests through the gateway, at "
-        f"{', '.join(map(str, TEACHING_LOADS))} times capacity, seed {seed}; {len(fitted)} steps fitted, "
+        f"{len(FIT_LOADS)} workloads of {FIT_REQUESTS} requests through the gateway, at "
+        f"{', '.join(map(str, FIT_LOADS))} times capacity, seed {seed}; {len(fitted)} steps fitted, "
         f"{len(held_out)} held out in stretches "
-        f"of {STRETCH}, {len(recorder.samples) - len(samples)} interrupted ones left out"
+        f"of {STRETCH}, {len(recorder.samples) - len(samples)} interrupted steps left out"
     )
-    return profile_of(state, "cpu-smollm2", words, method, as_steps(fitted), as_steps(held_out))
+    return fit_profile(state, "cpu-smollm2", description, method, as_steps(fitted), as_steps(held_out))
 
 
 async def _pair(
-    real: RealEngine, profile: Profile, policy: str, load: float, qps: float, asked: list[WorkloadRequest], seed: int
+    real: RealEngine, profile: Profile, policy: str, load: float, qps: float, workload: list[WorkloadRequest], seed: int
 ) -> dict[str, Any]:
-    """One workload under one policy, on the engine and in the simulator."""
+    """One workload with one policy, on the engine and in the simulator."""
     state = real.engine.state
     state.step_time = recorder = StepRecorder(profile.step_times(), learn=False)
     gate_s = state.gate.gate_seconds
-    async with real.behind({"name": policy}, lengths_known=True) as (gateway, url):
-        sent = await send_from_another_process(Target(url, state.model), asked, seed)
+    async with real.gateway({"name": policy}, lengths_known=True) as (gateway, url):
+        sent = await send_from_another_process(Target(url, state.model), workload, seed)
         deciding_s = gateway.engine_queues[0].deciding_s
     measured = run_record(
         policy,
         qps,
         seed,
-        sent.served(),
+        sent.results(),
         sent.duration_s,
         wall_s=sent.duration_s,
         scheduling_s=deciding_s + state.gate.gate_seconds - gate_s,
         **sent.extras(),
     )
-    return compared(measured, asked, profile, policy, load, qps, seed, drift(profile, recorder.samples)) | {
+    return compared(measured, workload, profile, policy, load, qps, seed, drift(profile, recorder.samples)) | {
         "steps": len(recorder.samples)
     }
 
 
 def compared(
     measured: dict[str, Any],
-    asked: list[WorkloadRequest],
+    workload: list[WorkloadRequest],
     profile: Profile,
     policy: str,
     load: float,
@@ -168,18 +183,18 @@ def compared(
     seed: int,
     drifted: float | None,
 ) -> dict[str, Any]:
-    """A real run's record beside what the simulator says of the same workload."""
+    """The record of a real run, and the simulator's records of the same workload."""
 
     def simulated(speed: float) -> dict[str, Any]:
-        came = simulate(
-            asked,
-            predict("oracle", asked, seed),
+        result = simulate(
+            workload,
+            predict("oracle", workload, seed),
             profile.at_speed(speed),
             lambda: make_policy(policy),
             times=profile.step_times(),
             learn=False,
         )
-        record = run_record(policy, qps, seed, came.served, came.duration_s, wall_s=0.0)
+        record = run_record(policy, qps, seed, result.results, result.duration_s, wall_s=0.0)
         return {key: record[key] for key in KEYS} | {
             "adherence_off": round(record["slo_adherence"] - measured["slo_adherence"], 4),
             "ttft_p50_off": _relative(record["ttft_p50_s"], measured["ttft_p50_s"]),
@@ -191,7 +206,7 @@ def compared(
         "policy": policy,
         "load": load,
         "qps": round(qps, 3),
-        "requests": len(asked),
+        "requests": len(workload),
         "real": {key: measured[key] for key in (*KEYS, "client_lateness_p99_s", "scheduling_s", "duration_s")},
         "simulated": simulated(1.0),
         "at_speed": simulated(drifted or 1.0),
@@ -201,7 +216,7 @@ def compared(
 
 
 def drift(profile: Profile, samples: list[Sample]) -> float | None:
-    """Median of what steps took over what ``profile`` says they take; 1 when the machine is as it was."""
+    """Median ratio of measured step times to those of ``profile``; 1 if the machine has not changed."""
     ratios = [
         s.seconds / profile.step_seconds(round(s.decodes), s.decodes * s.mean_context, int(s.prefill_tokens), 0)
         for s in samples
@@ -216,37 +231,36 @@ def _relative(simulated: float | None, measured: float | None) -> float | None:
 
 def _line(pair: dict[str, Any]) -> str:
     real = pair["real"]
-    told = [
-        f"{how}: adherence {pair[key]['slo_adherence']:.3f}, TTFT p50 {pair[key]['ttft_p50_off']:+.1%}, "
+    deviations = [
+        f"{label}: adherence {pair[key]['slo_adherence']:.3f}, TTFT p50 {pair[key]['ttft_p50_off']:+.1%}, "
         f"TPOT p50 {pair[key]['tpot_p50_off']:+.1%}"
-        for how, key in (("simulated", "simulated"), (f"at its speed ({pair['drift']})", "at_speed"))
+        for label, key in (("simulated", "simulated"), (f"at measured speed ({pair['drift']})", "at_speed"))
     ]
     return (
         f"{pair['policy']} at {pair['load']:g}x ({pair['qps']:.2f}/s): adherence {real['slo_adherence']:.3f}, TTFT p50 "
-        f"{real['ttft_p50_s']:.3f} s, TPOT p50 {real['tpot_p50_s']:.4f} s; {'; '.join(told)}"
+        f"{real['ttft_p50_s']:.3f} s, TPOT p50 {real['tpot_p50_s']:.4f} s; {'; '.join(deviations)}"
     )
 
 
 def main(
-    config: Annotated[str, typer.Option(help="Whose first engine to use.")] = "configs/quickstart.yaml",
-    profile: Annotated[str | None, typer.Option(help="Use this profile instead of learning one.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Where to write the profile.")] = None,
+    config: Annotated[str, typer.Option(help="Configuration; its first engine is used.")] = "configs/quickstart.yaml",
+    profile: Annotated[str | None, typer.Option(help="Use this profile instead of fitting one.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the profile to this file.")] = None,
     load: Annotated[
         list[float] | None, typer.Option(help="Multiple of capacity; repeat. [default: 0.5, 1, 1.5]")
     ] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Repeat for several. [default: fcfs, scorpio]")] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests per run.")] = 200,
     slo_scale: Annotated[float, typer.Option(help="Multiplies the paper's SLO table.")] = 8.0,
-    seed: Annotated[int, typer.Option(help="Of the first load's workload.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the first load's workload.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
-    """Run the same traces on a real engine and in the simulator."""
+    """Run the same workloads on a real engine and in the simulator."""
     known = None if profile is None else load_profile(profile)
     loads, policies = load or [0.5, 1.0, 1.5], policy or ["fcfs", "scorpio"]
     result = asyncio.run(measure(config, known, save, loads, policies, requests, slo_scale, seed))
     if as_json:
-        json.dump(result, sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        sys.stdout.write(results_json.dumps(result))
 
 
 if __name__ == "__main__":

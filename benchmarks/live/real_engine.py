@@ -1,7 +1,7 @@
-"""One real engine, and gateways that take turns in front of it: what measurements on a real vLLM share.
+"""One real engine with a new gateway per run, for measurements on a real vLLM.
 
-The engine stays up over the whole measurement, so that policies meet the same engine; each run has a gateway of its
-own, with its own policy, books and statistics, on a real socket.
+The engine stays up for the whole measurement, so that all policies run on the same engine. The gateway of a run has its
+own policy, queue and statistics, and listens on a real socket.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from gateway.config.schema import parse
 from gateway.prediction.client import LengthStatistics
 
 DUMMY = "small"
-"""What `dummy_engine` calls its model."""
+"""Model name of `dummy_engine`."""
 
 _UNBOUNDED = 1e9
+"""Expected output length (tokens) above every `max_tokens`, so that the cut at `max_tokens` decides."""
 
 
 def dummy_engine(folder: Path, max_num_seqs: int = 256) -> Engine:
-    """vLLM on CPU with a small random Llama: fast enough on two cores to be driven into overload."""
+    """vLLM on CPU with a small random Llama, which two cores can drive into overload."""
     flags = {
         "load-format": "dummy",
         "max-model-len": 2048,
@@ -43,14 +44,14 @@ def dummy_engine(folder: Path, max_num_seqs: int = 256) -> Engine:
 
 
 class RealEngine:
-    """``engine`` behind one gateway at a time; its step events go to whichever that is now."""
+    """``engine`` behind one gateway at a time. Step events go to the current gateway."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._gateway: Gateway | None = None
 
     async def start(self) -> None:
-        """Bring the engine up. Raises `engine_adapter.engine.EngineStartError`."""
+        """Start the engine. Raises `engine_adapter.engine.EngineStartError`."""
         await self.engine.start(EngineEvents(on_step=self._on_step))
 
     def _on_step(self) -> None:
@@ -58,17 +59,18 @@ class RealEngine:
             self._gateway.engine_queues[0].wake()
 
     @contextlib.asynccontextmanager
-    async def behind(
+    async def gateway(
         self, policy: dict[str, Any], *, lengths_known: bool = False
     ) -> AsyncIterator[tuple[Gateway, str]]:
         """A new gateway with ``policy`` (its configuration) in front of the engine, and its URL.
 
-        No predictor runs: lengths come from running statistics, cut at each request's ``max_tokens``. With
-        ``lengths_known`` they are its ``max_tokens``, which with ``ignore_eos`` is an oracle.
+        No predictor runs. A predicted length is the gateway's running median, cut at the request's ``max_tokens``. With
+        ``lengths_known`` it is ``max_tokens`` itself, which is the true length under ``ignore_eos``.
         """
         config = parse(
             {
-                "engines": [{"kind": "vllm", "model": DUMMY}],  # the engine was made before, not from here
+                # Required by the schema; the gateway gets the running engine below.
+                "engines": [{"kind": "vllm", "model": DUMMY}],
                 "predictor": {"enabled": False},
                 "policy": policy,
                 "classes": {"default": {"ttft_ms": 10_000, "tpot_ms": 1000, "max_waiting": 100_000}},

@@ -1,1 +1,1 @@
-"""What the gateway and its scheduler cost."""
+"""Measures the CPU time and latency of the gateway and its scheduler."""

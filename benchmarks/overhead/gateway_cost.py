@@ -1,18 +1,18 @@
-"""What the gateway costs a request and a token: the same streams without it, around the engine, and in front of it.
+"""Measures what the gateway adds per request and per token, in-process with the engine and in front of a server.
 
     python -m benchmarks.overhead.gateway_cost
     python -m benchmarks.overhead.gateway_cost --json > docs/results/gateway_cost.json
     python -m benchmarks.overhead.gateway_cost --page docs/results/gateway_cost.json
 
-Three servers take turns, each in a process of its own, with a simulated engine whose steps all take the same time:
+Three servers take turns, each in its own process, with a simulated engine whose steps all take the same time:
 
-- *alone*: the engine behind uvicorn, and nothing else;
+- *alone*: the engine behind uvicorn, without a gateway;
 - *around*: `antares serve` with the engine in its process, as with ``kind: vllm``;
-- *in front*: `antares serve` before the first, as with ``kind: http``.
+- *in front*: `antares serve` as a proxy of *alone*, as with ``kind: http``.
 
-All speak real HTTP on 127.0.0.1, and so does the load client, in a process of its own. What the gateway costs is CPU
-time of its process; around an engine, what that takes more than the engine alone. Answers of one token give the cost of
-a request, long ones that of a token. Latencies are the client's.
+The servers and the load client use real HTTP on 127.0.0.1. The cost of the gateway is the CPU time of its process, for
+*around* minus the CPU time of the engine alone. Answers of one token give the cost per request, long answers the cost
+per token. The client measures the latencies.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lab.bench.load_answer import ClientResult
+from benchmarks import results_json
+from benchmarks.markdown import table as markdown_table
+from benchmarks.markdown import wrapped
+from lab.bench.client_request import ClientResult
 from lab.bench.load_client import Target, send_from_another_process
 from lab.workload import WorkloadRequest
 
@@ -47,15 +50,16 @@ SERVERS = ("alone", "around", "in front")
 MODEL = "simulated"
 PROMPT_TOKENS = 32
 LOOSE_S = 100.0
-"""TTFT and TPOT bounds that nobody misses: everything is scheduled, and nothing refused."""
+"""TTFT and TPOT bounds in seconds that every request meets, so that none is rejected."""
 
 _START_S = 30.0
+"""Longest time for a server to start, in seconds."""
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """``requests`` come evenly over ``over_s`` (s), for ``tokens`` each; steps take ``step_ms``."""
+    """``requests`` arrive evenly over ``over_s`` (s) and get ``tokens`` each; steps take ``step_ms``."""
 
     name: str
     requests: int
@@ -63,8 +67,8 @@ class Case:
     tokens: int
     step_ms: float
 
-    def asked(self) -> list[WorkloadRequest]:
-        """As a workload."""
+    def workload(self) -> list[WorkloadRequest]:
+        """The requests of the case."""
         return [
             WorkloadRequest(number * self.over_s / self.requests, PROMPT_TOKENS, self.tokens, LOOSE_S, LOOSE_S, 1)
             for number in range(self.requests)
@@ -81,12 +85,12 @@ ONE_TOKEN = CASES[0].name
 
 
 def step_times(step_ms: float) -> dict[str, float]:
-    """Coefficients with which every step takes so long, whatever is in it."""
+    """Step-time coefficients with which every step takes ``step_ms``."""
     return {"b": 0.0, "d": step_ms / 1e3, "alpha": 0.0}
 
 
 def gateway_config(engine: dict[str, Any], port: int) -> dict[str, Any]:
-    """What ``antares serve`` is told."""
+    """The configuration for ``antares serve``."""
     return {
         "server": {"port": port},
         "engines": [engine],
@@ -98,20 +102,20 @@ def gateway_config(engine: dict[str, Any], port: int) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Server:
-    """A process that serves at ``url``; ``measured`` is the one whose CPU time counts."""
+    """A server at ``url``; ``measured`` is the process whose CPU time counts."""
 
     url: str
     measured: asyncio.subprocess.Process
 
     def cpu_s(self) -> float:
-        """CPU seconds that it has taken so far."""
+        """CPU seconds of the process so far."""
         stat = Path(f"/proc/{self.measured.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].split()
         return (int(stat[11]) + int(stat[12])) * _TICK_S
 
 
 @contextlib.asynccontextmanager
 async def server(name: str, case: Case, folder: Path) -> AsyncIterator[Server]:
-    """One of `SERVERS`, up until the block ends."""
+    """One of `SERVERS`, running until the block ends."""
     async with contextlib.AsyncExitStack() as stack:
         simulated = {"kind": "simulated", "model": MODEL, "step_times": step_times(case.step_ms)}
         if name == "around":
@@ -163,16 +167,16 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def _until_up(starting: Server, path: str) -> None:
-    """Raises `RuntimeError` when it ends first, or takes too long."""
-    until = time.monotonic() + _START_S
+    """Wait for status 200 at ``path``. Raises `RuntimeError` if the process ends first or `_START_S` passes."""
+    deadline = time.monotonic() + _START_S
     async with aiohttp.ClientSession() as session:
-        while time.monotonic() < until and starting.measured.returncode is None:
+        while time.monotonic() < deadline and starting.measured.returncode is None:
             with contextlib.suppress(aiohttp.ClientError):
                 async with session.get(starting.url + path) as answer:
                     if answer.status == 200:
                         return
             await asyncio.sleep(0.05)
-    raise RuntimeError(f"{starting.url} did not come up")
+    raise RuntimeError(f"{starting.url} did not start")
 
 
 def _free_port() -> int:
@@ -182,16 +186,16 @@ def _free_port() -> int:
 
 
 async def measure(name: str, case: Case, round_: int) -> dict[str, Any]:
-    """Serve ``case`` once. Raises `RuntimeError` when anything was not answered in full."""
+    """Serve ``case`` once and return its record. Raises `RuntimeError` if an answer is incomplete."""
     with tempfile.TemporaryDirectory(prefix="antares-cost-") as folder:
         async with server(name, case, Path(folder)) as serving:
             target = Target(serving.url, MODEL, endpoint="chat")
-            few = Case("warm-up", 20, 0.2, 8, case.step_ms)
-            await send_from_another_process(target, few.asked(), round_)
+            warm_up = Case("warm-up", 20, 0.2, 8, case.step_ms)
+            await send_from_another_process(target, warm_up.workload(), round_)
             before = serving.cpu_s()
-            sent = await send_from_another_process(target, case.asked(), round_)
+            sent = await send_from_another_process(target, case.workload(), round_)
             cpu_s = serving.cpu_s() - before
-    all_answered(name, case, sent.answers)
+    check_answers(name, case, sent.answers)
     ttft = [answer.ttft_s for answer in sent.answers if answer.ttft_s is not None]
     tpot = [answer.tpot_s for answer in sent.answers]
     return {
@@ -206,87 +210,89 @@ async def measure(name: str, case: Case, round_: int) -> dict[str, Any]:
     }
 
 
-def all_answered(name: str, case: Case, answers: Sequence[ClientResult]) -> None:
-    """Raises `RuntimeError` unless everybody has every token: half an answer costs half."""
+def check_answers(name: str, case: Case, answers: Sequence[ClientResult]) -> None:
+    """Raise `RuntimeError` if a request lacks tokens, because an incomplete answer costs less."""
     broken = [a.reason or f"{a.tokens} tokens" for a in answers if a.outcome != "finished" or a.tokens != case.tokens]
     if broken:
-        raise RuntimeError(f"{case.name}, {name}: {len(broken)} not answered in full, the first: {broken[0]}")
+        raise RuntimeError(f"{case.name}, {name}: {len(broken)} incomplete answers, the first: {broken[0]}")
 
 
 def measured(rounds: int, cases: tuple[Case, ...]) -> Iterator[dict[str, Any]]:
-    """Every case on every server, so many times; the servers take turns."""
+    """The records of every case on every server, over ``rounds`` in which the servers take turns."""
     turns = [(name, case, at) for at in range(rounds) for case in cases for name in SERVERS]
     for turn in track(turns, "Serving", console=Console(stderr=True)):
         yield asyncio.run(measure(*turn))
 
 
 def costs(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a case and kind of gateway: what it adds to the engine alone, mean over the rounds and its deviation.
+    """One row per case and kind of gateway: the cost added to the engine alone, mean over the rounds.
 
-    CPU microseconds of a request in the case of one-token answers, else of a token; milliseconds of the median and the
-    99th percentile of TTFT, and by how much the median TPOT grows (a ratio).
+    ``cpu_us`` (standard deviation ``cpu_us_sd``) is CPU microseconds per request for one-token answers, else per token.
+    ``ttft_p50_ms`` and ``ttft_p99_ms`` are added milliseconds. ``tpot_ratio`` is the ratio of the median TPOTs, None
+    for one-token answers.
     """
-    of = {(run["server"], run["case"], run["round"]): run for run in runs}
+    by_run = {(run["server"], run["case"], run["round"]): run for run in runs}
     rows = []
     for case in dict.fromkeys(run["case"] for run in runs):
         rounds = sorted({run["round"] for run in runs if run["case"] == case})
         cpu = "cpu_us_a_request" if case == ONE_TOKEN else "cpu_us_a_token"
         for name in SERVERS[1:]:
-            pairs = [(of["alone", case, at], of[name, case, at]) for at in rounds]
-            ours = [more[cpu] - (alone[cpu] if name == "around" else 0.0) for alone, more in pairs]
+            pairs = [(by_run["alone", case, at], by_run[name, case, at]) for at in rounds]
+            added = [gateway[cpu] - (alone[cpu] if name == "around" else 0.0) for alone, gateway in pairs]
             row: dict[str, Any] = {"server": name, "case": case, "of": cpu.removeprefix("cpu_us_a_")}
-            row["cpu_us"], row["cpu_us_sd"] = fmean(ours), stdev(ours) if len(ours) > 1 else 0.0
+            row["cpu_us"], row["cpu_us_sd"] = fmean(added), stdev(added) if len(added) > 1 else 0.0
             row["alone_cpu_us"] = fmean(alone[cpu] for alone, _ in pairs)
             for key in ("ttft_p50_ms", "ttft_p99_ms"):
-                row[key] = fmean(more[key] - alone[key] for alone, more in pairs)
-            both = [(alone["tpot_p50_ms"], more["tpot_p50_ms"]) for alone, more in pairs]
-            row["tpot_ratio"] = fmean(more / alone for alone, more in both) if all(a for a, _ in both) else None
+                row[key] = fmean(gateway[key] - alone[key] for alone, gateway in pairs)
+            tpots = [(alone["tpot_p50_ms"], gateway["tpot_p50_ms"]) for alone, gateway in pairs]
+            row["tpot_ratio"] = (
+                fmean(ours / alone for alone, ours in tpots) if all(alone for alone, _ in tpots) else None
+            )
             rows.append(row)
     return rows
 
 
-_HEADS = ("case", "gateway", "CPU µs", "of engine alone", "TTFT p50 ms", "p99 ms", "TPOT")
+_HEADS = ("case", "gateway", "added CPU µs", "CPU µs of engine alone", "added TTFT p50, ms", "p99, ms", "TPOT ratio")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as words."""
+    """The cells of a row."""
     ratio = row["tpot_ratio"]
     return [
         row["case"],
         row["server"],
-        f"{row['cpu_us']:,.0f} ({row['cpu_us_sd']:,.0f}) a {row['of']}",
+        f"{row['cpu_us']:,.0f} ({row['cpu_us_sd']:,.0f}) per {row['of']}",
         f"{row['alone_cpu_us']:,.0f}",
         f"{row['ttft_p50_ms']:+.1f}",
         f"{row['ttft_p99_ms']:+.1f}",
-        "" if ratio is None else f"x {ratio:.3f}",
+        "" if ratio is None else f"{ratio:.3f}",
     ]
 
 
 def page(found: dict[str, Any]) -> str:
-    """The same in Markdown, with the command that makes it again."""
-    lines = [
-        "# What the gateway costs",
-        "",
-        "**CPU**, two shared cores for engine, gateway and load client together; a simulated engine, real HTTP; means "
-        f"of {found['rounds']} rounds in which the servers took turns, standard deviations in brackets. *Around*: the "
-        "engine in the gateway's process, as with `kind: vllm`; *in front*: before a server, as with `kind: http`. "
-        "*CPU µs*: what the gateway adds; beside it what the engine alone takes, HTTP included. TTFT: what is added, "
-        "in ms; TPOT: over that of the engine alone.",
-        "",
-        "```",
-        "python -m benchmarks.overhead.gateway_cost --json > docs/results/gateway_cost.json",
-        "python -m benchmarks.overhead.gateway_cost --page docs/results/gateway_cost.json",
-        "```",
-        "",
-        "| " + " | ".join(_HEADS) + " |",
-        "|---" * len(_HEADS) + "|",
-    ]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in costs(found["runs"])]
-    return "\n".join(lines) + "\n"
+    """The page: the setup, the command, and the table."""
+    text = f"""# Overhead of the gateway
+
+**CPU.** Engine, gateway and load client share two cores. A simulated engine, real HTTP. Means (standard deviations) of
+{found["rounds"]} rounds in which the servers take turns.
+
+- *around*: the engine runs in the gateway's process, as with `kind: vllm`.
+- *in front*: the gateway is a proxy of a server, as with `kind: http`.
+- *added*: cost or latency in addition to the engine alone, which serves HTTP too.
+- *TPOT ratio*: median TPOT over that of the engine alone.
+
+```
+python -m benchmarks.overhead.gateway_cost --json > docs/results/gateway_cost.json
+python -m benchmarks.overhead.gateway_cost --page docs/results/gateway_cost.json
+```
+
+{markdown_table(_HEADS, [cells(row) for row in costs(found["runs"])])}
+"""
+    return wrapped(text) + "\n"
 
 
 async def engine_alone(port: int, step_ms: float) -> None:
-    """Serve a simulated engine as a server of its own would, until it is told to end."""
+    """Serve a simulated engine, until the process is stopped."""
     import uvicorn
 
     from engine_adapter.engine import EngineEvents
@@ -301,15 +307,15 @@ async def engine_alone(port: int, step_ms: float) -> None:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Times that every case is served by every server.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each serves every case on every server.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
     page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page of this JSON beside it, and end.")
+        Path | None, typer.Option("--page", help="Write the page beside this JSON file; measure nothing.")
     ] = None,
     alone_at: Annotated[int | None, typer.Option("--engine-alone", hidden=True)] = None,
     step_ms: Annotated[float, typer.Option(hidden=True)] = 4.0,
 ) -> None:
-    """Serve the same streams with and without the gateway, and say what it costs."""
+    """Serve the same streams with and without the gateway, and report what the gateway adds."""
     if alone_at is not None:
         asyncio.run(engine_alone(alone_at, step_ms))
         return
@@ -318,10 +324,10 @@ def main(
         return
     runs = list(measured(rounds, CASES))
     if as_json:
-        json.dump({"rounds": rounds, "cases": [asdict(case) for case in CASES], "runs": runs}, sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        cases = [asdict(case) for case in CASES]
+        sys.stdout.write(results_json.dumps({"rounds": rounds, "cases": cases, "runs": runs}))
         return
-    drawn = Table(title="What the gateway costs")
+    drawn = Table(title="Overhead of the gateway")
     for head in _HEADS:
         drawn.add_column(head)
     for row in costs(runs):

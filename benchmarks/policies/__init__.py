@@ -1,1 +1,1 @@
-"""Policies compared on every profile and workload."""
+"""Compares the policies on every profile and workload."""

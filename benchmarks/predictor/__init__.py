@@ -1,1 +1,1 @@
-"""Studies of the length predictor."""
+"""Studies of the output-length predictor; docs/results/predictor.md has their results."""

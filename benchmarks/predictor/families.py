@@ -1,10 +1,11 @@
-"""The table of docs/predictor.md: what each family of length models reaches on ShareGPT's validation and test parts.
+"""Compares families of length models on the validation and test parts of ShareGPT (docs/results/predictor.md).
 
     OMP_NUM_THREADS=1 python -m benchmarks.predictor.families [--minilm FOLDER]
 
-Kendall's tau / mean absolute error in tokens, CPU, seed 0; needs the extra 'train', and torch and transformers for the
-rows with MiniLM (``FOLDER``: a copy of sentence-transformers/all-MiniLM-L6-v2). About five minutes on one core. Nothing
-is calibrated here, so the shipped recipe's row differs from its card by the median's factor.
+Prints Kendall's tau / mean absolute error in tokens; CPU, seed 0, about five minutes on one core. Needs the extra
+'train'. The MiniLM rows also need torch, transformers and ``FOLDER``, a copy of sentence-transformers/all-MiniLM-L6-v2.
+
+NOTE: no row is calibrated, so that the shipped recipe differs from its model card by the factor of the median.
 """
 
 from __future__ import annotations
@@ -33,41 +34,41 @@ from predictor_service.training.fit import (
 
 Floats = NDArray[np.float64]
 Columns = tuple[Floats, Floats, Floats]
-"""One array for training, validation and test rows each."""
+"""One array each for training, validation and test rows."""
 
 PROMPT_TOKENS = 128
-"""Of a prompt, so many of MiniLM's tokens are read."""
+"""Tokens of a prompt that MiniLM reads."""
 
 
 @dataclass(slots=True)
 class Study:
-    """Three parts, the linear scores of their rows, and their lexical measures."""
+    """Training, validation and test parts, with linear scores and lexical measures of their rows."""
 
     parts: tuple[Examples, Examples, Examples]
     scores: Columns
     lexical: Columns
 
     def trees(self, scores: Columns, lexical: Columns, rows: NDArray[np.bool_] | None = None) -> tuple[Floats, Floats]:
-        """Predictions on validation and test of trees on these columns, fitted to ``rows`` of the training part."""
+        """Fit trees to ``rows`` of the training part and return their predictions on validation and test part."""
         train = self.parts[0]
         kept = np.flatnonzero(np.ones(len(train.length), dtype=np.bool_) if rows is None else rows)
-        some = Examples(
+        selected = Examples(
             [train.features[row] for row in kept],
             train.length[kept],
             train.censored[kept],
             train.first[kept],
             train.group[kept],
         )
-        fitted = tree_stage(some, scores[0][kept], lexical[0][kept], Recipe())
+        fitted = tree_stage(selected, scores[0][kept], lexical[0][kept], Recipe())
         later = [np.zeros(len(part.length), dtype=np.bool_) for part in self.parts]
         a, b = (fitted.predict(tree_inputs(scores[part], lexical[part], later[part])) for part in (1, 2))
         return a, b
 
     def row(self, name: str, predicted: tuple[Floats, Floats]) -> None:
-        """Print one line of the table."""
+        """Print one row of the table."""
         cells = [
-            f"{kendall_tau(guess, part.length):.3f} / {np.abs(guess - part.length).mean():.1f}"
-            for guess, part in zip(predicted, self.parts[1:], strict=True)
+            f"{kendall_tau(estimate, part.length):.3f} / {np.abs(estimate - part.length).mean():.1f}"
+            for estimate, part in zip(predicted, self.parts[1:], strict=True)
         ]
         sys.stdout.write(f"| {name} | {' | '.join(cells)} |\n")
         sys.stdout.flush()
@@ -87,23 +88,23 @@ def main() -> None:
     columns = (lexical[0], lexical[1], lexical[2])
     scores = _linear(parts, columns, Recipe())
     study = Study(parts, scores, columns)
-    nothing = (
+    no_columns = (
         np.zeros((len(train.length), 0)),
         np.zeros((len(parts[1].length), 0)),
         np.zeros((len(parts[2].length), 0)),
     )
     median = np.median(train.length[opening])
     study.row("constant median", (np.full(len(parts[1].length), median), np.full(len(parts[2].length), median)))
-    study.row("trees on the lexical measures", study.trees(nothing, columns))
+    study.row("trees on the lexical measures", study.trees(no_columns, columns))
     rank = (scores[0][opening, 0], scores[1][:, 0], scores[2][:, 0])
-    study.row("ridge on rank", _read_ranks(rank, train.length[opening]))
-    study.row("trees on the ridge scores", study.trees(scores, nothing))
+    study.row("ridge on rank", _rank_to_tokens(rank, train.length[opening]))
+    study.row("trees on the ridge scores", study.trees(scores, no_columns))
     study.row("shipped recipe, opening turns only", study.trees(scores, columns, opening))
     study.row("shipped recipe", study.trees(scores, columns))
-    alike = _linear(
+    equal_weights = _linear(
         parts, columns, replace(Recipe(), later_weight=1.0, penalty=6.0, levels=(0.1, 0.25, 0.5, 0.75, 0.9))
     )
-    study.row("and a second ridge", study.trees(_beside(scores, alike), columns))
+    study.row("shipped recipe and a second ridge", study.trees(_joined(scores, equal_weights), columns))
     if options.minilm is not None:
         _minilm_rows(study, data, options.minilm)
 
@@ -113,22 +114,22 @@ def _linear(parts: tuple[Examples, Examples, Examples], lexical: Columns, recipe
     mean = lexical[0][train.first].mean(axis=0)
     scale = np.maximum(lexical[0][train.first].std(axis=0), 1e-6)
     idf = inverse_document_frequency(train.features)
-    with TemporaryDirectory() as workshop:
-        linear, unseen = linear_stage(train, idf, mean, scale, recipe, Path(workshop), lambda share: None)
+    with TemporaryDirectory() as folder:
+        linear, unseen = linear_stage(train, idf, mean, scale, recipe, Path(folder), lambda share: None)
     return unseen, linear.scores(parts[1].features, lexical[1]), linear.scores(parts[2].features, lexical[2])
 
 
-def _read_ranks(rank: Columns, length: Floats, groups: int = 20) -> tuple[Floats, Floats]:
-    """Tokens at each rank, by the medians of groups of training rows that the ridge has not seen."""
+def _rank_to_tokens(rank: Columns, length: Floats, groups: int = 20) -> tuple[Floats, Floats]:
+    """Return tokens for each rank, from the medians of groups of cross-fitted training rows."""
     cut = np.array_split(np.argsort(rank[0]), groups)
     knots = np.array([rank[0][rows].mean() for rows in cut])
     medians = np.maximum.accumulate(np.array([np.median(length[rows]) for rows in cut]))
-    # The rank itself breaks ties where the curve is flat.
+    # The rank breaks ties where the curve is flat.
     a, b = (np.interp(part, knots, medians) + 1e-6 * part for part in rank[1:])
     return a, b
 
 
-def _beside(*columns: Columns) -> Columns:
+def _joined(*columns: Columns) -> Columns:
     a, b, c = (np.hstack([group[part] for group in columns]) for part in range(3))
     return a, b, c
 
@@ -136,14 +137,14 @@ def _beside(*columns: Columns) -> Columns:
 def _minilm_rows(study: Study, data: Dataset, folder: Path) -> None:
     train, opening = study.parts[0], study.parts[0].first
     length, fold = train.length[opening], folds_by_group(train.group, Recipe())[opening]
-    rows = (data.split.train, data.split.validation, data.split.test)
-    a, b, c = (_embedded(data.prompts(part), folder) for part in rows)
+    parts = (data.split.train, data.split.validation, data.split.test)
+    a, b, c = (_embed(data.prompts(part), folder) for part in parts)
     design = [np.column_stack([part, np.ones(len(part))]) for part in (a, b, c)]
 
     def solve(seen: NDArray[np.bool_]) -> Floats:
-        some, target = design[0][seen], mid_ranks(length, among=length)[seen]
+        rows, target = design[0][seen], mid_ranks(length, among=length)[seen]
         return np.asarray(
-            np.linalg.solve(some.T @ some + 3.0 * np.eye(some.shape[1]), some.T @ target), dtype=np.float64
+            np.linalg.solve(rows.T @ rows + 3.0 * np.eye(rows.shape[1]), rows.T @ target), dtype=np.float64
         )
 
     unseen = np.zeros(len(length))
@@ -151,17 +152,17 @@ def _minilm_rows(study: Study, data: Dataset, folder: Path) -> None:
         unseen[fold == part] = design[0][fold == part] @ solve(fold != part)
     whole = solve(np.ones(len(length), dtype=np.bool_))
     rank = (unseen, design[1] @ whole, design[2] @ whole)
-    study.row("MiniLM, ridge on rank", _read_ranks(rank, length))
-    # Opening turns stand first in the training part; the others are not embedded, and not fitted to.
-    everyone = np.zeros((len(train.length), a.shape[1] + 1))
-    everyone[opening] = np.column_stack([a, unseen])
-    embedding = (everyone, np.column_stack([b, rank[1]]), np.column_stack([c, rank[2]]))
+    study.row("MiniLM, ridge on rank", _rank_to_tokens(rank, length))
+    # Only opening turns are embedded and fitted to; they come first in the training part.
+    train_columns = np.zeros((len(train.length), a.shape[1] + 1))
+    train_columns[opening] = np.column_stack([a, unseen])
+    embedding = (train_columns, np.column_stack([b, rank[1]]), np.column_stack([c, rank[2]]))
     study.row("trees on MiniLM and measures", study.trees(embedding, study.lexical, opening))
-    study.row("shipped recipe and MiniLM", study.trees(_beside(study.scores, embedding), study.lexical, opening))
+    study.row("shipped recipe and MiniLM", study.trees(_joined(study.scores, embedding), study.lexical, opening))
 
 
-def _embedded(prompts: list[str], folder: Path) -> Floats:
-    """The mean of MiniLM's last hidden states; shape (prompts, 384)."""
+def _embed(prompts: list[str], folder: Path) -> Floats:
+    """Return the mean of MiniLM's last hidden states, shape (prompts, 384)."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -170,17 +171,17 @@ def _embedded(prompts: list[str], folder: Path) -> Floats:
     embedded = np.zeros((len(prompts), model.config.hidden_size))
     with torch.inference_mode():
         for first in range(0, len(order), 32):
-            some = order[first : first + 32]
-            read = tokenizer(
-                [prompts[at] for at in some],
+            batch = order[first : first + 32]
+            encoded = tokenizer(
+                [prompts[at] for at in batch],
                 truncation=True,
                 max_length=PROMPT_TOKENS,
                 padding=True,
                 return_tensors="pt",
             )
-            mask = read["attention_mask"][..., None]
-            states = model(**read).last_hidden_state
-            embedded[some] = ((states * mask).sum(dim=1) / mask.sum(dim=1)).numpy()
+            mask = encoded["attention_mask"][..., None]
+            states = model(**encoded).last_hidden_state
+            embedded[batch] = ((states * mask).sum(dim=1) / mask.sum(dim=1)).numpy()
     return embedded
 
 

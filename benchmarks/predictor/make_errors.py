@@ -1,9 +1,8 @@
-"""Writes ``lab/workload/data/shipped_predictor.npz``: what the shipped length model says of answers that its
-training has not seen, beside what they were. Run by hand, with the extra `train`, after a new model is shipped.
+"""Writes ``lab/workload/data/shipped_predictor.npz``: predictions of the shipped model for its test part, and lengths.
 
     python -m benchmarks.predictor.make_errors
 
-Token counts only: no text leaves the dataset.
+Run it after a new model is shipped. Needs the extra 'train'. The file holds token counts only, no text.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from lab.simulate.predictions import SHIPPED
 
 
 def main() -> None:
-    """Predict the test part of the split that the model's card names."""
+    """Predict the test part of the split in the model card, and write the file."""
     from predictor_service.model.length_model import load_model
     from predictor_service.training.datasets import read_dataset
 

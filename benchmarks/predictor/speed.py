@@ -1,13 +1,13 @@
-"""How fast the length predictor is on this machine, in one run beside a TF-IDF + ridge pipeline (scikit-learn).
+"""Measures the speed of the length predictor on this machine, and of a TF-IDF + ridge pipeline (scikit-learn).
 
     python -m benchmarks.predictor.speed [--seconds 20] [--seed 0] [--json]        (extras bench and train)
 
-Three measurements, one after another, on held-out ShareGPT prompts:
+Three measurements run one after another, on held-out ShareGPT prompts:
 
-- batched: predictions a second on one core, text in and quantiles out, in batches of 64 and one at a time;
-- the same of `TfidfVectorizer` (words and pairs) + `Ridge` on log length, fitted to 2,000 other prompts;
-- over HTTP: `antares predictor serve` as its own process, asked one prompt a call at 200 calls a second, open loop
-  (a call is sent when it is due, however long others take, and timed from then).
+1. Predictions/s of the shipped model on one core, from text to quantiles, in batches of 64 and one at a time.
+2. The same for `TfidfVectorizer` (words and pairs) + `Ridge` on log length, fitted to 2,000 other prompts.
+3. HTTP latency of `antares predictor serve` in its own process, with one prompt per call and 200 calls/s, open loop.
+   Each call is sent when it is due, whether or not earlier ones have finished, and is timed from then.
 """
 
 from __future__ import annotations
@@ -27,41 +27,47 @@ from typing import Any
 import numpy as np
 
 BATCH = 64
-_FITTED, _TIMED = 2000, 1024
+_FITTED_PROMPTS, _TIMED_PROMPTS = 2000, 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of load over HTTP")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of the HTTP load")
     parser.add_argument("--qps", type=float, default=200.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", dest="as_json")
     options = parser.parse_args(arguments)
-    found = measure(options.seconds, options.qps, options.seed)
-    sys.stdout.write(json.dumps(found, indent=2) + "\n" if options.as_json else _table(found))
+    results = measure(options.seconds, options.qps, options.seed)
+    sys.stdout.write(json.dumps(results, indent=2) + "\n" if options.as_json else _table(results))
 
 
 def measure(seconds: float, qps: float, seed: int) -> dict[str, Any]:
-    """All three; see the module."""
+    """Run all three measurements; see the module."""
     for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[threads] = "1"
     prompts, fitted, lengths = _prompts(seed)
     with _one_core():
-        rows = {"antares": _throughput(_ours(), prompts), "tfidf_ridge": _throughput(_tfidf(fitted, lengths), prompts)}
-    with _service() as url:
-        http = asyncio.run(_load(url, prompts, seconds, qps, seed))
+        rows = {
+            "antares": _throughput(_shipped(), prompts),
+            "tfidf_ridge": _throughput(_tfidf(fitted, lengths), prompts),
+        }
+    with _running_service() as url:
+        http = asyncio.run(_http_latency(url, prompts, seconds, qps, seed))
     return {"seed": seed, "prompts": len(prompts), "batch": BATCH, "one_core": rows, "http": http}
 
 
 def _prompts(seed: int) -> tuple[list[str], list[str], list[float]]:
-    """Held-out prompts to time, other prompts to fit the pipeline to, and the latter's lengths."""
+    """Return held-out prompts, other prompts to fit the pipeline to, and the output lengths of the latter."""
     from predictor_service.model.length_model import load_model
     from predictor_service.training.datasets import read_dataset
 
     data = read_dataset(int(load_model().card["seed"]), lambda stage, share: None)
     random = np.random.default_rng(seed)
-    test, train = random.permutation(data.split.test)[:_TIMED], random.permutation(data.split.train)[:_FITTED]
+    test, train = (
+        random.permutation(data.split.test)[:_TIMED_PROMPTS],
+        random.permutation(data.split.train)[:_FITTED_PROMPTS],
+    )
     return (
         [data.turns[row].prompt for row in test],
         [data.turns[row].prompt for row in train],
@@ -69,7 +75,7 @@ def _prompts(seed: int) -> tuple[list[str], list[str], list[float]]:
     )
 
 
-def _ours() -> Callable[[list[str]], object]:
+def _shipped() -> Callable[[list[str]], object]:
     from predictor_service.model.features import prompt_features
     from predictor_service.model.length_model import load_model
 
@@ -89,20 +95,20 @@ def _tfidf(prompts: list[str], lengths: list[float]) -> Callable[[list[str]], ob
 
 
 def _throughput(predict: Callable[[list[str]], object], prompts: list[str]) -> dict[str, float]:
-    """Predictions a second in batches, by the wall and by the processor's time, and milliseconds of one at a time.
+    """Return predictions per second of wall time and of CPU time in batches, and latencies (ms) of single predictions.
 
-    The two rates differ by what else runs on that core.
+    The two rates differ by the time that other processes take on the core.
     """
     predict(prompts[:BATCH])
-    began, worked = time.perf_counter(), time.process_time()
+    started, cpu_started = time.perf_counter(), time.process_time()
     for first in range(0, len(prompts), BATCH):
         predict(prompts[first : first + BATCH])
-    wall_s, cpu_s = time.perf_counter() - began, time.process_time() - worked
+    wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
     single = []
     for prompt in prompts:
-        began = time.perf_counter()
+        started = time.perf_counter()
         predict([prompt])
-        single.append((time.perf_counter() - began) * 1e3)
+        single.append((time.perf_counter() - started) * 1e3)
     return {
         "batched_per_s": round(len(prompts) / wall_s, 1),
         "batched_per_cpu_s": round(len(prompts) / cpu_s, 1),
@@ -113,7 +119,7 @@ def _throughput(predict: Callable[[list[str]], object], prompts: list[str]) -> d
 
 @contextlib.contextmanager
 def _one_core() -> Iterator[None]:
-    """Keep this process on one core for a while, where the system lets one choose."""
+    """Pin this process to one core, if the system supports it."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -126,8 +132,8 @@ def _one_core() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _service() -> Iterator[str]:
-    """`antares predictor serve` as its own process; its URL."""
+def _running_service() -> Iterator[str]:
+    """Run `antares predictor serve` in its own process and yield its URL."""
     import httpx
 
     with socket.socket() as probe:
@@ -143,7 +149,7 @@ def _service() -> Iterator[str]:
                 httpx.get(f"{url}/health", trust_env=False)
                 break
             if time.monotonic() > until:
-                raise RuntimeError("the predictor did not come up within 30 s")
+                raise RuntimeError("the predictor did not start within 30 s")
             time.sleep(0.05)
         yield url
     finally:
@@ -151,51 +157,51 @@ def _service() -> Iterator[str]:
         process.wait()
 
 
-async def _load(url: str, prompts: list[str], seconds: float, qps: float, seed: int) -> dict[str, float]:
-    """Poisson arrivals at ``qps``; milliseconds from when a call was due to its answer."""
+async def _http_latency(url: str, prompts: list[str], seconds: float, qps: float, seed: int) -> dict[str, float]:
+    """Send Poisson arrivals at ``qps`` and return percentiles of milliseconds from due time to response."""
     import aiohttp
 
     random = np.random.default_rng(seed)
     due = np.cumsum(random.exponential(1 / qps, int(seconds * qps)))
-    took: list[float] = []
+    latencies_ms: list[float] = []
     failed = 0
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def ask(prompt: str, at: float) -> None:
+        async def call(prompt: str, at: float) -> None:
             nonlocal failed
             async with session.post("/v1/predict", json={"inputs": [{"prompt": prompt}]}) as response:
                 await response.read()
                 failed += response.status != 200
-            took.append((time.perf_counter() - at) * 1e3)
+            latencies_ms.append((time.perf_counter() - at) * 1e3)
 
-        await asyncio.gather(*(ask(prompt, time.perf_counter()) for prompt in prompts[:32]))
-        took.clear()
-        began = time.perf_counter()
+        await asyncio.gather(*(call(prompt, time.perf_counter()) for prompt in prompts[:32]))
+        latencies_ms.clear()
+        started = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for n, at in enumerate(due.tolist()):
-                await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
-                group.create_task(ask(prompts[n % len(prompts)], began + at))
+                await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
+                group.create_task(call(prompts[n % len(prompts)], started + at))
     return {
         "qps": qps,
-        "calls": len(took),
+        "calls": len(latencies_ms),
         "failed": failed,
-        "p50_ms": round(float(np.percentile(took, 50)), 2),
-        "p90_ms": round(float(np.percentile(took, 90)), 2),
-        "p99_ms": round(float(np.percentile(took, 99)), 2),
+        "p50_ms": round(float(np.percentile(latencies_ms, 50)), 2),
+        "p90_ms": round(float(np.percentile(latencies_ms, 90)), 2),
+        "p99_ms": round(float(np.percentile(latencies_ms, 99)), 2),
     }
 
 
-def _table(found: dict[str, Any]) -> str:
+def _table(results: dict[str, Any]) -> str:
     titles = {
         "batched_per_s": "batched/s",
-        "batched_per_cpu_s": "a CPU second",
-        "single_p50_ms": "one p50 ms",
-        "single_p99_ms": "one p99 ms",
+        "batched_per_cpu_s": "per CPU s",
+        "single_p50_ms": "single p50 ms",
+        "single_p99_ms": "single p99 ms",
     }
     lines = [f"{'one core':14}" + "".join(f"{title:>14}" for title in titles.values())]
-    for name, row in found["one_core"].items():
+    for name, row in results["one_core"].items():
         lines.append(f"{name:14}" + "".join(f"{row[key]:14.2f}" for key in titles))
-    http = found["http"]
+    http = results["http"]
     lines.append(
         f"HTTP at {http['qps']:.0f}/s: p50 {http['p50_ms']} ms, p90 {http['p90_ms']} ms, p99 {http['p99_ms']} ms, "
         f"{http['failed']} of {http['calls']} failed"

@@ -1,15 +1,15 @@
-"""How the length predictor carries over to a model that it was not trained on: SmolLM2-135M-Instruct's own answers.
+"""Measures how the length predictor transfers to a model that it was not trained on: SmolLM2-135M-Instruct.
 
     python -m benchmarks.predictor.transfer generate --output answers.jsonl    (extras cpu and train; half an hour)
     python -m benchmarks.predictor.transfer keep --answers answers.jsonl       (extra train; features and lengths only)
-    python -m benchmarks.predictor.transfer evaluate [--json]                  (seconds; nothing but the base install)
-    python -m benchmarks.predictor.transfer simulate [--json]                  (a minute; the same)
+    python -m benchmarks.predictor.transfer evaluate [--json]                  (base install; seconds)
+    python -m benchmarks.predictor.transfer simulate [--json]                  (base install; a minute)
 
-``generate`` asks the real engine, as `antares serve` runs it, the opening prompts of held-out ShareGPT conversations.
-What is kept of it holds no text: the prompts' hashed features and the answers' lengths (`DATA_FILE`). ``evaluate``
-plays them to the service's own calibration, many times in shuffled order: the first `FINISHED` answers are observed,
-the others predicted, as the service would. ``simulate`` does so with the shipped model's held-out answers, bent into
-those of other models. Beside it stand the constant median and calibrations that were not chosen.
+``generate`` sends the opening prompts of held-out ShareGPT conversations to the real engine. ``keep`` stores hashed
+features of the prompts and lengths of the answers in `DATA_FILE`, without text. ``evaluate`` replays them through the
+service's online calibration, in many random orders: it observes the first `FINISHED` answers and predicts the others.
+``simulate`` does the same with the shipped model's held-out answers, whose lengths are transformed into those of other
+models. Both also show the constant median, and two calibrations that were not chosen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from lab.simulate.predictions import SHIPPED
 from lab.workload.lengths import DATA
 from predictor_service.calibration.corrections import survival_quantile
-from predictor_service.calibration.online import Finished, OnlineCalibration
+from predictor_service.calibration.online import FinishedAnswer, OnlineCalibration
 from predictor_service.model.features import FEATURES_VERSION, Features, prompt_features
 from predictor_service.model.length_model import MAX_TOKENS as MOST_TOKENS
 from predictor_service.model.length_model import Prediction
@@ -40,9 +40,9 @@ MODEL = "smollm2-135m-instruct"
 PROMPTS, LONGEST_PROMPT_CHARS = 400, 4000
 MAX_TOKENS, TEMPERATURE = 512, 0.7
 FINISHED = 200
-"""Finished requests of the new model that calibration has seen."""
+"""FinishedAnswer answers of the new model that the calibration has observed."""
 
-_AT_ONCE = 48
+_CONCURRENCY = 48
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -50,11 +50,8 @@ Rows = NDArray[np.int64]
 Raw = list[Prediction]
 
 
-# --- generate: needs the engine -------------------------------------------------------------------------------------
-
-
 def held_out_prompts(seed: int) -> list[tuple[int, str]]:
-    """(row of the dataset, prompt) of `PROMPTS` opening turns that the shipped model's training has not seen."""
+    """Return (row of the dataset, prompt) of `PROMPTS` opening turns from the test part of the shipped model."""
     from predictor_service.model.length_model import load_model
     from predictor_service.training.datasets import read_dataset
 
@@ -64,10 +61,10 @@ def held_out_prompts(seed: int) -> list[tuple[int, str]]:
     return fitting[:PROMPTS]
 
 
-async def generate(asked: Sequence[tuple[int, str]], output: Path) -> None:
-    """Ask the engine these (row, prompt); a line ``{"row", "tokens", "censored"}`` each goes to ``output``.
+async def generate(prompts: Sequence[tuple[int, str]], output: Path) -> None:
+    """Send each (row, prompt) to the engine and append a line ``{"row", "tokens", "censored"}`` to ``output``.
 
-    No tokens: the engine refused the prompt.
+    Zero tokens mean that the engine rejected the prompt.
     """
     import httpx
 
@@ -89,7 +86,7 @@ async def generate(asked: Sequence[tuple[int, str]], output: Path) -> None:
         calibrate=False,
     )
     await engine.start(EngineEvents())
-    slots = asyncio.Semaphore(_AT_ONCE)
+    slots = asyncio.Semaphore(_CONCURRENCY)
     done = 0
     try:
         transport = httpx.ASGITransport(engine.app)
@@ -107,39 +104,36 @@ async def generate(asked: Sequence[tuple[int, str]], output: Path) -> None:
                     async with slots:
                         response = await client.post("/v1/chat/completions", json=body)
                     document = response.json()
-                    tokens, censored = 0, False  # refused: a prompt of more tokens than the model takes
+                    tokens, censored = 0, False  # the prompt is longer than the context of the model
                     if response.status_code == 200:
                         tokens = document["usage"]["completion_tokens"]
                         censored = document["choices"][0]["finish_reason"] == "length"
                     out.write(json.dumps({"row": row, "tokens": tokens, "censored": censored}) + "\n")
                     out.flush()
                     done += 1
-                    sys.stderr.write(f"{done} of {len(asked)}\n")
+                    sys.stderr.write(f"{done} of {len(prompts)}\n")
 
                 async with asyncio.TaskGroup() as group:
-                    for row, prompt in asked:
+                    for row, prompt in prompts:
                         group.create_task(answer(row, prompt))
     finally:
         await engine.stop()
 
 
-# --- the kept data: features and lengths, no text --------------------------------------------------------------------
-
-
 def keep(answers: Path, target: Path = DATA_FILE, seed: int = 0) -> int:
-    """Write ``target`` from what `generate` wrote; answers the number of rows. Only numbers go in."""
-    found = {one["row"]: one for one in _lines(answers)}
-    # Of a run that was ended early the answers still missing are the long ones: keep what was asked before the first.
-    asked = list(takewhile(lambda one: one[0] in found, held_out_prompts(seed)))
-    rows = {row: prompt_features(prompt) for row, prompt in asked}
-    kept = sorted(row for row in rows if found[row]["tokens"])
+    """Write ``target``, numbers only, from the lines of `generate`; return the number of rows."""
+    lines = {line["row"]: line for line in _lines(answers)}
+    # In an incomplete run the missing answers are the long ones. Stop at the first of them, to avoid that bias.
+    answered = takewhile(lambda pair: pair[0] in lines, held_out_prompts(seed))
+    rows = {row: prompt_features(prompt) for row, prompt in answered}
+    kept = sorted(row for row in rows if lines[row]["tokens"])
     np.savez_compressed(
         target,
         features_version=np.array(FEATURES_VERSION),
         row=np.array(kept, dtype=np.int32),
-        length=np.array([found[row]["tokens"] for row in kept], dtype=np.int32),
-        censored=np.array([found[row]["censored"] for row in kept], dtype=np.bool_),
-        # As differences, which compress.
+        length=np.array([lines[row]["tokens"] for row in kept], dtype=np.int32),
+        censored=np.array([lines[row]["censored"] for row in kept], dtype=np.bool_),
+        # Differences compress better.
         steps=np.concatenate([np.diff(rows[row].indices, prepend=np.uint16(0)) for row in kept]),
         counts=np.concatenate([rows[row].counts for row in kept]),
         stored=np.array([len(rows[row].indices) for row in kept], dtype=np.int32),
@@ -153,15 +147,16 @@ def _lines(answers: Path) -> list[dict[str, Any]]:
 
 
 def read_kept(source: Path = DATA_FILE) -> tuple[list[Features], NDArray[np.int32], NDArray[np.bool_]]:
-    """Features, lengths (tokens) and whether `MAX_TOKENS` cut the answer off, of each kept row.
+    """Return features, lengths (tokens) and whether `MAX_TOKENS` truncated the answer, of each row of ``source``.
 
-    Raises ValueError when it was written with another version of the features.
+    Raises:
+        ValueError: the file has another version of the features.
     """
     with np.load(source) as kept:
         if int(kept["features_version"]) != FEATURES_VERSION:
             raise ValueError(
                 f"{source.name} holds features of version {int(kept['features_version'])}, not {FEATURES_VERSION}: "
-                "write it anew with  python -m benchmarks.predictor.transfer keep"
+                "write it again with  python -m benchmarks.predictor.transfer keep"
             )
         cuts = np.cumsum(kept["stored"])[:-1]
         indices = [np.cumsum(steps, dtype=np.uint16) for steps in np.split(kept["steps"], cuts)]
@@ -170,15 +165,13 @@ def read_kept(source: Path = DATA_FILE) -> tuple[list[Features], NDArray[np.int3
         return features, kept["length"], kept["censored"]
 
 
-# --- evaluate and simulate: offline ----------------------------------------------------------------------------------
-
-RequestResult = tuple[Floats, Floats]
+Quantiles = tuple[Floats, Floats]
 """Point estimate and p90 of each row, in tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What was predicted of answers and what came of them: ``actual`` tokens, ``censored`` where ``limit`` cut them."""
+    """Raw predictions of answers, their ``actual`` tokens, and whether ``limit`` truncated them (``censored``)."""
 
     raw: Raw
     actual: Floats
@@ -187,7 +180,7 @@ class Answers:
 
 
 def evaluate(seed: int, finished: int = FINISHED, shuffles: int = 100) -> dict[str, Any]:
-    """`play` the kept answers of SmolLM2."""
+    """`replay` the answers of SmolLM2 in `DATA_FILE`."""
     from predictor_service.model.length_model import load_model
     from predictor_service.training.evaluate import kendall_tau
 
@@ -203,100 +196,101 @@ def evaluate(seed: int, finished: int = FINISHED, shuffles: int = 100) -> dict[s
         "finished": finished,
         "shuffles": shuffles,
         "seed": seed,
-        "ways": play(Answers(raw, actual, censored, MAX_TOKENS), seed, finished, shuffles),
+        "methods": replay(Answers(raw, actual, censored, MAX_TOKENS), seed, finished, shuffles),
     }
 
 
 def simulate(seed: int, finished: int = FINISHED, shuffles: int = 30) -> dict[str, Any]:
-    """`play` the shipped model's held-out answers as models of other kinds might have given them."""
+    """`replay` the shipped model's held-out answers, with lengths transformed into those of other models."""
     with np.load(SHIPPED) as held_out:
         length, p50, p90 = (held_out[name].astype(np.float64) for name in ("length", "p50", "p90"))
     raw = [Prediction(middle, middle, upper) for middle, upper in zip(p50.tolist(), p90.tolist(), strict=True)]
     models = {
-        "as it is": length,
+        "as they are": length,
         "0.3 times as long": np.maximum(0.3 * length, 1.0),
         "3 times, cut at 512": 3.0 * length,
         "8 length^0.6": 8.0 * length**0.6,
-        "lengths unrelated": np.random.default_rng(seed).permutation(length),
+        "unrelated to the prompt": np.random.default_rng(seed).permutation(length),
     }
-    played = {}
+    results = {}
     for name, actual in models.items():
         limit = 512.0 if "cut" in name else float(MOST_TOKENS)
         answers = Answers(raw, np.minimum(actual, limit), actual >= limit, limit)
-        played[name] = play(answers, seed, finished, shuffles)
-    return {"answers": len(raw), "finished": finished, "shuffles": shuffles, "seed": seed, "models": played}
+        results[name] = replay(answers, seed, finished, shuffles)
+    return {"answers": len(raw), "finished": finished, "shuffles": shuffles, "seed": seed, "models": results}
 
 
-def play(answers: Answers, seed: int, finished: int, shuffles: int) -> dict[str, dict[str, float]]:
-    """Observe ``finished`` answers and predict the others, ``shuffles`` times; the means by way of predicting.
+def replay(answers: Answers, seed: int, finished: int, shuffles: int) -> dict[str, dict[str, float]]:
+    """Observe ``finished`` answers and predict the others, in ``shuffles`` random orders; return means by method.
 
-    The absolute error is in tokens, with lengths as recorded, and all predictions are within [1, limit], as a gateway
-    would have them.
+    Absolute errors are in tokens, against recorded lengths. Predictions are clamped to [1, limit], as in the service.
     """
-    errors: dict[str, list[float]] = {name: [] for name in WAYS}
-    covered: dict[str, list[float]] = {name: [] for name in WAYS}
+    errors: dict[str, list[float]] = {name: [] for name in METHODS}
+    covered: dict[str, list[float]] = {name: [] for name in METHODS}
     random, actual = np.random.default_rng(seed), answers.actual
     for _ in range(shuffles):
         order = random.permutation(len(actual))
-        seen, asked = order[:finished], order[finished:]
-        for name, way in WAYS.items():
-            length, p90 = (np.clip(part[asked], 1.0, answers.limit) for part in way(answers, seen))
-            errors[name].append(float(np.abs(length - actual[asked]).mean()))
-            covered[name].append(float((p90 >= actual[asked]).mean()))
+        seen, rest = order[:finished], order[finished:]
+        for name, method in METHODS.items():
+            length, p90 = (np.clip(part[rest], 1.0, answers.limit) for part in method(answers, seen))
+            errors[name].append(float(np.abs(length - actual[rest]).mean()))
+            covered[name].append(float((p90 >= actual[rest]).mean()))
     return {
         name: {
             "mae_tokens": round(float(np.mean(errors[name])), 2),
             "coverage_p90": round(float(np.mean(covered[name])), 4),
             "beats_constant_share": round(float(np.mean(np.less(errors[name], errors["constant"]))), 3),
         }
-        for name in WAYS
+        for name in METHODS
     }
 
 
-def _uncalibrated(answers: Answers, seen: Rows) -> RequestResult:
-    """The length model as it is."""
+def _uncalibrated(answers: Answers, seen: Rows) -> Quantiles:
+    """Return the raw predictions."""
     return np.array([p.length for p in answers.raw]), np.array([p.p90 for p in answers.raw])
 
 
-def _constant(answers: Answers, seen: Rows) -> RequestResult:
-    """The finished answers' median and 90th percentile for everybody."""
+def _constant(answers: Answers, seen: Rows) -> Quantiles:
+    """Return the median and the 90th percentile of the finished answers, for every row."""
     rows, actual = len(answers.raw), answers.actual[seen]
     return np.full(rows, np.median(actual)), np.full(rows, np.quantile(actual, 0.9))
 
 
-def _calibrated(answers: Answers, seen: Rows) -> RequestResult:
-    """The service's own online calibration after the finished answers."""
+def _calibrated(answers: Answers, seen: Rows) -> Quantiles:
+    """Return the predictions of the service after it has observed the finished answers."""
     raw, actual, censored = answers.raw, answers.actual, answers.censored
     calibration = OnlineCalibration()
-    calibration.observe(Finished(MODEL, "", raw[i].p50, raw[i].p90, int(actual[i]), bool(censored[i])) for i in seen)
+    calibration.observe(
+        FinishedAnswer(MODEL, "", raw[i].p50, raw[i].p90, int(actual[i]), bool(censored[i])) for i in seen
+    )
     calibration.refit()
-    served = [calibration.correct(MODEL, "", one) for one in raw]
-    return np.array([p.length for p in served]), np.array([p.p90 for p in served])
+    corrected = [calibration.correct(MODEL, "", prediction) for prediction in raw]
+    return np.array([p.length for p in corrected]), np.array([p.p90 for p in corrected])
 
 
-def _factors(answers: Answers, seen: Rows) -> RequestResult:
-    """Not chosen: one factor on p50 and one on p90."""
+def _factors(answers: Answers, seen: Rows) -> Quantiles:
+    """Correct p50 by one factor and p90 by another (not chosen)."""
     p50, p90 = np.array([p.p50 for p in answers.raw]), np.array([p.p90 for p in answers.raw])
-    actual, ended, one = answers.actual[seen], ~answers.censored[seen], np.ones(len(seen))
-    middle = survival_quantile(actual / p50[seen], ended, one, 0.5)
-    upper = survival_quantile(actual / p90[seen], ended, one, 0.9 * (len(seen) + 1) / len(seen))
+    actual, complete, weight = answers.actual[seen], ~answers.censored[seen], np.ones(len(seen))
+    middle = survival_quantile(actual / p50[seen], complete, weight, 0.5)
+    upper = survival_quantile(actual / p90[seen], complete, weight, 0.9 * (len(seen) + 1) / len(seen))
     return p50 * middle, p90 * upper
 
 
-def _grouped(answers: Answers, seen: Rows) -> RequestResult:
-    """Not chosen: Kaplan-Meier quantiles in eight groups of about the same raw p50, interpolated."""
+def _grouped(answers: Answers, seen: Rows) -> Quantiles:
+    """Interpolate Kaplan-Meier quantiles of eight groups of similar raw p50 (not chosen)."""
     score = np.array([p.p50 for p in answers.raw])
     knots, medians, uppers = [], [], []
     for group in np.array_split(seen[np.argsort(score[seen], kind="stable")], 8):
-        actual, ended, one = answers.actual[group], ~answers.censored[group], np.ones(len(group))
+        actual, complete, weight = answers.actual[group], ~answers.censored[group], np.ones(len(group))
         knots.append(score[group].mean())
-        medians.append(survival_quantile(actual, ended, one, 0.5))
-        uppers.append(survival_quantile(actual, ended, one, min(0.9 * (len(group) + 1) / len(group), 1.0)))
+        medians.append(survival_quantile(actual, complete, weight, 0.5))
+        uppers.append(survival_quantile(actual, complete, weight, min(0.9 * (len(group) + 1) / len(group), 1.0)))
     p50 = np.interp(score, knots, np.maximum.accumulate(medians))
     return p50, np.interp(score, knots, np.maximum.accumulate(uppers))
 
 
-WAYS: dict[str, Callable[[Answers, Rows], RequestResult]] = {
+METHODS: dict[str, Callable[[Answers, Rows], Quantiles]] = {
     "uncalibrated": _uncalibrated,
     "constant": _constant,
     "calibrated": _calibrated,
@@ -306,7 +300,7 @@ WAYS: dict[str, Callable[[Answers, Rows], RequestResult]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("generate", "keep", "evaluate", "simulate"):
@@ -321,25 +315,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument("--finished", type=int, default=FINISHED)
     options: Any = parser.parse_args(arguments)
     if options.command == "generate":
-        known = {one["row"] for one in _lines(options.output)} if options.output.exists() else set()
-        asked = [(row, prompt) for row, prompt in held_out_prompts(options.seed) if row not in known]
-        asyncio.run(generate(asked, options.output))
+        known = {line["row"] for line in _lines(options.output)} if options.output.exists() else set()
+        prompts = [(row, prompt) for row, prompt in held_out_prompts(options.seed) if row not in known]
+        asyncio.run(generate(prompts, options.output))
     elif options.command == "keep":
-        sys.stderr.write(f"{keep(options.answers, seed=options.seed)} answers kept in {DATA_FILE.name}\n")
+        sys.stderr.write(f"{keep(options.answers, seed=options.seed)} answers written to {DATA_FILE.name}\n")
     else:
-        found = (evaluate if options.command == "evaluate" else simulate)(options.seed, options.finished)
-        sys.stdout.write(json.dumps(found, indent=2) + "\n" if options.as_json else _table(found))
+        results = (evaluate if options.command == "evaluate" else simulate)(options.seed, options.finished)
+        sys.stdout.write(json.dumps(results, indent=2) + "\n" if options.as_json else _table(results))
 
 
-def _table(found: dict[str, Any]) -> str:
-    lines = [
-        f"{found['answers']} answers, {found['finished']} finished, {found['shuffles']} shuffles, seed {found['seed']}"
-    ]
-    if "ways" in found:
-        lines.append(f"{MODEL}: median {found['median_tokens']:.0f} tokens, {found['cut_off_share']:.0%} cut off")
-    for title, ways in found.get("models", {MODEL: found.get("ways", {})}).items():
+def _table(results: dict[str, Any]) -> str:
+    sizes = f"{results['answers']} answers, {results['finished']} finished, {results['shuffles']} shuffles"
+    lines = [f"{sizes}, seed {results['seed']}"]
+    if "methods" in results:
+        lines.append(f"{MODEL}: median {results['median_tokens']:.0f} tokens, {results['cut_off_share']:.0%} cut off")
+    for title, methods in results.get("models", {MODEL: results.get("methods", {})}).items():
         lines.append(f"{title:22}{'MAE tokens':>12}{'within p90':>12}{'beats constant':>16}")
-        for name, row in ways.items():
+        for name, row in methods.items():
             share = f"{row['beats_constant_share']:.0%}"
             lines.append(f"  {name:20}{row['mae_tokens']:12.1f}{row['coverage_p90']:12.3f}{share:>16}")
     return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lab.records.run_record import RequestResult
-from lab.simulate.predictions import Predicted, predict
+from lab.simulate.predictions import PredictedLength, predict
 from lab.workload import WorkloadRequest, make_workload
 
 AHEAD_S = 20.0
@@ -57,8 +57,8 @@ CROWDS = {
 
 
 def behind(
-    crowd: Crowd, asked: Sequence[WorkloadRequest], predictions: Sequence[Predicted], how: str, seed: int
-) -> tuple[list[WorkloadRequest], list[Predicted]]:
+    crowd: Crowd, asked: Sequence[WorkloadRequest], predictions: Sequence[PredictedLength], how: str, seed: int
+) -> tuple[list[WorkloadRequest], list[PredictedLength]]:
     """``asked`` behind the crowd, whose lengths are predicted as ``how`` says (`lab.simulate.predictions`)."""
     others = crowd.make(seed)
     if not others:
@@ -69,10 +69,12 @@ def behind(
 
 def own(served: Sequence[RequestResult]) -> list[RequestResult]:
     """Those of the workload."""
-    return [one for one in served if one.asked.category != _CATEGORY]
+    return [one for one in served if one.request.category != _CATEGORY]
 
 
 def crowd_done_s(served: Sequence[RequestResult]) -> float:
     """When the last of the crowd had its last token (s after the start); 0 where none had."""
-    ends = [one.asked.at_s + one.e2e_s for one in served if one.asked.category == _CATEGORY and one.e2e_s is not None]
+    ends = [
+        one.request.at_s + one.e2e_s for one in served if one.request.category == _CATEGORY and one.e2e_s is not None
+    ]
     return max(ends, default=0.0)

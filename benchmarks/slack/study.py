@@ -29,7 +29,7 @@ from benchmarks.slack.best_effort_load import CROWDS, NOBODY, behind, crowd_done
 from benchmarks.slack.study_page import EVERYBODY, page
 from lab.records.run_record import RequestResult, run_record
 from lab.simulate.experiment import Experiment, Run, capacity, parse_policy
-from lab.simulate.predictions import Predicted, predict
+from lab.simulate.predictions import PredictedLength, predict
 from lab.simulate.simulator import simulate
 from lab.simulate.step_jitter import StepJitter
 from lab.workload import WorkloadRequest
@@ -221,7 +221,7 @@ PARTS: dict[str, Callable[[Study], list[Trial]]] = {
 }
 
 
-def tenants_of(asked: Sequence[WorkloadRequest], predictions: Sequence[Predicted]) -> list[str]:
+def tenants_of(asked: Sequence[WorkloadRequest], predictions: Sequence[PredictedLength]) -> list[str]:
     """Whose each request is: the tenth with the most tokens, as far as they are known when it comes (its prompt and the
     predicted answer), is one tenant's, the larger half of the others is another's, and the rest a third's.
 
@@ -235,7 +235,7 @@ def tenants_of(asked: Sequence[WorkloadRequest], predictions: Sequence[Predicted
 def play(trial: Trial) -> dict[str, Any]:
     """The record of one trial."""
     how, run, without = trial.experiment, trial.run, WITHOUT[trial.without]
-    profile, asked = how.engine(), how.asked(run.qps, run.seed)
+    profile, asked = how.engine(), how.requests(run.qps, run.seed)
     predictions = predict(how.predictor, asked, run.seed)
     owners = tenants_of(asked, predictions) if trial.by_tenant else None
     crowd = CROWDS[trial.crowd]
@@ -254,11 +254,11 @@ def play(trial: Trial) -> dict[str, Any]:
             step_jitter=how.step_jitter,
             seed=run.seed,
         )
-    record = run_record(run.policy, run.qps or 0.0, run.seed, own(came.served), came.duration_s, wall_s=0.0,
+    record = run_record(run.policy, run.qps or 0.0, run.seed, own(came.results), came.duration_s, wall_s=0.0,
                         preemptions=came.preemptions)  # fmt: skip
     where = {"row": trial.row, "column": trial.column, "load": trial.load, "seed": run.seed, "where": trial.where}
-    groups = {"groups": _groups(came.served, owners)} if owners else {}
-    done = {"crowd_done_s": round(crowd_done_s(came.served), 1)} if trial.crowd != NOBODY else {}
+    groups = {"groups": _groups(came.results, owners)} if owners else {}
+    done = {"crowd_done_s": round(crowd_done_s(came.results), 1)} if trial.crowd != NOBODY else {}
     return where | {key: record[key] for key in KEYS} | groups | done
 
 
@@ -266,8 +266,8 @@ def _groups(served: Sequence[RequestResult], owners: Sequence[str]) -> dict[str,
     """Of each SLO class, each tenant, and everybody: requests, and the shares admitted and attained."""
     groups: dict[str, list[RequestResult]] = {}
     for one, owner in zip(served, owners, strict=True):
-        bounds = f"{one.asked.ttft_slo_s:g} s, {one.asked.tpot_slo_s * 1000:g} ms"
-        for name in (EVERYBODY, f"class {one.asked.category}: {bounds}", f"tenant: {owner}"):
+        bounds = f"{one.request.ttft_slo_s:g} s, {one.request.tpot_slo_s * 1000:g} ms"
+        for name in (EVERYBODY, f"class {one.request.category}: {bounds}", f"tenant: {owner}"):
             groups.setdefault(name, []).append(one)
     return {
         name: {

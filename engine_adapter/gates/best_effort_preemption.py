@@ -1,140 +1,154 @@
-"""Who makes way in a full engine: requests without a pace to keep, for those with one.
+"""Best-effort preemption: in a full engine, best-effort requests give their slots and KV memory to the others.
 
-While nobody else wants them, requests without a pace have all places of an engine and all of its KV memory. When others
-come they sit out steps (`slack_gate`), which leaves time, but neither a place nor memory. So they are put aside: they
-lose their memory and wait, behind everybody else; once there is room they are computed again with all that they had
-generated, and go on from there. Of places, and likewise of blocks of KV memory, let there be B; b are taken or wanted
-by requests with a pace, u taken by the others, of whom ``BEST_EFFORT_SHARE`` * B, the oldest, keep their places. Then
+While no other request wants them, best-effort requests may fill the engine. When others arrive, sitting out steps
+(`engine_adapter.gates.slack`) leaves time, but neither slots nor memory. So the newest best-effort requests are
+preempted: they lose their memory and wait, and later they are computed again and continue. Of a capacity C (slots, and
+likewise blocks of KV memory), let b be what the other requests have or want, and u what best-effort requests have:
 
-    b + u - B              are made free, by those who came last,
-    B - peak b - u         are given back, to those who came first, one after the other,
+    b + u - C          is freed, newest best-effort request first,
+    C - peak(b) - u    is given back, oldest first and one request at a time,
 
-with the peak of b over the latest seconds (`RecentPeak`): to compute again costs time, so it is not done for a moment.
-Of the blocks, one for each that runs is left free besides: it may need one at once. While prompts of others are there,
-the prompt of one without a pace rests; but no longer than `TURN` steps.
+with the peak over `peak_window_s`, because computing a request again costs time. One block for each running request
+stays free besides: it may need it in the next step.
+
+INVARIANT: the oldest best-effort requests, up to `best_effort_share` of the slots, are never preempted.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from engine_adapter.gates.slack import BEST_EFFORT_SHARE, TURN
-
-PEAK_S = 10.0
-"""Room that requests with a pace had taken is given away so many seconds later."""
+from engine_adapter.gates.constants import SLACK
 
 
 class RecentPeak:
-    """The most of a value that there was in the latest ``lasts_s`` seconds."""
+    """The maximum of a value over the latest `peak_window_s` seconds."""
 
-    def __init__(self, lasts_s: float = PEAK_S) -> None:
-        self._lasts_s = lasts_s
-        self._falling: deque[tuple[float, float]] = deque()
-        """When each value was noted that none after it has reached."""
+    def __init__(self) -> None:
+        self._falling: deque[tuple[float, int]] = deque()
+        """(time, value) of each value that no later one has reached."""
 
-    def note(self, now: float, value: float) -> float:
-        """``value`` is what there is at ``now`` (s); answers the peak."""
+    def note(self, now: float, value: int) -> int:
+        """Record ``value`` at ``now`` (s) and return the peak."""
         falling = self._falling
         while falling and falling[-1][1] <= value:
             falling.pop()
         falling.append((now, value))
-        while falling[0][0] < now - self._lasts_s:
+        while falling[0][0] < now - SLACK.peak_window_s:
             falling.popleft()
         return falling[0][1]
 
 
-@dataclass(slots=True, frozen=True)
-class Room:
-    """Places in the batch, and blocks of KV memory."""
+class Capacity(NamedTuple):
+    """Slots in the batch and blocks of KV memory."""
 
-    slots: int = 0
-    blocks: int = 0
+    slots: int
+    blocks: int
 
 
-@dataclass(slots=True, frozen=True)
-class Seen:
-    """What a scheduler sees before a step.
+class Member(NamedTuple):
+    """A request in the engine: the scheduler's own object, the blocks it holds, and those that all its tokens need."""
 
-    ``free``: what nobody has; ``others``: what those in the batch have who have no pace; ``wanted``: what those with
-    one want beyond what they have. ``latest``: the blocks of each who could make way, who came last first.
-    ``next_blocks``: what the first without a pace needs who waits for a place; None if there is nobody, or one is being
-    computed again. ``prompts``: whether prompts of those with a pace are there, ``others_prompts`` of others.
+    request: Any
+    preemptible: bool
+    held: int
+    needed: int
+    prefilling: bool = False
+    preempted_before: bool = False
+
+
+@dataclass(slots=True)
+class PreemptionPlan:
+    """What to do before a step, as the scheduler's own request objects.
+
+    ``preempt``: running requests, newest first. ``paused``: running requests whose prompts are not computed in this
+    step. Waiting best-effort requests go in front of the queue (``front``), to its end (``back``, in this order), or
+    are ``held`` out of it for this step.
     """
 
-    free: Room
-    others: Room
-    wanted: Room = Room()
-    latest: Sequence[int] = ()
-    next_blocks: int | None = None
-    prompts: bool = False
-    others_prompts: bool = False
-
-
-@dataclass(slots=True, frozen=True)
-class Way:
-    """Of those without a pace ``leaving`` make way now, and the next of those who wait ``goes_on``, or nobody.
-
-    ``first``: it goes before those with a pace, for it has a right to its place. ``rest``: prompts of those without a
-    pace rest in this step.
-    """
-
-    leaving: int = 0
-    goes_on: bool = False
-    first: bool = False
-    rest: bool = False
+    preempt: list[Any] = field(default_factory=list)
+    paused: list[Any] = field(default_factory=list)
+    front: list[Any] = field(default_factory=list)
+    back: list[Any] = field(default_factory=list)
+    held: list[Any] = field(default_factory=list)
 
 
 class BestEffortPreemption:
-    """Who makes way in an engine that has so much ``room``; keeps its peaks."""
+    """Plans the preemptions of an engine with the given ``capacity``."""
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
-        self._keep = reserved_slots(room.slots)
-        self._places, self._blocks = RecentPeak(), RecentPeak()
-        self._rested = 0
-        """Steps in a row that prompts have rested."""
+    def __init__(self, capacity: Capacity) -> None:
+        self._capacity = capacity
+        self._reserved = reserved_slots(capacity.slots)
+        self._slots, self._blocks = RecentPeak(), RecentPeak()
+        self._paused_steps = 0
 
-    def note(self, now: float, paced: Room) -> Room:
-        """``paced`` is what those with a pace have or want at ``now`` (s); answers the peak."""
-        slots = self._places.note(now, min(paced.slots, self._room.slots))
-        return Room(int(slots), int(self._blocks.note(now, min(paced.blocks, self._room.blocks))))
+    def note(self, now: float, others: Capacity) -> Capacity:
+        """Record what the other requests have or want at ``now`` (s); return the recent peak."""
+        slots = self._slots.note(now, min(others.slots, self._capacity.slots))
+        return Capacity(slots, self._blocks.note(now, min(others.blocks, self._capacity.blocks)))
 
-    def plan(self, now: float, seen: Seen) -> Way | None:
-        """Decide for the step that begins at ``now`` (s). None: nobody with a pace was here lately, nothing changes."""
-        free, others, wanted = seen.free, seen.others, seen.wanted
-        running = self._room.slots - free.slots
-        paced = Room(running - others.slots, self._room.blocks - free.blocks - others.blocks)
-        peak = self.note(now, Room(paced.slots + wanted.slots, paced.blocks + wanted.blocks))
+    def plan(
+        self, now: float, free: Capacity, running: Sequence[Member], waiting: Sequence[Member]
+    ) -> PreemptionPlan | None:
+        """Plan for the step at ``now`` (s). ``running`` is oldest first, ``waiting`` in queue order.
+
+        Return None if no other request was here recently: then nothing changes.
+        """
+        mine, others = _split(running)
+        queued, arrivals = _split(waiting)
+        used, held = self._capacity.slots - free.slots, sum(m.held for m in mine)
+        prompts = [*arrivals, *(m for m in others if m.prefilling)]
+        want = Capacity(len(arrivals), sum(m.needed - m.held for m in prompts))
+        others_blocks = self._capacity.blocks - free.blocks - held
+        peak = self.note(now, Capacity(used - len(mine) + want.slots, others_blocks + want.blocks))
         if not peak.slots:
             return None
-        short = Room(wanted.slots - free.slots, wanted.blocks + running - free.blocks)
-        leaving = self._leaving(short, others.slots, seen.latest)
-        rest = self._rests(seen)
-        if leaving or seen.next_blocks is None:
-            return Way(leaving, rest=rest)
-        more = Room(others.slots + 1, others.blocks + seen.next_blocks)
-        spare = Room(self._room.slots - peak.slots, self._room.blocks - peak.blocks - running - 1)
-        fits = not wanted.slots and more.slots <= spare.slots and more.blocks <= spare.blocks
-        first = more.slots <= self._keep and free.slots > 0 and free.blocks > seen.next_blocks + running
-        return Way(goes_on=fits or first, first=first, rest=rest)
+        victims = self._victims(mine, Capacity(want.slots - free.slots, want.blocks + used - free.blocks))
+        plan = PreemptionPlan([m.request for m in victims], self._paused(mine, bool(prompts)))
+        resumable = [*reversed(victims), *(m for m in queued if m.preempted_before)]
+        new = [m for m in queued if not m.preempted_before]
+        recomputing = any(m.prefilling and m.preempted_before for m in mine)
+        first = next(iter(resumable or new), None)
+        if first is not None and not victims and not recomputing:
+            spare = Capacity(self._capacity.slots - peak.slots, self._capacity.blocks - peak.blocks - used - 1)
+            if len(mine) < self._reserved and free.slots > 0 and free.blocks > first.needed + used:
+                plan.front = [(resumable or new).pop(0).request]
+            elif resumable and not want.slots and len(mine) < spare.slots and held + first.needed <= spare.blocks:
+                new.append(resumable.pop(0))
+        plan.back, plan.held = [m.request for m in new], [m.request for m in resumable]
+        return plan
 
-    def _rests(self, seen: Seen) -> bool:
-        if not (seen.prompts and seen.others_prompts):
-            return False
-        self._rested = (self._rested + 1) % TURN
-        return self._rested > 0
+    def _victims(self, mine: Sequence[Member], short: Capacity) -> list[Member]:
+        """Return the newest decoding best-effort requests whose slots and blocks cover what is ``short``."""
+        victims: list[Member] = []
+        for member in reversed([m for m in mine if not m.prefilling]):
+            covered = len(victims) >= short.slots and sum(m.held for m in victims) >= short.blocks
+            if covered or len(mine) - len(victims) <= self._reserved:
+                break
+            victims.append(member)
+        return victims
 
-    def _leaving(self, short: Room, slots: int, latest: Sequence[int]) -> int:
-        freed = 0
-        for count, blocks in enumerate(latest):
-            if (count >= short.slots and freed >= short.blocks) or slots - count <= self._keep:
-                return count
-            freed += blocks
-        return len(latest)
+    def _paused(self, mine: Sequence[Member], others_prompts: bool) -> list[Any]:
+        """Return the prompts to pause: while other prompts are there, all but in one of `steps_per_turn` steps."""
+        prefilling = [m.request for m in mine if m.prefilling]
+        if not (prefilling and others_prompts):
+            return []
+        self._paused_steps = (self._paused_steps + 1) % SLACK.steps_per_turn
+        return prefilling if self._paused_steps else []
 
 
 def reserved_slots(slots: int) -> int:
-    """Of so many, those that requests without a pace have however full the engine is."""
-    return max(1, int(BEST_EFFORT_SHARE * slots))
+    """Return how many of an engine's slots best-effort requests keep, however full it is."""
+    return max(1, int(SLACK.best_effort_share * slots))
+
+
+def _split(members: Iterable[Member]) -> tuple[list[Member], list[Member]]:
+    """Return the preemptible members and the others."""
+    mine: list[Member] = []
+    others: list[Member] = []
+    for member in members:
+        (mine if member.preemptible else others).append(member)
+    return mine, others

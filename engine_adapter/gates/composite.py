@@ -1,26 +1,28 @@
-"""The step gates by name, and the one that a scheduler holds: each request is paced by the gate it names."""
+"""The step gates by name, and the gate of gates that a scheduler holds."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from engine_adapter.gates.base import CreditGate, Decoding, OpenGate, Paced, StepGate, StepPlan
+from engine_adapter.gates.base import Decoding, GatedRequest, OpenGate, StepGate, StepPlan
+from engine_adapter.gates.credit import CreditGate
 from engine_adapter.gates.slack import SlackGate
 
 GATES: dict[str, Callable[[], StepGate]] = {"open": OpenGate, "credit": CreditGate, "slack": SlackGate}
 
 _RECENT_STEPS = 256
+"""Steps replayed to a gate that is created late, so that it knows the engine's step times."""
 
 
 class Gates:
-    """A gate of gates. ``default`` paces requests that name none, or one that is not known here.
+    """Applies to each request the gate that it names, or ``default``.
 
-    Usually all requests in an engine come from one policy and name one gate. Where several meet, each plans for its
-    own, and there is as much prefill as the one that allows least.
+    Usually all requests name the same gate. Otherwise each gate plans for its own requests, and the smallest prefill
+    budget applies.
 
     Raises:
-        ValueError: ``default`` is no gate.
+        ValueError: ``default`` is not a gate.
     """
 
     def __init__(self, default: str = "credit") -> None:
@@ -31,31 +33,31 @@ class Gates:
         self._recent: deque[tuple[int, int, float, float]] = deque(maxlen=_RECENT_STEPS)
 
     def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
-        """Each gate's plan for its own requests, put together."""
-        named = {request.gate for request in decoding}
-        if len(named) <= 1:
-            return self._gate(named.pop() if named else "").plan(now, decoding, prefill_backlog)
-        together = StepPlan()
-        for name in sorted(named):
+        """Return the combined plan of all gates."""
+        names = {request.gate for request in decoding}
+        if len(names) <= 1:
+            return self._gate(names.pop() if names else "").plan(now, decoding, prefill_backlog)
+        combined = StepPlan()
+        for name in sorted(names):
             own = [request for request in decoding if request.gate == name]
             plan = self._gate(name).plan(now, own, prefill_backlog)
-            together.sit_out |= plan.sit_out
+            combined.sit_out |= plan.sit_out
             if plan.max_prefill_tokens is not None:
-                least = together.max_prefill_tokens
-                together.max_prefill_tokens = min(plan.max_prefill_tokens, prefill_backlog if least is None else least)
-        return together
+                least = prefill_backlog if combined.max_prefill_tokens is None else combined.max_prefill_tokens
+                combined.max_prefill_tokens = min(plan.max_prefill_tokens, least)
+        return combined
 
-    def preemptible(self, request: Paced) -> bool:
-        """As its own gate has it."""
+    def preemptible(self, request: GatedRequest) -> bool:
+        """Ask the request's own gate."""
         return self._gate(request.gate).preemptible(request)
 
     def forget(self, request_id: str) -> None:
-        """Drop what any gate kept for the request."""
+        """Drop the request's state in every gate."""
         for gate in self._gates.values():
             gate.forget(request_id)
 
     def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
-        """Tell every gate of a step; one that is first named later hears of the latest then."""
+        """Report a step to every gate, and keep it for gates that are created later."""
         self._recent.append((decode_requests, prefill_tokens, mean_context, elapsed_s))
         for gate in self._gates.values():
             gate.observe(decode_requests, prefill_tokens, mean_context, elapsed_s)

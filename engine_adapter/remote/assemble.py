@@ -1,7 +1,7 @@
-"""From a streamed completion to the JSON body that the same request would have had without streaming.
+"""Assembles the events of a streamed completion into the JSON body of the same request without streaming.
 
-A non-streaming request hides its first token, so a remote engine is asked for a stream and the body is put
-together here. Pure: bytes of events in, one object out.
+The first token of a non-streaming request cannot be observed. The proxy therefore requests a stream and assembles the
+body here. This module does no I/O.
 """
 
 from __future__ import annotations
@@ -14,40 +14,39 @@ Json = dict[str, Any]
 
 NOT_REBUILDABLE = frozenset(
     {
-        # Answered only in the non-streaming body, or by a different algorithm there.
+        # Only the non-streaming response has these, or computes them differently.
         "prompt_logprobs",
         "best_of",
         "use_beam_search",
         "return_token_ids",
         "kv_transfer_params",
-        # Audio deltas are transcripts and base64 pieces under their own rules.
+        # Audio deltas (transcripts and base64 data) have their own merge rules.
         "audio",
         "modalities",
-        # An error in a non-streaming request: the server shall say so itself.
+        # Invalid in a non-streaming request: the server rejects it itself.
         "stream_options",
     }
 )
-"""Request fields that, when set, make the streamed answer differ from the plain one in substance."""
+"""Request fields for which the response cannot be rebuilt from a stream."""
 
 _OBJECTS = {"chat.completion.chunk": "chat.completion"}
 
 
 def can_rebuild(body: Json) -> bool:
-    """Whether the plain answer to ``body`` (a parsed OpenAI request) can be put together from a stream."""
-    # Not `in (None, False)`: prompt_logprobs=0 is set, and 0 == False.
+    """Whether the non-streaming response to ``body`` (a parsed OpenAI request) can be rebuilt from a stream."""
+    # NOTE: not `in (None, False)`, because 0 == False and prompt_logprobs=0 counts as set.
     if any(body.get(name) is not None and body[name] is not False for name in NOT_REBUILDABLE):
         return False
-    # Echoed prompt tokens come with their own logprobs, whose offsets restart in a stream.
+    # Echoed prompt tokens have logprobs, whose text offsets restart in a stream.
     return not (body.get("echo") and body.get("logprobs") is not None)
 
 
 class Assembler:
-    """Merges one stream's events, in order, into one body.
+    """Merges the events of one stream, in order, into one response body.
 
-    Per choice index: text, content, reasoning, refusal and the arguments of function and tool calls are
-    concatenated (tool calls by their own index), logprob lists are extended, finish and stop reasons kept. A
-    field that is not known here is merged by the same rules by its type: strings join, lists extend, anything
-    else is replaced.
+    Per choice index, it concatenates text, content, reasoning, refusal and the arguments of function and tool calls
+    (tool calls by their own index). It extends logprob lists and keeps finish and stop reasons. Unknown fields
+    are merged by type: strings are concatenated, lists are extended, other values are replaced.
     """
 
     def __init__(self) -> None:
@@ -57,7 +56,7 @@ class Assembler:
         self._done = False
 
     def add(self, event: bytes) -> None:
-        """Take in one raw event; comments and unreadable events are skipped."""
+        """Merge one raw event. Comments and events without valid JSON are skipped."""
         chunk = parse_event(event)
         if chunk is None:
             self._done |= event_data(event).strip() == b"[DONE]"
@@ -74,20 +73,20 @@ class Assembler:
 
     @property
     def complete(self) -> bool:
-        """Whether the stream came to its end: ``[DONE]``, an error, or a finish reason for every choice."""
+        """Whether the stream has ended: ``[DONE]``, an error, or a finish reason for every choice."""
         if self._done or self._error is not None:
             return True
         return bool(self._choices) and all(c.get("finish_reason") for c in self._choices.values())
 
     def response(self) -> tuple[int, Json]:
-        """HTTP status and body. An error event gives its own code (500 when that is no HTTP error status)."""
+        """HTTP status and body. An error event sets the status to its code, or to 500 if that is not 400 to 599."""
         if self._error is not None:
             code = self._error["error"].get("code") if isinstance(self._error["error"], dict) else None
             return (code if isinstance(code, int) and 400 <= code <= 599 else 500), self._error
         body = dict(self._top)
         body["object"] = _OBJECTS.get(body.get("object", ""), body.get("object"))
         body["choices"] = [self._choices[index] for index in sorted(self._choices)]
-        # The OpenAI order: usage after the choices.
+        # OpenAI's field order: usage follows the choices.
         if "usage" in body:
             body["usage"] = body.pop("usage")
         return 200, body
@@ -123,7 +122,7 @@ def _merge_message(message: Json, delta: Json) -> None:
             message["role"] = value or message["role"]
         else:
             message[key] = _merged(message.get(key), value)
-    # The empty content of a role chunk stands for "no content" when tool calls come instead.
+    # A role chunk has empty content; a message with tool calls has null instead.
     if message.get("tool_calls") and not message["content"]:
         message["content"] = None
 
@@ -138,7 +137,7 @@ def _merge_tool_calls(calls: list[Json], deltas: list[Json]) -> None:
             if key == "function":
                 call["function"] = _merge_function(call.get("function") or {}, value or {})
             elif key != "index" and value is not None:
-                # Ids and types come whole; some servers repeat them in every delta.
+                # Ids and types are never split; some servers repeat them in every delta.
                 call[key] = value
 
 

@@ -1,7 +1,8 @@
-"""The HTTP client behind `HttpEngine`: one server, many connections, answers as they come.
+"""The HTTP client behind `HttpEngine`: pooled connections to one server, with streamed responses.
 
-aiohttp, because it runs once for every token: its parser is C, and its pool does not look at every connection there is.
-What it leaves to chance is seen to here: nobody waits for ever for an answer that cannot come.
+It uses aiohttp because this code runs once per token: aiohttp's parser is written in C, and its pool does not scan
+all connections. This module adds what aiohttp lacks: every wait for a response ends when the response can no longer
+arrive.
 """
 
 from __future__ import annotations
@@ -23,209 +24,228 @@ from engine_adapter.engine import EngineLost, EngineUnreachable
 from engine_adapter.remote.request import Headers
 
 IDLE_CONNECTION_S = 4.0
-"""Below uvicorn's (and so vLLM's) five: a connection that the server is just closing must not be reused."""
+"""Seconds that an idle connection is kept for reuse.
 
-_LONGEST_LINE = 1 << 16
-"""Bytes of a status line or header of an answer."""
+Below the 5 s keep-alive of uvicorn, and so of vLLM: a connection that the server is closing must not be reused.
+"""
 
-_CLOSING_S = 1.0
-"""Seconds that connections have to end in order."""
+_MAX_LINE_BYTES = 1 << 16
+"""Largest accepted status line or header line of a response, in bytes."""
+
+_CLOSE_TIMEOUT_S = 1.0
+"""Seconds that connections get for an orderly close."""
 
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
-_NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
-_NOT_BY_ITSELF = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
-"""Headers that aiohttp would add: what the client did not say is not for us to say."""
+_CONNECT_ERRORS = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+_SKIPPED_AUTO_HEADERS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+"""Headers that aiohttp adds by default. The proxy sends only what the client sent."""
 
 
 class Upstream:
-    """Requests to the server at ``base_url``.
+    """HTTP client for the server at ``base_url``.
 
-    ``name``: what it is called in errors. ``connections``: how many at once; further requests wait for one.
-    ``connect_timeout_s``, ``read_timeout_s``: seconds until a connection, and until the next byte, is given up. What
-    passes until an answer begins, sending included, is no more than the first and twice the second.
+    Args:
+        name: the engine's name in error messages.
+        base_url: the server's URL, without a trailing slash.
+        connections: maximum open connections; further requests wait for one.
+        connect_timeout_s: maximum time to establish a connection.
+        read_timeout_s: maximum time between two reads. A response must begin within
+            ``connect_timeout_s + 2 * read_timeout_s``, sending the request included.
     """
 
     def __init__(
         self, name: str, base_url: str, connections: int, connect_timeout_s: float, read_timeout_s: float
     ) -> None:
         self.where = f"engine {name} at {base_url}"
-        """For errors: ours, and those of who reads the answers."""
+        """The engine's name and URL, as a prefix of error messages."""
         self._base = base_url
         self._connections = connections
         self._timeout = aiohttp.ClientTimeout(sock_connect=connect_timeout_s, sock_read=read_timeout_s)
-        self._beginning_s = connect_timeout_s + 2 * read_timeout_s
+        self._head_timeout_s = connect_timeout_s + 2 * read_timeout_s
         self._session: aiohttp.ClientSession | None = None
-        self._beginning: set[asyncio.Task[aiohttp.ClientResponse]] = set()
-        self._answers: set[aiohttp.ClientResponse] = set()
-        self._endings = _Endings()
+        self._pending: set[asyncio.Task[aiohttp.ClientResponse]] = set()
+        self._responses: set[aiohttp.ClientResponse] = set()
+        self._connection_loss = ConnectionLossMonitor()
         self._closed = False
 
     @asynccontextmanager
     async def answer(
         self, method: str, path: bytes, headers: Headers, content: bytes, timeout_s: float | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The server's answer, its body unread and as it was encoded; leaving closes it, which ends its generation.
+        """The server's response, with a body that is unread and still encoded.
 
-        ``path``: raw, with the query. ``timeout_s``: for all of it, in place of the timeouts.
+        Leaving the context closes the response, which ends its generation.
+
+        Args:
+            method: the HTTP method.
+            path: the raw path with the query.
+            headers: the request headers.
+            content: the request body; empty for none.
+            timeout_s: a limit for the whole response, in place of the connect and read timeouts.
 
         Raises:
-            EngineUnreachable: no connection came about, so that nothing was sent.
-            EngineLost: the connection broke, inside the block too; or `close` was called.
-            TimeoutError: ``timeout_s`` have passed.
+            EngineUnreachable: no connection was established, so nothing was sent.
+            EngineLost: the connection broke, also inside the ``async with`` block; or `close` was called.
+            TimeoutError: ``timeout_s`` passed.
         """
         limits = self._timeout if timeout_s is None else aiohttp.ClientTimeout(timeout_s)
         try:
-            response = await self._begin(method, path, headers, content, limits)
-            self._answers.add(response)
+            response = await self._request(method, path, headers, content, limits)
+            self._responses.add(response)
             try:
                 async with response:
-                    with self._endings.heard_by(response):
+                    with self._connection_loss.propagate_to(response):
                         yield response
             finally:
-                self._answers.discard(response)
-        except _NEVER_SENT as error:
-            raise EngineUnreachable(self._said(error)) from error
+                self._responses.discard(response)
+        except _CONNECT_ERRORS as error:
+            raise EngineUnreachable(self._describe(error)) from error
         except aiohttp.ClientError as error:
-            raise EngineLost(self._said(error)) from error
+            raise EngineLost(self._describe(error)) from error
 
     async def close(self) -> None:
         """Close every connection; requests in flight get `EngineLost`. Idempotent."""
         self._closed = True
-        # Whoever waits for a connection or for bytes would not hear of it from aiohttp.
-        for beginning in list(self._beginning):
-            beginning.cancel()
-        for answer in list(self._answers):
-            answer.close()
+        # Closing an aiohttp session does not end waits for a connection or for the next bytes.
+        for task in list(self._pending):
+            task.cancel()
+        for response in list(self._responses):
+            response.close()
         if self._session is not None:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSING_S):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                     await self._session.close()
 
-    async def _begin(
+    async def _request(
         self, method: str, path: bytes, headers: Headers, content: bytes, limits: aiohttp.ClientTimeout
     ) -> aiohttp.ClientResponse:
-        """The answer's head. In a task of its own, which ends when time is up or `close` is called."""
+        """Send a request and return its response once the head has arrived.
+
+        The request runs in its own task, so that a timeout or `close` can end it.
+        """
         if self._closed:
             raise EngineLost(f"{self.where} was stopped")
         if self._session is None:
-            self._session = self._open()
-        url = URL(f"{self._base}{'' if path.startswith(b'/') else '/'}{_printable(path)}", encoded=True)
-        sent: dict[str, Any] = {
-            "headers": [(_text(name), _text(value)) for name, value in headers],
+            self._session = self._open_session()
+        url = URL(f"{self._base}{'' if path.startswith(b'/') else '/'}{_escape(path)}", encoded=True)
+        arguments: dict[str, Any] = {
+            "headers": [(_decode(name), _decode(value)) for name, value in headers],
             "data": content or None,
         }
-        asking = self._session.request(method, url, allow_redirects=False, timeout=limits, **sent)
-        beginning = asyncio.ensure_future(asking)
-        self._beginning.add(beginning)
+        request = self._session.request(method, url, allow_redirects=False, timeout=limits, **arguments)
+        task = asyncio.ensure_future(request)
+        self._pending.add(task)
         try:
-            await asyncio.wait({beginning}, timeout=self._beginning_s)
+            await asyncio.wait({task}, timeout=self._head_timeout_s)
         except asyncio.CancelledError:
-            await _abandoned(beginning)
+            await _cancel(task)
             raise
         finally:
-            self._beginning.discard(beginning)
-        if not beginning.done():
-            await _abandoned(beginning)
-            raise EngineLost(f"{self.where}: no answer began within {self._beginning_s:.0f} s")
-        if beginning.cancelled():
+            self._pending.discard(task)
+        if not task.done():
+            await _cancel(task)
+            raise EngineLost(f"{self.where}: no response began within {self._head_timeout_s:.0f} s")
+        if task.cancelled():
             raise EngineLost(f"{self.where} was stopped")
-        return beginning.result()
+        return task.result()
 
-    def _open(self) -> aiohttp.ClientSession:
-        # Loading the certificate store takes 50 ms and serves nobody on a plain connection.
+    def _open_session(self) -> aiohttp.ClientSession:
+        # Loading the certificate store takes 50 ms, and plain HTTP does not need it.
         secure = URL(self._base).scheme == "https"
-        trusted: ssl.SSLContext | bool = httpx.create_ssl_context(trust_env=False) if secure else True
+        context: ssl.SSLContext | bool = httpx.create_ssl_context(trust_env=False) if secure else True
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=IDLE_CONNECTION_S, ssl=trusted),
+            connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=IDLE_CONNECTION_S, ssl=context),
             cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=_NOT_BY_ITSELF,
+            skip_auto_headers=_SKIPPED_AUTO_HEADERS,
             auto_decompress=False,
-            max_line_size=_LONGEST_LINE,
-            max_field_size=_LONGEST_LINE,
+            max_line_size=_MAX_LINE_BYTES,
+            max_field_size=_MAX_LINE_BYTES,
         )
 
-    def _said(self, error: aiohttp.ClientError) -> str:
+    def _describe(self, error: aiohttp.ClientError) -> str:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return f"{self.where}: {reason}"
 
 
 def plain_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The body as it comes, decoded: a server may compress in spite of being asked not to.
+    """The response body, decompressed if it is gzip or deflate; other encodings pass unchanged.
 
-    What is encoded in a way that we cannot read comes as it is. Raises `aiohttp.ClientPayloadError` when it is not
-    encoded as it says.
+    A server may compress although the request asks for ``identity``.
+
+    Raises:
+        aiohttp.ClientPayloadError: the body does not have the encoding that its header names.
     """
     encoding = response.headers.get("content-encoding", "").lower()
     chunks = response.content.iter_any()
-    return _unpacked(chunks, encoding) if encoding in ("gzip", "x-gzip", "deflate") else chunks
+    return _decompress(chunks, encoding) if encoding in ("gzip", "x-gzip", "deflate") else chunks
 
 
-async def _unpacked(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
-    unpack = zlib.decompressobj(_GZIP_OR_ZLIB)
+async def _decompress(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
+    decompressor = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
         async for chunk in chunks:
-            yield unpack.decompress(chunk)
+            yield decompressor.decompress(chunk)
     except zlib.error as error:
-        raise aiohttp.ClientPayloadError(f"the answer is not {encoding} as it says: {error}") from error
+        raise aiohttp.ClientPayloadError(f"the response body is not valid {encoding}: {error}") from error
 
 
-async def _abandoned(beginning: asyncio.Task[aiohttp.ClientResponse]) -> None:
-    """End it; an answer that came all the same frees its connection."""
-    beginning.cancel()
-    await asyncio.wait({beginning}, timeout=_CLOSING_S)
-    if beginning.done() and not beginning.cancelled() and beginning.exception() is None:
-        beginning.result().close()
+async def _cancel(task: asyncio.Task[aiohttp.ClientResponse]) -> None:
+    """Cancel a request. If its response arrives anyway, close it, which frees its connection."""
+    task.cancel()
+    await asyncio.wait({task}, timeout=_CLOSE_TIMEOUT_S)
+    if task.done() and not task.cancelled() and task.exception() is None:
+        task.result().close()
 
 
-class _Endings:
-    """However a connection ends, who reads a body from it hears of it.
+class ConnectionLossMonitor:
+    """Propagates the loss of a connection to the reader of its response body.
 
-    NOTE: aiohttp (3.14) closes a connection on which it cannot parse the next chunk, and tells nobody; its read timeout
-    ends with that.
+    NOTE: aiohttp (3.14) closes a connection if it cannot parse the next chunk, but does not notify the body reader. Its
+    read timeout no longer runs then, so the reader would wait forever.
     """
 
     def __init__(self) -> None:
-        # By what tells that a connection has ended; it serves many answers, one after the other.
+        # Keyed by the connection's `closed` future. A connection serves many responses, one at a time.
         self._bodies: WeakKeyDictionary[asyncio.Future[None], aiohttp.StreamReader | None] = WeakKeyDictionary()
 
     @contextlib.contextmanager
-    def heard_by(self, response: aiohttp.ClientResponse) -> Iterator[None]:
-        """Inside the block, reading the body raises `aiohttp.ClientPayloadError` if its connection is gone."""
+    def propagate_to(self, response: aiohttp.ClientResponse) -> Iterator[None]:
+        """Inside the block, reading the body raises `aiohttp.ClientPayloadError` if its connection is lost."""
         protocol = None if response.connection is None else response.connection.protocol
-        ended = None if protocol is None else protocol.closed
-        if ended is None:
-            _gone(response.content)
+        closed = None if protocol is None else protocol.closed
+        if closed is None:
+            _fail(response.content)
             yield
             return
-        if ended not in self._bodies:
-            ended.add_done_callback(self._on_ended)
-        self._bodies[ended] = response.content
+        if closed not in self._bodies:
+            closed.add_done_callback(self._on_closed)
+        self._bodies[closed] = response.content
         try:
             yield
         finally:
-            self._bodies[ended] = None
+            self._bodies[closed] = None
 
-    def _on_ended(self, ended: asyncio.Future[None]) -> None:
-        if not ended.cancelled():
-            ended.exception()  # heard, or asyncio would log it
-        body = self._bodies.get(ended)
+    def _on_closed(self, closed: asyncio.Future[None]) -> None:
+        if not closed.cancelled():
+            closed.exception()  # asyncio logs an exception that is never retrieved
+        body = self._bodies.get(closed)
         if body is not None:
-            _gone(body)
+            _fail(body)
 
 
-def _gone(body: aiohttp.StreamReader) -> None:
-    """Nothing more will come of it."""
+def _fail(body: aiohttp.StreamReader) -> None:
+    """Make reads of an incomplete body raise."""
     if not body.is_eof() and body.exception() is None:
-        body.set_exception(aiohttp.ClientPayloadError("the connection ended before the answer did"))
+        body.set_exception(aiohttp.ClientPayloadError("the connection closed before the response was complete"))
 
 
-def _printable(path: bytes) -> str:
-    """A path as it came, what HTTP has no place for escaped."""
+def _escape(path: bytes) -> str:
+    """``path`` with non-printable and non-ASCII bytes percent-encoded."""
     return "".join(chr(byte) if 0x20 < byte < 0x7F else f"%{byte:02X}" for byte in path)
 
 
-def _text(value: bytes) -> str:
-    """What aiohttp encodes to ``value`` again, where that is UTF-8."""
+def _decode(value: bytes) -> str:
+    """The header value as text that aiohttp encodes back to ``value`` if that is UTF-8; otherwise as Latin-1."""
     try:
         return value.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server as an engine: a reverse proxy that sees the tokens go by."""
+"""Uses any OpenAI-compatible server as an engine: a reverse proxy, health probes, and a step-time model."""
 
 from __future__ import annotations
 
@@ -22,40 +22,45 @@ log = logging.getLogger("antares.engine.http")
 PROBE_EVERY_S = 2.0
 """Seconds between health probes while the server answers."""
 PROBE_AGAIN_S = (0.25, 0.5, 1.0, 2.0, 5.0)
+"""Seconds before each further probe of a server that does not answer; the last value repeats."""
 PROBE_AT_ONCE_S = 0.05
-"""One that a connection did not come about to may be back as soon as it is asked: nobody is turned away before that."""
-"""Seconds before each further probe of a server that does not answer; the last one repeats."""
+"""Expected downtime (s) right after a failed connection. The next probe runs at once and may find the server up again,
+so requests wait that long before they are rejected."""
+BREAK_SETTLE_S = 0.05
+"""Delay (s) between a broken connection and the probe: one probe then covers all connections that break together."""
 XARGS_OWNERS = ("vllm", "antares")
-"""``owned_by`` of servers that take ``vllm_xargs``; others may refuse a request for an unknown field."""
+"""``owned_by`` of servers that accept ``vllm_xargs``. Other servers may reject a request with an unknown field."""
 
-_ALONE = ((1, 0, 0), (0, 0, 512))
-"""Steps (decodes, their context, prompt tokens) of an engine that has one request."""
+_SINGLE_REQUEST_STEPS = ((1, 0, 0), (0, 0, 512))
+"""Steps of an engine with a single request: (decodes, decode context, prefill tokens)."""
 
 
 class HttpEngine:
-    """A remote OpenAI-compatible server.
+    """A remote OpenAI-compatible server. Implements `engine_adapter.engine.Engine`.
 
-    Requests and answers pass through as they are, except that
+    Requests and responses pass through unchanged, with these exceptions:
 
-    * hop-by-hop headers, the client's credentials and, unless ``send_slo``, its SLO are not sent; * a
-    streamed completion is asked for its usage, and the client sees that chunk only if it asked itself; * with
-    ``first_token="stream"``, a plain completion is asked for as a stream and put together here, so that its
-      first token is seen when it comes (`assemble.NOT_REBUILDABLE` lists the requests for which it is not).
+    * Hop-by-hop headers and the client's credentials are not sent. Its SLO is not sent unless ``send_slo``.
+    * Streamed completions are requested with usage. The client sees the usage chunk only if it asked for it.
+    * With ``first_token="stream"``, a non-streaming completion is requested as a stream and assembled here, so that
+      its first token is observed on time. `assemble.NOT_REBUILDABLE` lists the exceptions.
 
     Args:
         name: the engine's name in metrics.
-        base_url: where the server is; a trailing ``/v1`` is understood.
+        base_url: the server's URL; a trailing ``/v1`` is removed.
         api_key: the server's own key, sent as a bearer token.
-        max_num_seqs, max_num_batched_tokens, max_model_len: the server's limits, which it does not tell (all
-            but ``max_model_len``, which is taken from ``/v1/models`` where that has it).
-        step_times: what is known about its step times; refined from the streams.
-        connect_timeout_s, read_timeout_s: seconds until a connection, and until the next byte, is given up.
-        max_connections: requests in flight at once; further ones wait for a connection. Health probes have their own.
-        first_token: how the first token of a plain completion is seen.
-        send_slo: whether the server may see ``x-slo-*`` headers and ``antares_*`` fields of ``vllm_xargs``.
+        max_num_seqs, max_num_batched_tokens: the server's limits. OpenAI-compatible servers do not report them.
+        max_model_len: the server's context length, unless ``/v1/models`` reports it.
+        step_times: initial step times; refined from the timing of the streams.
+        connect_timeout_s: maximum time to establish a connection.
+        read_timeout_s: maximum time between two reads.
+        max_connections: maximum requests in flight; further ones wait for a connection. Health probes use a separate
+            connection.
+        first_token: how the first token of a non-streaming completion is observed.
+        send_slo: send ``x-slo-*`` headers and the ``antares_*`` members of ``vllm_xargs`` to the server.
 
     Raises:
-        ValueError: ``base_url`` is no http or https URL.
+        ValueError: ``base_url`` is not an http or https URL, or holds credentials.
     """
 
     def __init__(
@@ -76,20 +81,20 @@ class HttpEngine:
     ) -> None:
         self.name = name
         self.base_url = _base_url(base_url)
-        self._first_guess = step_times or StepTimes()
+        self._initial_times = step_times or StepTimes()
         self.state = EngineState(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
-            step_time=StepTimeModel(times=self._first_guess),
+            step_time=StepTimeModel(times=self._initial_times),
         )
         self.takes_xargs = False
         self._api_key = api_key
         self._send_slo = send_slo
         self._connect_timeout_s = connect_timeout_s
         self._upstream = Upstream(name, self.base_url, max_connections, connect_timeout_s, read_timeout_s)
-        # Its own: a probe that waited for one of the requests' connections would take a busy server for a dead one.
-        self._for_probes = Upstream(name, self.base_url, 1, connect_timeout_s, read_timeout_s)
+        # A separate pool: a probe that waits for a request's connection would report a busy server as dead.
+        self._probe_upstream = Upstream(name, self.base_url, 1, connect_timeout_s, read_timeout_s)
         self._probe_now = asyncio.Event()
         self._proxy = HttpProxy(
             upstream=self._upstream,
@@ -97,8 +102,8 @@ class HttpEngine:
             api_key=api_key,
             see_first_token=first_token == "stream",
             send_slo=send_slo,
-            on_unreachable=self._note_death,
-            on_broken=self._note_break,
+            on_unreachable=self._on_unreachable,
+            on_broken=self._on_broken,
         )
         self._events = EngineEvents()
         self._health_path = "/health"
@@ -110,55 +115,55 @@ class HttpEngine:
         return self._proxy
 
     async def start(self, events: EngineEvents) -> None:
-        """Probe the server once, then keep watching it.
+        """Probe the server once, then start the periodic health probes.
 
-        A server that does not answer yet is no error: it is not ours to start, so ``state.alive`` stays False
-        until it answers. Raises `EngineStartError` when it answers and refuses the key.
+        A server that does not answer yet is not an error, because Antares does not start it. ``state.alive`` stays
+        False until it answers. Raises `EngineStartError` if the server rejects the key.
         """
         self._events = self._proxy.events = events
         await self._probe()
         if not self.state.alive:
-            log.warning("engine %s: nothing answers at %s yet; waiting for it", self.name, self.base_url)
+            log.warning("engine %s: no response from %s yet; waiting for it", self.name, self.base_url)
         self._watcher = asyncio.create_task(self._watch(), name=f"{self.name}-health")
 
     async def stop(self) -> None:
-        """Stop watching and close all connections; requests in flight get `EngineLost`. Idempotent."""
+        """Stop the probes and close all connections. Requests in flight get `EngineLost`. Idempotent."""
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
         self.state.alive = False
-        await asyncio.gather(self._upstream.close(), self._for_probes.close())
+        await asyncio.gather(self._upstream.close(), self._probe_upstream.close())
 
     def count_tokens(self, text: str) -> int | None:
-        """None: the tokenizer is at the other end."""
+        """Returns None: only the server has the tokenizer."""
         return None
 
     async def probe(self) -> None:
-        """A remote server gets no work that nobody asked for: go back to the first guess, and learn anew.
+        """Reset the step-time model to the initial step times. A remote server gets no synthetic requests.
 
-        Unless that is nowhere faster than what was learnt: more would be refused then, not less.
+        Only if they are faster for a single request. Otherwise the policy would reject more requests, not fewer.
         """
-        guess, learnt = StepCurve.of(self._first_guess), self.state.step_time.curve
-        if any(guess.step_s(*step) < learnt.step_s(*step) for step in _ALONE):
-            self.state.step_time.start_over(self._first_guess)
+        initial, current = StepCurve.of(self._initial_times), self.state.step_time.curve
+        if any(initial.step_s(*step) < current.step_s(*step) for step in _SINGLE_REQUEST_STEPS):
+            self.state.step_time.start_over(self._initial_times)
 
     def unsupported_reason(self, body: dict[str, Any]) -> str | None:
-        """None: the server refuses for itself."""
+        """Returns None: the server rejects what it does not support."""
         return None
 
-    def _note_death(self) -> None:
-        """No connection came about. Whoever comes must not try in vain: it waits, or goes to another engine.
+    def _on_unreachable(self) -> None:
+        """Mark the server as down, so that new requests wait or go to another engine, and probe it at once.
 
-        It may have been a moment only, so look again at once.
+        The outage may be momentary.
         """
         if self.state.alive:
-            self._set_alive(False, back_in_s=PROBE_AT_ONCE_S)
+            self._set_alive(False, ready_in_s=PROBE_AT_ONCE_S)
             self._probe_now.set()
 
-    def _note_break(self) -> None:
-        """A connection broke, which need not be the server's end; of one that is gone it tells nothing new."""
+    def _on_broken(self) -> None:
+        """Probe the server after a broken connection, unless it is known to be down."""
         if self.state.alive:
             self._probe_now.set()
 
@@ -170,8 +175,7 @@ class HttpEngine:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._probe_now.wait(), pause)
                 if self.state.alive:
-                    # A connection broke. Many may break at once; one probe speaks for them all.
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(BREAK_SETTLE_S)
             self._probe_now.clear()
             try:
                 await self._probe()
@@ -181,15 +185,15 @@ class HttpEngine:
             failures = 0 if self.state.alive else failures + 1
 
     async def _probe(self) -> None:
-        """Ask for the server's health; learn what it serves when it has just come up."""
+        """Check the server's health. Read its model card if it has just come up."""
         status = await self._status(self._health_path)
         if status in (404, 405, 501) and self._health_path == "/health":
-            # Not vLLM: every OpenAI-compatible server lists its models.
+            # Not vLLM. Every OpenAI-compatible server lists its models.
             self._health_path = "/v1/models"
             status = await self._status(self._health_path)
         if status in (401, 403):
             raise EngineStartError(
-                f"{self.base_url} answers {status}: set this engine's api_key to the server's own key"
+                f"{self.base_url} returned {status}: set this engine's api_key to the server's own key"
             )
         alive = status == 200
         if alive and not self.state.alive:
@@ -203,11 +207,11 @@ class HttpEngine:
             return None
 
     async def _get(self, path: str) -> tuple[int, bytes]:
-        """Status and body, over a new connection: whether one comes about is half of what a probe asks."""
+        """Status and body of a GET over a new connection. A probe also tests that the server accepts connections."""
         headers = [(b"connection", b"close")]
         if self._api_key:
             headers.append((b"authorization", f"Bearer {self._api_key}".encode()))
-        async with self._for_probes.answer("GET", path.encode(), headers, b"", self._connect_timeout_s) as response:
+        async with self._probe_upstream.answer("GET", path.encode(), headers, b"", self._connect_timeout_s) as response:
             return response.status, await response.read()
 
     async def _read_model_card(self) -> None:
@@ -219,11 +223,11 @@ class HttpEngine:
             if isinstance(limit, int) and limit > 0:
                 self.state.max_model_len = limit
 
-    def _set_alive(self, alive: bool, back_in_s: float = PROBE_AGAIN_S[0]) -> None:
+    def _set_alive(self, alive: bool, ready_in_s: float = PROBE_AGAIN_S[0]) -> None:
         if alive == self.state.alive:
             return
         self.state.alive = alive
-        self.state.ready_in_s = 0.0 if alive else back_in_s
+        self.state.ready_in_s = 0.0 if alive else ready_in_s
         log.info("engine %s at %s is %s", self.name, self.base_url, "up" if alive else "down")
         self._events.on_alive(alive)
 
@@ -234,8 +238,8 @@ def _base_url(text: str) -> str:
     except ValueError:
         url = URL()
     if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError(f"base_url {text!r} is no http(s) URL: write it like http://host:8000")
+        raise ValueError(f"base_url {text!r} is not an http(s) URL: write it like http://host:8000")
     if url.user is not None or url.password is not None:
-        # It would be in every log line and error that names the server.
-        raise ValueError("base_url must not hold a user or a password: give the server's key as api_key")
+        # Log lines and errors name the URL and would leak the credentials.
+        raise ValueError("base_url must not contain a user or a password: set the server's key as api_key")
     return text.rstrip("/").removesuffix("/v1")

@@ -1,4 +1,4 @@
-"""The reverse proxy behind `HttpEngine`: a request out, its answer back, tokens counted on the way."""
+"""The reverse proxy behind `HttpEngine`. It forwards requests and responses and counts output tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import quote
 import aiohttp
 import orjson
 
-from engine_adapter.asgi import ClientGone, read_body, run_until_disconnect
+from engine_adapter.asgi import ClientDisconnected, read_document_or_body, run_until_disconnect
 from engine_adapter.engine import (
     OBSERVER_KEY,
     EngineEvents,
@@ -30,18 +30,19 @@ from engine_adapter.remote.request import (
     COMPLETION_PATHS,
     CompletionPlan,
     downstream_headers,
+    parse_completion,
     upstream_headers,
 )
 from engine_adapter.remote.sse import EventKind, SSESplitter, TokenCounter
 from engine_adapter.remote.step_samples import StepSampler, StreamTiming
 
 BYTES_PER_TOKEN = 4
-"""A first guess at a prompt's tokens, until the server's usage says how many there were."""
+"""Bytes of request body per prompt token: an estimate that holds until the server reports its usage."""
 LARGEST_PARSED = 8 << 20
-"""Bytes of a plain answer beyond which its usage is not looked for."""
+"""Largest non-streaming response (bytes) that is parsed for its usage. Bounds the memory of the copy."""
 
 
-class _Unobserved:
+class _NullObserver:
     def on_prompt(self, sequence: str, tokens: int) -> None: ...
 
     def on_tokens(self, sequence: str, count: int, at: float) -> None: ...
@@ -50,30 +51,32 @@ class _Unobserved:
 
 
 @dataclass(slots=True)
-class _Exchange:
-    """One request: where its answer goes, and who is told of its tokens. ``plan``: only for completions."""
+class _ClientRequest:
+    """One client request and the channel for its response. ``plan`` is None unless it is a completion."""
 
     scope: Scope
-    raw: bytes
     plan: CompletionPlan | None
     observer: TokenObserver
     send: Send
 
-    async def head(self, response: aiohttp.ClientResponse, altered: bool) -> None:
+    async def send_head(self, response: aiohttp.ClientResponse, altered: bool) -> None:
         headers = downstream_headers(response.raw_headers, altered)
         await self.send({"type": "http.response.start", "status": response.status, "headers": headers})
 
-    async def body(self, data: bytes, more: bool) -> None:
+    async def send_body(self, data: bytes, more: bool) -> None:
         await self.send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 class HttpProxy:
-    """ASGI app over an `Upstream`. Raises `EngineUnreachable` when no connection to the server comes about, and
-    `EngineLost` when it breaks off; of either somebody is told first (``on_unreachable``, ``on_broken``).
+    """ASGI app over an `Upstream`.
 
-    An answer of the server, whatever its status, is passed on, but for a 5xx with nothing in it: that is a
-    dying server, or a load balancer in front of a dead one. 429 and 503 always pass: the server lives and
-    says "later".
+    It forwards every server response, whatever its status, except a 5xx without a body. That one comes from a dying
+    server, or from a load balancer in front of a dead one. It always forwards 429 and 503: the server is alive
+    and asks the client to retry later.
+
+    Raises:
+        EngineUnreachable: no connection to the server was established. ``on_unreachable`` is called first.
+        EngineLost: the connection broke. ``on_broken`` is called first.
     """
 
     def __init__(
@@ -96,33 +99,35 @@ class HttpProxy:
         self._on_unreachable = on_unreachable
         self._on_broken = on_broken
         self._sampler = StepSampler(state)
-        self._usage_refused = False
+        self._usage_unsupported = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             return
         try:
-            raw = await read_body(receive)
-        except ClientGone:
+            document, raw = await read_document_or_body(scope, receive)
+        except ClientDisconnected:
             return
         self._state.engine_running += 1
         try:
-            await run_until_disconnect(self._serve(scope, raw, send), receive)
+            await run_until_disconnect(self._serve(scope, document, raw, send), receive)
         finally:
             self._state.engine_running -= 1
 
-    async def _serve(self, scope: Scope, raw: bytes, send: Send) -> None:
+    async def _serve(self, scope: Scope, document: dict[str, Any] | None, raw: bytes, send: Send) -> None:
         plan = None
         if scope["method"] == "POST" and scope["path"].endswith(COMPLETION_PATHS):
-            plan = CompletionPlan.make(raw, self._see_first_token, not self._usage_refused, self._send_slo)
-        exchange = _Exchange(scope, raw, plan, scope.get(OBSERVER_KEY) or _Unobserved(), send)
+            document = parse_completion(raw) if document is None else document
+            if document is not None:
+                plan = CompletionPlan.make(document, self._see_first_token, not self._usage_unsupported, self._send_slo)
+        request = _ClientRequest(scope, plan, scope.get(OBSERVER_KEY) or _NullObserver(), send)
         try:
             if plan is None:
-                async with self._answer(scope, raw) as response:
-                    await self._relay(exchange, response, response.content.iter_any())
+                async with self._open_response(scope, raw) as response:
+                    await self._relay(request, response, response.content.iter_any())
             else:
-                await self._complete(exchange, plan)
+                await self._complete(request, plan)
         except EngineUnreachable:
             self._on_unreachable()
             raise
@@ -130,46 +135,46 @@ class HttpProxy:
             self._on_broken()
             raise
 
-    async def _complete(self, exchange: _Exchange, plan: CompletionPlan) -> None:
-        prompt_tokens = len(exchange.raw) / BYTES_PER_TOKEN
-        timing = self._sampler.sent(time.monotonic(), prompt_tokens, plan.sequences, plan.tpot_ms)
+    async def _complete(self, request: _ClientRequest, plan: CompletionPlan) -> None:
+        content = plan.encoded()
+        timing = self._sampler.sent(time.monotonic(), len(content) / BYTES_PER_TOKEN, plan.sequences, plan.tpot_ms)
         usage: dict[str, Any] = {}
         if not plan.streams:
-            exchange.observer.on_unobserved()
+            request.observer.on_unobserved()
         try:
-            async with self._answer(exchange.scope, plan.encoded()) as response:
+            async with self._open_response(request.scope, content) as response:
                 if not (plan.asked_usage and response.status in (400, 422)):
-                    usage = await self._pass_on(exchange, plan, response, timing)
+                    usage = await self._forward_completion(request, plan, response, timing)
                     return
-                refusal = await response.read()
-                if b"stream_options" not in refusal and b"include_usage" not in refusal:
-                    await self._relay(exchange, response, _only(refusal))
+                error = await response.read()
+                if b"stream_options" not in error and b"include_usage" not in error:
+                    await self._relay(request, response, _single_chunk(error))
                     return
             plan.without_usage()
-            async with self._answer(exchange.scope, plan.encoded()) as response:
-                self._usage_refused |= response.status < 400
-                usage = await self._pass_on(exchange, plan, response, timing)
+            async with self._open_response(request.scope, plan.encoded()) as response:
+                self._usage_unsupported |= response.status < 400
+                usage = await self._forward_completion(request, plan, response, timing)
         finally:
-            computed = _computed_prompt(usage) if plan.sequences == 1 else None
+            computed = _computed_prompt_tokens(usage) if plan.sequences == 1 else None
             if self._sampler.finished(timing, computed):
                 self.events.on_step()
 
-    async def _pass_on(
-        self, exchange: _Exchange, plan: CompletionPlan, response: aiohttp.ClientResponse, timing: StreamTiming
+    async def _forward_completion(
+        self, request: _ClientRequest, plan: CompletionPlan, response: aiohttp.ClientResponse, timing: StreamTiming
     ) -> dict[str, Any]:
-        """Hand a completion's answer to the client. Returns its usage, empty when none was seen."""
+        """Forward a completion's response to the client. Returns its usage; empty if the server reported none."""
         is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
         if response.status != 200 or (plan.streams and not is_stream):
-            await self._relay(exchange, response, response.content.iter_any())
+            await self._relay(request, response, response.content.iter_any())
             return {}
         if not plan.streams:
-            return await self._relay_plain(exchange, response)
-        counter = TokenCounter(exchange.observer, several=plan.sequences > 1)
+            return await self._relay_plain(request, response)
+        counter = TokenCounter(request.observer, several=plan.sequences > 1)
         events = self._events(response, counter, timing)
         try:
-            await (self._assemble if plan.rewritten else self._stream)(exchange, plan, response, events)
+            await (self._assemble if plan.rewritten else self._stream)(request, plan, response, events)
         finally:
-            # Left open, the generator would keep reading rights on the connection until garbage collection.
+            # An open generator would stay the connection's reader until garbage collection.
             await events.aclose()
             counter.settle()
         return counter.usage or {}
@@ -177,7 +182,7 @@ class HttpProxy:
     async def _events(
         self, response: aiohttp.ClientResponse, counter: TokenCounter, timing: StreamTiming
     ) -> AsyncGenerator[list[tuple[EventKind, bytes]], None]:
-        """The stream's events as the network delivers them, counted."""
+        """Yield the stream's events with their kinds, one list per network read, and count their tokens."""
         splitter = SSESplitter()
         async for chunk in plain_chunks(response):
             at, before = time.monotonic(), counter.total
@@ -191,89 +196,91 @@ class HttpProxy:
 
     async def _stream(
         self,
-        exchange: _Exchange,
+        request: _ClientRequest,
         plan: CompletionPlan,
         response: aiohttp.ClientResponse,
         events: AsyncIterator[list[tuple[EventKind, bytes]]],
     ) -> None:
-        await exchange.head(response, altered=True)
-        async for read in events:
-            kept = [event for kind, event in read if not (plan.asked_usage and kind is EventKind.USAGE)]
+        await request.send_head(response, altered=True)
+        async for batch in events:
+            kept = [event for kind, event in batch if not (plan.asked_usage and kind is EventKind.USAGE)]
             if kept:
-                await exchange.body(b"".join(kept), more=True)
-        await exchange.body(b"", more=False)
+                await request.send_body(b"".join(kept), more=True)
+        await request.send_body(b"", more=False)
 
     async def _assemble(
         self,
-        exchange: _Exchange,
+        request: _ClientRequest,
         plan: CompletionPlan,
         response: aiohttp.ClientResponse,
         events: AsyncIterator[list[tuple[EventKind, bytes]]],
     ) -> None:
         assembler = Assembler()
-        async for read in events:
-            for _, event in read:
+        async for batch in events:
+            for _, event in batch:
                 assembler.add(event)
         if not assembler.complete:
-            raise EngineLost(f"{self._upstream.where}: its stream ended before the answer did")
+            raise EngineLost(f"{self._upstream.where}: the stream ended before the response was complete")
         status, body = assembler.response()
         data = orjson.dumps(body)
         headers = downstream_headers(response.raw_headers, altered=True)
         headers = [(name, value) for name, value in headers if name != b"content-type"]
         headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
-        await exchange.send({"type": "http.response.start", "status": status, "headers": headers})
-        await exchange.body(data, more=False)
+        await request.send({"type": "http.response.start", "status": status, "headers": headers})
+        await request.send_body(data, more=False)
 
-    async def _relay(self, exchange: _Exchange, response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes]) -> None:
-        """Pass an answer on byte by byte."""
+    async def _relay(
+        self, request: _ClientRequest, response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes]
+    ) -> None:
+        """Forward a response unchanged."""
         first = b""
-        if response.status >= 500 and exchange.scope["method"] != "HEAD":
+        if response.status >= 500 and request.scope["method"] != "HEAD":
             first = await anext(chunks, b"")
             if not first and response.status != 503:
                 raise EngineLost(f"{self._upstream.where}: {response.status} with no body")
-        await exchange.head(response, altered=False)
+        await request.send_head(response, altered=False)
         if first:
-            await exchange.body(first, more=True)
+            await request.send_body(first, more=True)
         async for chunk in chunks:
-            await exchange.body(chunk, more=True)
-        await exchange.body(b"", more=False)
+            await request.send_body(chunk, more=True)
+        await request.send_body(b"", more=False)
 
-    async def _relay_plain(self, exchange: _Exchange, response: aiohttp.ClientResponse) -> dict[str, Any]:
-        """Pass a plain completion on. Its tokens are told when it is complete: none was seen earlier."""
-        await exchange.head(response, altered=False)
+    async def _relay_plain(self, request: _ClientRequest, response: aiohttp.ClientResponse) -> dict[str, Any]:
+        """Forward a non-streaming completion. Reports its tokens once it is complete. Returns its usage."""
+        await request.send_head(response, altered=False)
         copy = bytearray()
         async for chunk in response.content.iter_any():
             if len(copy) < LARGEST_PARSED:
                 copy += chunk
-            await exchange.body(chunk, more=True)
+            await request.send_body(chunk, more=True)
         usage = _plain_usage(bytes(copy))
         if isinstance(usage.get("prompt_tokens"), int):
-            exchange.observer.on_prompt("0", usage["prompt_tokens"])
+            request.observer.on_prompt("0", usage["prompt_tokens"])
         if isinstance(usage.get("completion_tokens"), int) and usage["completion_tokens"] > 0:
-            exchange.observer.on_tokens("0", usage["completion_tokens"], time.monotonic())
-        await exchange.body(b"", more=False)
+            request.observer.on_tokens("0", usage["completion_tokens"], time.monotonic())
+        await request.send_body(b"", more=False)
         return usage
 
-    def _answer(self, scope: Scope, content: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """The upstream's answer, its body still unread; leaving closes it, which stops its generation."""
+    def _open_response(self, scope: Scope, content: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """The upstream response with an unread body. Leaving the context closes it, which stops its generation."""
         headers = upstream_headers(scope["headers"], self._api_key, self._send_slo)
         return self._upstream.answer(scope["method"], _target(scope), headers, content)
 
 
 def _target(scope: Scope) -> bytes:
-    """The request's raw path and query, without the place where the gateway is mounted."""
+    """The request's raw path and query, without the prefix under which the gateway is mounted."""
     path: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
     query: bytes = scope["query_string"]
     path = path.removeprefix(scope.get("root_path", "").encode())
     return path + b"?" + query if query else path
 
 
-async def _only(data: bytes) -> AsyncIterator[bytes]:
+async def _single_chunk(data: bytes) -> AsyncIterator[bytes]:
     yield data
 
 
-def _computed_prompt(usage: dict[str, Any]) -> int | None:
-    """Prompt tokens that the server computed: all but those it found in its prefix cache."""
+def _computed_prompt_tokens(usage: dict[str, Any]) -> int | None:
+    """Prompt tokens that the server computed, that is, without prefix-cache hits."""
     prompt, details = usage.get("prompt_tokens"), usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
     return prompt - (cached or 0) if isinstance(prompt, int) else None

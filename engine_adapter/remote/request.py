@@ -1,4 +1,4 @@
-"""What goes upstream: the client's request without its secrets, and completions as countable streams."""
+"""Builds upstream requests: filters headers, and turns completions into streams whose tokens can be counted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from engine_adapter.asgi import encode_json
 from engine_adapter.engine import GATE_XARG, TPOT_XARG
 from engine_adapter.remote.assemble import can_rebuild
 
@@ -26,50 +27,57 @@ _HOP_BY_HOP = frozenset(
         b"upgrade",
     )
 )
-# The gateway's own credentials, in every place where a client may put them.
-_SECRETS = frozenset((b"authorization", b"proxy-authorization", b"x-api-key", b"api-key", b"cookie"))
-# Set afresh: the host and length of what is sent, and no compression, for the bytes are read on the way.
+# Headers that may hold the client's credentials for the gateway.
+_CREDENTIALS = frozenset((b"authorization", b"proxy-authorization", b"x-api-key", b"api-key", b"cookie"))
+# Set by this proxy. Compression is disabled because the proxy reads the response bytes.
 _REPLACED = frozenset((b"host", b"content-length", b"accept-encoding", b"expect"))
 _SLO_PREFIXES = (b"x-slo-", b"x-llm-d-slo-")
 
 
 def upstream_headers(headers: Iterable[tuple[bytes, bytes]], api_key: str | None, send_slo: bool) -> Headers:
-    """Request headers to send: no hop-by-hop header, no gateway credential, the engine's own key if any."""
-    sent: Headers = []
+    """Headers of the upstream request: without hop-by-hop headers and gateway credentials, with the engine's key."""
+    forwarded: Headers = []
     received = [(raw.lower(), value) for raw, value in headers]
-    dropped = _HOP_BY_HOP | _SECRETS | _REPLACED | _nominated(received)
+    dropped = _HOP_BY_HOP | _CREDENTIALS | _REPLACED | _connection_options(received)
     for name, value in received:
         if name in dropped:
             continue
         if not send_slo and name.startswith(_SLO_PREFIXES):
             continue
-        sent.append((name, value))
-    sent.append((b"accept-encoding", b"identity"))
+        forwarded.append((name, value))
+    forwarded.append((b"accept-encoding", b"identity"))
     if api_key is not None:
-        sent.append((b"authorization", b"Bearer " + api_key.encode()))
-    return sent
+        forwarded.append((b"authorization", b"Bearer " + api_key.encode()))
+    return forwarded
 
 
 def downstream_headers(headers: Iterable[tuple[bytes, bytes]], altered: bool) -> Headers:
-    """Response headers to pass on; ``altered`` drops those that describe the body's exact bytes."""
-    about_bytes = (b"content-length", b"content-encoding", b"content-md5", b"etag")
+    """Response headers for the client.
+
+    ``altered``: the proxy changes the body, so headers that describe its exact bytes are dropped.
+    """
+    body_headers = (b"content-length", b"content-encoding", b"content-md5", b"etag")
     received = [(raw.lower(), value) for raw, value in headers]
-    dropped = _HOP_BY_HOP | _nominated(received) | (frozenset(about_bytes) if altered else frozenset())
+    dropped = _HOP_BY_HOP | _connection_options(received) | (frozenset(body_headers) if altered else frozenset())
     return [(name, value) for name, value in received if name not in dropped]
 
 
-def _nominated(headers: Headers) -> frozenset[bytes]:
-    """The further hop-by-hop headers that a ``Connection`` header names."""
+def _connection_options(headers: Headers) -> frozenset[bytes]:
+    """Additional hop-by-hop headers, named by the ``Connection`` header."""
     names = b",".join(value for name, value in headers if name == b"connection")
     return frozenset(name.strip().lower() for name in names.split(b","))
 
 
 @dataclass(slots=True)
 class CompletionPlan:
-    """How one completion request is put to the upstream.
+    """How to send one completion request upstream.
 
-    ``rewritten``: the client wants one JSON body, the upstream is asked for a stream. ``asked_usage``: the
-    usage chunk was asked for by us, so the client must not see it. ``sequences``: how many will be generated.
+    Attributes:
+        body: the parsed request body to send.
+        streams: the upstream response is an event stream.
+        rewritten: the client wants one JSON body, but the upstream request asks for a stream.
+        asked_usage: the proxy added ``include_usage``, so the client must not see the usage chunk.
+        sequences: number of sequences that the request generates.
     """
 
     body: dict[str, Any]
@@ -79,28 +87,26 @@ class CompletionPlan:
     sequences: int
 
     @classmethod
-    def make(cls, raw: bytes, rewrite: bool, ask_usage: bool, send_slo: bool) -> CompletionPlan | None:
-        """Plan for the request body ``raw``; None when it is no JSON object: the upstream says so itself.
+    def make(cls, document: dict[str, Any], rewrite: bool, ask_usage: bool, send_slo: bool) -> CompletionPlan:
+        """Return the plan for a request body.
 
-        ``rewrite``: ask for streams in place of plain bodies, where the answer can be rebuilt. ``ask_usage``:
-        the upstream understands ``stream_options``.
+        Args:
+            document: the client's request body, which stays unchanged.
+            rewrite: request a stream instead of a JSON body where the response can be rebuilt from the stream.
+            ask_usage: the upstream supports ``stream_options``.
+            send_slo: keep the ``antares_*`` members of ``vllm_xargs``.
         """
-        try:
-            body = orjson.loads(raw)
-        except orjson.JSONDecodeError:
-            return None
-        if not isinstance(body, dict):
-            return None
+        body = dict(document)
         streams = body.get("stream") is True
         rewritten = rewrite and not body.get("stream") and can_rebuild(body)
         options = body.get("stream_options") or {}
-        asks = isinstance(options, dict) and not options.get("include_usage")
+        can_add_usage = isinstance(options, dict) and not options.get("include_usage")
         plan = cls(
             body=body,
             streams=streams or rewritten,
             rewritten=rewritten,
-            asked_usage=ask_usage and (streams or rewritten) and asks,
-            sequences=_sequences(body),
+            asked_usage=ask_usage and (streams or rewritten) and can_add_usage,
+            sequences=_sequence_count(body),
         )
         if rewritten:
             body["stream"] = True
@@ -112,14 +118,14 @@ class CompletionPlan:
 
     @property
     def tpot_ms(self) -> float | None:
-        """The TPOT bound by which the request sits steps out; None if it decodes in every step."""
+        """The TPOT bound (ms) by which the ``credit`` gate makes the request skip steps. None if it skips none."""
         xargs = self.body.get("vllm_xargs")
-        skips = isinstance(xargs, dict) and xargs.get(GATE_XARG, "credit") == "credit"
-        bound = xargs.get(TPOT_XARG) if skips and isinstance(xargs, dict) else None
+        skips_steps = isinstance(xargs, dict) and xargs.get(GATE_XARG, "credit") == "credit"
+        bound = xargs.get(TPOT_XARG) if skips_steps and isinstance(xargs, dict) else None
         return float(bound) if isinstance(bound, int | float) and bound > 0 else None
 
     def without_usage(self) -> None:
-        """Take back the question for the usage chunk."""
+        """Remove ``include_usage`` from the body."""
         self.asked_usage = False
         options = self.body.pop("stream_options", None) or {}
         options.pop("include_usage", None)
@@ -127,11 +133,20 @@ class CompletionPlan:
             self.body["stream_options"] = options
 
     def encoded(self) -> bytes:
-        """The body to send."""
-        return orjson.dumps(self.body)
+        """Return the body to send. Raises `BodyTooDeep`."""
+        return encode_json(self.body)
 
 
-def _sequences(body: dict[str, Any]) -> int:
+def parse_completion(raw: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in ``raw``; None if it is not one, in which case the upstream rejects the request."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+    return body if isinstance(body, dict) else None
+
+
+def _sequence_count(body: dict[str, Any]) -> int:
     n = body.get("n")
     prompt = body.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else 1
@@ -139,7 +154,10 @@ def _sequences(body: dict[str, Any]) -> int:
 
 
 def _drop_slo(body: dict[str, Any]) -> None:
-    """Remove what only our own step gate reads; another server might refuse the field."""
+    """Remove the ``antares_*`` members of ``vllm_xargs``.
+
+    Only our step gate reads them. Other servers may reject unknown fields.
+    """
     xargs = body.get("vllm_xargs")
     if not isinstance(xargs, dict):
         return

@@ -1,7 +1,7 @@
-"""Reading an OpenAI event stream without parsing it: where events end, and which of them are output tokens.
+"""Splits an OpenAI event stream into events and counts its output tokens, mostly without parsing.
 
-The bytes pass through untouched. Only the events up to the first token are parsed, and those that end a
-sequence or carry the usage; every other event is told apart by two short byte searches.
+The bytes pass through unchanged. The counter parses the events up to the first token, events that end a sequence, and
+events with usage. Two short byte searches classify all other events.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
 
 class SSESplitter:
-    """Cuts a byte stream into whole server-sent events, whatever the network's chunks.
+    """Splits a byte stream into complete server-sent events, independent of network chunks.
 
-    The events' raw bytes, joined and followed by `rest`, are the bytes that were fed. Lines end in LF or
-    CRLF; a lone CR, which the specification also allows and no server we know sends, does not end a line.
+    INVARIANT: the raw bytes of all events plus `rest` are the bytes fed so far.
+
+    Lines end in LF or CRLF. NOTE: a lone CR does not end a line. The specification allows it, but no known server
+    sends it.
     """
 
     def __init__(self) -> None:
         self._pending = b""
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The events that ``data`` completes, each with its closing blank line."""
+        """The events completed by ``data``, each with its closing blank line."""
         if not self._pending and data.endswith(b"\n\n") and data.find(b"\n") == data.rfind(b"\n", 0, -1):
-            # The usual case: one read is one event of one line.
+            # Fast path: the chunk is exactly one event of one line.
             return [data]
-        # The blank line may straddle two chunks; nothing before the last two pending bytes can start one.
-        look_from = max(0, len(self._pending) - 2)
+        # A blank line may span two chunks. It starts in the last two pending bytes at the earliest.
+        search_from = max(0, len(self._pending) - 2)
         buffer = self._pending + data if self._pending else data
         events: list[bytes] = []
         start = 0
-        while match := _BLANK_LINE.search(buffer, max(start, look_from)):
+        while match := _BLANK_LINE.search(buffer, max(start, search_from)):
             events.append(buffer[start : match.end()])
             start = match.end()
         self._pending = buffer[start:]
@@ -48,7 +50,7 @@ class SSESplitter:
 
     @property
     def rest(self) -> bytes:
-        """Bytes after the last whole event."""
+        """Bytes after the last complete event."""
         return self._pending
 
 
@@ -59,7 +61,7 @@ def event_data(event: bytes) -> bytes:
 
 
 def parse_event(event: bytes) -> dict[str, Any] | None:
-    """The JSON object in one raw event, or None when it holds none (a comment, ``[DONE]``, broken JSON)."""
+    """The JSON object in one raw event, or None if it has none (a comment, ``[DONE]``, invalid JSON)."""
     try:
         parsed = orjson.loads(event_data(event))
     except orjson.JSONDecodeError:
@@ -68,7 +70,7 @@ def parse_event(event: bytes) -> dict[str, Any] | None:
 
 
 def shows_output(choice: dict[str, Any]) -> bool:
-    """Whether a chunk's choice carries something generated: text, reasoning, a tool call, a refusal."""
+    """Whether a chunk's choice has generated output: text, reasoning, a tool call or a refusal."""
     if choice.get("text"):
         return True
     delta = choice.get("delta")
@@ -76,27 +78,34 @@ def shows_output(choice: dict[str, Any]) -> bool:
 
 
 class EventKind(Enum):
-    """What one event of a stream is."""
+    """Kind of one event in a completion stream."""
 
     TOKEN = auto()
     USAGE = auto()
-    """The chunk with no choices that closes a stream asked for its usage."""
+    """The usage chunk: it has no choices and ends a stream requested with ``include_usage``."""
     DONE = auto()
     OTHER = auto()
     """A role chunk, a comment, an error, or the end of a sequence."""
 
 
 class TokenCounter:
-    """Counts the output tokens of one completion stream and tells a `TokenObserver`.
+    """Counts the output tokens of one completion stream and reports them to a `TokenObserver`.
 
-    An event with a choice is taken for one token. Exceptions: the role chunk is none, and an empty event that
-    ends its sequence is one for some servers (vLLM sends the end-of-sequence token so) and none for others,
-    so it waits for the usage chunk. That chunk also sets right the streams where an event holds several
-    tokens. ``several`` says that the stream may hold more than one sequence; then each event is parsed for
-    its choice index.
+    An event with a choice counts as one token, with these exceptions:
 
-    ``usage`` is the stream's usage object once seen; ``counted`` the tokens told so far, by sequence;
-    ``total`` their sum.
+    * NOTE: the role chunk is not a token.
+    * NOTE: an empty event that ends its sequence is a token for some servers and not for others. vLLM sends the
+      end-of-sequence token this way. The count of such an event is deferred to the usage chunk.
+    * An event may have several tokens. The usage chunk corrects the total.
+
+    Args:
+        observer: receives the tokens.
+        several: the stream may have more than one sequence, so every event is parsed for its choice index.
+
+    Attributes:
+        usage: the stream's usage object, once received.
+        counted: tokens reported so far, by sequence.
+        total: sum of ``counted``.
     """
 
     def __init__(self, observer: TokenObserver, several: bool = False) -> None:
@@ -110,11 +119,11 @@ class TokenCounter:
         self.usage: dict[str, Any] | None = None
 
     def see(self, event: bytes, at: float) -> EventKind:
-        """Take in one raw event that arrived at ``at`` (monotonic s)."""
+        """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
         if self.total and not self._several and b'"choices"' in event:
-            # The hot path: one token of the only sequence.
+            # Hot path: a token of the only sequence.
             if not _FINISHED.search(event) and not _NO_CHOICES.search(event):
-                self._tell("0", 1, at)
+                self._report("0", 1, at)
                 return EventKind.TOKEN
         elif event_data(event).strip() == b"[DONE]":
             self.settle()
@@ -122,12 +131,11 @@ class TokenCounter:
         return self._see_parsed(parse_event(event), at)
 
     def settle(self) -> None:
-        """The stream is over: count what is not yet. Idempotent; `see` calls it on usage and ``[DONE]``.
+        """Correct the count by the usage at the end of the stream. Idempotent; `see` calls it on usage and ``[DONE]``.
 
-        With a usage, tokens missing from the count are told at the time of the sequence's last token, first
-        to the sequences whose end came in an empty event. A usage below the count (a server that splits
-        tokens over events)
-        changes nothing: observers only add.
+        Missing tokens go first to the sequences that ended with an empty event, at the time of that event. The others
+        go to the last sequence, at the time of its last token. A usage below the count changes nothing, because
+        observers only add tokens. (Servers that split tokens over events cause this.)
         """
         if self._settled:
             return
@@ -139,10 +147,10 @@ class TokenCounter:
             self._observer.on_prompt("0", prompt)
         missing = completion - self.total if isinstance(completion, int) else 0
         for sequence, at in list(self._empty_ends.items())[: max(missing, 0)]:
-            self._tell(sequence, 1, at)
+            self._report(sequence, 1, at)
             missing -= 1
         if missing > 0 and self._last is not None:
-            self._tell(self._last[0], missing, self._last[1])
+            self._report(self._last[0], missing, self._last[1])
 
     def _see_parsed(self, chunk: dict[str, Any] | None, at: float) -> EventKind:
         if chunk is None or not isinstance(chunk.get("choices"), list):
@@ -168,13 +176,13 @@ class TokenCounter:
                 self._empty_ends[sequence] = at
                 return False
             delta = choice.get("delta")
-            # A token may detokenise to nothing yet (half a character); announcing the role is no token.
+            # A token without text (part of a character) still counts; a role chunk does not.
             if isinstance(delta, dict) and (not delta or "role" in delta):
                 return False
-        self._tell(sequence, 1, at)
+        self._report(sequence, 1, at)
         return True
 
-    def _tell(self, sequence: str, count: int, at: float) -> None:
+    def _report(self, sequence: str, count: int, at: float) -> None:
         self.total += count
         self.counted[sequence] = self.counted.get(sequence, 0) + count
         self._last = (sequence, at)

@@ -1,4 +1,4 @@
-"""The simulated engine's OpenAI routes, in vLLM's shapes down to the order of chunks."""
+"""The simulated engine's OpenAI routes. Responses have vLLM's format, including the order of chunks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from engine_adapter.asgi import ClientGone, read_body, run_until_disconnect
+from engine_adapter.asgi import ClientDisconnected, read_body, run_until_disconnect
 from engine_adapter.engine import OBSERVER_KEY, EngineLost, EngineUnreachable, Receive, Scope, Send
 from engine_adapter.simulated.request import BadRequest, Completion
 from engine_adapter.simulated.sequence import SimulatedSequence
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from engine_adapter.simulated.engine import SimulatedEngine
 
 FINGERPRINT = "antares-simulated"
+"""``system_fingerprint`` of every response, so that simulated output is recognisable."""
 _TEXT = (
-    "the engine hums along while every token waits its turn and nobody here thinks at all "
+    "the engine produces fixed words for every request and no model runs behind them "
     "steps follow steps as batches fill and drain with words that mean nothing"
 )
 _WORDS = _TEXT.split()
@@ -36,7 +37,7 @@ _ROUTES = {
 
 @dataclass(slots=True, frozen=True)
 class _Choice:
-    """One sequence to be: ``stops`` when it ends by itself, on an end-of-sequence token that has no text."""
+    """A planned sequence. ``stops``: it ends with an end-of-sequence token, which has no text."""
 
     index: int
     prompt_tokens: int
@@ -45,7 +46,7 @@ class _Choice:
     seed: int
 
     def text(self, token: int) -> str:
-        """Text of the ``token``-th output token, counted from 1."""
+        """Text of output token number ``token``, counted from 1."""
         if self.stops and token == self.output_tokens:
             return ""
         word = _WORDS[(self.seed + token) % len(_WORDS)]
@@ -59,13 +60,13 @@ class _Choice:
 
 
 class SimulatedApp:
-    """Health, models, chat completions and completions; errors in the OpenAI shape."""
+    """ASGI app for health, models, chat completions and completions. Errors have OpenAI's format."""
 
     def __init__(self, engine: SimulatedEngine) -> None:
         self._engine = engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request. Raises `EngineLost` when the engine is down or dies meanwhile."""
+        """Serve one request. Raises `EngineUnreachable` if the engine is down, `EngineLost` if it dies."""
         if scope["type"] != "http":
             return
         if not self._engine.state.alive:
@@ -74,7 +75,7 @@ class SimulatedApp:
         if allowed is None:
             await _error(send, 404, "NotFoundError", f"no route {path}")
         elif scope["method"] != allowed:
-            await _error(send, 405, "MethodNotAllowed", f"{path} takes {allowed}", [(b"allow", allowed.encode())])
+            await _error(send, 405, "MethodNotAllowed", f"{path} requires {allowed}", [(b"allow", allowed.encode())])
         elif path == "/health":
             await _json(send, 200, {})
         elif path == "/v1/models":
@@ -91,7 +92,7 @@ class SimulatedApp:
         try:
             request = Completion.parse(await read_body(receive), chat)
             choices = self._choices(request)
-        except ClientGone:
+        except ClientDisconnected:
             return
         except BadRequest as error:
             await _error(send, 400, "BadRequestError", str(error))
@@ -99,30 +100,31 @@ class SimulatedApp:
         await run_until_disconnect(self._generate(scope, request, choices, send), receive)
 
     def _choices(self, request: Completion) -> list[_Choice]:
-        """Lay out the sequences, with their lengths. Raises `BadRequest` for a context too long."""
-        room = min(self._engine.state.max_model_len, self._engine.state.kv_tokens)
+        """Plan the request's sequences. Raises `BadRequest` if the context is too long."""
+        max_context = min(self._engine.state.max_model_len, self._engine.state.kv_tokens)
         choices: list[_Choice] = []
         for text, prompt_tokens in request.prompts:
-            asked = request.max_tokens or 0
-            if prompt_tokens + max(asked, 1) > room:
+            requested = request.max_tokens or 0
+            if prompt_tokens + max(requested, 1) > max_context:
                 raise BadRequest(
-                    f"This model's maximum context length is {room} tokens. However, you requested {asked} "
+                    f"This model's maximum context length is {max_context} tokens. However, you requested {requested} "
                     f"output tokens and your prompt contains {prompt_tokens} input tokens. "
                     "Please reduce the length of the input prompt or the number of requested output tokens."
                 )
-            limit = request.max_tokens or room - prompt_tokens
+            limit = request.max_tokens or max_context - prompt_tokens
             seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-            natural = request.fixed_output or self._natural_length(text, seed)
+            # Output tokens up to the end-of-sequence token, before the limit applies.
+            eos_at = request.fixed_output or self._default_length(text, seed)
             if request.ignore_eos and request.max_tokens and not request.fixed_output:
-                natural = limit + 1
+                eos_at = limit + 1
             for _ in range(request.n):
                 index = len(choices)
                 choices.append(
-                    _Choice(index, prompt_tokens, min(natural, limit), natural <= limit, seed=seed + 7 * index)
+                    _Choice(index, prompt_tokens, min(eos_at, limit), eos_at <= limit, seed=seed + 7 * index)
                 )
         return choices
 
-    def _natural_length(self, text: str, seed: int) -> int:
+    def _default_length(self, text: str, seed: int) -> int:
         default = self._engine.output_tokens
         if default is None:
             return 8 + seed % 121
@@ -130,7 +132,7 @@ class SimulatedApp:
 
     async def _generate(self, scope: Scope, request: Completion, choices: list[_Choice], send: Send) -> None:
         observer = scope.get(OBSERVER_KEY)
-        # (choice, tokens generated so far), or None when the engine died.
+        # Items are (choice, tokens generated so far), or None if the engine died.
         produced: asyncio.Queue[tuple[_Choice, int] | None] = asyncio.Queue()
 
         def on_token(choice: _Choice, generated: int, at: float) -> None:
@@ -141,13 +143,14 @@ class SimulatedApp:
         def on_lost() -> None:
             produced.put_nowait(None)
 
-        answer = _Answer(request, choices, self._engine.model)
+        response = _Response(request, choices, self._engine.model)
         sequences = [
             SimulatedSequence(
-                request_id=f"{answer.id}-{choice.index}",
+                request_id=f"{response.id}-{choice.index}",
                 prompt_tokens=choice.prompt_tokens,
                 output_tokens=choice.output_tokens,
-                tpot_slo_s=request.tpot_slo_s,
+                pace_s=request.pace_s,
+                kind=request.kind,
                 gate=request.gate,
                 on_token=partial(on_token, choice),
                 on_lost=on_lost,
@@ -159,41 +162,45 @@ class SimulatedApp:
                 observer.on_prompt(str(choice.index), choice.prompt_tokens)
         self._engine.submit(sequences)
         try:
-            await (self._stream if request.stream else self._collect)(answer, produced, send)
+            await (self._stream if request.stream else self._collect)(response, produced, send)
         finally:
             self._engine.abandon(sequences)
 
-    async def _stream(self, answer: _Answer, produced: asyncio.Queue[tuple[_Choice, int] | None], send: Send) -> None:
+    async def _stream(
+        self, response: _Response, produced: asyncio.Queue[tuple[_Choice, int] | None], send: Send
+    ) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        unfinished, opened = len(answer.choices), False
+        unfinished, roles_sent = len(response.choices), False
         while unfinished:
-            choice, token = self._alive(await produced.get())
-            if answer.request.chat and not opened:
-                opened = True
-                for other in answer.choices:
-                    await _event(send, answer.role_chunk(other))
+            choice, token = self._unless_lost(await produced.get())
+            if response.request.chat and not roles_sent:
+                roles_sent = True
+                for other in response.choices:
+                    await _event(send, response.role_chunk(other))
             unfinished -= token == choice.output_tokens
-            await _event(send, answer.token_chunk(choice, token))
-        if answer.request.include_usage:
-            await _event(send, answer.usage_chunk())
+            await _event(send, response.token_chunk(choice, token))
+        if response.request.include_usage:
+            await _event(send, response.usage_chunk())
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
-    async def _collect(self, answer: _Answer, produced: asyncio.Queue[tuple[_Choice, int] | None], send: Send) -> None:
-        unfinished = len(answer.choices)
+    async def _collect(
+        self, response: _Response, produced: asyncio.Queue[tuple[_Choice, int] | None], send: Send
+    ) -> None:
+        unfinished = len(response.choices)
         while unfinished:
-            choice, token = self._alive(await produced.get())
+            choice, token = self._unless_lost(await produced.get())
             unfinished -= token == choice.output_tokens
-        await _json(send, 200, answer.body())
+        await _json(send, 200, response.body())
 
-    def _alive(self, item: tuple[_Choice, int] | None) -> tuple[_Choice, int]:
+    def _unless_lost(self, item: tuple[_Choice, int] | None) -> tuple[_Choice, int]:
         if item is None:
-            raise EngineLost(f"the simulated engine {self._engine.name!r} died with this request in it")
+            raise EngineLost(f"the simulated engine {self._engine.name!r} died during this request")
         return item
 
 
-class _Answer:
-    """The JSON of one answer, whole or in chunks."""
+class _Response:
+    """The JSON of one response, as one body or in chunks."""
 
     def __init__(self, request: Completion, choices: list[_Choice], model: str) -> None:
         self.id = ("chatcmpl-" if request.chat else "cmpl-") + uuid.uuid4().hex
@@ -213,26 +220,26 @@ class _Answer:
 
     def token_chunk(self, choice: _Choice, token: int) -> dict[str, Any]:
         text = choice.text(token)
-        ends = {"logprobs": None, "finish_reason": choice.finish_reason(token), "stop_reason": None}
-        shown: dict[str, Any] = {"delta": {"content": text}} if self.request.chat else {"text": text}
-        return self._chunk({"index": choice.index} | shown | ends)
+        finish = {"logprobs": None, "finish_reason": choice.finish_reason(token), "stop_reason": None}
+        output: dict[str, Any] = {"delta": {"content": text}} if self.request.chat else {"text": text}
+        return self._chunk({"index": choice.index} | output | finish)
 
     def usage_chunk(self) -> dict[str, Any]:
         return self._head | {"choices": [], "usage": self._usage()}
 
     def body(self) -> dict[str, Any]:
-        whole = [self._whole_choice(choice) for choice in self.choices]
+        choices = [self._complete_choice(choice) for choice in self.choices]
         head = self._head | {"object": "chat.completion"} if self.request.chat else self._head
-        return head | {"choices": whole, "usage": self._usage()}
+        return head | {"choices": choices, "usage": self._usage()}
 
-    def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
+    def _complete_choice(self, choice: _Choice) -> dict[str, Any]:
         text = "".join(choice.text(token) for token in range(1, choice.output_tokens + 1))
         reason = choice.finish_reason(choice.output_tokens)
-        ends = {"logprobs": None, "finish_reason": reason, "stop_reason": None}
+        finish = {"logprobs": None, "finish_reason": reason, "stop_reason": None}
         if not self.request.chat:
-            return {"index": choice.index, "text": text} | ends
+            return {"index": choice.index, "text": text} | finish
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": choice.index, "message": message} | ends
+        return {"index": choice.index, "message": message} | finish
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return self._head | {"choices": [choice]}

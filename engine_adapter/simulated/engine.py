@@ -1,9 +1,9 @@
-"""A simulated engine in real time: vLLM's step loop with sleeps in place of forward passes.
+"""A simulated engine in real time: vLLM's step loop, with sleeps instead of forward passes.
 
-For development and tests. It generates nothing: its words are fixed, and every answer says so
-(``system_fingerprint: "antares-simulated"``). What is real is the scheduling (`engine_adapter.simulated.scheduler`):
-continuous batching with chunked prefill, decode first, first come first served, a token budget, KV blocks with
-preemption, and the step gate before every step.
+For development and tests. No model runs: the output is fixed words, and every response has
+``system_fingerprint: "antares-simulated"``. The scheduling is real (`engine_adapter.simulated.scheduler`). It has
+continuous batching with chunked prefill, a token budget per step, KV blocks with preemption, and the step gate.
+Decodes go first, and prompts are served first come, first served.
 """
 
 from __future__ import annotations
@@ -23,40 +23,39 @@ from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.step_time.profile import Profile
 
-FALLING_BEHIND_S = 0.25
-"""Steps are timed from the scheduled end of the last one; beyond this lag the clock starts afresh."""
-_SHORTEST_STEP_S = 1e-4
-_LIMITS = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_model_len": 8192, "kv_tokens": 200_000}
+MAX_LAG_S = 0.25
+"""Largest lag (s) of the step loop behind its schedule. Beyond it the schedule restarts from the current time."""
+_MIN_STEP_S = 1e-4
+_DEFAULT_LIMITS = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_model_len": 8192, "kv_tokens": 200_000}
 
 
 def _limits(profile: Profile | None, **given: int | None) -> dict[str, Any]:
-    """Each limit as it was given, else the profile's, else the default."""
-    known = _LIMITS if profile is None else {name: getattr(profile, name) for name in _LIMITS}
-    return {name: known[name] if limit is None else limit for name, limit in given.items()}
+    """The given limits. A limit that is None comes from the profile, or is the default."""
+    fallback = _DEFAULT_LIMITS if profile is None else {name: getattr(profile, name) for name in _DEFAULT_LIMITS}
+    return {name: fallback[name] if limit is None else limit for name, limit in given.items()}
 
 
 class SimulatedEngine:
-    """An `Engine` whose steps last what ``times`` says.
+    """An engine with simulated step times. Implements `engine_adapter.engine.Engine`.
 
     Args:
         name: the engine's name in metrics.
-        model: the model name in answers and in ``/v1/models``. Requests for any model are served.
-        times: a step lasts ``ITL(B, L)`` (if anything decodes) plus ``t(prefill tokens)`` (if anything
-            prefills).
-        profile: a step lasts what this says instead.
-        max_num_seqs, max_num_batched_tokens, max_model_len: vLLM's limits of the same names; by default the
-            profile's, or 256, 2048 and 8192.
-        kv_tokens: KV cache size in tokens, at least ``max_model_len``; by default the profile's, or 200,000. When it
-            runs out, the youngest is preempted.
-        gate: name in `gates.GATES`, of the gate for requests that name none. Those with a number under
-            ``antares_tpot_ms`` in ``vllm_xargs`` are gated.
-        output_tokens: answer length for requests that do not fix it themselves: a number, a function of the
-            prompt text, or None for 8 to 128 by a stable hash of the prompt.
-        time_scale: every step's duration is multiplied by this.
-        restart_s: seconds that the engine stays down after `crash`.
+        model: the model name in responses and in ``/v1/models``. Requests for any model are served.
+        times: a step takes ``ITL(B, L)`` if any sequence decodes, plus ``t(prefill tokens)`` if any prompt prefills.
+        profile: step times from a profile, in place of ``times``.
+        max_num_seqs, max_num_batched_tokens, max_model_len: vLLM's limits of the same names. Defaults: the profile's,
+            or 256, 2048 and 8192.
+        kv_tokens: KV cache size in tokens, at least ``max_model_len``. Default: the profile's, or 200,000. If it is
+            full, the newest sequence is preempted.
+        gate: gate for requests that name none; a name in `gates.GATES`. It applies to requests with a TPOT bound
+            (``antares_tpot_ms`` in ``vllm_xargs``).
+        output_tokens: output length of requests that do not set one: a number, a function of the prompt text, or None
+            for 8 to 128 tokens by a stable hash of the prompt.
+        time_scale: factor on every step's duration.
+        restart_s: downtime after `crash`, in seconds.
 
     Raises:
-        ValueError: unknown gate, or a limit that is not positive.
+        ValueError: the gate is unknown, or a limit or ``time_scale`` is not positive.
     """
 
     def __init__(
@@ -113,10 +112,10 @@ class SimulatedEngine:
     async def start(self, events: EngineEvents) -> None:
         """Start stepping. Returns at once."""
         self._events = events
-        self._come_up()
+        self._bring_up()
 
     async def stop(self) -> None:
-        """Stop stepping; requests in flight get `EngineLost`. Idempotent."""
+        """Stop stepping. Requests in flight get `EngineLost`. Idempotent."""
         self.state.alive = False
         tasks = [task for task in (self._loop_task, self._restart_task) if task is not None]
         self._loop_task = self._restart_task = None
@@ -125,39 +124,39 @@ class SimulatedEngine:
         for task in tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        self._lose_everyone()
+        self._fail_all_requests()
 
     def crash(self) -> None:
-        """Die now: every request in flight gets `EngineLost`. Comes back ``restart_s`` seconds later."""
+        """Simulate a crash: every request in flight gets `EngineLost`. The engine restarts after ``restart_s``."""
         if not self.state.alive:
             return
         self.state.alive = False
         self.state.ready_in_s = self._restart_s
         if self._loop_task is not None:
             self._loop_task.cancel()
-        self._lose_everyone()
+        self._fail_all_requests()
         self._restart_task = asyncio.create_task(self._restart(), name=f"{self.name}-restart")
         self._events.on_alive(False)
 
     def count_tokens(self, text: str) -> int | None:
-        """Words between white space: what this engine takes for tokens."""
+        """Number of words separated by white space: this engine's tokens."""
         return len(text.split())
 
     async def probe(self) -> None:
-        """Its step times never change: learn them anew from its first guess."""
+        """Reset the step-time model to the simulated step times, which never change."""
         self.state.step_time.start_over(self.times)
 
     def unsupported_reason(self, body: dict[str, Any]) -> str | None:
-        """Nothing is refused."""
+        """Returns None: every request is supported."""
         return None
 
     def running_ids(self) -> list[str]:
-        """Ids of the sequences that hold a place in the batch, oldest first."""
+        """Ids of the running sequences, oldest first."""
         waiting = self._scheduler.waiting
         return [sequence.request_id for sequence in self._scheduler.sequences()][: -waiting or None]
 
     def submit(self, sequences: Iterable[SimulatedSequence]) -> None:
-        """Queue sequences for their prefill. Raises `EngineLost` when the engine is down."""
+        """Queue sequences for prefill. Raises `EngineUnreachable` if the engine is down."""
         if not self.state.alive:
             raise EngineUnreachable(f"the simulated engine {self.name!r} is down")
         for sequence in sequences:
@@ -166,11 +165,11 @@ class SimulatedEngine:
         self._wake.set()
 
     def abandon(self, sequences: Iterable[SimulatedSequence]) -> None:
-        """Nobody waits for these any more: the next step starts without them."""
+        """Abort sequences. They are removed before the next step."""
         for sequence in sequences:
             sequence.abandoned = True
 
-    def _come_up(self) -> None:
+    def _bring_up(self) -> None:
         self._scheduler.gate = Gates(self._gate_name)
         self.state.gate = GateReport(preemptible=True)
         self.state.ready_in_s = 0.0
@@ -181,11 +180,11 @@ class SimulatedEngine:
     async def _restart(self) -> None:
         await asyncio.sleep(self._restart_s)
         self.state.restarts += 1
-        self._come_up()
+        self._bring_up()
 
-    def _lose_everyone(self) -> None:
+    def _fail_all_requests(self) -> None:
         lost = self._scheduler.clear()
-        self._publish()
+        self._publish_load()
         for sequence in lost:
             sequence.on_lost()
 
@@ -194,24 +193,24 @@ class SimulatedEngine:
         while True:
             self._scheduler.drop_abandoned()
             if not self._scheduler.running and not self._scheduler.waiting:
-                self._publish()
+                self._publish_load()
                 self._wake.clear()
                 await self._wake.wait()
                 now = time.monotonic()
                 continue
             started = time.perf_counter()
             step = self._scheduler.plan(now)
-            self._count_gate(step, time.perf_counter() - started)
-            seconds = self._seconds(step)
-            self._publish()
-            # The next step starts where this one was due to end: late wake-ups must not add up.
+            self._update_gate_report(step, time.perf_counter() - started)
+            seconds = self._duration_s(step)
+            self._publish_load()
+            # The next step starts when this one was due to end, so that late wake-ups do not accumulate.
             now += seconds
             await asyncio.sleep(max(0.0, now - time.monotonic()))
-            if time.monotonic() - now > FALLING_BEHIND_S:
+            if time.monotonic() - now > MAX_LAG_S:
                 now = time.monotonic()
             self._finish(step, seconds)
 
-    def _seconds(self, step: Step) -> float:
+    def _duration_s(self, step: Step) -> float:
         decodes = len(step.decodes)
         if self._profile is not None:
             seconds = self._profile.step_seconds(
@@ -221,11 +220,11 @@ class SimulatedEngine:
             seconds = self.times.itl(decodes, step.decode_context / decodes) if decodes else 0.0
             if step.prefill_tokens:
                 seconds += self.times.prefill(step.prefill_tokens)
-        # A gate may leave a step empty; it still takes time, or the loop would spin.
-        return max(seconds, _SHORTEST_STEP_S) * self._time_scale
+        # A gate may leave a step empty. Without a minimum duration the loop would spin.
+        return max(seconds, _MIN_STEP_S) * self._time_scale
 
     def _finish(self, step: Step, seconds: float) -> None:
-        """The step's tokens come out; the model and the listener hear of it."""
+        """Deliver the step's tokens and report the step to the model, the gate and the gateway."""
         at = time.monotonic()
         for sequence in (*step.decodes, *self._scheduler.finish(step).prefilled):
             if not sequence.abandoned:
@@ -234,23 +233,23 @@ class SimulatedEngine:
         mean_context = step.decode_context / decodes if decodes else 0.0
         self.state.step_time.observe(decodes, step.prefill_tokens, mean_context, seconds)
         self._scheduler.gate.observe(decodes, step.prefill_tokens, mean_context, seconds)
-        self._publish()
+        self._publish_load()
         self._events.on_step()
 
-    def _count_gate(self, step: Step, seconds: float) -> None:
+    def _update_gate_report(self, step: Step, seconds: float) -> None:
         report = self.state.gate
         report.steps += 1
         report.gated_steps += bool(step.sat_out)
         report.best_effort_preemptions = self._scheduler.best_effort_preemptions
         report.gate_seconds += seconds
         for sequence in self._scheduler.decoding:
-            if sequence.tpot_slo_s is None:
+            if sequence.pace_s is None:
                 continue
-            bound = f"{sequence.tpot_slo_s * 1000:g}"
+            bound = f"{sequence.pace_s * 1000:g}"
             report.eligible[bound] = report.eligible.get(bound, 0) + 1
             report.batched[bound] = report.batched.get(bound, 0) + (sequence.request_id not in step.sat_out)
 
-    def _publish(self) -> None:
+    def _publish_load(self) -> None:
         self.state.engine_running = self._scheduler.running
         self.state.engine_waiting = self._scheduler.waiting
         self.state.kv_usage = self._scheduler.kv_usage

@@ -1,4 +1,4 @@
-"""What the simulated engine reads out of an OpenAI completion request."""
+"""Parses OpenAI completion requests for the simulated engine."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from typing import Any
 
 import orjson
 
-from engine_adapter.engine import GATE_XARG, TPOT_XARG
+from engine_adapter.engine import GATE_XARG, KIND_XARG, TPOT_XARG
+from engine_adapter.service_kind import KINDS_BY_LABEL, ServiceKind, default_kind
 
 
-class BadRequest(Exception):  # noqa: N818 - it becomes the answer of that name
-    """The request cannot be served; the message goes to the client as a 400."""
+class BadRequest(Exception):  # noqa: N818 - named after the HTTP status
+    """The request is invalid. The client gets a 400 with the message."""
 
 
 @dataclass(slots=True, frozen=True)
 class Completion:
-    """One completion request as the simulated engine understands it. Lengths in tokens."""
+    """The parts of a completion request that the simulated engine supports. Lengths are in tokens.
+
+    Attributes:
+        prompts: text and length of each prompt.
+        gate: the step gate that the request names; "" for the engine's default.
+        fixed_output: output length, if ``vllm_xargs.simulated_output_tokens`` sets it.
+    """
 
     chat: bool
     prompts: list[tuple[str, int]]
@@ -25,13 +32,14 @@ class Completion:
     include_usage: bool
     max_tokens: int | None
     ignore_eos: bool
-    tpot_slo_s: float | None
+    pace_s: float | None
+    kind: ServiceKind
     gate: str
     fixed_output: int | None
 
     @classmethod
     def parse(cls, raw: bytes, chat: bool) -> Completion:
-        """Read an OpenAI body. Raises `BadRequest` naming the field."""
+        """Parse an OpenAI request body. Raises `BadRequest` naming the field."""
         try:
             body = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
@@ -43,6 +51,7 @@ class Completion:
             raise BadRequest("vllm_xargs must be an object")
         limit = _whole(body, "max_completion_tokens")
         tpot_ms = _number(xargs, TPOT_XARG)
+        pace_s = None if tpot_ms is None else tpot_ms / 1000
         stream = bool(body.get("stream"))
         if body.get("stream_options") and not stream:
             raise BadRequest("stream_options can only be set when stream is true")
@@ -54,7 +63,8 @@ class Completion:
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
             max_tokens=limit if limit is not None else _whole(body, "max_tokens"),
             ignore_eos=bool(body.get("ignore_eos")),
-            tpot_slo_s=None if tpot_ms is None else tpot_ms / 1000,
+            pace_s=pace_s,
+            kind=KINDS_BY_LABEL.get(str(xargs.get(KIND_XARG)), default_kind(pace_s)),
             gate=str(xargs.get(GATE_XARG, "")),
             fixed_output=_whole(xargs, "simulated_output_tokens"),
         )

@@ -8,14 +8,13 @@ modes: ``chunked`` is vLLM today (decodes first, the rest of the token budget go
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
 from engine_adapter.gates.base import OpenGate, StepGate
-from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Room, Seen
+from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Capacity, Member
 from engine_adapter.simulated.sequence import SimulatedSequence
 
 BLOCK_TOKENS = 16
@@ -84,10 +83,11 @@ class SimulatedScheduler:
         self._waiting_tokens = 0
         self._prefilling: list[SimulatedSequence] = []
         self._decoding: list[SimulatedSequence] = []
-        self._make_way = BestEffortPreemption(Room(max_num_seqs, self._blocks))
-        self._without_pace = 0
-        """Sequences here that make way for others."""
-        self._resting = False
+        self._preemption = BestEffortPreemption(Capacity(max_num_seqs, self._blocks))
+        self._preemptible = 0
+        """Number of sequences here that may be preempted for others."""
+        self._paused: set[str] = set()
+        """Ids whose prompts are not computed in the coming step."""
 
     # --- what is there ----------------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class SimulatedScheduler:
     def submit(self, sequence: SimulatedSequence) -> None:
         """``sequence`` joins the engine's queue."""
         sequence.preemptible = self.gate.preemptible(sequence)
-        self._without_pace += sequence.preemptible
+        self._preemptible += sequence.preemptible
         self._waiting.append(sequence)
         self._waiting_tokens += sequence.to_prefill
 
@@ -139,7 +139,7 @@ class SimulatedScheduler:
         lost = list(self.sequences())
         self._decoding, self._prefilling = [], []
         self._waiting.clear()
-        self._waiting_tokens = self._without_pace = 0
+        self._waiting_tokens = self._preemptible = 0
         self._free_blocks = self._blocks
         return lost
 
@@ -156,10 +156,10 @@ class SimulatedScheduler:
     def _plan_decodes(self, now: float, step: Step) -> Step:
         """The gate's choice decodes; in chunked mode prompts get what is left of the budget."""
         prefill_backlog = 0
-        kept_out: list[SimulatedSequence] = []
+        held: list[SimulatedSequence] = []
         if not self._prefill_first:
-            kept_out = self._keep_out(now)
-            unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling if not self._rests(s)])
+            held = self._preempt_best_effort(now)
+            unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling if not self._is_paused(s)])
             prefill_backlog = min(self._waiting_tokens + unfinished, self._budget)
         plan = self.gate.plan(now, self._decoding, prefill_backlog)
         step.sat_out = plan.sit_out
@@ -171,52 +171,33 @@ class SimulatedScheduler:
             budget = self._continue_prompts(step, budget)
             if not preempted:
                 self._admit_prompts(step, budget, whole=False)
-        self._waiting.extend(kept_out)
-        self._waiting_tokens += sum([s.to_prefill for s in kept_out])
+        self._waiting.extend(held)
+        self._waiting_tokens += sum([s.to_prefill for s in held])
         return step
 
-    def _keep_out(self, now: float) -> list[SimulatedSequence]:
-        """Put aside who must make way now; those put aside who wait on are taken out of the queue, and answered."""
-        self._resting = False
-        free = Room(self._max_num_seqs - self.running, self._free_blocks)
-        if not self._without_pace:
-            self._make_way.note(now, Room(self.running + self.waiting, self._blocks - self._free_blocks))
+    def _preempt_best_effort(self, now: float) -> list[SimulatedSequence]:
+        """Apply best-effort preemption; return the sequences that are held out of the queue for this step."""
+        self._paused = set()
+        free = Capacity(self._max_num_seqs - self.running, self._free_blocks)
+        if not self._preemptible:
+            self._preemption.note(now, Capacity(self.running + self.waiting, self._blocks - self._free_blocks))
             return []
-        seen = self._seen(free)
-        way = self._make_way.plan(now, seen)
-        if way is None:
+        running = [
+            _member(s, prefilling=prefilling)
+            for batch, prefilling in ((self._decoding, False), (self._prefilling, True))
+            for s in batch
+        ]
+        plan = self._preemption.plan(now, free, running, [_member(s) for s in self._waiting])
+        if plan is None:
             return []
-        for sequence in [s for s in reversed(self._decoding) if s.preemptible][: way.leaving]:
+        for sequence in plan.preempt:
             self.best_effort_preemptions += 1
             self._decoding.remove(sequence)
             self._preempt(sequence)
-        self._resting = way.rest
-        aside, new = self._waiting_without_pace()
-        first = [(aside or new).pop(0)] if way.first else []
-        going = [aside.pop(0)] if way.goes_on and not first and aside else []
-        self._waiting = deque([*first, *(s for s in self._waiting if not s.preemptible), *new, *going])
+        self._paused = {s.request_id for s in plan.paused}
+        self._waiting = deque([*plan.front, *(s for s in self._waiting if not s.preemptible), *plan.back])
         self._waiting_tokens = sum([s.to_prefill for s in self._waiting])
-        return aside
-
-    def _waiting_without_pace(self) -> tuple[list[SimulatedSequence], list[SimulatedSequence]]:
-        """Those who were put aside, and those who never ran."""
-        others = [s for s in self._waiting if s.preemptible]
-        return [s for s in others if s.preemptions], [s for s in others if not s.preemptions]
-
-    def _seen(self, free: Room) -> Seen:
-        others = [s for s in chain(self._decoding, self._prefilling) if s.preemptible]
-        comers = [s for s in self._waiting if _paced(s)]
-        aside, new = self._waiting_without_pace()
-        computing = any(s.preemptible and s.preemptions for s in self._prefilling)
-        return Seen(
-            free=free,
-            others=Room(len(others), sum([_held(s) for s in others])),
-            wanted=Room(len(comers), sum([_needed(s) for s in comers])),
-            latest=[_held(s) for s in reversed(self._decoding) if s.preemptible],
-            next_blocks=None if computing or not (aside or new) else _needed((aside or new)[0]),
-            prompts=bool(comers) or any(_paced(s) for s in self._prefilling),
-            others_prompts=any(s.preemptible for s in self._prefilling),
-        )
+        return plan.held
 
     def _select_decodes(self, step: Step) -> bool:
         """Decode all but those who sit out; whether somebody had to be preempted for their next blocks."""
@@ -257,7 +238,7 @@ class SimulatedScheduler:
         for sequence in self._prefilling:
             if budget <= 0:
                 break
-            if self._rests(sequence):
+            if self._is_paused(sequence):
                 continue
             budget -= self._add_chunk(step, sequence, budget)
         return budget
@@ -281,8 +262,8 @@ class SimulatedScheduler:
             self._prefilling.append(sequence)
             budget -= self._add_chunk(step, sequence, sequence.to_prefill if whole else budget)
 
-    def _rests(self, sequence: SimulatedSequence) -> bool:
-        return self._resting and sequence.preemptible
+    def _is_paused(self, sequence: SimulatedSequence) -> bool:
+        return sequence.request_id in self._paused
 
     @staticmethod
     def _add_chunk(step: Step, sequence: SimulatedSequence, most: int) -> int:
@@ -321,20 +302,19 @@ class SimulatedScheduler:
     def _leaves(self, sequence: SimulatedSequence) -> None:
         self._release(sequence)
         self.gate.forget(sequence.request_id)
-        self._without_pace -= sequence.preemptible
+        self._preemptible -= sequence.preemptible
 
     def _release(self, sequence: SimulatedSequence) -> None:
         self._free_blocks += sequence.capacity // BLOCK_TOKENS
         sequence.capacity = 0
 
 
-def _held(sequence: SimulatedSequence) -> int:
-    return sequence.capacity // BLOCK_TOKENS
-
-
-def _needed(sequence: SimulatedSequence) -> int:
-    return -(-sequence.to_prefill // BLOCK_TOKENS)
-
-
-def _paced(sequence: SimulatedSequence) -> bool:
-    return sequence.tpot_slo_s is not None and sequence.tpot_slo_s < math.inf
+def _member(sequence: SimulatedSequence, *, prefilling: bool = False) -> Member:
+    return Member(
+        sequence,
+        sequence.preemptible,
+        held=sequence.capacity // BLOCK_TOKENS,
+        needed=-(-sequence.to_prefill // BLOCK_TOKENS),
+        prefilling=prefilling,
+        preempted_before=sequence.preemptions > 0,
+    )

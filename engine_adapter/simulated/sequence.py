@@ -5,30 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine_adapter.service_kind import ServiceKind, default_kind
 
-def _nobody_listens(*_: object) -> None:
+
+def _ignore(*_: object) -> None:
     pass
 
 
 @dataclass(slots=True, eq=False)
 class SimulatedSequence:
-    """One sequence. Lengths in tokens; ``tpot_slo_s`` and ``gate`` as in `step_gate.Decoding`.
+    """One sequence. Lengths are in tokens.
 
-    ``on_token(generated, at)`` is called by the engine in real time at the end of each step that gave it a token;
-    ``on_lost`` when that engine dies under it. ``abandoned`` is set by the app when nobody waits for it any more.
-
-    ``length`` is its context: the prompt and what was generated. ``to_prefill`` of it must be computed before it
-    decodes, ``prefilled`` is; after a preemption that is all over again. ``capacity`` is how long it may grow in the
-    KV blocks that it holds. ``preemptible``: for those with a pace (`engine_adapter.gates.best_effort_preemption`).
+    Attributes:
+        kind, pace_s, gate: as in `gates.base.GatedRequest`.
+        on_token: ``on_token(generated, at)``, called by the real-time engine after each step that produced a token.
+        on_lost: called if the real-time engine dies.
+        abandoned: set by the app once the sequence is aborted.
+        length: the context, that is, the prompt and the generated tokens.
+        final_length: ``length`` of the finished sequence.
+        to_prefill: tokens to compute before the sequence decodes; all of ``length`` again after a preemption.
+        prefilled: the part of ``to_prefill`` that is computed.
+        capacity: tokens that fit in the KV blocks of the sequence.
+        preemptible: whether paced requests may preempt it (`gates.best_effort_preemption`).
     """
 
     request_id: str
     prompt_tokens: int
     output_tokens: int
-    tpot_slo_s: float | None = None
+    pace_s: float | None = None
     gate: str = ""
-    on_token: Callable[[int, float], None] = _nobody_listens
-    on_lost: Callable[[], None] = _nobody_listens
+    kind: ServiceKind = None  # type: ignore[assignment]  # from the pace, in __post_init__
+    on_token: Callable[[int, float], None] = _ignore
+    on_lost: Callable[[], None] = _ignore
     abandoned: bool = False
     length: int = field(init=False)
     final_length: int = field(init=False)
@@ -39,6 +47,8 @@ class SimulatedSequence:
     preemptible: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind is None:
+            self.kind = default_kind(self.pace_s)
         self.length = self.to_prefill = self.prompt_tokens
         self.final_length = self.prompt_tokens + self.output_tokens
 

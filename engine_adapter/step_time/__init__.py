@@ -1,1 +1,1 @@
-"""Models of how long an engine step takes."""
+"""Models of the duration of an engine step."""

@@ -1,6 +1,6 @@
-"""How long an engine step takes: SCORPIO's two analytic forms, fitted by least squares and kept up to date online.
+"""SCORPIO's two analytic forms of the time of an engine step, and their least-squares fits.
 
-Inter-token latency of a step that only decodes (SCORPIO eq. 4), B sequences of mean length L:
+Inter-token latency of a decode-only step (SCORPIO eq. 4) with B sequences of mean length L:
 
     ITL(B, L) = a*B*L + b*B + c*L + d
 
@@ -8,7 +8,7 @@ Prefill time of a prompt of p tokens (eq. 6):
 
     t(p) = delta if p < theta else alpha*p + beta
 
-All times in seconds, lengths in tokens.
+All times are in seconds, lengths in tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(slots=True, frozen=True)
 class FitQuality:
-    """How well a form fits: R2 (share of variance explained), RMSE (s), MAPE (a fraction), samples."""
+    """Quality of a fit: R2, RMSE (s), MAPE (a fraction) and the number of samples."""
 
     r2: float
     rmse_s: float
@@ -34,7 +34,7 @@ class FitQuality:
 
 @dataclass(slots=True, frozen=True)
 class StepTimes:
-    """The coefficients of both forms. The defaults are a cautious guess for a small model, used until data comes."""
+    """Coefficients of both forms. The defaults are conservative values for a small model, used until data arrives."""
 
     a: float = 0.0
     b: float = 3e-4
@@ -55,15 +55,21 @@ class StepTimes:
 
 
 def nonnegative_least_squares(columns: Floats, target: Floats, parsimonious: bool = True) -> Floats:
-    """argmin over w >= 0 of ||columns @ w - target||; if ``parsimonious``, with only the columns that earn their place.
+    """argmin over w >= 0 of ||columns @ w - target||, by exhaustive search over supports.
 
-    Tries every subset of columns as the support (2^k least-squares solves, k <= 4) and keeps the feasible one with the
-    least loss or, if parsimonious, the least Bayesian information criterion, n*log(loss/n) + size*log(n): without it a
-    few noisy steps over nearly equal lengths buy a slope that is worthless at other lengths. ``columns``: shape
-    (samples, k); ``target``: shape (samples,). Returns shape (k,).
+    It solves least squares for every subset of columns (2^k solves, for k <= 4) and keeps the best feasible solution.
+
+    Args:
+        columns: shape (samples, k).
+        target: shape (samples,).
+        parsimonious: minimise the Bayesian information criterion, n*log(loss/n) + size*log(n), instead of the loss.
+            Otherwise a few noisy steps of similar lengths produce a slope that is wrong at other lengths.
+
+    Returns:
+        w, shape (k,).
     """
     samples, k = columns.shape
-    # Normal equations once: each subset then costs a solve of its own size, whatever the number of samples.
+    # With the normal equations, the cost of each subset does not depend on the number of samples.
     scale = np.sqrt((columns**2).mean(axis=0))
     scale[scale == 0] = 1.0
     scaled = columns / scale
@@ -76,7 +82,7 @@ def nonnegative_least_squares(columns: Floats, target: Floats, parsimonious: boo
             if (w < 0).any():
                 continue
             loss = energy - 2 * float(w @ moment[rows]) + float(w @ gram[np.ix_(rows, rows)] @ w)
-            # Rounding leaves about 1e-12 of the energy in a perfect fit; less than that tells nothing.
+            # Rounding leaves a loss of about 1e-12 of the energy in a perfect fit. Smaller losses carry no information.
             criterion = samples * np.log(max(loss, 1e-12 * energy, 1e-300) / samples)
             criterion += size * np.log(samples) if parsimonious else 0.0
             if criterion < best_criterion - 1e-9:
@@ -88,9 +94,9 @@ def nonnegative_least_squares(columns: Floats, target: Floats, parsimonious: boo
 def fit_quality(predicted: Floats, actual: Floats) -> FitQuality:
     """R2, RMSE and MAPE of ``predicted`` against ``actual`` (both shape (samples,), seconds)."""
     residual = actual - predicted
-    spread = float(((actual - actual.mean()) ** 2).sum())
+    variance = float(((actual - actual.mean()) ** 2).sum())
     return FitQuality(
-        r2=1.0 - float((residual**2).sum()) / spread if spread > 0 else 0.0,
+        r2=1.0 - float((residual**2).sum()) / variance if variance > 0 else 0.0,
         rmse_s=float(np.sqrt((residual**2).mean())),
         mape=float((np.abs(residual) / np.maximum(np.abs(actual), 1e-9)).mean()),
         samples=len(actual),
@@ -98,34 +104,41 @@ def fit_quality(predicted: Floats, actual: Floats) -> FitQuality:
 
 
 _PRIOR_SHARE = 1e-3
+"""Weight of the prior in `fit_itl`, as a fraction of the number of steps."""
 _PRIOR_STEPS = 3.0
-"""Weight of the prior in `fit_itl`: a share of the data, and this many steps at least."""
+"""Minimum weight of the prior in `fit_itl`, in steps."""
 
 
 def fit_itl(
     batch: Floats, length: Floats, seconds: Floats, prior: StepTimes | None = None
 ) -> tuple[float, float, float, float]:
-    """Coefficients (a, b, c, d) of eq. 4, all at least 0: a longer or wider batch is never predicted to be faster.
+    """Coefficients (a, b, c, d) of eq. 4.
 
-    Steps that are all alike do not tell a cost per sequence from a fixed one. ``prior``, scaled to the mean of
-    ``seconds``, then keeps its own split, or a quiet hour with one request at a time would teach that 64 take 64 times
-    as long, or no longer at all. Without a prior, columns that explain nothing are left out.
+    INVARIANT: all are at least 0, so a longer or larger batch is never predicted to be faster.
+
+    Steps of equal size do not separate the cost per sequence from the fixed cost. ``prior``, scaled to the mean of
+    ``seconds``, then determines the ratio. Without it, an hour of single requests would teach that a batch of 64 takes
+    64 times as long, or just as long. If ``prior`` is None, columns that do not reduce the loss enough are left out.
     """
     columns = np.stack([batch * length, batch, length, np.ones_like(batch)], axis=1)
     if prior is not None:
-        guess = np.array([prior.a, prior.b, prior.c, prior.d])
-        expected = float((columns @ guess).sum())
-        guess *= float(seconds.sum()) / expected if expected > 0 else 0.0
-        # Ridge regression towards the guess, each column in units of its own size, as four more rows.
+        center = np.array([prior.a, prior.b, prior.c, prior.d])
+        expected = float((columns @ center).sum())
+        center *= float(seconds.sum()) / expected if expected > 0 else 0.0
+        # Ridge regression towards `center` as four more rows, each scaled by its column's root mean square.
         weight = max(_PRIOR_SHARE * len(batch), _PRIOR_STEPS)
-        pull = np.sqrt(weight * (columns**2).mean(axis=0))
-        columns, seconds = np.concatenate([columns, np.diag(pull)]), np.concatenate([seconds, pull * guess])
+        strength = np.sqrt(weight * (columns**2).mean(axis=0))
+        columns = np.concatenate([columns, np.diag(strength)])
+        seconds = np.concatenate([seconds, strength * center])
     a, b, c, d = nonnegative_least_squares(columns, seconds, parsimonious=prior is None)
     return float(a), float(b), float(c), float(d)
 
 
 def fit_prefill(tokens: Floats, seconds: Floats) -> tuple[float, float, float, float]:
-    """Coefficients (alpha, beta, theta, delta) of eq. 6; theta is the quantile of ``tokens`` that fits best."""
+    """Coefficients (alpha, beta, theta, delta) of eq. 6. theta is the best of 0 and five quantiles of ``tokens``.
+
+    ``tokens`` and ``seconds``: shape (samples,).
+    """
     best = (0.0, 0.0, 0.0, 0.0)
     best_loss = np.inf
     for theta in (0.0, *np.unique(np.quantile(tokens, [0.1, 0.2, 0.3, 0.4, 0.5]))):

@@ -1,4 +1,4 @@
-"""What an engine's steps take, as they are reported: SCORPIO's two forms, and the curve that they are cuts through."""
+"""The online step-time model of one engine: SCORPIO's two forms and a step curve, refitted from reported steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from engine_adapter.step_time.linear_forms import FitQuality, Floats, StepTimes,
 
 @dataclass(slots=True)
 class StepTimeModel:
-    """Both forms and the curve, refitted from the latest steps as they are reported.
+    """SCORPIO's two forms and the step curve, refitted from the latest steps.
 
-    ``observe`` is cheap (an append). All are fitted again over the last ``window`` steps of each kind every
-    ``refit_every`` steps, and four times as seldom once ``window`` steps have been seen. For the forms, outliers beyond
-    five times the median are dropped; until ``min_samples`` steps of a kind have been seen, the initial coefficients of
-    its form hold. ``forms``: False where nobody asks for them; they are then left as they are. ``curve``: what is known
-    of it, by default what the forms say.
+    `observe` only appends; it refits all three every ``refit_every`` steps, and four times less often after the first
+    ``window`` steps. The fits of the two forms ignore outliers beyond five times the median.
+
+    Attributes:
+        times: the coefficients of both forms.
+        window: steps of each kind (decode-only, with prefill) that are kept for the fits.
+        min_samples: steps of a kind that a form needs. Until then its initial coefficients stay.
+        learn: False makes `observe` do nothing.
+        forms: False skips the fits of the two forms.
+        curve: the step curve; by default derived from ``times``.
+        itl_quality, prefill_quality, curve_quality: quality of the latest fits; None before the first one.
+        steps_seen: number of observed steps.
     """
 
     times: StepTimes = field(default_factory=StepTimes)
@@ -50,9 +57,13 @@ class StepTimeModel:
         return self.times.prefill(tokens)
 
     def observe(self, decode_requests: float, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
-        """Learn from one step of ``elapsed_s`` seconds.
+        """Add one step to the window. Steps without work or time are ignored.
 
-        ``decode_requests`` decoded in it (or on average), ``prefill_tokens`` prompt tokens were prefilled.
+        Args:
+            decode_requests: sequences that decoded; may be a virtual batch size.
+            prefill_tokens: prompt tokens computed in the step.
+            mean_context: mean context of the decoding sequences, in tokens.
+            elapsed_s: duration of the step.
         """
         if not self.learn or elapsed_s <= 0 or decode_requests + prefill_tokens == 0:
             return
@@ -69,17 +80,17 @@ class StepTimeModel:
             self.refit()
 
     def start_over(self, times: StepTimes) -> None:
-        """The engine may be another one now: back to the first guess."""
+        """Drop the steps in the window, and reset the forms and the curve to ``times``."""
         self.forget()
         self.times, self.curve = times, StepCurve.of(times)
 
     def forget(self) -> None:
-        """Drop the steps in the window: they tell of times that are over. What was learnt stays until new ones come."""
+        """Drop the steps in the window, because they are outdated. The fits stay until new steps arrive."""
         self._decode.clear()
         self._mixed.clear()
 
     def refit(self) -> None:
-        """Fit all to the steps in the window, where there are enough of them."""
+        """Refit the forms and the curve to the steps in the window, where there are at least ``min_samples``."""
         decode = _columns(self._decode, 3)
         mixed = _columns(self._mixed, 4)
         if self.forms and len(self._decode) >= self.min_samples:
@@ -102,10 +113,10 @@ class StepTimeModel:
         self.itl_quality = fit_quality((a * batch + c) * length + b * batch + d, seconds)
 
     def _refit_prefill(self, tokens: Floats, batch: Floats, length: Floats, seconds: Floats) -> None:
-        # A prefill rides along with decodes: what it adds to the step is what a queue of prefills costs.
-        decoding = np.where(batch > 0, (self.times.a * batch + self.times.c) * length + self.times.b * batch, 0.0)
-        decoding += np.where(batch > 0, self.times.d, 0.0)
-        extra = np.maximum(seconds - decoding, 0.0)
+        # A prefill shares its step with decodes, so its time is what it adds to the step.
+        decode_s = np.where(batch > 0, (self.times.a * batch + self.times.c) * length + self.times.b * batch, 0.0)
+        decode_s += np.where(batch > 0, self.times.d, 0.0)
+        extra = np.maximum(seconds - decode_s, 0.0)
         kept = extra <= 5 * max(float(np.median(extra)), 1e-6) * np.maximum(tokens / np.median(tokens), 1.0)
         alpha, beta, theta, delta = fit_prefill(tokens[kept], extra[kept])
         if alpha > 0:

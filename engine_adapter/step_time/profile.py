@@ -1,17 +1,16 @@
-"""Step-time profiles: how long an engine step takes on known hardware, as data for a simulator and for policies.
+"""Step-time profiles: the duration of engine steps on known hardware, as data for the simulator and for policies.
 
-A step computes ``n = decodes + prefill_tokens`` tokens. Its time is piecewise linear in n (a GPU works in waves of
-tiles: times rise in steps, and few tokens cost as much as one), with attention's share beside it. Within the regime
-that n falls into:
+A step computes ``n = decodes + prefill_tokens`` tokens. Its time is piecewise linear in n, plus the cost of attention.
+(A GPU works in waves of tiles: times rise in steps, and a few tokens cost as much as one.) In the regime of n:
 
     step = base + per_token*n + per_prefill_token*prefill_tokens + per_decode*decodes
          + per_decode_context*decode_context + per_prefill_context*prefill_context
          + per_prefill_pair*(query-key pairs of the prefill)
          + per_decode_step (if anything decodes) + per_prefill_step (if anything prefills)
 
-The last three are attention's: what a chunk costs by its area, and what either kind costs to begin with. Published
-forms do without them. With c tokens in a chunk that has s before it there are c*(s + c/2) pairs; `Profile.step_seconds`
-knows sums only, and takes the chunks of a step as equally long.
+The last three terms belong to attention: the cost of a prefill chunk by its area, and fixed costs of decode and
+prefill. Published forms do not have them. A chunk of c tokens after s computed tokens has c*(s + c/2) query-key pairs.
+`Profile.step_seconds` gets sums only, so it assumes that all chunks of a step have the same length.
 Seconds and tokens throughout. The shipped profiles are JSON files in ``engine_adapter/step_time/profiles``.
 """
 
@@ -29,20 +28,29 @@ import numpy as np
 from engine_adapter.step_time.linear_forms import Floats, StepTimes, fit_itl, fit_prefill
 
 FORMAT = 1
-"""Version of the file format."""
+"""Version of the profile file format."""
 
 _SHIPPED = Path(__file__).with_name("profiles")
 _CONTEXTS = (32, 64, 128, 256, 512, 1024, 2048)
+"""Mean contexts (tokens) over which eq. 4 is fitted to a profile."""
 _Row = tuple[float, float, float, float, float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """A linear form that holds up to and including ``up_to_tokens`` tokens in the step (infinite for the last).
+    """A linear form for steps of a range of sizes. Coefficients are in seconds.
 
-    Coefficients in seconds: of every step (the line's intercept, which may be negative in a steep regime), per token of
-    either kind, per prefill token, per decoding sequence, per token of decode context, per token of prefill context,
-    per query-key pair of prefill attention, of a step that decodes, of a step that prefills.
+    Attributes:
+        up_to_tokens: largest step, inclusive, in tokens; infinite for the last regime.
+        base: intercept; may be negative in a steep regime.
+        per_token: per token of either kind.
+        per_prefill_token: per prefill token.
+        per_decode: per decoding sequence.
+        per_decode_context: per context token of the decoding sequences.
+        per_prefill_context: per token computed before a prefill chunk.
+        per_prefill_pair: per query-key pair of prefill attention.
+        per_decode_step: of a step with decodes.
+        per_prefill_step: of a step with prefill tokens.
     """
 
     up_to_tokens: float
@@ -59,12 +67,15 @@ class Regime:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One model on one kind of hardware. Sizes in tokens.
+    """Step times of one model on one kind of hardware. Sizes are in tokens.
 
-    ``max_num_seqs``, ``max_num_batched_tokens``, ``max_model_len`` and ``kv_tokens`` are what such a deployment would
-    use; ``plans_ahead`` is as in `EngineState`. ``provenance`` says where the numbers come from; ``quality`` has R2,
-    RMSE (ms), MAPE (a fraction) and the number of held-out steps under ``prefill`` and ``itl``; empty where the data
-    behind a published form is unknown.
+    Attributes:
+        provenance: the source of the numbers.
+        regimes: in increasing order of ``up_to_tokens``.
+        max_num_seqs, max_num_batched_tokens, max_model_len, kv_tokens: limits of a typical deployment.
+        plans_ahead: as in `EngineState`.
+        quality: R2, RMSE (ms), MAPE (a fraction) and number of samples on held-out steps, under ``prefill`` and
+            ``itl``. Empty if the data of a published form is not available.
 
     Raises:
         ValueError: no regimes, regimes out of order, or a limit that is not positive.
@@ -87,11 +98,11 @@ class Profile:
     def __post_init__(self) -> None:
         bounds = tuple(regime.up_to_tokens for regime in self.regimes)
         if not bounds or bounds[-1] != math.inf or any(a >= b for a, b in zip((0.0, *bounds), bounds, strict=False)):
-            raise ValueError(f"profile {self.name}: regimes need rising up_to_tokens, the last one infinite")
+            raise ValueError(f"profile {self.name}: regimes need increasing up_to_tokens, the last one infinite")
         for limit in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_tokens"):
             if getattr(self, limit) <= 0:
                 raise ValueError(f"profile {self.name}: {limit} must be positive")
-        # What `step_seconds` reads: plain floats, one lookup, nothing left to add up.
+        # Sums that `step_seconds` needs, precomputed because the simulator calls it for every step.
         rows = tuple(
             (
                 r.base + r.per_decode_step,
@@ -110,7 +121,7 @@ class Profile:
         object.__setattr__(self, "_times", None)
 
     def at_speed(self, factor: float) -> Profile:
-        """The same hardware where every step takes ``factor`` times as long."""
+        """The same profile with every step ``factor`` times as long."""
         times = [f.name for f in fields(Regime) if f.name != "up_to_tokens"]
         regimes = tuple(replace(r, **{name: getattr(r, name) * factor for name in times}) for r in self.regimes)
         return replace(self, regimes=regimes)
@@ -123,14 +134,14 @@ class Profile:
         prefill_context: float,
         prefill_chunks: int = 1,
     ) -> float:
-        """Seconds that a step takes; 0 when it has no tokens.
+        """Duration of a step in seconds; 0 if it has no tokens.
 
         Args:
             decodes: sequences that decode one token each.
             decode_context: the sum of their contexts, in tokens.
             prefill_tokens: prompt tokens computed in this step.
-            prefill_context: the sum over prefill chunks of the tokens that were computed before the chunk.
-            prefill_chunks: how many prompts the prefill tokens belong to.
+            prefill_context: tokens computed before each prefill chunk, summed over the chunks.
+            prefill_chunks: number of prompts that the prefill tokens belong to.
         """
         tokens = decodes + prefill_tokens
         if tokens <= 0:
@@ -148,28 +159,28 @@ class Profile:
         )
 
     def step_times(self) -> StepTimes:
-        """SCORPIO's two forms (eq. 4 and 6), fitted to this profile over its operating range: what policies start from.
+        """SCORPIO's two forms (eq. 4 and 6), fitted to this profile: the initial step times of policies.
 
-        Eq. 4 over decode batches of 1 to ``max_num_seqs`` with contexts of 32 to 2048 tokens that fit the KV cache,
-        eq. 6 over one prompt alone, of 16 to ``max_num_batched_tokens`` tokens. Sizes are even in their logarithm, so
-        that what a small batch or a short prompt costs is right as well.
+        Eq. 4 is fitted over decode batches of 1 to ``max_num_seqs`` with contexts of 32 to 2048 tokens that fit the KV
+        cache. Eq. 6 is fitted over single prompts of 16 to ``max_num_batched_tokens`` tokens. Sizes are spaced evenly
+        in their logarithm, so that the fits also hold for small batches and short prompts.
         """
         if self._times is None:
             a, b, c, d = fit_itl(*self._decode_steps())
             shortest, longest = min(16, self.max_num_batched_tokens), self.max_num_batched_tokens
             prompts = np.unique(np.geomspace(shortest, longest, 160).round().astype(int))
-            alone = np.array([self.step_seconds(0, 0, int(p), 0) for p in prompts])
-            alpha, beta, theta, delta = fit_prefill(prompts.astype(np.float64), alone)
+            seconds = np.array([self.step_seconds(0, 0, int(p), 0) for p in prompts])
+            alpha, beta, theta, delta = fit_prefill(prompts.astype(np.float64), seconds)
             object.__setattr__(self, "_times", StepTimes(a, b, c, d, alpha, beta, theta, delta))
         assert self._times is not None
         return self._times
 
     def with_quality(self, quality: dict[str, Any]) -> Profile:
-        """The same profile, with what was found out about its fit."""
+        """The same profile with another ``quality``."""
         return Profile(**{f.name: getattr(self, f.name) for f in fields(self) if f.init} | {"quality": quality})
 
     def _decode_steps(self) -> tuple[Floats, Floats, Floats]:
-        """Batches, mean contexts and seconds of decode-only steps over the operating range."""
+        """Batch sizes, mean contexts and seconds of decode-only steps over the operating range."""
         batches = np.unique(np.geomspace(1, self.max_num_seqs, 48).round().astype(int))
         longest = min(self.max_model_len, _CONTEXTS[-1])
         steps = [
@@ -188,11 +199,11 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
-    """A shipped profile by name, or any by the path of its ``.json`` file.
+    """Load a shipped profile by name, or any profile by the path of its ``.json`` file.
 
     Raises:
-        ValueError: there is no such profile (the message lists those that exist), or the file is no profile (the
-            message says what is wrong with it).
+        ValueError: the profile does not exist (the message lists the shipped profiles), or the file is not a valid
+            profile (the message says why).
     """
     text = str(name_or_path)
     path = Path(text) if text.endswith(".json") else _SHIPPED / f"{text}.json"
@@ -203,7 +214,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
             f"no profile {text!r}: choose one of {', '.join(profile_names())}, or give the path of a .json file"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable as a profile ({error})") from error
+        raise ValueError(f"{path}: cannot read profile ({error})") from error
     try:
         return _parse(document)
     except ValueError as error:
@@ -211,16 +222,16 @@ def load_profile(name_or_path: str | Path) -> Profile:
 
 
 def save_profile(profile: Profile, path: str | Path) -> None:
-    """Write ``profile`` as JSON, in the format that `load_profile` reads."""
+    """Write ``profile`` as JSON in the format of `load_profile`."""
     text = json.dumps(profile_document(profile), indent=2, ensure_ascii=False)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def profile_document(profile: Profile) -> dict[str, Any]:
-    """``profile`` as the JSON object that its file holds."""
+    """``profile`` as the JSON object of its file."""
     document: dict[str, Any] = {"format": FORMAT}
     document |= {f.name: getattr(profile, f.name) for f in fields(profile) if f.init}
-    # JSON has no infinity.
+    # JSON cannot represent infinity.
     document["regimes"] = [
         asdict(r) | {"up_to_tokens": None if math.isinf(r.up_to_tokens) else r.up_to_tokens} for r in profile.regimes
     ]
@@ -230,9 +241,9 @@ def profile_document(profile: Profile) -> dict[str, Any]:
 def _parse(document: Any) -> Profile:
     _expect(document, dict, "a profile")
     if document.get("format") != FORMAT:
-        raise ValueError(f"format is {document.get('format')!r}; this version reads {FORMAT}")
+        raise ValueError(f"format is {document.get('format')!r}; this version supports {FORMAT}")
     values = {key: value for key, value in document.items() if key != "format"}
-    _keys(values, Profile, "a profile")
+    _check_keys(values, Profile, "a profile")
     for key, kind in (("name", str), ("description", str), ("provenance", dict), ("regimes", list)):
         _expect(values[key], kind, key)
     _expect(values.get("quality", {}), dict, "quality")
@@ -246,7 +257,7 @@ def _parse(document: Any) -> Profile:
 
 def _regime(document: Any, where: str) -> Regime:
     _expect(document, dict, where)
-    _keys(document, Regime, where)
+    _check_keys(document, Regime, where)
     values = dict(document)
     if values["up_to_tokens"] is None:
         values["up_to_tokens"] = math.inf
@@ -257,18 +268,18 @@ def _regime(document: Any, where: str) -> Regime:
     return Regime(**{key: float(value) for key, value in values.items()})
 
 
-def _keys(values: dict[str, Any], of: type[Profile | Regime], where: str) -> None:
-    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(of) if f.init}
+def _check_keys(values: dict[str, Any], kind: type[Profile | Regime], where: str) -> None:
+    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind) if f.init}
     missing = [name for name, required in known.items() if required and name not in values]
     if missing:
         raise ValueError(f"{where} needs {', '.join(missing)}")
     unknown = sorted(values.keys() - known.keys())
     if unknown:
-        raise ValueError(f"{where} has no {', '.join(unknown)}")
+        raise ValueError(f"{where} has unknown fields: {', '.join(unknown)}")
 
 
 def _expect(value: Any, kind: type | tuple[type, ...], where: str) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         names = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
-        wanted = names.get(kind, "a number") if isinstance(kind, type) else "a number"
-        raise ValueError(f"{where} must be {wanted}, not {type(value).__name__}")
+        expected = names.get(kind, "a number") if isinstance(kind, type) else "a number"
+        raise ValueError(f"{where} must be {expected}, not {type(value).__name__}")

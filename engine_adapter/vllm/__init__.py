@@ -1,1 +1,1 @@
-"""vLLM in this process: the engine, the scheduler class that runs inside it, and how both start."""
+"""In-process vLLM: the engine, its launch, and the scheduler class that runs inside it."""

@@ -1,7 +1,7 @@
-"""vLLM in this process: AsyncLLM and vLLM's own OpenAI app, with our scheduler class inside its EngineCore.
+"""The in-process vLLM engine: AsyncLLM and vLLM's own OpenAI app, with our scheduler class inside its EngineCore.
 
-The EngineCore runs in a child process. When it dies, every request it held ends with `EngineLost`, and the engine is
-built again with back-off while the gateway goes on answering.
+The EngineCore runs in a child process. If it dies, its requests end with `EngineLost`, and this module rebuilds the
+engine with back-off. The gateway continues to serve meanwhile.
 """
 
 from __future__ import annotations
@@ -41,18 +41,26 @@ from engine_adapter.vllm.token_observation import current_observer, observe_outp
 log = logging.getLogger("antares.engine.vllm")
 
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Seconds before each restart attempt; the last value repeats."""
 FIRST_ANSWERS_S = 180.0
-"""How long a new engine may take over its first synthetic requests."""
+"""Time limit (s) for the first synthetic requests of a new engine. NOTE: calls into an engine that dies then hang."""
+HEALTH_CHECK_S = 0.1
+"""Seconds between checks whether the engine has died."""
 
-_creating = threading.Lock()
+_create_lock = threading.Lock()
 
 
 class VllmEngine:
     """In-process vLLM. Implements `engine_adapter.engine.Engine`.
 
-    ``flags`` are `vllm serve`'s own, without the dashes (``{"max-model-len": 2048, "enforce-eager": True}``);
-    ``gate`` names the step gate; ``step_times`` seeds the step-time model; ``calibrate`` runs a few synthetic
-    requests after each start so that the model has seen steps before traffic comes.
+    Args:
+        name: the engine's name in metrics.
+        model: a model folder, a hub id, or `models.BUILTIN`.
+        flags: flags of `vllm serve`, without dashes (``{"max-model-len": 2048, "enforce-eager": True}``).
+        served_model_name: the model name for clients; default ``model``.
+        gate: gate for requests that name none; a name in `gates.GATES`.
+        step_times: initial coefficients of the step-time model.
+        calibrate: run a few synthetic requests after each start, so that the model is fitted before traffic arrives.
     """
 
     takes_xargs = True
@@ -80,21 +88,21 @@ class VllmEngine:
         self._events = EngineEvents()
         self._listener: GateListener | None = None
         self._llm: Any = None
-        self._inner: ASGIApp | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._vllm_app: ASGIApp | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._sequences: dict[str, TokenObserver] = {}
         self._on_cpu = False
-        self._others: set[Any] = set()
+        self._older_children: set[Any] = set()
 
     @property
     def app(self) -> ASGIApp:
-        """vLLM's OpenAI app, observed."""
+        """vLLM's OpenAI app, with token observation."""
         return self._serve
 
-    # --- life ---------------------------------------------------------------------------------------------------
+    # --- lifecycle ----------------------------------------------------------------------------------------------
 
     async def start(self, events: EngineEvents) -> None:
-        """Build the engine (tens of seconds); afterwards watch over it."""
+        """Build the engine, which takes tens of seconds. Afterwards restart it whenever it dies."""
         self._events = events
         self._listener = GateListener(self._on_gate_report)
         self._listener.open(asyncio.get_running_loop())
@@ -103,54 +111,53 @@ class VllmEngine:
         except BaseException:
             await self.stop()
             raise
-        self._watch = asyncio.create_task(self._watch_over(), name=f"watch {self.name}")
+        self._watcher = asyncio.create_task(self._restart_on_death(), name=f"watch {self.name}")
 
     async def stop(self) -> None:
-        """Shut the EngineCore down. Idempotent."""
+        """Shut down the EngineCore. Idempotent."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        if self._watch is not None:
-            self._watch.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
-                await self._watch
-            self._watch = None
+                await self._watcher
+            self._watcher = None
         if self._llm is None:
-            # It may be starting, in a thread that cannot be cancelled but that ends when its EngineCore does.
-            for child in set(multiprocessing.active_children()) - self._others:
+            # The engine may be starting in a thread. A thread cannot be cancelled, but it ends with its EngineCore.
+            for child in set(multiprocessing.active_children()) - self._older_children:
                 child.terminate()
         await self._tear_down()
 
     async def _build(self) -> None:
-        """Bring a new EngineCore up. Raises `EngineStartError`, whatever went wrong."""
+        """Start a new EngineCore. Raises `EngineStartError` for every failure."""
         started = time.monotonic()
         try:
-            # In a thread: importing vLLM and waiting for its EngineCore take tens of seconds, and the gateway must go
-            # on answering meanwhile. AsyncLLM starts its output task on its first use, on the event loop.
+            # In a thread, because importing vLLM and starting its EngineCore take tens of seconds, and the gateway must
+            # serve meanwhile. AsyncLLM creates its output task on first use, on the event loop.
             self._llm, args = await asyncio.to_thread(self._create_llm)
             async with asyncio.timeout(FIRST_ANSWERS_S):
-                await self._wire(args)
-            _set_heap_aside()
+                await self._prepare(args)
+            _freeze_heap()
         except EngineStartError:
             raise
-        except Exception as failed:
-            # NOTE: an engine that dies now leaves calls into it without an answer; hence the time limit.
-            raise EngineStartError(f"vLLM came up but failed ({type(failed).__name__}: {failed})") from failed
+        except Exception as error:
+            raise EngineStartError(f"vLLM started but then failed ({type(error).__name__}: {error})") from error
         self.state.alive = True
         self.state.ready_in_s = time.monotonic() - started
         log.info("engine %s ready in %.0f s", self.name, time.monotonic() - started)
         self._events.on_alive(True)
 
-    async def _wire(self, args: Any) -> None:
-        """vLLM's own OpenAI app around the new engine, observed, and the step-time model taught."""
+    async def _prepare(self, args: Any) -> None:
+        """Build vLLM's OpenAI app, hook token observation into it, and calibrate the step-time model."""
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
 
         tasks = await self._llm.get_supported_tasks()
-        inner = build_app(args, tasks, self._llm.model_config)
-        await init_app_state(self._llm, inner.state, args, tasks)
-        inner.state.server = _NoServer()
-        self._inner = inner
+        vllm_app = build_app(args, tasks, self._llm.model_config)
+        await init_app_state(self._llm, vllm_app.state, args, tasks)
+        vllm_app.state.server = _NoServer()
+        self._vllm_app = vllm_app
         observe_outputs(self._llm.output_processor, self._sequences)
         self._read_limits()
         if self._calibrate:
@@ -158,43 +165,43 @@ class VllmEngine:
             await calibrate(self._run_synthetic, self.state.step_time, self.state.max_num_seqs)
 
     def _create_llm(self) -> tuple[Any, Any]:
-        # One engine at a time: what an EngineCore must know it inherits from this process's environment.
-        with _creating:
-            self._others = set(multiprocessing.active_children())
+        # One engine at a time, because an EngineCore inherits its settings from this process's environment.
+        with _create_lock:
+            self._older_children = set(multiprocessing.active_children())
             if self._listener is None:
-                raise EngineStartError("the engine was stopped while it started")
+                raise EngineStartError("the engine was stopped during its start")
             prepare_environment(self._listener.path, self._gate)
             arguments = command_line(self._model, self._served_model_name, self._flags)
             return create_llm(arguments, self._on_scheduler_stats, stopped=lambda: self._listener is None)
 
     async def _tear_down(self) -> None:
         self.state.alive = False
-        llm, self._llm, self._inner = self._llm, None, None
+        llm, self._llm, self._vllm_app = self._llm, None, None
         if llm is not None:
             from vllm.v1.engine.exceptions import EngineDeadError
 
-            # Whoever still waits for tokens must hear that none will come, while somebody is left to say so.
+            # End all requests that still wait for tokens, because no output task will do so after the shutdown.
             llm.output_processor.propagate_error(EngineDeadError())
             if llm.output_handler is not None:
-                llm.output_handler.cancel()  # or it reports the shutdown as an engine that failed
+                llm.output_handler.cancel()  # otherwise it reports the shutdown as an engine failure
             await asyncio.sleep(0)
             await asyncio.to_thread(llm.shutdown)
-            # vLLM shuts down once more from a destructor, which fails noisily when the interpreter is on its way out.
+            # NOTE: vLLM's destructor calls shutdown() again, which logs errors while the interpreter exits.
             llm.shutdown = _already_shut_down
         self._sequences.clear()
         self.state.engine_running = self.state.engine_waiting = 0
         self.state.kv_usage = 0.0
 
-    async def _watch_over(self) -> None:
+    async def _restart_on_death(self) -> None:
         while True:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(HEALTH_CHECK_S)
             if self._llm is None or not self._llm.errored:
                 continue
-            self._note_death(self._llm)
+            self._mark_dead(self._llm)
             await self._restart()
 
-    def _note_death(self, llm: Any) -> None:
-        """``llm`` was found dead. An old one may be found so again, by a request that it kept waiting."""
+    def _mark_dead(self, llm: Any) -> None:
+        """Report that ``llm`` died. Ignored for an earlier engine: its last requests may end after a restart."""
         if self.state.alive and llm is self._llm:
             log.error("engine %s died", self.name)
             self.state.alive = False
@@ -204,14 +211,14 @@ class VllmEngine:
         for attempt in range(10**9):
             await self._tear_down()
             wait = _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]
-            log.info("engine %s restarts in %.0f s", self.name, wait)
+            log.info("restarting engine %s in %.0f s", self.name, wait)
             await asyncio.sleep(wait)
             self.state.restarts += 1
             try:
                 await self._build()
                 return
             except EngineStartError as error:
-                log.error("engine %s did not come back: %s", self.name, error)
+                log.error("restart of engine %s failed: %s", self.name, error)
 
     def _read_limits(self) -> None:
         config = self._llm.vllm_config
@@ -234,40 +241,44 @@ class VllmEngine:
             pass
 
     async def probe(self) -> None:
-        """A second or so of synthetic requests, from which the step times are learnt anew."""
+        """Run synthetic requests for about `PROBE_S` seconds and refit the step-time model to them."""
         if not self.state.alive or self._sequences:
             return
-        with contextlib.suppress(Exception):  # if the engine dies of it, the watch finds out
+        with contextlib.suppress(Exception):  # if the engine dies, `_restart_on_death` handles it
             self.state.step_time.forget()
             await calibrate(self._run_synthetic, self.state.step_time, self.state.max_num_seqs, PROBE_S)
 
-    # --- what the gateway reads -----------------------------------------------------------------------------------
+    # --- queries --------------------------------------------------------------------------------------------------
 
     def count_tokens(self, text: str) -> int | None:
-        """Tokens in ``text`` by the model's tokenizer."""
+        """Number of tokens in ``text`` by the model's tokenizer; None while the engine is down."""
         if self._llm is None:
             return None
         tokenizer = self._llm.get_tokenizer()
         return len(tokenizer.encode(text, add_special_tokens=False))
 
     def unsupported_reason(self, body: dict[str, Any]) -> str | None:
-        """On CPU, vLLM's EngineCore dies on a per-request seed: drop it where it has no effect, else refuse."""
+        """Reason to reject a per-request seed on CPU; None for every other request.
+
+        NOTE: vLLM's EngineCore on CPU dies on a per-request seed. Greedy decoding ignores the seed, so it is removed
+        from ``body`` at temperature 0.
+        """
         if not self._on_cpu or body.get("seed") is None:
             return None
         if body.get("temperature") == 0:
             del body["seed"]
             return None
         return (
-            "seed: vLLM on CPU cannot honour a per-request seed while sampling. "
-            "Remove `seed`, or send `temperature: 0` for repeatable answers."
+            "seed: vLLM on CPU does not support a per-request seed when sampling. "
+            "Remove `seed`, or send `temperature: 0` for deterministic output."
         )
 
     # --- one request ------------------------------------------------------------------------------------------------
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        inner, llm = self._inner, self._llm
-        if inner is None or llm is None or llm.errored:
-            self._note_death(llm)
+        vllm_app, llm = self._vllm_app, self._llm
+        if vllm_app is None or llm is None or llm.errored:
+            self._mark_dead(llm)
             raise EngineUnreachable(f"engine {self.name} is down")
         observer: TokenObserver | None = scope.get(OBSERVER_KEY)
         lost = False
@@ -275,39 +286,39 @@ class VllmEngine:
         def dead() -> bool:
             return llm is not self._llm or bool(llm.errored)
 
-        async def watched_send(message: Message) -> None:
+        async def send_unless_dead(message: Message) -> None:
             nonlocal lost
-            # vLLM answers for a dead engine with a 500 or an error event of its own; ours says more, and the outcome
-            # must be known. Once the engine is dead, nothing but such an answer can follow.
-            if lost or (dead() and _tells_of_death(message)):
+            # For a dead engine, vLLM sends its own 500 or error event. Drop it and everything after it, because
+            # the gateway must learn that the engine died, and sends a more precise error.
+            if lost or (dead() and _is_error(message)):
                 lost = True
                 return
             await send(message)
 
         token = current_observer.set(observer)
         try:
-            await inner(scope, receive, watched_send)
+            await vllm_app(scope, receive, send_unless_dead)
         except Exception as error:
             if dead():
-                self._note_death(llm)
+                self._mark_dead(llm)
                 raise EngineLost(f"engine {self.name} died") from error
             raise
         finally:
             current_observer.reset(token)
             if observer is not None:
-                await self._free(observer, llm)
+                await self._abort_unfinished(observer, llm)
         if lost:
-            self._note_death(llm)
+            self._mark_dead(llm)
             raise EngineLost(f"engine {self.name} died")
 
-    async def _free(self, observer: TokenObserver, llm: Any) -> None:
-        """Abort what a finished or abandoned call left in the engine (nothing, when all went well)."""
-        left = [sequence for sequence, owner in self._sequences.items() if owner is observer]
-        for sequence in left:
+    async def _abort_unfinished(self, observer: TokenObserver, llm: Any) -> None:
+        """Abort the sequences that a request left in the engine, for example because the client disconnected."""
+        unfinished = [sequence for sequence, owner in self._sequences.items() if owner is observer]
+        for sequence in unfinished:
             del self._sequences[sequence]
-        if left and not llm.errored:
+        if unfinished and not llm.errored:
             with contextlib.suppress(Exception):
-                await llm.abort(left, internal=True)
+                await llm.abort(unfinished, internal=True)
 
     def _on_gate_report(self, gate: GateReport, steps: list[StepReport]) -> None:
         self.state.gate = gate
@@ -324,14 +335,14 @@ class VllmEngine:
 
 
 def _already_shut_down(timeout: float | None = None) -> None:
-    """Stands in for `AsyncLLM.shutdown` once it has run."""
+    """Replaces `AsyncLLM.shutdown` once it has run."""
 
 
-def _set_heap_aside() -> None:
-    """Keep the garbage collector away from what vLLM's import and start brought, nearly all of which stays.
+def _freeze_heap() -> None:
+    """Exclude all current objects from garbage collection.
 
-    A full collection that walks through it stops the event loop, and with it every stream, for most of a second. Once,
-    it has to: what an engine that died left is let go.
+    NOTE: vLLM's import and start create many long-lived objects. A full collection that scans them stops the event
+    loop, and with it every stream, for most of a second. It runs once here to free the objects of an engine that died.
     """
     gc.unfreeze()
     gc.collect()
@@ -339,12 +350,12 @@ def _set_heap_aside() -> None:
 
 
 class _NoServer:
-    """Stands where vLLM expects its uvicorn server, which it asks to exit when the engine dies. Ours stays up."""
+    """Replaces vLLM's uvicorn server, which vLLM stops when the engine dies. The gateway's server keeps running."""
 
     should_exit = False
 
 
-def _tells_of_death(message: Message) -> bool:
+def _is_error(message: Message) -> bool:
     if message["type"] == "http.response.start":
         return bool(message["status"] >= 500)
     return b'"error"' in message.get("body", b"")

@@ -1,8 +1,8 @@
-"""The one-way channel from the step gate, inside vLLM's EngineCore process, to the gateway.
+"""One-way channel from the step gate, inside vLLM's EngineCore process, to the gateway.
 
-Datagrams over a Unix socket whose path travels in the environment variable `SOCKET_ENV`: one syscall for many steps,
-never blocking the engine, and harmless when nobody listens or one is lost (counters are cumulative; a lost batch of
-steps is only a few samples the step-time model does not see).
+It sends datagrams over a Unix socket. The environment variable `SOCKET_ENV` holds the socket's path. One syscall
+covers many steps and never blocks the engine. A lost datagram does no harm: counters are cumulative, and the step-time
+model only misses a few samples.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ import orjson
 from engine_adapter.engine import GateReport, StepReport
 
 SOCKET_ENV = "ANTARES_GATE_SOCKET"
-_MAX_DATAGRAM = 1 << 17
+"""Environment variable with the path of the gateway's socket."""
+_MAX_DATAGRAM_BYTES = 1 << 17
 _MAX_STEPS = 1024
+"""Bounds the memory of the reporter: step reports kept until the next datagram."""
 
 
 class GateReporter:
-    """The engine's end. Collects step reports and counters; sends them at most every ``interval_s`` seconds."""
+    """The engine's end of the channel. Sends step reports and counters at most every ``interval_s`` seconds.
+
+    ``path``: the gateway's socket; None makes every call do nothing.
+    """
 
     def __init__(self, path: str | None, interval_s: float = 0.02) -> None:
         self.report = GateReport()
@@ -40,13 +45,13 @@ class GateReporter:
 
     @classmethod
     def from_env(cls) -> GateReporter:
-        """A reporter to the socket named in the environment, or a silent one."""
+        """A reporter to the socket in `SOCKET_ENV`. It does nothing if the variable is not set."""
         return cls(os.environ.get(SOCKET_ENV))
 
     def step(
         self, now: float, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float
     ) -> None:
-        """One engine step ended at ``now`` (monotonic s)."""
+        """Record one engine step that ended at ``now`` (monotonic s)."""
         if self._socket is None:
             return
         if len(self._steps) < _MAX_STEPS:
@@ -55,7 +60,7 @@ class GateReporter:
             self.flush(now)
 
     def flush(self, now: float) -> None:
-        """Send what was collected, if anybody listens."""
+        """Send the collected reports and the counters. Errors are ignored."""
         if self._socket is None:
             return
         payload = orjson.dumps({"steps": self._steps, "gate": self.report})
@@ -66,7 +71,7 @@ class GateReporter:
 
 
 class GateListener:
-    """The gateway's end: owns the socket, calls back on the event loop's thread."""
+    """The gateway's end of the channel. Owns the socket and calls ``on_report`` on the event loop's thread."""
 
     def __init__(self, on_report: Callable[[GateReport, list[StepReport]], None]) -> None:
         self._on_report = on_report
@@ -77,12 +82,12 @@ class GateListener:
         self._socket.bind(self.path)
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start listening on ``loop``."""
+        """Start reading on ``loop``."""
         self._loop = loop
         loop.add_reader(self._socket.fileno(), self._drain)
 
     def close(self) -> None:
-        """Stop listening and remove the socket. Idempotent."""
+        """Stop reading and remove the socket. Idempotent."""
         if self._socket.fileno() >= 0:
             with contextlib.suppress(AttributeError, RuntimeError):
                 self._loop.remove_reader(self._socket.fileno())
@@ -92,7 +97,7 @@ class GateListener:
     def _drain(self) -> None:
         while True:
             try:
-                payload = self._socket.recv(_MAX_DATAGRAM)
+                payload = self._socket.recv(_MAX_DATAGRAM_BYTES)
             except (BlockingIOError, OSError):
                 return
             with contextlib.suppress(orjson.JSONDecodeError, ValueError, TypeError, KeyError):

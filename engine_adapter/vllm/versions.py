@@ -1,21 +1,21 @@
-"""Which vLLM versions this package knows. vLLM's scheduler interface is not public, so the range is guarded."""
+"""Supported vLLM versions. NOTE: vLLM's scheduler interface is not public, so each part checks its version range."""
 
 from __future__ import annotations
 
 import re
 
 GATE_VERSIONS = ((0, 26), (0, 33))
-"""Half-open range in which the step gate's hooks were read in the source; run on 0.32.0."""
+"""Half-open range for the step gate: its hooks exist in the source of these versions. Tested on 0.32.0."""
 
 PREEMPTION_VERSIONS = ((0, 32), (0, 33))
-"""Half-open range in which a request may be preempted between steps, its latest token on its way; run on 0.32.0."""
+"""Half-open range in which a request can be preempted between steps while a token is in flight. Tested on 0.32.0."""
 
 IN_PROCESS_VERSIONS = ((0, 29), (0, 33))
-"""Half-open range in which the in-process engine's entry points exist; run on 0.32.0."""
+"""Half-open range in which the in-process engine's entry points exist. Tested on 0.32.0."""
 
 
 class UnsupportedVllmError(RuntimeError):
-    """The installed vLLM is outside the range that a part of Antares supports."""
+    """The installed vLLM version is not supported."""
 
 
 def within(version: str, supported: tuple[tuple[int, int], tuple[int, int]]) -> bool:

@@ -1,1 +1,1 @@
-"""The HTTP edge: reads a request, relays its response, answers errors."""
+"""The HTTP edge: read a request, schedule it, relay its response, answer errors."""

@@ -1,4 +1,4 @@
-"""API keys: who asks, and what they may ask for. Keys are kept as SHA-256 digests and compared in constant time."""
+"""API keys and their rights. Keys are stored as SHA-256 digests and compared in constant time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.api.errors import ApiError
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """One key's rights. ``least_bounds`` maps a bound (ttft, tpot, e2e) to the strictest value it may ask for (s)."""
+    """One key's rights. ``least_bounds`` maps a bound (ttft, tpot, e2e) to the strictest value (s) that it may set."""
 
     tenant: str
     default_class: str
@@ -22,29 +22,29 @@ class ApiKey:
 
 
 def hash_key(key: str) -> str:
-    """The digest that a configuration file carries in place of the key.
+    """Return the digest that a configuration file holds in place of the key.
 
-    A plain hash is enough: keys are long random strings, not passwords, so there is nothing to stretch.
+    A plain hash is enough, because keys are long random strings. Only passwords need key stretching.
     """
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 class KeyRing:
-    """The keys a gateway knows. With none configured everybody is the anonymous tenant."""
+    """The configured keys. Without any, every request belongs to the anonymous tenant."""
 
     def __init__(self, keys: Sequence[ApiKey], anonymous: ApiKey) -> None:
         self._keys = tuple(keys)
         self._anonymous = anonymous
 
     def authenticate(self, authorization: str | None) -> ApiKey:
-        """The key that the ``Authorization`` header carries; raises `ApiError` 401 when it is none of ours."""
+        """Return the key in the ``Authorization`` header. Raises `ApiError` 401 for a missing or unknown key."""
         if not self._keys:
             return self._anonymous
         scheme, _, presented = (authorization or "").partition(" ")
         if scheme.lower() == "bearer" and presented:
             digest = hash_key(presented.strip())
             found = None
-            # Every key is compared, so that the time taken tells nothing about which one matched.
+            # Compare with every key, so that the time taken does not depend on which one matches.
             for key in self._keys:
                 if hmac.compare_digest(digest, key.sha256):
                     found = key

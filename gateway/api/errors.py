@@ -1,4 +1,4 @@
-"""Answers that are errors, in OpenAI's shape."""
+"""Error responses in the OpenAI API's shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Headers = list[tuple[bytes, bytes]]
 
 @dataclass(slots=True)
 class ApiError(Exception):
-    """An answer that is an error. ``extra`` joins the error object; ``headers`` join the response's."""
+    """An error response. ``extra``: more members of the error object; ``headers``: more response headers."""
 
     status: int
     message: str
@@ -24,7 +24,7 @@ class ApiError(Exception):
     headers: Headers = field(default_factory=list)
 
     def body(self) -> bytes:
-        """The JSON document."""
+        """Return the error as a JSON document."""
         error = {
             "message": self.message,
             "type": self.type,
@@ -35,17 +35,17 @@ class ApiError(Exception):
         return orjson.dumps({"error": error})
 
     def event(self) -> bytes:
-        """The same, as the last words of a stream that has begun."""
+        """Return the error as the last events of a stream that has started."""
         return b"data: " + self.body() + b"\n\ndata: [DONE]\n\n"
 
 
 def bad_request(message: str, param: str | None, code: str = "invalid_value", status: int = 400) -> ApiError:
-    """A 4xx that says what to fix; ``param`` names the header or field."""
+    """4xx: the message states what to fix; ``param`` names the header or field."""
     return ApiError(status, message, "invalid_request_error", code, param)
 
 
 def retry_headers(retry_after_s: float, should_retry: bool = True) -> Headers:
-    """``Retry-After`` in whole seconds (at least 1) and ``x-should-retry``, which OpenAI's clients obey."""
+    """Return ``Retry-After`` (whole seconds, at least 1) and ``x-should-retry``, which OpenAI's clients obey."""
     seconds = max(1, math.ceil(min(retry_after_s, 86_400)))
     return [
         (b"retry-after", str(seconds).encode()),

@@ -1,67 +1,84 @@
-"""One scheduled request, from its first byte to its outcome.
+"""The ASGI app for ``/v1/*``: one pipeline that takes each scheduled request from its first byte to its outcome.
 
-authenticate -> read SLO -> count prompt tokens -> ask predictor (time-boxed) -> class queue -> engine -> ledger
+    authenticate -> parse the body -> read the SLO -> estimate the prompt size -> place on an engine
+      -> that engine's checks and limits -> predict the length -> EngineQueue and policy -> encode the body
+      -> engine -> ResponseRelay -> ledger
+
+Each stage is one method of `Proxy`, in this order. The body is parsed once and encoded once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from starlette.datastructures import Headers as HeaderView
-
-from engine_adapter.engine import OBSERVER_KEY, ASGIApp, EngineLost, EngineUnreachable, Message, Receive, Scope, Send
+from engine_adapter.asgi import BODY_KEY, BodyTooDeep, ClientConnection, ClientDisconnected, JsonBody
+from engine_adapter.engine import OBSERVER_KEY, Engine, EngineLost, EngineUnreachable, Receive, Scope, Send
 from gateway.api.auth import ApiKey, KeyRing
+from gateway.api.engine_call import call_engine
 from gateway.api.errors import ApiError, bad_request, unavailable
+from gateway.api.http_request import HttpRequest
+from gateway.api.pass_through import pass_through
 from gateway.api.prompt import Prompt, read_prompt
-from gateway.api.rejections import queue_full, unattainable
+from gateway.api.rejections import answer_to, queue_full
 from gateway.api.request_body import (
-    MAX_HEADERS,
-    ClientLeftError,
-    body_for_engine,
     check_with_engine,
+    document_for_engine,
     engine_scope,
-    parse_body,
-    passed_on_body,
-    read_body,
-    read_request_id,
+    parse_document,
+    read_limited_body,
+    too_deep,
 )
-from gateway.api.response_relay import ClientSide, ResponseRelay, send_error
+from gateway.api.response_relay import ResponseRelay, send_error
 from gateway.api.slo_headers import read_slo
 from gateway.api.slo_report import REPORT_HEADER
-from gateway.observability.ledger import Entry, Ledger
+from gateway.observability.ledger import Entry, Ledger, Outcome
 from gateway.observability.metrics import Metrics
-from gateway.policies.base import UNGATED, Rejection
+from gateway.policies.base import UNGATED
 from gateway.prediction.client import LengthPredictor
 from gateway.requests.progress import Progress
 from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
-from gateway.scheduling.engine_queue import Admitted, EngineDown, EngineQueue, QueueFull, Reroute
+from gateway.scheduling.engine_queue import Admitted, EngineQueue, QueueOutcome, Reroute
 from gateway.scheduling.router import Router
 
 log = logging.getLogger("antares.proxy")
 
-SCHEDULED = {"/v1/chat/completions": True, "/v1/completions": False}
-"""The routes that are scheduled; the value tells chat from text completion."""
+MAX_HEADERS = 128
+"""Limit on the header lines of a request."""
 
 MAX_TRIES = 3
-"""How often a request is handed to an engine that turns out to be gone before it took it."""
+"""Engines that a request is sent to, one after the other, if each is unreachable before it takes the request."""
 
 STALL_S = 300.0
-"""A client that takes nothing of what it is sent for so long (up to twice that) has left."""
+"""A client that accepts no data for this many seconds (up to twice that) counts as disconnected. Convention."""
 
 LEAVE_GRACE_S = 1.0
-"""An engine's app is told that the client left; if it has not returned after this long, it is cancelled."""
+"""Seconds that an engine's app has to return after the client disconnected. Then it is cancelled. Convention."""
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A scheduled request on its way through the pipeline. ``engine``: the last one that it was judged with."""
+
+    http: HttpRequest
+    document: dict[str, Any]
+    prompt: Prompt
+    request: Request
+    engine: Engine | None = None
 
 
 class Proxy:
-    """Serves the scheduled routes and passes every other `/v1/*` route on to an engine."""
+    """Schedules completions, and passes every other ``/v1/*`` route on to an engine.
+
+    ``draining``: every new request is answered with 503. ``in_flight``: requests that have no complete response yet.
+    """
 
     def __init__(
         self,
@@ -84,122 +101,115 @@ class Proxy:
         self._predictor = predictor
         self._ledger = ledger
         self._metrics = metrics
-        self._max_body = max_body_bytes
-        self._max_open = max_open_requests
+        self._max_body_bytes = max_body_bytes
+        self._max_open_requests = max_open_requests
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI app for `/v1/*`."""
-        arrival = self._clock()
-        headers = HeaderView(scope=scope)
-        request_id = read_request_id(headers.get("x-request-id"))
-        route = scope["path"] if scope["path"] in SCHEDULED else "/v1/*"
-        status, started = 500, False
-
-        async def counted_send(message: Message) -> None:
-            nonlocal status, started
-            if message["type"] == "http.response.start":
-                status, started = message["status"], True
-            await send(message)
-
+        """Serve one request."""
+        http = HttpRequest(scope, receive, send, self._clock())
         self.in_flight += 1
         try:
-            key = self._admit_caller(headers)
-            body = await read_body(headers, receive, self._max_body)
-            if scope["path"] in SCHEDULED and scope["method"] == "POST":
-                await self._serve(scope, headers, body, key, arrival, request_id, receive, counted_send)
-            else:
-                await self._pass_through(scope, headers, body, request_id, receive, counted_send)
-        except ApiError as error:
-            await send_error(counted_send, error, request_id)
-        except ClientLeftError:
-            status = 499
-        except Exception as error:
-            # NOTE: an exception's text may quote the request, so only its type is logged outside debug level.
-            debugging = log.isEnabledFor(logging.DEBUG)
-            log.error("a request failed inside the gateway: %s", type(error).__name__, exc_info=debugging)
-            if not started:
-                internal = ApiError(500, "The gateway failed on this request.", "internal_error", "internal_error")
-                await send_error(counted_send, internal, request_id)
+            await self._answer(http)
         finally:
             self.in_flight -= 1
-            self._metrics.http_requests.labels(route, status).inc()
+            self._metrics.http_requests.labels(http.route, http.status).inc()
 
-    # --- scheduled requests -----------------------------------------------------------------------------------------
+    async def _answer(self, http: HttpRequest) -> None:
+        """Serve ``http``, and answer with an error response if that fails."""
+        try:
+            key = self._authenticate(http)
+            # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for every open request.
+            if http.is_scheduled:
+                await self._schedule(self._read(http, key, await self._receive_body(http)))
+            else:
+                await self._pass_through(http, await self._receive_body(http))
+        except ApiError as error:
+            await send_error(http.send, error, http.request_id)
+        except ClientDisconnected:
+            http.status = 499
+        except Exception as error:
+            # NOTE: an exception's text may quote the request, so only its type is logged above debug level.
+            debugging = log.isEnabledFor(logging.DEBUG)
+            log.error("a request failed inside the gateway: %s", type(error).__name__, exc_info=debugging)
+            if not http.response_started:
+                internal = ApiError(500, "The gateway failed on this request.", "internal_error", "internal_error")
+                await send_error(http.send, internal, http.request_id)
 
-    async def _serve(
-        self,
-        scope: Scope,
-        headers: HeaderView,
-        body: bytes,
-        key: ApiKey,
-        arrival: float,
-        request_id: bytes,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        document = parse_body(body)
-        slo_class, slo = read_slo(headers, key, self._classes)
-        candidate = self._router.engine_queues[0].engine
-        prompt = read_prompt(document, SCHEDULED[scope["path"]], candidate.count_tokens)
-        check_with_engine(document, candidate)
-        if prompt.sequences > candidate.state.max_num_seqs:
-            most = candidate.state.max_num_seqs
-            raise bad_request(
-                f"n: the engine runs at most {most} sequences, but this asks for {prompt.sequences}.", "n"
-            )
-        body_for_engine(document, None)  # what cannot be written again must not be accepted
+    # --- the pipeline, in order ---------------------------------------------------------------------------------------
+
+    def _authenticate(self, http: HttpRequest) -> ApiKey:
+        """Return the request's API key. Raises `ApiError` 401, 431 for too many headers, or 503 while draining."""
+        if len(http.headers.raw) > MAX_HEADERS:
+            raise bad_request(f"More than {MAX_HEADERS} headers.", None, "too_many_headers", 431)
+        key = self._keys.authenticate(http.headers.get("authorization"))
+        if self.draining:
+            raise unavailable("The gateway is shutting down.", "draining", 5.0)
+        return key
+
+    async def _receive_body(self, http: HttpRequest) -> bytes:
+        return await read_limited_body(http.headers, http.receive, self._max_body_bytes)
+
+    def _read(self, http: HttpRequest, key: ApiKey, body: bytes) -> Call:
+        """Parse the body, read the SLO, estimate the prompt size. Nothing here depends on an engine."""
+        document = parse_document(body)
+        slo_class, slo = read_slo(http.headers, key, self._classes)
+        prompt = read_prompt(document, http.is_chat)
         request = Request(
             id=uuid.uuid4().hex,
             slo_class=slo_class.name,
-            arrival_s=arrival,
+            arrival_s=http.arrival_s,
             slo=slo,
-            prompt_tokens=prompt.tokens,
+            prompt_tokens=prompt.estimated_tokens,
             predicted_tokens=1.0,
             sequences=prompt.sequences,
             tenant=key.tenant,
-            model=candidate.state.model,
             max_tokens=math.inf if prompt.max_tokens is None else prompt.max_tokens,
         )
-        entry = self._ledger.open(request)
-        if self.in_flight > self._max_open:
-            self._ledger.close(entry, "rejected", "gateway_full")
-            raise queue_full("The gateway has as many open requests as it takes.", self._max_open, 1.0)
-        client = ClientSide(receive)
+        return Call(http, document, prompt, request)
+
+    async def _schedule(self, call: Call) -> None:
+        """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
+        self._place(call)
+        entry = self._open_entry(call.request)
+        client = ClientConnection(call.http.receive)
         try:
-            await self._predict(entry, prompt)
-            report = headers.get(REPORT_HEADER) == "1"
-            served, tries = False, 0
-            while not served:
-                if tries == MAX_TRIES:
-                    self._ledger.close(entry, "failed", "engine_lost")
-                    raise unavailable("No engine took this request.", "engine_unavailable", 5.0)
-                tries += 1
-                engine_queue = await self._wait_for_admission(entry, client)
-                try:
-                    served = await self._forward(scope, document, entry, engine_queue, client, request_id, report, send)
-                finally:
-                    engine_queue.leave(request)
-        except ClientLeftError:
-            self._ledger.close(entry, "cancelled", "client_left")
-            raise
-        except asyncio.CancelledError:
+            await self._predict(call, entry)
+            await self._serve(call, entry, client)
+        except BaseException as error:
             if entry.outcome is None:
-                self._ledger.close(entry, "cancelled", "shutdown")
-            raise
-        except Exception:
-            # Usually an ApiError whose outcome is written already.
-            if entry.outcome is None:
-                self._ledger.close(entry, "failed", "gateway_error")
+                self._ledger.close(entry, *_outcome_of(error))
             raise
         finally:
             client.close()
 
-    async def _predict(self, entry: Entry, prompt: Prompt) -> None:
-        started, request = self._clock(), entry.request
+    def _place(self, call: Call) -> EngineQueue:
+        """Place the request on an engine. Raises `ApiError` 400 if that engine cannot serve it.
+
+        The prompt is counted again for every new engine, since tokenizers differ.
+        """
+        engine_queue = self._router.place(call.request)
+        engine = engine_queue.engine
+        if engine is not call.engine:
+            call.engine = engine
+            call.request.prompt_tokens = call.prompt.tokens(engine.count_tokens)
+            _check_limits(call, engine)
+        call.request.model = engine.state.model
+        return engine_queue
+
+    def _open_entry(self, request: Request) -> Entry:
+        """Open the ledger entry. Raises `ApiError` 429, and closes the entry, if too many requests are open."""
+        entry = self._ledger.open(request)
+        if self.in_flight > self._max_open_requests:
+            raise self._closed(entry, "rejected", "gateway_full", self._gateway_full())
+        return entry
+
+    async def _predict(self, call: Call, entry: Entry) -> None:
+        """Predict the output length. `LengthPredictor` bounds the time that this takes."""
+        started, request, prompt = self._clock(), call.request, call.prompt
         prediction = entry.prediction = await self._predictor.predict(
             prompt.text,
-            prompt.tokens,
+            request.prompt_tokens,
             request.slo_class,
             prompt.max_tokens,
             prompt.min_tokens,
@@ -210,182 +220,159 @@ class Proxy:
         self._metrics.predictions.labels(prediction.source).inc()
         self._metrics.prediction_seconds.observe(self._clock() - started)
 
-    async def _wait_for_admission(self, entry: Entry, client: ClientSide) -> EngineQueue:
-        """The lane that serves the request; raises `ApiError` when none will, closing the entry."""
-        request = entry.request
-        engine_queue, decided = self._router.submit(request)
-        entry.engine, request.model = engine_queue.engine.name, engine_queue.engine.state.model
-        if not decided.done():
-            waits: set[asyncio.Future[Any]] = {decided, client.left}
+    async def _serve(self, call: Call, entry: Entry, client: ClientConnection) -> None:
+        """Queue the request and send it to the engine that admits it; again if that engine is unreachable."""
+        for _ in range(MAX_TRIES):
+            engine_queue = await self._admit(call, entry, client)
             try:
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            except asyncio.CancelledError:
-                # It may have been admitted in this very turn.
-                engine_queue.leave(request)
-                raise
+                if await self._forward(call, entry, engine_queue, client):
+                    return
             finally:
-                if not decided.done():
-                    decided.cancel()
-                    engine_queue.withdraw(request)
-            if decided.cancelled():
-                raise ClientLeftError
-        entry.queue_s = self._clock() - request.arrival_s
-        match decided.result():
-            case Admitted(engine_queue=chosen, predicted_ttft_s=predicted):
-                entry.predicted_ttft_s = predicted
-                return chosen
-            case Rejection() as rejection:
-                self._ledger.close(entry, "rejected", f"{rejection.bound}_unattainable")
-                raise unattainable(rejection)
-            case QueueFull(limit=limit, retry_after_s=after):
-                self._ledger.close(entry, "rejected", "queue_full")
-                raise queue_full(f"The queue of class {request.slo_class!r} is full.", limit, after)
-            case Reroute():
-                return await self._wait_for_admission(entry, client)
-            case EngineDown(retry_after_s=after):
-                self._ledger.close(entry, "rejected", "engine_down")
-                raise unavailable(
-                    f"The engine is restarting and will not be back in time; expected in {after:.0f} s.",
-                    "engine_unavailable",
-                    after,
-                )
+                engine_queue.leave(call.request)
+        error = unavailable("No engine accepted this request.", "engine_unavailable", 5.0)
+        raise self._closed(entry, "failed", "engine_lost", error)
 
-    async def _forward(
-        self,
-        scope: Scope,
-        document: dict[str, Any],
-        entry: Entry,
-        engine_queue: EngineQueue,
-        client: ClientSide,
-        request_id: bytes,
-        report: bool,
-        send: Send,
-    ) -> bool:
-        """Have the lane's engine serve the request; False if the engine was gone before it took it."""
-        request = entry.request
-        try:
-            # Asked once more: while it waited another engine may have been chosen, or this one have come up.
-            check_with_engine(document, engine_queue.engine)
-        except ApiError:
-            self._ledger.close(entry, "rejected", "engine_refused")
-            raise
+    async def _admit(self, call: Call, entry: Entry, client: ClientConnection) -> EngineQueue:
+        """Queue the request until a policy admits it, and return that engine's queue. Raises `ApiError` if none does.
+
+        The request is placed again first: since the last time, its length was predicted and the engines' loads changed.
+        """
+        outcome: QueueOutcome = Reroute()
+        while isinstance(outcome, Reroute):
+            engine_queue = self._place(call)
+            entry.engine = engine_queue.engine.name
+            outcome = await _wait_in_queue(call.request, engine_queue, client)
+        entry.queue_s = self._clock() - call.request.arrival_s
+        if not isinstance(outcome, Admitted):
+            raise self._closed(entry, "rejected", *answer_to(outcome))
+        entry.predicted_ttft_s = outcome.predicted_ttft_s
+        return engine_queue
+
+    async def _forward(self, call: Call, entry: Entry, engine_queue: EngineQueue, client: ClientConnection) -> bool:
+        """Have the engine serve the request. Returns False if it was unreachable; the request is then queued again."""
+        request, http, engine = call.request, call.http, engine_queue.engine
+        # An engine that was down when the request was placed knows its limits only now.
+        _check_limits(call, engine)
         progress = Progress(request, on_first_token=engine_queue.on_first_token)
-        relay = ResponseRelay(entry, progress, send, request_id, report=report, clock=self._clock)
-        gate = (
-            engine_queue.policy.gate if engine_queue.policy.gate != UNGATED and engine_queue.engine.takes_xargs else ""
-        )
-        body = body_for_engine(document, request.tpot_slo_s, gate)
-        inner_scope = engine_scope(scope, request_id, len(body))
-        inner_scope[OBSERVER_KEY] = progress
-        call = asyncio.ensure_future(_run(engine_queue.engine.app, inner_scope, client.replay(body), relay.send))
-        try:
-            stalled = False
-            while not (stalled or call.done() or client.left.done()):
-                await asyncio.wait({call, client.left}, timeout=STALL_S, return_when=asyncio.FIRST_COMPLETED)
-                stalled = relay.stalled_since_last_asked()
-            # Told that the client left, vLLM's app may still "answer" nobody; what counts is what was sent before.
-            left = (client.left.done() or stalled) and not relay.complete
-            if not call.done():
-                await asyncio.wait({call}, timeout=LEAVE_GRACE_S)
-        finally:
-            if not call.done():
-                call.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await call
-        if left:
-            if not call.cancelled():
-                call.exception()  # heard, or asyncio would log it, and it may quote the request
-            raise ClientLeftError
-        if not call.cancelled() and isinstance(call.exception(), EngineUnreachable):
+        report = http.headers.get(REPORT_HEADER) == "1"
+        relay = ResponseRelay(entry, progress, http.send, http.request_id, report=report, clock=self._clock)
+        gate = engine_queue.policy.gate if engine.takes_xargs and engine_queue.policy.gate != UNGATED else ""
+        body = JsonBody(document_for_engine(call.document, request.kind, request.pace_s, gate))
+        scope = engine_scope(http.scope, http.request_id)
+        scope[BODY_KEY], scope[OBSERVER_KEY] = body, progress
+        error = await call_engine(engine.app, scope, body, relay, client, STALL_S, LEAVE_GRACE_S)
+        if isinstance(error, EngineUnreachable):
             request.wait_again()
             return False
-        await self._conclude(call, relay, entry, engine_queue)
+        relay.measure(self._clock())
+        if relay.complete:
+            await self._conclude(entry, relay, engine)
+        else:
+            await self._fail(entry, relay, engine_queue, error)
         return True
 
-    async def _conclude(
-        self, call: asyncio.Future[None], relay: ResponseRelay, entry: Entry, engine_queue: EngineQueue
-    ) -> None:
-        """Give the request its one outcome."""
-        request = entry.request
-        error = None if call.cancelled() else call.exception()
-        relay.measure(self._clock())
-        if not relay.complete:
-            lost = isinstance(error, EngineLost)
-            if not lost:
-                log.error(
-                    "engine %s failed on request %s: %s", engine_queue.engine.name, request.id, type(error).__name__
-                )
-            self._ledger.close(entry, "failed", "engine_lost" if lost else "engine_error")
-            after = engine_queue.back_in_s(self._clock())
-            await relay.fail(
-                unavailable("The engine died while it served this request. Send it again.", "engine_lost", after)
-                if lost
-                else ApiError(502, "The engine failed on this request.", "engine_error", "engine_error")
-            )
-            return
-        if relay.failed_in_stream or relay.status >= 500:
-            self._ledger.close(entry, "failed", "engine_error")
-        elif relay.status >= 400:
-            self._ledger.close(entry, "rejected", "engine_busy" if relay.status == 429 else "engine_refused")
-        else:
-            self._ledger.close(entry, "finished")
-            self._learn_length(entry, engine_queue)
+    async def _conclude(self, entry: Entry, relay: ResponseRelay, engine: Engine) -> None:
+        """Close the entry of a request whose response is complete."""
+        self._ledger.close(entry, *relay.outcome)
+        if entry.outcome == "finished":
+            self._learn_length(entry, engine)
         await relay.end()
 
-    def _learn_length(self, entry: Entry, engine_queue: EngineQueue) -> None:
-        """Predictions are to follow what is served."""
+    async def _fail(
+        self, entry: Entry, relay: ResponseRelay, engine_queue: EngineQueue, error: BaseException | None
+    ) -> None:
+        """Close the entry of a request whose engine did not complete the response, and end the response."""
+        if isinstance(error, BodyTooDeep):
+            raise self._closed(entry, "rejected", "invalid_json", too_deep())
+        if isinstance(error, EngineLost):
+            self._ledger.close(entry, "failed", "engine_lost")
+            answer = self._engine_lost(engine_queue)
+        else:
+            log.error(
+                "engine %s failed on request %s: %s", engine_queue.engine.name, entry.request.id, type(error).__name__
+            )
+            self._ledger.close(entry, "failed", "engine_error")
+            answer = ApiError(502, "The engine failed on this request.", "engine_error", "engine_error")
+        await relay.fail(answer)
+
+    def _learn_length(self, entry: Entry, engine: Engine) -> None:
+        """Report the output length of a finished request to the predictor."""
         request = entry.request
         self._predictor.observe(request.slo_class, round(request.generated / request.sequences))
-        # Of several sequences only the mean is known, which is no answer's length.
+        # Of several sequences only the mean length is known, which is not the length of any of them.
         if entry.prediction is not None and request.sequences == 1 and request.generated:
-            limit = min(request.max_tokens, engine_queue.engine.state.max_model_len - request.prompt_tokens)
+            limit = min(request.max_tokens, engine.state.max_model_len - request.prompt_tokens)
             censored = request.generated >= limit
             self._predictor.report(
                 entry.prediction, request.id, request.model, request.slo_class, request.generated, censored
             )
 
-    # --- everything else under /v1 ------------------------------------------------------------------------------------
+    # --- other routes, and errors -------------------------------------------------------------------------------------
 
-    async def _pass_through(
-        self, scope: Scope, headers: HeaderView, body: bytes, request_id: bytes, receive: Receive, send: Send
-    ) -> None:
-        engine_queue = next(
-            (engine_queue for engine_queue in self._router.engine_queues if engine_queue.engine.state.alive), None
-        )
-        if engine_queue is None:
-            after = self._router.engine_queues[0].back_in_s(self._clock())
-            raise unavailable("No engine is alive.", "engine_unavailable", after)
-        if self.in_flight > self._max_open:
-            raise queue_full("The gateway has as many open requests as it takes.", self._max_open, 1.0)
-        body = passed_on_body(scope, headers, body, engine_queue.engine)
-        client = ClientSide(receive)
-        started = False
-
-        async def noted_send(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
+    async def _pass_through(self, http: HttpRequest, body: bytes) -> None:
+        """Have the first engine that is alive answer the request."""
+        alive = [queue for queue in self._router.engine_queues if queue.engine.state.alive]
+        if not alive:
+            retry_after_s = self._router.engine_queues[0].back_in_s(self._clock())
+            raise unavailable("No engine is alive.", "engine_unavailable", retry_after_s)
+        if self.in_flight > self._max_open_requests:
+            raise self._gateway_full()
         try:
-            await engine_queue.engine.app(engine_scope(scope, request_id, len(body)), client.replay(body), noted_send)
-            if not started and client.left.done():
-                raise ClientLeftError
-        except EngineLost as lost:
-            if started:
+            await pass_through(http, body, alive[0].engine)
+        except EngineLost as error:
+            if http.response_started:
                 raise
-            after = engine_queue.back_in_s(self._clock())
-            raise unavailable("The engine died while it served this request.", "engine_lost", after) from lost
-        finally:
-            client.close()
+            raise self._engine_lost(alive[0]) from error
 
-    def _admit_caller(self, headers: HeaderView) -> ApiKey:
-        if len(headers.raw) > MAX_HEADERS:
-            raise bad_request(f"More than {MAX_HEADERS} headers.", None, "too_many_headers", 431)
-        key = self._keys.authenticate(headers.get("authorization"))
-        if self.draining:
-            raise unavailable("The gateway is shutting down.", "draining", 5.0)
-        return key
+    def _closed(self, entry: Entry, outcome: Outcome, reason: str, error: ApiError) -> ApiError:
+        """Close ``entry`` and return ``error``, for the caller to raise."""
+        self._ledger.close(entry, outcome, reason)
+        return error
+
+    def _gateway_full(self) -> ApiError:
+        return queue_full("The gateway has too many open requests.", self._max_open_requests, 1.0)
+
+    def _engine_lost(self, engine_queue: EngineQueue) -> ApiError:
+        retry_after_s = engine_queue.back_in_s(self._clock())
+        return unavailable("The engine died while it served this request. Send it again.", "engine_lost", retry_after_s)
 
 
-async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    await app(scope, receive, send)
+def _outcome_of(error: BaseException) -> tuple[Outcome, str]:
+    """Return outcome and reason of a request that ``error`` ended before its entry was closed."""
+    if isinstance(error, ClientDisconnected):
+        return "cancelled", "client_left"
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled", "shutdown"
+    if isinstance(error, ApiError):
+        # The engine that the request was placed on again cannot serve it.
+        return "rejected", "engine_refused"
+    return "failed", "gateway_error"
+
+
+def _check_limits(call: Call, engine: Engine) -> None:
+    """Raise `ApiError` 400 if ``engine`` cannot serve the request safely."""
+    check_with_engine(call.document, engine)
+    sequences, limit = call.prompt.sequences, engine.state.max_num_seqs
+    if sequences > limit:
+        raise bad_request(f"n: the engine runs at most {limit} sequences; this request has {sequences}.", "n")
+
+
+async def _wait_in_queue(request: Request, engine_queue: EngineQueue, client: ClientConnection) -> QueueOutcome:
+    """Queue ``request`` and return what was decided. Raises `ClientDisconnected` if the client disconnects first."""
+    decision = engine_queue.submit(request)
+    if decision.done():
+        return decision.result()
+    waits: set[asyncio.Future[Any]] = {decision, client.disconnected}
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        # The request may have been admitted in the same turn of the event loop.
+        engine_queue.leave(request)
+        raise
+    finally:
+        if not decision.done():
+            decision.cancel()
+            engine_queue.withdraw(request)
+    if decision.cancelled():
+        raise ClientDisconnected
+    return decision.result()

@@ -1,29 +1,44 @@
-"""How the gateway says no: 429 with what would have been possible."""
+"""The answers to requests that no engine will serve: 429 with the bound that could be met, or 503."""
 
 from __future__ import annotations
 
-from gateway.api.errors import ApiError, retry_headers
+from gateway.api.errors import ApiError, retry_headers, unavailable
 from gateway.api.slo_headers import HEADER
 from gateway.policies.base import Rejection
+from gateway.scheduling.engine_queue import EngineDown, QueueFull
+
+_BOUND_NAMES = {"ttft": "Time to first token", "tpot": "Time per output token", "e2e": "End-to-end latency"}
+
+
+def answer_to(outcome: Rejection | QueueFull | EngineDown) -> tuple[str, ApiError]:
+    """Return the ledger's reason and the response for an engine queue's negative ``outcome``."""
+    match outcome:
+        case Rejection(bound=bound):
+            return f"{bound}_unattainable", unattainable(outcome)
+        case QueueFull(limit=limit, retry_after_s=retry_after_s):
+            return "queue_full", queue_full("The queue of this SLO class is full.", limit, retry_after_s)
+        case EngineDown(retry_after_s=retry_after_s):
+            message = f"The engine is restarting and expected back in {retry_after_s:.0f} s, too late for this request."
+            return "engine_down", unavailable(message, "engine_unavailable", retry_after_s)
 
 
 def unattainable(rejection: Rejection) -> ApiError:
-    """429: the bound cannot be met; says what would be (design section 7)."""
-    bound, request = rejection.bound, rejection.request
-    name = {"ttft": "Time to first token", "tpot": "Time per output token", "e2e": "End-to-end latency"}[bound]
-    asked = {"ttft": request.slo.ttft_s, "tpot": request.slo.tpot_s, "e2e": request.slo.e2e_s}[bound] or 0.0
-    again = (
-        "Not even an idle engine would meet it; ask for a looser bound."
+    """429: the policy rejected the request. The message and the error object state the bound that could be met."""
+    slo = rejection.request.slo
+    bound_s = {"ttft": slo.ttft_s, "tpot": slo.tpot_s, "e2e": slo.e2e_s}[rejection.bound] or 0.0
+    advice = (
+        "An idle engine cannot meet it either; set a looser bound."
         if rejection.infeasible
-        else "Ask for a looser bound, or try again later."
+        else "Set a looser bound, or try again later."
     )
     return ApiError(
         429,
-        f"{name} of {asked * 1000:g} ms cannot be promised: {rejection.predicted_s * 1000:.0f} ms is predicted, "
-        f"{rejection.attainable_s * 1000:.0f} ms could be promised. {again}",
+        f"{_BOUND_NAMES[rejection.bound]} of {bound_s * 1000:g} ms cannot be met: "
+        f"{rejection.predicted_s * 1000:.0f} ms is predicted, {rejection.attainable_s * 1000:.0f} ms is attainable. "
+        f"{advice}",
         "slo_unattainable",
-        f"{bound}_unattainable",
-        HEADER[bound],
+        f"{rejection.bound}_unattainable",
+        HEADER[rejection.bound],
         extra={
             "predicted_ms": round(rejection.predicted_s * 1000, 1),
             "attainable_ms": round(rejection.attainable_s * 1000, 1),
@@ -33,10 +48,10 @@ def unattainable(rejection: Rejection) -> ApiError:
 
 
 def queue_full(message: str, limit: int, retry_after_s: float) -> ApiError:
-    """429: no place to wait; ``limit`` is how many there are."""
+    """429: as many requests as allowed (``limit``) are waiting or open."""
     return ApiError(
         429,
-        f"{message} Its limit is {limit}; try again later.",
+        f"{message} The limit is {limit}; try again later.",
         "slo_unattainable",
         "queue_full",
         headers=retry_headers(retry_after_s),

@@ -1,7 +1,7 @@
-"""One admitted request's exchange with its engine: bytes pass through, times are stamped on the way.
+"""The response of one admitted request on its way from the engine to the client.
 
-The hot path of the gateway: `ResponseRelay.send` runs once for every event of every stream. It parses nothing, copies
-nothing, and after the first token does a few comparisons and a clock read.
+This is the gateway's hot path: `ResponseRelay.send` runs once for every event of every stream. Bytes pass through
+unparsed and uncopied. After the first token, an event costs a few comparisons and one clock read.
 """
 
 from __future__ import annotations
@@ -11,30 +11,29 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
-from engine_adapter.engine import Message, Receive, Send
+from engine_adapter.engine import Message, Send
 from gateway.api.errors import ApiError, Headers
 from gateway.api.slo_report import first_byte_headers, sse_comment, with_slo_report
-from gateway.observability.ledger import Entry
+from gateway.observability.ledger import Entry, Outcome
 from gateway.requests.progress import Progress, tpot
 
 _DONE = b"data: [DONE]"
 _STREAM_ERROR = b'data: {"error"'
-# Generated text may hold these words, but never after a bare newline: JSON escapes it.
+# Generated text may contain these words, but never after a bare newline, because JSON escapes newlines.
 _LATER_DONE, _LATER_ERROR = b"\n" + _DONE, b"\n" + _STREAM_ERROR
-_LAST_DONE = (_LATER_DONE + b"\n\n", _LATER_DONE + b"\r\n\r\n")
-_OWN_HEADERS = frozenset((b"x-request-id", b"content-length"))
-
+_DONE_AT_END = (_LATER_DONE + b"\n\n", _LATER_DONE + b"\r\n\r\n")
+_REPLACED_HEADERS = frozenset((b"x-request-id", b"content-length"))
 
 LAST_WORDS_S = 5.0
-"""Seconds that a client has to take the end of an answer that its engine did not end."""
+"""Time limit in seconds for sending the end of a response that the engine did not end. Convention."""
 
 
 class ResponseRelay:
     """Wraps the client's ``send`` for one call to an engine's app.
 
-    ``status`` is the response's (0 before it started), ``failed_in_stream`` whether the engine reported an error inside
-    a stream that had begun with 200, ``complete`` whether the client was sent all of the answer: of a stream that is up
-    to its [DONE], at which many a client hangs up, however long the engine's side still takes to end it.
+    ``status`` is the response's status, 0 before it starts. ``failed_in_stream``: the engine reported an error inside a
+    stream that started with 200. ``complete``: the client was sent the whole response. A stream is complete at its
+    ``[DONE]``, where many clients disconnect, although the engine's app may take longer to end it.
     """
 
     def __init__(
@@ -56,20 +55,20 @@ class ResponseRelay:
         self._request_id = request_id
         self._report = report
         self._clock = clock
-        self._start: Message | None = None
+        self._pending_start: Message | None = None
         self._started = self._ended = False
         self._streaming = False
-        self._held: list[bytes] = []
-        self._begun = self._begun_then = self._written = 0
-        self._first_sent: float | None = None
-        self._last_sent = 0.0
+        self._buffered: list[bytes] = []
+        self._writes_begun = self._writes_done = self._writes_at_last_check = 0
+        self._first_token_sent_s: float | None = None
+        self._last_token_sent_s = 0.0
 
     async def send(self, message: Message) -> None:
-        """The ``send`` that the engine's app is given."""
+        """Relay one message of the engine's app. This is the ``send`` that the app is called with."""
         if message["type"] != "http.response.body":
             if message["type"] == "http.response.start":
-                # Held back until the first byte: by then it is known how long the first token took.
-                self._start = message
+                # Delayed until the first body bytes, when the measured TTFT is known and can go into a header.
+                self._pending_start = message
                 self.status = message["status"]
                 self._streaming = _content_type(message).startswith(b"text/event-stream")
             return
@@ -80,151 +79,136 @@ class ResponseRelay:
 
     async def _send_event(self, message: Message) -> None:
         body: bytes = message.get("body", b"")
-        if self._start is not None:
+        if self._pending_start is not None:
             if not body and message.get("more_body"):
                 return
-            self._begun += 1
-            # A server may open the stream before it has a token; then there is nothing to tell yet.
-            known = bool(body) and self._progress.request.generated > 0
-            await self._send_start(self._clock() - self._entry.request.arrival_s if known else None)
+            self._writes_begun += 1
+            # A server may open the stream before its first token. Then no TTFT is known yet.
+            has_token = bool(body) and self._progress.request.generated > 0
+            await self._send_start(self._clock() - self._entry.request.arrival_s if has_token else None)
         if body.startswith(_STREAM_ERROR) or _LATER_ERROR in body:
             self.failed_in_stream = True
         if self._report and not self.failed_in_stream and (body.startswith(_DONE) or _LATER_DONE in body):
             self.measure(self._clock())
             before, done, after = body.rpartition(_DONE)
             message = {**message, "body": before + sse_comment(self._entry) + done + after}
-        self._begun += 1
+        self._writes_begun += 1
         await self._send(message)
-        self._written = self._begun
+        self._writes_done = self._writes_begun
         if body:
-            now = self._clock()
-            # The role chunk opens a stream; it is not a token.
-            if self._first_sent is None and self._progress.request.generated and not _is_role_chunk(body):
-                self._first_sent = now
-            if body.startswith(_DONE):
-                self.complete = True
-            else:
-                self._last_sent = now
-                if body.endswith(_LAST_DONE):
-                    self.complete = True
+            self._note_event(body)
         if not message.get("more_body"):
             self.complete = self._ended = True
+
+    def _note_event(self, body: bytes) -> None:
+        """Stamp the first and the last token, and recognise the end of the stream."""
+        now = self._clock()
+        # The role chunk opens a chat stream and is not a token.
+        if self._first_token_sent_s is None and self._progress.request.generated and not _is_role_chunk(body):
+            self._first_token_sent_s = now
+        if body.startswith(_DONE):
+            self.complete = True
+        else:
+            self._last_token_sent_s = now
+            if body.endswith(_DONE_AT_END):
+                self.complete = True
 
     async def _send_document(self, message: Message) -> None:
         last = not message.get("more_body")
         if self._report and self.status == 200:
-            self._held.append(message.get("body", b""))
+            self._buffered.append(message.get("body", b""))
             if not last:
                 return
             self.measure(self._clock())
-            message = {"type": "http.response.body", "body": with_slo_report(b"".join(self._held), self._entry)}
-        self._begun += 1
-        if self._start is not None:
+            message = {"type": "http.response.body", "body": with_slo_report(b"".join(self._buffered), self._entry)}
+        self._writes_begun += 1
+        if self._pending_start is not None:
             first = self._progress.request.first_token_s
-            content = len(message.get("body", b"")) if last else None
-            await self._send_start(None if first is None else first - self._entry.request.arrival_s, content)
+            content_length = len(message.get("body", b"")) if last else None
+            await self._send_start(None if first is None else first - self._entry.request.arrival_s, content_length)
         await self._send(message)
-        self._written = self._begun
+        self._writes_done = self._writes_begun
         if last:
             self.complete = self._ended = True
 
     async def _send_start(self, ttft_s: float | None, content_length: int | None = None) -> None:
-        assert self._start is not None
-        headers: Headers = [(k, v) for k, v in self._start.get("headers", ()) if k.lower() not in _OWN_HEADERS]
+        assert self._pending_start is not None
+        engine_headers: Headers = list(self._pending_start.get("headers", ()))
+        headers: Headers = [(k, v) for k, v in engine_headers if k.lower() not in _REPLACED_HEADERS]
         headers.append((b"x-request-id", self._request_id))
         headers += first_byte_headers(self._entry, ttft_s)
         if content_length is not None:
             headers.append((b"content-length", str(content_length).encode()))
         else:
-            headers += [(k, v) for k, v in self._start.get("headers", ()) if k.lower() == b"content-length"]
-        start, self._start = {**self._start, "headers": headers}, None
+            headers += [(k, v) for k, v in engine_headers if k.lower() == b"content-length"]
+        start, self._pending_start = {**self._pending_start, "headers": headers}, None
         self._started = True
         await self._send(start)
 
-    def stalled_since_last_asked(self) -> bool:
-        """Whether what the client was being sent when this was last asked, it is being sent still."""
-        stalled = self._begun_then == self._begun > self._written
-        self._begun_then = self._begun
+    def stalled_since_last_check(self) -> bool:
+        """Whether a write to the client is pending that was pending at the last call of this method too."""
+        stalled = self._writes_at_last_check == self._writes_begun > self._writes_done
+        self._writes_at_last_check = self._writes_begun
         return stalled
 
+    @property
+    def outcome(self) -> tuple[Outcome, str]:
+        """Outcome and reason of a complete response, for the ledger."""
+        if self.failed_in_stream or self.status >= 500:
+            return "failed", "engine_error"
+        if self.status >= 400:
+            return "rejected", "engine_busy" if self.status == 429 else "engine_refused"
+        return "finished", ""
+
     async def end(self) -> None:
-        """End a stream that is complete, if whoever serves it never did."""
+        """End a complete stream that the engine's app did not end."""
         if not self._ended:
             self._ended = True
-            async with _last_words():
+            async with _final_write():
                 await self._send({"type": "http.response.body", "body": b""})
 
     async def fail(self, error: ApiError) -> None:
-        """The engine was lost: answer with ``error``, or end the stream that has begun with an error event."""
+        """Answer with ``error``, or end a stream that has started with an error event."""
         if self.complete:
             return
-        async with _last_words():
+        async with _final_write():
             if not self._started:
                 self.status = error.status
                 await send_error(self._send, error, self._request_id)
             elif self._streaming:
                 await self._send({"type": "http.response.body", "body": error.event()})
-        # A document cut short cannot be mended: its content-length does not add up, and the client will see that.
+        # A partial JSON document cannot be repaired. The client notices, because content-length does not match.
         self.complete = self._ended = True
 
     def measure(self, now: float) -> None:
-        """Write the measured TTFT, TPOT and e2e latency (s) into the ledger entry."""
+        """Write the measured TTFT, TPOT and e2e latency (s) into the ledger entry. ``now``: monotonic seconds."""
         entry, progress = self._entry, self._progress
         request = entry.request
-        if self._streaming and self._first_sent is not None:
-            entry.ttft_s = self._first_sent - request.arrival_s
+        if self._streaming and self._first_token_sent_s is not None:
+            entry.ttft_s = self._first_token_sent_s - request.arrival_s
             if request.sequences == 1:
-                entry.tpot_s = tpot(self._first_sent, self._last_sent, request.generated)
+                entry.tpot_s = tpot(self._first_token_sent_s, self._last_token_sent_s, request.generated)
             else:
                 entry.tpot_s = progress.tpot_s
-            entry.e2e_s = self._last_sent - request.arrival_s
+            entry.e2e_s = self._last_token_sent_s - request.arrival_s
             return
-        # Of an answer in one piece no token leaves early. Its first token counts when it leaves the engine.
+        # Without streaming, no token reaches the client early. Tokens count when they leave the engine.
         if request.first_token_s is not None:
             entry.ttft_s = request.first_token_s - request.arrival_s
         entry.tpot_s = progress.tpot_s
         entry.e2e_s = now - request.arrival_s
 
 
-class ClientSide:
-    """The client's ``receive`` once its body was read: all that can still come is that it leaves."""
-
-    def __init__(self, receive: Receive) -> None:
-        self.left: asyncio.Task[None] = asyncio.create_task(self._watch(receive))
-        """Done once the client has left."""
-
-    @staticmethod
-    async def _watch(receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    def replay(self, body: bytes) -> Receive:
-        """A ``receive`` for an engine's app: ``body`` once, then ``http.disconnect`` when the client leaves."""
-        unread = [body]
-
-        async def receive() -> Message:
-            if unread:
-                return {"type": "http.request", "body": unread.pop(), "more_body": False}
-            await asyncio.wait({self.left})
-            return {"type": "http.disconnect"}
-
-        return receive
-
-    def close(self) -> None:
-        """Stop watching."""
-        self.left.cancel()
-
-
 @contextlib.asynccontextmanager
-async def _last_words() -> AsyncIterator[None]:
-    """Whoever has stopped reading does not read these either, and must not keep its place for them."""
+async def _final_write() -> AsyncIterator[None]:
+    """Bound the time of a last write: a client that stopped reading must not keep its slot."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LAST_WORDS_S):
             yield
 
 
 async def send_error(send: Send, error: ApiError, request_id: bytes = b"") -> None:
-    """Answer with an `ApiError`."""
+    """Send ``error`` as a whole response."""
     body = error.body()
     headers: Headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if request_id:

@@ -1,4 +1,4 @@
-"""From request headers to an SLO: `x-slo-class`, `x-slo-ttft-ms`, `x-slo-tpot-ms`, `x-slo-e2e-ms`."""
+"""Read a request's SLO from `x-slo-class`, `x-slo-ttft-ms`, `x-slo-tpot-ms` and `x-slo-e2e-ms`."""
 
 from __future__ import annotations
 
@@ -16,40 +16,33 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "e2e": ("x-slo-e2e-ms",),
 }
 HEADER = {bound: names[0] for bound, names in ALIASES.items()}
-"""Bound to the header that sets it: how answers name a bound."""
+"""The header that sets each bound, as error responses name it."""
 
 SHORTEST_MS, LONGEST_MS = 1e-3, 24 * 3600 * 1000.0
-"""What a bound may be. Below a microsecond nothing is meant by it, and policies divide by bounds."""
+"""Limits of a bound (ms): one microsecond, because policies divide by bounds, to one day."""
 
 
 def read_slo(headers: Mapping[str, str], key: ApiKey, classes: Mapping[str, SloClass]) -> tuple[SloClass, Slo]:
-    """The class and the bounds a request carries.
+    """Return the request's SLO class and its bounds. A header overrides the bound of the same kind in the class.
 
-    A header overrides the class's bound of the same kind; the class fills in the others. Raises `ApiError`: 400 for a
-    malformed header or unknown class (naming it), 403 for a class or bound that the key may not ask for. A class's own
-    bounds are not compared with the key's: the operator wrote both, and says who may use which (``allowed_classes``).
+    Raises `ApiError`: 400 for a malformed header or an unknown class, 403 for a class or bound that the key may not
+    use. The bounds of a class are not compared with those of the key, because the operator configures both, and which
+    key may use which class (``allowed_classes``).
     """
     name = headers.get("x-slo-class", key.default_class)
     if name not in classes:
         raise bad_request(
-            f"x-slo-class: no class is called {name[:64]!r}; choose one of {', '.join(sorted(classes))}.",
+            f"x-slo-class: unknown class {name[:64]!r}; choose one of {', '.join(sorted(classes))}.",
             "x-slo-class",
             "unknown_slo_class",
         )
     if key.allowed_classes is not None and name not in key.allowed_classes:
         raise _forbidden(f"x-slo-class: this API key may not use class {name!r}.", "x-slo-class")
     slo_class = classes[name]
-    asked = {bound: _read_bound(headers, bound) for bound in ALIASES}
-    for bound, seconds in asked.items():
-        least = key.least_bounds.get(bound)
-        if seconds is not None and least is not None and seconds < least:
-            raise _forbidden(
-                f"{HEADER[bound]}: this API key may not ask for less than {least * 1000:g} ms.", HEADER[bound]
-            )
-    if asked["e2e"] is not None and "e2e" not in key.least_bounds:
-        _check_implied(asked["e2e"], key)
+    bounds = {bound: _read_bound(headers, bound) for bound in ALIASES}
+    _check_rights(bounds, key)
     base = slo_class.slo
-    ttft, tpot, e2e = asked["ttft"], asked["tpot"], asked["e2e"]
+    ttft, tpot, e2e = bounds["ttft"], bounds["tpot"], bounds["e2e"]
     return slo_class, Slo(
         ttft_s=base.ttft_s if ttft is None else ttft,
         tpot_s=base.tpot_s if tpot is None else tpot,
@@ -57,18 +50,31 @@ def read_slo(headers: Mapping[str, str], key: ApiKey, classes: Mapping[str, SloC
     )
 
 
-def _check_implied(e2e_s: float, key: ApiKey) -> None:
-    """`ApiError` 403 for an end-to-end bound (s) that asks for less TTFT or TPOT than the key may, however it is spent.
+def _check_rights(bounds: Mapping[str, float | None], key: ApiKey) -> None:
+    """Raise `ApiError` 403 for a bound (s) that is stricter than ``key`` may set."""
+    for bound, seconds in bounds.items():
+        strictest_s = key.least_bounds.get(bound)
+        if seconds is not None and strictest_s is not None and seconds < strictest_s:
+            raise _forbidden(
+                f"{HEADER[bound]}: this API key may not set less than {strictest_s * 1000:g} ms.", HEADER[bound]
+            )
+    e2e_s = bounds["e2e"]
+    if e2e_s is not None and "e2e" not in key.least_bounds:
+        _check_implied(e2e_s, key)
 
-    The first token is planned at no more than `E2E_MOST_FOR_TTFT` of it, and a second one within it. How many tokens
-    are to share it is not known here, so that only the operator can say more, with ``min_e2e_ms``.
+
+def _check_implied(e2e_s: float, key: ApiKey) -> None:
+    """Raise `ApiError` 403 for an end-to-end bound (s) that implies a stricter TTFT or TPOT than ``key`` may set.
+
+    At most `E2E_MOST_FOR_TTFT` of the bound is planned for the first token, and the second token must fit as well. The
+    output length is not known here, so the operator sets a higher minimum with ``min_e2e_ms`` if one is needed.
     """
-    ttft, tpot = key.least_bounds.get("ttft", 0.0), key.least_bounds.get("tpot", 0.0)
-    least = max(ttft / E2E_MOST_FOR_TTFT, tpot)
-    if e2e_s < least:
+    ttft_s, tpot_s = key.least_bounds.get("ttft", 0.0), key.least_bounds.get("tpot", 0.0)
+    strictest_s = max(ttft_s / E2E_MOST_FOR_TTFT, tpot_s)
+    if e2e_s < strictest_s:
         raise _forbidden(
-            f"{HEADER['e2e']}: by its least TTFT and TPOT this API key may not ask for less than {least * 1000:g} ms; "
-            "the gateway's operator can set its min_e2e_ms.",
+            f"{HEADER['e2e']}: the TTFT and TPOT limits of this API key imply a minimum: it may not set less than "
+            f"{strictest_s * 1000:g} ms. The gateway's operator can set min_e2e_ms for the key.",
             HEADER["e2e"],
         )
 
@@ -79,15 +85,15 @@ def _read_bound(headers: Mapping[str, str], bound: str) -> float | None:
         if text is None:
             continue
         try:
-            # Python would read "1_000" as a number; nobody else does.
+            # NOTE: Python reads "1_000" as a number, other HTTP software does not.
             value = math.nan if "_" in text else float(text)
         except ValueError:
             value = math.nan
-        # NaN fails every comparison, so this also refuses "nan".
+        # NaN fails every comparison, so this rejects "nan" too.
         if not SHORTEST_MS <= value <= LONGEST_MS:
             raise bad_request(
                 f"{name}: must be a positive number of milliseconds ({SHORTEST_MS:g} to {LONGEST_MS:.0f}), "
-                f"but it is {text[:32]!r}.",
+                f"not {text[:32]!r}.",
                 name,
             )
         return value / 1000

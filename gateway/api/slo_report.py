@@ -1,4 +1,4 @@
-"""What a response says about its own service: headers at the first byte, a full verdict at the end."""
+"""The SLO report: headers at the first byte of a response, and on request the full report at its end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REPORT_HEADER = "x-slo-report"
 
 
 def first_byte_headers(entry: Entry, ttft_s: float | None) -> Headers:
-    """``x-antares-queue-ms``, ``-predicted-ttft-ms`` and ``-ttft-ms``, as far as they are known."""
+    """Return ``x-antares-queue-ms``, ``-predicted-ttft-ms`` and ``-ttft-ms``, each only if its value is known."""
     known = {
         b"x-antares-queue-ms": entry.queue_s,
         b"x-antares-predicted-ttft-ms": entry.predicted_ttft_s,
@@ -23,7 +23,7 @@ def first_byte_headers(entry: Entry, ttft_s: float | None) -> Headers:
 
 
 def slo_report(entry: Entry) -> dict[str, Any]:
-    """The full verdict: measured against asked for, attained or not, predicted against actual lengths."""
+    """Return the full report: measured latencies and bounds, attained or not, predicted and actual output length."""
     request, slo = entry.request, entry.request.slo
     violated = slo.violated(entry.ttft_s, entry.tpot_s, entry.e2e_s)
     return {
@@ -46,12 +46,12 @@ def slo_report(entry: Entry) -> dict[str, Any]:
 
 
 def sse_comment(entry: Entry) -> bytes:
-    """The verdict as an SSE comment, which clients that do not look for it ignore."""
+    """Return the report as an SSE comment, which clients that do not know it ignore."""
     return b": antares " + orjson.dumps(slo_report(entry)) + b"\n\n"
 
 
 def with_slo_report(body: bytes, entry: Entry) -> bytes:
-    """A JSON body with the verdict as its ``antares`` member; anything else unchanged."""
+    """Return a JSON object with the report as its ``antares`` member. Any other ``body`` is returned unchanged."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -1,1 +1,1 @@
-"""The configuration file: its schema, and how it is read."""
+"""The configuration file: its schema, loading and validation."""

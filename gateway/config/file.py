@@ -1,4 +1,4 @@
-"""Reading a configuration file, and saying where in it a mistake is: line, key, reason."""
+"""Load a configuration file and report each mistake with its line, key and reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gateway.config.schema import GatewayConfig, parse
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """One thing to fix: its line (1-based), the key's path (``engines[0].model``), and why."""
+    """One invalid value or key: its line (1-based), its path (``engines[0].model``) and the reason."""
 
     line: int
     key: str
@@ -28,7 +28,7 @@ class Mistake:
 
 
 class ConfigError(Exception):
-    """The file cannot be used; ``mistakes`` says why, all of them at once."""
+    """The file is invalid; ``mistakes`` lists all mistakes, not only the first one."""
 
     def __init__(self, path: Path, mistakes: Sequence[Mistake]) -> None:
         self.path, self.mistakes = path, list(mistakes)
@@ -40,13 +40,17 @@ ENVIRONMENT = {
     "ANTARES_PORT": "server.port",
     "ANTARES_PREDICTOR_URL": "predictor.url",
 }
-"""Environment variables that override the file, for containers."""
+"""Environment variable to the dotted key that it overrides. Containers use them."""
 
 
 def load(path: Path, env: Mapping[str, str] = os.environ, overrides: Mapping[str, Any] | None = None) -> GatewayConfig:
-    """Read, override, validate; raises `ConfigError`.
+    """Return the validated configuration in the file at ``path``.
 
-    ``overrides`` maps dotted keys (``server.port``) to values; they win over `ENVIRONMENT`, which wins over the file.
+    ``overrides`` maps dotted keys (``server.port``) to values. They take precedence over the variables of `ENVIRONMENT`
+    in ``env``, and those over the file. Deprecated option names issue a FutureWarning.
+
+    Raises:
+        ConfigError: the file is unreadable, not YAML, or invalid.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -59,12 +63,14 @@ def load(path: Path, env: Mapping[str, str] = os.environ, overrides: Mapping[str
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(path, [Mistake(line, "", f"not YAML: {error.problem}")]) from error
     except (yaml.YAMLError, ValueError) as error:
-        # A control character, or a value such as 2024-99-99 that looks like a date and is none.
+        # Control characters raise YAMLError; values such as 2024-99-99 parse as a date and raise ValueError.
         raise ConfigError(path, [Mistake(1, "", f"not YAML: {error}")]) from error
     except RecursionError as error:
-        raise ConfigError(path, [Mistake(1, "", "is nested too deeply")]) from error
+        raise ConfigError(path, [Mistake(1, "", "nesting is too deep")]) from error
     if not isinstance(document, dict):
-        raise ConfigError(path, [Mistake(1, "", "must hold keys such as `engines:` and `classes:`")])
+        raise ConfigError(
+            path, [Mistake(1, "", "the file must be a mapping with keys such as `engines:` and `classes:`")]
+        )
     duplicate = _duplicate_key(root, set())
     if duplicate:
         raise ConfigError(path, [duplicate])
@@ -82,50 +88,53 @@ def load(path: Path, env: Mapping[str, str] = os.environ, overrides: Mapping[str
 
 
 def _override(document: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Set dotted keys in ``document``. A section of the wrong type is left to the validation."""
     for dotted, value in values.items():
         *sections, key = dotted.split(".")
-        part: Any = document
+        node: Any = document
         for section in sections:
-            part = part.setdefault(section, {}) if isinstance(part, dict) else None
-        if isinstance(part, dict):
-            part[key] = value
+            node = node.setdefault(section, {}) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node[key] = value
 
 
 def _mistake(error: Any, root: yaml.Node | None) -> Mistake:
+    """Convert one error of pydantic."""
     path = list(error["loc"])
     if path[0:1] == ["engines"] and len(path) > 2:
-        # pydantic puts the chosen kind of engine into the path; the file has no such key.
+        # pydantic inserts the engine's kind into the path, but the file has no such key.
         del path[2]
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "union_tag_not_found":
         path, message = [*path, "kind"], "is missing; choose one of vllm, http, simulated"
     elif error["type"] == "extra_forbidden":
-        message = "is not a key here"
+        message = "unknown key"
     elif error["type"] == "missing":
         message = "is missing"
     elif not path and ": " in message:
-        # A check over the whole file names its key itself.
+        # Validators of the whole file start their message with the key.
         named, message = message.split(": ", 1)
         path = [int(p) if p.isdigit() else p for p in named.replace("[", ".").replace("]", "").split(".")]
-    elif path[-1:] and path[-1] in _TYPES_AND_KEYS:
-        # What did not fit any type of a union is told once for each, with the type in the path.
+    elif path[-1:] and path[-1] in _UNION_MEMBERS:
+        # pydantic reports one error per member of a union and appends the member's type to the path.
         path.pop()
     return Mistake(_line(root, path), _dotted(path), message)
 
 
-_TYPES_AND_KEYS = frozenset(("bool", "int", "float", "str", "list[str]", "[key]"))
+_UNION_MEMBERS = frozenset(("bool", "int", "float", "str", "list[str]", "[key]"))
+"""Last parts of an error's path that pydantic adds and the file does not have."""
 
 
 def _merged(mistakes: Sequence[Mistake]) -> list[Mistake]:
-    """One mistake for each key."""
+    """Join the reasons of mistakes at the same line and key."""
     merged: dict[tuple[int, str], Mistake] = {}
     for mistake in mistakes:
-        place = (mistake.line, mistake.key)
-        if place in merged:
-            also = mistake.reason.removeprefix("Input should be ")
-            merged[place] = replace(merged[place], reason=f"{merged[place].reason} or {also}")
+        position = (mistake.line, mistake.key)
+        if position in merged:
+            alternative = mistake.reason.removeprefix("Input should be ")
+            merged[position] = replace(merged[position], reason=f"{merged[position].reason} or {alternative}")
         else:
-            merged[place] = mistake
+            merged[position] = mistake
     return list(merged.values())
 
 
@@ -134,7 +143,7 @@ def _dotted(path: Sequence[str | int]) -> str:
 
 
 def _line(node: yaml.Node | None, path: Sequence[str | int]) -> int:
-    """The line of the deepest part of ``path`` that the file has."""
+    """Return the line (1-based) of the deepest part of ``path`` that exists in the file."""
     if node is None:
         return 1
     line = node.start_mark.line
@@ -153,8 +162,8 @@ def _line(node: yaml.Node | None, path: Sequence[str | int]) -> int:
 
 
 def _duplicate_key(node: yaml.Node | None, visited: set[int]) -> Mistake | None:
-    """YAML lets a later key silently replace an earlier one; in a configuration that is a mistake."""
-    # An alias leads to a node that was seen before, or that we stand in.
+    """Return a mistake for the first duplicate key. YAML itself lets the later key replace the earlier one silently."""
+    # NOTE: an alias can refer to a node that contains it, so visit each node once.
     if id(node) in visited:
         return None
     visited.add(id(node))
@@ -162,7 +171,7 @@ def _duplicate_key(node: yaml.Node | None, visited: set[int]) -> Mistake | None:
         seen: set[str] = set()
         for key, value in node.value:
             if key.value in seen:
-                return Mistake(key.start_mark.line + 1, str(key.value), "stands here a second time")
+                return Mistake(key.start_mark.line + 1, str(key.value), "duplicate key")
             seen.add(key.value)
             inner = _duplicate_key(value, visited)
             if inner:

@@ -1,6 +1,7 @@
-"""The configuration file, as data. Milliseconds at the edge, as in the headers; everything else in seconds.
+"""Schema of the configuration file.
 
-`gateway.config.file` reads it and says where a mistake is.
+Latency bounds are in milliseconds, as in the request headers; other durations are in seconds. `gateway.config.file`
+loads the file and adds line numbers to validation errors.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from engine_adapter.step_time.profile import load_profile
 from gateway.api.auth import ApiKey
 from gateway.api.slo_headers import LONGEST_MS, SHORTEST_MS
 from gateway.policies.base import Policy
-from gateway.policies.registry import make_policy
+from gateway.policies.registry import OPTION_ALIASES, make_policy
 from gateway.requests.slo import Slo, SloClass
 
 PositiveMs = Annotated[float, Field(ge=SHORTEST_MS, le=LONGEST_MS, allow_inf_nan=False)]
+PolicyOptions = dict[str, bool | int | float | str]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class Section(BaseModel):
-    """A part of the file; unknown keys are mistakes."""
+    """A mapping in the file. Unknown keys are mistakes."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class ServerConfig(Section):
-    """Where the gateway listens and what it puts up with."""
+    """Listening address and limits of the gateway."""
 
     host: str = "127.0.0.1"
     port: int = Field(8100, ge=0, le=65535)
@@ -38,12 +40,12 @@ class ServerConfig(Section):
         False, description="Serve without API keys on an address that other machines can reach."
     )
     max_body_bytes: int = Field(8 << 20, ge=1024, le=1 << 30)
-    max_open_requests: int = Field(4096, ge=1, description="Accepted and not ended; beyond it, 429 queue_full.")
-    drain_s: float = Field(30.0, ge=0, le=3600, description="How long SIGTERM waits for requests in flight.")
+    max_open_requests: int = Field(4096, ge=1, description="Open requests above which new ones get 429 queue_full.")
+    drain_s: float = Field(30.0, ge=0, le=3600, description="Time that SIGTERM allows for open requests to finish.")
 
 
 class StepTimesConfig(Section):
-    """Step-time coefficients to start from (seconds, tokens); see engine_adapter/step_time/linear_forms.py."""
+    """Initial step-time coefficients (seconds, tokens); see engine_adapter/step_time/linear_forms.py."""
 
     a: float = Field(0.0, ge=0)
     b: float = Field(3e-4, ge=0)
@@ -55,20 +57,20 @@ class StepTimesConfig(Section):
     delta: float = Field(0.0, ge=0)
 
     def times(self) -> StepTimes:
-        """As the model takes them."""
+        """Convert to the step-time model's type."""
         return StepTimes(**self.model_dump())
 
 
 class VllmEngineConfig(Section):
-    """vLLM in this process. ``flags`` are `vllm serve`'s own, without the dashes."""
+    """vLLM in this process. ``flags`` are those of `vllm serve` without the leading dashes."""
 
     kind: Literal["vllm"]
     name: Name = "local"
-    model: str = Field(description="A folder, a hub id, or 'builtin:smollm2-135m-instruct'.")
+    model: str = Field(description="A folder, a Hugging Face model id, or 'builtin:smollm2-135m-instruct'.")
     served_model_name: str | None = None
     flags: dict[str, bool | int | float | str | list[str] | None] = Field(default_factory=dict)
     env: dict[str, str | int | float] = Field(default_factory=dict, description="Set before vLLM is imported.")
-    gate: Literal["credit", "slack", "open"] = Field("credit", description="Of requests that name none.")
+    gate: Literal["credit", "slack", "open"] = Field("credit", description="Step gate of requests that name none.")
     step_times: StepTimesConfig | None = None
     calibrate: bool = True
 
@@ -79,7 +81,7 @@ class HttpEngineConfig(Section):
     kind: Literal["http"]
     name: Name = "remote"
     base_url: str = Field(pattern=r"^https?://")
-    api_key_env: str | None = Field(None, description="Environment variable with the server's own API key.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the server's API key.")
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=1)
     max_model_len: int = Field(8192, ge=1)
@@ -89,23 +91,23 @@ class HttpEngineConfig(Section):
 
 
 class SimulatedEngineConfig(Section):
-    """A simulated engine: honest timing from step times, meaningless text. For development."""
+    """A simulated engine for development: realistic timing from step times, meaningless text."""
 
     kind: Literal["simulated"]
     name: Name = "simulated"
     model: str = "simulated"
-    profile: str | None = Field(None, description="A shipped profile or a .json file: its step times and its limits.")
+    profile: str | None = Field(None, description="A shipped profile or a .json file: step times and limits.")
     max_num_seqs: int | None = Field(None, ge=1)
     max_num_batched_tokens: int | None = Field(None, ge=1)
     max_model_len: int | None = Field(None, ge=1)
     kv_tokens: int | None = Field(None, ge=1)
-    gate: Literal["credit", "slack", "open"] = Field("credit", description="Of requests that name none.")
-    step_times: StepTimesConfig | None = Field(None, description="Instead of a profile's.")
+    gate: Literal["credit", "slack", "open"] = Field("credit", description="Step gate of requests that name none.")
+    step_times: StepTimesConfig | None = Field(None, description="Step times to use instead of a profile's.")
 
     @model_validator(mode="after")
-    def _can_be_made(self) -> SimulatedEngineConfig:
+    def _profile_is_usable(self) -> SimulatedEngineConfig:
         if self.profile is not None and self.step_times is not None:
-            raise ValueError("give profile or step_times, not both")
+            raise ValueError("set profile or step_times, not both")
         if self.profile is not None:
             load_profile(self.profile)
         return self
@@ -115,55 +117,66 @@ EngineConfig = Annotated[VllmEngineConfig | HttpEngineConfig | SimulatedEngineCo
 
 
 class PredictorConfig(Section):
-    """The output-length predictor: supervised here, somewhere else by ``url``, or off."""
+    """The output-length predictor: a supervised child process, a remote service at ``url``, or disabled."""
 
     enabled: bool = True
-    url: str | None = Field(None, pattern=r"^https?://", description="A predictor that runs elsewhere.")
-    port: int = Field(0, ge=0, le=65535, description="Port of the supervised one; 0 picks a free one.")
+    url: str | None = Field(
+        None, pattern=r"^https?://", description="A predictor service to use instead of a supervised one."
+    )
+    port: int = Field(0, ge=0, le=65535, description="Port of the supervised predictor; 0 picks a free port.")
     timeout_ms: PositiveMs = 20.0
     model_dir: str | None = None
     state_dir: str | None = Field(
-        None, description="Where the supervised one keeps what it learnt; without, that ends with the gateway."
+        None, description="Folder for the supervised predictor's corrections. Without it they are lost on exit."
     )
     collect_dir: str | None = Field(
-        None, description="Where the supervised one collects features and lengths of finished requests; no text."
+        None, description="Folder for features and lengths of finished requests, for training. Never holds text."
     )
     collect_limit_mb: int = Field(256, ge=1, le=1 << 20)
-    expected_tokens: float = Field(128, gt=0, description="Output length to assume before any has been seen.")
+    expected_tokens: float = Field(128, gt=0, description="Predicted output length before any request has finished.")
+
+
+def _checked_options(policy: str, options: PolicyOptions) -> PolicyOptions:
+    """Check ``options`` and return them under their current names.
+
+    `make_policy` issues the deprecation warning here, once per file: later calls get the current names.
+    """
+    make_policy(policy, dict(options))
+    return {OPTION_ALIASES.get(option, option): value for option, value in options.items()}
 
 
 class PolicyConfig(Section):
-    """Which policy decides, with its options."""
+    """The scheduling policy and its options."""
 
     name: str = "slack"
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    options: PolicyOptions = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _exists(self) -> PolicyConfig:
-        make_policy(self.name, dict(self.options))
+    def _is_valid(self) -> PolicyConfig:
+        self.options = _checked_options(self.name, self.options)
         return self
 
 
 class ShadowConfig(Section):
-    """A policy that only watches, with its options; a plain name stands for one without any (docs/shadow.md)."""
+    """A shadow policy and its options; a plain string is a policy without options (docs/shadow.md)."""
 
     name: str
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    label: Name | None = Field(None, description="What metrics call it; by default, its name.")
+    options: PolicyOptions = Field(default_factory=dict)
+    label: Name | None = Field(None, description="Label in metrics; the policy's name by default.")
 
     @model_validator(mode="before")
     @classmethod
-    def _name_alone(cls, value: Any) -> Any:
+    def _from_plain_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _exists(self) -> ShadowConfig:
-        make_policy(self.name, dict(self.options))
+    def _is_valid(self) -> ShadowConfig:
+        self.options = _checked_options(self.name, self.options)
         return self
 
 
 class SloClassConfig(Section):
-    """A class's default bounds, its queue, and what happens to requests that cannot attain theirs."""
+    """A class's default bounds, its queue limit, and the treatment of requests with an unattainable bound."""
 
     ttft_ms: PositiveMs | None = None
     tpot_ms: PositiveMs | None = None
@@ -172,7 +185,7 @@ class SloClassConfig(Section):
     on_unattainable: Literal["reject", "best_effort"] = "reject"
 
     def slo(self) -> Slo:
-        """The bounds, in seconds."""
+        """Return the bounds in seconds."""
 
         def seconds(ms: float | None) -> float | None:
             return None if ms is None else ms / 1000
@@ -181,7 +194,7 @@ class SloClassConfig(Section):
 
 
 class KeyConfig(Section):
-    """An API key, by its digest (`antares config hash-key`), and what it may ask for."""
+    """An API key, given by its digest (`antares config hash-key`), and the SLOs that it may request."""
 
     sha256: str
     tenant: Name
@@ -200,14 +213,14 @@ class KeyConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Structured logs on stderr. They never hold prompt or completion text."""
+    """Structured logs on stderr. They never contain prompt or completion text."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
 
 
 class GatewayConfig(Section):
-    """The whole file."""
+    """The complete file."""
 
     server: ServerConfig = Field(default_factory=ServerConfig)
     engines: list[EngineConfig] = Field(min_length=1, max_length=64)
@@ -220,15 +233,15 @@ class GatewayConfig(Section):
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self) -> GatewayConfig:
-        self._known_class(self.default_class, "default_class")
+    def _is_consistent(self) -> GatewayConfig:
+        self._require_class(self.default_class, "default_class")
         for index, key in enumerate(self.keys):
             for name in [key.default_class, *(key.allowed_classes or [])]:
                 if name is not None:
-                    self._known_class(name, f"keys[{index}]")
+                    self._require_class(name, f"keys[{index}]")
             default = key.default_class or self.default_class
             if key.allowed_classes is not None and default not in key.allowed_classes:
-                raise ValueError(f"keys[{index}]: its default class {default!r} is not among its allowed_classes")
+                raise ValueError(f"keys[{index}]: default class {default!r} is not in allowed_classes")
             if any(key.sha256 == other.sha256 for other in self.keys[:index]):
                 raise ValueError(f"keys[{index}]: another key has the same digest")
         labels = [shadow.label or shadow.name for shadow in self.shadow]
@@ -237,40 +250,41 @@ class GatewayConfig(Section):
                 raise ValueError(f"shadow[{index}]: another shadow is called {label!r}; give it a label of its own")
         names = [engine.name for engine in self.engines]
         if len(set(names)) < len(names):
-            raise ValueError("engines: every engine needs a name of its own")
+            raise ValueError("engines: names must be unique")
         if not self.keys and not self.server.allow_anonymous and not _is_loopback(self.server.host):
             raise ValueError(
-                f"server.host: {self.server.host} can be reached from other machines but no keys are configured; "
+                f"server.host: other machines can reach {self.server.host} but no keys are configured; "
                 "add keys, or set server.allow_anonymous: true"
             )
         return self
 
     def cautions(self) -> list[str]:
-        """What is valid but hardly meant, for people to read: each says where, and what to set."""
-        loose = [
+        """Return a message for each valid setting that is probably unintended: its key and the fix."""
+        unbounded_e2e = [
             f"keys[{index}]"
             for index, key in enumerate(self.keys)
             if key.min_e2e_ms is None and not (key.min_ttft_ms is None and key.min_tpot_ms is None)
         ]
-        if not loose:
+        if not unbounded_e2e:
             return []
-        where = loose[0] if len(loose) == 1 else f"{loose[0]} and {len(loose) - 1} more"
-        return [f"{where}: min_ttft_ms and min_tpot_ms hardly bound what x-slo-e2e-ms may ask for; set min_e2e_ms too"]
+        first, *others = unbounded_e2e
+        keys = f"{first} and {len(others)} more" if others else first
+        return [f"{keys}: min_ttft_ms and min_tpot_ms only partly limit x-slo-e2e-ms; set min_e2e_ms too"]
 
-    def _known_class(self, name: str, where: str) -> None:
+    def _require_class(self, name: str, key: str) -> None:
         if name not in self.classes:
-            raise ValueError(f"{where}: no class is called {name!r}; classes: {', '.join(self.classes)}")
+            raise ValueError(f"{key}: no class is called {name!r}; classes: {', '.join(self.classes)}")
 
     def shadow_policies(self) -> dict[str, Policy]:
-        """Fresh policies for the shadows of one engine, by label."""
+        """Return new shadow policies for one engine, by label."""
         return {s.label or s.name: make_policy(s.name, dict(s.options)) for s in self.shadow}
 
     def slo_classes(self) -> dict[str, SloClass]:
-        """The classes by name."""
+        """Return the SLO classes by name."""
         return {name: SloClass(name, c.slo(), c.max_waiting, c.on_unattainable) for name, c in self.classes.items()}
 
     def api_keys(self) -> list[ApiKey]:
-        """The keys as the key ring takes them."""
+        """Return the API keys for the key ring."""
         return [
             ApiKey(
                 tenant=k.tenant,
@@ -297,5 +311,5 @@ def _is_loopback(host: str) -> bool:
 
 
 def parse(document: Any) -> GatewayConfig:
-    """Validate a parsed document; raises pydantic's ValidationError."""
+    """Validate a parsed YAML document. Raises pydantic's ValidationError."""
     return GatewayConfig.model_validate(document)

@@ -1,1 +1,1 @@
-"""Metrics, status, the request ledger and logs."""
+"""Metrics, status, request ledger and logs."""

@@ -1,4 +1,4 @@
-"""The ledger: every accepted request is opened once and closed once, in exactly one outcome."""
+"""The request ledger. INVARIANT: each accepted request is opened once and closed once, with one outcome."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ OUTCOMES: tuple[Outcome, ...] = ("finished", "rejected", "failed", "cancelled")
 
 
 class LedgerError(RuntimeError):
-    """A request was closed twice: a bug, never a condition."""
+    """A request was closed twice. This is always a bug of the gateway."""
 
 
 @dataclass(slots=True)
 class Entry:
-    """One accepted request in the ledger. ``prediction``: of its output length, once there is one.
+    """One accepted request. ``prediction``: its predicted output length, None until predicted.
 
-    After closing: ``outcome`` and ``reason`` (a short, bounded word), the measured ``ttft_s`` (None: no token was
-    seen), ``tpot_s``, ``e2e_s``, and the bounds it ``violated``.
+    Set when the entry closes: ``outcome``, ``reason`` (one of a bounded set), the measured ``ttft_s`` (None if no token
+    was observed), ``tpot_s``, ``e2e_s`` and the ``violated`` bounds. Times are in seconds.
     """
 
     request: Request
@@ -41,13 +41,13 @@ class Entry:
 
     @property
     def attained(self) -> bool:
-        """Finished with every bound met."""
+        """Whether the request finished and met every bound."""
         return self.outcome == "finished" and not self.violated
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Counts what was accepted and how it ended; ``on_close`` is told of each entry as it closes."""
+    """Counts accepted requests and their outcomes. ``on_close`` is called with each entry as it closes."""
 
     on_close: Callable[[Entry], None] = lambda entry: None
     accepted: int = 0
@@ -55,14 +55,16 @@ class Ledger:
     attained: int = 0
 
     def open(self, request: Request) -> Entry:
-        """Accept a request."""
+        """Record an accepted request and return its entry."""
         self.accepted += 1
         return Entry(request)
 
     def close(self, entry: Entry, outcome: Outcome, reason: str = "") -> None:
-        """Close ``entry``; raises `LedgerError` if it was closed before."""
+        """Close ``entry`` with its outcome. Raises `LedgerError` if it is already closed."""
         if entry.outcome is not None:
-            raise LedgerError(f"request {entry.request.id} ended as {entry.outcome} and again as {outcome}")
+            raise LedgerError(
+                f"request {entry.request.id} closed as {outcome} but was already closed as {entry.outcome}"
+            )
         entry.outcome, entry.reason = outcome, reason
         if outcome == "finished":
             entry.violated = entry.request.slo.violated(entry.ttft_s, entry.tpot_s, entry.e2e_s)
@@ -72,5 +74,5 @@ class Ledger:
 
     @property
     def open_count(self) -> int:
-        """Requests accepted and not ended yet; the ledger balances when an idle gateway shows 0."""
+        """Number of accepted requests that have not ended. INVARIANT: 0 when the gateway is idle."""
         return self.accepted - self.closed.total()

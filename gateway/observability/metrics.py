@@ -1,6 +1,7 @@
-"""What the gateway tells Prometheus. Seconds and tokens; labels are bounded: class, model, engine, tenant.
+"""The gateway's Prometheus metrics. Units are seconds and tokens.
 
-A custom model name from a request never becomes a label: only the models an engine serves do.
+INVARIANT: the set of label values is bounded. Labels hold configured names (class, engine, tenant) and models that an
+engine serves, never a value that a client sent.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from gateway.observability.ledger import Entry, Ledger
 from gateway.scheduling.engine_queue import EngineQueue
 
 _REQUEST = ("slo_class", "model", "engine")
+
+# Upper bounds of histogram buckets.
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60, 120)
 _TPOT_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
 _SHORT_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1)
@@ -22,32 +25,36 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 class Metrics:
-    """One gateway's metrics, in a registry of its own. vLLM's own metrics are appended when it runs in-process."""
+    """The metrics of one gateway, in a separate registry. `exposition` appends those of an in-process vLLM."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "antares_requests_total",
-            "Accepted requests by how they ended; reason is a short word.",
+            "Accepted requests by outcome and reason.",
             (*_REQUEST, "tenant", "outcome", "reason"),
             registry=registry,
         )
         self.attained = Counter(
             "antares_requests_attained_total",
-            "Requests that finished with every bound they carried met.",
+            "Requests that finished and met every bound.",
             (*_REQUEST, "tenant"),
             registry=registry,
         )
         self.violations = Counter(
             "antares_slo_violations_total",
-            "Bounds broken by finished requests.",
+            "Bounds that finished requests missed.",
             (*_REQUEST, "bound"),
             registry=registry,
         )
-        self.ttft = _histogram("antares_ttft_seconds", "Arrival to first output token.", _LATENCY_S, registry)
+        self.ttft = _histogram(
+            "antares_ttft_seconds", "Time from arrival to the first output token.", _LATENCY_S, registry
+        )
         self.tpot = _histogram("antares_tpot_seconds", "Mean time per output token after the first.", _TPOT_S, registry)
-        self.e2e = _histogram("antares_e2e_seconds", "Arrival to last output token.", _LATENCY_S, registry)
-        self.queue = _histogram("antares_queue_seconds", "Arrival to admission.", _LATENCY_S, registry)
+        self.e2e = _histogram(
+            "antares_e2e_seconds", "Time from arrival to the last output token.", _LATENCY_S, registry
+        )
+        self.queue = _histogram("antares_queue_seconds", "Time from arrival to admission.", _LATENCY_S, registry)
         self.prompt_tokens = Counter(
             "antares_prompt_tokens_total", "Prompt tokens of requests that reached an engine.",
             (*_REQUEST, "tenant"), registry=registry,
@@ -61,26 +68,28 @@ class Metrics:
             buckets=_TOKENS, registry=registry,
         )  # fmt: skip
         self.predictions = Counter(
-            "antares_predictions_total", "Output-length predictions by where they came from.", ("source",),
+            "antares_predictions_total", "Output-length predictions by source.", ("source",),
             registry=registry,
         )  # fmt: skip
         self.prediction_seconds = Histogram(
-            "antares_prediction_seconds", "Time a request waited for its prediction.",
+            "antares_prediction_seconds", "Time that a request waited for its prediction.",
             buckets=_SHORT_S, registry=registry,
         )  # fmt: skip
-        self.predictor_up = Gauge("antares_predictor_up", "1 while the predictor answers.", registry=registry)
+        self.predictor_up = Gauge(
+            "antares_predictor_up", "1 while the predictor service responds, else 0.", registry=registry
+        )
         self.predictor_restarts = Counter(
             "antares_predictor_restarts_total",
-            "Times the supervised predictor was started again.",
+            "Restarts of the supervised predictor.",
             registry=registry,
         )
         self.scheduling = Histogram(
-            "antares_scheduling_seconds", "One decision of the policy, applied.", ("engine",),
+            "antares_scheduling_seconds", "Duration of one policy decision, including its application.", ("engine",),
             buckets=_SHORT_S, registry=registry,
         )  # fmt: skip
         self.http_requests = Counter(
             "antares_http_requests_total",
-            "Every HTTP answer of the gateway.",
+            "HTTP responses of the gateway.",
             ("route", "status"),
             registry=registry,
         )
@@ -88,7 +97,7 @@ class Metrics:
             self.predictions.labels(source)
 
     def on_close(self, entry: Entry) -> None:
-        """Account for a request that has ended (`Ledger.on_close`)."""
+        """Count a request that ended (`Ledger.on_close`)."""
         request = entry.request
         labels = (request.slo_class, request.model, entry.engine)
         self.requests.labels(*labels, request.tenant, entry.outcome, entry.reason).inc()
@@ -108,11 +117,11 @@ class Metrics:
             self.prediction_error.observe(abs(request.generated / request.sequences - request.predicted_at_arrival))
 
     def watch(self, engine_queues: Sequence[EngineQueue], ledger: Ledger) -> None:
-        """Read the state of lanes, engines and the ledger whenever Prometheus scrapes."""
+        """Export the state of ``engine_queues`` and ``ledger``, read at each scrape."""
         self.registry.register(_LiveState(engine_queues, ledger))
 
     def exposition(self) -> bytes:
-        """The text that `/metrics` answers: ours, then the process's and an in-process engine's own."""
+        """Return the body of `/metrics`: this registry, then the process-wide one that an in-process vLLM uses."""
         return generate_latest(self.registry) + generate_latest(REGISTRY)
 
 
@@ -121,71 +130,86 @@ def _histogram(name: str, text: str, buckets: Sequence[float], registry: Collect
 
 
 _LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, tuple[str, ...]]] = {
-    "antares_ledger_open": (GaugeMetricFamily, "Requests accepted and not ended yet.", ()),
-    "antares_waiting_requests": (GaugeMetricFamily, "Requests waiting for admission.", ("slo_class", "engine")),
-    "antares_running_requests": (GaugeMetricFamily, "Requests admitted to the engine.", ("slo_class", "engine")),
-    "antares_engine_up": (GaugeMetricFamily, "1 while the engine can serve.", ("engine",)),
-    "antares_engine_restarts_total": (CounterMetricFamily, "Times the engine was started again.", ("engine",)),
-    "antares_engine_running_sequences": (GaugeMetricFamily, "Sequences the engine itself runs.", ("engine",)),
+    "antares_ledger_open": (GaugeMetricFamily, "Accepted requests that have not ended.", ()),
+    "antares_waiting_requests": (GaugeMetricFamily, "Requests that wait for admission.", ("slo_class", "engine")),
+    "antares_running_requests": (GaugeMetricFamily, "Requests that the engine serves.", ("slo_class", "engine")),
+    "antares_engine_up": (GaugeMetricFamily, "1 while the engine can serve, else 0.", ("engine",)),
+    "antares_engine_restarts_total": (CounterMetricFamily, "Restarts of the engine.", ("engine",)),
+    "antares_engine_running_sequences": (GaugeMetricFamily, "Sequences that the engine runs.", ("engine",)),
     "antares_engine_waiting_sequences": (GaugeMetricFamily, "Sequences in the engine's own queue.", ("engine",)),
-    "antares_engine_kv_usage_ratio": (GaugeMetricFamily, "Share of KV memory in use.", ("engine",)),
-    "antares_engine_steps_total": (CounterMetricFamily, "Engine steps the step-time model saw.", ("engine",)),
+    "antares_engine_kv_usage_ratio": (GaugeMetricFamily, "Fraction of KV cache memory in use.", ("engine",)),
+    "antares_engine_steps_total": (CounterMetricFamily, "Engine steps seen by the step-time model.", ("engine",)),
     "antares_step_time_coefficient": (
         GaugeMetricFamily,
         "Coefficients of ITL(B,L)=aBL+bB+cL+d and t(p)=delta if p<theta else alpha*p+beta (s, tokens).",
         ("engine", "name"),
     ),
-    "antares_step_time_r2": (GaugeMetricFamily, "R2 of the latest fit.", ("engine", "form")),
-    "antares_step_time_rmse_seconds": (GaugeMetricFamily, "RMSE of the latest fit.", ("engine", "form")),
-    "antares_step_time_mape_ratio": (GaugeMetricFamily, "Mean error of the latest fit, relative.", ("engine", "form")),
-    "antares_gate_steps_total": (CounterMetricFamily, "Steps in which the gate made somebody sit out.", ("engine",)),
+    "antares_step_time_r2": (GaugeMetricFamily, "R2 of the latest step-time fit.", ("engine", "form")),
+    "antares_step_time_rmse_seconds": (GaugeMetricFamily, "RMSE of the latest step-time fit.", ("engine", "form")),
+    "antares_step_time_mape_ratio": (GaugeMetricFamily, "MAPE of the latest step-time fit.", ("engine", "form")),
+    "antares_gate_steps_total": (
+        CounterMetricFamily, "Engine steps in which a sequence sat out.", ("engine",),
+    ),
     "antares_gate_eligible_total": (
         CounterMetricFamily, "Decode opportunities of requests with this TPOT bound.", ("engine", "tpot_ms"),
     ),
     "antares_gate_batched_total": (
-        CounterMetricFamily, "Decode opportunities that were taken.", ("engine", "tpot_ms"),
+        CounterMetricFamily, "Decode opportunities that the step gate granted.", ("engine", "tpot_ms"),
     ),
-    "antares_gate_put_aside_total": (
+    "antares_best_effort_preemptions_total": (
         CounterMetricFamily,
-        "Times a request without a pace gave its place and memory to others, to be computed again later.",
+        "Best-effort requests that the engine preempted for paced ones. It recomputes them later.",
         ("engine",),
     ),
     "antares_gate_seconds_total": (CounterMetricFamily, "Time spent in the step gate.", ("engine",)),
-    "antares_shadow_up": (GaugeMetricFamily, "1 until a shadow fails and is switched off.", ("policy", "engine")),
+    "antares_shadow_up": (GaugeMetricFamily, "1 while the shadow policy runs, else 0.", ("policy", "engine")),
     "antares_shadow_requests_total": (
-        CounterMetricFamily, "Requests by what a shadow would have decided (docs/shadow.md).",
+        CounterMetricFamily, "Requests by the decision of the shadow policy (docs/shadow.md).",
         ("policy", "engine", "slo_class", "outcome", "reason"),
     ),
     "antares_shadow_agreement_total": (
-        CounterMetricFamily, "Requests by what the active policy and a shadow decided.",
+        CounterMetricFamily, "Requests by the decisions of the active and of the shadow policy.",
         ("policy", "engine", "active", "shadow"),
     ),
     "antares_shadow_waiting_requests": (
-        GaugeMetricFamily, "Requests waiting in a shadow's world.", ("policy", "engine"),
+        GaugeMetricFamily, "Requests that wait in the shadow policy's simulation.", ("policy", "engine"),
     ),
     "antares_shadow_running_requests": (
-        GaugeMetricFamily, "Requests running in a shadow's world.", ("policy", "engine"),
+        GaugeMetricFamily, "Requests that run in the shadow policy's simulation.", ("policy", "engine"),
     ),
-    "antares_shadow_looks_total": (CounterMetricFamily, "Times a shadow decided.", ("policy", "engine")),
-    "antares_shadow_seconds_total": (CounterMetricFamily, "Time spent in a shadow.", ("policy", "engine")),
+    "antares_shadow_decisions_total": (CounterMetricFamily, "Decisions of the shadow policy.", ("policy", "engine")),
+    "antares_shadow_seconds_total": (CounterMetricFamily, "Time spent in the shadow policy.", ("policy", "engine")),
 }  # fmt: skip
+"""Metrics read at scrape time: name to (type, help, labels)."""
+
+METRIC_ALIASES = {
+    "antares_gate_put_aside_total": "antares_best_effort_preemptions_total",
+    "antares_shadow_looks_total": "antares_shadow_decisions_total",
+}
+"""Metric names of version 0.1 to their current names. Both are exported until version 0.3."""
 
 _AGREEMENT = [(active, shadow) for active in ("admitted", "rejected") for shadow in ("admitted", "rejected")]
 
 
 class _LiveState(Collector):
     def __init__(self, engine_queues: Sequence[EngineQueue], ledger: Ledger) -> None:
-        self._lanes = engine_queues
+        self._engine_queues = engine_queues
         self._ledger = ledger
 
     def collect(self) -> Iterable[Metric]:
         families = {name: kind(name, text, labels=labels) for name, (kind, text, labels) in _LIVE.items()}
+        aliases = {}
+        for old, new in METRIC_ALIASES.items():
+            kind, _, labels = _LIVE[new]
+            aliases[new] = kind(old, f"Deprecated: use {new}; removed in 0.3.", labels=labels)
 
         def put(name: str, value: float, *labels: str) -> None:
             families[name].add_metric(labels, value)
+            if name in aliases:
+                aliases[name].add_metric(labels, value)
 
         put("antares_ledger_open", self._ledger.open_count)
-        for engine_queue in self._lanes:
+        for engine_queue in self._engine_queues:
             engine, state = engine_queue.engine.name, engine_queue.engine.state
             for slo_class in engine_queue.classes:
                 put("antares_waiting_requests", engine_queue.waiting.by_class[slo_class], slo_class, engine)
@@ -209,31 +233,31 @@ class _LiveState(Collector):
                     put("antares_step_time_rmse_seconds", quality.rmse_s, engine, form)
                     put("antares_step_time_mape_ratio", quality.mape, engine, form)
             put("antares_gate_steps_total", state.gate.gated_steps, engine)
-            put("antares_gate_put_aside_total", state.gate.best_effort_preemptions, engine)
+            put("antares_best_effort_preemptions_total", state.gate.best_effort_preemptions, engine)
             put("antares_gate_seconds_total", state.gate.gate_seconds, engine)
             for tpot, count in state.gate.eligible.items():
                 put("antares_gate_eligible_total", count, engine, tpot)
                 put("antares_gate_batched_total", state.gate.batched.get(tpot, 0), engine, tpot)
             for shadow in engine_queue.shadows.all:
-                of = (shadow.name, engine)
-                put("antares_shadow_up", shadow.up, *of)
-                put("antares_shadow_waiting_requests", shadow.waiting, *of)
-                put("antares_shadow_running_requests", shadow.running, *of)
-                put("antares_shadow_looks_total", shadow.updates, *of)
-                put("antares_shadow_seconds_total", shadow.seconds, *of)
+                source = (shadow.name, engine)
+                put("antares_shadow_up", shadow.up, *source)
+                put("antares_shadow_waiting_requests", shadow.waiting, *source)
+                put("antares_shadow_running_requests", shadow.running, *source)
+                put("antares_shadow_decisions_total", shadow.updates, *source)
+                put("antares_shadow_seconds_total", shadow.seconds, *source)
                 for slo_class, outcome, reason in shadow.outcomes:
                     count = shadow.outcomes[slo_class, outcome, reason]
-                    put("antares_shadow_requests_total", count, *of, slo_class, outcome, reason)
-                for both in _AGREEMENT:
-                    put("antares_shadow_agreement_total", shadow.agreement[both], *of, *both)
-        return families.values()
+                    put("antares_shadow_requests_total", count, *source, slo_class, outcome, reason)
+                for decisions in _AGREEMENT:
+                    put("antares_shadow_agreement_total", shadow.agreement[decisions], *source, *decisions)
+        return [*families.values(), *aliases.values()]
 
 
 def _static_names() -> Iterable[str]:
     for family in Metrics().registry.collect():
-        # The client drops a counter's suffix from its family name and adds it to the samples.
+        # prometheus_client drops `_total` from a counter's family name and adds it back to the samples.
         yield f"{family.name}_total" if family.type == "counter" else family.name
 
 
 METRIC_NAMES: frozenset[str] = frozenset(_static_names()) | frozenset(_LIVE)
-"""Every `antares_` metric of ours, counters with their `_total`, histograms without `_bucket`/`_sum`/`_count`."""
+"""Current names of all `antares_` metrics: counters with `_total`, histograms without `_bucket`/`_sum`/`_count`."""

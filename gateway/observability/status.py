@@ -1,4 +1,4 @@
-"""What the gateway is doing right now, as one JSON document: behind `/status` and the built-in dashboard."""
+"""The current state of the gateway as one JSON document, for `/status` and the built-in dashboard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from gateway.observability.ledger import OUTCOMES, Entry, Ledger
 from gateway.scheduling.engine_queue import EngineQueue
 
 WINDOW_S = 300.0
-_KEPT = 4096
+"""Time over which `/status` reports outcomes and latencies per class, in seconds."""
+
+_MAX_OUTCOMES = 4096
+"""Outcomes kept in memory. At more than 13 requests per second they cover less than `WINDOW_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +30,15 @@ class _Ended:
 
 @dataclass(slots=True)
 class Status:
-    """Recent outcomes, and the live state of lanes and ledger. Times and sizes only; no text."""
+    """Recent outcomes and the live state of queues, engines and ledger. Never holds prompt or completion text."""
 
     engine_queues: Sequence[EngineQueue]
     ledger: Ledger
     started: float = field(default_factory=time.monotonic)
-    _ended: deque[_Ended] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    _ended: deque[_Ended] = field(default_factory=lambda: deque(maxlen=_MAX_OUTCOMES))
 
     def on_close(self, entry: Entry) -> None:
-        """Remember how a request ended."""
+        """Record how a request ended."""
         self._ended.append(
             _Ended(
                 time.monotonic(),
@@ -48,7 +51,7 @@ class Status:
         )
 
     def document(self) -> dict[str, Any]:
-        """The state now; per class, the last `WINDOW_S` seconds."""
+        """Return the current state, and the outcomes of the last `WINDOW_S` seconds per class."""
         now = time.monotonic()
         recent = [e for e in self._ended if now - e.at <= WINDOW_S]
         return {
@@ -65,8 +68,8 @@ class Status:
         }
 
     def _class(self, name: str, recent: list[_Ended]) -> dict[str, Any]:
-        mine = [e for e in recent if e.slo_class == name]
-        finished = [e for e in mine if e.outcome == "finished"]
+        ended = [e for e in recent if e.slo_class == name]
+        finished = [e for e in ended if e.outcome == "finished"]
         slo = self.engine_queues[0].classes[name].slo
         return {
             "slo_ttft_ms": _ms(slo.ttft_s),
@@ -76,10 +79,10 @@ class Status:
             "running": sum(
                 r.slo_class == name for engine_queue in self.engine_queues for r in engine_queue.running.values()
             ),
-            "ended": len(mine),
-            **{outcome: sum(e.outcome == outcome for e in mine) for outcome in OUTCOMES},
-            # Rejected and failed requests stay in the denominator.
-            "adherence": round(sum(e.attained for e in mine) / len(mine), 4) if mine else None,
+            "ended": len(ended),
+            **{outcome: sum(e.outcome == outcome for e in ended) for outcome in OUTCOMES},
+            # All outcomes count in the denominator, as in the definition of SLO adherence.
+            "adherence": round(sum(e.attained for e in ended) / len(ended), 4) if ended else None,
             "ttft_p50_ms": _quantile([e.ttft_s for e in finished if e.ttft_s is not None], 0.5),
             "ttft_p99_ms": _quantile([e.ttft_s for e in finished if e.ttft_s is not None], 0.99),
             "tpot_p50_ms": _quantile([e.tpot_s for e in finished], 0.5),

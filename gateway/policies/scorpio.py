@@ -86,7 +86,7 @@ class Scorpio:
         itl = engine.step_time.itl
         for request in queue:
             alone = self.eta * itl(request.sequences, request.length + request.predicted_tokens / 2)
-            if request.tpot_slo_s is None or request.best_effort or alone <= request.tpot_slo_s:
+            if request.pace_s is None or request.best_effort or alone <= request.pace_s:
                 kept.append(request)
             else:
                 decision.reject.append(reject_tpot(request, alone, retry_after_s=0.0, infeasible=True))
@@ -165,7 +165,7 @@ class VirtualBatch:
 
     def add(self, request: Request) -> None:
         """Add ``request`` to R."""
-        tpot = request.tpot_slo_s
+        tpot = request.pace_s
         self.size += request.sequences
         self.total_length += request.length * request.sequences
         if tpot is None:
@@ -177,12 +177,12 @@ class VirtualBatch:
 
     def p_min_with(self, request: Request) -> float:
         """Return min over R' of P_j, with R' = R + request (s per token)."""
-        tpot = request.tpot_slo_s
+        tpot = request.pace_s
         return self.p_min if tpot is None or request.best_effort else min(self.p_min, tpot)
 
     def tpot_with(self, request: Request, step_time: StepTimeModel) -> float:
         """Return TPOT_est / eta over R' = R + request: the closed form of eq. 5, ITL(VBS, Lmean + y/2)."""
-        tpot, p_min = request.tpot_slo_s, self.p_min_with(request)
+        tpot, p_min = request.pace_s, self.p_min_with(request)
         unbounded, inverse_tpot = self.unbounded, self.inverse_tpot
         if tpot is None:
             unbounded += request.sequences

@@ -1,1 +1,1 @@
-"""Output-length predictions: the client, the reports of real lengths, and the supervised service process."""
+"""Output-length prediction: the client, reports of actual lengths, and the supervisor of the service process."""

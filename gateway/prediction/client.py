@@ -1,7 +1,7 @@
-"""Output lengths for the scheduler: asked of the predictor service within a time box, else from running statistics.
+"""Predict output lengths through the predictor service, with a timeout and a fallback.
 
-The predictor is always optional: without it a request is scheduled by the lengths its class has shown so far. What
-finishes is told to the running statistics and, where the service had predicted it, to the service.
+The service is optional. If it does not respond in time, the prediction comes from recent output lengths of the
+request's class. Actual lengths go to these statistics and, if the service made the prediction, to the service.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from gateway.prediction.reports import LengthReport, LengthReports, UnreachableE
 log = logging.getLogger("antares.prediction")
 
 HEAD_CHARS, TAIL_CHARS = 15_360, 1024
-"""Of a longer prompt only the two ends are sent: the predictor reads less still, and knows no longer length."""
+"""Characters sent from the start and the end of a longer prompt. The predictor reads fewer characters than these, and
+its length features do not distinguish longer prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Predicted output tokens of one sequence, with the 0.9 quantile, and who predicted (service or fallback).
+    """Predicted output tokens of one sequence, their 0.9 quantile, and the source (``service`` or ``fallback``).
 
-    ``raw``: the service's p50 and p90 before it corrected them by what finished; it wants them back with the outcome.
+    ``raw``: the service's p50 and p90 before its online correction. The report of the actual length returns them to it.
     """
 
     tokens: float
@@ -41,22 +42,22 @@ class Prediction:
 
 @dataclass(slots=True)
 class LengthStatistics:
-    """Output lengths seen lately, per class: the fallback prediction. ``expected`` stands in before any was seen."""
+    """The last ``window`` output lengths per class. Predicts ``expected`` tokens for a class without any."""
 
     expected: float = 128.0
     window: int = 256
-    _seen: defaultdict[str, deque[int]] = field(default_factory=lambda: defaultdict(deque))
+    _lengths: defaultdict[str, deque[int]] = field(default_factory=lambda: defaultdict(deque))
 
     def observe(self, slo_class: str, tokens: int) -> None:
-        """A request of the class finished with so many output tokens per sequence."""
-        seen = self._seen[slo_class]
-        seen.append(tokens)
-        if len(seen) > self.window:
-            seen.popleft()
+        """Record a finished request of the class with ``tokens`` output tokens per sequence."""
+        lengths = self._lengths[slo_class]
+        lengths.append(tokens)
+        if len(lengths) > self.window:
+            lengths.popleft()
 
     def predict(self, slo_class: str) -> Prediction:
-        """The class's median and 0.9 quantile over the window."""
-        lengths = sorted(self._seen[slo_class])
+        """Return the class's median and 0.9 quantile over the window."""
+        lengths = sorted(self._lengths[slo_class])
         if not lengths:
             return Prediction(self.expected, 2 * self.expected, "fallback")
         return Prediction(
@@ -65,9 +66,9 @@ class LengthStatistics:
 
 
 class CircuitBreaker:
-    """Stops asking a service that does not answer: ``threshold`` failures in a row open it for ``pause_s`` seconds.
+    """Blocks calls to a failing service. ``threshold`` consecutive failures open it for ``pause_s`` seconds.
 
-    After the pause one call is let through to see; its answer closes the breaker or opens it again.
+    After the pause it allows one trial call, whose result closes it or opens it again.
     """
 
     def __init__(self, threshold: int = 3, pause_s: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -77,11 +78,11 @@ class CircuitBreaker:
 
     @property
     def closed(self) -> bool:
-        """The service answered last time, or has not failed often enough to tell."""
+        """Whether fewer than ``threshold`` calls have failed since the last success."""
         return self._failures < self._threshold
 
     def allows(self) -> bool:
-        """Whether to call now. While open, claims the one trial call."""
+        """Whether the caller may call now. NOTE: if the breaker is open, True hands out its one trial call."""
         if self.closed:
             return True
         now = self._clock()
@@ -91,7 +92,7 @@ class CircuitBreaker:
         return True
 
     def record(self, success: bool) -> None:
-        """How the call went."""
+        """Record the result of a call."""
         if success:
             self._failures = 0
             return
@@ -101,16 +102,18 @@ class CircuitBreaker:
 
 
 @dataclass(slots=True)
-class _Asked:
+class _Pending:
+    """One input of the service, and its prediction (None: failed)."""
+
     question: dict[str, object]
     answer: asyncio.Future[Prediction | None]
 
 
 class LengthPredictor:
-    """The gateway's side of the predictor service. ``url`` None: only the fallback is used.
+    """Client of the predictor service. With ``url`` None it uses only the fallback.
 
-    A request waits at most ``timeout_s``; failures open a circuit breaker, so that a dead predictor costs nothing.
-    What is asked while a call is under way goes out together in the next one: one call at a time, whatever the load.
+    A request waits at most ``timeout_s`` seconds. Failures open a circuit breaker, so that requests do not wait for a
+    dead predictor. There is one call at a time: questions that arrive during a call form the batch of the next one.
     """
 
     def __init__(self, url: str | None, timeout_s: float, statistics: LengthStatistics) -> None:
@@ -120,21 +123,22 @@ class LengthPredictor:
         self._breaker = CircuitBreaker()
         self._client: httpx.AsyncClient | None = None
         self.reports = LengthReports(self._post_reports)
-        """What finished, on its way to the service."""
-        self._asked: deque[_Asked] = deque()
+        """Actual lengths to send to the service."""
+        self._pending: deque[_Pending] = deque()
         self._sender: asyncio.Task[None] | None = None
         self._calls = 0
-        self._blamed = 0
+        self._failed_call = 0
+        """Number of the latest call that counted as failed."""
 
     @property
     def up(self) -> bool:
-        """Whether the service is believed to answer."""
+        """Whether the service responds: the breaker is closed and no call is late."""
         return self.url is not None and self._breaker.closed and not self._late
 
     @property
     def _late(self) -> bool:
-        """A call is under way, and somebody has waited for it in vain."""
-        return self._sender is not None and not self._sender.done() and self._blamed == self._calls
+        """Whether a request has timed out on the current call."""
+        return self._sender is not None and not self._sender.done() and self._failed_call == self._calls
 
     async def predict(
         self,
@@ -147,10 +151,13 @@ class LengthPredictor:
         model: str = "",
         request_id: str | None = None,
     ) -> Prediction:
-        """Predict what ``model`` answers, within the time box; never raises."""
+        """Predict the output tokens of one sequence of ``model``, within the timeout. Never raises.
+
+        The prediction is at most ``max_tokens`` and at least ``min_tokens`` and 1.
+        """
         prediction = None
         if self.url is not None and self._breaker.allows():
-            # A limit that the service would refuse must not spoil the call for those who share it.
+            # The service rejects a whole batch for one invalid limit, so leave that limit out.
             limit = max_tokens if max_tokens is not None and 1 <= max_tokens <= _MAX_TOKENS else None
             question = {"prompt": _shortened(prompt), "prompt_tokens": prompt_tokens, "max_tokens": limit}
             question |= {"model": _name(model), "slo_class": _name(slo_class), "id": request_id}
@@ -165,32 +172,32 @@ class LengthPredictor:
         )
 
     async def warm_up(self, max_wait_s: float = 5.0) -> bool:
-        """Wait until the service answers, so that no request pays for its first call; False if it does not."""
-        until = time.monotonic() + max_wait_s
-        while self.url is not None and time.monotonic() < until:
-            with contextlib.suppress(_FailedError, _RefusedError):
+        """Wait until the service responds, so that no request waits for its slow first call. False on timeout."""
+        deadline = time.monotonic() + max_wait_s
+        while self.url is not None and time.monotonic() < deadline:
+            with contextlib.suppress(_CallFailedError, _RejectedError):
                 await self._post([{"prompt": "", "prompt_tokens": 1, "max_tokens": None}])
                 return True
             await asyncio.sleep(0.2)
         return False
 
     def observe(self, slo_class: str, tokens: int) -> None:
-        """A request finished: remember its length for the fallback."""
+        """Add the output length of a finished request to the fallback statistics."""
         self._statistics.observe(slo_class, tokens)
 
     def report(
         self, prediction: Prediction, request_id: str, model: str, slo_class: str, tokens: int, censored: bool
     ) -> None:
-        """Tell the service what came of its ``prediction``; costs the caller nothing. ``censored``: a limit stopped it.
+        """Queue the actual length of a finished request for the service. Does nothing for fallback predictions.
 
-        Nothing is told of a prediction that was not the service's.
+        ``censored``: a token limit ended the output.
         """
         if prediction.raw is not None:
             names = (_name(model) or "", _name(slo_class) or "")
             self.reports.add(LengthReport(request_id, *names, *prediction.raw, tokens, censored))
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Stop the background tasks and close the connection."""
         await self.reports.close()
         sender, self._sender = self._sender, None
         if sender is not None:
@@ -202,61 +209,61 @@ class LengthPredictor:
             await client.aclose()
 
     async def _ask(self, question: dict[str, object]) -> Prediction | None:
-        """The service's answer, or None when there is none in time."""
+        """Return the service's prediction, or None on failure or timeout."""
         if self._late:
-            return None  # this one would only wait behind it
-        asked = _Asked(question, asyncio.get_running_loop().create_future())
-        self._asked.append(asked)
+            return None  # the next call starts only after the late one
+        pending = _Pending(question, asyncio.get_running_loop().create_future())
+        self._pending.append(pending)
         if self._sender is None or self._sender.done():
-            self._sender = asyncio.create_task(self._send(), name="ask the predictor")
-        await asyncio.wait({asked.answer}, timeout=self._timeout)
-        if not asked.answer.done():
-            asked.answer.cancel()
-            self._blame()
+            self._sender = asyncio.create_task(self._send(), name="call the predictor")
+        await asyncio.wait({pending.answer}, timeout=self._timeout)
+        if not pending.answer.done():
+            pending.answer.cancel()
+            self._count_failure()
             return None
-        return asked.answer.result()
+        return pending.answer.result()
 
-    def _blame(self) -> None:
-        """Count the call under way as failed: once, however many wait for it."""
-        if self._blamed != self._calls:
-            self._blamed = self._calls
+    def _count_failure(self) -> None:
+        """Count the current call as failed, at most once."""
+        if self._failed_call != self._calls:
+            self._failed_call = self._calls
             self._breaker.record(False)
 
     async def _send(self) -> None:
-        # NOTE: the call itself is not cancelled when a request's time is up: cancelling httpx while it connects leaks
-        # the connection. It ends by its own timeout.
-        while self._asked:
-            batch = [self._asked.popleft() for _ in range(min(len(self._asked), _MAX_BATCH))]
-            batch = [asked for asked in batch if not asked.answer.done()]
+        # NOTE: a request's timeout does not cancel the call: cancelling httpx while it connects leaks the connection.
+        # The call ends by its own timeout.
+        while self._pending:
+            batch = [self._pending.popleft() for _ in range(min(len(self._pending), _MAX_BATCH))]
+            batch = [pending for pending in batch if not pending.answer.done()]
             if not batch:
                 continue
             answers: list[Prediction | None] = [None] * len(batch)
             self._calls += 1
             try:
-                answers = [*await self._post([asked.question for asked in batch])]
-            except _RefusedError:
+                answers = [*await self._post([pending.question for pending in batch])]
+            except _RejectedError:
                 pass
-            except _FailedError:
-                self._blame()
-            if self._blamed != self._calls:
+            except _CallFailedError:
+                self._count_failure()
+            if self._failed_call != self._calls:
                 self._breaker.record(True)
-            for asked, answer in zip(batch, answers, strict=True):
-                if not asked.answer.done():
-                    asked.answer.set_result(answer)
+            for pending, answer in zip(batch, answers, strict=True):
+                if not pending.answer.done():
+                    pending.answer.set_result(answer)
 
     async def _post(self, questions: list[dict[str, object]]) -> list[Prediction]:
         try:
             response = await self._call("/v1/predict", {"inputs": questions})
             if response.status_code in (400, 413, 422):
-                raise _RefusedError
+                raise _RejectedError
             if response.status_code != 200:
-                raise _FailedError
-            found = [_read(answer) for answer in orjson.loads(response.content)["predictions"]]
+                raise _CallFailedError
+            predictions = [_read(answer) for answer in orjson.loads(response.content)["predictions"]]
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, LookupError, TypeError) as error:
-            raise _FailedError from error
-        if len(found) != len(questions) or not all(math.isfinite(p.tokens + p.p90) for p in found):
-            raise _FailedError
-        return found
+            raise _CallFailedError from error
+        if len(predictions) != len(questions) or not all(math.isfinite(p.tokens + p.p90) for p in predictions):
+            raise _CallFailedError
+        return predictions
 
     async def _post_reports(self, reports: list[LengthReport]) -> None:
         observations = [
@@ -273,7 +280,7 @@ class LengthPredictor:
     async def _call(self, path: str, document: dict[str, object]) -> httpx.Response:
         if self._client is None:
             limits = httpx.Limits(max_connections=4, max_keepalive_connections=2)
-            # Loading the certificate store blocks the loop for 50 ms and serves nobody on a plain connection.
+            # Loading the certificate store blocks the event loop for 50 ms, and plain HTTP does not need it.
             verify = (self.url or "").startswith("https")
             self._client = httpx.AsyncClient(trust_env=False, timeout=_CALL_TIMEOUT_S, limits=limits, verify=verify)
         return await self._client.post(
@@ -286,11 +293,13 @@ class LengthPredictor:
 _MAX_BATCH = 64
 _MAX_NAME_CHARS = 256
 _MAX_TOKENS = 1 << 30
+
 _CALL_TIMEOUT_S = 1.0
+"""Timeout of one call to the service, in seconds. A request's own timeout is shorter and does not cancel the call."""
 
 
 def _read(answer: dict[str, float]) -> Prediction:
-    """One prediction of the service. A predictor that does not learn online sends no raw quantiles."""
+    """Parse one prediction. A service without online correction sends no raw quantiles."""
     raw = (float(answer["raw_p50"]), float(answer["raw_p90"])) if "raw_p50" in answer else None
     if raw is not None and not math.isfinite(sum(raw)):
         raise ValueError
@@ -298,20 +307,20 @@ def _read(answer: dict[str, float]) -> Prediction:
 
 
 def _name(text: str) -> str | None:
-    """A model's or class's name as far as the service takes it."""
+    """Return a model or class name if the service accepts it, else None."""
     return text if 0 < len(text) <= _MAX_NAME_CHARS and text.isprintable() else None
 
 
 def _shortened(prompt: str) -> str:
-    """What the predictor reads of a long prompt; the rest need not travel."""
+    """Cut a long prompt to the `HEAD_CHARS` and `TAIL_CHARS` that the predictor reads."""
     if len(prompt) <= HEAD_CHARS + TAIL_CHARS:
         return prompt
     return prompt[:HEAD_CHARS] + prompt[-TAIL_CHARS:]
 
 
-class _FailedError(Exception):
-    """The service did not answer, or not with predictions."""
+class _CallFailedError(Exception):
+    """The service did not respond, or responded without valid predictions."""
 
 
-class _RefusedError(Exception):
-    """The service lives but will not predict for this input: no reason to stop asking it for others."""
+class _RejectedError(Exception):
+    """The service rejected this input. It works, so the circuit breaker does not count a failure."""

@@ -1,8 +1,7 @@
-"""Finished requests' lengths on their way to the predictor service, which learns each model's scale from them.
+"""Report output lengths of finished requests to the predictor service, which corrects its predictions with them.
 
-Fire and forget: what is reported waits in a bounded queue and goes out in batches, by a task that exists only while
-there is something to send. No request ever waits for it. While the service is away the newest `MOST_WAITING` reports
-are kept, so that a restarted one learns what it missed.
+Reports wait in a bounded queue, and a background task sends them in batches. No request waits for it. While the service
+is unreachable the queue keeps the newest `MAX_QUEUED` reports, so that a restarted service receives them.
 """
 
 from __future__ import annotations
@@ -13,16 +12,20 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-GATHER_S, RETRY_S = 0.25, 2.0
-"""How long reports gather before they are sent, and how long an unreachable service is left alone."""
+BATCH_DELAY_S, RETRY_S = 0.25, 2.0
+"""Delay before a batch is sent, to collect more reports, and before the next try to reach the service. In seconds."""
 
-MOST_WAITING, MOST_AT_ONCE = 4096, 512
+MAX_QUEUED, MAX_BATCH = 4096, 512
+"""Reports in the queue and in one call."""
 
 
 @dataclass(frozen=True, slots=True)
 class LengthReport:
-    """A finished request: the served ``model``, its class, what the service's length model had said before corrections
-    (tokens), and what came of it; ``censored`` when its limit stopped it. ``id``: what the service was asked under."""
+    """The predicted and actual output length of one finished request, in tokens.
+
+    ``id`` is the request id in the call that predicted it. ``raw_p50`` and ``raw_p90`` are the service's quantiles
+    before its correction. ``censored``: a token limit ended the output.
+    """
 
     id: str
     model: str
@@ -34,43 +37,43 @@ class LengthReport:
 
 
 class UnreachableError(Exception):
-    """The service did not take the reports now; it may later."""
+    """The service is unreachable; the reports may be sent again later."""
 
 
 class LengthReports:
-    """Sends reports by ``post``, which raises `UnreachableError` to be tried again. Use on one event loop."""
+    """Sends reports with ``post``, and again later if that raises `UnreachableError`. Use on one event loop."""
 
     def __init__(self, post: Callable[[list[LengthReport]], Awaitable[None]]) -> None:
         self.sent = self.dropped = 0
         self._post = post
-        self._waiting: deque[LengthReport] = deque()
+        self._queued: deque[LengthReport] = deque()
         self._sender: asyncio.Task[None] | None = None
 
     def add(self, report: LengthReport) -> None:
-        """Report, some time soon; the oldest that waits makes room when there are too many."""
-        if len(self._waiting) >= MOST_WAITING:
-            self._waiting.popleft()
+        """Queue ``report``. A full queue drops its oldest report."""
+        if len(self._queued) >= MAX_QUEUED:
+            self._queued.popleft()
             self.dropped += 1
-        self._waiting.append(report)
+        self._queued.append(report)
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send(), name="report lengths")
 
     async def _send(self) -> None:
-        while self._waiting:
-            await asyncio.sleep(GATHER_S)
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MOST_AT_ONCE))]
+        while self._queued:
+            await asyncio.sleep(BATCH_DELAY_S)
+            batch = [self._queued.popleft() for _ in range(min(len(self._queued), MAX_BATCH))]
             try:
                 await self._post(batch)
                 self.sent += len(batch)
             except UnreachableError:
-                room = max(MOST_WAITING - len(self._waiting), 0)
-                kept = batch[len(batch) - min(room, len(batch)) :]
+                free = max(MAX_QUEUED - len(self._queued), 0)
+                kept = batch[len(batch) - min(free, len(batch)) :]
                 self.dropped += len(batch) - len(kept)
-                self._waiting.extendleft(reversed(kept))
+                self._queued.extendleft(reversed(kept))
                 await asyncio.sleep(RETRY_S)
 
     async def close(self) -> None:
-        """Stop sending; what waits is dropped."""
+        """Stop sending and drop queued reports."""
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.cancel()

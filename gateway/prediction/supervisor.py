@@ -1,4 +1,4 @@
-"""A child process that must be there: started, restarted with back-off when it dies, stopped by pid."""
+"""Run a child process and restart it with back-off when it exits."""
 
 from __future__ import annotations
 
@@ -12,34 +12,46 @@ from collections.abc import Callable, Sequence
 log = logging.getLogger("antares.supervisor")
 
 _BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 15.0)
-_STEADY_S = 30.0
-"""A child that lived this long had started well: the next failure begins at the shortest back-off again."""
+"""Delay before each restart after consecutive failures, in seconds. The last one repeats."""
+
+_STABLE_S = 30.0
+"""Run time after which a child counts as started, in seconds. Its next failure gets the shortest back-off."""
 
 
 class Supervisor:
-    """Keeps ``command`` running. ``on_restart`` is called each time it is started again."""
+    """Keeps ``command`` running. Calls ``on_restart`` after each restart.
 
-    def __init__(self, name: str, command: Sequence[str], on_restart: Callable[[], None] = lambda: None) -> None:
+    ``backoff_s``: delays before restarts after consecutive failures, `_BACKOFF_S` by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        on_restart: Callable[[], None] = lambda: None,
+        backoff_s: Sequence[float] | None = None,
+    ) -> None:
         self.name = name
+        self.command = list(command)
         self.restarts = 0
-        self._command = list(command)
+        self._backoff_s = backoff_s or _BACKOFF_S
         self.on_restart = on_restart
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
-        """The child's pid while it runs."""
-        running = self._process is not None and self._process.returncode is None
-        return self._process.pid if running and self._process else None
+        """The child's process id, or None if it does not run."""
+        process = self._process
+        return None if process is None or process.returncode is not None else process.pid
 
     async def start(self) -> None:
-        """Start the child and watch over it."""
+        """Start the child, and the task that restarts it."""
         await self._spawn()
         self._task = asyncio.create_task(self._watch(), name=f"supervise {self.name}")
 
     async def stop(self, timeout_s: float = 5.0) -> None:
-        """SIGTERM, then SIGKILL after ``timeout_s``. Idempotent."""
+        """Send SIGTERM, then SIGKILL after ``timeout_s`` seconds. Idempotent."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -59,15 +71,15 @@ class Supervisor:
             await process.wait()
 
     async def _spawn(self) -> None:
-        # A session of its own: Ctrl-C in the terminal reaches the gateway alone, which drains before it stops us.
-        self._process = await asyncio.create_subprocess_exec(*self._command, start_new_session=True)
+        # In a new session Ctrl-C in the terminal reaches only the gateway, which drains before it stops the child.
+        self._process = await asyncio.create_subprocess_exec(*self.command, start_new_session=True)
 
-    async def _spawned(self) -> bool:
-        """Start the child again; False when the system would not (out of processes or memory, the file is gone)."""
+    async def _respawn(self) -> bool:
+        """Start the child again. False if that fails: no memory, too many processes, or the file is missing."""
         try:
             await self._spawn()
         except OSError as error:
-            log.warning("%s cannot be started: %s", self.name, error.strerror)
+            log.warning("cannot start %s: %s", self.name, error.strerror)
             return False
         return True
 
@@ -77,11 +89,11 @@ class Supervisor:
             assert self._process is not None
             started = time.monotonic()
             code = await self._process.wait()
-            failures = 0 if time.monotonic() - started > _STEADY_S else failures + 1
-            wait = _BACKOFF_S[min(max(failures - 1, 0), len(_BACKOFF_S) - 1)]
-            log.warning("%s ended with code %s; starting it again in %.1f s", self.name, code, wait)
-            await asyncio.sleep(wait)
-            while not await self._spawned():
-                await asyncio.sleep(_BACKOFF_S[-1])
+            failures = 0 if time.monotonic() - started > _STABLE_S else failures + 1
+            delay = self._backoff_s[min(max(failures - 1, 0), len(self._backoff_s) - 1)]
+            log.warning("%s exited with code %s; restarting it in %.1f s", self.name, code, delay)
+            await asyncio.sleep(delay)
+            while not await self._respawn():
+                await asyncio.sleep(self._backoff_s[-1])
             self.restarts += 1
             self.on_restart()

@@ -1,7 +1,7 @@
-"""What policies reckon with of the requests that wait, as columns: one array each, in the order of the queue.
+"""The numbers of the waiting requests as arrays, in queue order.
 
-A policy that looks at every waiting request in every decision would spend most of its time on picking numbers out of
-objects, and they are the same numbers as a moment ago. So they are kept in step with the queue, and looking is a slice.
+A policy that looks at every waiting request in every decision would spend most of its time reading attributes, and the
+values rarely change between decisions. So they are kept beside the queue, and a decision slices them.
 """
 
 from __future__ import annotations
@@ -13,95 +13,97 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from engine_adapter.service_kind import ServiceKind
 from gateway.requests.request import Request
 
 Floats = NDArray[np.float64]
 
-_LEAST_ROOM = 64
-"""Requests that a table has room for at first; it doubles."""
+_INITIAL_CAPACITY = 64
+"""Rows of a new table; the capacity doubles when it is full."""
 
 
 class WaitingArrays(NamedTuple):
-    """Of n requests, each of shape (n,), not to be written to. Seconds and tokens; infinite is what nothing bounds.
+    """Read-only arrays of shape (n,), one value per waiting request. Infinity means "no bound" in a time.
 
-    ``arrival`` and ``deadline`` (of the first token) are monotonic, and so is ``end``, by which an end-to-end bound
-    wants the last one. ``tpot``: the pace to plan with, ``own_tpot``: the TPOT bound that was asked for. Nobody insists
-    on the pace or the end of best effort, so these are infinite. ``prompt`` and predicted ``output`` are per sequence,
-    as is ``predicted_at_arrival``: the output as it was predicted at arrival. ``length``: mean context over its
-    life. ``variance``
-    (tokens^2): see `Request`.
+    arrival, deadline: monotonic s; the deadline is the first token's.
+    end: monotonic s, by which a paced request's end-to-end bound wants its last token.
+    pace: s per token of a paced request (`Request.pace_s`); infinite for the other kinds.
+    tpot_bound: s per token, the client's own TPOT bound.
+    kind: a `ServiceKind`.
+    prompt, output: tokens per sequence; the output is predicted.
+    variance: tokens^2, of all sequences together.
     """
 
     arrival: Floats
     deadline: Floats
     end: Floats
-    tpot: Floats
-    own_tpot: Floats
+    pace: Floats
+    tpot_bound: Floats
+    kind: Floats
     sequences: Floats
     prompt: Floats
     output: Floats
-    predicted_at_arrival: Floats
-    length: Floats
     variance: Floats
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> WaitingArrays:
-        """The columns of ``requests`` as they are now."""
+        """Return the arrays of ``requests``."""
         return WaitingTable(requests).arrays()
+
+    def take(self, at: NDArray[np.intp]) -> WaitingArrays:
+        """Return the rows with the numbers ``at``."""
+        return WaitingArrays(*[array[at] for array in self])
 
 
 def _row(request: Request) -> tuple[float, ...]:
-    """A request's place in each of the `WaitingArrays`."""
-    slo, pace_s = request.slo, request.tpot_slo_s
-    insists = pace_s is not None and not request.best_effort
+    slo, paced = request.slo, request.kind is ServiceKind.PACED
     return (
         request.arrival_s,
         request.deadline_s,
-        request.arrival_s + slo.e2e_s if insists and slo.e2e_s is not None else math.inf,
-        pace_s if pace_s is not None and insists else math.inf,
+        request.arrival_s + slo.e2e_s if paced and slo.e2e_s is not None else math.inf,
+        request.pace_s if paced and request.pace_s is not None else math.inf,
         slo.tpot_s if slo.tpot_s is not None else math.inf,
+        request.kind,
         request.sequences,
         request.prompt_tokens,
         request.predicted_tokens,
-        request.predicted_at_arrival,
-        request.prompt_tokens + request.predicted_tokens / 2,
         request.variance,
     )
 
 
 class WaitingTable:
-    """`WaitingArrays` that grow and shrink at any place. A request's row is read when it is put in."""
+    """`WaitingArrays` with insertion and deletion at any row. A request is read when it is inserted."""
 
     def __init__(self, requests: Sequence[Request] = ()) -> None:
         rows = [_row(request) for request in requests]
         self._count = len(rows)
-        self._take_room(max(_LEAST_ROOM, 2 * len(rows)))
+        self._allocate(max(_INITIAL_CAPACITY, 2 * len(rows)))
         if rows:
-            self._kept[:, : len(rows)] = np.array(rows, dtype=np.float64).T
+            self._values[:, : len(rows)] = np.array(rows, dtype=np.float64).T
 
-    def _take_room(self, capacity: int) -> None:
-        self._kept = np.empty((len(WaitingArrays._fields), capacity), dtype=np.float64)
-        self._shown = self._kept.view()
-        self._shown.flags.writeable = False
+    def _allocate(self, capacity: int) -> None:
+        self._values = np.empty((len(WaitingArrays._fields), capacity), dtype=np.float64)
+        self._read_only = self._values.view()
+        self._read_only.flags.writeable = False
 
     def insert(self, at: int, request: Request) -> None:
-        """``request`` comes before the one that was number ``at``."""
-        count, before = self._count, self._kept
+        """Insert ``request`` before row ``at``."""
+        count, before = self._count, self._values
         if count == before.shape[1]:
-            self._take_room(2 * count)
-            self._kept[:, :count] = before
-        kept = self._kept
-        kept[:, at + 1 : count + 1] = kept[:, at:count]
-        kept[:, at] = _row(request)
+            self._allocate(2 * count)
+            self._values[:, :count] = before
+        values = self._values
+        values[:, at + 1 : count + 1] = values[:, at:count]
+        values[:, at] = _row(request)
         self._count = count + 1
 
     def delete(self, at: int) -> None:
-        """Number ``at`` goes."""
-        kept, count = self._kept, self._count
-        kept[:, at : count - 1] = kept[:, at + 1 : count]
+        """Delete row ``at``."""
+        values, count = self._values, self._count
+        values[:, at : count - 1] = values[:, at + 1 : count]
         self._count = count - 1
 
     def arrays(self, first: int | None = None) -> WaitingArrays:
-        """Of all, or of the ``first`` so many. Views: good until the next insertion or deletion."""
+        """Return views of the ``first`` rows (None: all), valid until the next insertion or deletion."""
         count = self._count if first is None else min(first, self._count)
-        return WaitingArrays(*self._shown[:, :count])
+        return WaitingArrays(*self._read_only[:, :count])

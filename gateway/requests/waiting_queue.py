@@ -1,4 +1,4 @@
-"""The requests that wait in front of one engine, kept in the order in which its policy wants to see them."""
+"""The requests that wait in front of one engine, in the order of its policy."""
 
 from __future__ import annotations
 
@@ -10,79 +10,53 @@ from typing import overload
 from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import WaitingArrays, WaitingTable
 
-_CHANGES = 64
-"""In a row, that are made in a table of any size."""
+_MAX_UPDATES = 64
+"""Updates in a row that are made in the table, whatever its size. After more, building a new one is cheaper."""
 
 Order = Callable[[Request], tuple[float, ...]]
-"""A request's sort key: the least comes first. Equal keys keep their order of arrival."""
+"""A request's sort key; the smallest comes first, and equal keys stay in order of arrival."""
 
 
 class WaitingQueue(Sequence[Request]):
-    """A sequence of requests sorted by ``order``; adding and removing one costs O(log n) comparisons.
+    """A sequence of requests sorted by ``order``. Adding or removing one costs O(log n) comparisons.
 
-    A key is read when its request is added, and so are its `arrays`: after a change that moves it, `reorder` it.
+    A request's key and its row in `arrays` are read when it is added; call `reorder` after a change.
     """
 
     def __init__(self, order: Order) -> None:
+        self.by_class: Counter[str] = Counter()
+        """Number of waiting requests by SLO class."""
         self._order = order
         self._keys: list[tuple[float, ...]] = []
         self._requests: list[Request] = []
         self._key_of: dict[str, tuple[float, ...]] = {}
         self._added = 0
         self._table: WaitingTable | None = None
-        """Kept in step once somebody asked for `arrays`: most policies never do."""
-        self._changed = 0
-        """Rows put in or taken out since somebody asked."""
-        self.by_class: Counter[str] = Counter()
-        """How many wait, by SLO class."""
+        """Built at the first call of `arrays`: most policies never call it."""
+        self._updates = 0
+        """Insertions and deletions since the last call of `arrays`."""
 
     def add(self, request: Request) -> None:
-        """Put ``request`` in its place. Its id must not be waiting yet."""
+        """Insert ``request``; its id must not be in the queue."""
         self._added += 1
         self._insert(request, self._added)
         self.by_class[request.slo_class] += 1
 
-    def _insert(self, request: Request, arrival: float) -> None:
-        key = (*self._order(request), arrival)
-        at = bisect_left(self._keys, key)
-        self._keys.insert(at, key)
-        self._requests.insert(at, request)
-        table = self._table_in_step()
-        if table is not None:
-            table.insert(at, request)
-        self._key_of[request.id] = key
-
     def remove(self, request: Request) -> bool:
-        """Take ``request`` out; False when it was not waiting."""
+        """Remove ``request``; return False when it was not in the queue."""
         if request.id not in self._key_of:
             return False
-        self._take_out(request)
+        self._delete(request)
         self.by_class[request.slo_class] -= 1
         return True
 
-    def _take_out(self, request: Request) -> tuple[float, ...]:
-        key = self._key_of.pop(request.id)
-        at = bisect_left(self._keys, key)
-        del self._keys[at], self._requests[at]
-        table = self._table_in_step()
-        if table is not None:
-            table.delete(at)
-        return key
-
-    def _table_in_step(self) -> WaitingTable | None:
-        """The table, if the change at hand is to be made in it: after many in a row it is sooner made anew."""
-        self._changed += 1
-        if self._changed > max(_CHANGES, len(self._requests) // 16):
-            self._table = None
-        return self._table
-
     def reorder(self, request: Request) -> None:
-        """``request`` changed in a way that may move it; among its equals it stands where it did."""
+        """Move ``request`` to where its changed key belongs; among equal keys it stays in order of arrival."""
         if request.id in self._key_of:
-            self._insert(request, self._take_out(request)[-1])
+            self._insert(request, self._delete(request)[-1])
 
     def clear(self) -> None:
-        """Take everything out."""
+        """Remove all requests."""
         self._keys.clear()
         self._requests.clear()
         self._key_of.clear()
@@ -90,11 +64,37 @@ class WaitingQueue(Sequence[Request]):
         self.by_class.clear()
 
     def arrays(self, first: int | None = None) -> WaitingArrays:
-        """Of all that wait, or of the ``first`` so many, as they were when added. Good until the next change."""
+        """Return the arrays of the ``first`` requests (None: all), valid until the next change."""
         if self._table is None:
             self._table = WaitingTable(self._requests)
-        self._changed = 0
+        self._updates = 0
         return self._table.arrays(first)
+
+    def _insert(self, request: Request, arrival: float) -> None:
+        key = (*self._order(request), arrival)
+        at = bisect_left(self._keys, key)
+        self._keys.insert(at, key)
+        self._requests.insert(at, request)
+        self._key_of[request.id] = key
+        table = self._table_to_update()
+        if table is not None:
+            table.insert(at, request)
+
+    def _delete(self, request: Request) -> tuple[float, ...]:
+        key = self._key_of.pop(request.id)
+        at = bisect_left(self._keys, key)
+        del self._keys[at], self._requests[at]
+        table = self._table_to_update()
+        if table is not None:
+            table.delete(at)
+        return key
+
+    def _table_to_update(self) -> WaitingTable | None:
+        """Return the table, or None (and drop it) after so many updates that rebuilding it is cheaper."""
+        self._updates += 1
+        if self._updates > max(_MAX_UPDATES, len(self._requests) // 16):
+            self._table = None
+        return self._table
 
     def __contains__(self, request: object) -> bool:
         return isinstance(request, Request) and request.id in self._key_of
@@ -114,5 +114,7 @@ class WaitingQueue(Sequence[Request]):
 
 
 def arrays_of(requests: Sequence[Request], first: int | None = None) -> WaitingArrays:
-    """The columns of the ``first`` so many (None: all) of any sequence: kept ones where it is a queue."""
-    return requests.arrays(first) if isinstance(requests, WaitingQueue) else WaitingArrays.of(requests[:first])
+    """Return the arrays of the ``first`` of ``requests`` (None: all); a `WaitingQueue` has them at hand."""
+    if isinstance(requests, WaitingQueue):
+        return requests.arrays(first)
+    return WaitingArrays.of(requests[:first])

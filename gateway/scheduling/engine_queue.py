@@ -1,10 +1,7 @@
-"""One engine's lane: its class queues, its running set, its policy instance.
+"""One engine's queue: the requests that wait for it and run on it, and the policy that decides about them.
 
-Nothing in a lane knows that other engines exist. Decisions are made on the event loop, coalesced: however many events
-fall into one turn of the loop, the policy decides once. And only where there is news
-(`AdmissionController.decides`): most steps
-change nothing that a policy could act on. While requests wait, deciding takes `DECIDING_SHARE` of the time, as far as
-the engine can wait so long.
+An `EngineQueue` does not know that other engines exist. Decisions are made on the event loop and coalesced: the policy
+decides once for all events of one loop iteration, when its `DecisionSchedule` says that a decision is due.
 """
 
 from __future__ import annotations
@@ -25,29 +22,28 @@ from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.shadow import Shadow
 from gateway.scheduling.shadow_runner import ShadowRunner
 
-log = logging.getLogger("antares.lane")
+log = logging.getLogger("antares.engine_queue")
 
 Clock = Callable[[], float]
 
-DECIDING_SHARE = 0.008
-"""Of the time, while requests wait. Who takes long to decide is asked less often, but as the engine needs it all the
-same (`Decision.lasts_s`): so that it is about a hundredth where a decision takes a millisecond."""
+PROBE_INTERVAL_S = 10.0
+"""Minimum interval between probes of an idle engine that rejects requests. Skipped if its step-time model was just
+updated by a request that it served."""
 
-PROBE_EVERY_S = 10.0
-"""At most so often an idle engine that has requests refused is probed, and not so soon after it has learnt from a
-request that it served: that is not doubted."""
+MIN_TIMER_S = 0.001
+"""Resolution of the timer for the next decision."""
 
 
 @dataclass(slots=True, frozen=True)
 class EngineDown:
-    """The lane's engine is down and will not be back in time for this request."""
+    """The engine is down and will not be back in time for this request."""
 
     retry_after_s: float
 
 
 @dataclass(slots=True, frozen=True)
 class QueueFull:
-    """The request's class queue is at its limit."""
+    """The queue of the request's class is at its limit."""
 
     limit: int
     retry_after_s: float
@@ -55,7 +51,7 @@ class QueueFull:
 
 @dataclass(slots=True, frozen=True)
 class Admitted:
-    """Go: ``lane`` serves the request; its first token was expected ``predicted_ttft_s`` after arrival."""
+    """``engine_queue``'s engine serves the request; its first token is predicted ``predicted_ttft_s`` after arrival."""
 
     engine_queue: EngineQueue
     predicted_ttft_s: float | None
@@ -63,16 +59,23 @@ class Admitted:
 
 @dataclass(slots=True, frozen=True)
 class Reroute:
-    """This lane's engine is down, but another's is not: place the request again."""
+    """This engine is down and another one is alive: place the request again."""
 
 
 QueueOutcome = Reroute | Admitted | Rejection | EngineDown | QueueFull
 
 
 class EngineQueue:
-    """Queues in front of one engine. ``unbounded_wait_s``: how long to wait for a dead one without a TTFT bound.
+    """The queue in front of one engine.
 
-    ``shadow``: policies by name that decide nothing, beside the one that does (`gateway.scheduling.shadow`).
+    Args:
+        engine: the engine; ``engine.state`` is what the policy sees.
+        policy: decides about this engine's requests.
+        classes: the SLO classes by name.
+        clock: monotonic seconds.
+        unbounded_wait_s: how long a request without a TTFT bound waits for an engine that is down.
+        on_decided: called with the seconds that each decision took.
+        shadow: policies by name that run on copies and decide nothing (`gateway.scheduling.shadow`).
     """
 
     def __init__(
@@ -89,11 +92,11 @@ class EngineQueue:
         self.engine = engine
         self.classes = classes
         self.admission = AdmissionController(policy, engine.state, self._serves_best_effort)
-        beside = [
+        shadows = [
             Shadow(name, policy, engine.state, classes, self._serves_best_effort)
             for name, policy in (shadow or {}).items()
         ]
-        self.shadows = ShadowRunner(beside, engine.state, clock)
+        self.shadows = ShadowRunner(shadows, engine.state, clock)
         self.decisions = 0
         self.deciding_s = 0.0
         self.another_engine_alive: Callable[[], bool] = lambda: False
@@ -106,96 +109,100 @@ class EngineQueue:
         self._timer_due_s = math.inf
         self._down_since: float | None = None
         self._probed_at = -math.inf
-        self._believed, self._learnt_at = engine.state.step_time.curve, -math.inf
+        self._last_curve, self._learnt_at = engine.state.step_time.curve, -math.inf
         self._probe: asyncio.Task[None] | None = None
 
     @property
     def policy(self) -> Policy:
-        """Who decides."""
+        """The policy that decides."""
         return self.admission.policy
 
     @property
     def waiting(self) -> WaitingQueue:
-        """What waits, over the classes."""
+        """The waiting requests of all classes."""
         return self.admission.waiting
 
     @property
     def running(self) -> dict[str, Request]:
-        """What was admitted to the engine and is not through with it."""
+        """The admitted requests that have not ended, by id."""
         return self.admission.running
 
     # --- events ---------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> asyncio.Future[QueueOutcome]:
-        """Queue ``request``; the future tells what was decided. A full class queue answers at once."""
-        verdict: asyncio.Future[QueueOutcome] = asyncio.get_running_loop().create_future()
+        """Queue ``request`` and return its future outcome. A full class queue answers at once."""
+        outcome: asyncio.Future[QueueOutcome] = asyncio.get_running_loop().create_future()
         self.shadows.submitted(request)
         limit = self.classes[request.slo_class].max_waiting
         if self.waiting.by_class[request.slo_class] >= limit:
-            # A place is free once what waits has been prefilled, at the latest.
             self.shadows.rejected(request)
-            verdict.set_result(QueueFull(limit, retry_after_s=max(1.0, self.admission.queued_prefill_s())))
-            return verdict
+            # Once the waiting prompts are prefilled, a slot in the queue is certainly free.
+            outcome.set_result(QueueFull(limit, retry_after_s=max(1.0, self.admission.queued_prefill_s())))
+            return outcome
         self.admission.submit(request)
-        self._outcomes[request.id] = verdict
+        self._outcomes[request.id] = outcome
         self.wake()
-        return verdict
+        return outcome
 
     def withdraw(self, request: Request) -> None:
-        """The client left while its request waited."""
+        """Remove a waiting request: its client disconnected."""
         self.shadows.withdrawn(request)
         self._outcomes.pop(request.id, None)
         if self.admission.withdraw(request):
             self.wake()
 
     def leave(self, request: Request) -> None:
-        """An admitted request is through with the engine, however it ended."""
+        """Remove an admitted request that has ended in any way."""
         if self.admission.leave(request):
             curve = self.engine.state.step_time.curve
-            if curve is not self._believed:
-                self._believed, self._learnt_at = curve, self._clock()
+            if curve is not self._last_curve:
+                self._last_curve, self._learnt_at = curve, self._clock()
             self.shadows.left(request)
             self.wake()
 
     def on_alive(self, alive: bool) -> None:
-        """The engine came up or went down."""
+        """Note that the engine came up or went down."""
         self._down_since = None if alive else self._clock()
         if not alive:
             self.shadows.engine_lost()
-        self.admission.makes_room()
+        self.admission.capacity_changed()
         self.wake()
 
     def on_first_token(self) -> None:
-        """An answer began: its prompt is out of the way."""
-        self.admission.makes_room()
+        """Note that an answer began, so its prompt is prefilled."""
+        self.admission.capacity_changed()
         self.wake()
 
     def wake(self) -> None:
-        """Something may have changed: see to it in this turn of the event loop, once."""
+        """Decide in this iteration of the event loop, once, if a decision is due."""
         if not self._scheduled and self.waiting:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._decide)
         self.shadows.wake()
 
     def close(self) -> None:
-        """The gateway shuts down: stop the timer, turn away what still waits."""
+        """Stop the timer and answer the waiting requests: the gateway shuts down."""
         if self._timer is not None:
             self._timer.cancel()
         self.shadows.close()
         for request in list(self.waiting):
-            self._turn_away(request, EngineDown(retry_after_s=5.0))
+            self._remove(request, EngineDown(retry_after_s=5.0))
+
+    def back_in_s(self, now: float) -> float:
+        """Return the seconds until an engine that is down is expected back, at least one: what clients are told."""
+        return max(1.0, self._expected_in_s(now))
 
     # --- the decision -----------------------------------------------------------------------------------------------
 
     def _decide(self) -> None:
         self._scheduled = False
-        now = self._clock()
+        now, schedule = self._clock(), self.admission.schedule
         if not self.engine.state.alive:
-            self._turn_away_what_cannot_wait(now)
+            self._answer_while_down(now)
             return
-        if not self.admission.decides(now):
-            if self.waiting and self.admission.look_again_s < self._timer_due_s:
-                self._set_timer(now, self.admission.look_again_s)
+        if not self.admission.decision_due(now):
+            if self.waiting and schedule.due_s < self._timer_due_s:
+                self._set_timer(now, schedule.due_s)
             return
         started = time.perf_counter()
         try:
@@ -206,82 +213,83 @@ class EngineQueue:
             self._fail_all_waiting(error)
             return
         self.decisions += 1
-        spent = time.perf_counter() - started
-        self.deciding_s += spent
-        self._on_decided(spent)
-        self.admission.rest_until(now + min(spent / DECIDING_SHARE, decision.lasts_s))
-        self._set_timer(now, self.admission.look_again_s if self.waiting else None)
+        seconds = time.perf_counter() - started
+        self.deciding_s += seconds
+        self._on_decided(seconds)
+        schedule.on_cost(now, seconds, self.admission.busy)
+        self._set_timer(now, schedule.due_s if self.waiting else None)
 
     def _apply(self, now: float, decision: Decision, backlog_s: float) -> None:
-        """Tell those who wait what was decided; ``backlog_s`` of prefill work was in the engine before."""
+        """Answer the requests of ``decision``; ``backlog_s`` of prefill work was in the engine before it."""
         if decision.reject and len(self.running) == len(decision.admit):
-            self._doubt(now)
+            self._probe_idle_engine(now)
         for request in decision.admit:
             backlog_s += self.engine.state.step_time.prefill(request.prompt_tokens)
-            told = self.policy.gate != UNGATED or request.slo.ttft_s
-            predicted_s = now - request.arrival_s + backlog_s if told else None
-            if self._tell(request, Admitted(self, predicted_s)):
+            # Without a gate other prompts may overtake this one, so only a bound makes the prediction worth stating.
+            stated = self.policy.gate != UNGATED or request.slo.ttft_s
+            predicted_s = now - request.arrival_s + backlog_s if stated else None
+            if self._resolve(request, Admitted(self, predicted_s)):
                 self.shadows.admitted(request)
             else:
-                # The client left in this very turn: nobody will run the request, so it must not count as running.
+                # The client disconnected in this loop iteration, so the request will not run.
                 self.admission.leave(request)
                 self.shadows.withdrawn(request)
         for rejection in decision.reject:
             self.shadows.rejected(rejection.request)
-            self._tell(rejection.request, rejection)
+            self._resolve(rejection.request, rejection)
 
     def _serves_best_effort(self, request: Request) -> bool:
         return self.classes[request.slo_class].on_unattainable == "best_effort"
 
-    def _tell(self, request: Request, verdict: QueueOutcome) -> bool:
-        waiting = self._outcomes.pop(request.id, None)
-        if waiting is None or waiting.done():
+    def _resolve(self, request: Request, outcome: QueueOutcome) -> bool:
+        """Set the request's outcome; return False when its client has gone."""
+        future = self._outcomes.pop(request.id, None)
+        if future is None or future.done():
             return False
-        waiting.set_result(verdict)
+        future.set_result(outcome)
         return True
 
-    def _turn_away(self, request: Request, verdict: QueueOutcome) -> None:
+    def _remove(self, request: Request, outcome: QueueOutcome) -> None:
         self.admission.withdraw(request)
         self.shadows.withdrawn(request)
-        self._tell(request, verdict)
+        self._resolve(request, outcome)
 
     def _fail_all_waiting(self, error: Exception) -> None:
-        """A bug in a policy must not keep requests waiting for ever, nor the one that brought it out fail the next."""
+        """Fail all waiting requests: after a bug in a policy none may wait for ever, nor cause the same bug again."""
         log.error("policy %s failed: %s", self.policy.name, type(error).__name__, exc_info=error)
-        verdicts = list(self._outcomes.values())
+        outcomes = list(self._outcomes.values())
         self._outcomes.clear()
         for request in self.waiting:
             self.shadows.withdrawn(request)
         self.waiting.clear()
-        for verdict in verdicts:
-            if not verdict.done():
-                verdict.set_exception(error)
+        for outcome in outcomes:
+            if not outcome.done():
+                outcome.set_exception(error)
 
-    def _turn_away_what_cannot_wait(self, now: float) -> None:
+    # --- while the engine is down, or may be slower than believed -----------------------------------------------------
+
+    def _answer_while_down(self, now: float) -> None:
+        """Reroute the waiting requests, or answer those whose deadline ends before the engine is expected back."""
         if self.another_engine_alive():
             for request in list(self.waiting):
-                self._turn_away(request, Reroute())
+                self._remove(request, Reroute())
             return
-        expected_in = self._expected_in_s(now)
+        expected_in_s = self._expected_in_s(now)
         for request in list(self.waiting):
-            patience = min(request.deadline_s, request.arrival_s + self._unbounded_wait_s)
-            if now + expected_in > patience:
-                self._turn_away(request, EngineDown(retry_after_s=self.back_in_s(now)))
-        # The expected time of return may slip: look again.
-        self._set_timer(now, now + min(0.5, expected_in) if self.waiting else None)
+            waits_until = min(request.deadline_s, request.arrival_s + self._unbounded_wait_s)
+            if now + expected_in_s > waits_until:
+                self._remove(request, EngineDown(retry_after_s=self.back_in_s(now)))
+        # The engine may come back later than expected, so check again.
+        self._set_timer(now, now + min(0.5, expected_in_s) if self.waiting else None)
 
-    def _doubt(self, now: float) -> None:
-        """An idle engine refuses: its step times may be out of date, and nothing it serves will correct them."""
-        if now - max(self._probed_at, self._learnt_at) >= PROBE_EVERY_S:
+    def _probe_idle_engine(self, now: float) -> None:
+        """Probe an idle engine that rejects: its step times may be out of date, and it serves nothing to learn from."""
+        if now - max(self._probed_at, self._learnt_at) >= PROBE_INTERVAL_S:
             self._probed_at = now
             self._probe = asyncio.create_task(self.engine.probe(), name=f"probe {self.engine.name}")
 
-    def back_in_s(self, now: float) -> float:
-        """Seconds until a dead engine is expected back, at least one: what clients are told."""
-        return max(1.0, self._expected_in_s(now))
-
     def _expected_in_s(self, now: float) -> float:
-        """Seconds until a dead engine is expected back; where it is overdue, one more."""
+        """Return the seconds until an engine that is down is expected back; one more second when it is overdue."""
         down_for = now - self._down_since if self._down_since is not None else 0.0
         left = self.engine.state.ready_in_s - down_for
         return left if left > 0 else 1.0
@@ -292,8 +300,7 @@ class EngineQueue:
             self._timer = None
         self._timer_due_s = math.inf if at is None else at
         if at is not None:
-            delay = max(0.001, at - now)
-            self._timer = asyncio.get_running_loop().call_later(delay, self._timer_fired)
+            self._timer = asyncio.get_running_loop().call_later(max(MIN_TIMER_S, at - now), self._timer_fired)
 
     def _timer_fired(self) -> None:
         self._timer, self._timer_due_s = None, math.inf

@@ -1,4 +1,4 @@
-"""Placement: which engine's lane a request waits in. What happens there is the lane's own business."""
+"""Routing: choosing the engine for a request."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from functools import partial
 
 from gateway.requests.request import Request
 from gateway.scheduling.engine_queue import EngineQueue, QueueOutcome
-from gateway.scheduling.placement import load as ahead
+from gateway.scheduling.placement import load
 
 
 class Router:
-    """Holds one lane per engine; one is the common case. ``engine_queues`` must not be empty."""
+    """Holds one `EngineQueue` per engine; ``engine_queues`` must not be empty."""
 
     def __init__(self, engine_queues: Sequence[EngineQueue]) -> None:
         self.engine_queues = list(engine_queues)
@@ -20,19 +20,15 @@ class Router:
             engine_queue.another_engine_alive = partial(self._another_alive, engine_queue)
 
     def submit(self, request: Request) -> tuple[EngineQueue, asyncio.Future[QueueOutcome]]:
-        """Place ``request`` and queue it; answers the lane and what it will decide."""
+        """Place ``request`` and queue it; return its queue and the future outcome."""
         engine_queue = self.place(request)
         return engine_queue, engine_queue.submit(request)
 
     def place(self, request: Request) -> EngineQueue:
-        """The lane with the most headroom, as its policy counts it (`multi_instance.load`); living engines first."""
+        """Return the least loaded queue (`placement.load`); engines that are alive come first."""
         if len(self.engine_queues) == 1:
             return self.engine_queues[0]
-
-        def load(engine_queue: EngineQueue) -> tuple[bool, float, int]:
-            return (not engine_queue.engine.state.alive, *ahead(engine_queue.admission))
-
-        return min(self.engine_queues, key=load)
+        return min(self.engine_queues, key=lambda queue: (not queue.engine.state.alive, *load(queue.admission)))
 
     def _another_alive(self, engine_queue: EngineQueue) -> bool:
         return any(other.engine.state.alive for other in self.engine_queues if other is not engine_queue)
@@ -43,6 +39,6 @@ class Router:
         return any(engine_queue.engine.state.alive for engine_queue in self.engine_queues)
 
     def close(self) -> None:
-        """Stop every lane's timer."""
+        """Close every queue."""
         for engine_queue in self.engine_queues:
             engine_queue.close()

@@ -9,14 +9,15 @@ step, and t_c the prefill time of one step's token budget. Each second is divide
     the rest            yields one token per T for each decoding sequence.
 
 *Slots.* Sequences beyond ``max_num_seqs`` wait for a slot. If the engine preempts best-effort requests for the shadow's
-step gate, paced requests get their slots first.
+step gate, the other requests get their slots first.
 
 *Lengths.* A request ends at the output length of the real one, once that has finished. Until then the shadow expects
 the mean of the predicted log-normal distribution, exp(mu + sigma^2/2) (`gateway.requests.length_survival`). NOTE: the
 median would ignore the few long requests, which hold their slots for the longest time.
 
-*Not modelled.* All sequences decode in every step, whatever the step gate of the shadow's policy. There is no preemption
-for lack of KV memory and no prefix cache, no client retries, and no decision stands for a time (`Decision.stands_s`).
+*Not modelled.* All sequences decode in every step, whatever the step gate of the shadow's policy. There is no
+preemption for lack of KV memory, no prefix cache and no client retries. The shadow decides at every update, so
+`Decision.hold_s` has no effect.
 
 A shadow has no clock and no event loop: `gateway.scheduling.shadow_runner` drives it.
 """
@@ -34,6 +35,7 @@ from engine_adapter.engine import EngineState
 from engine_adapter.gates.best_effort_preemption import reserved_slots
 from engine_adapter.gates.composite import GATES
 from engine_adapter.gates.slack import SlackGate
+from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import Policy
 from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
@@ -250,10 +252,10 @@ class Shadow:
         running = self._admission.running.values()
         if not (self._engine.gate.preemptible and GATES[self._admission.policy.gate] is SlackGate):
             return running
-        others = [copy for copy in running if copy.tpot_slo_s is None or copy.tpot_slo_s == math.inf]
-        paced = [copy for copy in running if copy.tpot_slo_s is not None and copy.tpot_slo_s < math.inf]
+        best_effort = [copy for copy in running if copy.kind is ServiceKind.BEST_EFFORT]
+        others = [copy for copy in running if copy.kind is not ServiceKind.BEST_EFFORT]
         reserved = reserved_slots(self._engine.max_num_seqs)
-        return [*others[:reserved], *paced, *others[reserved:]]
+        return [*best_effort[:reserved], *others, *best_effort[reserved:]]
 
     def _advance(self, now: float) -> None:
         """Advance the running set to ``now``, and show its load to the policy as the state of the engine."""

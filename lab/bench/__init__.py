@@ -1,1 +1,1 @@
-"""`antares bench`: an open-loop load generator for any OpenAI-compatible server."""
+"""`antares bench`: an open-loop load generator for OpenAI-compatible servers."""

@@ -1,7 +1,7 @@
-"""An open-loop load client: sends when the workload says, never waiting for answers, and measures at its own end.
+"""An open-loop load client: it sends each request at its due time, without waiting for answers, and measures latency.
 
-Runs as its own process, so that it does not share an event loop with what it measures. It reports its own lateness: a
-slow client must not pass for a slow server.
+It runs in its own process, so that it does not share an event loop with the command. It reports its own lateness, so
+that a slow client is not mistaken for a slow server.
 """
 
 from __future__ import annotations
@@ -20,28 +20,38 @@ import aiohttp
 import numpy as np
 import orjson
 
-from lab.bench.load_answer import ClientResult, ask
+from lab.bench.client_request import ClientResult, send_request
 from lab.records.run_record import RequestResult, quantile
 from lab.workload import WorkloadRequest
 
 OnProgress = Callable[[int, int], None]
-"""Called with the requests sent and those that are over."""
+"""Called with the number of requests sent and the number of requests that have ended."""
 
-_PROGRESS_EVERY_S = 0.2
-_LONGEST_LINE = 1 << 30
+_PROGRESS_INTERVAL_S = 0.2
+"""Interval between progress reports (s)."""
+
+_MAX_LINE_BYTES = 1 << 30
+"""Maximum length of one line from the client process (bytes); all results are one line."""
+
 _WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
-"""Each is one token, with the space before it, in the byte-pair encodings of current models."""
+"""Words that are one token each, with the space before them, in the byte-pair encodings of current models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where and how to ask.
+    """The server under test, and the form of the requests.
 
-    ``url`` is the server's, without ``/v1``. ``endpoint`` is ``completions`` or ``chat``. ``prompt_style`` is ``ids``
-    (exactly so many token ids; completions only) or ``words`` (text of about so many tokens). ``ignore_eos`` asks for
-    exactly the workload's output lengths (vLLM's extension). ``timeout_s`` is the most that one answer may take.
-    ``max_connections`` 0 is no limit; with one, waiting for a free connection counts as lateness and as latency.
-    ``temperature``: None leaves it to the server.
+    Attributes:
+        url: base URL of the server, without ``/v1``.
+        model: name of the model.
+        endpoint: ``completions`` or ``chat``.
+        prompt_style: ``ids`` (token ids of the exact length; completions only) or ``words`` (text of about that many
+            tokens).
+        ignore_eos: ask for exactly the workload's output lengths (an extension of vLLM).
+        api_key: sent as a bearer token.
+        timeout_s: maximum time for one answer (s).
+        max_connections: 0 is unlimited. With a limit, waiting for a free connection counts as lateness and as latency.
+        temperature: None leaves the default to the server.
     """
 
     url: str
@@ -56,19 +66,19 @@ class Target:
 
     @property
     def path(self) -> str:
-        """The route to post to."""
+        """URL path of the endpoint."""
         return "/v1/chat/completions" if self.endpoint == "chat" else "/v1/completions"
 
     def headers(self) -> dict[str, str]:
-        """What every request carries."""
+        """Return the headers of every request."""
         key = {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
         return {"content-type": "application/json", **key}
 
-    def body(self, asked: WorkloadRequest, random: np.random.Generator) -> bytes:
-        """A request of the asked size, its content at random so that no prefix cache helps."""
+    def body(self, request: WorkloadRequest, random: np.random.Generator) -> bytes:
+        """Return the body for ``request``. The prompt is random, so that a prefix cache has no effect."""
         fields: dict[str, Any] = {
             "model": self.model,
-            "max_tokens": asked.output_tokens,
+            "max_tokens": request.output_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -77,11 +87,11 @@ class Target:
         if self.temperature is not None:
             fields["temperature"] = self.temperature
         if self.endpoint == "chat":
-            fields["messages"] = [{"role": "user", "content": self._text(asked.prompt_tokens, random)}]
+            fields["messages"] = [{"role": "user", "content": self._text(request.prompt_tokens, random)}]
         elif self.prompt_style == "ids":
-            fields["prompt"] = random.integers(100, 4000, asked.prompt_tokens).tolist()
+            fields["prompt"] = random.integers(100, 4000, request.prompt_tokens).tolist()
         else:
-            fields["prompt"] = self._text(asked.prompt_tokens, random)
+            fields["prompt"] = self._text(request.prompt_tokens, random)
         return orjson.dumps(fields)
 
     @staticmethod
@@ -90,30 +100,38 @@ class Target:
 
 
 @dataclass(slots=True)
-class Sent:
-    """A workload's answers, in its order, and the seconds from the start to the last of them."""
+class LoadResult:
+    """Answers of one workload.
+
+    Attributes:
+        answers: one per request, in the order of ``workload``.
+        duration_s: seconds from the start to the last answer.
+    """
 
     target: Target
     workload: Sequence[WorkloadRequest]
     answers: list[ClientResult]
     duration_s: float
 
-    def served(self) -> list[RequestResult]:
-        """The answers as `lab.records.run_record.run_record` takes them."""
+    def results(self) -> list[RequestResult]:
+        """Return the answers in the form that `lab.records.run_record.run_record` accepts."""
         return [
-            RequestResult(asked, a.outcome, a.ttft_s, a.tpot_s, a.e2e_s, a.late_s, a.reason)
-            for asked, a in zip(self.workload, self.answers, strict=True)
+            RequestResult(request, a.outcome, a.ttft_s, a.tpot_s, a.e2e_s, a.late_s, a.reason)
+            for request, a in zip(self.workload, self.answers, strict=True)
         ]
 
     def extras(self) -> dict[str, Any]:
-        """What only a load client knows, for the run's record.
+        """Return the members of the run record that only a load client knows.
 
-        ``client_lateness_p99_s``; ``output_tokens`` in all finished answers; the shares of finished answers whose
-        length the server stated (``lengths_from_usage``) and, where exact lengths were asked for, that fell short
-        (``short_answers``); why requests were refused or failed, by number (``reasons``).
+        - ``client_lateness_p99_s``: 99th percentile of the client's lateness (s).
+        - ``output_tokens``: total over finished answers.
+        - ``lengths_from_usage``: share of finished answers whose length is from the server's ``usage``.
+        - ``short_answers``: share of finished answers shorter than requested, if exact lengths were requested.
+        - ``reasons``: number of rejected and failed requests by reason, the ten most frequent.
         """
-        finished = [(q, a) for q, a in zip(self.workload, self.answers, strict=True) if a.outcome == "finished"]
-        short = sum(a.tokens < q.output_tokens for q, a in finished) if self.target.ignore_eos else 0
+        pairs = zip(self.workload, self.answers, strict=True)
+        finished = [(request, a) for request, a in pairs if a.outcome == "finished"]
+        short = sum(a.tokens < request.output_tokens for request, a in finished) if self.target.ignore_eos else 0
         reasons: dict[str, int] = {}
         for answer in self.answers:
             if answer.reason:
@@ -129,24 +147,24 @@ class Sent:
 
 async def send(
     target: Target, workload: Sequence[WorkloadRequest], seed: int, on_progress: OnProgress | None = None
-) -> Sent:
-    """Send ``workload`` from this process and wait for every answer; ``seed`` decides the prompts' content."""
+) -> LoadResult:
+    """Send ``workload`` from this process and wait for every answer. ``seed`` determines the content of the prompts."""
     random = np.random.default_rng(seed)
-    bodies = [target.body(asked, random) for asked in workload]
+    bodies = [target.body(request, random) for request in workload]
     answers = [ClientResult() for _ in workload]
     slots = asyncio.Semaphore(target.max_connections) if target.max_connections else contextlib.nullcontext()
     sent = done = 0
 
-    async def one(which: int, due: float) -> None:
+    async def send_one(index: int, due: float) -> None:
         nonlocal done
         async with slots:
-            await ask(
+            await send_request(
                 session,
                 target.path,
-                workload[which],
-                bodies[which],
+                workload[index],
+                bodies[index],
                 due,
-                answers[which],
+                answers[index],
                 exact_length=target.ignore_eos,
             )
         done += 1
@@ -154,46 +172,50 @@ async def send(
     async def report() -> None:
         while on_progress is not None:
             on_progress(sent, done)
-            await asyncio.sleep(_PROGRESS_EVERY_S)
+            await asyncio.sleep(_PROGRESS_INTERVAL_S)
 
     timeout = aiohttp.ClientTimeout(total=target.timeout_s, sock_connect=min(30.0, target.timeout_s))
     connector = aiohttp.TCPConnector(limit=0)
-    gc.freeze()  # The bodies will not become garbage; do not look at them again.
+    gc.freeze()  # The bodies live until the end of the run; exclude them from garbage collection.
     async with aiohttp.ClientSession(
         target.url, connector=connector, timeout=timeout, headers=target.headers(), read_bufsize=1 << 20
     ) as session:
         reporting = asyncio.create_task(report())
         started = time.monotonic() + 0.05
         tasks = []
-        for which, asked in enumerate(workload):
-            due = started + asked.at_s
-            if (early := due - time.monotonic()) > 0:
-                await asyncio.sleep(early)
-            tasks.append(asyncio.create_task(one(which, due)))
+        for index, request in enumerate(workload):
+            due = started + request.at_s
+            if (wait_s := due - time.monotonic()) > 0:
+                await asyncio.sleep(wait_s)
+            tasks.append(asyncio.create_task(send_one(index, due)))
             sent += 1
-            if early <= 0:
-                # Behind: let what was sent go out before the next.
+            if wait_s <= 0:
+                # The client is late: let the new task send its request before the next one is created.
                 await asyncio.sleep(0)
         await asyncio.gather(*tasks)
         duration_s = time.monotonic() - started
         reporting.cancel()
     if on_progress is not None:
         on_progress(sent, done)
-    return Sent(target, workload, answers, duration_s)
+    return LoadResult(target, workload, answers, duration_s)
 
 
 async def send_from_another_process(
     target: Target, workload: Sequence[WorkloadRequest], seed: int, on_progress: OnProgress | None = None
-) -> Sent:
-    """`send`, in a process of its own. Raises `RuntimeError` when that process fails."""
-    job = {"target": asdict(target), "workload": [astuple(asked) for asked in workload], "seed": seed}
+) -> LoadResult:
+    """Run `send` in a separate process.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    job = {"target": asdict(target), "workload": [astuple(request) for request in workload], "seed": seed}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "lab.bench.load_client",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        limit=_LONGEST_LINE,
+        limit=_MAX_LINE_BYTES,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -213,38 +235,39 @@ async def send_from_another_process(
             process.kill()
             await process.wait()
     if process.returncode or "answers" not in last:
-        raise RuntimeError(f"the load client ended with code {process.returncode}")
-    return Sent(target, workload, [ClientResult(*row) for row in last["answers"]], last["duration_s"])
+        raise RuntimeError(f"the load client exited with code {process.returncode}")
+    return LoadResult(target, workload, [ClientResult(*row) for row in last["answers"]], last["duration_s"])
 
 
 def main() -> None:
-    """Read a job from standard input; write progress and then the answers to standard output, a JSON object a line."""
+    """Read a job from stdin; write progress and then the results to stdout, one JSON object per line."""
     job = orjson.loads(sys.stdin.buffer.read())
-    # JSON has no infinity: a bound that is none.
+    # NOTE: JSON has no infinity; the parent writes a missing bound as null.
     workload = [WorkloadRequest(*map(_or_infinite, row)) for row in job["workload"]]
 
-    def put(found: dict[str, Any]) -> None:
-        sys.stdout.buffer.write(orjson.dumps(found) + b"\n")
+    def write(message: dict[str, Any]) -> None:
+        sys.stdout.buffer.write(orjson.dumps(message) + b"\n")
         sys.stdout.buffer.flush()
 
-    _allow_many_connections()
-    job_done = send(
-        Target(**job["target"]), workload, job["seed"], lambda sent, done: put({"sent": sent, "done": done})
+    _raise_file_limit()
+    sending = send(
+        Target(**job["target"]), workload, job["seed"], lambda sent, done: write({"sent": sent, "done": done})
     )
     if sys.platform == "win32":
-        sent = asyncio.run(job_done)
+        result = asyncio.run(sending)
     else:
         import uvloop
 
-        sent = uvloop.run(job_done)
-    put({"answers": [astuple(answer) for answer in sent.answers], "duration_s": sent.duration_s})
+        result = uvloop.run(sending)
+    write({"answers": [astuple(answer) for answer in result.answers], "duration_s": result.duration_s})
 
 
 def _or_infinite(value: Any) -> Any:
     return math.inf if value is None else value
 
 
-def _allow_many_connections() -> None:
+def _raise_file_limit() -> None:
+    """Raise the limit on open files to its hard limit: every connection needs one."""
     if sys.platform == "win32":
         return
     import resource

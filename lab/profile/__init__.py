@@ -1,1 +1,1 @@
-"""`antares profile`: make or show a step-time profile."""
+"""`antares profile`: create or show a step-time profile."""

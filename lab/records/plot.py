@@ -1,4 +1,4 @@
-"""Run records as a picture: goodput and adherence against the offered rate, one line a policy."""
+"""Plots of run records: goodput and adherence against the offered rate, one line per policy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Run = dict[str, Any]
 
-# Okabe and Ito's palette, which the colour-blind can tell apart; markers differ too, for print.
+# Okabe and Ito's palette is safe for colour-blind readers. Markers differ too, for black-and-white print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 
@@ -24,28 +24,28 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Whether `plot_runs` can write ``path``: before a long run, not after it.
+    """Check that `plot_runs` can write ``path``, so that a command fails before a long run and not after it.
 
     Raises:
-        ValueError: its ending is no format, or it has no folder.
+        ValueError: the file extension is not in `FORMATS`, or the folder does not exist.
         ModuleNotFoundError: matplotlib is missing.
     """
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"--plot writes {', '.join(FORMATS)}; {path.name!r} is none of them")
+        raise ValueError(f"--plot: {path.name!r} must end in one of {', '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"--plot: there is no folder {path.parent}")
+        raise ValueError(f"--plot: folder {path.parent} does not exist")
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError("plots need matplotlib: pip install 'antares-gateway[bench]'", name="matplotlib")
 
 
 def plot_runs(runs: Sequence[Run], path: Path | str, title: str = "") -> None:
-    """Draw ``runs`` (`lab.records.run_record.run_record`) into ``path``; its ending says the format (.png, .svg, .pdf).
+    """Draw ``runs`` (`lab.records.run_record.run_record`) to ``path``; its extension selects the format (`FORMATS`).
 
-    A line is the mean over seeds, the band around it the range. Bounds on adherence are dashed where runs have them.
+    Lines show the mean over seeds, bands the range. Bounds on adherence are dashed lines, if the runs have them.
 
     Raises:
-        ValueError: no runs, or an ending that is no format.
-        ModuleNotFoundError: matplotlib is missing; the message names the extra that brings it.
+        ValueError: no runs, or an unknown file extension.
+        ModuleNotFoundError: matplotlib is missing; the message names the extra to install.
     """
     if not runs:
         raise ValueError("no runs to plot")
@@ -61,18 +61,18 @@ def plot_runs(runs: Sequence[Run], path: Path | str, title: str = "") -> None:
         figure, (goodput, adherence) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
         policies = list(dict.fromkeys(run["policy"] for run in runs))
         for axes, key in ((goodput, "goodput"), (adherence, "slo_adherence")):
-            for place, policy in enumerate(policies):
-                _line(axes, [run for run in runs if run["policy"] == policy], key, policy, place)
+            for index, policy in enumerate(policies):
+                _line(axes, [run for run in runs if run["policy"] == policy], key, policy, index)
             axes.set_xlabel("offered requests per second")
             axes.set_ylim(bottom=0)
             axes.set_xlim(left=0)
             axes.grid(color="0.9", linewidth=0.8)
-        _offered(goodput, runs)
-        _bounds(adherence, runs)
+        _offered_line(goodput, runs)
+        _bound_lines(adherence, runs)
         goodput.set_ylabel("goodput: attained requests per second")
         adherence.set_ylabel("SLO adherence: share of all requests")
         adherence.set_ylim(0, 1.04)
-        # One legend for both; a label that both panels have appears once.
+        # One legend for both panels; labels that both have appear once.
         lines = {
             label: line
             for axes in (goodput, adherence)
@@ -88,40 +88,42 @@ def plot_runs(runs: Sequence[Run], path: Path | str, title: str = "") -> None:
 
 
 def _by_rate(runs: Sequence[Run], key: str) -> list[tuple[float, list[float]]]:
-    """(rate, values of ``key`` over the seeds) in order of the rate; runs that lack the value are left out."""
-    found: dict[float, list[float]] = {}
+    """Return (rate, values of ``key`` over seeds), sorted by rate. Runs without the value are skipped."""
+    values: dict[float, list[float]] = {}
     for run in runs:
         if run.get(key) is not None:
-            found.setdefault(run["qps"], []).append(run[key])
-    return sorted(found.items())
+            values.setdefault(run["qps"], []).append(run[key])
+    return sorted(values.items())
 
 
-def _line(axes: Axes, runs: Sequence[Run], key: str, label: str, place: int) -> None:
+def _line(axes: Axes, runs: Sequence[Run], key: str, label: str, index: int) -> None:
     points = _by_rate(runs, key)
     if not points:
         return
     rates = [rate for rate, _ in points]
-    colour = _COLOURS[place % len(_COLOURS)]
+    colour = _COLOURS[index % len(_COLOURS)]
     axes.plot(
         rates,
         [statistics.mean(values) for _, values in points],
         color=colour,
-        marker=_MARKERS[place % len(_MARKERS)],
+        marker=_MARKERS[index % len(_MARKERS)],
         markersize=5,
         linewidth=1.8,
         label=label,
     )
     if any(len(values) > 1 for _, values in points):
-        least, most = ([pick(values) for _, values in points] for pick in (min, max))
-        axes.fill_between(rates, least, most, color=colour, alpha=0.15, linewidth=0)
+        lowest, highest = ([pick(values) for _, values in points] for pick in (min, max))
+        axes.fill_between(rates, lowest, highest, color=colour, alpha=0.15, linewidth=0)
 
 
-def _offered(axes: Axes, runs: Sequence[Run]) -> None:
-    most = max(run["qps"] for run in runs)
-    axes.plot([0, most], [0, most], color="0.6", linewidth=1, linestyle=(0, (1, 2)), label="all offered", zorder=1)
+def _offered_line(axes: Axes, runs: Sequence[Run]) -> None:
+    max_qps = max(run["qps"] for run in runs)
+    axes.plot(
+        [0, max_qps], [0, max_qps], color="0.6", linewidth=1, linestyle=(0, (1, 2)), label="all offered", zorder=1
+    )
 
 
-def _bounds(axes: Axes, runs: Sequence[Run]) -> None:
+def _bound_lines(axes: Axes, runs: Sequence[Run]) -> None:
     for key, (label, dashes) in _BOUNDS.items():
         points = _by_rate(runs, key)
         if points:

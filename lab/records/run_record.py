@@ -1,7 +1,7 @@
-"""One run as a JSON object: the same keys whether it was simulated or measured, so that both can be laid side by side.
+"""One run as a JSON object, with the same keys for simulated and measured runs, so that both can be compared.
 
-Rates are fractions of **all** requests: what was rejected or failed stays in the denominator. Violations count finished
-requests that broke that bound. Quantiles are over finished requests. Goodput is attained requests per second of the
+Rates are fractions of **all** requests; rejected and failed requests stay in the denominator. Violations count finished
+requests that missed that bound. Quantiles are over finished requests. Goodput is attained requests per second of the
 run, drain included.
 """
 
@@ -21,13 +21,17 @@ Outcome = Literal["finished", "rejected", "failed"]
 
 @dataclass(slots=True)
 class RequestResult:
-    """One request's fate. Times in seconds from the moment it was due.
+    """Outcome and latencies of one request. Times are in seconds from its due time.
 
-    ``ttft_s`` and ``e2e_s`` are None when there was no first, or no last, token; ``tpot_s`` is 0 up to one token.
-    ``late_s`` is by how much a load client missed the due moment; ``reason`` says why it was rejected or failed.
+    Attributes:
+        ttft_s: None if no first token arrived.
+        tpot_s: 0 for an answer of at most one token.
+        e2e_s: None if no last token arrived.
+        late_s: delay between the due time and the time at which the load client sent the request.
+        reason: why the request was rejected or failed.
     """
 
-    asked: WorkloadRequest
+    request: WorkloadRequest
     outcome: Outcome
     ttft_s: float | None = None
     tpot_s: float = 0.0
@@ -37,31 +41,31 @@ class RequestResult:
 
     @property
     def ttft_violated(self) -> bool:
-        """Finished, but the first token came too late, or nobody saw one."""
-        return self.outcome == "finished" and (self.ttft_s is None or self.ttft_s > self.asked.ttft_slo_s)
+        """Finished, but the first token was late or never observed."""
+        return self.outcome == "finished" and (self.ttft_s is None or self.ttft_s > self.request.ttft_slo_s)
 
     @property
     def tpot_violated(self) -> bool:
-        """Finished, but the tokens came too slowly."""
-        return self.outcome == "finished" and self.tpot_s > self.asked.tpot_slo_s
+        """Finished, but TPOT exceeded its bound."""
+        return self.outcome == "finished" and self.tpot_s > self.request.tpot_slo_s
 
     @property
     def e2e_violated(self) -> bool:
-        """Finished, but the last token came too late."""
-        return self.outcome == "finished" and (self.e2e_s is None or self.e2e_s > self.asked.e2e_slo_s)
+        """Finished, but the last token was late or never observed."""
+        return self.outcome == "finished" and (self.e2e_s is None or self.e2e_s > self.request.e2e_slo_s)
 
     @property
     def attained(self) -> bool:
-        """Finished and every bound met."""
-        late = self.ttft_violated or self.tpot_violated or self.e2e_violated
-        return self.outcome == "finished" and not late
+        """Finished within every bound."""
+        violated = self.ttft_violated or self.tpot_violated or self.e2e_violated
+        return self.outcome == "finished" and not violated
 
 
 def run_record(
     policy: str,
     qps: float,
     seed: int,
-    served: Sequence[RequestResult],
+    results: Sequence[RequestResult],
     duration_s: float,
     *,
     wall_s: float,
@@ -69,35 +73,36 @@ def run_record(
     bounds: tuple[float, float] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """The figures of one run, ready for ``json.dumps``; what is not known is None.
+    """Return the metrics of one run, ready for ``json.dumps``. Unknown values are None.
 
     Args:
-        policy: what served: a policy, or a label for the server.
-        qps: the rate offered (1/s).
-        seed: of the workload.
-        served: one entry for each request of the workload.
-        duration_s: from the start to the last answer, in the run's own time (simulated or real).
-        wall_s: what the run took by the wall clock; ``scheduling_s``: how much of it went into decisions.
+        policy: the policy that served the run, or a label for the server.
+        qps: offered rate (1/s).
+        seed: seed of the workload.
+        results: one result per request of the workload.
+        duration_s: seconds from the start to the last answer, in simulated or real time.
+        wall_s: wall-clock seconds of the run.
+        scheduling_s: wall-clock seconds spent in policy decisions.
         bounds: count bound and fair bound on adherence (`lab.bounds`).
-        extra: more members, added as they are.
+        extra: further members, added unchanged.
 
     Raises:
         ValueError: no requests.
     """
-    if not served:
-        raise ValueError("a run without requests has no figures")
-    attained = sum(one.attained for one in served)
-    classes = sorted({one.asked.category for one in served})
+    if not results:
+        raise ValueError("a run record needs at least one request")
+    attained = sum(result.attained for result in results)
+    classes = sorted({result.request.category for result in results})
     return {
         "policy": policy,
         "qps": _rounded(qps, 4),
         "seed": seed,
-        "requests": len(served),
+        "requests": len(results),
         "duration_s": _rounded(duration_s, 3),
         "goodput": _rounded(attained / duration_s if duration_s > 0 else None, 4),
-        **_shares(served),
-        **_quantiles(served),
-        "per_class": {str(c): _class([one for one in served if one.asked.category == c]) for c in classes},
+        **_shares(results),
+        **_quantiles(results),
+        "per_class": {str(c): _class_record([r for r in results if r.request.category == c]) for c in classes},
         "count_bound": _rounded(bounds[0] if bounds else None, 4),
         "fair_bound": _rounded(bounds[1] if bounds else None, 4),
         "scheduling_s": _rounded(scheduling_s, 4),
@@ -106,30 +111,30 @@ def run_record(
     }
 
 
-def _class(served: list[RequestResult]) -> dict[str, Any]:
-    return {"requests": len(served), **_shares(served), **_quantiles(served)}
+def _class_record(results: list[RequestResult]) -> dict[str, Any]:
+    return {"requests": len(results), **_shares(results), **_quantiles(results)}
 
 
-def _shares(served: Sequence[RequestResult]) -> dict[str, float | None]:
-    def share(holds: Callable[[RequestResult], bool]) -> float | None:
-        return _rounded(sum(map(holds, served)) / len(served), 4)
+def _shares(results: Sequence[RequestResult]) -> dict[str, float | None]:
+    def share(predicate: Callable[[RequestResult], bool]) -> float | None:
+        return _rounded(sum(map(predicate, results)) / len(results), 4)
 
     return {
-        "slo_adherence": share(lambda one: one.attained),
-        "finished": share(lambda one: one.outcome == "finished"),
-        "rejected": share(lambda one: one.outcome == "rejected"),
-        "failed": share(lambda one: one.outcome == "failed"),
-        "ttft_violations": share(lambda one: one.ttft_violated),
-        "tpot_violations": share(lambda one: one.tpot_violated),
-        "e2e_violations": share(lambda one: one.e2e_violated),
+        "slo_adherence": share(lambda result: result.attained),
+        "finished": share(lambda result: result.outcome == "finished"),
+        "rejected": share(lambda result: result.outcome == "rejected"),
+        "failed": share(lambda result: result.outcome == "failed"),
+        "ttft_violations": share(lambda result: result.ttft_violated),
+        "tpot_violations": share(lambda result: result.tpot_violated),
+        "e2e_violations": share(lambda result: result.e2e_violated),
     }
 
 
-def _quantiles(served: Sequence[RequestResult]) -> dict[str, float | None]:
-    finished = [one for one in served if one.outcome == "finished"]
-    ttft = [one.ttft_s for one in finished if one.ttft_s is not None]
-    tpot = [one.tpot_s for one in finished]
-    e2e = [one.e2e_s for one in finished if one.e2e_s is not None]
+def _quantiles(results: Sequence[RequestResult]) -> dict[str, float | None]:
+    finished = [result for result in results if result.outcome == "finished"]
+    ttft = [result.ttft_s for result in finished if result.ttft_s is not None]
+    tpot = [result.tpot_s for result in finished]
+    e2e = [result.e2e_s for result in finished if result.e2e_s is not None]
     return {
         "ttft_p50_s": quantile(ttft, 0.5),
         "ttft_p99_s": quantile(ttft, 0.99),
@@ -141,10 +146,10 @@ def _quantiles(served: Sequence[RequestResult]) -> dict[str, float | None]:
 
 
 def quantile(values: Sequence[float], q: float) -> float | None:
-    """The ``q`` quantile (0 to 1) to 0.01 ms; None of nothing."""
+    """Return the ``q`` quantile (0 to 1) of ``values`` (s), rounded to 0.01 ms; None if there are no values."""
     return _rounded(float(np.quantile(values, q)), 5) if values else None
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
-    # JSON has no NaN and no infinity.
+    # NOTE: JSON has no NaN and no infinity.
     return None if value is None or not math.isfinite(value) else round(float(value), digits)

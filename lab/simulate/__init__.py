@@ -1,1 +1,1 @@
-"""`antares simulate`: policies in virtual time on a step-time profile."""
+"""`antares simulate`: simulation of policies in virtual time on a step-time profile."""

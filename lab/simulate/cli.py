@@ -1,4 +1,4 @@
-"""`antares simulate`: policies in virtual time on the step times of a profile, without a GPU."""
+"""`antares simulate`: simulate policies in virtual time on the step times of a profile, without a GPU."""
 
 from __future__ import annotations
 
@@ -38,27 +38,31 @@ if TYPE_CHECKING:
 console = Console(stderr=True, highlight=False)
 
 _WALL_CLOCK = ("scheduling_s", "wall_s", "setup_s")
+"""Keys of a run record that differ between two runs of the same command."""
+
+
+_FROM_PROFILE = "from the profile"
 
 
 def simulate(
     context: typer.Context,
     profile: Annotated[
-        str, typer.Option(help="Whose step times: a shipped profile, or a profile's .json file.")
+        str, typer.Option(help="Step-time profile of the engine: a shipped name or a .json file.")
     ] = "a100-llama3.1-8b",
     workload: Workload = "sharegpt",
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="NAME or NAME:OPTION=VALUE,...; repeat for several. [default: fcfs, scorpio]"),
+        typer.Option(help="NAME or NAME:OPTION=VALUE,...; repeatable.", show_default="fcfs, scorpio"),
     ] = None,
     qps: Annotated[
-        list[float] | None, typer.Option(help="Offered requests per second; repeat for several. [default: 20]")
+        list[float] | None, typer.Option(help="Offered rate (requests/s); repeatable.", show_default="20")
     ] = None,
     hold: Annotated[
         float | None,
-        typer.Option(help="Instead of --qps: find the highest rate that keeps this adherence, such as 0.9."),
+        typer.Option(help="Find the highest rate that keeps this SLO adherence, such as 0.9. Replaces --qps."),
     ] = None,
     step_mode: Annotated[
-        str, typer.Option(help="chunked (vLLM today) or prefill-first (vLLM 0.6, whole prompts).")
+        str, typer.Option(help="chunked (current vLLM) or prefill-first (vLLM 0.6, whole prompts).")
     ] = "chunked",
     requests: Requests = None,
     duration: Duration = None,
@@ -74,34 +78,48 @@ def simulate(
     max_output: MaxOutput = None,
     predictor: Annotated[
         str,
-        typer.Option(help="Lengths as told to the gateway: shipped[:FACTOR], oracle, noise:SIGMA, constant, reversed."),
+        typer.Option(help="Length predictor: shipped[:FACTOR], oracle, noise:SIGMA, constant or reversed."),
     ] = "shipped",
-    replicas: Annotated[int, typer.Option(min=1, help="Engines behind the gateway.")] = 1,
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="vLLM's. [default: the profile's]")] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="vLLM's. [default: the profile's]")] = None,
-    kv_tokens: Annotated[int | None, typer.Option(min=1, help="KV memory (tokens). [default: the profile's]")] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Number of engines behind the gateway.")] = 1,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="As in vLLM.", show_default=_FROM_PROFILE)] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(min=1, help="As in vLLM.", show_default=_FROM_PROFILE)
+    ] = None,
+    kv_tokens: Annotated[
+        int | None, typer.Option(min=1, help="KV cache size (tokens).", show_default=_FROM_PROFILE)
+    ] = None,
     learn: Annotated[
-        bool, typer.Option("--learn/--no-learn", help="Policies learn step times from the run, as they do live.")
+        bool, typer.Option("--learn/--no-learn", help="Learn step times during the run, as a live gateway does.")
     ] = True,
-    apart: Annotated[
+    colocated_gateway: Annotated[
         bool,
-        typer.Option("--apart/--inside", help="The gateway reacts to a step when the next has begun, or at once."),
-    ] = True,
-    seed: Annotated[list[int] | None, typer.Option(help="Repeat for several. [default: 0]")] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core. 1 times runs best.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        typer.Option(
+            "--colocated-gateway", help="Gateway inside the engine: it reacts to a step before the next starts."
+        ),
+    ] = False,
+    apart: Annotated[bool | None, typer.Option("--apart/--inside", hidden=True)] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Random seed; repeatable.", show_default="0")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Number of processes; 0: one per core. Use 1 for accurate timings.")
+    ] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
     timings: Annotated[
-        bool, typer.Option("--timings/--no-timings", help="Keep wall-clock times: all that differs between two runs.")
+        bool,
+        typer.Option(
+            "--timings/--no-timings", help="Include wall-clock times, which differ between runs of the same command."
+        ),
     ] = True,
-    plot: Annotated[Path | None, typer.Option(help="Write goodput and adherence over the rate as a PNG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot goodput and adherence over the rate to a .png, .svg or .pdf.")
+    ] = None,
 ) -> None:
-    """Plan capacity and compare policies without a GPU, a thousand times faster than real time.
+    """Plan capacity and compare policies in virtual time, without a GPU.
 
-    How many requests per second can one A100 hold at the paper's SLOs, 90% of them attained?
+    How many requests per second does one A100 serve with 90% of the SLOs attained?
 
         antares simulate --hold 0.9
 
-    What would SCORPIO make of twice the load that stock vLLM survives?
+    How does SCORPIO compare with stock vLLM at the capacity of stock vLLM, and at twice that?
 
         antares simulate --qps 20 --qps 40 --policy fcfs --policy scorpio --plot curve.png
     """
@@ -111,15 +129,14 @@ def simulate(
     rates: list[float | None] = [*qps] if qps else [None if arrivals == "trace" else 20.0]
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "kv_tokens": kv_tokens}
     try:
-        asked = {"name": workload, **workload_arguments(context.params, unless_told_s=60.0)}
         experiment = Experiment(
             profile=profile,
-            workload=asked,
+            workload={"name": workload, **workload_arguments(context.params, default_duration_s=60.0)},
             predictor=predictor,
             step_mode=step_mode,
             replicas=replicas,
             learn=learn,
-            apart=apart,
+            colocated_gateway=_resolve_alias(colocated_gateway, apart),
             limits={name: limit for name, limit in limits.items() if limit is not None},
         )
         if hold is not None:
@@ -137,9 +154,9 @@ def simulate(
             document["runs"] = _perform(experiment, runs_of(policies, rates, seeds), workers)
         else:
             document["capacity_qps"] = {}
-            for one in policies:
-                rate, records = _capacity(experiment, one, seeds, hold, workers)
-                document["capacity_qps"][one] = round(rate, 2)
+            for name in policies:
+                rate, records = _capacity(experiment, name, seeds, hold, workers)
+                document["capacity_qps"][name] = round(rate, 2)
                 document["runs"] += records
     except ValueError as error:
         _usage(str(error))
@@ -155,22 +172,40 @@ def simulate(
         _print(document, experiment, hold)
 
 
+def _resolve_alias(colocated_gateway: bool, apart: bool | None) -> bool:
+    """Return ``colocated_gateway``, or the value of its old option ``--apart/--inside``, if given."""
+    if apart is None:
+        return colocated_gateway
+    instead = "leave it out" if apart else "use --colocated-gateway"
+    console.print(f"antares simulate: {'--apart' if apart else '--inside'} is deprecated: {instead}", markup=False)
+    return not apart
+
+
 def _check_hold(experiment: Experiment, hold: float, qps: list[float] | None) -> None:
-    """Refuse what `--hold` cannot go with. Raises ValueError."""
+    """Check the options that `--hold` depends on.
+
+    Raises:
+        ValueError: the target is out of range, or an option fixes the rate or the number of requests.
+    """
     if not 0 < hold <= 1:
-        raise ValueError("--hold is a share of all requests, above 0 and at most 1")
+        raise ValueError("--hold is a fraction of all requests, above 0 and at most 1")
     if qps:
-        raise ValueError("--hold looks for the rate itself: leave --qps out")
+        raise ValueError("--hold searches for the rate: remove --qps")
     if experiment.workload["arrivals"] == "trace":
-        raise ValueError("--hold needs arrivals whose rate can be chosen: poisson or gamma")
+        raise ValueError("--hold needs arrivals with a variable rate: use --arrivals poisson or gamma")
     if experiment.workload["requests"] is not None:
-        raise ValueError("--hold needs arrivals that go on: give --duration instead of --requests")
+        raise ValueError("--hold needs arrivals of a fixed duration: use --duration instead of --requests")
 
 
 def _check(
     experiment: Experiment, policies: list[str], rates: list[float | None], seeds: list[int], plot: Path | None
 ) -> None:
-    """Refuse at once what cannot run. Raises ValueError, or ModuleNotFoundError for a missing package."""
+    """Check all settings before the first run.
+
+    Raises:
+        ValueError: an invalid setting.
+        ModuleNotFoundError: a plot is requested and matplotlib is missing.
+    """
     from engine_adapter.simulated.scheduler import STEP_MODES
     from lab.records.plot import check_plot
     from lab.simulate.experiment import parse_policy
@@ -186,9 +221,9 @@ def _check(
         raise ValueError("--seed must be at least 0")
     if plot is not None:
         check_plot(plot)
-    small = {**experiment.workload, "requests": 1}
+    sample = {**experiment.workload, "requests": 1}
     for rate in rates:
-        predict(experiment.predictor, make_workload(qps=rate, seed=seeds[0], **small), 0)
+        predict(experiment.predictor, make_workload(qps=rate, seed=seeds[0], **sample), 0)
 
 
 def _perform(experiment: Experiment, runs: list[Run], jobs: int) -> list[dict[str, Any]]:
@@ -207,24 +242,24 @@ def _capacity(
 ) -> tuple[float, list[dict[str, Any]]]:
     from lab.simulate.experiment import capacity
 
-    with _progress(f"Looking for the rate that {policy} holds", None) as advance:
+    with _progress(f"Searching the capacity of {policy}", None) as advance:
         return capacity(
             experiment,
             policy,
             seeds,
             hold,
             jobs=jobs,
-            on_try=lambda qps, got: advance(f"{policy} at {qps:.1f}/s: adherence {got:.3f}"),
+            on_try=lambda qps, measured: advance(f"{policy} at {qps:.1f}/s: adherence {measured:.3f}"),
         )
 
 
 @contextmanager
-def _progress(what: str, total: int | None) -> Iterator[Any]:
+def _progress(label: str, total: int | None) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(label, total=total)
         yield lambda text: progress.update(task, advance=1, description=text)
 
 
@@ -239,33 +274,34 @@ def _plot(runs: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def _print(document: dict[str, Any], experiment: Experiment, hold: float | None) -> None:
-    from lab.simulate.experiment import MOST_QPS
+    from lab.simulate.experiment import MAX_QPS
 
     out = Console(highlight=False)
     if not out.is_terminal:
-        out = Console(highlight=False, width=160)  # piped: nothing to fit into
+        # Rich assumes 80 columns for a pipe, which would truncate the table.
+        out = Console(highlight=False, width=160)
     if hold is not None:
         for policy, rate in document["capacity_qps"].items():
-            most = "at least " if rate >= MOST_QPS else ""
+            at_least = "at least " if rate >= MAX_QPS else ""
             out.print(
-                f"{policy}: {most}{rate:g} requests/s with {hold:.0%} of them attained "
+                f"{policy}: {at_least}{rate:g} requests/s at {hold:.0%} SLO adherence "
                 f"({experiment.profile}, {experiment.workload['name']})"
             )
         return
     runs = document["runs"]
     table = Table(title=f"{experiment.profile}, {experiment.workload['name']}, {experiment.step_mode} steps")
-    heads = ("policy", "offered /s", "goodput /s", "adherence", "rejected", "late TTFT", "late TPOT", "TTFT p50 s",
-             "TPOT p50 s", "count bound", "fair bound")  # fmt: skip
-    for head in heads:
-        table.add_column(head, justify="left" if head == "policy" else "right")
+    headers = ("policy", "offered /s", "goodput /s", "adherence", "rejected", "TTFT viol.", "TPOT viol.", "TTFT p50 s",
+               "TPOT p50 s", "count bound", "fair bound")  # fmt: skip
+    for header in headers:
+        table.add_column(header, justify="left" if header == "policy" else "right")
     for policy, rate in dict.fromkeys((run["policy"], run["qps"]) for run in runs):
-        same = [run for run in runs if (run["policy"], run["qps"]) == (policy, rate)]
+        over_seeds = [run for run in runs if (run["policy"], run["qps"]) == (policy, rate)]
         keys = ("goodput", "slo_adherence", "rejected", "ttft_violations", "tpot_violations", "ttft_p50_s",
                 "tpot_p50_s", "count_bound", "fair_bound")  # fmt: skip
-        table.add_row(policy, f"{rate:g}", *(_mean([run[key] for run in same]) for key in keys))
+        table.add_row(policy, f"{rate:g}", *(_mean([run[key] for run in over_seeds]) for key in keys))
     out.print(table)
     if len({run["seed"] for run in runs}) > 1:
-        out.print("Means over seeds; --json has each run.")
+        out.print("Means over seeds; --json prints each run.")
 
 
 def _mean(values: list[float | None]) -> str:

@@ -1,6 +1,6 @@
-"""One simulated experiment: what is asked, of which engines, how well lengths are predicted; and its runs.
+"""A simulated experiment: workload, engines and length predictor; its runs, and the search for its capacity.
 
-Settings are plain values, so that an experiment can be written down, compared, and sent to another process.
+Settings are plain values, so that an experiment can be saved, compared, and sent to another process.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ from typing import Any
 from engine_adapter.step_time.profile import Profile, load_profile
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
-from lab.bounds import bounds, works
+from lab.bounds import bounds, token_costs
 from lab.records.run_record import run_record
 from lab.simulate.predictions import predict
 from lab.simulate.simulator import simulate
 from lab.simulate.step_jitter import StepJitter
 from lab.workload import WorkloadRequest, make_workload
 
-MOST_QPS = 4096.0
-"""`capacity` looks no further."""
+MAX_QPS = 4096.0
+"""Highest rate (1/s) that `capacity` tries, so that its search ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """What stays the same over the runs of one experiment.
+    """Settings that all runs of one experiment share.
 
-    ``workload``: `make_workload`'s arguments but for the rate and the seed. ``limits``: of the engine, where they
-    differ from the profile's. ``predictor``: see `lab.simulate.predictions`. ``apart``, ``step_jitter``: see
-    `simulate`.
+    Attributes:
+        profile: name or file of the step-time profile.
+        workload: arguments of `make_workload`, without rate and seed.
+        predictor: see `lab.simulate.predictions`.
+        limits: engine limits that replace those of the profile, by field name.
+        step_mode, replicas, learn, colocated_gateway, step_jitter: see `lab.simulate.simulator.simulate`.
     """
 
     profile: str = "a100-llama3.1-8b"
@@ -41,12 +44,16 @@ class Experiment:
     step_mode: str = "chunked"
     replicas: int = 1
     learn: bool = True
-    apart: bool = True
+    colocated_gateway: bool = False
     limits: dict[str, Any] = field(default_factory=dict)
     step_jitter: StepJitter | None = None
 
     def engine(self) -> Profile:
-        """The profile, under the limits. ValueError when its KV memory does not hold one sequence."""
+        """Return the profile with ``limits`` applied.
+
+        Raises:
+            ValueError: an unknown profile, or KV memory for less than one sequence.
+        """
         profile = replace(load_profile(self.profile), **self.limits)
         if profile.kv_tokens < profile.max_model_len:
             raise ValueError(
@@ -54,14 +61,14 @@ class Experiment:
             )
         return profile
 
-    def asked(self, qps: float | None, seed: int) -> list[WorkloadRequest]:
-        """The workload at ``qps`` (None: a trace's own rate)."""
+    def requests(self, qps: float | None, seed: int) -> list[WorkloadRequest]:
+        """Return the workload at ``qps`` (1/s). None keeps the rate of a trace."""
         return make_workload(qps=qps, seed=seed, **self.workload)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of an experiment: a policy (`parse_policy`), a rate (1/s), a seed."""
+    """One run of an experiment: a policy (see `parse_policy`), a rate (1/s) and a seed."""
 
     policy: str
     qps: float | None
@@ -69,17 +76,17 @@ class Run:
 
 
 def parse_policy(text: str) -> Policy:
-    """A policy from what `policy_spec` reads.
+    """Return the policy that ``text`` describes, in the form of `policy_spec`.
 
     Raises:
-        ValueError: no such policy or option, or a value it cannot have; the message says what there is.
+        ValueError: an unknown policy or option, or an invalid value; the message lists what is accepted.
     """
     spec = policy_spec(text)
     return make_policy(spec["name"], spec["options"])
 
 
 def policy_spec(text: str) -> dict[str, Any]:
-    """``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` as a configuration file has it: ``name`` and ``options``.
+    """Parse ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` to ``name`` and ``options``, as in a configuration file.
 
     Raises:
         ValueError: an option without a value.
@@ -89,7 +96,7 @@ def policy_spec(text: str) -> dict[str, Any]:
     for part in filter(None, rest.split(",")):
         option, equals, value = part.partition("=")
         if not equals:
-            raise ValueError(f"policy options are written NAME:OPTION=VALUE,..., but {part!r} has no value")
+            raise ValueError(f"policy options must have the form NAME:OPTION=VALUE,...; {part!r} has no value")
         options[option.strip()] = _value(value.strip())
     return {"name": name.strip(), "options": options}
 
@@ -104,54 +111,61 @@ def _value(text: str) -> Any:
 
 
 def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = lambda ended: None) -> dict[str, Any]:
-    """One run's record (`lab.records.run_record`). Raises ValueError for settings that cannot be."""
-    started = time.perf_counter()
+    """Simulate ``run`` and return its record (`lab.records.run_record`).
+
+    ``on_ended`` is called with the number of requests that have ended, as in `lab.simulate.simulator.simulate`.
+
+    Raises:
+        ValueError: invalid settings, or a workload without requests.
+    """
+    setup_started = time.perf_counter()
     profile = experiment.engine()
-    asked = experiment.asked(run.qps, run.seed)
-    if not asked:
-        raise ValueError("the workload has no requests: ask for more of them, or for a longer time")
-    predictions = predict(experiment.predictor, asked, run.seed)
-    began = time.perf_counter()
-    came = simulate(
-        asked,
+    workload = experiment.requests(run.qps, run.seed)
+    if not workload:
+        raise ValueError("the workload has no requests: raise --requests or --duration")
+    predictions = predict(experiment.predictor, workload, run.seed)
+    started = time.perf_counter()
+    result = simulate(
+        workload,
         predictions,
         profile,
         lambda: parse_policy(run.policy),
         step_mode=experiment.step_mode,
         replicas=experiment.replicas,
         learn=experiment.learn,
-        apart=experiment.apart,
+        colocated_gateway=experiment.colocated_gateway,
         step_jitter=experiment.step_jitter,
         seed=run.seed,
         on_ended=on_ended,
     )
-    wall_s = time.perf_counter() - began
-    costs = works(profile)
+    wall_s = time.perf_counter() - started
+    costs = token_costs(profile)
+    capacity_s = result.duration_s * experiment.replicas
     return run_record(
         run.policy,
-        _rate(asked) if run.qps is None else run.qps,
+        _mean_rate(workload) if run.qps is None else run.qps,
         run.seed,
-        came.served,
-        came.duration_s,
+        result.results,
+        result.duration_s,
         wall_s=wall_s,
-        scheduling_s=came.scheduling_s,
-        bounds=bounds(asked, costs, experiment.replicas),
-        steps=came.steps,
-        decisions=came.decisions,
-        preemptions=came.preemptions,
-        utilisation=round(came.busy_s / (came.duration_s * experiment.replicas), 4) if came.duration_s else 0.0,
-        setup_s=round(began - started, 3),
+        scheduling_s=result.scheduling_s,
+        bounds=bounds(workload, costs, experiment.replicas),
+        steps=result.steps,
+        decisions=result.decisions,
+        preemptions=result.preemptions,
+        utilisation=round(result.busy_s / capacity_s, 4) if capacity_s else 0.0,
+        setup_s=round(started - setup_started, 3),
     )
 
 
-def _rate(asked: Sequence[WorkloadRequest]) -> float:
-    """The mean rate (1/s) of a trace at its own pace; 0 where all come at once."""
-    span_s = asked[-1].at_s - asked[0].at_s
-    return (len(asked) - 1) / span_s if span_s > 0 else 0.0
+def _mean_rate(workload: Sequence[WorkloadRequest]) -> float:
+    """Return the mean arrival rate (1/s); 0 if all requests arrive at the same time."""
+    span_s = workload[-1].at_s - workload[0].at_s
+    return (len(workload) - 1) / span_s if span_s > 0 else 0.0
 
 
 def perform_all(experiment: Experiment, runs: Sequence[Run], jobs: int = 1) -> Iterator[dict[str, Any]]:
-    """The records of ``runs``, in order; ``jobs`` processes share the work."""
+    """Yield the records of ``runs``, in order, computed by ``jobs`` processes."""
     if jobs <= 1 or len(runs) <= 1:
         yield from (perform(experiment, run) for run in runs)
         return
@@ -167,41 +181,52 @@ def capacity(
     *,
     precision: float = 0.02,
     jobs: int = 1,
-    on_try: Callable[[float, float], None] = lambda qps, got: None,
+    on_try: Callable[[float, float], None] = lambda qps, measured: None,
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The highest rate (1/s, to a relative ``precision``) at which ``policy`` keeps ``adherence``, mean over ``seeds``.
+    """Return the highest rate (1/s) at which ``policy`` keeps ``adherence``, and the records of all runs of the search.
 
-    Doubles the rate until adherence falls below, then halves the interval. A rate at which nothing comes within the
-    workload's time is kept: nobody was let down. Returns the rate (0 when not even 0.25/s is kept, `MOST_QPS` when
-    nothing up to there is too much), and the records of the runs made on the way.
+    Doubles the rate until adherence falls below the target, then bisects. A rate at which the workload has no request
+    counts as kept.
+
+    Args:
+        experiment: the settings of every run.
+        policy: see `parse_policy`.
+        seeds: adherence is the mean over these seeds.
+        adherence: the share of requests that must attain their SLO, from 0 to 1.
+        precision: relative precision of the rate.
+        jobs: number of processes.
+        on_try: called with each rate (1/s) tried and the adherence measured there.
+
+    Returns:
+        The rate is 0 if the policy does not keep 0.25/s, and `MAX_QPS` if it keeps every rate up to there.
     """
-    made: list[dict[str, Any]] = []
+    all_records: list[dict[str, Any]] = []
 
-    def kept(qps: float) -> bool:
-        runs = [Run(policy, qps, seed) for seed in seeds if experiment.asked(qps, seed)]
+    def keeps(qps: float) -> bool:
+        runs = [Run(policy, qps, seed) for seed in seeds if experiment.requests(qps, seed)]
         if not runs:
             return True
         records = list(perform_all(experiment, runs, jobs))
-        made.extend(records)
-        got = fmean(record["slo_adherence"] for record in records)
-        on_try(qps, got)
-        return got >= adherence
+        all_records.extend(records)
+        measured = fmean(record["slo_adherence"] for record in records)
+        on_try(qps, measured)
+        return measured >= adherence
 
     low, high = 0.0, 1.0
-    while kept(high):
+    while keeps(high):
         low, high = high, high * 2
-        if high > MOST_QPS:
-            return low, made
+        if high > MAX_QPS:
+            return low, all_records
     low = low or 0.25
-    if low == 0.25 and not kept(low):
-        return 0.0, made
+    if low == 0.25 and not keeps(low):
+        return 0.0, all_records
     while high / low > 1 + precision:
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if kept(middle) else (low, middle)
-    return low, made
+        low, high = (middle, high) if keeps(middle) else (low, middle)
+    return low, all_records
 
 
 def runs_of(policies: Iterable[str], rates: Iterable[float | None], seeds: Sequence[int]) -> list[Run]:
-    """Every policy at every rate with every seed."""
+    """Return a run for each combination of policy, rate and seed, in that order."""
     rates = list(rates)
     return [Run(policy, qps, seed) for policy in policies for qps in rates for seed in seeds]

@@ -1,11 +1,13 @@
-"""The output lengths that a simulated gateway is told: from an oracle, with noise, with a real predictor's errors.
+"""Predicted output lengths for a simulated gateway: exact, with noise, or with a real predictor's errors.
 
-oracle          the true length
-noise:SIGMA     the true length times exp(N(0, SIGMA))
-constant        the workload's median for everybody
-reversed        the workload's lengths in reverse: whose answer is the longest is told the shortest, and so on
-shipped         what the shipped model would say
-shipped:FACTOR  the same times FACTOR, as a model would that was trained on shorter answers, or on longer ones
+Predictors:
+
+- ``oracle``: the true length.
+- ``noise:SIGMA``: the true length times exp(N(0, SIGMA)).
+- ``constant``: the median of the workload for every request.
+- ``reversed``: the lengths in reverse order. The request with the longest answer gets the shortest prediction.
+- ``shipped``: the length with the errors of the shipped model.
+- ``shipped:FACTOR``: the same times FACTOR, as from a model that was trained on shorter or longer answers.
 """
 
 from __future__ import annotations
@@ -23,108 +25,108 @@ from lab.workload.lengths import DATA
 Floats = NDArray[np.float64]
 
 SHIPPED = DATA / "shipped_predictor.npz"
-"""Lengths of held-out answers and what the shipped model said of them (`benchmarks.predictor.make_errors`)."""
+"""Lengths of held-out answers and the shipped model's predictions for them (`benchmarks.predictor.make_errors`)."""
 
 _Z90 = 1.2815515655446004
 """The 90th percentile of the standard normal distribution."""
 
 _NEIGHBOURS = 0.01
-"""A request errs as some held-out answer of about its own rank does, at most this share of all answers away."""
+"""Maximum distance in rank between a request and the held-out answer whose error it gets; a fraction of all answers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Predicted:
+class PredictedLength:
     """A predicted output length and its 90th percentile (tokens)."""
 
     tokens: float
     p90: float
 
 
-def predict(how: str, workload: Sequence[WorkloadRequest], seed: int) -> list[Predicted]:
-    """A prediction for each request of ``workload``; the same ``seed`` gives the same errors.
+def predict(predictor: str, workload: Sequence[WorkloadRequest], seed: int) -> list[PredictedLength]:
+    """Return one prediction per request of ``workload``. The same ``seed`` gives the same errors.
 
     Raises:
-        ValueError: no such predictor, or a parameter that it cannot have; the message says what there is.
+        ValueError: an unknown predictor or an invalid parameter; the message lists what is accepted.
     """
     if not workload:
         return []
-    lengths = np.array([asked.output_tokens for asked in workload], dtype=float)
-    if how in _WITHOUT_PARAMETER:
-        return _WITHOUT_PARAMETER[how](lengths)
-    kind, colon, parameter = how.partition(":")
+    lengths = np.array([request.output_tokens for request in workload], dtype=float)
+    if predictor in _WITHOUT_PARAMETER:
+        return _WITHOUT_PARAMETER[predictor](lengths)
+    kind, colon, parameter = predictor.partition(":")
     if kind == "noise":
         sigma = _number(parameter, 10)
         if sigma is None:
-            raise ValueError(f"noise:SIGMA needs a number from 0 to 10, such as noise:0.5, but got {parameter!r}")
+            raise ValueError(f"noise:SIGMA needs a number from 0 to below 10, such as noise:0.5; got {parameter!r}")
         return _noisy(lengths, sigma, np.random.default_rng([seed, 0x9E37]))
     if kind == "shipped":
         factor = _number(parameter, 1000) if colon else 1.0
         if not factor:
             raise ValueError(
-                f"shipped:FACTOR needs a number above 0 and below 1000, such as shipped:2, but got {parameter!r}"
+                f"shipped:FACTOR needs a number above 0 and below 1000, such as shipped:2; got {parameter!r}"
             )
-        return _as_shipped(lengths, factor, np.random.default_rng([seed, 0x51E9]))
+        return _shipped(lengths, factor, np.random.default_rng([seed, 0x51E9]))
     raise ValueError(
-        f"no predictor is called {how!r}; choose shipped, shipped:FACTOR (such as shipped:2), oracle, "
+        f"unknown predictor {predictor!r}: choose shipped, shipped:FACTOR (such as shipped:2), oracle, "
         "noise:SIGMA (such as noise:0.5), constant or reversed"
     )
 
 
-def _oracle(lengths: Floats) -> list[Predicted]:
-    return [Predicted(length, length) for length in lengths.tolist()]
+def _oracle(lengths: Floats) -> list[PredictedLength]:
+    return [PredictedLength(length, length) for length in lengths.tolist()]
 
 
-def _constant(lengths: Floats) -> list[Predicted]:
-    return [Predicted(float(np.median(lengths)), float(np.quantile(lengths, 0.9)))] * len(lengths)
+def _constant(lengths: Floats) -> list[PredictedLength]:
+    return [PredictedLength(float(np.median(lengths)), float(np.quantile(lengths, 0.9)))] * len(lengths)
 
 
-def _reversed(lengths: Floats) -> list[Predicted]:
-    """Wrong about the order alone: lengths and their spread are the workload's own."""
-    told = np.empty(len(lengths))
-    told[np.argsort(lengths, kind="stable")] = np.sort(lengths)[::-1]
+def _reversed(lengths: Floats) -> list[PredictedLength]:
+    """Only the order is wrong: the predictions are a permutation of the true lengths."""
+    predicted = np.empty(len(lengths))
+    predicted[np.argsort(lengths, kind="stable")] = np.sort(lengths)[::-1]
     p90 = float(np.quantile(lengths, 0.9))
-    return [Predicted(tokens, max(tokens, p90)) for tokens in told.tolist()]
+    return [PredictedLength(tokens, max(tokens, p90)) for tokens in predicted.tolist()]
 
 
-_WITHOUT_PARAMETER: dict[str, Callable[[Floats], list[Predicted]]] = {
+_WITHOUT_PARAMETER: dict[str, Callable[[Floats], list[PredictedLength]]] = {
     "oracle": _oracle,
     "constant": _constant,
     "reversed": _reversed,
 }
 
 
-def _noisy(lengths: Floats, sigma: float, random: np.random.Generator) -> list[Predicted]:
+def _noisy(lengths: Floats, sigma: float, random: np.random.Generator) -> list[PredictedLength]:
     errors = np.exp(random.normal(0.0, sigma, len(lengths)))
     p90 = math.exp(_Z90 * sigma)
-    return [Predicted(max(1.0, tokens), max(1.0, tokens * p90)) for tokens in (lengths * errors).tolist()]
+    return [PredictedLength(max(1.0, tokens), max(1.0, tokens * p90)) for tokens in (lengths * errors).tolist()]
 
 
-def _as_shipped(lengths: Floats, factor: float, random: np.random.Generator) -> list[Predicted]:
-    """The shipped model's errors in rank, on this workload's own scale, times ``factor``.
+def _shipped(lengths: Floats, factor: float, random: np.random.Generator) -> list[PredictedLength]:
+    """Return predictions with the shipped model's errors in rank, on this workload's scale, times ``factor``.
 
-    A length at rank u of the workload errs as a held-out answer near rank u does: if the model put that answer's p50
-    at the held-out lengths' rank v, the workload's v quantile is predicted. On the lengths that the model was trained
-    for that is its measured error; on others it is the model once calibrated to their scale.
+    A length at rank u of the workload gets the error of a held-out answer near rank u. If the model's p50 for that
+    answer is at rank v of the held-out lengths, the prediction is the workload's v quantile. For lengths like those of
+    the training data, that is the measured error. For others, it is the error of a model calibrated to their scale.
     """
     with np.load(SHIPPED) as held_out:
         by_length = np.argsort(held_out["length"], kind="stable")
         actual, p50, p90 = (held_out[key][by_length].astype(np.float64) for key in ("length", "p50", "p90"))
-    n, known = len(lengths), len(actual)
+    n, answers = len(lengths), len(actual)
     rank = np.empty(n)
     rank[np.argsort(lengths, kind="stable")] = (np.arange(n) + 0.5) / n
-    near = rank * known + random.uniform(-_NEIGHBOURS, _NEIGHBOURS, n) * known
-    alike = np.clip(near.astype(int), 0, known - 1)
+    neighbour = rank * answers + random.uniform(-_NEIGHBOURS, _NEIGHBOURS, n) * answers
+    chosen = np.clip(neighbour.astype(int), 0, answers - 1)
 
-    def on_scale(predicted: Floats) -> list[float]:
-        found: list[float] = (np.quantile(lengths, np.searchsorted(actual, predicted) / known) * factor).tolist()
-        return found
+    def rescaled(predicted: Floats) -> list[float]:
+        tokens: list[float] = (np.quantile(lengths, np.searchsorted(actual, predicted) / answers) * factor).tolist()
+        return tokens
 
-    pairs = zip(on_scale(p50[alike]), on_scale(p90[alike]), strict=True)
-    return [Predicted(max(1.0, tokens), max(1.0, tokens, upper)) for tokens, upper in pairs]
+    pairs = zip(rescaled(p50[chosen]), rescaled(p90[chosen]), strict=True)
+    return [PredictedLength(max(1.0, tokens), max(1.0, tokens, upper)) for tokens, upper in pairs]
 
 
 def _number(text: str, below: float) -> float | None:
-    """``text`` as a number of at least 0; None where it is none, or too large."""
+    """Return ``text`` as a number in [0, ``below``), or None."""
     try:
         number = float(text)
     except ValueError:

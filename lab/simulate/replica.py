@@ -1,4 +1,4 @@
-"""One engine of the simulator: the gateway's own admission, the rules of vLLM's scheduler, a profile's step times."""
+"""One simulated engine: the gateway's admission, the rules of vLLM's scheduler, and the step times of a profile."""
 
 from __future__ import annotations
 
@@ -18,28 +18,33 @@ from engine_adapter.step_time.profile import Profile
 from gateway.policies.base import UNGATED, Decision, Policy
 from gateway.requests.request import Request
 from gateway.scheduling.admission import AdmissionController
-from lab.simulate.step_jitter import Speeds
+from lab.simulate.step_jitter import StepFactors
 
 _SHORTEST_STEP_S = 1e-4
-"""A gate may leave a step empty; it still takes time, or virtual time would stand still."""
+"""Minimum step time (s). A step that the gate leaves empty must take time, or virtual time would not advance."""
 
 _RECHECK_AFTER_S = 1e-3
-"""As the gateway's timer: a policy that wants to look again at once does so this much later."""
+"""Minimum delay (s) before a recheck that a policy asks for, as in the gateway's timer."""
 
 
 @dataclass(slots=True, eq=False)
-class Flight(SimulatedSequence):
-    """The sequence of an admitted request. ``request`` hears of tokens when they are out."""
+class ReplicaSequence(SimulatedSequence):
+    """The sequence of an admitted request. ``request`` is updated when the step that produces a token ends."""
 
     request: Request = field(kw_only=True)
 
 
 class Replica:
-    """An engine in virtual time. While it is idle, ``step`` is None and ``step_ends_s`` infinite.
+    """An engine in virtual time. While it is idle, ``step`` is None and ``step_ends_s`` is infinite.
 
-    ``times``: what the policy is told of step times at first, by default the profile's; ``learn``: whether its
-    step-time model then follows the steps it sees. ``speeds``: what its steps' times are multiplied by.
-    ``best_effort``: whoever cannot attain its SLO is served all the same.
+    Args:
+        profile: step times and limits.
+        policy: the admission policy in front of this engine.
+        step_mode: one of `engine_adapter.simulated.scheduler.STEP_MODES`.
+        times: initial step times of the step-time model; by default those of the profile.
+        learn: whether the step-time model learns from the steps of the run.
+        step_factors: factors on the times of successive steps.
+        best_effort: whether requests that cannot attain their SLO are served as best-effort requests.
     """
 
     def __init__(
@@ -50,7 +55,7 @@ class Replica:
         step_mode: str = "chunked",
         times: StepTimes | None = None,
         learn: bool = True,
-        speeds: Speeds | None = None,
+        step_factors: StepFactors | None = None,
         best_effort: bool = False,
     ) -> None:
         self.state = EngineState(
@@ -76,53 +81,53 @@ class Replica:
         self.step: Step | None = None
         self.step_ends_s = math.inf
         self.recheck_at_s = math.inf
-        self.deciding_s = 0.0
+        self.scheduling_s = 0.0
         self.decisions = self.steps = 0
         self.busy_s = 0.0
         self._gated = policy.gate != UNGATED
         self._profile = profile
-        self._speeds = speeds
-        self._step_began_s = 0.0
+        self._step_factors = step_factors
+        self._step_started_s = 0.0
         self._planned: Step | None = None
         self._outcome: Finished | None = None
 
     @property
     def next_event_s(self) -> float:
-        """When something happens here next: a step ends, or the policy wants to look again.
+        """Virtual time (s) of the next event: a step ends, or the policy asked for a recheck.
 
-        A busy engine's policy looks again when its step ends, also when a decision stands no more in mid-step; nothing
-        that it decides takes effect earlier.
+        While the engine is busy, a recheck waits for the end of the step, because no decision takes effect earlier.
         """
         return self.recheck_at_s if self.step is None else self.step_ends_s
 
     def decide(self, now: float) -> Decision:
-        """As the gateway does when there is news: let the policy decide, and hand what it admits to the engine."""
-        decides = self.admission.decides(now)
-        if decides or not self.admission.waiting:
+        """Run the policy at ``now``, if a decision is due, and return its decision."""
+        due = self.admission.decision_due(now)
+        if due or not self.admission.waiting:
             self.recheck_at_s = math.inf
-        if not decides:
+        if not due:
             return Decision()
         started = time.perf_counter()
         decision = self.admission.decide(now)
-        self.deciding_s += time.perf_counter() - started
+        self.scheduling_s += time.perf_counter() - started
         self.decisions += 1
         if decision.recheck_at is not None:
             self.recheck_at_s = max(now + _RECHECK_AFTER_S, decision.recheck_at)
         return decision
 
     def send(self, request: Request, output_tokens: int) -> None:
-        """An admitted ``request`` goes to the engine, which will generate ``output_tokens``."""
-        sequence = Flight(
+        """Send an admitted ``request`` to the engine, which generates ``output_tokens`` for it."""
+        sequence = ReplicaSequence(
             request_id=request.id,
             prompt_tokens=request.prompt_tokens,
             output_tokens=output_tokens,
-            tpot_slo_s=request.tpot_slo_s if self._gated else None,
+            pace_s=request.pace_s if self._gated else None,
+            kind=request.kind,
             request=request,
         )
         self.scheduler.submit(sequence)
 
     def start_step(self, now: float) -> None:
-        """Begin the next step, if there is anything to do."""
+        """Start the next step, unless the engine has no sequences."""
         scheduler = self.scheduler
         step, self._planned = self._planned or self._plan(now), None
         if step is None:
@@ -131,15 +136,16 @@ class Replica:
         seconds = self._profile.step_seconds(
             len(step.decodes), step.decode_context, step.prefill_tokens, step.prefill_context, len(step.chunks) or 1
         )
-        if self._speeds is not None:
-            seconds *= self._speeds.next()
-        self._step_began_s, self.step_ends_s = now, now + max(seconds, _SHORTEST_STEP_S)
+        if self._step_factors is not None:
+            seconds *= self._step_factors.next()
+        self._step_started_s, self.step_ends_s = now, now + max(seconds, _SHORTEST_STEP_S)
         self.busy_s += self.step_ends_s - now
         self.steps += 1
         self.state.engine_running, self.state.engine_waiting = scheduler.running, scheduler.waiting
         self.state.kv_usage = scheduler.kv_usage
         if self._profile.plans_ahead:
-            # What will come of this step is certain, so the next is decided on now; it is told when this one ends.
+            # Asynchronous scheduling: the outcome of this step is known, so the engine plans the next one now. Requests
+            # and policy see the outcome when this step ends.
             self._outcome = scheduler.finish(step)
             self._planned = self._plan(now)
 
@@ -147,27 +153,27 @@ class Replica:
         return self.scheduler.plan(now) if self.scheduler.running or self.scheduler.waiting else None
 
     def end_step(self) -> list[Request]:
-        """The step's tokens are out, and the requests hear of theirs; answers those that are done."""
+        """End the step: update the requests that got a token, and return the finished ones."""
         step, now = self.step, self.step_ends_s
         assert step is not None
         finished, self._outcome = self._outcome or self.scheduler.finish(step), None
         decodes = len(step.decodes)
         mean_context = step.decode_context / decodes if decodes else 0.0
-        seconds = now - self._step_began_s
+        seconds = now - self._step_started_s
         self.state.step_time.observe(decodes, step.prefill_tokens, mean_context, seconds)
         self.scheduler.gate.observe(decodes, step.prefill_tokens, mean_context, seconds)
         self.step, self.step_ends_s = None, math.inf
         if self._planned is not None:
-            # Decided on before anybody could react to this one's tokens.
+            # The engine planned this step before the gateway could react to the tokens of the last one.
             self.start_step(now)
-        prefilled, done = cast(list[Flight], finished.prefilled), cast(list[Flight], finished.done)
-        for flight in cast(list[Flight], step.decodes):
-            flight.request.advance(1)
-        for flight in prefilled:
-            flight.request.advance(1)
-            if flight.request.first_token_s is None:
-                flight.request.first_token_s = now
-                self.admission.makes_room()
-        for flight in done:
-            self.admission.leave(flight.request)
-        return [flight.request for flight in done]
+        prefilled, done = cast(list[ReplicaSequence], finished.prefilled), cast(list[ReplicaSequence], finished.done)
+        for sequence in cast(list[ReplicaSequence], step.decodes):
+            sequence.request.advance(1)
+        for sequence in prefilled:
+            sequence.request.advance(1)
+            if sequence.request.first_token_s is None:
+                sequence.request.first_token_s = now
+                self.admission.capacity_changed()
+        for sequence in done:
+            self.admission.leave(sequence.request)
+        return [sequence.request for sequence in done]

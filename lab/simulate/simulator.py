@@ -1,8 +1,8 @@
-"""The gateway and its engines in virtual time: the very policies and step gates, on the step times of a profile.
+"""Simulation of the gateway and its engines in virtual time, with the step times of a profile.
 
-What is real: `gateway.scheduling.admission` with the policy, the step gate, the rules of vLLM's scheduler
-(`engine_adapter.simulated.scheduler`), and the step-time model learning from the steps it sees. What is not: a step
-takes what the profile says, and the network and the gateway take no time, but enough to come after the next step.
+The simulation runs the production code of admission and policy (`gateway.scheduling.admission`), the step gate, the
+rules of vLLM's scheduler (`engine_adapter.simulated.scheduler`) and the online step-time model. It differs in two
+points: a step takes the time that the profile gives, and the network and the gateway take no time.
 """
 
 from __future__ import annotations
@@ -19,20 +19,27 @@ from gateway.requests.request import Request
 from gateway.requests.slo import Slo
 from gateway.scheduling.placement import load
 from lab.records.run_record import RequestResult
-from lab.simulate.predictions import Predicted
+from lab.simulate.predictions import PredictedLength
 from lab.simulate.replica import Replica
 from lab.simulate.step_jitter import StepJitter
 from lab.workload import WorkloadRequest
 
 
 @dataclass(slots=True)
-class Simulated:
-    """What came of a workload: each request's fate, in its order; times in seconds of virtual time.
+class SimulationResult:
+    """Results and counters of one simulation. Times are seconds of virtual time, unless noted.
 
-    ``scheduling_s`` is real time: what all decisions took. ``busy_s``: virtual time that engines spent in steps.
+    Attributes:
+        results: one per request, in the order of the workload.
+        duration_s: time of the last event.
+        scheduling_s: real seconds spent in policy decisions.
+        decisions: number of policy decisions.
+        steps: number of engine steps.
+        busy_s: time that engines spent in steps, summed over engines.
+        preemptions: number of preempted sequences.
     """
 
-    served: list[RequestResult]
+    results: list[RequestResult]
     duration_s: float
     scheduling_s: float
     decisions: int
@@ -43,7 +50,7 @@ class Simulated:
 
 def simulate(
     workload: Sequence[WorkloadRequest],
-    predictions: Sequence[Predicted],
+    predictions: Sequence[PredictedLength],
     profile: Profile,
     make_policy: Callable[[], Policy],
     *,
@@ -51,40 +58,43 @@ def simulate(
     replicas: int = 1,
     times: StepTimes | None = None,
     learn: bool = True,
-    apart: bool = True,
+    colocated_gateway: bool = False,
     best_effort: bool = False,
     tenants: Sequence[str] | None = None,
     step_jitter: StepJitter | None = None,
     seed: int = 0,
     on_ended: Callable[[int], None] = lambda ended: None,
-) -> Simulated:
-    """Play ``workload`` (sorted by time) to its last answer.
+) -> SimulationResult:
+    """Simulate ``workload``, which is sorted by arrival, until every request has ended.
 
     Args:
-        predictions: the output length that the gateway is told, one for each request of ``workload``.
-        make_policy: called once for each replica.
-        step_mode: one of `simulated_scheduler.STEP_MODES`.
-        replicas: engines; a request goes to the one with the least work ahead of it.
-        times: what policies are told of step times at first; by default the profile's own.
-        learn: whether they learn step times in the run, or keep those throughout.
-        apart: the gateway is a process of its own, so that the next step has begun before it reacts to the last one.
-            False puts it inside the engine, as SCORPIO's authors had it.
-        unsteady: how much the engines' steps vary, as ``seed`` has it; by default they take what the profile says.
-        best_effort: whether who cannot attain its SLO is served all the same.
-        tenants: whose each request of ``workload`` is; by default all are the same one's.
-        on_ended: told, now and then, how many requests have ended.
+        workload: the requests, with true output lengths.
+        predictions: predicted output lengths, one per request of ``workload``.
+        profile: step times and limits of each engine.
+        make_policy: called once per replica.
+        step_mode: one of `engine_adapter.simulated.scheduler.STEP_MODES`.
+        replicas: number of engines; a request goes to the engine with the least work ahead of it.
+        times: initial step times of the policies' step-time model; by default those of the profile.
+        learn: whether the step-time model learns during the run.
+        colocated_gateway: the gateway runs inside the engine and reacts to a step before the next one starts, as in
+            SCORPIO's code. By default it runs in its own process, so the next step starts before it reacts.
+        best_effort: whether requests that cannot attain their SLO are served as best-effort requests.
+        tenants: the tenant of each request; by default all requests belong to one tenant.
+        step_jitter: random variation of the step times; none by default.
+        seed: seed of ``step_jitter``.
+        on_ended: called now and then with the number of requests that have ended.
 
     Raises:
-        ValueError: a request that no engine of this profile can hold.
-        RuntimeError: a policy that leaves requests waiting for ever before an idle engine.
+        ValueError: a request that is longer than the context length of the profile.
+        RuntimeError: the policy leaves requests waiting forever while every engine is idle.
     """
-    longest = max((a.prompt_tokens + a.output_tokens for a in workload), default=0)
+    longest = max((request.prompt_tokens + request.output_tokens for request in workload), default=0)
     if longest > profile.max_model_len:
         raise ValueError(
-            f"the workload has a request of {longest} tokens, but an engine of the profile {profile.name!r} holds "
-            f"{profile.max_model_len}: limit it with --max-prompt and --max-output"
+            f"the workload has a request of {longest} tokens, but the context length of profile {profile.name!r} is "
+            f"{profile.max_model_len}: set --max-prompt and --max-output"
         )
-    speeds = [step_jitter.speeds(seed * replicas + n) if step_jitter else None for n in range(replicas)]
+    step_factors = [step_jitter.step_factors(seed * replicas + n) if step_jitter else None for n in range(replicas)]
     engines = [
         Replica(
             profile,
@@ -92,20 +102,20 @@ def simulate(
             step_mode=step_mode,
             times=times,
             learn=learn,
-            speeds=each,
+            step_factors=factors,
             best_effort=best_effort,
         )
-        for each in speeds
+        for factors in step_factors
     ]
-    fates = _Fates(workload, on_ended)
+    results = _Results(workload, on_ended)
     now, arrived = 0.0, 0
-    while fates.open:
+    while results.open:
         engine = min(engines, key=_next_event_s) if len(engines) > 1 else engines[0]
-        due_s = workload[arrived].at_s if arrived < len(workload) else math.inf
-        if due_s <= engine.next_event_s:
-            if due_s == math.inf:
-                raise RuntimeError(f"{fates.open} requests wait before idle engines, and the policy will not decide")
-            now = due_s
+        arrival_s = workload[arrived].at_s if arrived < len(workload) else math.inf
+        if arrival_s <= engine.next_event_s:
+            if arrival_s == math.inf:
+                raise RuntimeError(f"{results.open} requests wait, but every engine is idle and the policy admits none")
+            now = arrival_s
             if len(engines) > 1:
                 engine = min(engines, key=_load)
             tenant = tenants[arrived] if tenants else "anonymous"
@@ -114,20 +124,20 @@ def simulate(
         else:
             now = engine.next_event_s
             if engine.step is not None:
-                fates.finished(now, engine.end_step())
-                if apart and engine.step is None:
+                results.finish(now, engine.end_step())
+                if not colocated_gateway and engine.step is None:
                     engine.start_step(now)
         decision = engine.decide(now)
         for request in decision.admit:
             engine.send(request, workload[int(request.id)].output_tokens)
         for rejection in decision.reject:
-            fates.rejected(rejection.request, f"{rejection.bound}_unattainable")
+            results.reject(rejection.request, f"{rejection.bound}_unattainable")
         if engine.step is None:
             engine.start_step(now)
-    return Simulated(
-        served=fates.served(),
+    return SimulationResult(
+        results=results.all(),
         duration_s=now,
-        scheduling_s=sum(e.deciding_s for e in engines),
+        scheduling_s=sum(e.scheduling_s for e in engines),
         decisions=sum(e.decisions for e in engines),
         steps=sum(e.steps for e in engines),
         busy_s=sum(e.busy_s for e in engines),
@@ -135,17 +145,17 @@ def simulate(
     )
 
 
-class _Fates:
-    """How each request of a workload ended."""
+class _Results:
+    """Collects the result of each request of ``workload``."""
 
     def __init__(self, workload: Sequence[WorkloadRequest], on_ended: Callable[[int], None]) -> None:
         self.open = len(workload)
         self._workload = workload
-        self._served: list[RequestResult | None] = [None] * len(workload)
+        self._results: list[RequestResult | None] = [None] * len(workload)
         self._on_ended = on_ended
 
-    def finished(self, now: float, requests: Sequence[Request]) -> None:
-        """These had their last token at ``now``."""
+    def finish(self, now: float, requests: Sequence[Request]) -> None:
+        """Record that ``requests`` got their last token at ``now``."""
         for request in requests:
             assert request.first_token_s is not None
             self._end(
@@ -159,20 +169,20 @@ class _Fates:
                 ),
             )
 
-    def rejected(self, request: Request, reason: str) -> None:
-        """It was turned away."""
+    def reject(self, request: Request, reason: str) -> None:
+        """Record that the policy rejected ``request``."""
         self._end(request, RequestResult(self._workload[int(request.id)], "rejected", reason=reason))
 
-    def _end(self, request: Request, served: RequestResult) -> None:
-        assert self._served[int(request.id)] is None, "a request ended twice"
-        self._served[int(request.id)] = served
+    def _end(self, request: Request, result: RequestResult) -> None:
+        assert self._results[int(request.id)] is None, "a request ended twice"
+        self._results[int(request.id)] = result
         self.open -= 1
         if self.open % 64 == 0:
             self._on_ended(len(self._workload) - self.open)
 
-    def served(self) -> list[RequestResult]:
-        """All of them, in the workload's order."""
-        return [served for served in self._served if served is not None]
+    def all(self) -> list[RequestResult]:
+        """Return the results in the order of the workload."""
+        return [result for result in self._results if result is not None]
 
 
 def _next_event_s(engine: Replica) -> float:
@@ -183,19 +193,19 @@ def _load(engine: Replica) -> tuple[float, int]:
     return load(engine.admission)
 
 
-def asked_slo(asked: WorkloadRequest) -> Slo:
-    """The bounds as a gateway has them: one that is infinite is none."""
-    bounds = (asked.ttft_slo_s, asked.tpot_slo_s, asked.e2e_slo_s)
+def slo_of(request: WorkloadRequest) -> Slo:
+    """Return the gateway's form of the bounds of ``request``: an infinite bound becomes None."""
+    bounds = (request.ttft_slo_s, request.tpot_slo_s, request.e2e_slo_s)
     return Slo(*(bound if bound < math.inf else None for bound in bounds))
 
 
-def _request(index: int, asked: WorkloadRequest, predicted: Predicted, tenant: str) -> Request:
+def _request(index: int, request: WorkloadRequest, predicted: PredictedLength, tenant: str) -> Request:
     return Request(
         id=str(index),
-        slo_class=str(asked.category),
-        arrival_s=asked.at_s,
-        slo=asked_slo(asked),
-        prompt_tokens=asked.prompt_tokens,
+        slo_class=str(request.category),
+        arrival_s=request.at_s,
+        slo=slo_of(request),
+        prompt_tokens=request.prompt_tokens,
         predicted_tokens=predicted.tokens,
         predicted_p90=predicted.p90,
         tenant=tenant,

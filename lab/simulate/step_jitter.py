@@ -1,4 +1,4 @@
-"""Engines whose steps do not take what the profile says, but that on the average: what planning has to live with."""
+"""Random variation of step times around the profile, as on a real engine."""
 
 from __future__ import annotations
 
@@ -6,33 +6,38 @@ import math
 import random
 from dataclasses import dataclass, field
 
-DRIFTS_OVER = 40
-"""Steps after which a drift is forgotten (to 1/e)."""
+DRIFT_STEPS = 40
+"""Time constant of the drift, in steps: its autocorrelation falls to 1/e after this many steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepJitter:
-    """Standard deviations, as shares of a step's time: ``jitter`` from step to step, ``drift`` over `DRIFTS_OVER`."""
+    """Standard deviations, as fractions of a step's time.
+
+    Attributes:
+        jitter: independent variation of each step.
+        drift: variation that persists over about `DRIFT_STEPS` steps.
+    """
 
     jitter: float
     drift: float
 
-    def speeds(self, seed: int) -> Speeds:
-        """Those of an engine."""
-        return Speeds(self, random.Random(seed))
+    def step_factors(self, seed: int) -> StepFactors:
+        """Return the random factors of one engine."""
+        return StepFactors(self, random.Random(seed))
 
 
 @dataclass(slots=True)
-class Speeds:
-    """What one step's time after another is multiplied by: log-normal, with a mean of 1."""
+class StepFactors:
+    """Factors on the times of successive steps: log-normal with mean 1."""
 
     step_jitter: StepJitter
     _random: random.Random = field(repr=False)
     _drift: float = 0.0
 
     def next(self) -> float:
-        """The next step's."""
+        """Return the factor of the next step."""
         jitter, drift = self.step_jitter.jitter, self.step_jitter.drift
-        keeps = 1 - 1 / DRIFTS_OVER
-        self._drift = keeps * self._drift + drift * math.sqrt(1 - keeps**2) * self._random.gauss()
+        decay = 1 - 1 / DRIFT_STEPS
+        self._drift = decay * self._drift + drift * math.sqrt(1 - decay**2) * self._random.gauss()
         return math.exp(self._drift + jitter * self._random.gauss() - (jitter**2 + drift**2) / 2)

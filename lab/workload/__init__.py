@@ -1,8 +1,8 @@
-"""What is asked of a server in a measurement: arrivals, lengths and SLOs, all from one seed.
+"""Workloads for measurements: arrival times, lengths and SLOs, all derived from one seed.
 
-Arrivals, lengths and categories come from random streams of their own (common random numbers): with one seed, request
-number i has the same lengths and bounds at every rate, and the gaps between arrivals only stretch. Curves over the rate
-are smooth, and two policies at one seed see the same requests.
+Arrivals, lengths and categories use separate random streams (common random numbers). With one seed, request i has the
+same lengths and bounds at every rate; only the gaps between arrivals scale. So curves over the rate are smooth, and
+all policies at one seed see the same requests.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from lab.workload import code_chat
-from lab.workload.arrivals import renewal, replayed
-from lab.workload.lengths import SMALL_OUTPUTS, SMALL_PROMPTS, TRACES, WORKLOADS, Ints, Lengths, cut, rows
+from lab.workload.arrivals import renewal, replay
+from lab.workload.lengths import SMALL_OUTPUTS, SMALL_PROMPTS, TRACES, WORKLOADS, Ints, Lengths, dataset, truncate
 
 __all__ = [
     "ARRIVALS",
     "PAPER_SLOS",
+    "SLO_TABLES",
     "SMALL_OUTPUTS",
     "SMALL_PROMPTS",
-    "Asked",
     "Lengths",
+    "WorkloadRequest",
     "make_workload",
     "slo_table_names",
     "workload_names",
@@ -37,7 +38,6 @@ PAPER_SLOS: dict[str, tuple[tuple[float, float], ...]] = {
     "gemma-2-27b": ((1, 60), (4, 60), (6, 60), (1, 100), (2, 100), (15, 100)),
 }
 
-
 SLO_TABLES: dict[str, tuple[tuple[float, float, float], ...]] = {
     # (TTFT s, TPOT ms, e2e s) of each category.
     **{name: tuple((ttft, tpot, math.inf) for ttft, tpot in slos) for name, slos in PAPER_SLOS.items()},
@@ -47,9 +47,14 @@ SLO_TABLES: dict[str, tuple[tuple[float, float, float], ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class WorkloadRequest:
-    """One request: when it is sent (s after the start), its sizes (tokens), its bounds (s), its category (from 1).
+    """One request of a workload.
 
-    A bound that it does not carry is infinite.
+    Attributes:
+        at_s: arrival time, in seconds after the start.
+        prompt_tokens: length of the prompt.
+        output_tokens: length of the answer.
+        ttft_slo_s, tpot_slo_s, e2e_slo_s: bounds in seconds; infinite if the request has no such bound.
+        category: row of the SLO table, from 1.
     """
 
     at_s: float
@@ -62,12 +67,12 @@ class WorkloadRequest:
 
 
 def workload_names() -> list[str]:
-    """What `make_workload` makes."""
+    """Return the names that `make_workload` accepts."""
     return list(WORKLOADS)
 
 
 def slo_table_names() -> list[str]:
-    """The SLO tables that `make_workload` knows."""
+    """Return the SLO tables that `make_workload` accepts."""
     return list(SLO_TABLES)
 
 
@@ -89,31 +94,31 @@ def make_workload(
     max_prompt: int | None = None,
     max_output: int | None = None,
 ) -> list[WorkloadRequest]:
-    """A workload, in the order of arrival.
+    """Return a workload, in order of arrival.
 
     Args:
-        name: where the lengths come from, one of `workload_names`. ``lab/workload/data/README.md`` describes
-            each.
-        qps: mean arrival rate (1/s). With ``arrivals="trace"`` it may be left out, or stand in for ``speed``.
-        requests, duration_s: the arrivals end at so many, or before so many seconds, whichever comes first. Poisson and
-            Gamma need one of them; a trace ends by itself.
-        seed: decides everything else.
-        arrivals: ``poisson``, ``gamma`` (bursts), or ``trace`` (recorded times).
+        name: source of the lengths, one of `workload_names`; see ``lab/workload/data/README.md``.
+        qps: mean arrival rate (1/s). Optional with ``arrivals="trace"``, where it replaces ``speed``.
+        requests, duration_s: limits on the number of requests and on their arrival times (s). The first limit that is
+            reached ends the arrivals. Poisson and Gamma arrivals need one of them.
+        seed: seed of all random streams.
+        arrivals: one of `ARRIVALS`: ``poisson``, ``gamma`` (bursty) or ``trace`` (recorded times).
         burstiness: coefficient of variation of the gaps under ``gamma``; 1 is Poisson.
-        speed: a trace is replayed so many times as fast.
-        trace: whose arrival times; by default the workload's own, or ``azure-conv`` for a workload without. A trace
-            replayed under its own name keeps its own lengths too; under another workload's (the paper's figure 5) it
-            gives only the times.
-        window_s: only the first so many seconds of the trace, before ``speed`` (the paper: 1200).
-        slo_table: one of `slo_table_names`; ``slo_scale`` multiplies its bounds. ``code-chat`` has its own and takes
-            those instead of the default.
-        mix: weight of each category, numbered from 1; categories not named get none. By default all weigh the same.
-        max_prompt, max_output: limits in tokens. ``sharegpt`` leaves out what is longer (1024 each by default),
-            the others cut it (log-normals have limits of their own, traces none by default).
+        speed: speed-up factor of a trace.
+        trace: source of the arrival times. By default the workload's own trace, or ``azure-conv`` if it has none. A
+            workload replayed on its own trace keeps the lengths of the trace as well. Another workload takes only the
+            times from it (figure 5 of the SCORPIO paper).
+        window_s: replay only this many seconds of the trace, before ``speed`` (the SCORPIO paper: 1200).
+        slo_table: one of `slo_table_names`. The workload ``code-chat`` uses its own table instead of those of
+            `PAPER_SLOS`.
+        slo_scale: factor on every bound.
+        mix: weight of each category, numbered from 1; categories not listed get weight 0. By default all are equal.
+        max_prompt, max_output: limits in tokens. ``sharegpt`` excludes longer requests (1024 each by default). Other
+            workloads truncate them; log-normal lengths have default limits, traces have none.
 
     Raises:
-        ValueError: an unknown name (the message lists what exists), a number out of range, or arguments that
-            contradict each other.
+        ValueError: an unknown name (the message lists the known ones), a number out of range, or contradictory
+            arguments.
     """
     if name == code_chat.NAME and slo_table in PAPER_SLOS:
         slo_table = code_chat.NAME
@@ -121,41 +126,42 @@ def make_workload(
     for limit, value in (("max_prompt", max_prompt), ("max_output", max_output)):
         if value is not None and value < 1:
             raise ValueError(f"{limit} must be at least 1")
-    gaps, sizes, kinds = (np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(3))
+    gaps, lengths, classes = (np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(3))
     recorded = trace or (name if name in TRACES else TRACES[0])
     if arrivals == "trace":
-        times = rows(recorded).at_s
+        times = dataset(recorded).at_s
         assert times is not None
-        at_s = replayed(times, qps=qps, speed=speed, window_s=window_s, requests=requests, duration_s=duration_s)
+        at_s = replay(times, qps=qps, speed=speed, window_s=window_s, requests=requests, duration_s=duration_s)
     else:
         assert qps is not None
         at_s = renewal(gaps, qps, burstiness, requests, duration_s)
     n = len(at_s)
     if arrivals == "trace" and recorded == name:
-        prompts, outputs = cut(rows(name).prompt_tokens[:n], max_prompt), cut(rows(name).output_tokens[:n], max_output)
+        data = dataset(name)
+        prompts, outputs = truncate(data.prompt_tokens[:n], max_prompt), truncate(data.output_tokens[:n], max_output)
     else:
-        prompts, outputs = WORKLOADS[name](sizes, n, max_prompt, max_output)
+        prompts, outputs = WORKLOADS[name](lengths, n, max_prompt, max_output)
     slos = SLO_TABLES[slo_table]
     ttft, tpot, e2e = np.array(slos, dtype=float).T * slo_scale
-    categories = _categories(kinds, n, len(slos), mix)
+    categories = _categories(classes, n, len(slos), mix)
     if name == code_chat.NAME:
-        prompts, outputs = code_chat.draw(sizes, np.isfinite(e2e[categories]), max_prompt, max_output)
+        prompts, outputs = code_chat.draw(lengths, np.isfinite(e2e[categories]), max_prompt, max_output)
     columns = (at_s, prompts, outputs, ttft[categories], tpot[categories] / 1000, categories + 1, e2e[categories])
     return [WorkloadRequest(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _categories(random: np.random.Generator, n: int, count: int, mix: Mapping[int, float] | None) -> Ints:
-    """Category of each request, from 0, shape (n,)."""
+    """Return the category of each request, from 0, shape (n,)."""
     weights = np.ones(count)
     if mix is not None:
         unknown = sorted(set(mix) - set(range(1, count + 1)))
         if unknown:
-            raise ValueError(f"mix: no category {unknown[0]}; the table has 1 to {count}")
+            raise ValueError(f"mix: unknown category {unknown[0]}; the SLO table has categories 1 to {count}")
         weights = np.array([mix.get(category, 0.0) for category in range(1, count + 1)], dtype=float)
         if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
             raise ValueError("mix: weights must be finite, not negative, and not all zero")
     edges = np.cumsum(weights) / weights.sum()
-    # The last category that has any weight also gets what rounding leaves above the last edge.
+    # Rounding may leave the last edge below 1; the last category with a weight gets the remainder.
     drawn: Ints = np.searchsorted(edges, random.random(n), side="right")
     return np.minimum(drawn, int(np.flatnonzero(weights)[-1]))
 
@@ -174,14 +180,14 @@ def _check(
     slo_scale: float,
     seed: int,
 ) -> None:
-    for what, value, known in (
+    for label, value, known in (
         ("workload", name, WORKLOADS),
         ("arrivals", arrivals, ARRIVALS),
         ("trace", trace or TRACES[0], TRACES),
         ("SLO table", slo_table, SLO_TABLES),
     ):
         if value not in known:
-            raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
+            raise ValueError(f"unknown {label} {value!r}: choose one of {', '.join(known)}")
     for option, number in (
         ("qps", qps),
         ("requests", requests),
@@ -197,13 +203,13 @@ def _check(
         raise ValueError(f"seed must be at least 0, not {seed}")
     if arrivals == "trace":
         if qps is not None and speed != 1:
-            raise ValueError("a trace takes qps or speed, not both")
+            raise ValueError("a trace accepts qps or speed, not both")
         return
     if qps is None:
         raise ValueError(f"{arrivals} arrivals need qps")
     if requests is None and duration_s is None:
         raise ValueError(f"{arrivals} arrivals need requests or duration_s")
     if arrivals == "poisson" and burstiness != 1:
-        raise ValueError("Poisson arrivals have burstiness 1: use arrivals='gamma'")
+        raise ValueError("Poisson arrivals have burstiness 1: use gamma arrivals")
     if trace is not None or window_s is not None or speed != 1:
-        raise ValueError("trace, window_s and speed need arrivals='trace'")
+        raise ValueError("trace, window_s and speed need trace arrivals")

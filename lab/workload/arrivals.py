@@ -1,4 +1,4 @@
-"""When requests arrive: unit-rate gaps that a rate only stretches, or the times of a recorded trace."""
+"""Arrival times: a renewal process, or the times of a recorded trace."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Floats = NDArray[np.float64]
 def renewal(
     random: np.random.Generator, qps: float, cv: float, requests: int | None, duration_s: float | None
 ) -> Floats:
-    """Arrivals (s) with independent gaps of mean ``1 / qps`` and coefficient of variation ``cv``.
+    """Return arrival times (s) with independent gaps of mean ``1 / qps`` and coefficient of variation ``cv``.
 
     Gaps are Gamma distributed with shape 1 / cv^2; cv 1 is a Poisson process, above 1 it is bursty. The gaps of one
-    seed at two rates differ by a factor only. Ends at ``requests`` or before ``duration_s``, whichever comes first;
-    one of them must be given.
+    seed at two rates differ only by a factor. Arrivals end after ``requests`` or before ``duration_s``, whichever comes
+    first. One of them is required.
     """
     if duration_s is None:
         assert requests is not None
@@ -37,7 +37,7 @@ def _unit_gaps(random: np.random.Generator, cv: float, n: int) -> Floats:
     return random.standard_gamma(1 / cv**2, n) * cv**2
 
 
-def replayed(
+def replay(
     at_s: Floats,
     *,
     qps: float | None,
@@ -46,10 +46,10 @@ def replayed(
     requests: int | None,
     duration_s: float | None,
 ) -> Floats:
-    """A trace's own arrivals (s): its first ``window_s`` seconds, ``speed`` times as fast.
+    """Return the arrival times (s) of a trace: its first ``window_s`` seconds, ``speed`` times as fast.
 
-    ``qps`` instead of a speed asks for that mean rate over the window. Ends at ``requests`` or before ``duration_s``
-    (after the change of speed).
+    If ``qps`` is given, the speed is set so that the mean rate over the window is ``qps``. Arrivals end after
+    ``requests`` or before ``duration_s`` (measured after the change of speed).
     """
     times = at_s if window_s is None else at_s[at_s < window_s]
     if qps is not None:

@@ -1,9 +1,10 @@
-"""Corrections on disk: one JSON file in a state folder, replaced whole, so that a kill at any time leaves the old one.
+"""Saves corrections to disk, in one JSON file of a state folder.
 
-    {"format": 1, "predictor": <which length model the answers were predicted by>,
-     "windows": [{"model", "slo_class", "rows"}, ...]}        (`online_calibration.OnlineCalibration.to_document`)
+    {"format": 1, "predictor": <id of the length model>,
+     "windows": [{"model", "slo_class", "rows"}, ...]}        (`predictor_service.calibration.online.OnlineCalibration`)
 
-The answers are relative to what one length model said of them; another length model starts without them.
+The file is replaced as a whole, so that a kill at any time leaves the previous one intact. Answers are stored relative
+to the predictions of one length model, so another length model starts without them.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ STATE_FILE = "calibration.json"
 FORMAT = 1
 
 
-class StateUnusable(Exception):  # noqa: N818 - it names what happened
-    """The state folder cannot be written; the message says which and why."""
+class StateUnusable(Exception):  # noqa: N818
+    """The state folder cannot be written. The message names the folder and the reason."""
 
 
 class CalibrationState:
-    """The file in ``folder``, which is made if need be. ``predictor`` names the length model.
+    """The state file in ``folder``, which is created if needed. ``predictor``: the id of the length model.
 
-    Raises `StateUnusable`.
+    Raises:
+        StateUnusable: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, predictor: str) -> None:
@@ -41,43 +43,49 @@ class CalibrationState:
             probe = folder / f".{STATE_FILE}.probe"
             probe.write_bytes(b"")
             probe.unlink()
-        except OSError as refused:
-            raise StateUnusable(f"the state folder {folder} cannot be written: {refused.strerror}") from None
+        except OSError as error:
+            raise StateUnusable(f"the state folder {folder} cannot be written: {error.strerror}") from None
 
     def load(self, calibration: OnlineCalibration) -> bool:
-        """Hand what was saved to ``calibration``; False when there is nothing that fits. Never raises: a service that
-        starts without corrections is better than none."""
+        """Restore the saved windows into ``calibration``. Return False if there are none for this length model.
+
+        Never raises: a service without corrections is better than no service.
+        """
         try:
             document = orjson.loads(self._file.read_bytes())
             if not isinstance(document, dict) or document.get("format") != FORMAT:
                 raise ValueError(f"not of format {FORMAT}")
             if document.get("predictor") != self._predictor:
-                log.info("the corrections in %s belong to another length model: starting without", self._file)
+                log.info("the corrections in %s belong to another length model: starting without them", self._file)
                 return False
             calibration.restore(document.get("windows"))
         except FileNotFoundError:
             return False
-        except (OSError, ValueError) as damaged:
-            log.warning("the corrections in %s cannot be read (%s): starting without", self._file, damaged)
+        except (OSError, ValueError) as error:
+            log.warning("the corrections in %s cannot be read (%s): starting without them", self._file, error)
             return False
         return True
 
     def save(self, calibration: OnlineCalibration) -> None:
-        """Write ``calibration``'s windows. Raises OSError; the file is then as it was."""
+        """Write the windows of ``calibration``.
+
+        Raises:
+            OSError: writing failed; the previous file is unchanged.
+        """
         document = {"format": FORMAT, "predictor": self._predictor, "windows": calibration.to_document()}
-        fresh = self._file.with_suffix(f".{os.getpid()}.tmp")
+        temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
         try:
-            with fresh.open("wb") as out:
+            with temporary.open("wb") as out:
                 out.write(orjson.dumps(document))
                 out.flush()
                 os.fsync(out.fileno())
-            fresh.replace(self._file)
+            temporary.replace(self._file)
         finally:
-            fresh.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def fingerprint(name: str, folder: Path) -> str:
-    """``name`` with a digest of the model's cards in ``folder``: trained anew, it is another length model."""
+    """Return ``name`` with a digest of the model cards in ``folder``, so that a retrained model has another id."""
     digest = hashlib.blake2b(digest_size=8)
     for card in sorted(folder.glob("*.json")):
         digest.update(card.read_bytes())

@@ -1,12 +1,11 @@
-"""The paper's length model as it is served: a language-model backbone that classifies a prompt into bins of lengths.
+"""SCORPIO's length model: a language-model backbone that classifies a prompt into bins of output lengths.
 
-    h = hidden state of the prompt's last token,     shares = softmax(W h + b),      one share a bin
+    h = hidden state of the prompt's last token,     p = softmax(W h + b),      one probability for each bin
 
-(SCORPIO, section 3.2 and appendix A.1: OPT-125M and one linear layer.) The quantiles of that distribution are the
-prediction. Two levels, set on answers that the fit has not seen, stand in for 0.5 and 0.9, so that the median is one
-and p90 covers nine answers in ten.
+(SCORPIO, section 3.2 and appendix A.1: OPT-125M and one linear layer.) The served p50 and p90 are quantiles of p. Their
+levels are set on the validation part, so that p50 covers half of the answers and p90 covers nine in ten.
 
-Imports torch and transformers, and is imported only for a folder whose card names this family.
+NOTE: this module imports torch and transformers. It is imported only for a model whose card names this family.
 """
 
 from __future__ import annotations
@@ -23,23 +22,22 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import nn
 
-from predictor_service.model.buckets import Buckets, Places
+from predictor_service.model.buckets import BinIndices, Buckets
 from predictor_service.model.length_model import Card, ModelUnusable, Prediction, write_card
 
 HEAD_FILE, BACKBONE_FOLDER = "length_head.safetensors", "backbone"
 SERVE_ROWS = 16
-"""Prompts in one forward pass; they are padded to the longest of them, so neighbours in length go together."""
+"""Prompts in one forward pass. Bounds memory; prompts are sorted by length first, so that padding stays small."""
 
 Floats = NDArray[np.float64]
 
 
-class NeedsText(ValueError):  # noqa: N818 - it names what is wrong
-    """This family reads prompts, not their hashed features."""
+class NeedsText(ValueError):  # noqa: N818
+    """This model reads prompts, but was given hashed features."""
 
 
 class Network(nn.Module):  # type: ignore[misc]
-    """Backbone and head. ``forward`` takes token ids and their mask, both of shape (rows, tokens), padded at the right,
-    and returns one logit a bin, shape (rows, bins)."""
+    """Backbone and linear head."""
 
     def __init__(self, backbone: Any, bins: int) -> None:
         super().__init__()
@@ -47,14 +45,17 @@ class Network(nn.Module):  # type: ignore[misc]
         self.head = nn.Linear(hidden_width(backbone), bins)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Shape (rows, bins)."""
+        """Return one logit for each bin, shape (rows, bins).
+
+        ``ids`` and ``mask``: token ids and attention mask, shape (rows, tokens), padded on the right.
+        """
         states = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         last = mask.sum(dim=1) - 1
         return self.head(states[torch.arange(len(ids), device=ids.device), last])
 
 
 def hidden_width(backbone: Any) -> int:
-    """The width of the backbone's last hidden state, asked of the backbone: no two configurations name it alike."""
+    """Return the width of the backbone's last hidden state, from a forward pass: config field names differ."""
     device = next(backbone.parameters()).device
     one = torch.ones((1, 1), dtype=torch.long, device=device)
     with torch.no_grad():
@@ -62,22 +63,22 @@ def hidden_width(backbone: Any) -> int:
 
 
 @dataclass(slots=True)
-class Reader:
-    """Prompts to token ids, cut to the first ``most_tokens``, in training as in serving."""
+class PromptEncoder:
+    """Turns prompts into token ids, in training and in serving alike. Keeps the first ``max_tokens`` of a prompt."""
 
     tokenizer: Any
-    most_tokens: int
+    max_tokens: int
 
-    def read(self, prompt: str) -> list[int]:
-        """At least one id, whatever the prompt."""
-        text = prompt.encode("utf-8", "replace").decode("utf-8")  # lone surrogates: no tokenizer takes them
-        ids = list(self.tokenizer(text, truncation=True, max_length=self.most_tokens)["input_ids"])
-        return ids or [self._filler]
+    def encode(self, prompt: str) -> list[int]:
+        """Return the prompt's token ids, at least one."""
+        text = prompt.encode("utf-8", "replace").decode("utf-8")  # tokenizers reject lone surrogates
+        ids = list(self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"])
+        return ids or [self._pad_id]
 
     def pad(self, rows: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask of shape (rows, longest)."""
+        """Return ids and attention mask, both of shape (rows, longest)."""
         longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self._filler, dtype=torch.long)
+        ids = torch.full((len(rows), longest), self._pad_id, dtype=torch.long)
         mask = torch.zeros((len(rows), longest), dtype=torch.long)
         for at, row in enumerate(rows):
             ids[at, : len(row)] = torch.tensor(row)
@@ -85,21 +86,20 @@ class Reader:
         return ids.to(device), mask.to(device)
 
     @property
-    def _filler(self) -> int:
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(token for token in known if token is not None)
+    def _pad_id(self) -> int:
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in candidates if token is not None)
 
 
 @dataclass(slots=True)
 class LengthClassifier:
-    """Network, tokenizer, bins and card, behind the same interface as
-    `predictor_service.model.length_model.LengthModel`.
+    """Network, prompt encoder, bins and card; implements `predictor_service.model.length_model.LengthPredictor`.
 
     ``levels``: the levels of the predicted distribution that are served as p50 and p90.
     """
 
     network: Network
-    reader: Reader
+    encoder: PromptEncoder
     buckets: Buckets
     levels: tuple[float, float]
     card: Card
@@ -107,41 +107,45 @@ class LengthClassifier:
 
     @property
     def name(self) -> str:
-        """The predictor model's id, from its card."""
+        """The length model's id, from its card."""
         return str(self.card["model"])
 
     def predict(self, rows: Sequence[Any]) -> list[Prediction]:
-        """One `Prediction` a prompt, before any clamp. Raises `NeedsText` for hashed features."""
-        shares = self.shares(rows)
-        p50 = np.maximum(self.buckets.quantiles(shares, self.levels[0]), 1.0)
-        p90 = np.maximum(self.buckets.quantiles(shares, self.levels[1]), p50)
+        """Return one `Prediction` for each prompt, before any clamp.
+
+        Raises:
+            NeedsText: a row is not a string.
+        """
+        probabilities = self.probabilities(rows)
+        p50 = np.maximum(self.buckets.quantiles(probabilities, self.levels[0]), 1.0)
+        p90 = np.maximum(self.buckets.quantiles(probabilities, self.levels[1]), p50)
         return [Prediction(length=a, p50=a, p90=b) for a, b in zip(p50.tolist(), p90.tolist(), strict=True)]
 
-    def classify(self, rows: Sequence[Any]) -> Places:
-        """The most probable bin of each prompt, as the paper reads it; shape (rows,)."""
-        return np.asarray(self.shares(rows).argmax(axis=1), dtype=np.int64)
+    def classify(self, rows: Sequence[Any]) -> BinIndices:
+        """Return the most probable bin of each prompt, as the paper does; shape (rows,)."""
+        return np.asarray(self.probabilities(rows).argmax(axis=1), dtype=np.int64)
 
-    def shares(self, rows: Sequence[Any]) -> Floats:
-        """Each prompt's probability of each bin; shape (rows, bins)."""
+    def probabilities(self, rows: Sequence[Any]) -> Floats:
+        """Return each prompt's probability of each bin; shape (rows, bins)."""
         if not all(isinstance(row, str) for row in rows):
             raise NeedsText("this model reads prompts, not features")
         device = next(self.network.parameters()).device
-        read = [self.reader.read(row) for row in rows]
-        shares = np.empty((len(rows), self.buckets.count))
-        by_length = sorted(range(len(rows)), key=lambda at: len(read[at]))
+        encoded = [self.encoder.encode(row) for row in rows]
+        probabilities = np.empty((len(rows), self.buckets.count))
+        by_length = sorted(range(len(rows)), key=lambda at: len(encoded[at]))
         self.network.eval()
         with torch.inference_mode():
             for first in range(0, len(rows), SERVE_ROWS):
-                places = by_length[first : first + SERVE_ROWS]
-                logits = self.network(*self.reader.pad([read[at] for at in places], device))
-                shares[places] = torch.softmax(logits.double(), dim=1).cpu().numpy()
-        return shares
+                batch = by_length[first : first + SERVE_ROWS]
+                logits = self.network(*self.encoder.pad([encoded[at] for at in batch], device))
+                probabilities[batch] = torch.softmax(logits.double(), dim=1).cpu().numpy()
+        return probabilities
 
     def save(self, folder: Path) -> None:
-        """Write backbone, head, bins and card into ``folder``: safetensors and JSON, nothing that is executed."""
+        """Write backbone, head, bins and card into ``folder``, as safetensors and JSON: no executable content."""
         folder.mkdir(parents=True, exist_ok=True)
         self.network.backbone.save_pretrained(folder / BACKBONE_FOLDER, safe_serialization=True)
-        self.reader.tokenizer.save_pretrained(folder / BACKBONE_FOLDER)
+        self.encoder.tokenizer.save_pretrained(folder / BACKBONE_FOLDER)
         head = self.network.head
         tensors = {
             "weight": head.weight.detach().float().cpu().numpy(),
@@ -154,7 +158,11 @@ class LengthClassifier:
 
 
 def load_classifier(folder: Path, card: Card) -> LengthClassifier:
-    """Read what `LengthClassifier.save` wrote. Raises `ModelUnusable`."""
+    """Read what `LengthClassifier.save` wrote.
+
+    Raises:
+        ModelUnusable: a file is missing or damaged.
+    """
     try:
         tensors = load_file(folder / HEAD_FILE)
         backbone, tokenizer = load_backbone(str(folder / BACKBONE_FOLDER))
@@ -163,17 +171,23 @@ def load_classifier(folder: Path, card: Card) -> LengthClassifier:
             {"weight": torch.from_numpy(tensors["weight"]), "bias": torch.from_numpy(tensors["bias"])}
         )
         low, high = (float(level) for level in tensors["levels"])
-        reader = Reader(tokenizer, int(card["recipe"]["most_prompt_tokens"]))
-        return LengthClassifier(place(network), reader, Buckets(tensors["edges"]), (low, high), card)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as broken:
-        raise ModelUnusable(f"the length classifier in {folder} cannot be read: {broken}") from None
+        recipe = card["recipe"]
+        # NOTE: cards of earlier versions name this field "most_prompt_tokens".
+        field = "max_prompt_tokens" if "max_prompt_tokens" in recipe else "most_prompt_tokens"
+        encoder = PromptEncoder(tokenizer, int(recipe[field]))
+        return LengthClassifier(to_accelerator(network), encoder, Buckets(tensors["edges"]), (low, high), card)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelUnusable(f"the length classifier in {folder} cannot be read: {error}") from None
 
 
 def load_backbone(base: str) -> tuple[Any, Any]:
-    """Backbone (without any head) and tokenizer of a local folder or a hub name; code that comes with a model is not
-    run.
+    """Return backbone (without a head) and tokenizer of a local folder or a Hugging Face name.
 
-    Raises OSError and ValueError as transformers does.
+    Code that comes with a model is never run.
+
+    Raises:
+        OSError: transformers cannot find or read ``base``.
+        ValueError: transformers does not know this kind of model.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -181,7 +195,7 @@ def load_backbone(base: str) -> tuple[Any, Any]:
     return backbone, AutoTokenizer.from_pretrained(base, trust_remote_code=False)
 
 
-def place(network: Network) -> Network:
-    """On the accelerator where there is one."""
+def to_accelerator(network: Network) -> Network:
+    """Move ``network`` to the GPU if there is one, and return it."""
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     return network

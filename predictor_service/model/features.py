@@ -1,16 +1,15 @@
-"""What the length model sees of a prompt: hashed n-grams and a few lexical measures, all by whole-array
-arithmetic.
+"""Turns a prompt into numbers: hashed n-grams and lexical measures.
 
-The same function runs at training, in the service and in the gateway, so a prompt always becomes the same
-numbers. Words (`predictor_service.model.hashed_text`) live in the lower half of the buckets, character n-grams in
-the upper half; the measures are those of `predictor_service.model.lexical`.
+Training, the service and the gateway call the same function, so that a prompt always has the same features. Words
+(`predictor_service.model.hashed_text`) use the lower half of the buckets, character n-grams the upper half. The
+measures come from `predictor_service.model.lexical`.
 
-The wire form (`Features.to_wire`) is what ``POST /v1/predict`` takes as ``features`` in place of ``prompt``:
+``POST /v1/predict`` accepts the wire form (`Features.to_wire`) as ``features`` in place of ``prompt``:
 
     {"version": 2, "indices": <base64 of little-endian uint16, strictly increasing>,
-     "counts": <base64 of uint8, as many, each at least 1>, "lexical": [LEXICAL_SIZE finite numbers]}
+     "counts": <base64 of uint8, one for each index, at least 1>, "lexical": [LEXICAL_SIZE finite numbers]}
 
-It holds no text. It is not anonymous: whoever guesses a prompt can check the guess.
+NOTE: the wire form holds no text, but it is not anonymous: a reader who guesses a prompt can verify the guess.
 """
 
 from __future__ import annotations
@@ -27,29 +26,30 @@ from predictor_service.model.hashed_text import MAX_CODES, code_points, find_wor
 from predictor_service.model.lexical import LEXICAL_SIZE, lexical_measures
 
 FEATURES_VERSION = 2
-"""Names this exact mapping from text to numbers; a model is only served with the version that it was trained
-on."""
+"""Version of this mapping from text to numbers. A model is served only with the version that it was trained on."""
 
 BUCKETS = 1 << 16
 WORD_BUCKETS = 1 << 15
-"""Indices below are words and word pairs, at or above are character n-grams."""
+"""First bucket of the character n-grams. Lower buckets hold words and word pairs."""
 
 HEAD_CHARS, TAIL_CHARS = 3072, 1024
-"""A longer prompt is read at its two ends, where instructions stand. Training cuts the same way."""
+"""Characters kept of a longer prompt, at its start and its end, because instructions are there."""
 
 MAX_COUNT = 255
+"""Highest count of one bucket: the wire form stores a byte."""
 
 
-class MalformedFeatures(ValueError):  # noqa: N818 - it names what is wrong
-    """A wire form that is none; the message names the field and never repeats its value."""
+class MalformedFeatures(ValueError):  # noqa: N818
+    """Malformed features. The message names the field and never quotes its value."""
 
 
 @dataclass(slots=True, frozen=True)
 class Features:
     """One prompt as numbers.
 
-    ``indices`` (strictly increasing, shape (n,), each below `BUCKETS`), ``counts`` (shape (n,), 1 to
-    `MAX_COUNT`) and ``lexical`` (shape (LEXICAL_SIZE,), see `predictor_service.model.lexical.LEXICAL_NAMES`).
+    ``indices``: buckets that occur, strictly increasing, shape (n,), each below `BUCKETS`.
+    ``counts``: how often each occurs, shape (n,), 1 to `MAX_COUNT`.
+    ``lexical``: shape (LEXICAL_SIZE,), in the order of `predictor_service.model.lexical.LEXICAL_NAMES`.
     """
 
     indices: NDArray[np.uint16]
@@ -57,7 +57,7 @@ class Features:
     lexical: NDArray[np.float32]
 
     def to_wire(self) -> dict[str, Any]:
-        """The JSON-ready, text-free form; `features_from_wire` reads it back."""
+        """Return the wire form, ready for JSON; `features_from_wire` reads it."""
         return {
             "version": FEATURES_VERSION,
             "indices": base64.b64encode(self.indices.astype("<u2").tobytes()).decode("ascii"),
@@ -67,7 +67,7 @@ class Features:
 
 
 def prompt_features(prompt: str) -> Features:
-    """Turn a prompt into numbers; the same ones in every process. Never fails, whatever the text."""
+    """Return the features of ``prompt``, the same in every process. Accepts any string."""
     long = len(prompt) > HEAD_CHARS + TAIL_CHARS
     kept = prompt[:HEAD_CHARS] + prompt[-TAIL_CHARS:] if long else prompt
     lower = code_points(kept.lower())[:MAX_CODES]
@@ -84,23 +84,30 @@ def prompt_features(prompt: str) -> Features:
 
 
 def features_from_wire(wire: object) -> Features:
-    """Read `Features.to_wire`'s form. Raises `MalformedFeatures` naming the field that is wrong."""
+    """Return the features of a wire form (`Features.to_wire`).
+
+    Raises:
+        MalformedFeatures: a field is wrong.
+    """
     if not isinstance(wire, dict):
         raise MalformedFeatures("features must be an object")
     if wire.get("version") != FEATURES_VERSION:
         raise MalformedFeatures(f"features.version must be {FEATURES_VERSION}")
     raw_indices, raw_counts = _base64(wire, "indices"), _base64(wire, "counts")
     if len(raw_indices) != 2 * len(raw_counts):
-        raise MalformedFeatures("features.indices and features.counts must have as many entries")
+        raise MalformedFeatures("features.indices and features.counts must have the same length")
     indices = np.frombuffer(raw_indices, dtype="<u2").astype(np.int64)
     return checked_features(indices, np.frombuffer(raw_counts, dtype=np.uint8).astype(np.int64), wire.get("lexical"))
 
 
 def checked_features(indices: NDArray[np.int64], counts: NDArray[np.int64], lexical: object) -> Features:
-    """`Features` of these numbers, from wherever they came. Raises `MalformedFeatures` naming the field that is
-    wrong."""
+    """Return `Features` of these numbers after checking them.
+
+    Raises:
+        MalformedFeatures: a field is wrong.
+    """
     if len(indices) != len(counts):
-        raise MalformedFeatures("features.indices and features.counts must have as many entries")
+        raise MalformedFeatures("features.indices and features.counts must have the same length")
     if len(indices) and not ((indices[1:] > indices[:-1]).all() and indices[0] >= 0 and indices[-1] < BUCKETS):
         raise MalformedFeatures("features.indices must be strictly increasing")
     if len(counts) and not (counts.min() >= 1 and counts.max() <= MAX_COUNT):

@@ -1,14 +1,11 @@
-"""The CPU length model as it is served: linear scores over hashed n-grams, trees on top, read as quantiles of the
-answer's length.
+"""The CPU length model: linear scores over hashed n-grams, boosted trees on top, then quantiles. Served by numpy.
 
     s_k(x) = intercept_k + sum over blocks B of  <v_B, w_Bk> / ||v_B||  +  z' u_k,      v_j = (1 + ln count_j) * idf_j
     estimate(x) = sum over trees of  leaf(s(x), lexical measures of x)
 
-with blocks words and character n-grams (`predictor_service.model.features`), z the standardised lexical measures
-clipped to
-+-`LEXICAL_CLIP`. The estimate is the answer's median in tokens; `predictor_service.model.quantiles` makes quantiles
-of it,
-and `predictor_service.training.fit` says how all of it is fitted. Served with numpy alone.
+There are two blocks: words and character n-grams (`predictor_service.model.features`). z holds the standardised lexical
+measures, clipped to +-`LEXICAL_CLIP`. The estimate is the median of the output length in tokens;
+`predictor_service.model.quantiles` turns it into p50 and p90. `predictor_service.training.fit` fits the model.
 """
 
 from __future__ import annotations
@@ -29,34 +26,37 @@ from predictor_service.model.trees import FIELDS as TREE_FIELDS
 from predictor_service.model.trees import Trees
 
 SHIPPED_MODEL = Path(__file__).parent / "shipped"
-"""The model that comes with the package; ``antares predictor train`` makes another."""
+"""Folder of the model that comes with the package."""
 
 WEIGHTS_FILE, CARD_FILE = "length_model.safetensors", "model_card.json"
 
 CLASSIFIER = "classifier"
-"""What the card of the other family says under ``family`` (`predictor_service.model.classifier`)."""
+"""Value of ``family`` in the card of a `predictor_service.model.classifier.LengthClassifier`."""
 
 LINEAR_FIELDS = ("idf", "weight", "lexical_mean", "lexical_scale", "lexical_weight", "intercept")
 CALIBRATION_FIELDS = ("middle", "estimate", "tail")
 LEXICAL_CLIP = 4.0
+"""Largest magnitude of a standardised lexical measure, in standard deviations: limits the effect of unusual prompts."""
+
 MAX_TOKENS = 1 << 30
-"""Token counts above this are not counts; also the widest clamp."""
+"""Largest token count that is accepted or predicted. A sanity bound, far above any context length."""
 
 Floats = NDArray[np.float64]
 Card = dict[str, Any]
 
 
-class ModelUnusable(Exception):  # noqa: N818 - it names what happened
-    """No model in this folder, or one that this version cannot serve; the message says what to do."""
+class ModelUnusable(Exception):  # noqa: N818
+    """The folder holds no model that this version can serve. The message says what to do."""
 
 
 @dataclass(slots=True, frozen=True)
 class Prediction:
-    """How long an answer will be, in tokens.
+    """A predicted output length, in tokens.
 
-    ``length`` is the point estimate: the calibrated median, which minimises the expected absolute error.
-    ``p50`` and ``p90`` are quantiles; a model may one day put ``length`` elsewhere than ``p50``. ``p50 <=
-    p90`` always.
+    ``length``: the point estimate. Today it equals ``p50``, the calibrated median, which minimises the expected
+    absolute error. ``p50`` and ``p90``: quantiles.
+
+    INVARIANT: ``p50`` <= ``p90``.
     """
 
     length: float
@@ -64,28 +64,28 @@ class Prediction:
     p90: float
 
     def clamped(self, min_tokens: int | None, max_tokens: int | None) -> Prediction:
-        """All three within [``min_tokens``, ``max_tokens``], as the engine will hold the answer there."""
+        """Return this prediction with all three values limited to [``min_tokens``, ``max_tokens``]."""
         low = float(min_tokens) if min_tokens is not None else 0.0
         high = float(max_tokens) if max_tokens is not None else float(MAX_TOKENS)
         return Prediction(*(min(max(x, low), high) for x in (self.length, self.p50, self.p90)))
 
 
 class LengthPredictor(Protocol):
-    """What the service asks of a model, whatever its family."""
+    """Interface of a length model, independent of its family."""
 
     reads_text: ClassVar[bool]
-    """Whether `predict` takes prompts (str) instead of their `Features`."""
+    """Whether `predict` takes prompts (str) rather than `Features`."""
 
     @property
     def card(self) -> Card:
-        """What it is, what it was trained on, how good it was."""
+        """The model card: what the model is, its training data and its metrics."""
 
     @property
     def name(self) -> str:
-        """The predictor model's id, from its card."""
+        """The length model's id, from its card."""
 
     def predict(self, rows: Sequence[Any]) -> list[Prediction]:
-        """One `Prediction` a prompt, before any clamp."""
+        """Return one `Prediction` for each prompt, before any clamp."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -104,7 +104,7 @@ class Linear:
     intercept: Floats
 
     def scores(self, rows: Sequence[Features], lexical: Floats) -> Floats:
-        """s_k of each row, shape (len(rows), scores), given their lexical measures (rows, LEXICAL_SIZE)."""
+        """Return s_k of each row, shape (rows, scores), given their measures, shape (rows, LEXICAL_SIZE)."""
         scores = np.empty((len(rows), len(self.intercept)))
         for at, row in enumerate(rows):
             values = (1.0 + _LOG[row.counts]) * self.idf[row.indices]
@@ -118,7 +118,7 @@ class Linear:
 
 @dataclass(slots=True, frozen=True)
 class LengthModel:
-    """Scores, trees, calibration and card. Immutable, so one instance serves any number of threads."""
+    """Scores, trees, calibration and card. Immutable, so that threads may share an instance."""
 
     linear: Linear
     trees: Trees
@@ -128,23 +128,22 @@ class LengthModel:
 
     @property
     def name(self) -> str:
-        """The predictor model's id, from its card."""
+        """The length model's id, from its card."""
         return str(self.card["model"])
 
     def estimate(self, rows: Sequence[Features]) -> Floats:
-        """Uncalibrated medians in tokens, shape (len(rows),); see the module's equation."""
+        """Return uncalibrated medians in tokens, shape (rows,); see the equation of the module."""
         lexical = np.array([row.lexical for row in rows], dtype=np.float64).reshape(len(rows), LEXICAL_SIZE)
         opening = np.zeros(len(rows), dtype=np.bool_)
         return self.trees.predict(tree_inputs(self.linear.scores(rows, lexical), lexical, opening))
 
     def predict(self, rows: Sequence[Features]) -> list[Prediction]:
-        """One `Prediction` a row, before any clamp; at least one token each."""
+        """Return one `Prediction` of at least one token for each row, before any clamp."""
         p50, p90 = self.calibration.quantiles(self.estimate(rows))
         return [Prediction(length=a, p50=a, p90=b) for a, b in zip(p50.tolist(), p90.tolist(), strict=True)]
 
     def save(self, folder: Path) -> None:
-        """Write weights and card into ``folder``, made if need be. Plain data: nothing in it is executed on
-        load."""
+        """Write weights and card into ``folder``, which is created if needed. No content is executable."""
         from safetensors.numpy import save
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,29 +152,37 @@ class LengthModel:
         tensors |= {f"tree_{name}": getattr(self.trees, name) for name in TREE_FIELDS}
         tensors["tree_depth"] = np.array([self.trees.depth])
         tensors |= {f"calibration_{name}": getattr(self.calibration, name) for name in CALIBRATION_FIELDS}
-        (folder / WEIGHTS_FILE).write_bytes(save(tensors))  # the umask decides who reads it, not safetensors
+        # Python writes the file, not safetensors, so that the umask sets its permissions.
+        (folder / WEIGHTS_FILE).write_bytes(save(tensors))
         write_card(folder, self.card)
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write ``card`` beside the weights."""
+    """Write ``card`` into ``folder``, as JSON."""
     text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def tree_inputs(scores: Floats, lexical: Floats, later: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """What the trees ask about: scores, lexical measures, and whether a turn is not its conversation's first, side by
-    side; shape (rows, scores + LEXICAL_SIZE + 1). Predictions are for opening turns."""
+    """Return the input columns of the trees, shape (rows, scores + LEXICAL_SIZE + 1).
+
+    They are the scores, the lexical measures and ``later``, which is True for turns that do not open a conversation.
+    The service always predicts for opening turns.
+    """
     return np.column_stack([scores, lexical, later]).astype(np.float32)
 
 
 def standardised(lexical: Floats, mean: Floats, scale: Floats) -> Floats:
-    """(lexical - mean) / scale, clipped; shapes (rows, LEXICAL_SIZE), (LEXICAL_SIZE,), (LEXICAL_SIZE,)."""
+    """Return (lexical - mean) / scale, clipped; shape (rows, LEXICAL_SIZE), ``mean`` and ``scale`` (LEXICAL_SIZE,)."""
     return np.clip((lexical - mean) / scale, -LEXICAL_CLIP, LEXICAL_CLIP)
 
 
 def load_model(folder: Path = SHIPPED_MODEL) -> LengthPredictor:
-    """Read the model in ``folder``; its card says which family it is. Raises `ModelUnusable`."""
+    """Return the model in ``folder``, of the family that its card names.
+
+    Raises:
+        ModelUnusable: there is no model, it is damaged, or this installation cannot serve it.
+    """
     card = _read_card(folder)
     if card.get("family") != CLASSIFIER:
         return load_hashed(folder, card)
@@ -192,36 +199,40 @@ def _read_card(folder: Path) -> Card:
     try:
         card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise _nothing_in(folder, CARD_FILE) from None
-    except (OSError, ValueError) as broken:
-        raise ModelUnusable(f"the length model in {folder} cannot be read: {broken}") from None
+        raise _missing_file(folder, CARD_FILE) from None
+    except (OSError, ValueError) as error:
+        raise ModelUnusable(f"the length model in {folder} cannot be read: {error}") from None
     if not isinstance(card, dict) or "model" not in card:
-        raise ModelUnusable(f"the card of the length model in {folder} names no model. Train it anew")
+        raise ModelUnusable(f"the card of the length model in {folder} names no model. Train the model again")
     return card
 
 
-def _nothing_in(folder: Path, file: str) -> ModelUnusable:
+def _missing_file(folder: Path, file: str) -> ModelUnusable:
     return ModelUnusable(
         f"no length model in {folder}: {file} is missing. Train one with  antares predictor train --output DIR"
     )
 
 
 def load_hashed(folder: Path, card: Card) -> LengthModel:
-    """Read what `LengthModel.save` wrote. Raises `ModelUnusable`."""
+    """Read what `LengthModel.save` wrote.
+
+    Raises:
+        ModelUnusable: a file is missing or damaged, or the model needs another version of the features.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     if card.get("features_version") != FEATURES_VERSION:
         raise ModelUnusable(
-            f"the length model in {folder} needs another version of Antares (features version "
-            f"{FEATURES_VERSION} is served here). Train it anew with  antares predictor train"
+            f"the length model in {folder} needs another version of Antares (this one serves features version "
+            f"{FEATURES_VERSION}). Train it again with  antares predictor train"
         )
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except FileNotFoundError:
-        raise _nothing_in(folder, WEIGHTS_FILE) from None
-    except (OSError, ValueError, SafetensorError) as broken:
-        raise ModelUnusable(f"the length model in {folder} cannot be read: {broken}") from None
+        raise _missing_file(folder, WEIGHTS_FILE) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelUnusable(f"the length model in {folder} cannot be read: {error}") from None
     try:
         model = LengthModel(
             linear=Linear(
@@ -236,13 +247,13 @@ def load_hashed(folder: Path, card: Card) -> LengthModel:
             card=card,
         )
         _check(model, tensors)
-    except (KeyError, ValueError) as damaged:
-        raise ModelUnusable(f"the length model in {folder} is damaged: {damaged}. Train it anew") from None
+    except (KeyError, ValueError) as error:
+        raise ModelUnusable(f"the length model in {folder} is damaged: {error}. Train the model again") from None
     return model
 
 
 def _check(model: LengthModel, tensors: dict[str, NDArray[Any]]) -> None:
-    """Raises ValueError where a tensor's shape or value is none that `LengthModel.save` writes."""
+    """Raise ValueError if a tensor has another shape than `LengthModel.save` writes, or is not finite."""
     scores, knots = len(model.linear.intercept), len(model.calibration.estimate)
     shapes = {
         "idf": (BUCKETS,),
@@ -255,7 +266,7 @@ def _check(model: LengthModel, tensors: dict[str, NDArray[Any]]) -> None:
     }
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
-            raise ValueError(f"tensor {name!r} has another shape")
+            raise ValueError(f"tensor {name!r} has the wrong shape")
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise ValueError(f"tensor {name!r} is not finite")
@@ -263,4 +274,4 @@ def _check(model: LengthModel, tensors: dict[str, NDArray[Any]]) -> None:
 
 
 _LOG = np.log(np.maximum(np.arange(256), 1)).astype(np.float32)
-"""ln of every possible count."""
+"""ln(count) for every count that `Features` can hold."""

@@ -1,7 +1,7 @@
-"""Measures of a prompt that bear on its answer's length: size and shape, scripts, code, what is asked for and how much.
+"""Lexical measures of a prompt: size and shape, scripts, code, the kind of answer requested, and how much of it.
 
-Everything is counted on arrays of code points and word hashes; the one regular expression looks for a number beside a
-unit ("500 words", "10 blog post ideas").
+Everything is counted on arrays of code points and word hashes, except amounts: a regular expression finds a number with
+a unit ("500 words", "10 blog post ideas").
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from predictor_service.model.hashed_text import Codes, Words, code_points, find_words
 
-ASKS: dict[str, str] = {
+KEYWORDS: dict[str, str] = {
     "brief": "brief briefly short shorter concise concisely sentence tldr summary summarize summarise summarized "
     "summarizing simple simply few",
     "long": "detail details detailed comprehensive depth essay article blog story report chapter guide step "
@@ -33,7 +33,7 @@ ASKS: dict[str, str] = {
     "lyrics haiku",
     "continue": "continue go next more again another further expand",
 }
-"""Words that ask for an answer of a kind."""
+"""Words that request a kind of answer. A word belongs to one kind only."""
 
 UNITS = {
     "words": r"words?",
@@ -47,7 +47,7 @@ UNITS = {
 }
 
 HEAD, TAIL = 120, 160
-"""Characters at the two ends in which asking words count once more: a request stands there, its material between."""
+"""Characters at the start and the end in which keywords are flagged, because instructions are there."""
 
 _LENGTH_BINS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -84,20 +84,20 @@ LEXICAL_NAMES = (
     "log_last_line",
     "log_longest_line",
     "log_sentence_marks",
-    "words_a_sentence_mark",
+    "log_words_per_sentence_mark",
     "log_numbers",
     "log_quotes",
     "log_brackets",
     "distinct_word_share",
-    "last_question_mark_at",
-    "longest_word",
-    *(f"log_asked_{unit}" for unit in UNITS),
-    *(f"{where}_{kind}" for kind in ASKS for where in ("log", "head", "tail")),
+    "last_question_mark_position",
+    "log_longest_word",
+    *(f"log_requested_{unit}" for unit in UNITS),
+    *(f"{where}_{kind}" for kind in KEYWORDS for where in ("log", "head", "tail")),
     *(f"chars_over_{bound}" for bound in _LENGTH_BINS),
 )
 LEXICAL_SIZE = len(LEXICAL_NAMES)
 
-_ASKED = re.compile(
+_AMOUNT = re.compile(
     r"(?<![\d.,])(\d{1,5})(?: ?\+)?[ -]{0,2}(?:\w+ )?(?:"
     + "|".join(f"(?P<{k}>{v})" for k, v in UNITS.items())
     + r")\b",
@@ -105,7 +105,7 @@ _ASKED = re.compile(
 )
 _LIST_LINE = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
 
-# Code points at which the script changes, and the column that each stretch counts towards (0: none).
+# Code points at which the script changes, and the column that each range counts towards (0: none).
 _SCRIPT_EDGES = np.array(
     [0xC0, 0x250, 0x400, 0x530, 0x600, 0x700, 0x900, 0xE00, 0x3040, 0x3100, 0x3400, 0xA000, 0xAC00, 0xD7B0]
 )
@@ -114,22 +114,22 @@ _SCRIPTS = 7
 _CODE_MARKS = np.frombuffer(b"{}[]();=<>_", dtype=np.uint8)
 
 
-def _asking_words() -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Hashes of all asking words in order, and each one's kind; a word may be of one kind only."""
-    kinds = {word: kind for kind, words in enumerate(ASKS.values()) for word in words.split()}
+def _hashed_keywords() -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return the hashes of all keywords in ascending order, and the kind of each."""
+    kinds = {word: kind for kind, words in enumerate(KEYWORDS.values()) for word in words.split()}
     hashes = np.array([int(find_words(code_points(word)).hashes[0]) for word in kinds], dtype=np.uint64)
     order = np.argsort(hashes)
     return hashes[order], np.array(list(kinds.values()), dtype=np.int64)[order]
 
 
-_ASKING, _KIND_OF = _asking_words()
+_KEYWORD_HASHES, _KEYWORD_KINDS = _hashed_keywords()
 
 
 def lexical_measures(full_chars: int, kept: str, cased: Codes, words: Words) -> NDArray[np.float32]:
-    """The measures, in the order of `LEXICAL_NAMES`; shape (LEXICAL_SIZE,), finite.
+    """Return the measures in the order of `LEXICAL_NAMES`; shape (LEXICAL_SIZE,), finite.
 
-    ``kept`` is what is read of a prompt of ``full_chars`` characters, ``cased`` its code points, ``words`` the words of
-    its lower case.
+    ``full_chars``: characters of the whole prompt. ``kept``: the part that is read, in its original case.
+    ``cased``: the code points of ``kept``. ``words``: the words of its lower case.
     """
     chars = max(len(cased), 1)
     histogram = np.bincount(np.minimum(cased, 128), minlength=129)
@@ -173,8 +173,8 @@ def lexical_measures(full_chars: int, kept: str, cased: Codes, words: Words) -> 
             len(np.unique(words.hashes)) / max(count, 1),
             (kept.rfind("?") + 1) / chars,
             math.log1p(int((words.ends - words.starts).max())) if count else 0.0,
-            *_asked_amounts(kept, digits),
-            *_asking_measures(words, chars),
+            *_requested_amounts(kept, digits),
+            *_keyword_measures(words, chars),
             *(float(full_chars > bound) for bound in _LENGTH_BINS),
         ],
         dtype=np.float32,
@@ -188,7 +188,7 @@ def _script_shares(cased: Codes, chars: int) -> list[float]:
 
 
 def _line_measures(cased: Codes) -> list[float]:
-    """Logs of: indented lines, empty lines, the first, the last and the longest line's characters."""
+    """Return logs of: indented lines, empty lines, characters of the first, the last and the longest line."""
     breaks = np.flatnonzero(cased == 10)
     if not len(breaks):
         return [0.0, 0.0, *[math.log1p(len(cased))] * 3]
@@ -199,23 +199,23 @@ def _line_measures(cased: Codes) -> list[float]:
     return [math.log1p(float(x)) for x in (indented, (long == 0).sum(), long[0], long[-1], long.max())]
 
 
-def _asked_amounts(kept: str, digits: int) -> list[float]:
-    """The log of the first amount asked for in each unit, 0 where none is."""
+def _requested_amounts(kept: str, digits: int) -> list[float]:
+    """Return the log of the first amount requested in each unit; 0 if there is none."""
     amounts = dict.fromkeys(UNITS, 0.0)
     if digits:
-        for found in _ASKED.finditer(kept):
+        for found in _AMOUNT.finditer(kept):
             unit = found.lastgroup or ""
             amounts[unit] = amounts[unit] or math.log1p(int(found.group(1)))
     return list(amounts.values())
 
 
-def _asking_measures(words: Words, chars: int) -> list[float]:
-    """For each kind of asking word: the log of its count, whether it stands in the head, whether in the tail."""
-    at = np.minimum(np.searchsorted(_ASKING, words.hashes), len(_ASKING) - 1)
-    hit = _ASKING[at] == words.hashes
-    kinds, starts = _KIND_OF[at[hit]], words.starts[hit]
-    table = np.zeros((len(ASKS), 3))
-    table[:, 0] = np.log1p(np.bincount(kinds, minlength=len(ASKS)))
+def _keyword_measures(words: Words, chars: int) -> list[float]:
+    """Return for each kind of keyword: log of its count, 1 if it occurs in the head, 1 if it occurs in the tail."""
+    at = np.minimum(np.searchsorted(_KEYWORD_HASHES, words.hashes), len(_KEYWORD_HASHES) - 1)
+    hit = _KEYWORD_HASHES[at] == words.hashes
+    kinds, starts = _KEYWORD_KINDS[at[hit]], words.starts[hit]
+    table = np.zeros((len(KEYWORDS), 3))
+    table[:, 0] = np.log1p(np.bincount(kinds, minlength=len(KEYWORDS)))
     table[kinds[starts < HEAD], 1] = 1.0
     table[kinds[starts >= chars - TAIL], 2] = 1.0
     return [float(x) for x in table.ravel()]

@@ -1,17 +1,17 @@
-"""From an estimated median to quantiles of the length, with cut-off answers counted.
+"""Turns an estimated median into p50 and p90 of the output length, with truncated answers treated as censored.
 
-The estimate m(x) is corrected by ratios r = y / m(x) of held-out answers:
+The estimate m(x) is corrected by the ratios r = y / m(x) of held-out answers:
 
     p50 = m * (the median of r),        p90 = m * q(m)
 
-where q is r's upper quantile among answers of about the same estimate: the held-out answers are sorted by m and cut
-into equal groups, and between the groups' mean estimates q is interpolated (split conformal in groups: long answers
-spread less, relative to their estimate, than short ones). Quantiles are Kaplan-Meier's, where an answer that hit the
-output limit says "at least this long",
+q(m) is an upper quantile of r (split conformal prediction in groups). Held-out answers are sorted by m and cut into
+groups of equal size. Each group has its own quantile, and q is interpolated between the mean estimates of the groups:
+long answers spread less, relative to their estimate, than short ones. Quantiles are Kaplan-Meier's, where an answer
+that reached the output limit is a lower bound:
 
-    S(t) = prod over u <= t of (1 - d_u / n_u),     q-quantile = smallest t with S(t) <= 1 - q,
+    S(t) = prod over u <= t of (1 - d_u / n_u),     q-quantile = smallest t with S(t) <= 1 - q.
 
-with d_u answers ending at u out of n_u at least that long.
+Of the n_u answers that are at least u tokens long, d_u end at u.
 """
 
 from __future__ import annotations
@@ -28,24 +28,29 @@ Flags = NDArray[np.bool_]
 
 @dataclass(slots=True, frozen=True)
 class Calibration:
-    """``middle``: shape (1,), what the estimate is multiplied by for the median; ``tail``: shape (groups,), for the
-    90th percentile at estimates of ``estimate`` tokens (shape (groups,), strictly increasing)."""
+    """Factors from the estimate to the quantiles.
+
+    ``middle``: factor for the median, shape (1,).
+    ``estimate``: mean estimate of each group, in tokens, shape (groups,), strictly increasing.
+    ``tail``: factor for the 90th percentile at those estimates, shape (groups,).
+    """
 
     middle: Floats
     estimate: Floats
     tail: Floats
 
     def quantiles(self, estimate: Floats) -> tuple[Floats, Floats]:
-        """p50 and p90 in tokens for each estimate (tokens), all of shape (rows,); 1 <= p50 <= p90."""
+        """Return p50 and p90 in tokens for each estimate (tokens), all of shape (rows,); 1 <= p50 <= p90."""
         positive = np.maximum(estimate, 1.0)
         p50 = np.maximum(positive * self.middle[0], 1.0)
         return p50, np.maximum(positive * np.interp(positive, self.estimate, self.tail), p50)
 
 
 def fit_calibration(estimate: Floats, length: Floats, censored: Flags, groups: int = 8) -> Calibration:
-    """The correction of ``estimate`` by ``length`` (both tokens), all of shape (rows,).
+    """Return the correction of ``estimate`` by ``length`` (both in tokens), all of shape (rows,).
 
-    Raises ValueError with fewer than 20 rows: a 90th percentile needs that many.
+    Raises:
+        ValueError: there are fewer than 20 rows, too few for a 90th percentile.
     """
     groups = min(groups, len(estimate) // 20)
     if groups < 1:
@@ -58,7 +63,7 @@ def fit_calibration(estimate: Floats, length: Floats, censored: Flags, groups: i
         knot = float(positive[rows].mean())
         if knots and knot <= knots[-1] + 1e-9:
             continue
-        # The finite-sample correction of split conformal prediction: the next answer is one more of the group.
+        # Finite-sample correction of split conformal prediction: the next answer is one more of the group.
         level = min(0.9 * (len(rows) + 1) / len(rows), 1.0 - 1.0 / len(rows))
         knots.append(knot)
         tails.append(censored_quantile(ratio[rows], censored[rows], level))
@@ -66,14 +71,14 @@ def fit_calibration(estimate: Floats, length: Floats, censored: Flags, groups: i
 
 
 def censored_quantile(length: Floats, censored: Flags, level: float) -> float:
-    """The ``level`` quantile of ``length`` (shape (rows,), any unit), reading a censored one as "at least".
+    """Return the ``level`` quantile of ``length`` (shape (rows,), any unit); censored lengths are lower bounds.
 
-    Where the survival curve ends above 1 - ``level`` because the longest answers are all cut off, an
-    exponential tail through its median goes on from there.
+    If the longest answers are all censored, the survival curve may end above 1 - ``level``. An exponential tail
+    through the median then extends it.
     """
-    ends, ended = np.unique(length[~censored], return_counts=True)
-    at_least = len(length) - np.searchsorted(np.sort(length), ends, side="left")
-    survival = np.cumprod(1.0 - ended / at_least)
+    ends, deaths = np.unique(length[~censored], return_counts=True)
+    at_risk = len(length) - np.searchsorted(np.sort(length), ends, side="left")
+    survival = np.cumprod(1.0 - deaths / at_risk)
     reached = np.flatnonzero(survival <= 1.0 - level + 1e-12)
     if len(reached):
         return float(ends[reached[0]])
@@ -81,6 +86,6 @@ def censored_quantile(length: Floats, censored: Flags, level: float) -> float:
     middle = np.flatnonzero(survival <= 0.5)
     if not len(middle):
         return longest
-    left, median = float(survival[-1]), float(ends[middle[0]])
-    rate = math.log(0.5 / left) / ((longest - median) or longest) if left < 0.5 else 0.0
-    return longest + math.log(left / (1.0 - level)) / rate if rate > 0 else longest
+    last, median = float(survival[-1]), float(ends[middle[0]])
+    rate = math.log(0.5 / last) / ((longest - median) or longest) if last < 0.5 else 0.0
+    return longest + math.log(last / (1.0 - level)) / rate if rate > 0 else longest

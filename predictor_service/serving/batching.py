@@ -1,8 +1,7 @@
-"""Dynamic batching: calls that arrive within a millisecond or so of each other are computed together.
+"""Dynamic batching: calls that arrive within about a millisecond of each other are computed together.
 
-One batch runs at a time, in one worker thread, so that the event loop keeps answering; what arrives meanwhile
-forms the next batch. The queue is bounded in inputs. A call whose deadline has passed, or whose caller has
-left, is never computed.
+One batch runs at a time, in a worker thread, so that the event loop stays responsive. Calls that arrive meanwhile form
+the next batch. The queue is bounded in inputs. A call is skipped if its deadline has passed or its caller has left.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-class QueueFull(Exception):  # noqa: N818 - it names what happened
-    """More inputs are waiting than the queue may hold."""
+class QueueFull(Exception):  # noqa: N818
+    """The queue has no capacity for these inputs."""
 
 
-class DeadlinePassed(Exception):  # noqa: N818 - it names what happened
-    """The call's deadline came before its answer."""
+class DeadlinePassed(Exception):  # noqa: N818
+    """The deadline of the call passed before its result was ready."""
 
 
 @dataclass(slots=True, frozen=True)
 class BatchLimits:
-    """How calls are gathered.
+    """Limits of batches and queue.
 
-    ``window_s``: how long an idle batcher waits for company, once calls come closer together than that.
-    ``max_batch`` and ``max_waiting`` count inputs; a call is never split, so a call larger than ``max_batch`` is a
-    batch of its own.
+    ``window_s``: seconds that an idle batcher waits for further calls, if calls arrive more often than that.
+    ``max_batch``: inputs in one batch. Calls are never split, so that a larger call is a batch by itself.
+    ``max_waiting``: inputs in the queue.
     """
 
     window_s: float = 0.001
@@ -46,13 +45,14 @@ class BatchLimits:
 class _Call(Generic[In, Out]):
     inputs: Sequence[In]
     deadline: float | None
-    answer: asyncio.Future[list[Out]]
+    result: asyncio.Future[list[Out]]
 
 
 class Batcher(Generic[In, Out]):
-    """Feeds ``compute`` (called in a thread, one result an input, in order) with batches of inputs.
+    """Calls ``compute`` with batches of inputs.
 
-    ``on_batch`` hears each batch's size in inputs. Use between `start` and `stop`, on one event loop.
+    ``compute`` runs in a worker thread and returns one result for each input, in order. ``on_batch`` is called with the
+    number of inputs of each batch. `submit` works between `start` and `stop`, on one event loop.
     """
 
     def __init__(
@@ -66,24 +66,24 @@ class Batcher(Generic[In, Out]):
         self._arrived = asyncio.Event()
         self._thread: ThreadPoolExecutor | None = None
         self._loop_task: asyncio.Task[None] | None = None
-        self._latest, self._latest_gap = -math.inf, math.inf
+        self._last_arrival, self._last_gap = -math.inf, math.inf
         self.waiting = 0
-        """Inputs in the queue, not yet in a batch."""
+        """Inputs in the queue that are not yet in a batch."""
 
     async def start(self) -> None:
-        """Begin to serve."""
+        """Start the worker."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="predict")
         self._loop_task = asyncio.create_task(self._run(self._thread))
 
     async def stop(self) -> None:
-        """End; calls still waiting are cancelled. Idempotent."""
+        """Stop the worker and cancel queued calls. Idempotent."""
         if self._loop_task is not None:
             self._loop_task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._loop_task
             self._loop_task = None
         for call in self._calls:
-            call.answer.cancel()
+            call.result.cancel()
         self._calls.clear()
         self.waiting = 0
         if self._thread is not None:
@@ -91,9 +91,12 @@ class Batcher(Generic[In, Out]):
             self._thread = None
 
     async def submit(self, inputs: Sequence[In], timeout_s: float | None = None) -> list[Out]:
-        """One result an input, in order, within ``timeout_s`` seconds.
+        """Return one result for each input, in order.
 
-        Raises `QueueFull` at once, `DeadlinePassed` on time, and whatever ``compute`` raised.
+        Raises:
+            QueueFull: immediately, without capacity in the queue.
+            DeadlinePassed: after ``timeout_s`` seconds.
+            Exception: whatever ``compute`` raised.
         """
         if timeout_s is not None and timeout_s <= 0:
             raise DeadlinePassed
@@ -103,16 +106,16 @@ class Batcher(Generic[In, Out]):
         deadline = None if timeout_s is None else loop.time() + timeout_s
         call: _Call[In, Out] = _Call(inputs, deadline, loop.create_future())
         now = loop.time()
-        self._latest_gap, self._latest = now - self._latest, now
+        self._last_gap, self._last_arrival = now - self._last_arrival, now
         self._calls.append(call)
         self.waiting += len(inputs)
         self._arrived.set()
         if deadline is None:
-            return await call.answer
+            return await call.result
         try:
-            # The future is cancelled at the deadline, and `_next_batch` drops what is done.
+            # The timeout cancels the future, and `_next_batch` skips calls that are done.
             async with asyncio.timeout_at(deadline):
-                return await call.answer
+                return await call.result
         except TimeoutError:
             raise DeadlinePassed from None
 
@@ -122,30 +125,30 @@ class Batcher(Generic[In, Out]):
             if not self._calls:
                 self._arrived.clear()
                 await self._arrived.wait()
-                # Only an idle batcher waits: under load the previous batch's run time was window enough. And only
-                # where calls come in quick succession: a lone one has no company to wait for.
-                if self._latest_gap < self._limits.window_s and self.waiting < self._limits.max_batch:
+                # Only an idle batcher waits: under load, calls gather while the previous batch runs. A call that comes
+                # alone does not wait either.
+                if self._last_gap < self._limits.window_s and self.waiting < self._limits.max_batch:
                     await asyncio.sleep(self._limits.window_s)
             batch = self._next_batch(loop.time())
             if not batch:
                 continue
-            inputs = [one for call in batch for one in call.inputs]
+            inputs = [value for call in batch for value in call.inputs]
             self._on_batch(len(inputs))
             try:
                 results = await loop.run_in_executor(thread, self._compute, inputs)
             except asyncio.CancelledError:
                 for call in batch:
-                    call.answer.cancel()
+                    call.result.cancel()
                 raise
-            except Exception as error:  # belongs to the callers, the loop goes on
+            except Exception as error:  # the callers raise it; this loop continues
                 for call in batch:
-                    if not call.answer.done():
-                        call.answer.set_exception(error)
+                    if not call.result.done():
+                        call.result.set_exception(error)
                 continue
             at = 0
             for call in batch:
-                if not call.answer.done():
-                    call.answer.set_result(results[at : at + len(call.inputs)])
+                if not call.result.done():
+                    call.result.set_result(results[at : at + len(call.inputs)])
                 at += len(call.inputs)
 
     def _next_batch(self, now: float) -> list[_Call[In, Out]]:
@@ -154,10 +157,10 @@ class Batcher(Generic[In, Out]):
         while self._calls and (not batch or size + len(self._calls[0].inputs) <= self._limits.max_batch):
             call = self._calls.popleft()
             self.waiting -= len(call.inputs)
-            if call.answer.done():
+            if call.result.done():
                 continue
             if call.deadline is not None and now >= call.deadline:
-                call.answer.set_exception(DeadlinePassed())
+                call.result.set_exception(DeadlinePassed())
                 continue
             batch.append(call)
             size += len(call.inputs)

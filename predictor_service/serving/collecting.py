@@ -1,16 +1,16 @@
-"""Training data from live traffic: features and lengths of finished requests, never a word of their text.
+"""Collects training data from live traffic: features and output lengths of finished requests, never text.
 
-One JSON object a line,
+Files ``lengths-<number>.jsonl`` of one folder hold one JSON object per line:
 
     {"features": {"indices": [...], "counts": [...], "lexical": [...]}, "features_version": N,
      "length": tokens, "censored": bool, "model": name, "slo_class": name}
 
-in files ``lengths-<number>.jsonl`` of a folder. A prediction's features wait in a table for the finished request's id;
-whoever is not reported within `EXPIRES_S`, or is pushed out by newer ones, is not collected. The newest file grows to
-a sixteenth of the folder's limit; then another begins and the oldest goes, so the folder keeps to its limit.
+The features of a prediction stay in memory until a finished request with the same id is reported. They are dropped
+after `PENDING_TTL_S`, or when newer ones exceed `MAX_PENDING`. The newest file grows to 1/`FILES` of the folder's
+limit. Then a new file starts and the oldest one is deleted, so that the folder stays within its limit.
 
-Features are hashed n-grams. They hold no text, but they are not anonymous: whoever guesses a prompt can check the
-guess. The files are readable by their owner only.
+NOTE: features are hashed n-grams. They hold no text, but they are not anonymous: a reader who guesses a prompt can
+verify the guess. Only the owner can read the files.
 """
 
 from __future__ import annotations
@@ -29,68 +29,74 @@ import orjson
 
 from predictor_service.model.features import FEATURES_VERSION, Features
 
-MOST_WAITING, EXPIRES_S = 4096, 1800.0
-"""Predictions whose end is awaited, and for how long."""
+MAX_PENDING, PENDING_TTL_S = 4096, 1800.0
+"""Predictions that await their output length, and seconds until they are dropped. Both bound memory."""
 
-MOST_UNWRITTEN = 1024
-"""Finished requests not on disk yet; further ones are dropped."""
+MAX_BUFFERED = 1024
+"""Lines that are not on disk yet. Beyond it, the oldest are dropped."""
 
 FILES = 16
-_AT_ONCE = 32
+"""Number of files that the folder's limit is divided among."""
+
+_LINES_PER_WRITE = 32
 _NAME = "lengths-{:08d}.jsonl"
 _PATTERN = "lengths-*.jsonl"
 
 
 class Collector:
-    """Joins features to lengths and writes them into ``folder``, at most ``limit_bytes`` of them.
+    """Joins features with output lengths and writes them into ``folder``, up to ``limit_bytes``.
 
-    `remember` and `finished` are called on requests' paths and do no I/O; `write` does. Any thread may call any.
+    Thread-safe. `record_prediction` and `record_finish` run on the request path and do no I/O; `write` does the I/O.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._file_bytes, self._clock = folder, max(limit_bytes // FILES, 1), clock
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[str, tuple[float, Features]] = OrderedDict()
-        self._unwritten: deque[bytes] = deque(maxlen=MOST_UNWRITTEN)
+        self._pending: OrderedDict[str, tuple[float, Features]] = OrderedDict()
+        self._buffered: deque[bytes] = deque(maxlen=MAX_BUFFERED)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def remember(self, request_id: str, features: Features) -> None:
-        """These features were predicted for; the request may end one day."""
+    def record_prediction(self, request_id: str, features: Features) -> None:
+        """Keep the features of a prediction until its request finishes."""
         now = self._clock()
         with self._lock:
-            self._waiting[request_id] = (now, features)
-            self._waiting.move_to_end(request_id)
-            while self._waiting:
-                oldest, (since, _) = next(iter(self._waiting.items()))
-                if len(self._waiting) <= MOST_WAITING and now - since <= EXPIRES_S:
+            self._pending[request_id] = (now, features)
+            self._pending.move_to_end(request_id)
+            while self._pending:
+                oldest, (since, _) = next(iter(self._pending.items()))
+                if len(self._pending) <= MAX_PENDING and now - since <= PENDING_TTL_S:
                     break
-                del self._waiting[oldest]
+                del self._pending[oldest]
 
-    def finished(self, request_id: str, model: str, slo_class: str, tokens: int, censored: bool) -> bool:
-        """The request ended with so many output tokens; False when its features are not at hand."""
+    def record_finish(self, request_id: str, model: str, slo_class: str, tokens: int, censored: bool) -> bool:
+        """Buffer a line for a request that finished with ``tokens`` tokens; return False if its id is unknown."""
         with self._lock:
-            _, features = self._waiting.pop(request_id, (0.0, None))
+            _, features = self._pending.pop(request_id, (0.0, None))
             if features is None:
                 return False
-            self._unwritten.append(line(features, model, slo_class, tokens, censored))
+            self._buffered.append(encode_line(features, model, slo_class, tokens, censored))
         return True
 
     @property
-    def waiting(self) -> int:
-        """Predictions whose end is awaited."""
-        return len(self._waiting)
+    def pending(self) -> int:
+        """Predictions that await their output length."""
+        return len(self._pending)
 
     def write(self) -> int:
-        """Append what finished to the files; answers how many lines. Raises OSError; those lines are lost."""
+        """Append the buffered lines to the files and return their number.
+
+        Raises:
+            OSError: writing failed, and the lines are lost.
+        """
         with self._lock:
-            lines = list(self._unwritten)
-            self._unwritten.clear()
-        for first in range(0, len(lines), _AT_ONCE):
-            self._append(b"".join(lines[first : first + _AT_ONCE]))
+            lines = list(self._buffered)
+            self._buffered.clear()
+        for first in range(0, len(lines), _LINES_PER_WRITE):
+            self._append(b"".join(lines[first : first + _LINES_PER_WRITE]))
         return len(lines)
 
     def _append(self, text: bytes) -> None:
-        files = collected_files(self._folder)
+        files = list_files(self._folder)
         newest = files[-1] if files else self._folder / _NAME.format(1)
         if files and newest.stat().st_size + len(text) > self._file_bytes:
             newest = self._folder / _NAME.format(int(newest.stem.rpartition("-")[2]) + 1)
@@ -101,8 +107,8 @@ class Collector:
             out.write(text)
 
 
-def line(features: Features, model: str, slo_class: str, tokens: int, censored: bool) -> bytes:
-    """One line of a file, with its line end."""
+def encode_line(features: Features, model: str, slo_class: str, tokens: int, censored: bool) -> bytes:
+    """Return one line of a file, including the newline."""
     parts = {name: np.asarray(part) for name, part in asdict(features).items()}
     document = {
         "features": {
@@ -118,14 +124,14 @@ def line(features: Features, model: str, slo_class: str, tokens: int, censored: 
     return orjson.dumps(document) + b"\n"
 
 
-def collected_files(folder: Path) -> list[Path]:
-    """The files of ``folder``, the oldest first."""
+def list_files(folder: Path) -> list[Path]:
+    """Return the files of ``folder``, oldest first."""
     return sorted(folder.glob(_PATTERN))
 
 
-def collected(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every whole entry of this version's features; what a kill cut short is left out."""
-    for file in collected_files(folder):
+def read_entries(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the entries with the current version of the features. Incomplete lines are skipped."""
+    for file in list_files(folder):
         for text in file.read_bytes().splitlines():
             try:
                 entry = orjson.loads(text)
@@ -136,22 +142,25 @@ def collected(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def export(folder: Path, output: Path, model: str | None = None) -> dict[str, Any]:
-    """Write what ``folder`` holds, of ``model`` or all, into one file, which appears whole or not at all.
+    """Write all entries of ``folder``, or those of ``model``, into the file ``output``, atomically.
 
-    Answers ``{"rows", "censored", "models": {name: rows}}``. Raises OSError.
+    Returns ``{"rows": count, "censored": count, "models": {name: rows}}``.
+
+    Raises:
+        OSError: reading or writing failed; ``output`` is unchanged.
     """
     models: Counter[str] = Counter()
     censored = 0
-    fresh = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-            for entry in collected(folder):
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+            for entry in read_entries(folder):
                 name = str(entry.get("model", ""))
                 if model is None or name == model:
                     out.write(orjson.dumps(entry) + b"\n")
                     models[name] += 1
                     censored += entry.get("censored") is True
-        fresh.replace(output)
+        temporary.replace(output)
     finally:
-        fresh.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return {"rows": models.total(), "censored": censored, "models": dict(models)}

@@ -1,8 +1,8 @@
-"""What the service does with finished requests: corrects by them, keeps what it learnt, collects training data.
+"""Handles finished requests: fits corrections, saves them to disk, and collects training data.
 
-Observing is cheap and happens at once. Fitting, saving and writing happen in a thread of their own, every `EVERY_S`
-seconds at most, so that no prediction waits for them. A SIGKILL loses what came in since the last save: `SAVE_EVERY_S`,
-`EVERY_S` and the write itself at most; a SIGTERM loses nothing.
+Observing is cheap and happens on the request path. Fitting, saving and writing run in a thread, once every
+`WORK_INTERVAL_S`, so that no prediction waits for them. SIGTERM loses nothing. SIGKILL loses the observations since the
+last save: at most `SAVE_INTERVAL_S` + `WORK_INTERVAL_S` and the time of the write.
 """
 
 from __future__ import annotations
@@ -23,55 +23,62 @@ from predictor_service.serving.wire import Input, Observation, Predicted
 
 log = logging.getLogger("antares.predictor")
 
-EVERY_S, SAVE_EVERY_S = 0.25, 1.0
-"""How often to look whether there is something to fit, and how often at most to save it."""
+WORK_INTERVAL_S, SAVE_INTERVAL_S = 0.25, 1.0
+"""Seconds between two fits, and minimum seconds between two saves."""
 
 
 class Learning:
-    """``state`` None: corrections end with the process. ``collector`` None: nothing is collected."""
+    """Online learning. ``state`` None: corrections end with the process. ``collector`` None: no data is collected."""
 
     def __init__(self, state: CalibrationState | None = None, collector: Collector | None = None) -> None:
         self.calibration = OnlineCalibration()
         self.failures = 0
-        """Times that a file could not be written."""
+        """Number of failed writes, of corrections or of training data."""
         self._state, self._collector = state, collector
-        self._saved, self._saved_at = 0, -SAVE_EVERY_S
+        self._saved, self._saved_at = 0, -SAVE_INTERVAL_S
         self._task: asyncio.Task[None] | None = None
         if state is not None and state.load(self.calibration):
             log.info("corrections restored")
 
-    def served(
+    def correct(
         self, inputs: Sequence[Input], raw: Sequence[Prediction], features: Sequence[Features] | None = None
     ) -> list[Predicted]:
-        """``raw`` predictions corrected for their model and class, and within the inputs' bounds.
+        """Return ``raw`` predictions and their corrections, clamped to min and max tokens of each input.
 
-        Quantiles commute with a clamp, so the clamped ones are those of the answer as the engine will hold it.
-        ``features``: the inputs', where they are at hand.
+        Quantiles commute with a clamp, so that these are the quantiles of the answer that the engine clamps likewise.
+        ``features``: the features of ``inputs``, if the caller has computed them.
         """
         if self._collector is not None:
-            for place, one in enumerate(inputs):
-                if one.id is not None:
-                    self._collector.remember(one.id, features[place] if features else one.to_features())
-        return [Predicted(said, self._served(one, said)) for one, said in zip(inputs, raw, strict=True)]
+            for index, entry in enumerate(inputs):
+                if entry.id is not None:
+                    self._collector.record_prediction(entry.id, features[index] if features else entry.to_features())
+        return [
+            Predicted(prediction, self._corrected(entry, prediction))
+            for entry, prediction in zip(inputs, raw, strict=True)
+        ]
 
-    def _served(self, one: Input, raw: Prediction) -> Prediction:
-        return self.calibration.correct(one.model, one.slo_class, raw).clamped(one.min_tokens, one.max_tokens)
+    def _corrected(self, entry: Input, raw: Prediction) -> Prediction:
+        corrected = self.calibration.correct(entry.model, entry.slo_class, raw)
+        return corrected.clamped(entry.min_tokens, entry.max_tokens)
 
     def observe(self, observations: Sequence[Observation]) -> None:
-        """These requests have finished."""
-        self.calibration.observe(one.answer for one in observations)
-        if self._collector is not None:
-            for one in observations:
-                if one.id is not None:
-                    answer = one.answer
-                    self._collector.finished(one.id, answer.model, answer.slo_class, answer.tokens, answer.censored)
+        """Record finished requests."""
+        self.calibration.observe(observation.answer for observation in observations)
+        if self._collector is None:
+            return
+        for observation in observations:
+            if observation.id is not None:
+                answer = observation.answer
+                self._collector.record_finish(
+                    observation.id, answer.model, answer.slo_class, answer.tokens, answer.censored
+                )
 
     async def start(self) -> None:
-        """Begin to fit, save and write in the background."""
+        """Start to fit, save and write in the background."""
         self._task = asyncio.create_task(self._run(), name="learn")
 
     async def stop(self) -> None:
-        """End, with everything saved. Idempotent."""
+        """Stop, then fit and save what is left. Idempotent."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -81,22 +88,22 @@ class Learning:
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(EVERY_S)
+            await asyncio.sleep(WORK_INTERVAL_S)
             await asyncio.to_thread(self.work)
 
     def work(self, *, last: bool = False) -> None:
-        """Fit, write, and save if that is due or this is the ``last`` time. Never raises."""
+        """Fit, write training data, and save the corrections if due or if ``last``. Never raises."""
         try:
             self.calibration.refit()
-        except Exception as error:  # a bug here must not end learning, nor the service
+        except Exception as error:  # must stop neither learning nor the service
             log.error("fitting corrections failed: %s", type(error).__name__, exc_info=error)
         for write in (self._write, partial(self._save, last)):
             try:
                 write()
-            except OSError as failed:
+            except OSError as error:
                 self.failures += 1
                 if self.failures == 1:
-                    log.warning("what was learnt cannot be written: %s", failed.strerror)
+                    log.warning("cannot write corrections or training data: %s", error.strerror)
 
     def _write(self) -> None:
         if self._collector is not None:
@@ -104,7 +111,7 @@ class Learning:
 
     def _save(self, last: bool) -> None:
         observed, now = self.calibration.observed, time.monotonic()
-        due = observed != self._saved and (last or now - self._saved_at >= SAVE_EVERY_S)
+        due = observed != self._saved and (last or now - self._saved_at >= SAVE_INTERVAL_S)
         if self._state is not None and due:
             self._saved_at = now
             self._state.save(self.calibration)

@@ -1,4 +1,4 @@
-"""The predictor's own Prometheus metrics; prefix ``antares_predictor_``, seconds, tokens and counts."""
+"""Prometheus metrics of the predictor, with the prefix ``antares_predictor_``. Times are in seconds."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _LABELS = ("model", "slo_class")
 
 
 class PredictorMetrics:
-    """One service's metrics in a registry of their own, so that two services may live in one process."""
+    """Metrics of one service, in their own registry, so that several services may run in one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "antares_predictor_requests",
-            "Calls of /v1/predict, by HTTP status.",
+            "Calls to /v1/predict, by HTTP status.",
             ["status"],
             registry=self.registry,
         )
         self.latency = Histogram(
             "antares_predictor_request_seconds",
-            "Seconds from a /v1/predict call's arrival to its answer.",
+            "Seconds from the arrival of a /v1/predict call to its response.",
             buckets=_LATENCY_BUCKETS,
             registry=self.registry,
         )
         self.batch_size = Histogram(
             "antares_predictor_batch_size",
-            "Inputs computed together.",
+            "Inputs in one batch.",
             buckets=_BATCH_BUCKETS,
             registry=self.registry,
         )
@@ -45,16 +45,16 @@ class PredictorMetrics:
         )
 
     def watch(self, learning: Learning) -> None:
-        """Read the state of ``learning`` whenever Prometheus scrapes."""
+        """Export the state of ``learning`` at each scrape."""
         self.registry.register(_LearningState(learning))
 
     def render(self) -> bytes:
-        """The Prometheus text exposition."""
+        """Return the metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
 
 class _LearningState(Collector):
-    """Labels are bounded: `online_calibration.MAX_WINDOWS` pairs of model and class."""
+    """Gauges of online calibration. `predictor_service.calibration.online.MAX_WINDOWS` bounds the label values."""
 
     def __init__(self, learning: Learning) -> None:
         self._learning = learning
@@ -62,17 +62,21 @@ class _LearningState(Collector):
     def collect(self) -> Iterable[Metric]:
         error = GaugeMetricFamily(
             "antares_predictor_calibration_error",
-            "Share of the latest finished answers within the p90 that held when they came in, minus 0.9.",
+            "Share of the latest finished answers within the p90 in effect when they were reported, minus 0.9.",
             labels=_LABELS,
         )
         answers = GaugeMetricFamily(
-            "antares_predictor_calibration_answers", "Finished answers that share is of.", labels=_LABELS
+            "antares_predictor_calibration_answers",
+            "Number of answers behind antares_predictor_calibration_error.",
+            labels=_LABELS,
         )
-        for (model, slo_class), (off, count) in self._learning.calibration.errors().items():
-            error.add_metric((model, slo_class), off)
+        for (model, slo_class), (value, count) in self._learning.calibration.calibration_errors().items():
+            error.add_metric((model, slo_class), value)
             answers.add_metric((model, slo_class), count)
-        observed = CounterMetricFamily("antares_predictor_observations", "Finished answers that were reported.")
+        observed = CounterMetricFamily("antares_predictor_observations", "Finished answers reported to /v1/observe.")
         observed.add_metric((), self._learning.calibration.observed)
-        failures = CounterMetricFamily("antares_predictor_write_failures", "Times that a file could not be written.")
+        failures = CounterMetricFamily(
+            "antares_predictor_write_failures", "Failed writes of corrections or training data."
+        )
         failures.add_metric((), self._learning.failures)
         return error, answers, observed, failures

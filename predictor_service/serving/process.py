@@ -1,7 +1,7 @@
-"""The predictor as a process: one uvicorn worker, quiet logs, an orderly end.
+"""Runs the predictor as a process: one uvicorn worker, logs to stderr, graceful shutdown.
 
-Ends with status 0 on SIGTERM or SIGINT after the calls in flight are answered, and, when asked to, once the
-process that started it is gone.
+SIGTERM and SIGINT end the process with status 0 after the calls in flight are answered. With ``exit_with_parent``, the
+process also ends when the process that started it is gone.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ from predictor_service.serving.learning import Learning
 log = logging.getLogger("antares.predictor")
 
 PARENT_POLL_S = 0.5
-"""How often an ``--exit-with-parent`` process looks for its parent.
+"""Seconds between two checks for the parent process.
 
-Polling, not PR_SET_PDEATHSIG: that one fires when the parent's *thread* ends, and a gateway may start us from
-any.
+NOTE: PR_SET_PDEATHSIG is no alternative. It fires when the parent's *thread* ends, and a gateway may start the
+predictor from any thread.
 """
 
 
-class CannotListen(Exception):  # noqa: N818 - it names what happened
-    """The address cannot be bound; the message says which and why."""
+class CannotListen(Exception):  # noqa: N818
+    """The address cannot be bound. The message names the address and the reason."""
 
 
 @dataclass(slots=True, frozen=True)
 class LearningFolders:
-    """``state``: where corrections survive a restart. ``collect``: where finished requests' features and lengths go, at
-    most ``collect_limit_bytes`` of them. None: neither."""
+    """Folders that the service writes to; None disables the feature.
+
+    ``state``: saved corrections. ``collect``: training data, at most ``collect_limit_bytes``.
+    """
 
     state: Path | None = None
     collect: Path | None = None
@@ -58,23 +60,25 @@ def run_server(
     log_level: str,
     exit_with_parent: bool,
 ) -> None:
-    """Serve until told to stop.
+    """Serve until SIGTERM or SIGINT.
 
-    Raises `predictor_service.model.length_model.ModelUnusable`, `CannotListen` when the address is taken or not
-    ours, and
-    `predictor_service.calibration.state.StateUnusable`; OSError when the folder to collect in cannot be made.
+    Raises:
+        ModelUnusable: the model cannot be loaded.
+        CannotListen: the address cannot be bound.
+        StateUnusable: the state folder cannot be written.
+        OSError: the folder for training data cannot be created.
     """
     if exit_with_parent:
         _watch_parent(os.getppid())
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Before uvicorn takes the signals over, and after: it raises them again once it has shut down.
-        signal.signal(number, _leave)
+        # uvicorn replaces these handlers while it runs, and raises the signal again after its shutdown.
+        signal.signal(number, _exit_on_signal)
     logging.basicConfig(
         stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
-    served = load_model(model)
+    loaded = load_model(model)
     learning = Learning(
-        state=CalibrationState(folders.state, fingerprint(served.name, model)) if folders.state else None,
+        state=CalibrationState(folders.state, fingerprint(loaded.name, model)) if folders.state else None,
         collector=Collector(folders.collect, folders.collect_limit_bytes) if folders.collect else None,
     )
 
@@ -82,32 +86,32 @@ def run_server(
 
     from predictor_service.serving.app import create_app
 
-    listening = _listen(host, port)
-    log.info("serving %s on http://%s:%d", served.name, host, port)
+    listening = _bind(host, port)
+    log.info("serving %s on http://%s:%d", loaded.name, host, port)
     config = uvicorn.Config(
-        create_app(served, limits, learning, known_models),
+        create_app(loaded, limits, learning, known_models),
         access_log=False,
         log_config=None,
         log_level=log_level.lower(),
         server_header=False,
-        # Longer than any client keeps an idle connection, so that it is never we who close one just being used.
+        # Longer than clients keep an idle connection, so that the service never closes one that a client reuses.
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
     )
     uvicorn.Server(config).run(sockets=[listening])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as refused:
+    except OSError as error:
         raise CannotListen(
-            f"cannot listen on {host}:{port}: {refused.strerror}. Choose another --host or --port"
+            f"cannot listen on {host}:{port}: {error.strerror}. Choose another --host or --port"
         ) from None
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
@@ -115,7 +119,7 @@ def _watch_parent(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_POLL_S)
-        log.info("the process that started the predictor is gone: stopping")
+        log.info("the parent process is gone: stopping")
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()

@@ -1,8 +1,8 @@
-"""What a training run has done so far, so that one that was interrupted goes on instead of starting anew.
+"""Checkpoints, so that an interrupted training run resumes.
 
-One safetensors file beside the model in the making: tensors, and in its header the state and a fingerprint of recipe
-and data. It is replaced whole, never amended, so an interruption at any moment leaves the previous one. Another recipe
-or other data have another fingerprint, and begin afresh.
+A checkpoint is one safetensors file in the output folder. It holds tensors and, in its header, the state and a
+fingerprint of recipe and data. The file is replaced as a whole, so that an interruption leaves the previous checkpoint
+intact. Another recipe or other data have another fingerprint and start from the beginning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ State = dict[str, Any]
 
 
 def fingerprint(recipe: dict[str, Any], *data: NDArray[Any]) -> str:
-    """Names a recipe on these data; the same ones give the same name in every process."""
+    """Return an id of a recipe and its data, the same in every process."""
     digest = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=16)
     for array in data:
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -30,13 +30,13 @@ def fingerprint(recipe: dict[str, Any], *data: NDArray[Any]) -> str:
 
 
 class Checkpoint:
-    """The checkpoint of the run named ``key`` in ``folder``."""
+    """The checkpoint in ``folder`` of the run with the fingerprint ``key``."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._file, self._key = folder / CHECKPOINT_FILE, key
 
     def load(self) -> tuple[Tensors, State] | None:
-        """What `save` wrote last for this run; None where there is nothing, or another run's, or a damaged file."""
+        """Return what `save` wrote last; None if there is no file, a damaged one, or one of another run."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -50,15 +50,15 @@ class Checkpoint:
             return None
 
     def save(self, tensors: Tensors, state: State) -> None:
-        """Replace what was there."""
+        """Replace the checkpoint."""
         from safetensors.numpy import save
 
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._file.with_suffix(".unfinished")
-        unfinished.write_bytes(save(tensors, metadata={"key": self._key, "state": json.dumps(state)}))
-        unfinished.replace(self._file)
+        temporary = self._file.with_suffix(".unfinished")
+        temporary.write_bytes(save(tensors, metadata={"key": self._key, "state": json.dumps(state)}))
+        temporary.replace(self._file)
 
 
-def forget(folder: Path) -> None:
-    """Remove whatever checkpoint ``folder`` holds: the run is done."""
+def remove_checkpoint(folder: Path) -> None:
+    """Delete the checkpoint in ``folder``, if there is one."""
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)

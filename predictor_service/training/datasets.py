@@ -1,18 +1,17 @@
-"""What a model is trained and measured on: ShareGPT from its package, or a JSON-lines file of one's own.
+"""Data for training and evaluation: ShareGPT from its package, or a JSON-lines file.
 
-A line holds one finished answer, either beside its prompt,
+A line of a file holds one finished answer, either with its prompt,
 
     {"prompt": text, "length": tokens, "censored": false, "conversation": name, "first": true}
 
-of which only ``prompt`` and ``length`` are needed (``conversation`` keeps turns that belong together on one side of the
-split, ``first`` is false for turns that do not open one), or beside the prompt's features, as ``antares predictor
-collect`` writes them:
+or with the features of the prompt, as ``antares predictor collect`` writes them:
 
     {"features": {"indices": [...], "counts": [...], "lexical": [...]}, "features_version": N, "length": tokens,
      "censored": bool, "model": name, "slo_class": name}
 
-``censored`` says that the answer was cut off, so that its length is a lower bound. Errors name the line and the field,
-never the value.
+Only the prompt or the features, and ``length``, are required. ``conversation`` keeps the turns of a conversation on the
+same side of the split. ``first`` is false for turns that do not open one. ``censored`` says that the answer was
+truncated, so that its length is a lower bound. Errors name the line and the field, and never quote the value.
 """
 
 from __future__ import annotations
@@ -45,20 +44,20 @@ from predictor_service.training.sharegpt import (
     split_by_conversation,
 )
 
-LEAST_ANSWERS = 200
-"""A file with fewer opening turns than this is refused: nothing could be fitted, calibrated and measured on it."""
+MIN_OPENING_TURNS = 200
+"""Smallest number of opening turns in a file: with fewer, there is too little data to fit, calibrate and test."""
 
 Progress = Callable[[str, float], None]
-"""Called with what is going on and the share of it that is done (0 to 1)."""
+"""Called with the name of a stage and the share of it that is done (0 to 1)."""
 
 
-class BadData(Exception):  # noqa: N818 - it names what is wrong
-    """A data file that cannot be used; the message names the line and the field."""
+class BadData(Exception):  # noqa: N818
+    """A data file that cannot be used. The message names the line and the field."""
 
 
 @dataclass(slots=True, frozen=True)
 class Dataset:
-    """The turns, their split, and what the model card says of them."""
+    """Turns, their split, and the names of data and tokenizer for the model card."""
 
     turns: list[Turn]
     split: Split
@@ -66,57 +65,64 @@ class Dataset:
     tokenizer: str
 
     def examples(self, rows: Rows, progress: Callable[[float], None] = lambda share: None) -> Examples:
-        """These rows as features and lengths; a third of a millisecond each where they come as text."""
+        """Return features and lengths of these rows. The features of a text take a third of a millisecond."""
         features = []
         for done, row in enumerate(rows):
             turn = self.turns[row]
             features.append(turn.features if turn.features is not None else prompt_features(turn.prompt))
             if done % 256 == 0:
                 progress(done / len(rows))
-        picked = [self.turns[row] for row in rows]
+        turns = [self.turns[row] for row in rows]
         return Examples(
             features,
             self.lengths(rows),
-            np.array([turn.censored for turn in picked], dtype=np.bool_),
-            np.array([turn.first for turn in picked], dtype=np.bool_),
-            groups_by_opening(picked),
+            np.array([turn.censored for turn in turns], dtype=np.bool_),
+            np.array([turn.first for turn in turns], dtype=np.bool_),
+            groups_by_opening(turns),
         )
 
     def lengths(self, rows: Rows) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """Their answers' lengths, tokens; shape (rows,)."""
+        """Return the output lengths of these rows in tokens, shape (rows,)."""
         return np.array([self.turns[row].length for row in rows], dtype=np.float64)
 
     def prompts(self, rows: Rows) -> list[str]:
-        """Their texts. Raises `BadData` where the data hold features instead."""
+        """Return the prompts of these rows.
+
+        Raises:
+            BadData: the data hold features instead of prompts.
+        """
         if any(self.turns[row].features is not None for row in rows):
-            raise BadData(f"{self.name} holds features, and this model reads text: give it lines with a 'prompt'")
+            raise BadData(f"{self.name} holds features, but this model reads text: use lines with a 'prompt'")
         return [self.turns[row].prompt for row in rows]
 
     def inputs(self, rows: Rows, text: bool) -> Sequence[Any]:
-        """What a model's ``predict`` takes: the prompts for one that reads ``text``, else their features."""
+        """Return the inputs for a model's ``predict``: prompts if it reads ``text``, else features."""
         return self.prompts(rows) if text else self.examples(rows).features
 
 
 def read_dataset(seed: int, progress: Progress, data: Path | None = None) -> Dataset:
-    """ShareGPT, or the file (or folder of ``*.jsonl`` files) at ``data``, split with ``seed``.
+    """Return ShareGPT, or the file (or folder of ``*.jsonl`` files) at ``data``, split with ``seed``.
 
-    Raises `predictor_service.training.sharegpt.TrainingDataMissing` without the package; `BadData` for the file.
+    Raises:
+        TrainingDataMissing: the package with ShareGPT is not installed.
+        BadData: the file cannot be used.
     """
     if data is None:
         turns = read_turns(lambda share: progress("reading ShareGPT", share))
         return Dataset(turns, split_by_conversation(turns, seed), DATASET, TOKENIZER)
     turns, digest = read_jsonl(data, lambda share: progress(f"reading {data.name}", share))
-    if sum(turn.first for turn in turns) < LEAST_ANSWERS:
-        raise BadData(f"{data} holds fewer than {LEAST_ANSWERS} opening turns: too little to train or measure on")
+    if sum(turn.first for turn in turns) < MIN_OPENING_TURNS:
+        raise BadData(f"{data} holds fewer than {MIN_OPENING_TURNS} opening turns, too few for training or evaluation")
     return Dataset(
         turns, split_by_conversation(turns, seed), f"{data.name} (blake2b {digest})", "the file's own counts"
     )
 
 
 def read_jsonl(data: Path, progress: Callable[[float], None] = lambda share: None) -> tuple[list[Turn], str]:
-    """The turns of a file or of a folder's ``*.jsonl`` files in order of name, and a digest of their bytes.
+    """Return the turns and a digest of a file, or of the ``*.jsonl`` files of a folder in order of name.
 
-    Raises `BadData`.
+    Raises:
+        BadData: a file cannot be read, or a line is malformed.
     """
     files = sorted(data.glob("*.jsonl")) if data.is_dir() else [data]
     if not files:
@@ -134,8 +140,8 @@ def read_jsonl(data: Path, progress: Callable[[float], None] = lambda share: Non
                         turns.append(_turn(line, f"{file.name}, line {number}"))
                     if number % 256 == 0:
                         progress(read / total)
-    except OSError as failed:
-        raise BadData(f"{data} cannot be read: {failed.strerror}") from None
+    except OSError as error:
+        raise BadData(f"{data} cannot be read: {error.strerror}") from None
     progress(1.0)
     return turns, digest.hexdigest()
 
@@ -166,22 +172,20 @@ def _turn(line: bytes, where: str) -> Turn:
 
 def _features(entry: dict[str, Any], where: str) -> Features:
     if entry.get("features_version") != FEATURES_VERSION:
-        raise BadData(
-            f"{where}: 'features_version' must be {FEATURES_VERSION}; lines of another one are of no use here"
-        )
-    held = entry["features"]
-    if not isinstance(held, dict):
+        raise BadData(f"{where}: 'features_version' must be {FEATURES_VERSION}, the version that this release computes")
+    fields = entry["features"]
+    if not isinstance(fields, dict):
         raise BadData(f"{where}: 'features' must be an object")
     try:
-        indices, counts = _arrays(held)
-        return checked_features(indices, counts, held.get("lexical"))
-    except MalformedFeatures as wrong:
-        raise BadData(f"{where}: {wrong}") from None
+        indices, counts = _arrays(fields)
+        return checked_features(indices, counts, fields.get("lexical"))
+    except MalformedFeatures as error:
+        raise BadData(f"{where}: {error}") from None
 
 
-def _arrays(held: dict[str, Any]) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+def _arrays(fields: dict[str, Any]) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
     for name in ("indices", "counts"):
-        value = held.get(name)
+        value = fields.get(name)
         whole = isinstance(value, list) and all(isinstance(x, int) and 0 <= x < 1 << 31 for x in value)
         if not whole:
             raise MalformedFeatures(f"features.{name} must be an array of whole numbers")

@@ -1,20 +1,20 @@
-"""Fitting the CPU length model: linear scores, trees on top of them, then calibration on answers that neither has seen.
+"""Fits the CPU length model in three stages: linear scores, boosted trees, calibration.
 
-Stage 1, ridge on hashed n-grams: a linear score for each of several questions about the answer's length y. The first
-is its mid-rank among the opening answers,
+*Stage 1*: ridge regression on hashed n-grams gives several linear scores of the output length y. The first one is its
+mid-rank among the opening turns,
 
-    r(y) = (#{y_i < y} + #{y_i <= y}) / (2 n),
+    r(y) = (#{y_i < y} + #{y_i <= y}) / (2 n).
 
-so that one 20,000-token answer weighs no more than it should, and an answer that was cut off at the output limit is
-simply among the longest: for ranking, "at least 767" is all there is to know. The others are ln y, and [y > q] for
-quantiles q of the opening answers (`Recipe.levels`): together they tell more of the distribution than the rank alone.
+A rank limits the weight of a 20,000-token answer, and needs no correction for truncated answers, which rank among the
+longest. The other scores are ln y, and [y > q] for the quantiles q of the opening turns (`Recipe.levels`). Together
+they say more about the distribution of y than the rank alone.
 
-Stage 2, boosted trees on those scores and the lexical measures, least absolute error in tokens: their sum estimates the
-median. The trees see scores of rows that the ridge has not (cross-fitting, folds by conversation; conversations that
-open alike stay together): scores of rows that it was fitted to would be trusted too much.
+*Stage 2*: boosted trees on the scores and the lexical measures minimise the absolute error in tokens, so that their sum
+estimates the median. Stage 1 overfits its own rows, so the trees are fitted to cross-fitted scores: each row is scored
+by a ridge that has not seen it. Folds keep conversations together, and conversations with the same opening prompt.
 
-Stage 3, `predictor_service.model.quantiles`, makes quantiles of the estimate and treats answers that were cut off as
-right-censored.
+*Stage 3*: `predictor_service.model.quantiles` turns the estimate into quantiles, fitted to the validation part.
+Truncated answers are right-censored.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ Groups = NDArray[np.int64]
 
 @dataclass(slots=True, frozen=True)
 class Recipe:
-    """What was chosen on the validation split.
+    """Hyper-parameters, chosen on the validation part of ShareGPT. They are stored in the model card.
 
-    ``penalty`` is ridge's; ``later_weight`` what a turn further into a conversation weighs beside an opening one (1);
-    ``lexical_gain`` scales the lexical columns, which loosens ridge's penalty on them.
+    ``penalty``: of the ridge. ``later_weight``: weight of a later turn; an opening turn has weight 1. ``lexical_gain``:
+    factor on the lexical columns of the ridge, which changes their effective penalty. ``levels``: quantiles q of stage
+    1. ``folds``: for cross-fitting. ``tree_*``: options of LightGBM. ``calibration_groups``: groups of stage 3.
     """
 
     penalty: float = 3.0
@@ -67,8 +68,11 @@ class Recipe:
 
 @dataclass(slots=True, frozen=True)
 class Examples:
-    """Prompts as features with their answers' lengths (tokens), whether those were cut off, who opens a conversation,
-    and which rows belong together (``group``: rows of one conversation, and of those that open alike)."""
+    """Prompts and their answers; every array has shape (rows,).
+
+    ``length``: output length in tokens. ``censored``: True if the answer was truncated. ``first``: True if the turn
+    opens a conversation. ``group``: the same number for rows that must stay in one fold.
+    """
 
     features: Sequence[Features]
     length: Floats
@@ -82,13 +86,15 @@ def fit_length_model(
     validation: Examples,
     card: Card,
     recipe: Recipe,
-    workshop: Path,
+    checkpoint_folder: Path,
     progress: Callable[[float], None] = lambda share: None,
 ) -> LengthModel:
-    """Fit on ``train`` and calibrate on ``validation``, which must share no conversation; ``workshop`` holds the
-    checkpoint.
+    """Fit on ``train`` and calibrate on ``validation``, which must share no conversation.
 
-    Deterministic, interrupted or not. Raises ValueError when there is too little data.
+    The same arguments give the same model, whether or not the run was interrupted and resumed.
+
+    Raises:
+        ValueError: there is too little data.
     """
     if not train.first.any():
         raise ValueError("training needs at least one conversation's opening turn")
@@ -98,7 +104,9 @@ def fit_length_model(
     mean = lexical[train.first].mean(axis=0)
     scale = np.maximum(lexical[train.first].std(axis=0), 1e-6)
     idf = inverse_document_frequency(train.features)
-    linear, scores = linear_stage(train, idf, mean, scale, recipe, workshop, lambda share: progress(0.75 * share))
+    linear, scores = linear_stage(
+        train, idf, mean, scale, recipe, checkpoint_folder, lambda share: progress(0.75 * share)
+    )
     trees = tree_stage(train, scores, lexical, recipe, lambda share: progress(0.75 + 0.25 * share))
     model = LengthModel(linear, trees, Calibration(np.ones(1), np.ones(1), np.ones(1)), card)
     calibration = fit_calibration(
@@ -113,10 +121,10 @@ def linear_stage(
     mean: Floats,
     scale: Floats,
     recipe: Recipe,
-    workshop: Path,
+    checkpoint_folder: Path,
     progress: Callable[[float], None],
 ) -> tuple[Linear, Floats]:
-    """Stage 1: the linear scores, and what each row scores where the fit has not seen it; shape (rows, targets)."""
+    """Run stage 1. Return the linear scores fitted to all rows, and the cross-fitted scores, shape (rows, targets)."""
     design = design_matrix(train, idf, mean, scale, recipe.lexical_gain)
     targets = _targets(train, recipe.levels)
     row_weights = np.where(train.first, 1.0, recipe.later_weight)
@@ -124,15 +132,15 @@ def linear_stage(
     penalty[-1] = 0.0
     fold = folds_by_group(train.group, recipe)
     key = fingerprint(asdict(recipe), train.length, train.first, train.group, idf)
-    checkpoint = Checkpoint(workshop, key)
+    checkpoint = Checkpoint(checkpoint_folder, key)
     tensors: Tensors = (checkpoint.load() or ({}, {}))[0]
-    for part in range(recipe.folds + 1):  # the last one leaves no fold out
+    for part in range(recipe.folds + 1):  # the last fit uses all folds
         name = f"weights_{part}"
         if name in tensors:
             continue
         seen = fold != part
 
-        def tell(iteration: int, part: int = part) -> None:
+        def report(iteration: int, part: int = part) -> None:
             progress((part + iteration / recipe.ridge_iterations) / (recipe.folds + 1))
 
         weights = fit_ridge(
@@ -141,7 +149,7 @@ def linear_stage(
             row_weights[seen],
             penalty,
             max_iterations=recipe.ridge_iterations,
-            progress=tell,
+            progress=report,
         )
         tensors = tensors | {name: weights.astype(np.float32)}
         checkpoint.save(tensors, {})
@@ -150,7 +158,7 @@ def linear_stage(
         scores[fold == part] = design[fold == part] @ tensors[f"weights_{part}"]
     weights = tensors[f"weights_{recipe.folds}"].astype(np.float64)
     linear = Linear(
-        # Through float16: what is calibrated is what is stored.
+        # Rounded to float16 as on disk, so that the calibration fits the stored model.
         idf=idf.astype(np.float16).astype(np.float32),
         weight=weights[:BUCKETS].astype(np.float16).astype(np.float32),
         lexical_mean=mean,
@@ -168,7 +176,7 @@ def tree_stage(
     recipe: Recipe,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Trees:
-    """Stage 2: trees on ``scores`` and ``lexical`` (any number of columns each)."""
+    """Run stage 2: fit trees to ``scores`` and ``lexical``, each with any number of columns."""
     import lightgbm
 
     options = {
@@ -191,8 +199,8 @@ def tree_stage(
         train.length,
         weight=np.where(train.first, 1.0, recipe.later_weight),
     )
-    told = [lambda round_: progress((round_.iteration + 1) / recipe.trees)]
-    return from_lightgbm(lightgbm.train(options, data, recipe.trees, callbacks=told).dump_model())
+    callbacks = [lambda round_: progress((round_.iteration + 1) / recipe.trees)]
+    return from_lightgbm(lightgbm.train(options, data, recipe.trees, callbacks=callbacks).dump_model())
 
 
 def _targets(train: Examples, levels: Sequence[float]) -> Floats:
@@ -202,20 +210,20 @@ def _targets(train: Examples, levels: Sequence[float]) -> Floats:
 
 
 def folds_by_group(group: Groups, recipe: Recipe) -> NDArray[np.int64]:
-    """A fold for each row, the same for a whole group; shape (rows,), 0 to folds - 1."""
-    known, place = np.unique(group, return_inverse=True)
-    return np.random.default_rng(recipe.seed).integers(0, recipe.folds, len(known))[place]
+    """Return a fold for each row, the same for all rows of a group; shape (rows,), 0 to folds - 1."""
+    groups, group_of_row = np.unique(group, return_inverse=True)
+    return np.random.default_rng(recipe.seed).integers(0, recipe.folds, len(groups))[group_of_row]
 
 
 def mid_ranks(length: Floats, among: Floats) -> Floats:
-    """r(y) of each of ``length`` (shape (rows,)) among the lengths ``among``; between 0 and 1."""
+    """Return r(y) of each of ``length`` (shape (rows,)) among the lengths ``among``; 0 to 1."""
     ordered = np.sort(among)
     below, not_above = np.searchsorted(ordered, length, "left"), np.searchsorted(ordered, length, "right")
     return np.asarray((below + not_above) / (2.0 * len(ordered)), dtype=np.float64)
 
 
 def inverse_document_frequency(rows: Sequence[Features]) -> NDArray[np.float32]:
-    """idf_j = ln((1 + n) / (1 + prompts with bucket j)) + 1; shape (BUCKETS,)."""
+    """Return idf_j = ln((1 + n) / (1 + prompts with bucket j)) + 1; shape (BUCKETS,)."""
     seen = np.zeros(BUCKETS)
     for row in rows:
         seen[row.indices] += 1.0
@@ -223,9 +231,9 @@ def inverse_document_frequency(rows: Sequence[Features]) -> NDArray[np.float32]:
 
 
 def design_matrix(train: Examples, idf: NDArray[np.float32], mean: Floats, scale: Floats, gain: float) -> Any:
-    """The CSR matrix whose product with the weights are the linear scores of `LengthModel`.
+    """Return the CSR matrix whose product with the weights gives the linear scores of `LengthModel`.
 
-    Columns: the buckets, the lexical measures, "not the opening turn" (0 when served), 1.
+    Columns: the buckets, the lexical measures, 1 for a later turn (0 in serving), and a constant 1.
     """
     from scipy import sparse
 

@@ -1,9 +1,9 @@
-"""Fine-tuning a backbone to classify prompts by the length of their answers (SCORPIO, appendix A.1).
+"""Fine-tunes a backbone that classifies prompts by the length of their answers (SCORPIO, appendix A.1).
 
     loss = cross-entropy of the answer's bin,        Adam, constant learning rate, all weights
 
-Every step draws its randomness from the seed and its own number, so a run that was interrupted goes on from its
-checkpoint as if nothing had happened.
+The random numbers of a step depend on the seed and the number of the step only. So a run that resumes from its
+checkpoint gives the same model as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from predictor_service.model.buckets import DEFAULT_BINS, Buckets, Strategy, fit_buckets
-from predictor_service.model.classifier import LengthClassifier, Network, Reader, load_backbone, place
+from predictor_service.model.buckets import DEFAULT_BINS, BinIndices, Buckets, Strategy, fit_buckets
+from predictor_service.model.classifier import LengthClassifier, Network, PromptEncoder, load_backbone, to_accelerator
 from predictor_service.model.length_model import CLASSIFIER, Card
 from predictor_service.training.checkpoint import Checkpoint, State, Tensors, fingerprint
 
 Floats = NDArray[np.float64]
-Places = NDArray[np.int64]
 
 PAPER_BASE = "facebook/opt-125m"
 
 
 @dataclass(slots=True, frozen=True)
 class ClassifierRecipe:
-    """The paper's hyper-parameters (table 3), and how they are carried out.
+    """Hyper-parameters of the paper (table 3) and settings of the run. They are stored in the model card.
 
-    ``base`` is a local folder or a hub name. ``rows_at_once`` bounds memory: a batch's gradient is gathered from pieces
-    of so many prompts. ``checkpoint_steps``: optimiser steps between two checkpoints.
+    ``base``: a local folder or a Hugging Face name. ``max_prompt_tokens``: longer prompts are truncated.
+    ``rows_at_once``: prompts in one forward pass; a batch accumulates gradients over several, which bounds memory.
+    ``checkpoint_steps``: optimiser steps between two checkpoints.
     """
 
     base: str = PAPER_BASE
@@ -44,7 +44,7 @@ class ClassifierRecipe:
     betas: tuple[float, float] = (0.9, 0.999)
     batch: int = 64
     epochs: int = 8
-    most_prompt_tokens: int = 2048
+    max_prompt_tokens: int = 2048
     seed: int = 0
     rows_at_once: int = 16
     checkpoint_steps: int = 200
@@ -52,7 +52,7 @@ class ClassifierRecipe:
 
 @dataclass(slots=True, frozen=True)
 class Labelled:
-    """Prompts and the lengths (tokens, shape (rows,)) of the answers that they got."""
+    """Prompts and the lengths of their answers (tokens, shape (rows,))."""
 
     prompts: Sequence[str]
     length: Floats
@@ -63,56 +63,61 @@ def fit_classifier(
     validation: Labelled,
     recipe: ClassifierRecipe,
     card: Card,
-    workshop: Path,
+    checkpoint_folder: Path,
     progress: Callable[[float], None] = lambda share: None,
 ) -> LengthClassifier:
-    """Fine-tune on ``train``, set the levels of p50 and p90 on ``validation``; ``workshop`` holds the checkpoint.
+    """Fine-tune on ``train`` and set the levels of p50 and p90 on ``validation``.
 
-    An answer that was cut off falls where it was cut: the paper knows no censoring. Raises ValueError with too little
-    data; OSError when the base cannot be read.
+    As in the paper, there is no censoring: a truncated answer counts with its recorded length.
+
+    Raises:
+        ValueError: there is too little data.
+        OSError: the base cannot be read.
     """
     if len(validation.length) < 20:
         raise ValueError(f"calibration needs at least 20 held-out answers, got {len(validation.length)}")
     buckets = fit_buckets(train.length, recipe.bins, recipe.strategy)
     torch.manual_seed(recipe.seed)
     backbone, tokenizer = load_backbone(recipe.base)
-    most = min(recipe.most_prompt_tokens, int(getattr(backbone.config, "max_position_embeddings", 1 << 30)))
-    reader = Reader(tokenizer, most)
-    network = place(Network(backbone, buckets.count))
-    rows = [reader.read(prompt) for prompt in train.prompts]
+    max_tokens = min(recipe.max_prompt_tokens, int(getattr(backbone.config, "max_position_embeddings", 1 << 30)))
+    encoder = PromptEncoder(tokenizer, max_tokens)
+    network = to_accelerator(Network(backbone, buckets.count))
+    rows = [encoder.encode(prompt) for prompt in train.prompts]
     key = fingerprint(asdict(recipe), train.length, np.array([sum(row) + len(row) for row in rows]))
-    _fine_tune(network, reader, rows, buckets.place(train.length), recipe, Checkpoint(workshop, key), progress)
-    full = card | {"family": CLASSIFIER, "recipe": asdict(recipe) | {"most_prompt_tokens": most}}
-    model = LengthClassifier(network, reader, buckets, (0.5, 0.9), full)
-    model.levels = _levels(model.shares(validation.prompts), buckets, validation.length)
+    _fine_tune(
+        network, encoder, rows, buckets.index_of(train.length), recipe, Checkpoint(checkpoint_folder, key), progress
+    )
+    full = card | {"family": CLASSIFIER, "recipe": asdict(recipe) | {"max_prompt_tokens": max_tokens}}
+    model = LengthClassifier(network, encoder, buckets, (0.5, 0.9), full)
+    model.levels = _levels(model.probabilities(validation.prompts), buckets, validation.length)
     return model
 
 
 def _fine_tune(
     network: Network,
-    reader: Reader,
+    encoder: PromptEncoder,
     rows: Sequence[list[int]],
-    bins: Places,
+    bins: BinIndices,
     recipe: ClassifierRecipe,
     checkpoint: Checkpoint,
     progress: Callable[[float], None],
 ) -> None:
     device = next(network.parameters()).device
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate, betas=recipe.betas)
-    a_pass = -(-len(rows) // recipe.batch)
-    steps = a_pass * recipe.epochs
+    steps_per_epoch = -(-len(rows) // recipe.batch)
+    steps = steps_per_epoch * recipe.epochs
     done = _resume(network, optimizer, checkpoint)
     for step in range(done, steps):
         network.train()
-        torch.manual_seed(recipe.seed * 1_000_003 + step)  # dropout's draws
-        order = np.random.default_rng([recipe.seed, step // a_pass]).permutation(len(rows))
-        batch = order[(step % a_pass) * recipe.batch :][: recipe.batch]
+        torch.manual_seed(recipe.seed * 1_000_003 + step)  # for dropout
+        order = np.random.default_rng([recipe.seed, step // steps_per_epoch]).permutation(len(rows))
+        batch = order[(step % steps_per_epoch) * recipe.batch :][: recipe.batch]
         optimizer.zero_grad()
         for first in range(0, len(batch), recipe.rows_at_once):
-            some = batch[first : first + recipe.rows_at_once]
-            logits = network(*reader.pad([rows[row] for row in some], device))
-            wanted = torch.from_numpy(bins[some]).to(device)
-            (functional.cross_entropy(logits, wanted, reduction="sum") / len(batch)).backward()
+            piece = batch[first : first + recipe.rows_at_once]
+            logits = network(*encoder.pad([rows[row] for row in piece], device))
+            target = torch.from_numpy(bins[piece]).to(device)
+            (functional.cross_entropy(logits, target, reduction="sum") / len(batch)).backward()
         optimizer.step()
         if (step + 1) % recipe.checkpoint_steps == 0 or step + 1 == steps:
             checkpoint.save(_tensors(network, optimizer), {"steps": step + 1})
@@ -121,13 +126,13 @@ def _fine_tune(
 
 def _tensors(network: Network, optimizer: torch.optim.Adam) -> Tensors:
     tensors = {f"network.{name}": weight.detach().cpu().numpy() for name, weight in network.state_dict().items()}
-    for place_, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{place_}.{name}": np.asarray(value.cpu().numpy()) for name, value in state.items()}
+    for parameter, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{parameter}.{name}": np.asarray(value.cpu().numpy()) for name, value in state.items()}
     return tensors
 
 
 def _resume(network: Network, optimizer: torch.optim.Adam, checkpoint: Checkpoint) -> int:
-    """Put back what the checkpoint holds; returns the steps that it has seen."""
+    """Restore network and optimiser from the checkpoint, and return the number of steps done."""
     stored: tuple[Tensors, State] | None = checkpoint.load()
     if stored is None:
         return 0
@@ -146,16 +151,15 @@ def _resume(network: Network, optimizer: torch.optim.Adam, checkpoint: Checkpoin
     return int(state["steps"])
 
 
-def _levels(shares: Floats, buckets: Buckets, length: Floats) -> tuple[float, float]:
-    """The levels whose quantiles cover half and nine tenths of ``length``.
+def _levels(probabilities: Floats, buckets: Buckets, length: Floats) -> tuple[float, float]:
+    """Return the levels whose quantiles cover half and nine tenths of ``length`` (tokens, shape (rows,)).
 
-    Split conformal: where each answer fell in its own predicted distribution is one draw, and the levels are quantiles
-    of those draws.
+    Split conformal prediction: the levels are quantiles of each answer's position in its own predicted distribution.
     """
-    bins = buckets.place(length)
+    bins = buckets.index_of(length)
     rows = np.arange(len(length))
-    before = np.cumsum(shares, axis=1)[rows, bins] - shares[rows, bins]
+    before = np.cumsum(probabilities, axis=1)[rows, bins] - probabilities[rows, bins]
     width = buckets.edges[bins + 1] - buckets.edges[bins]
-    fell = before + shares[rows, bins] * np.clip((length - buckets.edges[bins]) / width, 0.0, 1.0)
+    position = before + probabilities[rows, bins] * np.clip((length - buckets.edges[bins]) / width, 0.0, 1.0)
     last = 0.9 * (len(length) + 1) / len(length)
-    return float(np.quantile(fell, 0.5)), float(np.quantile(fell, min(last, 1.0)))
+    return float(np.quantile(position, 0.5)), float(np.quantile(position, min(last, 1.0)))

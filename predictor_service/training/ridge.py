@@ -1,8 +1,8 @@
-"""Ridge regression over sparse rows, for several targets at once, by preconditioned conjugate gradients.
+"""Ridge regression on sparse rows, for several targets at once, by preconditioned conjugate gradients.
 
     minimise  sum_i v_i (y_i - x_i w)^2  +  sum_j penalty_j w_j^2,     so   (X' V X + diag(penalty)) w = X' V y
 
-X'X is never formed. Needs scipy, which comes with the extra 'train'.
+X'X is never formed. Needs scipy, which the extra 'train' installs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ def fit_ridge(
     tolerance: float = 1e-4,
     progress: Callable[[int], None] = lambda iteration: None,
 ) -> Floats:
-    """The weights, shape (width, targets).
+    """Return the weights w, shape (width, targets).
 
-    ``design``: a scipy CSR matrix of shape (rows, width); ``targets``: shape (rows, targets); ``row_weights``: shape
-    (rows,); ``penalty``: shape (width,). Stops when every target's residual has shrunk to ``tolerance`` of its start,
-    or after ``max_iterations``.
+    Args:
+        design: X, a scipy CSR matrix of shape (rows, width).
+        targets: y, shape (rows, targets).
+        row_weights: v, shape (rows,).
+        penalty: shape (width,).
+        max_iterations: upper bound on iterations.
+        tolerance: stop when the residual of every target is at most this share of its start.
+        progress: called with the number of each iteration.
     """
     transposed = design.T.tocsr()
     squared = transposed.copy()
@@ -46,7 +51,7 @@ def fit_ridge(
         if (energy <= goal).all():
             break
         image = transposed @ (row_weights[:, None] * (design @ step)) + penalty[:, None] * step
-        # A target that is solved exactly has no step left to take.
+        # `_ratio` is 0 for a target that is solved exactly.
         length = _ratio(energy, (step * image).sum(axis=0))
         weights += length * step
         residual -= length * image

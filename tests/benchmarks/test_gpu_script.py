@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh as far as it goes without a GPU: what it would run, and its course around a stand-in `antares`."""
+"""benchmarks/gpu.sh without a GPU: its dry run, and its control flow around a fake `antares`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lab.bench.cli import bench
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
-STAND_IN = '''#!{python}
-"""Serves /ready; its benches attain everything up to 4/s, nothing from 8/s on, and note that they were asked."""
+FAKE_ANTARES = '''#!{python}
+"""Serves /ready. `bench` attains all requests below 8/s and none above. Every call but `serve` is logged."""
 import http.server, json, os, sys
 out = os.environ["OUT"]
 option = lambda name: sys.argv[sys.argv.index(name) + 1]
@@ -29,10 +29,10 @@ if sys.argv[1] == "serve":
     class Ready(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200), self.end_headers()
-        def log_message(self, *what): pass
+        def log_message(self, *args): pass
     http.server.HTTPServer(("127.0.0.1", int(os.environ["PORT"])), Ready).serve_forever()
-with open(f"{{out}}/asked", "a") as asked:
-    print(*sys.argv[1:], file=asked)
+with open(f"{{out}}/calls", "a") as calls:
+    print(*sys.argv[1:], file=calls)
 if sys.argv[1] == "bench":
     qps = float(option("--qps"))
     run = json.loads(os.environ["RUN"])
@@ -43,45 +43,45 @@ if sys.argv[1] == "profile":
 '''
 
 
-def script(*arguments: str, **environment: object) -> subprocess.CompletedProcess[str]:
+def run_script(*arguments: str, **environment: object) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     return subprocess.run(["bash", SCRIPT, *arguments], env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path) -> dict[str, object]:
-    """The environment in which the script finds a stand-in for `antares`, and a model that is written already."""
+def fake_environment(tmp_path: Path) -> dict[str, object]:
+    """An environment in which the script finds a fake `antares` and an existing model."""
     from lab.records.run_record import RequestResult, run_record
     from lab.workload import make_workload
 
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "antares").write_text(STAND_IN.format(python=sys.executable))
+    (folder / "antares").write_text(FAKE_ANTARES.format(python=sys.executable))
     (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     for program in folder.iterdir():
         program.chmod(0o755)
     (tmp_path / "out" / "model").mkdir(parents=True)
     (tmp_path / "out" / "model" / "config.json").write_text("{}")
-    asked = make_workload("small", qps=1.0, requests=3, seed=0)
-    served = [RequestResult(one, "finished", 0.1, 0.01, 1.0) for one in asked]
+    workload = make_workload("small", qps=1.0, requests=3, seed=0)
+    served = [RequestResult(request, "finished", 0.1, 0.01, 1.0) for request in workload]
     record = run_record("fcfs", 1.0, 0, served, 3.0, wall_s=3.0, client_lateness_p99_s=0.0, short_answers=0.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    slots = {"BIN": folder, "OUT": tmp_path / "out", "PORT": port}
-    return {**slots, "POLICIES": "fcfs slack", "RATES": "2 8 16", "RUN": json.dumps(record)}
+    locations = {"BIN": folder, "OUT": tmp_path / "out", "PORT": port}
+    return {**locations, "POLICIES": "fcfs slack", "RATES": "2 8 16", "RUN": json.dumps(record)}
 
 
-def test_it_is_valid_bash() -> None:
+def test_script_is_valid_bash() -> None:
     subprocess.run(["bash", "-n", SCRIPT], check=True)
 
 
-def test_a_dry_run_says_what_would_be_run_and_touches_nothing(tmp_path: Path) -> None:
+def test_dry_run_prints_commands_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    said = script("--dry-run", OUT=out)
-    assert said.returncode == 0
+    result = run_script("--dry-run", OUT=out)
+    assert result.returncode == 0
     assert not out.exists()
-    lines = said.stdout.splitlines()
+    lines = result.stdout.splitlines()
     assert lines[0] == f"python3 -m venv {out}/venv "
     for policy in ("fcfs", "scorpio", "mooncake", "slack"):
         assert policy in POLICIES
@@ -91,55 +91,55 @@ def test_a_dry_run_says_what_would_be_run_and_touches_nothing(tmp_path: Path) ->
     assert any("--shape llama-3.1-8b" in line for line in lines)
 
 
-def test_what_it_asks_of_antares_bench_are_options_that_it_has(tmp_path: Path) -> None:
+def test_bench_options_exist(tmp_path: Path) -> None:
     import inspect
     import shlex
 
-    lines = script("--dry-run", OUT=tmp_path / "out").stdout.splitlines()
+    lines = run_script("--dry-run", OUT=tmp_path / "out").stdout.splitlines()
     command = shlex.split(next(line for line in lines if " bench " in line))
     known = {"--" + name.replace("_", "-") for name in inspect.signature(bench).parameters} | {"--json"}
     assert {word for word in command if word.startswith("--")} <= known
 
 
-def test_it_goes_on_where_it_was_and_ends_at_the_collapse(stand_in: dict[str, object]) -> None:
-    out = Path(str(stand_in["OUT"]))
+def test_script_resumes_and_stops_at_collapse(fake_environment: dict[str, object]) -> None:
+    out = Path(str(fake_environment["OUT"]))
     (out / "runs").mkdir()
-    (out / "runs" / "fcfs-2-0.json").write_text(json.dumps({"runs": [json.loads(str(stand_in["RUN"]))]}))
-    course = script("--smoke", **stand_in)
-    assert course.returncode == 0, course.stderr
+    (out / "runs" / "fcfs-2-0.json").write_text(json.dumps({"runs": [json.loads(str(fake_environment["RUN"]))]}))
+    result = run_script("--smoke", **fake_environment)
+    assert result.returncode == 0, result.stderr
     found = sorted(file.name for file in (out / "runs").iterdir())
     assert found == sorted(f"{policy}-{rate}-0.json" for policy in ("fcfs", "slack") for rate in (2, 8))
-    assert "fcfs collapsed at 8/s" in course.stderr
+    assert "fcfs collapsed at 8/s" in result.stderr
     assert (out / "profile.json").exists()
     assert (out / "runs.png").stat().st_size > 1000
-    asked = (out / "asked").read_text().splitlines()
-    assert [line.split()[0] for line in asked] == ["bench", "bench", "bench", "profile"]
-    assert not any("--policy fcfs" in line and "--qps 2" in line for line in asked), "that is there already"
+    calls = (out / "calls").read_text().splitlines()
+    assert [line.split()[0] for line in calls] == ["bench", "bench", "bench", "profile"]
+    assert not any("--policy fcfs" in line and "--qps 2" in line for line in calls), "this result exists already"
     for policy in ("fcfs", "slack"):
         config = parse(yaml.safe_load((out / f"{policy}.yaml").read_text()))
         assert config.policy.name == policy
         assert getattr(config.engines[0], "model", None) == str(out / "model")
     (out / "runs" / "slack-8-0.json").unlink()
-    again = script("--smoke", **stand_in)
-    assert again.returncode == 0, again.stderr
-    more = (out / "asked").read_text().splitlines()[len(asked) :]
-    assert [line.split()[0] for line in more] == ["bench"]
-    assert "--policy slack" in more[0]
+    resumed = run_script("--smoke", **fake_environment)
+    assert resumed.returncode == 0, resumed.stderr
+    new_calls = (out / "calls").read_text().splitlines()[len(calls) :]
+    assert [line.split()[0] for line in new_calls] == ["bench"]
+    assert "--policy slack" in new_calls[0]
 
 
-def test_it_stops_when_its_time_is_over(stand_in: dict[str, object]) -> None:
-    said = script("--smoke", **{**stand_in, "MINUTES": 0})
-    assert said.returncode == 1
-    assert "run this again to go on" in said.stderr
+def test_script_exits_when_minutes_have_passed(fake_environment: dict[str, object]) -> None:
+    result = run_script("--smoke", **{**fake_environment, "MINUTES": 0})
+    assert result.returncode == 1
+    assert "run this script again to resume" in result.stderr
 
 
-def test_an_unknown_option_is_a_usage_error() -> None:
-    said = script("--fast")
-    assert (said.returncode, said.stdout) == (2, "")
-    assert "usage" in said.stderr
+def test_unknown_option_is_a_usage_error() -> None:
+    result = run_script("--fast")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "usage" in result.stderr
 
 
-def test_the_large_shape_is_the_one_of_llama_3_1_8b() -> None:
+def test_large_shape_has_parameter_count_of_llama_3_1_8b() -> None:
     shape = SHAPES["llama-3.1-8b"]
     head = shape["hidden_size"] // shape["num_attention_heads"]
     attention = shape["hidden_size"] * head * 2 * (shape["num_attention_heads"] + shape["num_key_value_heads"])

@@ -1,4 +1,4 @@
-"""The predictor on a model that it was not trained on."""
+"""The study of the length predictor on a model that it was not trained on."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from predictor_service.model.features import prompt_features
 SECRET = "xyzzy-private-prompt"
 
 
-def test_with_200_finished_requests_calibration_beats_the_constant_median_on_another_models_answers() -> None:
-    ways = evaluate(seed=0, shuffles=20)["ways"]
-    assert ways["calibrated"]["mae_tokens"] < ways["constant"]["mae_tokens"]
-    assert ways["calibrated"]["mae_tokens"] < ways["uncalibrated"]["mae_tokens"]
-    assert ways["calibrated"]["coverage_p90"] >= 0.88
+def test_calibration_beats_constant_median_on_other_model() -> None:
+    methods = evaluate(seed=0, shuffles=20)["methods"]
+    assert methods["calibrated"]["mae_tokens"] < methods["constant"]["mae_tokens"]
+    assert methods["calibrated"]["mae_tokens"] < methods["uncalibrated"]["mae_tokens"]
+    assert methods["calibrated"]["coverage_p90"] >= 0.88
 
 
-def test_whatever_another_model_makes_of_the_lengths_calibration_follows() -> None:
-    for name, ways in simulate(seed=1, shuffles=4)["models"].items():
-        made, constant = ways["calibrated"], ways["constant"]
-        assert made["mae_tokens"] < (1.02 if name == "lengths unrelated" else 0.9) * constant["mae_tokens"], name
-        assert made["coverage_p90"] > 0.86, name
+def test_calibration_follows_transformed_lengths() -> None:
+    for name, methods in simulate(seed=1, shuffles=4)["models"].items():
+        calibrated, constant = methods["calibrated"], methods["constant"]
+        assert (
+            calibrated["mae_tokens"] < (1.02 if name == "unrelated to the prompt" else 0.9) * constant["mae_tokens"]
+        ), name
+        assert calibrated["coverage_p90"] > 0.86, name
 
 
-def test_the_kept_data_are_numbers_only() -> None:
+def test_data_file_holds_numbers_only() -> None:
     with np.load(DATA_FILE, allow_pickle=False) as kept:
         assert all(kept[name].dtype.kind in "iufb" for name in kept.files)
     features, lengths, censored = read_kept()
@@ -38,15 +40,13 @@ def test_the_kept_data_are_numbers_only() -> None:
     assert (np.diff(features[0].indices.astype(int)) > 0).all()
 
 
-def test_of_a_run_that_was_ended_early_nothing_behind_the_first_missing_answer_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keep_stops_at_first_missing_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [(row, f"{SECRET} number {row}") for row in (7, 4, 3, 9, 5)]
     monkeypatch.setattr(predictor_transfer, "held_out_prompts", lambda seed: prompts)
     answers = tmp_path / "answers.jsonl"
-    done = [{"row": row, "tokens": 10 * row, "censored": row == 3} for row in (5, 3, 7)]
-    done.append({"row": 4, "tokens": 0, "censored": False})  # refused by the engine: no answer, and not missing
-    answers.write_text("".join(json.dumps(one) + "\n" for one in done))
+    lines = [{"row": row, "tokens": 10 * row, "censored": row == 3} for row in (5, 3, 7)]
+    lines.append({"row": 4, "tokens": 0, "censored": False})  # rejected by the engine, so not missing
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert keep(answers, tmp_path / "kept.npz") == 2
     features, lengths, censored = read_kept(tmp_path / "kept.npz")
     assert (lengths.tolist(), censored.tolist()) == ([30, 70], [True, False])
@@ -54,17 +54,13 @@ def test_of_a_run_that_was_ended_early_nothing_behind_the_first_missing_answer_i
     assert SECRET.encode() not in (tmp_path / "kept.npz").read_bytes()
 
 
-def test_features_of_another_version_are_refused_with_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_kept_rejects_other_features_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "old.npz", features_version=np.array(0))
     with pytest.raises(ValueError, match=r"predictor\.transfer keep"):
         read_kept(tmp_path / "old.npz")
 
 
-def test_the_command_prints_a_table_or_json(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_prints_table_or_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictor_transfer, "simulate", lambda seed, finished: simulate(seed, finished, shuffles=1))
     main(["simulate", "--finished", "100"])
     assert "calibrated" in capsys.readouterr().out

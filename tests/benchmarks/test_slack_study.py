@@ -34,7 +34,7 @@ from lab.records.run_record import RequestResult
 from lab.simulate.experiment import Experiment, Run
 from lab.simulate.predictions import predict
 from lab.simulate.replica import Replica
-from lab.simulate.simulator import Simulated, simulate
+from lab.simulate.simulator import SimulationResult, simulate
 from lab.workload import WorkloadRequest, make_workload
 
 pytestmark = (
@@ -46,7 +46,7 @@ BRIEF = Experiment(workload={"name": "sharegpt", "duration_s": 4.0})
 CROWDED = make_workload("sharegpt", qps=120.0, duration_s=4.0, seed=3)
 
 
-def came_of(name: str, workload: Sequence[WorkloadRequest] = CROWDED, **limits: Any) -> Simulated:
+def came_of(name: str, workload: Sequence[WorkloadRequest] = CROWDED, **limits: Any) -> SimulationResult:
     """The workload under `slack` without the part called ``name``."""
     without = WITHOUT[name]
     with without.around():
@@ -63,7 +63,7 @@ def engine() -> EngineState:
 
 @cache  # not a fixture: those are set up under the tracer
 def in_full() -> list[RequestResult]:
-    return came_of(FULL).served
+    return came_of(FULL).results
 
 
 # --- without a part ---------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def in_full() -> list[RequestResult]:
 
 def test_nothing_taken_out_is_the_product() -> None:
     assert WITHOUT[FULL].make() == Slack()
-    assert in_full() == simulate(CROWDED, predict("shipped", CROWDED, 0), A100, Slack).served
+    assert in_full() == simulate(CROWDED, predict("shipped", CROWDED, 0), A100, Slack).results
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_nothing_taken_out_is_the_product() -> None:
     ],
 )
 def test_without_a_part_another_thing_happens_under_overload(name: str) -> None:
-    without = came_of(name).served
+    without = came_of(name).results
     assert len(without) == len(CROWDED)
     assert without != in_full()
 
@@ -103,14 +103,14 @@ def test_without_holding_off_paces_that_are_all_but_the_engines_own_are_kept_und
     strict = {}
     for name in (FULL, "holding off"):
         make = WITHOUT[name].make
-        served = simulate(workload, predict("shipped", workload, 0), A100, make, times=slow, learn=False).served
-        strict[name] = sum(one.attained for one in served if one.asked.tpot_slo_s == 0.03)
+        served = simulate(workload, predict("shipped", workload, 0), A100, make, times=slow, learn=False).results
+        strict[name] = sum(one.attained for one in served if one.request.tpot_slo_s == 0.03)
     assert strict[FULL] < 0.7 * strict["holding off"]
 
 
 def test_without_easing_an_end_to_end_bound_holds_others_up_for_as_long_as_it_runs() -> None:
     workload = make_workload("code-chat", qps=60.0, duration_s=8.0, seed=1)
-    with_it, without = (sum(one.attained for one in came_of(name, workload).served) for name in (FULL, "easing"))
+    with_it, without = (sum(one.attained for one in came_of(name, workload).results) for name in (FULL, "easing"))
     assert without < 0.95 * with_it
 
 
@@ -137,10 +137,12 @@ def test_a_burst_at_best_effort_is_served_whole_and_costs_the_others_next_to_not
     assert beside(served)["slo_adherence"] > beside(refused)["slo_adherence"] - 0.02
     others = CROWDS[served].make(0)
     asked, predictions = behind(
-        CROWDS[served], BRIEF.asked(10.0, 0), predict("shipped", BRIEF.asked(10.0, 0), 0), "shipped", 0
+        CROWDS[served], BRIEF.requests(10.0, 0), predict("shipped", BRIEF.requests(10.0, 0), 0), "shipped", 0
     )
     fates = {
-        best: [one.outcome for one in simulate(asked, predictions, A100, Slack, best_effort=best).served[: len(others)]]
+        best: [
+            one.outcome for one in simulate(asked, predictions, A100, Slack, best_effort=best).results[: len(others)]
+        ]
         for best in (False, True)
     }
     assert set(fates[True]) == {"finished"}
@@ -155,7 +157,7 @@ def test_steps_that_vary_are_what_a_trial_with_them_meets() -> None:
 
 
 def test_nobody_is_refused_as_late_and_all_end() -> None:
-    assert {one.outcome for one in came_of("refusing").served} == {"finished"}
+    assert {one.outcome for one in came_of("refusing").results} == {"finished"}
     assert any(one.outcome == "rejected" for one in in_full())
 
 
@@ -223,7 +225,7 @@ def test_what_is_told_of_step_times_and_lengths_reaches_the_simulator(
 ) -> None:
     told: list[tuple[Any, ...]] = []
 
-    def spying(asked: Any, predictions: Any, profile: Any, make: Any, **more: Any) -> Simulated:
+    def spying(asked: Any, predictions: Any, profile: Any, make: Any, **more: Any) -> SimulationResult:
         told.append((make().name, predictions, more))
         return simulate(asked, predictions, profile, make, **more)
 

@@ -1,4 +1,4 @@
-"""The quickstart, driven as a stranger would: `antares serve` with configs/quickstart.yaml and official clients."""
+"""The quickstart: `antares serve` with configs/quickstart.yaml, and official clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import openai
 import pytest
 import yaml
 
-from tests.fixtures.served import VLLM_CLI, Served, gone, serve
+from tests.fixtures.served import VLLM_CLI, Served, serve, still_running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -44,7 +44,7 @@ def ask(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def test_a_streamed_answer_says_paris_and_carries_the_verdict(served: Served, client: openai.OpenAI) -> None:
+def test_streamed_response_has_slo_headers(served: Served, client: openai.OpenAI) -> None:
     response = client.chat.completions.with_raw_response.create(
         model=MODEL,
         messages=ask("What is the capital of France?"),  # type: ignore[arg-type]
@@ -60,25 +60,25 @@ def test_a_streamed_answer_says_paris_and_carries_the_verdict(served: Served, cl
     assert float(response.headers["x-antares-predicted-ttft-ms"]) > 0
 
 
-def test_an_answer_in_one_piece_reports_the_first_token_it_never_sent_alone(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(
+def test_non_streaming_response_reports_ttft(client: openai.OpenAI) -> None:
+    completion = client.chat.completions.create(
         model=MODEL,
         messages=ask("What is the capital of France?"),  # type: ignore[arg-type]
         temperature=0,
         max_tokens=24,
         extra_headers={**SLO, "x-slo-report": "1"},
     )
-    assert "Paris" in (answer.choices[0].message.content or "")
-    verdict = answer.model_extra["antares"]  # type: ignore[index]
-    assert verdict["attained"] is True
-    assert 0 < verdict["ttft_ms"] < verdict["e2e_ms"]
-    assert verdict["output_tokens"] == answer.usage.completion_tokens  # type: ignore[union-attr]
+    assert "Paris" in (completion.choices[0].message.content or "")
+    report = completion.model_extra["antares"]  # type: ignore[index]
+    assert report["attained"] is True
+    assert 0 < report["ttft_ms"] < report["e2e_ms"]
+    assert report["output_tokens"] == completion.usage.completion_tokens  # type: ignore[union-attr]
     # n tokens have n - 1 gaps between the first and the last.
-    spent = verdict["ttft_ms"] + verdict["tpot_ms"] * (verdict["output_tokens"] - 1)
-    assert spent == pytest.approx(verdict["e2e_ms"], rel=0.1)
+    total_ms = report["ttft_ms"] + report["tpot_ms"] * (report["output_tokens"] - 1)
+    assert total_ms == pytest.approx(report["e2e_ms"], rel=0.1)
 
 
-def test_the_verdict_stands_as_a_comment_before_the_end_of_a_stream(served: Served) -> None:
+def test_slo_report_is_a_comment_before_the_end_of_a_stream(served: Served) -> None:
     body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 5, "stream": True}
     raw = httpx.post(f"{served.base}/v1/completions", json=body, headers={"x-slo-report": "1"}, timeout=60).text
     comment = re.search(r"^: antares (\{.*\})\n\ndata: \[DONE\]", raw, re.MULTILINE)
@@ -86,45 +86,45 @@ def test_the_verdict_stands_as_a_comment_before_the_end_of_a_stream(served: Serv
     assert json.loads(comment[1])["output_tokens"] == 5
 
 
-def test_an_unattainable_bound_is_refused_with_what_would_be_attainable(served: Served) -> None:
+def test_unattainable_bound_is_rejected_with_attainable_value(served: Served) -> None:
     body = {"model": MODEL, "messages": ask("Hello"), "max_tokens": 5}
-    answer = httpx.post(f"{served.base}/v1/chat/completions", json=body, headers={"x-slo-ttft-ms": "1"}, timeout=30)
-    error = answer.json()["error"]
-    assert answer.status_code == 429
-    assert int(answer.headers["retry-after"]) >= 1
-    assert answer.headers["x-should-retry"] == "false"
+    response = httpx.post(f"{served.base}/v1/chat/completions", json=body, headers={"x-slo-ttft-ms": "1"}, timeout=30)
+    error = response.json()["error"]
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) >= 1
+    assert response.headers["x-should-retry"] == "false"
     assert (error["type"], error["code"], error["param"]) == ("slo_unattainable", "ttft_unattainable", "x-slo-ttft-ms")
     assert 1 < error["predicted_ms"] < error["attainable_ms"]
 
 
 @pytest.mark.parametrize(
-    ("headers", "body", "named"),
+    ("headers", "body", "param"),
     [
         ({"x-slo-tpot-ms": "fast"}, {"messages": ask("hi")}, "x-slo-tpot-ms"),
-        ({"x-slo-class": "nobody"}, {"messages": ask("hi")}, "x-slo-class"),
+        ({"x-slo-class": "unknown"}, {"messages": ask("hi")}, "x-slo-class"),
         ({}, {"messages": "hi"}, "messages"),
         ({}, {"messages": ask("hi"), "n": 0}, "n"),
         ({}, {"messages": ask("hi"), "seed": 1, "temperature": 1}, "seed"),
     ],
 )
-def test_bad_input_gets_a_400_that_names_the_field(
-    served: Served, headers: dict[str, str], body: dict[str, object], named: str
+def test_bad_input_gets_400_that_names_the_field(
+    served: Served, headers: dict[str, str], body: dict[str, object], param: str
 ) -> None:
-    answer = httpx.post(
+    response = httpx.post(
         f"{served.base}/v1/chat/completions", json={"model": MODEL, **body}, headers=headers, timeout=30
     )
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == named
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
 
 
-def test_what_the_engine_itself_refuses_passes_through(served: Served) -> None:
+def test_engine_errors_pass_through(served: Served) -> None:
     body = {"model": "no-such-model", "messages": ask("hi"), "max_tokens": 3}
-    answer = httpx.post(f"{served.base}/v1/chat/completions", json=body, timeout=30)
-    assert answer.status_code == 404
-    assert "no-such-model" in answer.json()["error"]["message"]
+    response = httpx.post(f"{served.base}/v1/chat/completions", json=body, timeout=30)
+    assert response.status_code == 404
+    assert "no-such-model" in response.json()["error"]["message"]
 
 
-def test_the_engines_own_features_work_because_its_own_app_serves_them(client: openai.OpenAI) -> None:
+def test_engine_features_work_through_the_gateway(client: openai.OpenAI) -> None:
     two = client.chat.completions.create(
         model=MODEL,
         messages=ask("Name a colour."),  # type: ignore[arg-type]
@@ -164,12 +164,12 @@ def test_the_engines_own_features_work_because_its_own_app_serves_them(client: o
     assert last.usage.completion_tokens <= 6
 
 
-def test_models_and_other_routes_of_the_engine_pass_through(served: Served) -> None:
+def test_other_engine_routes_pass_through(served: Served) -> None:
     assert served.get("/v1/models").json()["data"][0]["id"] == MODEL
     assert served.get("/v1/no-such-route").status_code == 404
 
 
-def test_vllms_own_benchmark_client_runs_against_the_gateway(served: Served, tmp_path: Path) -> None:
+def test_vllm_bench_serve_runs_against_the_gateway(served: Served, tmp_path: Path) -> None:
     model = served.get("/v1/models").json()["data"][0]["root"]
     command = [sys.executable, "-c", VLLM_CLI, "bench", "serve", "--backend", "openai-chat"]
     command += ["--base-url", served.base, "--endpoint", "/v1/chat/completions", "--model", MODEL, "--tokenizer", model]
@@ -185,7 +185,7 @@ def test_vllms_own_benchmark_client_runs_against_the_gateway(served: Served, tmp
     assert (result["completed"], result.get("failed", 0)) == (50, 0)
 
 
-def test_both_metrics_and_the_engines_own_are_visible(served: Served) -> None:
+def test_metrics_include_gateway_and_engine(served: Served) -> None:
     text = served.get("/metrics").text
     assert "antares_requests_total{" in text
     assert "vllm:" in text
@@ -193,29 +193,29 @@ def test_both_metrics_and_the_engines_own_are_visible(served: Served) -> None:
     assert "<title>Antares</title>" in served.get("/dashboard").text
 
 
-def test_a_killed_predictor_costs_no_answer_and_comes_back(served: Served, client: openai.OpenAI) -> None:
+def test_killed_predictor_fails_no_request_and_restarts(served: Served, client: openai.OpenAI) -> None:
     before = served.metric("antares_predictions_total", source="fallback")
     os.kill(served.child("predictor_service"), signal.SIGKILL)
     for _ in range(3):
-        answer = client.completions.create(model=MODEL, prompt="One two", max_tokens=2, extra_headers=SLO)
-        assert answer.usage.completion_tokens <= 2  # type: ignore[union-attr]
+        completion = client.completions.create(model=MODEL, prompt="One two", max_tokens=2, extra_headers=SLO)
+        assert completion.usage.completion_tokens <= 2  # type: ignore[union-attr]
     assert served.metric("antares_predictions_total", source="fallback") > before
     until = time.monotonic() + 30
     while time.monotonic() < until and not served.metric("antares_predictor_restarts_total"):
         time.sleep(0.2)
     assert served.metric("antares_predictor_restarts_total") >= 1
-    asked = served.metric("antares_predictions_total", source="service")
-    while time.monotonic() < until and served.metric("antares_predictions_total", source="service") == asked:
+    predictions = served.metric("antares_predictions_total", source="service")
+    while time.monotonic() < until and served.metric("antares_predictions_total", source="service") == predictions:
         client.completions.create(model=MODEL, prompt="One two", max_tokens=1, extra_headers=SLO)
         time.sleep(0.3)
-    assert served.metric("antares_predictions_total", source="service") > asked
+    assert served.metric("antares_predictions_total", source="service") > predictions
 
 
-def test_ctrl_c_lets_streams_finish_and_leaves_no_process(served: Served, client: openai.OpenAI) -> None:
-    """The last of the module: it stops the server."""
+def test_ctrl_c_drains_streams_and_leaves_no_process(served: Served, client: openai.OpenAI) -> None:
+    """Must be the last test of the module, because it stops the server."""
     pids = [served.process.pid, *served.children()]
     assert len(pids) >= 3  # the gateway, its predictor, and vLLM's EngineCore
-    seen: list[str] = []
+    finish_reasons: list[str] = []
 
     def read() -> None:
         stream = client.completions.create(
@@ -226,17 +226,17 @@ def test_ctrl_c_lets_streams_finish_and_leaves_no_process(served: Served, client
             extra_body={"ignore_eos": True},
             extra_headers=SLO,
         )
-        seen.extend(chunk.choices[0].finish_reason or "" for chunk in stream)
+        finish_reasons.extend(chunk.choices[0].finish_reason or "" for chunk in stream)
 
     reader = threading.Thread(target=read)
     reader.start()
-    while not seen:
+    while not finish_reasons:
         time.sleep(0.02)
     served.interrupt()
     time.sleep(0.2)
-    refused = httpx.post(f"{served.base}/v1/completions", json={"model": MODEL, "prompt": "late"}, timeout=30)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+    rejected = httpx.post(f"{served.base}/v1/completions", json={"model": MODEL, "prompt": "late"}, timeout=30)
+    assert (rejected.status_code, rejected.json()["error"]["code"]) == (503, "draining")
     reader.join(60)
-    assert seen[-1] == "length"
+    assert finish_reasons[-1] == "length"
     assert served.process.wait(60) == 0
-    assert gone(pids) == []
+    assert still_running(pids) == []

@@ -1,4 +1,4 @@
-"""A real vLLM with a small random model, driven hard: the step gate's shares, clients that leave, engines that die."""
+"""A real vLLM with a small random model under load: the step gate, client disconnects and engine deaths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from benchmarks.live.dummy_model import write_dummy_model
-from tests.fixtures.served import Served, gone, serve
+from tests.fixtures.served import Served, serve, still_running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -39,19 +39,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     engine = {
         "kind": "vllm",
         "name": "small",
-        # Slow enough, at tens of milliseconds a step, that the engine is what everything here waits for. With steps
-        # of a few milliseconds the gateway falls behind on a busy machine, and tells of moments long past.
+        # Steps take tens of milliseconds, so that the engine is the bottleneck. With steps of a few milliseconds, the
+        # gateway falls behind on a busy machine, and its metrics are outdated.
         "model": str(write_dummy_model(folder / "model", "medium")),
         "served_model_name": "small",
         "flags": flags,
         "env": {"VLLM_CPU_KVCACHE_SPACE": 1, "HF_HUB_OFFLINE": 1, "VLLM_LOGGING_LEVEL": "ERROR"},
     }
     classes = {
-        # 2:1 is what the gate sees.
+        # The gate depends only on the ratio of the TPOT bounds, here 2:1.
         "strict": {"ttft_ms": 60_000, "tpot_ms": 2000},
         "loose": {"ttft_ms": 60_000, "tpot_ms": 4000},
     }
-    # Whatever this machine's speed, everything here is admitted: these tests are about what happens after that.
+    # These options admit every request at any machine speed. The tests cover what happens after admission.
     policy = {"name": "scorpio", "options": {"eta": 0, "ttft_guard": False}}
     running = serve(folder, {"engines": [engine], "classes": classes, "default_class": "loose", "policy": policy})
     yield running
@@ -87,32 +87,32 @@ async def read_stream(
     return lines
 
 
-def ended_in_full(lines: list[str]) -> bool:
-    """Not every token is an event: half a character makes none."""
+def is_complete(lines: list[str]) -> bool:
+    """Whether a stream is complete. Events are not counted, because part of a character gives a token no event."""
     return lines[-1] == "data: [DONE]" and '"finish_reason":"length"' in lines[-2]
 
 
 POLL_S = 0.3
-"""What one look at the server may count for, however long it took: a machine that stands still is not waited for."""
+"""Maximum time (s) that one poll counts for in `eventually`, so that a stalled machine does not cause a timeout."""
 
 
 async def eventually(condition: Callable[[], T | None], within_s: float, holds: Callable[[T], object] = bool) -> T:
-    """Look until what ``condition`` returns ``holds``, and return that; fails after ``within_s``, with all it saw."""
-    waited, seen = 0.0, []
+    """Poll ``condition`` until its value ``holds``, and return the value. Fails after ``within_s`` with the values."""
+    waited, values = 0.0, []
     while True:
-        looked = time.monotonic()
+        started = time.monotonic()
         value = await asyncio.to_thread(condition)
         if value is not None and holds(value):
             return value
-        seen.append(f"{value} after {waited:.2f} s")
-        assert waited < within_s, f"it never came to hold: {', '.join(seen[-40:])}"
+        values.append(f"{value} after {waited:.2f} s")
+        assert waited < within_s, f"the condition never held: {', '.join(values[-40:])}"
         await asyncio.sleep(0.05)
-        waited += min(time.monotonic() - looked, POLL_S)
+        waited += min(time.monotonic() - started, POLL_S)
 
 
 @asynccontextmanager
-async def ended_with(served: Served, streams: Sequence[asyncio.Task[Any]]) -> AsyncIterator[None]:
-    """However the block ends, nothing of it is left for the next test to find."""
+async def cancelling(served: Served, streams: Sequence[asyncio.Task[Any]]) -> AsyncIterator[None]:
+    """Cancel ``streams`` after the block and wait until the gateway is idle, so that tests are independent."""
     try:
         yield
     finally:
@@ -123,57 +123,58 @@ async def ended_with(served: Served, streams: Sequence[asyncio.Task[Any]]) -> As
         await eventually(lambda: served.metric("antares_engine_running_sequences"), 30, lambda running: running == 0)
 
 
-async def test_requests_with_twice_the_tpot_bound_decode_in_half_of_the_steps(
+async def test_requests_with_twice_the_tpot_bound_decode_in_half_the_steps(
     served: Served, http: httpx.AsyncClient
 ) -> None:
-    def counted() -> dict[str, float]:
-        text = served.get("/metrics").text  # one scrape: what is compared must be of one moment
+    def gate_counts() -> dict[str, float]:
+        text = served.get("/metrics").text  # one scrape, so that all values are of the same moment
         counts = {
-            f"{what} {bound}": served.metric(f"antares_gate_{what}_total", text, tpot_ms=bound)
-            for what in ("eligible", "batched")
+            f"{counter} {bound}": served.metric(f"antares_gate_{counter}_total", text, tpot_ms=bound)
+            for counter in ("eligible", "batched")
             for bound in ("2000", "4000")
         }
         return {**counts, "running": served.metric("antares_engine_running_sequences", text)}
 
-    async def counted_beside_each_other() -> dict[str, float] | None:
-        """What the gate counted from a moment at which all decode; None if that moment was slept through.
+    async def count_while_all_decode() -> dict[str, float] | None:
+        """The gate's counts from a moment when all streams decode; None if this process missed that moment.
 
-        The loose, at half the pace, are the last to end, and once the strict have ended nobody is held back: it does
-        not matter how late their end is noticed.
+        The loose streams end last, because they decode at half the pace. Once the strict ones have ended, the gate
+        holds back no stream, so a late end of the measurement does not change the result.
         """
-        idle = counted()
-        # As long as the model allows: a fast machine must not be done before it was looked at.
+        idle = gate_counts()
+        # Streams are as long as the model allows, so that a fast machine does not finish them before the measurement.
         streams = [asyncio.create_task(read_stream(http, 900, **bound)) for bound in [STRICT] * 6 + [LOOSE] * 6]
 
-        def since(then: dict[str, float], least: float, **more: float) -> dict[str, float] | None:
-            """What was counted since ``then``, once that is enough, or as soon as anybody's stream has ended."""
-            now = counted()
-            spent = {key: now[key] - then[key] for key in now}
-            enough = min(spent["eligible 2000"], spent["eligible 4000"]) > least and more.items() <= now.items()
-            return spent if enough or any(stream.done() for stream in streams) else None
+        def counts_since(start: dict[str, float], minimum: float, **expected: float) -> dict[str, float] | None:
+            """The counts since ``start``, once they exceed ``minimum`` or a stream has ended."""
+            now = gate_counts()
+            counts = {key: now[key] - start[key] for key in now}
+            enough = min(counts["eligible 2000"], counts["eligible 4000"]) > minimum
+            enough = enough and expected.items() <= now.items()
+            return counts if enough or any(stream.done() for stream in streams) else None
 
-        async with ended_with(served, streams):
-            begun = await eventually(lambda: since(idle, 60, running=12), within_s=180)
-            all_had_just_begun = max(begun["batched 2000"], begun["batched 4000"]) < 6 * 300
-            before = counted()
-            spent = await eventually(lambda: since(before, 1200), within_s=180)
-        return spent if all_had_just_begun and spent["eligible 2000"] > 600 else None
+        async with cancelling(served, streams):
+            first = await eventually(lambda: counts_since(idle, 60, running=12), within_s=180)
+            started_recently = max(first["batched 2000"], first["batched 4000"]) < 6 * 300
+            before = gate_counts()
+            counts = await eventually(lambda: counts_since(before, 1200), within_s=180)
+        return counts if started_recently and counts["eligible 2000"] > 600 else None
 
     for _ in range(4):
-        if spent := await counted_beside_each_other():
+        if counts := await count_while_all_decode():
             break
     else:
-        pytest.fail("four times all streams were whole before anybody came to look: what starves this process?")
-    assert (spent["eligible 4000"] - spent["batched 4000"]) / spent["eligible 2000"] == pytest.approx(0.5, abs=0.05)
-    assert spent["batched 2000"] / spent["eligible 2000"] == 1.0
+        pytest.fail("all streams ended before the measurement, four times: this process gets too little CPU time")
+    assert (counts["eligible 4000"] - counts["batched 4000"]) / counts["eligible 2000"] == pytest.approx(0.5, abs=0.05)
+    assert counts["batched 2000"] / counts["eligible 2000"] == 1.0
 
 
-async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times_over(served: Served) -> None:
+async def test_client_disconnects_free_the_engine_within_two_seconds(served: Served) -> None:
     def in_engine() -> float:
         text = served.get("/metrics").text
         return sum(served.metric(f"antares_engine_{where}_sequences", text) for where in ("running", "waiting"))
 
-    def left_open() -> float:
+    def open_requests() -> float:
         return served.metric("antares_ledger_open")
 
     def open_files() -> int:
@@ -188,37 +189,37 @@ async def test_clients_that_hang_up_free_the_engine_within_two_seconds_ten_times
 
     files: list[int] = []
     memory: list[int] = []
-    before, slept = cancelled(), 0
+    before, starved_rounds = cancelled(), 0
     while len(files) < 10:
         async with connect(served) as http:
-            already, started = cancelled(), time.monotonic()
+            cancelled_before, started = cancelled(), time.monotonic()
             staying = [asyncio.create_task(read_stream(http, 48)) for _ in range(32)]
-            # They ask for as much as there is: the engine, ahead of a busy machine, must not be done before they leave.
+            # As long as the model allows, so that the engine does not finish them before the clients disconnect.
             leaving = [asyncio.create_task(read_stream(http, 900, leave_after=4)) for _ in range(32)]
             await asyncio.gather(*leaving)
             took_s = time.monotonic() - started
             await eventually(in_engine, 2, lambda sequences: sequences <= 32)
-            assert left_open() <= 32
-            assert all(ended_in_full(lines) for lines in await asyncio.gather(*staying))
-        await eventually(left_open, 2, lambda requests: requests == 0)
+            assert open_requests() <= 32
+            assert all(is_complete(lines) for lines in await asyncio.gather(*staying))
+        await eventually(open_requests, 2, lambda requests: requests == 0)
         await eventually(in_engine, 2, lambda sequences: sequences == 0)
-        if cancelled() == already and took_s > 30 and slept < 3:
-            # Some kernels let a process wait for a core for as long as the engine's threads spin on it: minutes. Then
-            # the answers were whole before these clients, or the gateway, came to anything, and nobody hung up.
-            slept += 1
+        if cancelled() == cancelled_before and took_s > 30 and starved_rounds < 3:
+            # NOTE: some kernels starve other processes for minutes while the engine's threads spin on all cores. Then
+            # the responses are complete before the clients or the gateway run, so no client disconnects early.
+            starved_rounds += 1
             continue
-        assert cancelled() == already + 32, f"left after {took_s:.1f} s"
+        assert cancelled() == cancelled_before + 32, f"disconnected after {took_s:.1f} s"
         files.append(open_files())
         memory.append(resident_kb())
     ledger = served.get("/status").json()["ledger"]
     assert ledger["cancelled"] == before + 320, ledger
     assert ledger["accepted"] == sum(ledger[outcome] for outcome in ("finished", "rejected", "failed", "cancelled"))
-    # The first rounds fill the connection pool to the predictor, which is bounded.
-    assert files[-1] <= files[1] + 16, f"open files, by round: {files}"
-    assert memory[-1] - memory[1] < 50_000, f"resident memory in kB, by round: {memory}"
+    # The first rounds fill the bounded connection pool to the predictor.
+    assert files[-1] <= files[1] + 16, f"open files per round: {files}"
+    assert memory[-1] - memory[1] < 50_000, f"resident memory in kB per round: {memory}"
 
 
-async def test_a_client_that_leaves_before_an_answer_in_one_piece_frees_the_engine_too(
+async def test_disconnect_before_non_streaming_response_frees_the_engine(
     served: Served, http: httpx.AsyncClient
 ) -> None:
     def cancelled() -> int:
@@ -232,56 +233,54 @@ async def test_a_client_that_leaves_before_an_answer_in_one_piece_frees_the_engi
         await eventually(lambda: served.metric("antares_ledger_open"), 2, lambda requests: requests == 0)
         if cancelled() == before + 1:
             return
-        # Told above: the answer may be whole before the gateway, or this process, came to anything.
-        assert time.monotonic() - started > 5, "it was not cancelled"
-    pytest.fail("four times the answer was whole before the client had left: what starves this process?")
+        # As above: the response may be complete before the gateway or this process runs.
+        assert time.monotonic() - started > 5, "the request was not cancelled"
+    pytest.fail("the response was complete before the disconnect, four times: this process gets too little CPU time")
 
 
-async def test_a_seed_which_kills_vllm_on_cpu_does_not_reach_it(served: Served, http: httpx.AsyncClient) -> None:
-    refused = await http.post("/v1/completions", json=body(4, seed=1, temperature=0.7), headers=LOOSE)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "seed")
+async def test_seed_that_kills_vllm_on_cpu_does_not_reach_it(served: Served, http: httpx.AsyncClient) -> None:
+    rejected = await http.post("/v1/completions", json=body(4, seed=1, temperature=0.7), headers=LOOSE)
+    assert (rejected.status_code, rejected.json()["error"]["param"]) == (400, "seed")
     greedy = await http.post("/v1/completions", json=body(4, seed=1, temperature=0), headers=LOOSE)
     assert greedy.status_code == 200
     assert served.metric("antares_engine_restarts_total") == 0
 
 
-async def test_a_killed_engine_costs_what_was_in_flight_and_the_gateway_answers_throughout(
-    served: Served, http: httpx.AsyncClient
-) -> None:
+async def test_killed_engine_fails_requests_in_flight_and_restarts(served: Served, http: httpx.AsyncClient) -> None:
     streams = [asyncio.create_task(read_stream(http, 900)) for _ in range(4)]
-    whole = asyncio.create_task(http.post("/v1/completions", json=body(900), headers=LOOSE))
+    non_streaming = asyncio.create_task(http.post("/v1/completions", json=body(900), headers=LOOSE))
     await eventually(lambda: served.metric("antares_engine_running_sequences"), 30, lambda running: running == 5)
     os.kill(served.child("EngineCore"), signal.SIGKILL)
     for lines in await asyncio.gather(*streams):
         assert '"code":"engine_lost"' in lines[-2]
         assert lines[-1] == "data: [DONE]"
-    assert (await whole).status_code == 503
-    assert int((await whole).headers["retry-after"]) >= 1
+    assert (await non_streaming).status_code == 503
+    assert int((await non_streaming).headers["retry-after"]) >= 1
 
-    patient = asyncio.create_task(
+    late_deadline = asyncio.create_task(
         http.post("/v1/completions", json=body(4), headers={"x-slo-ttft-ms": "300000"}, timeout=300)
     )
-    hurried = await http.post("/v1/completions", json=body(4), headers={"x-slo-ttft-ms": "2000"})
-    assert (hurried.status_code, hurried.json()["error"]["code"]) == (503, "engine_unavailable")
-    assert int(hurried.headers["retry-after"]) >= 1
-    slowest, asked = 0.0, 0
-    while not patient.done():
+    early_deadline = await http.post("/v1/completions", json=body(4), headers={"x-slo-ttft-ms": "2000"})
+    assert (early_deadline.status_code, early_deadline.json()["error"]["code"]) == (503, "engine_unavailable")
+    assert int(early_deadline.headers["retry-after"]) >= 1
+    slowest_s, probes = 0.0, 0
+    while not late_deadline.done():
         started = time.monotonic()
         assert (await http.get("/health")).text == "ok"
-        slowest, asked = max(slowest, time.monotonic() - started), asked + 1
+        slowest_s, probes = max(slowest_s, time.monotonic() - started), probes + 1
         await asyncio.sleep(0.05)
-    assert asked > 20
-    assert slowest < 5
-    assert (await patient).status_code == 200
+    assert probes > 20
+    assert slowest_s < 5
+    assert (await late_deadline).status_code == 200
     assert served.metric("antares_engine_restarts_total") == 1
     assert served.metric("antares_ledger_open") == 0
     assert served.get("/ready").status_code == 200
 
 
-def test_a_killed_gateway_leaves_no_process_behind(served: Served) -> None:
-    """The last of the module: it kills the server."""
+def test_killed_gateway_leaves_no_process(served: Served) -> None:
+    """Must be the last test of the module, because it kills the server."""
     children = list(served.children())
     assert len(children) >= 2
     served.process.kill()
     served.process.wait(10)
-    assert gone(children) == []
+    assert still_running(children) == []

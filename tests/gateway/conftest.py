@@ -9,6 +9,6 @@ from tests.fixtures.live_gateway import Live, live
 
 @pytest.fixture
 async def antares() -> AsyncIterator[Live]:
-    """A gateway with Scorpio over a fast simulated engine."""
+    """A gateway with the default policy and a fast simulated engine."""
     async with live() as served:
         yield served

@@ -1,4 +1,4 @@
-"""The engine dies: everybody is told, nobody waits for nothing, the gateway stays up."""
+"""An engine crash: open requests get an error, new ones wait for the restart, and the gateway stays up."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tests.fixtures.live_gateway import chat, events, eventually, fast_engine, l
 STEADY = StepTimes(d=0.01)
 
 
-async def test_a_stream_in_flight_ends_with_an_openai_error_event() -> None:
+async def test_stream_in_flight_ends_with_an_openai_error_event() -> None:
     async with live(fast_engine(times=STEADY, output_tokens=500)) as antares:
-        asking = asyncio.create_task(antares.ask(chat(stream=True), x_slo_class="free"))
+        pending = asyncio.create_task(antares.ask(chat(stream=True), x_slo_class="free"))
         await eventually(lambda: antares.gateway.engine_queues[0].running and antares.engine.state.engine_running)
         await asyncio.sleep(0.05)
         antares.engine.crash()
-        answer = await asking
+        answer = await pending
         assert answer.text.endswith("\n\ndata: [DONE]\n\n")
         assert events(answer.text)[-1]["error"]["code"] == "engine_lost"
         assert antares.outcomes["failed"] == 1
 
 
-async def test_the_openai_client_raises_when_its_stream_is_cut() -> None:
+async def test_openai_client_raises_when_the_engine_dies() -> None:
     async with live(fast_engine(times=STEADY, output_tokens=500)) as antares:
         client = AsyncOpenAI(base_url=f"{antares.url}/v1", api_key="none", max_retries=0)
         stream = await client.chat.completions.create(**chat(stream=True), extra_headers={"x-slo-class": "free"})
@@ -35,18 +35,18 @@ async def test_the_openai_client_raises_when_its_stream_is_cut() -> None:
                 antares.engine.crash()
 
 
-async def test_an_answer_in_one_piece_becomes_a_503_with_retry_after() -> None:
+async def test_plain_request_in_flight_gets_503_with_retry_after() -> None:
     async with live(fast_engine(times=STEADY, output_tokens=500)) as antares:
-        asking = asyncio.create_task(antares.ask(x_slo_class="free"))
+        pending = asyncio.create_task(antares.ask(x_slo_class="free"))
         await eventually(lambda: antares.engine.state.engine_running)
         antares.engine.crash()
-        answer = await asking
+        answer = await pending
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_lost")
         assert int(answer.headers["retry-after"]) >= 1
         assert answer.headers["x-should-retry"] == "true"
 
 
-async def test_what_arrives_while_the_engine_restarts_is_served_after() -> None:
+async def test_request_during_a_restart_is_served_after_it() -> None:
     async with live(fast_engine(restart_s=0.3)) as antares:
         antares.engine.crash()
         answers = await asyncio.gather(*(antares.ask() for _ in range(5)))
@@ -55,7 +55,7 @@ async def test_what_arrives_while_the_engine_restarts_is_served_after() -> None:
         assert antares.engine.state.restarts == 1
 
 
-async def test_what_cannot_wait_for_the_restart_is_a_503_at_once() -> None:
+async def test_request_that_cannot_wait_for_a_restart_gets_503_at_once() -> None:
     async with live(fast_engine(restart_s=30)) as antares:
         antares.engine.crash()
         started = time.monotonic()
@@ -66,7 +66,7 @@ async def test_what_cannot_wait_for_the_restart_is_a_503_at_once() -> None:
         assert antares.outcomes["rejected"] == 1
 
 
-async def test_a_restart_that_takes_too_long_ends_the_wait_by_the_deadline() -> None:
+async def test_wait_for_a_late_restart_ends_by_the_deadline() -> None:
     async with live(fast_engine(restart_s=30)) as antares:
         antares.engine.crash()
         antares.engine.state.ready_in_s = 0.1
@@ -75,7 +75,7 @@ async def test_a_restart_that_takes_too_long_ends_the_wait_by_the_deadline() -> 
         assert not antares.gateway.engine_queues[0].waiting
 
 
-async def test_the_operators_routes_answer_throughout_and_ready_says_no() -> None:
+async def test_operator_routes_answer_while_the_engine_is_down() -> None:
     async with live(fast_engine(restart_s=0.3)) as antares:
         antares.engine.crash()
         assert (await antares.http.get("/health")).text == "ok"
@@ -89,39 +89,39 @@ async def test_the_operators_routes_answer_throughout_and_ready_says_no() -> Non
         assert (await antares.http.get("/v1/models")).status_code == 200
 
 
-async def test_crash_after_crash_the_ledger_balances() -> None:
+async def test_ledger_balances_after_repeated_crashes() -> None:
     async with live(fast_engine(times=STEADY, restart_s=0.05, output_tokens=10)) as antares:
-        asking = [asyncio.create_task(antares.ask(chat(str(i), stream=i % 2 == 0))) for i in range(20)]
+        pending = [asyncio.create_task(antares.ask(chat(str(i), stream=i % 2 == 0))) for i in range(20)]
         for _ in range(3):
             await eventually(lambda: antares.engine.state.alive)
             await asyncio.sleep(0.03)
             antares.engine.crash()
-        await asyncio.gather(*asking)
+        await asyncio.gather(*pending)
         await eventually(antares.is_idle)
         assert sum(antares.outcomes.values()) == antares.gateway.ledger.accepted == 20
         assert antares.outcomes["failed"] > 0
 
 
-async def test_an_engine_that_breaks_in_an_unforeseen_way_is_a_502() -> None:
+async def test_unexpected_engine_error_gets_502() -> None:
     async def broken(scope: object, receive: object, send: object) -> None:
         raise RuntimeError("a bug")
 
     async with live() as antares:
-        antares.engine._app = broken  # type: ignore[assignment]
+        antares.engine.stub = broken
         answer = await antares.ask()
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_error")
         assert antares.outcomes["failed"] == 1
 
 
-async def test_a_policy_that_breaks_turns_its_requests_away_instead_of_keeping_them_for_ever() -> None:
-    class Broken:
-        name, gate = "broken", "open"
+async def test_failing_policy_fails_its_waiting_requests() -> None:
+    class FailingPolicy:
+        name, gate = "failing", "open"
 
-        def decide(self, *shown: object) -> None:
+        def decide(self, *inputs: object) -> None:
             raise ZeroDivisionError
 
     async with live() as antares:
-        antares.gateway.engine_queues[0].admission.policy = Broken()  # type: ignore[assignment]
+        antares.gateway.engine_queues[0].admission.policy = FailingPolicy()  # type: ignore[assignment]
         async with asyncio.timeout(2):
             answer = await antares.ask()
         assert answer.status_code >= 500

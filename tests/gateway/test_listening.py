@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from gateway.serve import KEEPALIVE_EVERY_S, KEEPALIVE_IDLE_S, KEEPALIVE_PROBES, _listen
+from gateway.serve import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES, listen
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere accepted sockets may inherit less")
-def test_a_client_that_vanishes_is_found_out_by_probes() -> None:
-    with _listen("127.0.0.1", 0) as listener:
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems may not inherit the options")
+def test_listen_enables_keep_alive_on_accepted_sockets() -> None:
+    with listen("127.0.0.1", 0) as listener:
         listener.listen()
         with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            found = [
+            options = [
                 accepted.getsockopt(socket.IPPROTO_TCP, option)
                 for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
             ]
-            assert found == [KEEPALIVE_IDLE_S, KEEPALIVE_EVERY_S, KEEPALIVE_PROBES]
+            assert options == [KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES]

@@ -1,4 +1,4 @@
-"""A server behind `kind: http` as a real process that is killed, started again and hung while requests come and go."""
+"""A remote server (`kind: http`) as a real process that is killed, restarted and stopped while requests are open."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.fixtures.live_gateway import CHAT, Live, Load, chat, events, eventual
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
-PATIENT = {"chat": {"ttft_ms": 60_000, "tpot_ms": 1000}}
-"""Who waits for a server waits for as long as it takes to start, on a busy machine too."""
+LOOSE = {"chat": {"ttft_ms": 60_000, "tpot_ms": 1000}}
+"""Bounds that leave the server time to restart on a busy machine."""
 
 
 @asynccontextmanager
 async def served() -> AsyncIterator[tuple[Supervisor, HttpEngine]]:
-    """A server in a process that is started again when it dies, and an engine in front of it."""
+    """Yield a server process that is restarted when it dies, and an engine for it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -43,98 +43,96 @@ async def served() -> AsyncIterator[tuple[Supervisor, HttpEngine]]:
 
 
 def kill(server: Supervisor) -> int:
-    """SIGKILL; returns who it was."""
+    """Send SIGKILL and return the killed process id."""
     killed = server.pid
     assert killed is not None
     os.kill(killed, signal.SIGKILL)
     return killed
 
 
-class Asking(Load):
-    """A request every ten milliseconds until told to stop: plain or a stream, short or long; every fifth leaves."""
+class MixedLoad(Load):
+    """Plain and streamed, short and long requests. Every fifth client disconnects early. ``ends`` counts the ends."""
 
     def __init__(self, antares: Live) -> None:
         self.antares, self.random, self.ends = antares, random.Random(0), Counter[str]()
 
     async def ask(self) -> None:
-        stream, leaves_after_s = self.random.random() < 0.5, self.random.uniform(0.01, 0.5)
+        stream, disconnect_after_s = self.random.random() < 0.5, self.random.uniform(0.01, 0.5)
         body = chat(stream=stream, max_tokens=self.random.randint(1, 100), ignore_eos=True)
-        asking = self.antares.http.post(CHAT, json=body)
+        pending = self.antares.http.post(CHAT, json=body)
         if self.random.random() > 0.2:
-            self.ends[how_it_ended(await asking)] += 1
+            self.ends[end_of(await pending)] += 1
             return
         try:
-            async with asyncio.timeout(leaves_after_s):
-                self.ends[how_it_ended(await asking)] += 1
+            async with asyncio.timeout(disconnect_after_s):
+                self.ends[end_of(await pending)] += 1
         except TimeoutError:
-            self.ends["left"] += 1
+            self.ends["disconnected"] += 1
 
-    async def more(self, whole: int) -> None:
-        """Wait for so many further answers in full."""
-        least = self.ends["whole"] + whole
-        await eventually(lambda: self.ends["whole"] >= least, within_s=20)
+    async def wait_for_more(self, complete: int) -> None:
+        """Wait for ``complete`` further complete responses."""
+        total = self.ends["complete"] + complete
+        await eventually(lambda: self.ends["complete"] >= total, within_s=20)
 
 
-def how_it_ended(answer: httpx.Response) -> str:
-    """``whole``, ``error event`` or the error's code; anything else is an error of the test."""
+def end_of(answer: httpx.Response) -> str:
+    """Return ``complete``, ``error event`` or the error's code."""
     if answer.status_code != 200:
         return str(answer.json()["error"]["code"])
     if not answer.headers["content-type"].startswith("text/event-stream"):
         assert answer.json()["choices"][0]["finish_reason"] == "length"
-        return "whole"
-    assert answer.text.endswith("\n\ndata: [DONE]\n\n"), "every stream says that it is over"
+        return "complete"
+    assert answer.text.endswith("\n\ndata: [DONE]\n\n")
     last = events(answer.text)[-1]
     if "error" in last:
         assert last["error"]["code"] == "engine_lost"
         return "error event"
     assert last["choices"][0]["finish_reason"] == "length"
-    return "whole"
+    return "complete"
 
 
-async def test_killing_restarting_and_hanging_it_under_load_costs_what_was_in_flight_and_loses_no_request(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_killed_and_stopped_server_fails_only_requests_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module, "_BACKOFF_S", (0.05,))
     async with served() as (server, engine):
-        async with live(engine, classes=PATIENT) as antares:
+        async with live(engine, classes=LOOSE) as antares:
             antares.http.timeout = 60
             await eventually(lambda: engine.state.alive, within_s=20)
-            async with Asking(antares) as load:
-                await load.more(30)
-                assert load.ends.keys() <= {"whole", "left"}
+            async with MixedLoad(antares) as load:
+                await load.wait_for_more(30)
+                assert load.ends.keys() <= {"complete", "disconnected"}
 
                 for _ in range(2):
                     await eventually(lambda: engine.state.engine_running > 5, within_s=20)
                     killed = kill(server)
                     await eventually(lambda killed=killed: server.pid not in {None, killed}, within_s=20)
                     await eventually(lambda: engine.state.alive, within_s=20)
-                    await load.more(30)
+                    await load.wait_for_more(30)
 
                 lost = load.ends["error event"] + load.ends["engine_lost"]
                 os.kill(server.pid, signal.SIGSTOP)
                 await asyncio.sleep(0.5)
                 os.kill(server.pid, signal.SIGCONT)
-                await load.more(30)
-                assert load.ends["error event"] + load.ends["engine_lost"] == lost, "half a second is no death"
+                await load.wait_for_more(30)
+                assert load.ends["error event"] + load.ends["engine_lost"] == lost, "a pause of 0.5 s is not a crash"
             await eventually(antares.is_idle, within_s=5)
-        assert load.ends.keys() <= {"whole", "left", "error event", "engine_lost"}, "who was not in flight waits"
+        assert load.ends.keys() <= {"complete", "disconnected", "error event", "engine_lost"}, load.ends
         assert load.ends["error event"] > 0
         failed = load.ends["error event"] + load.ends["engine_lost"]
         outcomes = antares.outcomes
-        # Who left may have left before the gateway had the request, or when it had ended already.
-        assert 0 <= outcomes["finished"] - load.ends["whole"] <= load.ends["left"], (outcomes, load.ends)
-        assert 0 <= outcomes["failed"] - failed <= load.ends["left"], (outcomes, load.ends)
-        assert 0 < outcomes["cancelled"] <= load.ends["left"], (outcomes, load.ends)
+        # A client may have disconnected before the gateway had its request, or after the response.
+        assert 0 <= outcomes["finished"] - load.ends["complete"] <= load.ends["disconnected"], (outcomes, load.ends)
+        assert 0 <= outcomes["failed"] - failed <= load.ends["disconnected"], (outcomes, load.ends)
+        assert 0 < outcomes["cancelled"] <= load.ends["disconnected"], (outcomes, load.ends)
         assert sum(outcomes.values()) == antares.gateway.ledger.accepted <= load.ends.total()
 
 
 @asynccontextmanager
 async def two_servers() -> AsyncIterator[tuple[Live, list[Supervisor]]]:
-    """A gateway before two servers that live; requests go to the first when both have as much to do."""
+    """Yield a gateway with two running servers. With equal loads, requests go to the first."""
     async with AsyncExitStack() as stack:
         pairs = [await stack.enter_async_context(served()) for _ in range(2)]
         engines = [engine for _, engine in pairs]
-        gateway = Gateway(gateway_config(classes=PATIENT), list(engines))
+        gateway = Gateway(gateway_config(classes=LOOSE), list(engines))
         await gateway.start()
         stack.push_async_callback(gateway.stop)
         url = await stack.enter_async_context(serving(gateway))
@@ -143,13 +141,13 @@ async def two_servers() -> AsyncIterator[tuple[Live, list[Supervisor]]]:
         yield Live(gateway, engines[0], url, http), [server for server, _ in pairs]
 
 
-async def test_killing_one_of_two_fails_nobody_who_was_not_in_flight_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killing_an_idle_server_of_two_fails_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module, "_BACKOFF_S", (60.0,))
     async with two_servers() as (antares, (first, _)):
         assert (await antares.ask(chat(max_tokens=1))).status_code == 200
         kill(first)
         await eventually(lambda: first.pid is None, within_s=20)
-        # Long before the next probe; the dead one has the least to do.
+        # Before the next health probe, and the dead server has the smaller load.
         answers = await asyncio.gather(*(antares.ask(chat(max_tokens=20), x_slo_report="1") for _ in range(20)))
         assert {answer.status_code for answer in answers} == {200}
         assert {answer.json()["antares"]["engine"] for answer in answers} == {
@@ -157,14 +155,14 @@ async def test_killing_one_of_two_fails_nobody_who_was_not_in_flight_on_it(monke
         }
 
 
-async def test_killing_one_of_two_under_load_costs_what_was_in_flight_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killing_one_server_of_two_fails_only_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module, "_BACKOFF_S", (60.0,))
     async with two_servers() as (antares, (first, _)):
-        async with Asking(antares) as load:
+        async with MixedLoad(antares) as load:
             await eventually(lambda: antares.engine.state.engine_running > 5, within_s=20)
             kill(first)
             await eventually(lambda: not antares.engine.state.alive, within_s=20)
-            await load.more(100)
-        assert load.ends.keys() <= {"whole", "left", "error event", "engine_lost"}, load.ends
+            await load.wait_for_more(100)
+        assert load.ends.keys() <= {"complete", "disconnected", "error event", "engine_lost"}, load.ends
         assert load.ends["error event"] + load.ends["engine_lost"] > 0
         await eventually(antares.is_idle, within_s=5)

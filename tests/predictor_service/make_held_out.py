@@ -1,7 +1,9 @@
-"""Writes ``held_out.npz`` beside this file: a few of the shipped model's test rows, as hashed features and lengths.
+"""Writes ``held_out.npz``: hashed features and output lengths of some test rows of the shipped model.
 
-Run by hand, with the extra 'train', after a new model is shipped:  python tests/predictor_service/make_held_out.py
-No text goes in: bucket numbers (as differences, which compress), counts, lexical measures and token counts.
+    python tests/predictor_service/make_held_out.py
+
+Run it after a new model is shipped; needs the extra 'train'. The file holds no text, only bucket numbers (as
+differences, which compress better), counts, lexical measures and token counts.
 """
 
 from __future__ import annotations

@@ -1,46 +1,47 @@
-"""The paper's family, end to end on CPU with a tiny, randomly initialised OPT: no download, a few seconds."""
+"""The paper's length model on CPU, end to end, with a tiny randomly initialised OPT: no download, a few seconds."""
 
 import json
 
 import numpy as np
 import pytest
-
-from tests.fixtures.untraced import untraced
-
-with untraced():
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    # With it comes much of the package, which loads its parts where they are first asked for.
-    OPTModel = transformers.OPTModel
-
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from predictor_service import cli
-from predictor_service.model.classifier import LengthClassifier, NeedsText
 from predictor_service.model.features import prompt_features
 from predictor_service.model.length_model import CARD_FILE, ModelUnusable, load_model
 from predictor_service.serving.app import create_app
-from predictor_service.training import fit_classifier as classifier_train
 from predictor_service.training import run as training_run
-from predictor_service.training.fit_classifier import ClassifierRecipe, Labelled, fit_classifier
+from tests.fixtures.length_data import write_jsonl
+from tests.fixtures.untraced import untraced
 
 WORDS = ["define", "translate", "explain", "draft", "tides", "moss", "copper", "kites", "please", "[PAD]", "[UNK]"]
 TYPICAL = {"define": 30, "explain": 250, "draft": 600}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost such a small network more than they bring, most of all beside other work."""
-    before = torch.get_num_threads()
+def training():
+    """`predictor_service.training.fit_classifier`.
+
+    torch and transformers take seconds to import, so only the process that runs these tests imports them, and not when
+    tests are collected. One thread, because more slow down such a small network.
+    """
+    with untraced():
+        torch = pytest.importorskip("torch")
+        transformers = pytest.importorskip("transformers")
+        transformers.OPTModel  # noqa: B018 - transformers loads its parts on first access
+        from predictor_service.training import fit_classifier
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield fit_classifier
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder like one from a hub: a one-layer OPT of width 32 and a word-level tokenizer."""
+def base(training, tmp_path_factory):
+    """A folder like one from Hugging Face: a one-layer OPT of width 32 and a word-level tokenizer."""
+    import torch
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("tiny-opt")
@@ -49,7 +50,7 @@ def base(tmp_path_factory):
         vocab_size=len(WORDS), hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1,
         num_attention_heads=4, max_position_embeddings=64, pad_token_id=9, bos_token_id=9, eos_token_id=9,
     )  # fmt: skip
-    OPTModel(config).save_pretrained(folder)
+    transformers.OPTModel(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
@@ -57,92 +58,115 @@ def base(tmp_path_factory):
     return folder
 
 
-def made_up(rows: int, seed: int) -> Labelled:
-    """Prompts whose verb decides how long the answer is, up to log-normal noise."""
-    rng = np.random.default_rng(seed)
-    verbs = rng.choice(list(TYPICAL), rows)
-    prompts = [f"please {verb} {' '.join(rng.choice(WORDS[4:8], rng.integers(1, 6)))}" for verb in verbs]
-    length = np.array([TYPICAL[verb] for verb in verbs]) * np.exp(rng.normal(0, 0.2, rows))
-    return Labelled(prompts, np.round(length))
+@pytest.fixture(scope="module")
+def labelled(training):
+    """A function that returns prompts whose verb determines the length of the answer, up to log-normal noise."""
 
+    def make(rows: int, seed: int):
+        rng = np.random.default_rng(seed)
+        verbs = rng.choice(list(TYPICAL), rows)
+        prompts = [f"please {verb} {' '.join(rng.choice(WORDS[4:8], rng.integers(1, 6)))}" for verb in verbs]
+        length = np.array([TYPICAL[verb] for verb in verbs]) * np.exp(rng.normal(0, 0.2, rows))
+        return training.Labelled(prompts, np.round(length))
 
-def recipe_for(base, **changes) -> ClassifierRecipe:
-    return ClassifierRecipe(
-        **{"base": str(base), "bins": 20, "learning_rate": 3e-3, "batch": 32, "epochs": 8, "rows_at_once": 32} | changes
-    )
+    return make
 
 
 @pytest.fixture(scope="module")
-def trained(base, tmp_path_factory) -> LengthClassifier:
-    workshop = tmp_path_factory.mktemp("workshop")
-    return fit_classifier(made_up(320, 1), made_up(120, 2), recipe_for(base), {"model": "tiny"}, workshop)
+def fit(training, base, labelled):
+    """A function that fine-tunes `base` on (train, validation) synthetic rows of the given seeds."""
+
+    def run(train: tuple[int, int], validation: tuple[int, int], folder, progress=lambda share: None, **changes):
+        options = {"bins": 20, "learning_rate": 3e-3, "batch": 32, "epochs": 8, "rows_at_once": 32} | changes
+        recipe = training.ClassifierRecipe(base=str(base), **options)
+        return training.fit_classifier(
+            labelled(*train), labelled(*validation), recipe, {"model": "tiny"}, folder, progress
+        )
+
+    return run
 
 
-def test_it_learns_what_decides_the_length_and_says_how_sure_it_is(trained):
-    test = made_up(200, 3)
+@pytest.fixture(scope="module")
+def trained(fit, tmp_path_factory):
+    return fit((320, 1), (120, 2), tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_classifier_is_accurate_and_calibrated(trained, labelled):
+    test = labelled(200, 3)
     predicted = trained.predict(test.prompts)
     error = np.abs(np.array([p.length for p in predicted]) - test.length).mean()
     assert error < 0.4 * np.abs(np.median(test.length) - test.length).mean()
     assert 0.82 <= np.mean([actual <= p.p90 for p, actual in zip(predicted, test.length, strict=True)]) <= 0.98
     assert all(1.0 <= p.p50 <= p.p90 for p in predicted)
-    assert (trained.classify(test.prompts) == trained.buckets.place(test.length)).mean() > 0.3
+    assert (trained.classify(test.prompts) == trained.buckets.index_of(test.length)).mean() > 0.3
 
 
-def test_a_saved_folder_is_plain_data_and_serves_the_same_through_load_model(trained, tmp_path):
+def test_saved_classifier_loads_and_holds_no_code(trained, labelled, tmp_path):
     trained.save(tmp_path)
     kinds = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
     assert kinds <= {".json", ".safetensors"}
-    prompts = made_up(20, 4).prompts
-    served = load_model(tmp_path)
-    assert served.reads_text
-    assert served.name == "tiny"
-    for one, other in zip(served.predict(prompts), trained.predict(prompts), strict=True):
-        assert one.p50 == pytest.approx(other.p50, rel=1e-3)
+    prompts = labelled(20, 4).prompts
+    loaded = load_model(tmp_path)
+    assert loaded.reads_text
+    assert loaded.name == "tiny"
+    for prediction, expected in zip(loaded.predict(prompts), trained.predict(prompts), strict=True):
+        assert prediction.p50 == pytest.approx(expected.p50, rel=1e-3)
 
 
-def test_padding_and_batching_do_not_change_a_prediction(trained):
+def test_padding_and_batching_do_not_change_predictions(trained):
     prompts = ["define moss", "please explain tides copper kites moss tides copper kites", "draft"]
-    together = trained.shares(prompts)
-    alone = np.concatenate([trained.shares([prompt]) for prompt in prompts])
+    together = trained.probabilities(prompts)
+    alone = np.concatenate([trained.probabilities([prompt]) for prompt in prompts])
     assert together == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.parametrize("prompt", ["", "\ud800", "moss " * 5000])
-def test_odd_prompts_are_no_trouble(trained, prompt):
+def test_predictions_of_unusual_prompts_are_finite(trained, prompt):
     (prediction,) = trained.predict([prompt])
     assert np.isfinite([prediction.p50, prediction.p90]).all()
 
 
-def test_a_long_prompt_is_cut_as_training_cut_it(trained):
+def test_long_prompt_is_truncated(trained):
     long = "explain " + "moss " * 63
-    assert trained.shares([long + "tides"]) == pytest.approx(trained.shares([long + "kites " * 900]), abs=1e-6)
+    assert trained.probabilities([long + "tides"]) == pytest.approx(
+        trained.probabilities([long + "kites " * 900]), abs=1e-6
+    )
 
 
-def test_hashed_features_are_refused(trained):
+def test_predict_rejects_hashed_features(trained):
+    from predictor_service.model.classifier import NeedsText
+
     with pytest.raises(NeedsText):
         trained.predict([prompt_features("define moss")])
 
 
 @pytest.mark.parametrize("strategy", ["equal-width", "equal-frequency"])
-def test_training_that_was_interrupted_ends_as_if_it_had_not_been(base, tmp_path, monkeypatch, strategy):
-    recipe = recipe_for(base, epochs=2, checkpoint_steps=1, strategy=strategy)
-    train, validation = made_up(64, 5), made_up(40, 6)
-    whole = fit_classifier(train, validation, recipe, {"model": "a"}, tmp_path / "elsewhere_made", lambda share: None)
+def test_resumed_training_gives_same_model(fit, labelled, tmp_path, strategy):
+    options = {"epochs": 2, "checkpoint_steps": 1, "strategy": strategy}
+    whole = fit((64, 5), (40, 6), tmp_path / "whole", **options)
 
-    def stop_half_way(share: float) -> None:
+    def interrupt_at_half(share: float) -> None:
         if share > 0.5:
             raise KeyboardInterrupt
 
-    workshop = tmp_path / "workshop"
     with pytest.raises(KeyboardInterrupt):
-        fit_classifier(train, validation, recipe, {"model": "a"}, workshop, stop_half_way)
-    steps = []
-    resumed = fit_classifier(train, validation, recipe, {"model": "a"}, workshop, steps.append)
+        fit((64, 5), (40, 6), tmp_path / "interrupted", interrupt_at_half, **options)
+    steps: list[float] = []
+    resumed = fit((64, 5), (40, 6), tmp_path / "interrupted", steps.append, **options)
     assert len(steps) < 4
-    assert resumed.shares(validation.prompts) == pytest.approx(whole.shares(validation.prompts), abs=1e-6)
+    prompts = labelled(40, 6).prompts
+    assert resumed.probabilities(prompts) == pytest.approx(whole.probabilities(prompts), abs=1e-6)
 
 
-def test_a_damaged_folder_says_so(trained, tmp_path):
+def test_load_model_accepts_card_of_earlier_version(trained, tmp_path):
+    trained.save(tmp_path)
+    card = json.loads((tmp_path / CARD_FILE).read_text())
+    card["recipe"]["most_prompt_tokens"] = card["recipe"].pop("max_prompt_tokens")
+    (tmp_path / CARD_FILE).write_text(json.dumps(card))
+    assert load_model(tmp_path).encoder.max_tokens == 64
+
+
+def test_load_model_rejects_damaged_folder(trained, tmp_path):
     trained.save(tmp_path)
     card = json.loads((tmp_path / CARD_FILE).read_text())
     (tmp_path / CARD_FILE).write_text(json.dumps(card | {"recipe": {}}))
@@ -150,33 +174,32 @@ def test_a_damaged_folder_says_so(trained, tmp_path):
         load_model(tmp_path)
 
 
-def test_too_little_to_calibrate_on_is_said(base, tmp_path):
+def test_fit_classifier_rejects_small_validation_part(fit, tmp_path):
     with pytest.raises(ValueError, match="at least 20"):
-        fit_classifier(made_up(50, 1), made_up(5, 2), recipe_for(base), {"model": "a"}, tmp_path)
+        fit((50, 1), (5, 2), tmp_path)
 
 
-def test_the_defaults_are_the_papers():
-    recipe = classifier_train.ClassifierRecipe()
+def test_default_recipe_is_that_of_the_paper(training):
+    recipe = training.ClassifierRecipe()
     assert (recipe.base, recipe.bins, recipe.strategy) == ("facebook/opt-125m", 100, "equal-width")
     assert (recipe.learning_rate, recipe.betas, recipe.batch, recipe.epochs) == (2e-5, (0.9, 0.999), 64, 8)
-    assert recipe.most_prompt_tokens == 2048
+    assert recipe.max_prompt_tokens == 2048
 
 
-def test_the_command_line_trains_serves_and_studies_it(base, tmp_path, monkeypatch):
-    data = tmp_path / "lengths.jsonl"
-    rows = made_up(260, 7)
+def test_commands_train_evaluate_and_study_classifier(base, labelled, tmp_path, monkeypatch):
+    rows = labelled(260, 7)
     lines = [
         {"prompt": f"{prompt} [{n}]", "length": int(length)}
         for n, (prompt, length) in enumerate(zip(rows.prompts, rows.length, strict=True))
     ]
-    data.write_text("\n".join(map(json.dumps, lines)))
+    data = write_jsonl(tmp_path / "lengths.jsonl", lines)
     folder = tmp_path / "model"
     quick = ["--data", str(data), "--epochs", "3", "--batch", "32", "--learning-rate", "0.003", "--json"]
     train = ["train", "--family", "classifier", "--base", str(base), "--output", str(folder), "--bins", "20", *quick]
     trained = CliRunner().invoke(cli.app, train)
     assert trained.exit_code == 0, trained.output
     card = json.loads(trained.stdout)
-    assert (card["family"], card["recipe"]["bins"], card["recipe"]["most_prompt_tokens"]) == ("classifier", 20, 64)
+    assert (card["family"], card["recipe"]["bins"], card["recipe"]["max_prompt_tokens"]) == ("classifier", 20, 64)
 
     evaluated = CliRunner().invoke(cli.app, ["evaluate", "--model", str(folder), "--data", str(data), "--json"])
     assert evaluated.exit_code == 0, evaluated.output
@@ -184,9 +207,9 @@ def test_the_command_line_trains_serves_and_studies_it(base, tmp_path, monkeypat
     assert metrics["mae_tokens"] == pytest.approx(card["metrics"]["test"]["mae_tokens"], abs=0.01)
 
     with TestClient(create_app(load_model(folder))) as client:
-        answer = client.post("/v1/predict", json={"inputs": [{"prompt": "please draft moss"}]})
-    assert answer.status_code == 200
-    assert answer.json()["predictions"][0]["p90"] >= answer.json()["predictions"][0]["p50"] >= 1
+        response = client.post("/v1/predict", json={"inputs": [{"prompt": "please draft moss"}]})
+    assert response.status_code == 200
+    assert response.json()["predictions"][0]["p90"] >= response.json()["predictions"][0]["p50"] >= 1
 
     monkeypatch.setattr(training_run, "PAPER_BINS", (10, 20))
     study = ["evaluate", "--bins", "--model", str(folder), *quick, "--epochs", "1"]

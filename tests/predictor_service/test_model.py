@@ -16,14 +16,13 @@ from predictor_service.model.length_model import (
     Prediction,
     load_model,
 )
-from predictor_service.training.evaluate import kendall_tau, quality, speed
+from predictor_service.training.evaluate import kendall_tau, measure_speed, quality
 
 SHIPPED = load_model()
 
 
 def held_out() -> tuple[list[Features], np.ndarray, np.ndarray, np.ndarray]:
-    """300 of the shipped model's test rows: features, lengths, who was cut off, and the training answers' median and
-    longest (`make_held_out.py` wrote them)."""
+    """Return features, lengths and censoring of 300 test rows, and reference lengths, from `make_held_out.py`."""
     data = np.load(Path(__file__).with_name("held_out.npz"))
     cuts = np.cumsum(data["stored"])[:-1]
     features = [
@@ -32,48 +31,48 @@ def held_out() -> tuple[list[Features], np.ndarray, np.ndarray, np.ndarray]:
             np.split(data["steps"], cuts), np.split(data["counts"], cuts), data["lexical"], strict=True
         )
     ]
-    # Three lengths whose median and maximum are the training part's.
+    # Three lengths with the median and the maximum of the training part.
     reference = np.array([1.0, data["train_median"], data["train_longest"]])
     return features, data["length"].astype(np.float64), data["censored"], reference
 
 
-def measured() -> dict[str, float]:
+def held_out_metrics() -> dict[str, float]:
     features, length, censored, reference = held_out()
     return quality(SHIPPED.predict(features), length, censored, reference)
 
 
-def test_the_shipped_model_is_small_plain_data_with_a_card():
+def test_shipped_model_is_small_and_has_card():
     size = sum(file.stat().st_size for file in SHIPPED_MODEL.iterdir())
     assert {file.name for file in SHIPPED_MODEL.iterdir()} == {WEIGHTS_FILE, CARD_FILE}
     assert size < 5_000_000
     assert {"dataset", "tokenizer", "seed", "split", "censoring", "length_is", "metrics"} <= SHIPPED.card.keys()
 
 
-def test_the_shipped_model_beats_a_constant_on_answers_it_has_not_seen():
-    metrics = measured()
+def test_shipped_model_beats_constant_on_held_out_answers():
+    metrics = held_out_metrics()
     assert metrics["kendall_tau"] > 0.32
     assert metrics["mae_tokens"] < 0.88 * metrics["mae_constant"]
     assert 0.85 <= metrics["coverage_p90"] <= 0.95
 
 
-def test_the_card_tells_what_the_held_out_rows_show_and_reaches_what_was_asked():
-    metrics, told = measured(), SHIPPED.card["metrics"]["test"]
-    assert metrics["kendall_tau"] == pytest.approx(told["kendall_tau"], abs=0.08)
-    assert metrics["mae_tokens"] == pytest.approx(told["mae_tokens"], rel=0.15)
-    assert told["kendall_tau"] >= 0.38
-    assert told["mae_tokens"] <= 125
-    assert 0.88 <= told["coverage_p90"] <= 0.92
+def test_card_matches_held_out_rows_and_meets_targets():
+    metrics, card = held_out_metrics(), SHIPPED.card["metrics"]["test"]
+    assert metrics["kendall_tau"] == pytest.approx(card["kendall_tau"], abs=0.08)
+    assert metrics["mae_tokens"] == pytest.approx(card["mae_tokens"], rel=0.15)
+    assert card["kendall_tau"] >= 0.38
+    assert card["mae_tokens"] <= 125
+    assert 0.88 <= card["coverage_p90"] <= 0.92
 
 
-def test_speed_is_measured_from_text_and_from_features_alike():
+def test_measure_speed_accepts_prompts_and_features():
     prompts = ["Explain how a heap works, with an example. " * 10] * 30
-    for asked in (prompts, [prompt_features(prompt) for prompt in prompts]):
-        measured = speed(SHIPPED, asked)
-        assert 0 < measured["latency_ms_p50"] <= measured["latency_ms_p99"]
-        assert measured["throughput_rps"] > 0
+    for inputs in (prompts, [prompt_features(prompt) for prompt in prompts]):
+        speed = measure_speed(SHIPPED, inputs)
+        assert 0 < speed["latency_ms_p50"] <= speed["latency_ms_p99"]
+        assert speed["throughput_rps"] > 0
 
 
-def test_ranking_is_sensible():
+def test_shipped_model_predicts_longer_answer_for_long_request():
     short, long = SHIPPED.predict(
         [prompt_features("hi"), prompt_features("Write a detailed 2000 word blog post about sailing")]
     )
@@ -81,7 +80,7 @@ def test_ranking_is_sensible():
 
 
 @given(st.text(st.characters(), max_size=200))
-def test_every_prediction_is_finite_and_ordered(text):
+def test_predictions_are_finite_and_ordered(text):
     (prediction,) = SHIPPED.predict([prompt_features(text)])
     assert np.isfinite([prediction.length, prediction.p50, prediction.p90]).all()
     assert 1.0 <= prediction.p50 <= prediction.p90
@@ -93,7 +92,7 @@ def test_every_prediction_is_finite_and_ordered(text):
     st.none() | st.integers(0, 2000),
     st.none() | st.integers(0, 2000),
 )
-def test_clamps_hold_for_all_three_and_keep_their_order(values, low, span):
+def test_clamped_prediction_is_within_bounds_and_ordered(values, low, span):
     p50, length, p90 = values
     high = None if span is None else (low or 0) + max(span, 1)
     clamped = Prediction(length, p50, p90).clamped(low, high)
@@ -103,12 +102,12 @@ def test_clamps_hold_for_all_three_and_keep_their_order(values, low, span):
         assert high is None or value <= high
 
 
-def test_batching_does_not_change_a_prediction():
+def test_batch_size_does_not_change_predictions():
     rows = [prompt_features(text) for text in ("hello", "", "def f(x):\n  return x", "Écrivez un poème")]
     assert SHIPPED.predict(rows) == [SHIPPED.predict([row])[0] for row in rows]
 
 
-def test_a_missing_damaged_or_foreign_model_says_what_to_do(tmp_path):
+def test_load_model_error_says_what_to_do(tmp_path):
     with pytest.raises(ModelUnusable, match="predictor train"):
         load_model(tmp_path)
     SHIPPED.save(tmp_path)
@@ -137,7 +136,7 @@ def test_a_missing_damaged_or_foreign_model_says_what_to_do(tmp_path):
         ("intercept", None),
     ],
 )
-def test_a_damaged_tensor_is_refused(tmp_path, tensor, change):
+def test_load_model_rejects_damaged_tensor(tmp_path, tensor, change):
     SHIPPED.save(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     if change is None:
@@ -149,7 +148,7 @@ def test_a_damaged_tensor_is_refused(tmp_path, tensor, change):
         load_model(tmp_path)
 
 
-def test_kendall_tau_counts_pairs_and_corrects_for_ties():
+def test_kendall_tau_matches_hand_computed_values():
     assert kendall_tau(np.array([1.0, 2, 3]), np.array([10.0, 20, 30])) == 1.0
     assert kendall_tau(np.array([1.0, 2, 3]), np.array([3.0, 2, 1])) == -1.0
     assert kendall_tau(np.array([1.0, 1, 2, 3]), np.array([1.0, 2, 2, 3])) == pytest.approx(4 / 5)

@@ -16,7 +16,7 @@ from predictor_service.model.buckets import PAPER_BINS, STRATEGIES
 from predictor_service.model.length_model import CARD_FILE, WEIGHTS_FILE
 from predictor_service.training import datasets
 from predictor_service.training import run as training_run
-from predictor_service.training.evaluate import MEASURES
+from predictor_service.training.evaluate import REPORTED_METRICS
 from predictor_service.training.fit import Recipe
 from predictor_service.training.sharegpt import Turn
 
@@ -35,7 +35,7 @@ def serve_command(port: int, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def http():
-    """One client for all: each would read the certificates that TLS may need, which takes 40 ms."""
+    """One client for all tests, because each one loads TLS certificates for 40 ms."""
     with httpx.Client(trust_env=False, verify=False, headers={"connection": "close"}) as client:
         yield client
 
@@ -46,18 +46,18 @@ def wait_healthy(http: httpx.Client, port: int) -> None:
             if http.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                 return
         time.sleep(0.02)
-    raise AssertionError("the predictor did not come up")
+    raise AssertionError("the predictor did not start")
 
 
-def test_the_real_process_predicts_and_leaves_in_order_on_sigterm(http):
+def test_process_predicts_and_stops_gracefully_on_sigterm(http):
     port = free_port()
     process = subprocess.Popen(serve_command(port, "--log-level", "debug"), stderr=subprocess.PIPE, text=True)
     try:
         wait_healthy(http, port)
         url = f"http://127.0.0.1:{port}/v1/predict"
-        answer = http.post(url, json={"inputs": [{"prompt": SECRET, "max_tokens": 64}]})
-        assert answer.status_code == 200
-        assert 1 <= answer.json()["predictions"][0]["p50"] <= 64
+        result = http.post(url, json={"inputs": [{"prompt": SECRET, "max_tokens": 64}]})
+        assert result.status_code == 200
+        assert 1 <= result.json()["predictions"][0]["p50"] <= 64
         assert http.post(url, content=SECRET).status_code == 400
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=10)
@@ -70,8 +70,8 @@ def test_the_real_process_predicts_and_leaves_in_order_on_sigterm(http):
         http.get(f"http://127.0.0.1:{port}/health")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="processes have no parents there")
-def test_the_process_ends_with_its_parent_when_asked_to(http):
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no parent processes")
+def test_process_exits_with_parent(http):
     port = free_port()
     starter = (
         "import subprocess, sys, time; child = subprocess.Popen(sys.argv[1:]); "
@@ -102,75 +102,85 @@ def test_the_process_ends_with_its_parent_when_asked_to(http):
             os.kill(child, signal.SIGKILL)
 
 
-def test_what_was_learnt_survives_sigkill_but_for_the_last_second_and_sigterm_whole(http, tmp_path):
+def test_corrections_survive_sigkill_and_sigterm(http, tmp_path):
     finished = {"model": "m", "slo_class": "c", "raw_p50": 100.0, "raw_p90": 250.0, "tokens": 10}
-    question = {"model": "m", "slo_class": "c", "inputs": [{"prompt": SECRET}]}
+    request = {"model": "m", "slo_class": "c", "inputs": [{"prompt": SECRET}]}
     file = tmp_path / "state" / "calibration.json"
 
-    def kept() -> int:
+    def saved_rows() -> int:
         windows = json.loads(file.read_bytes())["windows"] if file.exists() else []
         return sum(len(window["rows"]) for window in windows)
 
-    def serve_once(observations: int, end: int) -> dict[str, float]:
+    def serve_once(observations: int, stop_signal: int) -> dict[str, float]:
         port = free_port()
         process = subprocess.Popen(serve_command(port, "--state", str(file.parent)), stderr=subprocess.DEVNULL)
         try:
             wait_healthy(http, port)
-            answer = http.post(f"http://127.0.0.1:{port}/v1/predict", json=question).json()["predictions"][0]
+            result = http.post(f"http://127.0.0.1:{port}/v1/predict", json=request).json()["predictions"][0]
             body = {"observations": [finished] * observations}
             assert http.post(f"http://127.0.0.1:{port}/v1/observe", json=body).status_code == 202
-            until = time.monotonic() + 20
-            while end == signal.SIGKILL and kept() < observations and time.monotonic() < until:
+            deadline = time.monotonic() + 20
+            while stop_signal == signal.SIGKILL and saved_rows() < observations and time.monotonic() < deadline:
                 time.sleep(0.02)
-            process.send_signal(end)
+            process.send_signal(stop_signal)
             process.wait(timeout=20)
         finally:
             process.kill()
             process.wait()
-        return answer
+        return result
 
     before = serve_once(150, signal.SIGKILL)
     assert before["p50"] == before["raw_p50"]
     after = serve_once(7, signal.SIGTERM)
     assert after["raw_p50"] == before["raw_p50"]
     assert after["p50"] == pytest.approx(before["p50"] / 10, rel=0.2)
-    assert kept() == 157
+    assert saved_rows() == 157
     assert SECRET.encode() not in file.read_bytes()
 
 
-def test_a_taken_port_and_a_missing_model_end_with_status_1(tmp_path):
+@pytest.fixture
+def signal_handlers():
+    """Restores the signal handlers that `serve` replaces in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_serve_exits_1_on_taken_port_or_missing_model(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        ran = subprocess.run(serve_command(port), capture_output=True, text=True, check=False)
-        assert ran.returncode == 1
-        assert "cannot listen" in ran.stderr
-    answer = CliRunner().invoke(cli.app, ["serve", "--model", str(tmp_path)])
-    assert answer.exit_code == 1
-    assert "predictor train" in answer.output
+        result = CliRunner().invoke(cli.app, ["serve", "--port", str(taken.getsockname()[1])])
+        assert result.exit_code == 1
+        assert "cannot listen" in result.output
+    result = CliRunner().invoke(cli.app, ["serve", "--model", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "predictor train" in result.output
     (tmp_path / "file").write_text("")
     for option in ("--state", "--collect"):
-        answer = CliRunner().invoke(cli.app, ["serve", option, str(tmp_path / "file" / "folder")])
-        assert answer.exit_code == 1
-        assert "error:" in answer.output
+        result = CliRunner().invoke(cli.app, ["serve", option, str(tmp_path / "file" / "folder")])
+        assert result.exit_code == 1
+        assert "error:" in result.output
 
 
-def test_bad_usage_ends_with_status_2():
+def test_bad_usage_exits_2():
     assert CliRunner().invoke(cli.app, ["serve", "--port", "0"]).exit_code == 2
     assert CliRunner().invoke(cli.app, ["train"]).exit_code == 2
 
 
 @pytest.mark.parametrize("command", [["train", "--output", "."], ["evaluate", "--json"]])
-def test_without_the_training_extra_the_commands_name_it(command, tmp_path, monkeypatch):
+def test_commands_name_missing_training_extra(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "bpe_openai", None)
-    answer = CliRunner().invoke(cli.app, command)
-    assert answer.exit_code == 1
-    assert "antares-gateway[train]" in answer.output
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 1
+    assert "antares-gateway[train]" in result.output
 
 
-def test_train_and_evaluate_end_to_end_on_made_up_conversations(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("lightgbm")
+def test_commands_train_evaluate_and_study_hashed_model(tmp_path, monkeypatch):
     lengths = {"define": 20, "explain": 300}
     turns = [
         Turn(f"c{n}", turn == 0, f"{verb} number {n} {SECRET} {turn}", length + n % 17, False)
@@ -178,7 +188,6 @@ def test_train_and_evaluate_end_to_end_on_made_up_conversations(tmp_path, monkey
         for turn in range(2)
         for verb, length in [list(lengths.items())[(n + turn) % 2]]
     ]
-    pytest.importorskip("lightgbm")
     monkeypatch.setattr(datasets, "read_turns", lambda progress: turns)
     monkeypatch.setattr(training_run, "Recipe", lambda seed: Recipe(folds=2, trees=60, tree_rate=0.1, seed=seed))
     folder = tmp_path / "model"
@@ -187,7 +196,7 @@ def test_train_and_evaluate_end_to_end_on_made_up_conversations(tmp_path, monkey
     evaluated = CliRunner().invoke(cli.app, ["evaluate", "--model", str(folder), "--json"])
     assert evaluated.exit_code == 0, evaluated.output
     metrics, card = json.loads(evaluated.stdout), json.loads(trained.stdout)
-    assert tuple(metrics) == MEASURES
+    assert tuple(metrics) == REPORTED_METRICS
     assert card["seed"] == 5
     assert metrics["mae_tokens"] < metrics["mae_constant"] / 2
     assert metrics["mae_tokens"] == pytest.approx(card["metrics"]["test"]["mae_tokens"], abs=0.01)
@@ -202,10 +211,10 @@ def test_train_and_evaluate_end_to_end_on_made_up_conversations(tmp_path, monkey
     assert {"strategy", "bins", "kendall_tau", "accuracy", "off_by_1", "off_by_2", "rmse_tokens"} <= table[0].keys()
 
 
-def test_the_command_line_starts_at_once():
+def test_command_line_starts_fast():
     script = (
-        "import time, typer, sys; began = time.perf_counter(); import predictor_service.cli; "
-        "print(time.perf_counter() - began); assert not {'numpy', 'fastapi', 'uvicorn'} & set(sys.modules)"
+        "import time, typer, sys; started = time.perf_counter(); import predictor_service.cli; "
+        "print(time.perf_counter() - started); assert not {'numpy', 'starlette', 'uvicorn'} & set(sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(ran.stdout) < 0.3

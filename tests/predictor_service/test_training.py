@@ -17,19 +17,14 @@ from predictor_service.training.evaluate import quality
 from predictor_service.training.fit import Examples, Recipe, fit_length_model, mid_ranks
 from predictor_service.training.ridge import fit_ridge
 from predictor_service.training.sharegpt import Turn, groups_by_opening, split_by_conversation, user_turns
-from tests.fixtures.untraced import untraced
-
-with untraced():
-    pytest.importorskip("lightgbm")
-    sparse = pytest.importorskip("scipy.sparse")
+from tests.fixtures.length_data import collected_line, write_jsonl
 
 CARD = {"model": "synthetic", "features_version": FEATURES_VERSION}
-RNG = np.random.default_rng(7)
 SMALL = Recipe(folds=2, levels=(0.25, 0.5, 0.75), trees=60, tree_rate=0.1, tree_least_rows=10, ridge_iterations=10)
 
 
 def synthetic(rows: int, seed: int) -> Examples:
-    """Made-up prompts whose verb decides how long the answer is, up to log-normal noise."""
+    """Return synthetic prompts whose verb determines the length of the answer, up to log-normal noise."""
     rng = np.random.default_rng(seed)
     typical = {"define": 30, "translate": 80, "explain": 250, "draft an essay on": 600}
     subjects = ["tides", "bridges", "moss", "copper", "violins", "granite", "kites"]
@@ -46,11 +41,12 @@ def synthetic(rows: int, seed: int) -> Examples:
     )
 
 
-def fit(train: int, validation: int, workshop: Path, progress=lambda share: None) -> LengthModel:
-    return fit_length_model(synthetic(train, 1), synthetic(validation, 2), CARD, SMALL, workshop, progress)
+def fit(train: int, validation: int, folder: Path, progress=lambda share: None) -> LengthModel:
+    return fit_length_model(synthetic(train, 1), synthetic(validation, 2), CARD, SMALL, folder, progress)
 
 
-def test_training_finds_what_decides_the_length_and_calibrates_it(tmp_path):
+@pytest.mark.usefixtures("lightgbm")
+def test_fit_length_model_is_accurate_and_calibrated(tmp_path):
     model = fit(600, 300, tmp_path)
     test = synthetic(300, 3)
     predicted = model.predict(test.features)
@@ -63,7 +59,8 @@ def test_training_finds_what_decides_the_length_and_calibrates_it(tmp_path):
     assert load_model(tmp_path).predict(test.features) == predicted
 
 
-def test_training_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path):
+@pytest.mark.usefixtures("lightgbm")
+def test_resumed_training_gives_same_model(tmp_path):
     whole = fit(200, 100, tmp_path / "whole")
 
     def stop_half_way(share: float) -> None:
@@ -71,22 +68,24 @@ def test_training_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(200, 100, tmp_path / "cut", stop_half_way)
+        fit(200, 100, tmp_path / "interrupted", stop_half_way)
     shares: list[float] = []
-    resumed = fit(200, 100, tmp_path / "cut", shares.append)
+    resumed = fit(200, 100, tmp_path / "interrupted", shares.append)
     assert shares[0] > 0.45
     prompts = synthetic(50, 4).features
     assert resumed.predict(prompts) == whole.predict(prompts)
 
 
-def test_training_with_too_little_to_calibrate_on_says_so(tmp_path):
+def test_fit_length_model_rejects_small_validation_part(tmp_path):
     with pytest.raises(ValueError, match="at least 20"):
         fit(50, 5, tmp_path)
 
 
-def test_ridge_solves_the_normal_equations_for_every_target():
-    design = RNG.normal(size=(60, 14))
-    targets, weight = RNG.normal(size=(60, 3)), RNG.uniform(0.5, 2, 60)
+def test_fit_ridge_solves_normal_equations():
+    sparse = pytest.importorskip("scipy.sparse")
+    rng = np.random.default_rng(7)
+    design = rng.normal(size=(60, 14))
+    targets, weight = rng.normal(size=(60, 3)), rng.uniform(0.5, 2, 60)
     targets[:, 2] = 0.0
     penalty = np.linspace(0.0, 2.0, 14)
     exact = np.linalg.solve(
@@ -96,18 +95,18 @@ def test_ridge_solves_the_normal_equations_for_every_target():
     assert fitted == pytest.approx(exact, abs=1e-5)
 
 
-def test_a_quantile_reads_cut_off_answers_as_at_least_that_long():
+def test_censored_quantile_treats_truncated_lengths_as_lower_bounds():
     lengths = np.array([10.0, 20, 30, 40, 50, 60, 70, 80, 90, 100])
-    nobody = np.zeros(10, bool)
-    assert censored_quantile(lengths, nobody, 0.5) == 50.0
-    assert censored_quantile(lengths, nobody, 0.9) == 90.0
-    cut = np.minimum(lengths, 75.0)
-    assert censored_quantile(cut, lengths > 75, 0.5) == 50.0
-    assert censored_quantile(cut, lengths > 75, 0.9) > 75.0
+    complete = np.zeros(10, bool)
+    assert censored_quantile(lengths, complete, 0.5) == 50.0
+    assert censored_quantile(lengths, complete, 0.9) == 90.0
+    truncated = np.minimum(lengths, 75.0)
+    assert censored_quantile(truncated, lengths > 75, 0.5) == 50.0
+    assert censored_quantile(truncated, lengths > 75, 0.9) > 75.0
     assert censored_quantile(np.full(5, 767.0), np.ones(5, bool), 0.9) == 767.0
 
 
-def test_calibration_covers_nine_in_ten_at_short_and_at_long_estimates():
+def test_calibration_covers_nine_in_ten_at_every_estimate():
     rng = np.random.default_rng(3)
     estimate = rng.uniform(20, 500, 6000)
     length = np.round(2 * estimate * np.exp(rng.normal(0, 1.0 - estimate / 1000))) + 1
@@ -115,12 +114,12 @@ def test_calibration_covers_nine_in_ten_at_short_and_at_long_estimates():
     curve = fit_calibration(estimate[held_out], length[held_out], np.zeros(3000, bool))
     p50, p90 = curve.quantiles(estimate[rest])
     assert np.mean(length[rest] <= p50) == pytest.approx(0.5, abs=0.03)
-    for some in (estimate[rest] < 150, estimate[rest] > 350):
-        assert np.mean(length[rest][some] <= p90[some]) == pytest.approx(0.9, abs=0.03)
+    for part in (estimate[rest] < 150, estimate[rest] > 350):
+        assert np.mean(length[rest][part] <= p90[part]) == pytest.approx(0.9, abs=0.03)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
-def test_calibrated_quantiles_are_ordered_and_at_least_a_token_at_every_estimate(estimates):
+def test_calibrated_quantiles_are_ordered_and_at_least_one_token(estimates):
     rng = np.random.default_rng(0)
     curve = fit_calibration(rng.uniform(1, 400, 200), rng.exponential(200, 200), np.zeros(200, bool))
     p50, p90 = curve.quantiles(np.array(estimates))
@@ -128,12 +127,12 @@ def test_calibrated_quantiles_are_ordered_and_at_least_a_token_at_every_estimate
     assert (p90 >= p50).all()
 
 
-def test_a_constant_estimate_still_calibrates():
+def test_fit_calibration_accepts_constant_estimate():
     curve = fit_calibration(np.ones(100), np.arange(100.0), np.zeros(100, bool))
     assert len(curve.estimate) == 1
 
 
-def test_ranks_are_midway_among_ties_and_ignore_how_long_the_longest_is():
+def test_mid_ranks_of_ties_and_outliers():
     ranks = mid_ranks(np.array([1.0, 5, 5, 900]), among=np.array([1.0, 5, 5, 900]))
     assert ranks.tolist() == [0.125, 0.5, 0.5, 0.875]
     assert mid_ranks(np.array([9e9]), among=np.array([1.0, 2])) == [1.0]
@@ -144,7 +143,7 @@ def conversation(name: str, *texts: str) -> dict[str, object]:
     return {"id": name, "conversations": turns}
 
 
-def test_sharegpt_is_read_up_to_where_it_is_cut_off():
+def test_user_turns_reads_truncated_dataset():
     whole = json.dumps(
         [
             conversation("a_0", "q1", "r1", "q2", "r2"),
@@ -159,7 +158,7 @@ def test_sharegpt_is_read_up_to_where_it_is_cut_off():
     assert read == [("a", True, "q1", "r1"), ("a", False, "q2", "r2"), ("a", False, "q3", "r3")]
 
 
-def test_the_split_shares_no_conversation_and_no_prompt_and_follows_the_seed():
+def test_split_shares_no_conversation_and_no_prompt():
     turns = []
     for n in range(400):
         turns += [
@@ -181,7 +180,7 @@ def test_the_split_shares_no_conversation_and_no_prompt_and_follows_the_seed():
     assert not np.array_equal(split_by_conversation(turns, seed=4).test, split.test)
 
 
-def test_turns_of_a_conversation_and_conversations_that_open_alike_are_one_group():
+def test_groups_by_opening_joins_equal_openings():
     turns = [
         Turn("a", True, "Hello there", 1, False),
         Turn("a", False, "more", 1, False),
@@ -197,28 +196,20 @@ def test_turns_of_a_conversation_and_conversations_that_open_alike_are_one_group
     assert len({a, c, d}) == 3
 
 
-def test_collected_features_and_lengths_train_a_model_and_measure_it(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("lightgbm")
+def test_commands_train_and_evaluate_on_collected_data(tmp_path, monkeypatch):
     monkeypatch.setattr(training_run, "Recipe", lambda seed: replace(SMALL, seed=seed))
-    made_up = synthetic(500, 8)
-    lines = []
-    for row, length, censored in zip(made_up.features, made_up.length, made_up.censored, strict=True):
-        arrays = {name: getattr(row, name).tolist() for name in ("indices", "counts", "lexical")}
-        line = {
-            "features": arrays,
-            "features_version": FEATURES_VERSION,
-            "length": int(length),
-            "censored": bool(censored),
-        }
-        lines.append(json.dumps(line | {"model": "m", "slo_class": "chat"}))
-    data, folder = tmp_path / "lengths.jsonl", tmp_path / "model"
-    data.write_text("\n".join(lines))
+    answers = synthetic(500, 8)
+    rows = zip(answers.features, answers.length, answers.censored, strict=True)
+    lines = [collected_line(row, int(length), censored=bool(censored)) for row, length, censored in rows]
+    data, folder = write_jsonl(tmp_path / "lengths.jsonl", lines), tmp_path / "model"
     trained = CliRunner().invoke(cli.app, ["train", "--data", str(data), "--output", str(folder), "--json"])
     assert trained.exit_code == 0, trained.output
-    told = json.loads(trained.stdout)["metrics"]["test"]
+    card_metrics = json.loads(trained.stdout)["metrics"]["test"]
     evaluate = ["evaluate", "--model", str(folder), "--json"]
     measured = CliRunner().invoke(cli.app, [*evaluate, "--data", str(data)])
     assert measured.exit_code == 0, measured.output
-    assert json.loads(measured.stdout)["mae_tokens"] == pytest.approx(told["mae_tokens"], abs=0.01)
-    elsewhere = CliRunner().invoke(cli.app, evaluate)
-    assert elsewhere.exit_code == 1
-    assert "--data" in elsewhere.output
+    assert json.loads(measured.stdout)["mae_tokens"] == pytest.approx(card_metrics["mae_tokens"], abs=0.01)
+    without_data = CliRunner().invoke(cli.app, evaluate)
+    assert without_data.exit_code == 1
+    assert "--data" in without_data.output

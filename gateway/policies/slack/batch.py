@@ -1,274 +1,234 @@
-"""What `slack` reckons with: the running set as sums, and the queue as columns.
-
-A decision looks at every waiting request. As columns that costs nanoseconds each, so that ten thousand may wait; and
-what does not depend on the engine or the time is kept with the queue (`gateway.requests.waiting_arrays`).
-"""
+"""What `slack` computes with: the running set as sums, and the waiting requests as arrays."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from statistics import NormalDist
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
 from engine_adapter.gates.best_effort_preemption import reserved_slots
-from engine_adapter.gates.slack import BEST_EFFORT_SHARE, PATIENT_S
+from engine_adapter.gates.constants import SLACK
+from engine_adapter.service_kind import ServiceKind
 from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import Floats, WaitingArrays
 
-_SLOWEST_S = 0.9 * PATIENT_S
-"""Seconds a token that an end-to-end bound leaves at most: the step gate would take more for no pace at all."""
-
-NO_HURRY_S = 3600.0
-"""Seconds a token: the pace of a request that has a deadline for its first token alone. No step could break it, and it
-sits out as if it had none; but who was promised something keeps his place, and others make way for him."""
-
-E2E_EASE = 1.5
-"""An end-to-end bound is no pace. The one that is left of it is asked for at the door; beside whoever comes later, who
-is asked for his own, steps turn out shorter than that. So while it runs a request is planned at so many times its pace:
-else the longest answer would hold up all others for as long as it takes, and gain nothing by it."""
-
-_LEAST_CHUNK = 16
-"""Tokens. However full the batch, prompts must be at hand when a decode ends."""
-
-_ALL = slice(None)
-
-_ALL_KEPT = 1 << 30
-"""Places, where nobody makes way."""
+_PACED, _BEST_EFFORT = ServiceKind.PACED, ServiceKind.BEST_EFFORT
+_BEST_EFFORT_SHARE = SLACK.best_effort_share
 
 
 @dataclass(slots=True)
-class Load:
-    """The running set R.
+class RunningBatch:
+    """The running set R on ``engine``, as sums.
 
-    ``places``: sequences in the engine, ``unbounded`` of them without a pace to keep. All of these but the ``kept`` who
-    came first make way for others, who then have ``yielded`` tokens of ``memory`` more. ``decoding`` counts those that
-    take part in a step, one without a pace for the share of steps that is its due (`slack_gate`), and ``length`` sums
-    their contexts (tokens): as they are now, since others take their places and begin short; of one that is yet to run,
-    its mean. ``strictest`` is P* (s). ``memory`` sums the lengths that they are expected to reach (tokens),
-    ``variance`` what that is uncertain by; ``z``: how many standard deviations to allow.
+    Attributes:
+        memory_z: standard deviations of memory to keep free.
+        reserved_slots: best-effort slots that no other request may take.
+        slots, best_effort_slots: sequences in the engine, and the best-effort ones of them.
+        decoding, context: sequences in a step and their tokens; without a pace they count by their share of steps.
+        strictest_s: P*, the strictest pace (s per token).
+        memory, preemptible_memory, variance: tokens that R is expected to reach, the part of best-effort requests
+            beyond the reserved slots, and the variance of the sum.
+        backlog: prompt tokens that are not prefilled yet.
     """
 
+    engine: EngineState
+    memory_z: float = 0.0
+    reserved_slots: int = 0
     slots: int = 0
-    unbounded: int = 0
-    kept: int = 0
-    yielded: float = 0.0
+    best_effort_slots: int = 0
     decoding: float = 0.0
-    length: float = 0.0
-    strictest: float = math.inf
+    context: float = 0.0
+    strictest_s: float = math.inf
     memory: float = 0.0
+    preemptible_memory: float = 0.0
     variance: float = 0.0
-    z: float = 0.0
-    _token_s: float | None = None
-    """mu(R), once it was asked for: it is, several times a decision."""
+    backlog: int = 0
+    _prefill_token_s: float | None = None
 
     @classmethod
-    def of(cls, running: Collection[Request], memory_risk: float, engine: EngineState | None = None) -> Load:
-        """The sums over ``running`` (the oldest first) in ``engine``, if it matters who makes way there.
+    def of(cls, running: Collection[Request], engine: EngineState, memory_z: float = 0.0) -> RunningBatch:
+        """Return the sums over ``running``, oldest first."""
+        batch = cls(engine, memory_z, reserved_slots(engine.max_num_seqs))
+        batch.add(running)
+        return batch
 
-        Memory may be outgrown with a probability of ``memory_risk``.
-        """
-        load = cls(z=NormalDist().inv_cdf(1 - memory_risk))
-        load.kept = reserved_slots(engine.max_num_seqs) if engine is not None and engine.gate.preemptible else _ALL_KEPT
-        load._add(running, [math.inf if r.tpot_slo_s is None or r.best_effort else r.tpot_slo_s for r in running])
-        return load
-
-    def _add(self, requests: Collection[Request], paces_s: Sequence[float]) -> None:
-        # Each running request comes by in every decision: the loop has no call in it, and its sums are locals.
-        slots, unbounded = 0, self.unbounded
-        decoding = length = memory = yielded = variance = 0.0
-        strictest = self.strictest
-        for request, pace_s in zip(requests, paces_s, strict=True):
+    def add(self, requests: Collection[Request], pace_s: float | None = None) -> None:
+        """Add requests, each with its own pace or with ``pace_s``."""
+        # Every running request is added in every decision, so the sums are local and the loop calls nothing.
+        slots, best_effort_slots = self.slots, self.best_effort_slots
+        protected = self.reserved_slots if self.engine.gate.preemptible else self.engine.max_num_seqs
+        decoding, context, strictest_s = self.decoding, self.context, self.strictest_s
+        memory, preemptible_memory, variance, backlog = (
+            self.memory,
+            self.preemptible_memory,
+            self.variance,
+            self.backlog,
+        )
+        for request in requests:
             sequences, predicted = request.sequences, request.predicted_tokens
+            generated = request.generated / sequences
             weight: float = sequences
             slots += sequences
-            out = request.generated / sequences
-            reaches = (request.prompt_tokens + (predicted if predicted - out > 1 else out + 1)) * sequences
-            memory += reaches
-            if pace_s >= NO_HURRY_S:
-                weight *= BEST_EFFORT_SHARE
-                if pace_s == math.inf:
-                    unbounded += sequences
-                    if unbounded > self.kept:
-                        yielded += reaches
-            elif pace_s < strictest:
-                strictest = pace_s
+            expected = (request.prompt_tokens + (predicted if predicted - generated > 1 else generated + 1)) * sequences
+            memory += expected
+            if request.kind is not _PACED:
+                weight *= _BEST_EFFORT_SHARE
+                if request.kind is _BEST_EFFORT:
+                    best_effort_slots += sequences
+                    if best_effort_slots > protected:
+                        preemptible_memory += expected
+            else:
+                pace = request.pace_s if pace_s is None else pace_s
+                if pace is not None and pace < strictest_s:
+                    strictest_s = pace
+            # A running request counts by its length now, because another takes its slot and begins short.
+            length = request.prompt_tokens + (generated if request.admitted_s is not None else predicted / 2)
             decoding += weight
-            length += (request.prompt_tokens + (out if request.admitted_s is not None else predicted / 2)) * weight
+            context += length * weight
             variance += request.variance
-        self.slots += slots
-        self.unbounded = unbounded
-        self.decoding += decoding
-        self.length += length
-        self.strictest = strictest
-        self.memory += memory
-        self.yielded += yielded
-        self.variance += variance
-        self._token_s = None
+            if request.first_token_s is None and not request.unobserved:
+                backlog += request.prompt_tokens
+        self.slots, self.best_effort_slots = slots, best_effort_slots
+        self.decoding, self.context, self.strictest_s = decoding, context, strictest_s
+        self.memory, self.preemptible_memory, self.variance, self.backlog = (
+            memory,
+            preemptible_memory,
+            variance,
+            backlog,
+        )
+        self._prefill_token_s = None
 
-    def plus(self, request: Request, pace_s: float = math.inf) -> Load:
-        """R and one more, which has to keep a pace of ``pace_s``."""
-        more = Load(*[getattr(self, name) for name in self.__slots__])
-        more._add((request,), (pace_s,))
-        return more
+    @property
+    def slots_in_use(self) -> int:
+        """Slots that are not free for a request that may preempt best-effort ones."""
+        spare = self.best_effort_slots - self.reserved_slots if self.engine.gate.preemptible else 0
+        return self.slots - max(0, spare)
 
-    def take(self, more: Load) -> None:
-        """Become ``more``."""
-        for name in self.__slots__:
-            setattr(self, name, getattr(more, name))
+    @property
+    def has_slots(self) -> bool:
+        """Whether a slot is free for a request that may preempt best-effort ones."""
+        return self.slots_in_use < self.engine.max_num_seqs
 
-    def step_s(self, engine: EngineState) -> float:
-        """T(R): seconds of a step in which everybody decodes; 0 when nobody does."""
-        return engine.step_time.curve.step_s(self.decoding, self.length)
+    def has_room_for(self, request: Request) -> bool:
+        """Whether slots and KV memory suffice for ``request`` too, without preempting any."""
+        memory = self.memory + (request.prompt_tokens + max(request.predicted_tokens, 1.0)) * request.sequences
+        memory += self.memory_z * math.sqrt(self.variance + request.variance)
+        has_memory = self.engine.kv_tokens <= 0 or memory <= self.engine.kv_tokens
+        return has_memory and self.slots + request.sequences <= self.engine.max_num_seqs
 
-    def prefill_token_s(self, engine: EngineState) -> float:
-        """mu(R): seconds that a prompt token costs in the chunks that fill what R leaves of a step of P* seconds."""
-        if self._token_s is None:
-            spare_s, most = self.strictest - self.step_s(engine), engine.max_num_batched_tokens
-            self._token_s = engine.step_time.curve.prefill_token_s(self.decoding, most, spare_s)
-        return self._token_s
+    @property
+    def step_s(self) -> float:
+        """T(R): seconds of a step in which all of R decode; 0 when R is empty."""
+        return self.engine.step_time.curve.step_s(self.decoding, self.context)
 
-    def chunk(self, engine: EngineState) -> float:
-        """Prompt tokens that a step of P* seconds has time for beside the decodes; `_LEAST_CHUNK` at least."""
-        spare_s, most = self.strictest - self.step_s(engine), engine.max_num_batched_tokens
-        if spare_s == math.inf:
-            return most
-        return min(max(spare_s / max(self.prefill_token_s(engine), 1e-12), _LEAST_CHUNK), most)
+    @property
+    def prefill_token_s(self) -> float:
+        """mu(R): seconds that a prompt token costs in chunks that fill what R leaves of a step of P* seconds."""
+        if self._prefill_token_s is None:
+            spare_s, most = self.strictest_s - self.step_s, self.engine.max_num_batched_tokens
+            self._prefill_token_s = self.engine.step_time.curve.prefill_token_s(self.decoding, most, spare_s)
+        return self._prefill_token_s
 
-    def prefilled_in_s(self, ahead: float, prompt: float, behind: float, engine: EngineState) -> float:
-        """Seconds until a prompt is prefilled behind ``ahead`` tokens of others, in the time that decodes leave.
+    @property
+    def prefill_share(self) -> float:
+        """1 - T(R)/P*: the share of time that is left for prefill."""
+        return max(SLACK.min_prefill_share, 1 - self.step_s / self.strictest_s)
 
-        And a step: the one under way must end first, and the last is shared with ``behind`` tokens that wait. While
-        there are so many of others', steps take P*.
-        """
-        step, token = self.step_s(engine), self.prefill_token_s(engine)
-        share = 1 - step / self.strictest
-        if share <= 0:
-            return math.inf
-        return max(step, min(self.strictest, step + token * (ahead + behind))) + token * (ahead + prompt) / share
+    @property
+    def chunk_tokens(self) -> float:
+        """Prompt tokens that a step of P* seconds has time for beside the decodes, at least one."""
+        spare_s, most = self.strictest_s - self.step_s, self.engine.max_num_batched_tokens
+        return most if spare_s == math.inf else min(max(spare_s / max(self.prefill_token_s, 1e-12), 1.0), most)
 
-    def fits_memory(self, engine: EngineState) -> bool:
-        """Whether the KV memory suffices (or is not known), but for the risk."""
-        if engine.kv_tokens <= 0:
-            return True
-        return self.memory + self.z * math.sqrt(self.variance) <= engine.kv_tokens
-
-    def without_who_makes_way(self) -> Load:
-        """What one with a pace finds taken, where the others make way
-        (`engine_adapter.gates.best_effort_preemption`)."""
-        if self.unbounded <= self.kept:
-            return self
-        return replace(self, slots=self.slots - self.unbounded + self.kept, memory=self.memory - self.yielded)
+    def full_step_s(self, prompt_tokens: float) -> float:
+        """Return the seconds of the next step, with as much of ``prompt_tokens`` of prefill as it has time for."""
+        return min(self.strictest_s, self.step_s + self.prefill_token_s * min(prompt_tokens, self.chunk_tokens))
 
 
 @dataclass(slots=True)
-class Queue:
-    """Waiting requests with bounds, in deadline order, and what is reckoned with as columns of shape (n,).
+class WaitingBatch:
+    """The waiting requests that are not best-effort, in deadline order; arrays of shape (n,).
 
-    ``arrays`` are those that do not depend on the decision. ``due``: the deadline, or when patience ends; ``tpot_s``:
-    the pace to keep (s, infinite without a bound), and ``eased_s``: once it runs (`E2E_EASE`); ``prefill_s``: mu * p.
+    ``pace_s`` (s per token, infinite without a pace) is required at admission, ``planned_pace_s`` while the request
+    runs. ``prefill_s`` is mu * p.
     """
 
     requests: Sequence[Request]
     arrays: WaitingArrays
-    due: Floats
-    tpot_s: Floats
-    eased_s: Floats
+    pace_s: Floats
+    planned_pace_s: Floats
     prefill_s: Floats
 
     @classmethod
     def of(
         cls,
         requests: Sequence[Request],
-        prefill_token_s: float,
-        max_wait_s: float,
-        share: float = 1.0,
-        arrays: WaitingArrays | None = None,
-    ) -> Queue:
-        """The columns of ``requests``, with prompt tokens at ``prefill_token_s``. ``arrays``: where they are at hand.
+        arrays: WaitingArrays,
+        batch: RunningBatch,
+        now: float,
+        backlog: int = 0,
+        tpot_target_fraction: float = 1.0,
+    ) -> WaitingBatch:
+        """Return the arrays at ``now`` (s), with ``backlog`` prompt tokens in the engine.
 
-        ``share`` of a bound is the pace, but for bounds that the step gate takes for none; beside a deadline alone it
-        is `NO_HURRY_S`.
+        What an end-to-end bound E leaves after the first token is shared by the y predicted tokens,
+        P = (a + E - first) / y, and `e2e_pace_factor` times that is planned once the request runs. The first token is
+        expected when prefill gets to it, at the latest when it is due.
         """
-        kept = WaitingArrays.of(requests) if arrays is None else arrays
-        pace = kept.tpot if share == 1 else np.where(kept.tpot < PATIENT_S, share * kept.tpot, kept.tpot)
-        pace = np.where(kept.deadline < math.inf, np.minimum(pace, NO_HURRY_S), pace)
-        due = np.minimum(kept.deadline, kept.arrival + max_wait_s)
-        return cls(requests, kept, due, pace, pace.copy(), prefill_token_s * kept.prompt)
+        pace_s = planned_s = tpot_target_fraction * arrays.pace
+        ends = np.flatnonzero(arrays.end < math.inf)
+        if len(ends):
+            of = arrays.take(ends)
+            first_s = now + batch.step_s + batch.prefill_token_s * (backlog + of.prompt) / batch.prefill_share
+            left_s = np.maximum(of.end - np.minimum(first_s, of.deadline), 0.0) / np.maximum(of.output, 1.0)
+            pace_s, planned_s = pace_s.copy(), pace_s.copy()
+            pace_s[ends] = tpot_target_fraction * np.minimum(left_s, of.tpot_bound)
+            planned_s[ends] = tpot_target_fraction * np.minimum(SLACK.e2e_pace_factor * left_s, of.tpot_bound)
+        return cls(requests, arrays, pace_s, planned_s, batch.prefill_token_s * arrays.prompt)
 
-    def pace_ends(self, now: float, load: Load, prompts: int, share: float, engine: EngineState) -> None:
-        """Give those with an end-to-end bound the pace that is left of it, were they to go now, behind ``prompts``.
-
-        Their first token is expected as soon as prefill gets to it, at the latest when it is due; and a pace that the
-        step gate would take for none is none that their end could be kept with. Paces are those of
-        `Request.pace_after`.
-        """
-        ends = np.flatnonzero(self.arrays.end < math.inf)
-        if not len(ends):
-            return
-        of = WaitingArrays(*[column[ends] for column in self.arrays])
-        fixed_s = load.prefilled_in_s(prompts, 0.0, 0.0, engine)
-        first_s = of.deadline
-        if fixed_s < math.inf:
-            token_s = load.prefilled_in_s(prompts, 1.0, 0.0, engine) - fixed_s
-            first_s = np.minimum(now + fixed_s + token_s * of.prompt, of.deadline)
-        left_s, others = np.maximum(of.end - first_s, 0.0), np.maximum(of.predicted_at_arrival, 1.0)
-        for paces, ease in ((self.tpot_s, 1.0), (self.eased_s, E2E_EASE)):
-            pace_s = np.minimum(ease * left_s / others, of.own_tpot)
-            paces[ends] = np.minimum(share * pace_s, _SLOWEST_S)
-
-    def only(self, which: NDArray[np.bool_]) -> Queue:
-        """Those where ``which`` holds."""
+    def only(self, which: NDArray[np.bool_]) -> WaitingBatch:
+        """Return the requests where ``which`` holds."""
         at = np.flatnonzero(which)
-        return Queue(
-            [self.requests[one] for one in at.tolist()],
-            WaitingArrays(*[column[at] for column in self.arrays]),
-            *[column[at] for column in (self.due, self.tpot_s, self.eased_s, self.prefill_s)],
-        )
+        rest = [array[at] for array in (self.pace_s, self.planned_pace_s, self.prefill_s)]
+        return WaitingBatch([self.requests[i] for i in at.tolist()], self.arrays.take(at), *rest)
 
-    def decode_alone_s(self, engine: EngineState) -> Floats:
-        """Seconds a token in an otherwise idle engine."""
-        sequences, length = self.arrays.sequences, self.arrays.length
-        return engine.step_time.curve.steps_s(sequences, length * sequences)
+    def alone_s(self, engine: EngineState) -> Floats:
+        """Return the seconds per token of each request in an idle engine."""
+        of = self.arrays
+        return engine.step_time.curve.steps_s(of.sequences, (of.prompt + of.output / 2) * of.sequences)
 
-    def holds_with(
-        self,
-        load: Load,
-        prompts: int,
-        within_s: Floats,
-        engine: EngineState,
-        at: NDArray[np.intp] | slice = _ALL,
-    ) -> NDArray[np.bool_]:
-        """For each ``at``, whether the invariant holds with it beside ``load``: what `Load` says of R and one more.
+    def cost_s(self, batch: RunningBatch) -> Floats:
+        """Return w_i of each request: its seconds of engine time (line 3 of `policy`)."""
+        of, curve, token_s = self.arrays, batch.engine.step_time.curve, batch.prefill_token_s
+        # A decode costs what a prompt token does, without the discount that prefill tokens may have.
+        decode_s = token_s + max(-curve.e, 0.0) + curve.a * (of.prompt + of.output / 2)
+        return token_s * of.prompt + decode_s * of.sequences * of.output
 
-        ``prompts`` tokens are to be prefilled before it, and all of it ``within_s`` (s).
+    def fit(self, batch: RunningBatch, now: float, backlog: int, at: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Return whether each request ``at`` can run beside ``batch``, with ``backlog`` prompt tokens in the engine.
+
+            slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
+            T(R + r) <= P*(R + r),   now + wait + mu * (backlog + p_r) / (1 - T(R + r)/P*) <= d_r,
+
+        where the step under way must end first, and takes up to P* while other prompts wait.
         """
-        curve, arrays = engine.step_time.curve, self.arrays
-        tpot_s, sequences, prompt = self.tpot_s[at], arrays.sequences[at], arrays.prompt[at]
-        in_step = tpot_s < NO_HURRY_S
-        weight = np.where(in_step, sequences, BEST_EFFORT_SHARE * sequences)
-        strictest = np.minimum(np.where(in_step, tpot_s, math.inf), load.strictest)
-        decoding = load.decoding + weight
-        step = curve.steps_s(decoding, load.length + arrays.length[at] * weight)
-        token = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest - step)
-        others = prompts + arrays.prompt.sum() - prompt
-        full = np.maximum(step, np.minimum(strictest, step + token * others))
-        first = full + token * (prompts + prompt) / np.maximum(1 - step / strictest, 1e-12)
-        holds = (step <= strictest) & (first <= within_s)
+        engine, of = batch.engine, self.arrays
+        curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
+        weight = np.where(of.kind[at] == _PACED, sequences, _BEST_EFFORT_SHARE * sequences)
+        strictest_s = np.minimum(self.pace_s[at], batch.strictest_s)
+        decoding = batch.decoding + weight
+        step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
+        token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
+        others = backlog + of.prompt.sum() - prompt
+        wait_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * others))
+        first_s = wait_s + token_s * (backlog + prompt) / np.maximum(1 - step_s / strictest_s, 1e-12)
+        fits = (batch.slots_in_use + sequences <= engine.max_num_seqs) & (step_s <= strictest_s)
+        fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
-            taken = np.where(tpot_s < math.inf, load.without_who_makes_way().memory, load.memory)
-            memory = taken + sequences * (prompt + np.maximum(arrays.output[at], 1.0))
-            holds &= memory + load.z * np.sqrt(load.variance + arrays.variance[at]) <= engine.kv_tokens
-        return np.asarray(holds, dtype=np.bool_)
-
-    def cost_s(
-        self, prefill_token_s: float, decode_s: float, context_s: float, at: NDArray[np.intp] | slice = _ALL
-    ) -> Floats:
-        """w_i of each ``at``: seconds of engine time, where a token of context takes ``context_s`` in each decode."""
-        arrays = self.arrays
-        decodes = arrays.sequences[at] * arrays.output[at]
-        return prefill_token_s * arrays.prompt[at] + (decode_s + context_s * arrays.length[at]) * decodes
+            memory = batch.memory - batch.preemptible_memory + sequences * (prompt + np.maximum(output, 1.0))
+            fits &= memory + batch.memory_z * np.sqrt(batch.variance + of.variance[at]) <= engine.kv_tokens
+        return np.asarray(fits, dtype=np.bool_)

@@ -26,7 +26,7 @@ def delta(index: int = 0, finish: str | None = None, **fields: Any) -> dict[str,
 USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}
 
 
-def test_a_chat_stream_becomes_the_chat_body() -> None:
+def test_chat_stream_becomes_a_chat_body() -> None:
     status, body = assembled(
         delta(role="assistant", content=""), delta(content="Hel"), delta(content="lo", finish="stop"), USAGE
     )
@@ -45,7 +45,7 @@ def test_a_chat_stream_becomes_the_chat_body() -> None:
     }
 
 
-def test_tool_calls_are_merged_by_their_own_index() -> None:
+def test_tool_calls_are_merged_by_index() -> None:
     def call(index: int, arguments: str, **more: Any) -> dict[str, Any]:
         function = {"arguments": arguments} | ({"name": more.pop("name")} if "name" in more else {})
         return {"index": index, "function": function, **more}
@@ -66,7 +66,7 @@ def test_tool_calls_are_merged_by_their_own_index() -> None:
     assert body["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_the_old_function_call_is_concatenated() -> None:
+def test_legacy_function_call_is_concatenated() -> None:
     _, body = assembled(
         delta(role="assistant", function_call={"name": "f", "arguments": ""}),
         delta(function_call={"arguments": '{"a"'}),
@@ -76,13 +76,13 @@ def test_the_old_function_call_is_concatenated() -> None:
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "refusal", "some_new_text"])
-def test_every_kind_of_text_is_concatenated(name: str) -> None:
+def test_text_fields_are_concatenated(name: str) -> None:
     _, body = assembled(delta(role="assistant", **{name: "a"}), delta(**{name: "b"}), delta(content="c"))
     assert body["choices"][0]["message"][name] == "ab"
     assert body["choices"][0]["message"]["content"] == "c"
 
 
-def test_chat_logprobs_are_one_list() -> None:
+def test_chat_logprobs_form_one_list() -> None:
     def with_logprob(text: str) -> dict[str, Any]:
         logprobs = {"content": [{"token": text, "logprob": -0.5, "top_logprobs": []}]}
         return {"choices": [{"index": 0, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": None}]}
@@ -91,7 +91,7 @@ def test_chat_logprobs_are_one_list() -> None:
     assert [entry["token"] for entry in body["choices"][0]["logprobs"]["content"]] == ["a", "b"]
 
 
-def test_text_completions_join_text_and_every_logprob_list() -> None:
+def test_text_completions_concatenate_text_and_logprob_lists() -> None:
     head = HEAD | {"object": "text_completion"}
 
     def piece(text: str, offset: int, finish: str | None = None) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def test_text_completions_join_text_and_every_logprob_list() -> None:
     ]
 
 
-def test_choices_come_out_in_order_with_their_own_endings() -> None:
+def test_choices_are_sorted_and_keep_their_finish_reasons() -> None:
     stopped = {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop", "stop_reason": "###"}]}
     _, body = assembled(delta(1, content="b", finish="length"), stopped)
     first, second = body["choices"]
@@ -125,7 +125,7 @@ def test_choices_come_out_in_order_with_their_own_endings() -> None:
     assert (second["index"], second["message"]["content"], second["finish_reason"]) == (1, "b", "length")
 
 
-def test_an_error_event_becomes_the_answer() -> None:
+def test_error_event_becomes_the_response() -> None:
     error = {"message": "engine died", "type": "InternalServerError", "code": 500}
     assert assembled(delta(content="a"), {"error": error}) == (500, {"error": error})
     assert assembled({"error": {"message": "bad", "code": 400}})[0] == 400
@@ -133,7 +133,7 @@ def test_an_error_event_becomes_the_answer() -> None:
     assert assembled({"error": "just text"}) == (500, {"error": "just text"})
 
 
-def test_a_stream_cut_short_is_not_complete() -> None:
+def test_truncated_stream_is_not_complete() -> None:
     assembler = Assembler()
     assert not assembler.complete
     assembler.add(b"data: %b\n\n" % orjson.dumps(HEAD | delta(content="a")))
@@ -157,5 +157,5 @@ def test_a_stream_cut_short_is_not_complete() -> None:
         ({"stream_options": {"include_usage": True}}, False),
     ],
 )
-def test_requests_whose_answer_cannot_be_rebuilt_are_known_beforehand(body: dict[str, Any], rebuildable: bool) -> None:
+def test_can_rebuild_rejects_unsupported_fields(body: dict[str, Any], rebuildable: bool) -> None:
     assert can_rebuild(body) is rebuildable

@@ -1,4 +1,4 @@
-"""The client of a remote server: whatever the server does, every request ends, and with the error that fits."""
+"""The HTTP client of a remote engine: every request ends, and with the right error."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 
 from engine_adapter.engine import EngineLost, EngineUnreachable
-from engine_adapter.remote.client import Upstream, _Endings, plain_chunks
+from engine_adapter.remote.client import ConnectionLossMonitor, Upstream, plain_chunks
 from engine_adapter.remote.engine import HttpEngine
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
-WITHIN_S = 5
+TEST_TIMEOUT_S = 5
 
 
 @asynccontextmanager
-async def talking(script: Script, connections: int = 4, read_timeout_s: float = 60.0) -> AsyncIterator[Upstream]:
-    """A client of a server that reads a request's head, then does what ``script`` says."""
+async def upstream_of(script: Script, connections: int = 4, read_timeout_s: float = 60.0) -> AsyncIterator[Upstream]:
+    """An `Upstream` whose server reads a request's head, then runs ``script``."""
     over = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -40,58 +41,58 @@ async def talking(script: Script, connections: int = 4, read_timeout_s: float = 
     upstream = Upstream("e", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", connections, 1.0, read_timeout_s)
     yield upstream
     over.set()
-    async with asyncio.timeout(WITHIN_S):
+    async with asyncio.timeout(TEST_TIMEOUT_S):
         await upstream.close()
     server.close()
 
 
-def says(*parts: bytes, and_leaves: bool = False) -> Script:
+def sends(*parts: bytes, then_aborts: bool = False) -> Script:
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for part in parts:
             writer.write(part)
             await writer.drain()
             await asyncio.sleep(0.02)
-        if and_leaves:
+        if then_aborts:
             writer.transport.abort()
 
     return script
 
 
 async def read(upstream: Upstream, content: bytes = b"{}") -> bytes:
-    async with asyncio.timeout(WITHIN_S), upstream.answer("POST", b"/x", [], content) as response:
+    async with asyncio.timeout(TEST_TIMEOUT_S), upstream.answer("POST", b"/x", [], content) as response:
         return b"".join([chunk async for chunk in plain_chunks(response)])
 
 
 @pytest.mark.parametrize(
     "script",
     [
-        says(CHUNKED, b"zz\r\nno chunk"),
-        says(CHUNKED, b"5\r\nhe", and_leaves=True),
-        says(CHUNKED, and_leaves=True),
-        says(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n", b"hell", and_leaves=True),
-        says(b"SSH-2.0-Open\r\n"),
-        says(and_leaves=True),
-        says(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello"),
+        sends(CHUNKED, b"zz\r\nno chunk"),
+        sends(CHUNKED, b"5\r\nhe", then_aborts=True),
+        sends(CHUNKED, then_aborts=True),
+        sends(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n", b"hell", then_aborts=True),
+        sends(b"SSH-2.0-Open\r\n"),
+        sends(then_aborts=True),
+        sends(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello"),
     ],
-    ids=["no chunk", "half a chunk", "no end", "too short", "no HTTP", "nothing", "no gzip"],
+    ids=["bad chunk", "partial chunk", "no last chunk", "too short", "not HTTP", "no response", "not gzip"],
 )
-async def test_an_answer_that_breaks_off_is_a_lost_engine_at_once(script: Script) -> None:
-    async with talking(script) as upstream:
+async def test_upstream_raises_engine_lost_for_a_broken_response(script: Script) -> None:
+    async with upstream_of(script) as upstream:
         with pytest.raises(EngineLost) as lost:
             await read(upstream)
-        assert not isinstance(lost.value, EngineUnreachable), "it may have been sent"
+        assert not isinstance(lost.value, EngineUnreachable), "the request may have been sent"
 
 
-@pytest.mark.parametrize("content", [b"{}", b"x" * 20_000_000], ids=["silent", "does not read"])
-async def test_a_server_that_does_nothing_is_given_up(content: bytes) -> None:
-    async with talking(says(), read_timeout_s=0.1) as upstream:
+@pytest.mark.parametrize("content", [b"{}", b"x" * 20_000_000], ids=["small request", "unread request"])
+async def test_upstream_gives_up_on_a_silent_server(content: bytes) -> None:
+    async with upstream_of(sends(), read_timeout_s=0.1) as upstream:
         with pytest.raises(EngineLost):
             await read(upstream, content)
 
 
-@pytest.mark.parametrize("content", [b"{}", b"x" * 20_000_000], ids=["silent", "does not read"])
-async def test_closing_ends_whoever_waits_for_an_answer_or_for_a_connection(content: bytes) -> None:
-    async with talking(says(), connections=1) as upstream:
+@pytest.mark.parametrize("content", [b"{}", b"x" * 20_000_000], ids=["small request", "unread request"])
+async def test_close_ends_requests_that_wait_for_a_response_or_connection(content: bytes) -> None:
+    async with upstream_of(sends(), connections=1) as upstream:
         calls = [asyncio.create_task(read(upstream, content)) for _ in range(3)]
         await asyncio.sleep(0.1)
         async with asyncio.timeout(2):
@@ -102,7 +103,7 @@ async def test_closing_ends_whoever_waits_for_an_answer_or_for_a_connection(cont
             await read(upstream)
 
 
-async def test_who_gives_up_waiting_frees_the_connection_for_the_next() -> None:
+async def test_cancelled_request_frees_its_connection() -> None:
     first = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -111,15 +112,15 @@ async def test_who_gives_up_waiting_frees_the_connection_for_the_next() -> None:
             return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
-    async with talking(script, connections=1) as upstream:
-        waits = asyncio.create_task(read(upstream))
+    async with upstream_of(script, connections=1) as upstream:
+        waiting = asyncio.create_task(read(upstream))
         await first.wait()
-        waits.cancel()
+        waiting.cancel()
         assert await read(upstream) == b"ok"
-        assert waits.cancelled()
+        assert waiting.cancelled()
 
 
-async def test_a_connection_serves_many() -> None:
+async def test_upstream_reuses_connections() -> None:
     connections: list[asyncio.StreamWriter] = []
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -128,29 +129,36 @@ async def test_a_connection_serves_many() -> None:
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
             await reader.readuntil(b"{}POST /x HTTP/1.1\r\n")
 
-    async with talking(script) as upstream:
+    async with upstream_of(script) as upstream:
         assert [await read(upstream) for _ in range(5)] == [b"ok"] * 5
         assert len(connections) == 1
 
 
-async def test_the_end_of_a_connection_is_no_unheard_exception_and_kept_once() -> None:
-    loop, unheard = asyncio.get_running_loop(), []
-    loop.set_exception_handler(lambda _, context: unheard.append(context))
-    endings, ended = _Endings(), loop.create_future()
+async def test_connection_loss_monitor_adds_one_callback_and_retrieves_the_exception() -> None:
+    class CountingFuture(asyncio.Future[None]):
+        callbacks = 0
+
+        def add_done_callback(self, *args: Any, **kwargs: Any) -> None:
+            self.callbacks += 1
+            super().add_done_callback(*args, **kwargs)
+
+    loop, unretrieved = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _, context: unretrieved.append(context))
+    monitor, closed = ConnectionLossMonitor(), CountingFuture()
     body = SimpleNamespace(is_eof=lambda: True)
-    fake_answer: Any = SimpleNamespace(connection=SimpleNamespace(protocol=SimpleNamespace(closed=ended)), content=body)
+    response: Any = SimpleNamespace(connection=SimpleNamespace(protocol=SimpleNamespace(closed=closed)), content=body)
     for _ in range(5):
-        with endings.heard_by(fake_answer):
+        with monitor.propagate_to(response):
             pass
-    assert len(ended._callbacks) == 1, "one, however many answers"
-    ended.set_exception(ConnectionResetError())
+    assert closed.callbacks == 1, "one per connection, not per response"
+    closed.set_exception(ConnectionResetError())
     await asyncio.sleep(0)
-    del ended, fake_answer
+    del closed, response
     gc.collect()
-    assert unheard == []
+    assert unretrieved == []
 
 
-async def test_nobody_there_is_unreachable() -> None:
+async def test_upstream_raises_engine_unreachable_without_a_server() -> None:
     upstream = Upstream("e", "http://127.0.0.1:9", 4, 1.0, 1.0)
     with pytest.raises(EngineUnreachable, match="engine e at "):
         await read(upstream)
@@ -158,24 +166,35 @@ async def test_nobody_there_is_unreachable() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "deflate", "br"])
-async def test_what_can_be_decoded_is(encoding: str) -> None:
+async def test_plain_chunks_decodes_known_encodings(encoding: str) -> None:
     import zlib
 
-    packed = {"deflate": zlib.compress(b"hello"), "br": b"not ours to read"}.get(encoding, gzip.compress(b"hello"))
+    packed = {"deflate": zlib.compress(b"hello"), "br": b"passed through"}.get(encoding, gzip.compress(b"hello"))
     head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(packed)}\r\n\r\n".encode()
-    async with talking(says(head + packed[:7], packed[7:])) as upstream:
+    async with upstream_of(sends(head + packed[:7], packed[7:])) as upstream:
         assert await read(upstream) == (packed if encoding == "br" else b"hello")
 
 
 @pytest.mark.parametrize("scheme", ["https", "HTTPS"])
-async def test_no_spelling_of_https_goes_without_a_certificate(scheme: str) -> None:
+async def test_upstream_verifies_certificates_for_any_spelling_of_https(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts: list[Any] = []
+    original = aiohttp.TCPConnector
+
+    def connector(*, ssl: Any, **options: Any) -> aiohttp.TCPConnector:
+        contexts.append(ssl)
+        return original(ssl=ssl, **options)
+
+    monkeypatch.setattr(aiohttp, "TCPConnector", connector)
     upstream = Upstream("e", f"{scheme}://127.0.0.1:9", 4, 1.0, 1.0)
-    session = upstream._open()
-    assert session.connector._ssl.verify_mode.name == "CERT_REQUIRED"  # type: ignore[union-attr]
-    await session.close()
+    with pytest.raises(EngineUnreachable):
+        await read(upstream)
+    await upstream.close()
+    assert [context.verify_mode.name for context in contexts] == ["CERT_REQUIRED"]
 
 
-def test_a_base_url_holds_no_secret() -> None:
-    with pytest.raises(ValueError, match="api_key") as told:
+def test_base_url_with_credentials_is_rejected() -> None:
+    with pytest.raises(ValueError, match="api_key") as raised:
         HttpEngine("remote", "http://user:secret@host:8000")
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(raised.value)

@@ -37,27 +37,27 @@ def count(*events: bytes, several: bool = False) -> tuple[Recorder, list[EventKi
     return recorder, kinds
 
 
-pieces = st.lists(
+streams = st.lists(
     st.sampled_from([b"data: {}", b": note", b"\n", b"\r\n", b"\n\n", b"\r", b"data:a\n", b"id: 3", b"\r\n\r\n", b"x"]),
     max_size=30,
 ).map(b"".join)
 
 
 @settings(max_examples=300, deadline=None)
-@given(pieces, st.lists(st.integers(0, 120)))
-def test_any_chunking_gives_the_same_events_and_the_same_bytes(stream: bytes, cuts: list[int]) -> None:
+@given(streams, st.lists(st.integers(0, 120)))
+def test_splitter_is_independent_of_chunking(stream: bytes, cuts: list[int]) -> None:
     whole = SSESplitter()
     expected = whole.feed(stream)
-    slots = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    positions = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     splitter = SSESplitter()
-    events = [e for a, b in pairwise(slots) for e in splitter.feed(stream[a:b])]
+    events = [e for a, b in pairwise(positions) for e in splitter.feed(stream[a:b])]
     assert events == expected
     assert splitter.rest == whole.rest
     assert b"".join(events) + splitter.rest == stream
 
 
 @given(st.lists(st.binary(max_size=20).map(lambda raw: raw.hex().encode())))
-def test_every_event_is_found_byte_by_byte(payloads: list[bytes]) -> None:
+def test_splitter_finds_every_event_byte_by_byte(payloads: list[bytes]) -> None:
     splitter = SSESplitter()
     stream = b"".join(map(event, payloads))
     found = [e for i in range(len(stream)) for e in splitter.feed(stream[i : i + 1])]
@@ -73,11 +73,11 @@ def test_every_event_is_found_byte_by_byte(payloads: list[bytes]) -> None:
         (b": ping\n\n", b""),
     ],
 )
-def test_the_data_of_an_event_is_its_data_lines(raw: bytes, data: bytes) -> None:
+def test_event_data_joins_data_lines(raw: bytes, data: bytes) -> None:
     assert event_data(raw) == data
 
 
-def test_a_vllm_stream_counts_every_token_at_its_time() -> None:
+def test_counter_reports_each_token_of_a_vllm_stream_at_its_time() -> None:
     recorder, kinds = count(
         chunk(ROLE), chunk(token("The")), chunk(token(" end")), chunk(token(".", finish="length")), event(b"[DONE]")
     )
@@ -85,25 +85,25 @@ def test_a_vllm_stream_counts_every_token_at_its_time() -> None:
     assert kinds == [EventKind.OTHER, *[EventKind.TOKEN] * 3, EventKind.DONE]
 
 
-def test_an_empty_last_event_is_a_token_if_the_usage_says_so() -> None:
+def test_empty_last_event_counts_if_the_usage_includes_it() -> None:
     stream = [chunk(ROLE), chunk(token("Hi")), chunk(token("", finish="stop"))]
     assert count(*stream, usage(2), event(b"[DONE]"))[0].tokens == [("0", 1, 1.0), ("0", 1, 2.0)]
     assert count(*stream, usage(1), event(b"[DONE]"))[0].tokens == [("0", 1, 1.0)]
     assert count(*stream, event(b"[DONE]"))[0].tokens == [("0", 1, 1.0)]
 
 
-def test_tokens_that_shared_events_are_added_at_the_last_tokens_time() -> None:
+def test_missing_tokens_are_added_at_the_last_token_time() -> None:
     recorder, _ = count(chunk(token("a b c")), chunk(token(" d e")), usage(9), event(b"[DONE]"))
     assert recorder.tokens == [("0", 1, 0.0), ("0", 1, 1.0), ("0", 7, 1.0)]
     assert recorder.prompts == {"0": 5}
 
 
-def test_a_usage_below_the_count_takes_nothing_back() -> None:
+def test_usage_below_the_count_removes_no_token() -> None:
     recorder, _ = count(chunk(token("a")), chunk(token("b")), chunk(token("c")), usage(2))
     assert recorder.count() == 3
 
 
-def test_comments_errors_and_empty_choices_are_no_tokens() -> None:
+def test_comments_errors_and_empty_choices_are_not_tokens() -> None:
     recorder, kinds = count(
         chunk(prompt_filter_results=[]),
         b": keep-alive\n\n",
@@ -117,14 +117,14 @@ def test_comments_errors_and_empty_choices_are_no_tokens() -> None:
     assert kinds.count(EventKind.TOKEN) == 1
 
 
-def test_generated_text_that_looks_like_the_protocol_is_a_token() -> None:
+def test_text_that_looks_like_the_protocol_is_a_token() -> None:
     tricky = '"finish_reason":"stop" "choices":[] data: [DONE]\n\n'
     recorder, kinds = count(chunk(token("a")), chunk(token(tricky)), chunk(token("b")))
     assert recorder.count() == 3
     assert kinds == [EventKind.TOKEN] * 3
 
 
-def test_a_token_with_no_text_yet_counts_and_an_announced_role_does_not() -> None:
+def test_token_without_text_counts_but_role_chunk_does_not() -> None:
     assert count(chunk({"index": 0, "delta": {"content": ""}, "finish_reason": None}))[0].count() == 1
     assert count(chunk({"index": 0, "text": "", "finish_reason": None}))[0].count() == 1
     assert count(chunk({"index": 0, "delta": {"role": "assistant", "content": None}}))[0].count() == 0
@@ -141,7 +141,7 @@ def test_reasoning_and_tool_calls_are_tokens() -> None:
     assert recorder.tokens == [("0", 1, 1.0), ("0", 1, 2.0)]
 
 
-def test_several_sequences_are_counted_apart() -> None:
+def test_sequences_are_counted_separately() -> None:
     recorder, _ = count(
         chunk(ROLE),
         chunk(ROLE | {"index": 1}),
@@ -152,10 +152,10 @@ def test_several_sequences_are_counted_apart() -> None:
         several=True,
     )
     assert (recorder.count("0"), recorder.count("1")) == (1, 3)
-    assert recorder.prompts == {}, "the usage does not say whose prompt"
+    assert recorder.prompts == {}, "the usage does not name the sequence of the prompt tokens"
 
 
-def test_only_an_event_without_choices_but_with_usage_is_the_usage_chunk() -> None:
+def test_usage_chunk_has_usage_and_no_choices() -> None:
     continuous = chunk(token("a"), usage={"prompt_tokens": 5, "completion_tokens": 1})
     _, kinds = count(continuous, usage(1))
     assert kinds == [EventKind.TOKEN, EventKind.USAGE]

@@ -9,113 +9,115 @@ from engine_adapter.step_time.model import StepTimeModel
 
 
 class RecordedSteps(StepTimeModel):
-    """Remembers (decoding requests, prefill tokens, mean context, seconds) of each sample."""
+    """Records (decoding requests, prefill tokens, mean context, seconds) of each sample."""
 
     def __init__(self) -> None:
         super().__init__(times=StepTimes(b=0, d=0.01))
-        self.seen: list[tuple[float, int, float, float]] = []
+        self.samples: list[tuple[float, int, float, float]] = []
 
     def observe(self, decode_requests: float, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
-        self.seen.append((decode_requests, prefill_tokens, mean_context, elapsed_s))
+        self.samples.append((decode_requests, prefill_tokens, mean_context, elapsed_s))
 
 
-def sampler() -> tuple[StepSampler, RecordedSteps]:
+def make_sampler() -> tuple[StepSampler, RecordedSteps]:
     steps = RecordedSteps()
     return StepSampler(EngineState(step_time=steps)), steps
 
 
-def stream(sampler: StepSampler, stream: StreamTiming, tokens: int, start: float, gap: float, at_once: int = 1) -> None:
-    for i in range(0, tokens, at_once):
-        sampler.tokens(stream, at_once, start + (i + at_once) * gap)
+def deliver(
+    sampler: StepSampler, request: StreamTiming, tokens: int, start: float, gap: float, per_read: int = 1
+) -> None:
+    for i in range(0, tokens, per_read):
+        sampler.tokens(request, per_read, start + (i + per_read) * gap)
 
 
-def test_twenty_tokens_make_one_sample_of_the_median_gap() -> None:
-    timings, steps = sampler()
-    one = timings.sent(0.0, 100, 1)
-    timings.tokens(one, 1, 0.5)
-    stream(timings, one, SAMPLE_EVERY - 1, 0.5, 0.02)
-    assert steps.seen == []
-    timings.tokens(one, 1, 5.0)
-    ((batch, prefill, context, seconds),) = steps.seen
+def test_twenty_tokens_give_one_sample_of_the_median_gap() -> None:
+    sampler, steps = make_sampler()
+    first = sampler.sent(0.0, 100, 1)
+    sampler.tokens(first, 1, 0.5)
+    deliver(sampler, first, SAMPLE_EVERY - 1, 0.5, 0.02)
+    assert steps.samples == []
+    sampler.tokens(first, 1, 5.0)
+    ((batch, prefill, context, seconds),) = steps.samples
     assert (batch, prefill, context) == (1, 0, 121)
-    assert seconds == pytest.approx(0.02), "one stall does not matter"
+    assert seconds == pytest.approx(0.02), "the median ignores one stall"
 
 
-def test_tokens_that_arrive_together_share_their_gap() -> None:
-    timings, steps = sampler()
-    one = timings.sent(0.0, 100, 1)
-    timings.tokens(one, 1, 0.5)
-    stream(timings, one, SAMPLE_EVERY, 0.5, 0.02, at_once=4)
-    assert steps.seen[0][3] == pytest.approx(0.02)
+def test_tokens_that_arrive_together_share_the_gap() -> None:
+    sampler, steps = make_sampler()
+    request = sampler.sent(0.0, 100, 1)
+    sampler.tokens(request, 1, 0.5)
+    deliver(sampler, request, SAMPLE_EVERY, 0.5, 0.02, per_read=4)
+    assert steps.samples[0][3] == pytest.approx(0.02)
 
 
-def test_behind_a_step_gate_only_the_strictest_tell_and_the_others_count_by_their_share() -> None:
-    timings, steps = sampler()
-    strict, loose = timings.sent(0.0, 100, 1, tpot_ms=50), timings.sent(0.0, 100, 2, tpot_ms=100)
-    timings.tokens(strict, 1, 0.1)
-    timings.tokens(loose, 2, 0.1)
-    stream(timings, loose, SAMPLE_EVERY, 0.1, 0.04)  # in every other step
-    assert steps.seen == []
-    stream(timings, strict, SAMPLE_EVERY, 0.1, 0.02)
-    ((batch, _, _, seconds),) = steps.seen
-    assert batch == 2  # one, and two that run half of the time
+def test_gated_streams_count_by_share_and_only_the_strictest_is_sampled() -> None:
+    sampler, steps = make_sampler()
+    strict, loose = sampler.sent(0.0, 100, 1, tpot_ms=50), sampler.sent(0.0, 100, 2, tpot_ms=100)
+    sampler.tokens(strict, 1, 0.1)
+    sampler.tokens(loose, 2, 0.1)
+    deliver(sampler, loose, SAMPLE_EVERY, 0.1, 0.04)  # decodes in every other step
+    assert steps.samples == []
+    deliver(sampler, strict, SAMPLE_EVERY, 0.1, 0.02)
+    ((batch, _, _, seconds),) = steps.samples
+    assert batch == 2, "one sequence, and two that decode in half of the steps"
     assert seconds == pytest.approx(0.02)
 
 
-def test_the_batch_is_all_sequences_that_stream() -> None:
-    timings, steps = sampler()
-    one, two = timings.sent(0.0, 100, 1), timings.sent(0.0, 50, 2)
-    timings.tokens(one, 1, 0.1)
-    timings.tokens(two, 2, 0.1)
-    stream(timings, one, SAMPLE_EVERY, 0.1, 0.02)
-    assert steps.seen[0][0] == 3
-    timings.finished(two, None)
-    stream(timings, one, SAMPLE_EVERY, 0.5, 0.02)
-    assert steps.seen[1][0] == 1
+def test_batch_includes_all_streaming_sequences() -> None:
+    sampler, steps = make_sampler()
+    first, second = sampler.sent(0.0, 100, 1), sampler.sent(0.0, 50, 2)
+    sampler.tokens(first, 1, 0.1)
+    sampler.tokens(second, 2, 0.1)
+    deliver(sampler, first, SAMPLE_EVERY, 0.1, 0.02)
+    assert steps.samples[0][0] == 3
+    sampler.finished(second, None)
+    deliver(sampler, first, SAMPLE_EVERY, 0.5, 0.02)
+    assert steps.samples[1][0] == 1
 
 
-def test_a_lone_prefill_is_a_sample_of_its_own() -> None:
-    timings, steps = sampler()
-    one = timings.sent(0.0, 30, 1)
-    timings.tokens(one, 1, 0.2)
-    assert timings.finished(one, 400)
-    assert steps.seen == [(0, 400, 0.0, 0.2)]
+def test_single_prefill_gives_a_sample() -> None:
+    sampler, steps = make_sampler()
+    request = sampler.sent(0.0, 30, 1)
+    sampler.tokens(request, 1, 0.2)
+    assert sampler.finished(request, 400)
+    assert steps.samples == [(0, 400, 0.0, 0.2)]
 
 
-def test_a_prefill_beside_decodes_waited_half_a_step_first() -> None:
-    timings, steps = sampler()
-    other = timings.sent(0.0, 30, 1)
-    timings.tokens(other, 1, 0.1)
-    one = timings.sent(1.0, 30, 1)
-    timings.tokens(one, 1, 1.2)
-    timings.finished(one, 400)
-    assert steps.seen == [(1, 400, 31.0, pytest.approx(0.195))]
+def test_prefill_during_decodes_subtracts_half_a_step() -> None:
+    sampler, steps = make_sampler()
+    other = sampler.sent(0.0, 30, 1)
+    sampler.tokens(other, 1, 0.1)
+    request = sampler.sent(1.0, 30, 1)
+    sampler.tokens(request, 1, 1.2)
+    sampler.finished(request, 400)
+    assert steps.samples == [(1, 400, 31.0, pytest.approx(0.195))]
 
 
 @pytest.mark.parametrize("computed", [None, 0, 5000])
-def test_a_prefill_of_unknown_length_or_of_several_steps_teaches_nothing(computed: int | None) -> None:
-    timings, steps = sampler()
-    one = timings.sent(0.0, 30, 1)
-    timings.tokens(one, 1, 0.2)
-    assert not timings.finished(one, computed)
-    assert steps.seen == []
+def test_prefill_of_unknown_length_or_several_steps_gives_no_sample(computed: int | None) -> None:
+    sampler, steps = make_sampler()
+    request = sampler.sent(0.0, 30, 1)
+    sampler.tokens(request, 1, 0.2)
+    assert not sampler.finished(request, computed)
+    assert steps.samples == []
 
 
-def test_prefills_at_the_same_time_teach_nothing() -> None:
-    timings, steps = sampler()
-    one, two = timings.sent(0.0, 30, 1), timings.sent(0.01, 30, 1)
-    for timing in (one, two):
-        timings.tokens(timing, 1, 0.2)
-        assert not timings.finished(timing, 100)
-    three = timings.sent(1.0, 30, 1)
-    timings.tokens(three, 1, 1.1)
-    assert timings.finished(three, 100)
-    assert len(steps.seen) == 1
+def test_concurrent_prefills_give_no_sample() -> None:
+    sampler, steps = make_sampler()
+    first, second = sampler.sent(0.0, 30, 1), sampler.sent(0.01, 30, 1)
+    for timing in (first, second):
+        sampler.tokens(timing, 1, 0.2)
+        assert not sampler.finished(timing, 100)
+    third = sampler.sent(1.0, 30, 1)
+    sampler.tokens(third, 1, 1.1)
+    assert sampler.finished(third, 100)
+    assert len(steps.samples) == 1
 
 
-def test_a_request_without_an_answer_does_not_stand_in_later_ones_way() -> None:
-    timings, _ = sampler()
-    assert not timings.finished(timings.sent(0.0, 30, 1), None)
-    one = timings.sent(1.0, 30, 1)
-    timings.tokens(one, 1, 1.1)
-    assert timings.finished(one, 100)
+def test_failed_request_does_not_affect_later_samples() -> None:
+    sampler, _ = make_sampler()
+    assert not sampler.finished(sampler.sent(0.0, 30, 1), None)
+    request = sampler.sent(1.0, 30, 1)
+    sampler.tokens(request, 1, 1.1)
+    assert sampler.finished(request, 100)

@@ -1,4 +1,4 @@
-"""What an `HttpEngine` sends and passes on, byte by byte: paths, headers, bodies, and no secret."""
+"""Bytes that an `HttpEngine` sends and forwards: paths, headers and bodies, without credentials."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fixtures.live_server import Recorder, serve
 from tests.fixtures.scripted_server import CHAT, Scripted, ask, events, proxied
 
 
-async def test_the_clients_credentials_and_hop_by_hop_headers_stay_here() -> None:
+async def test_credentials_and_hop_by_hop_headers_are_not_forwarded() -> None:
     upstream = Scripted(lambda _: (200, b"application/json", b"{}"))
     secrets = {"authorization": "Bearer gateway-key", "x-api-key": "gateway-key", "cookie": "session=gateway-key"}
     sent = {
@@ -44,16 +44,16 @@ async def test_the_clients_credentials_and_hop_by_hop_headers_stay_here() -> Non
     assert upstream.bodies[1]["vllm_xargs"] == {"antares_tpot_ms": 30, "mine": 1}
 
 
-async def test_nothing_is_said_that_the_client_did_not_say() -> None:
+async def test_no_headers_are_added_to_the_clients_request() -> None:
     upstream = Scripted(lambda _: (200, b"application/json", b"{}"))
-    message = orjson.dumps(ask())
+    content = orjson.dumps(ask())
     async with serve(upstream) as url:
         engine = HttpEngine("remote", url)
-        length, note = (b"content-length", b"%d" % len(message)), (b"x-note", "h\u00e9".encode())
-        sent = [length, note, (b"x-two", b"1"), (b"x-two", b"2")]
-        for method, path, body in (("POST", CHAT, message), ("GET", "/v1/files", b"")):
-            scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": sent}
-            await _called(engine.app, scope, body)
+        length, note = (b"content-length", b"%d" % len(content)), (b"x-note", "h\u00e9".encode())
+        headers = [length, note, (b"x-two", b"1"), (b"x-two", b"2")]
+        for method, path, body in (("POST", CHAT, content), ("GET", "/v1/files", b"")):
+            scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
+            await _call(engine.app, scope, body)
         await engine.stop()
     identity = (b"accept-encoding", b"identity")
     post, get = upstream.lines
@@ -62,22 +62,22 @@ async def test_nothing_is_said_that_the_client_did_not_say() -> None:
     assert [post[0], *post[2:]] == get
 
 
-async def _called(app: ASGIApp, scope: Scope, body: bytes) -> None:
-    waiting = [{"type": "http.request", "body": body}]
+async def _call(app: ASGIApp, scope: Scope, body: bytes) -> None:
+    messages = [{"type": "http.request", "body": body}]
 
     async def receive() -> Any:
-        return waiting.pop() if waiting else await asyncio.Event().wait()
+        return messages.pop() if messages else await asyncio.Event().wait()
 
     async def send(message: Any) -> None: ...
 
     await app(scope, receive, send)
 
 
-async def test_a_stream_that_the_upstream_compresses_though_asked_not_to_is_passed_on_plain() -> None:
+async def test_compressed_stream_is_forwarded_uncompressed() -> None:
     token = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
     stream, plain = events(token, token), b'{"data": []}'
 
-    async def compresses(scope: Scope, receive: Receive, send: Send) -> None:
+    async def compressing(scope: Scope, receive: Receive, send: Send) -> None:
         body, kind = (stream, b"text/event-stream") if scope["path"] == CHAT else (plain, b"application/json")
         packed = gzip.compress(body)
         headers = [(b"content-type", kind), (b"content-encoding", b"gzip"), (b"content-length", b"%d" % len(packed))]
@@ -85,32 +85,32 @@ async def test_a_stream_that_the_upstream_compresses_though_asked_not_to_is_pass
         await send({"type": "http.response.body", "body": packed})
 
     recorder = Recorder()
-    async with proxied(compresses, recorder) as (_, client):
+    async with proxied(compressing, recorder) as (_, client):
         streamed = await client.post(CHAT, json=ask(stream=True, stream_options={"include_usage": True}))
         listed = await client.get("/v1/models")
     assert (streamed.content, listed.content) == (stream, plain)
     assert "content-encoding" not in streamed.headers
-    assert listed.headers["content-encoding"] == "gzip", "nobody reads it on the way"
+    assert listed.headers["content-encoding"] == "gzip", "other responses are forwarded unchanged"
     assert recorder.count() == 2
 
 
-async def test_a_cookie_of_the_upstream_is_the_clients_not_ours() -> None:
-    async def sets(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(dict(scope["headers"]))
+async def test_upstream_cookies_are_forwarded_but_not_stored() -> None:
+    async def setting_cookies(scope: Scope, receive: Receive, send: Send) -> None:
+        received.append(dict(scope["headers"]))
         headers = [(b"set-cookie", b"a=1; Path=/"), (b"set-cookie", b"b=2; Path=/")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    seen: list[dict[bytes, bytes]] = []
-    async with proxied(sets) as (_, client):
+    received: list[dict[bytes, bytes]] = []
+    async with proxied(setting_cookies) as (_, client):
         first = await client.post(CHAT, json=ask())
         client.cookies.clear()
         await client.post(CHAT, json=ask())
     assert first.headers.get_list("set-cookie") == ["a=1; Path=/", "b=2; Path=/"]
-    assert not any(b"cookie" in headers for headers in seen)
+    assert not any(b"cookie" in headers for headers in received)
 
 
-async def test_any_route_passes_with_its_query_and_a_base_url_may_end_in_v1() -> None:
+async def test_any_route_passes_with_its_query_if_base_url_ends_in_v1() -> None:
     upstream = Scripted(lambda _: (200, b"application/json", b"[1]"))
     async with serve(upstream) as url:
         engine = HttpEngine("remote", url + "/v1/")
@@ -123,7 +123,7 @@ async def test_any_route_passes_with_its_query_and_a_base_url_may_end_in_v1() ->
 
 
 @pytest.mark.parametrize("size", [1, 7, 50, 10_000])
-async def test_the_bytes_of_a_stream_are_the_upstreams_whatever_its_packets(size: int) -> None:
+async def test_stream_bytes_are_independent_of_packet_sizes(size: int) -> None:
     token = {"choices": [{"index": 0, "delta": {"content": "h\u00e9"}, "finish_reason": None}]}
     usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
     stream = b": hello\n\n" + events(token, token, usage)
@@ -137,8 +137,8 @@ async def test_the_bytes_of_a_stream_are_the_upstreams_whatever_its_packets(size
 
     recorder = Recorder()
     async with proxied(in_pieces, recorder) as (_, client):
-        asked = await client.post(CHAT, json=ask(stream=True, stream_options={"include_usage": True}))
-        plain = await client.post(CHAT, json=ask(stream=True))
-    assert asked.content == stream
-    assert plain.content == b": hello\n\n" + events(token, token)
+        with_usage = await client.post(CHAT, json=ask(stream=True, stream_options={"include_usage": True}))
+        without_usage = await client.post(CHAT, json=ask(stream=True))
+    assert with_usage.content == stream
+    assert without_usage.content == b": hello\n\n" + events(token, token)
     assert recorder.count() == 4

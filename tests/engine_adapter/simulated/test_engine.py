@@ -21,14 +21,14 @@ CHAT = "/v1/chat/completions"
 
 
 class RecordedSteps(StepTimeModel):
-    """Remembers (decoding requests, prefill tokens) of each step."""
+    """Records (decoding requests, prefill tokens) of each step."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[int, int]] = []
+        self.steps: list[tuple[int, int]] = []
 
     def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
-        self.seen.append((decode_requests, prefill_tokens))
+        self.steps.append((decode_requests, prefill_tokens))
 
 
 @asynccontextmanager
@@ -58,7 +58,7 @@ def chunks(stream: str) -> list[dict[str, Any]]:
     return [orjson.loads(event) for event in events[:-1]]
 
 
-async def test_a_chat_stream_has_vllms_shape() -> None:
+async def test_chat_stream_has_vllm_format() -> None:
     async with running() as engine, client_of(engine) as client:
         options = {"include_usage": True}
         response = await client.post(CHAT, json=ask(stream=True, max_tokens=4, ignore_eos=True, stream_options=options))
@@ -73,14 +73,14 @@ async def test_a_chat_stream_has_vllms_shape() -> None:
     assert {c["object"] for c in tokens} == {"chat.completion.chunk"}
 
 
-async def test_the_plain_answer_is_the_streamed_one() -> None:
+async def test_non_streaming_response_equals_the_streamed_one() -> None:
     async with running() as engine, client_of(engine) as client:
         plain = (await client.post(CHAT, json=ask())).json()
         streamed = chunks((await client.post(CHAT, json=ask(stream=True))).text)
     text = "".join(c["choices"][0]["delta"]["content"] for c in streamed)
     assert plain["choices"][0]["message"]["content"] == text
     assert plain["choices"][0]["finish_reason"] == streamed[-1]["choices"][0]["finish_reason"] == "stop"
-    assert plain["usage"]["completion_tokens"] == len(streamed) - 1, "the role chunk is no token, the end is one"
+    assert plain["usage"]["completion_tokens"] == len(streamed) - 1, "the role chunk is not a token, the end is one"
     assert 8 <= plain["usage"]["completion_tokens"] <= 128
 
 
@@ -97,16 +97,16 @@ async def test_text_completions_serve_several_prompts_and_n() -> None:
         assert "".join(c["text"] for c in own) == choice["text"]
 
 
-async def test_the_observer_hears_of_the_prompt_and_of_every_token() -> None:
+async def test_observer_receives_prompt_and_every_token() -> None:
     recorder = Recorder()
     async with running() as engine, client_of(engine, recorder) as client:
-        began = time.monotonic()
+        started = time.monotonic()
         await client.post(CHAT, json=ask("four words are here", n=2, max_tokens=6, ignore_eos=True))
     assert recorder.prompts == {"0": 4, "1": 4}
     assert recorder.count("0") == recorder.count("1") == 6
     times = [at for sequence, _, at in recorder.tokens if sequence == "0"]
     assert times == sorted(times)
-    assert times[-1] - began >= 5 * FAST.d
+    assert times[-1] - started >= 5 * FAST.d
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ async def test_the_observer_hears_of_the_prompt_and_of_every_token() -> None:
         ({}, 33),
     ],
 )
-async def test_the_answers_length_is_known_beforehand(fields: dict[str, Any], tokens: int) -> None:
+async def test_output_length_follows_the_request(fields: dict[str, Any], tokens: int) -> None:
     engine = SimulatedEngine(times=StepTimes(b=0, d=1e-4), output_tokens=33)
     await engine.start(EngineEvents())
     async with client_of(engine) as client:
@@ -128,53 +128,53 @@ async def test_the_answers_length_is_known_beforehand(fields: dict[str, Any], to
     assert usage["completion_tokens"] == tokens
 
 
-async def test_steps_take_the_time_that_the_model_says() -> None:
+async def test_steps_take_the_configured_time() -> None:
     times = StepTimes(b=0.0, d=10e-3, alpha=1e-4)
     recorder = Recorder()
     async with running(times=times) as engine, client_of(engine, recorder) as client:
-        began = time.monotonic()
+        started = time.monotonic()
         await client.post(CHAT, json=ask("w " * 500, max_tokens=21, ignore_eos=True))
     first, last = recorder.tokens[0][2], recorder.tokens[-1][2]
-    assert first - began == pytest.approx(0.05, abs=0.03)
-    assert last - first == pytest.approx(0.2, abs=0.04), "late wake-ups do not add up"
+    assert first - started == pytest.approx(0.05, abs=0.03)
+    assert last - first == pytest.approx(0.2, abs=0.04), "late wake-ups do not accumulate"
 
 
-async def test_a_long_prompt_is_prefilled_in_chunks_that_decodes_ride_along_with() -> None:
+async def test_long_prompt_is_prefilled_in_chunks_with_decodes() -> None:
     async with running(max_num_batched_tokens=100) as engine, client_of(engine) as client:
-        engine.state.step_time = steps = RecordedSteps()
+        engine.state.step_time = recorded = RecordedSteps()
         first = asyncio.create_task(client.post(CHAT, json=ask("a", max_tokens=30, ignore_eos=True)))
-        await eventually(lambda: steps.seen)
+        await eventually(lambda: recorded.steps)
         await client.post(CHAT, json=ask("w " * 250, max_tokens=2, ignore_eos=True))
         await first
-    assert sum(prefill for _, prefill in steps.seen) == 251
-    assert all(decodes + prefill <= 100 for decodes, prefill in steps.seen)
-    assert (1, 99) in steps.seen
+    assert sum(prefill for _, prefill in recorded.steps) == 251
+    assert all(decodes + prefill <= 100 for decodes, prefill in recorded.steps)
+    assert (1, 99) in recorded.steps
 
 
-@pytest.mark.parametrize(("limits", "most"), [({"max_num_seqs": 3}, 3), ({"kv_tokens": 64, "max_model_len": 64}, 4)])
-async def test_the_batch_is_limited_by_sequences_and_by_kv(limits: dict[str, int], most: int) -> None:
-    seen: list[tuple[int, float]] = []
+@pytest.mark.parametrize(("limits", "largest"), [({"max_num_seqs": 3}, 3), ({"kv_tokens": 64, "max_model_len": 64}, 4)])
+async def test_batch_is_limited_by_sequences_and_kv_memory(limits: dict[str, int], largest: int) -> None:
+    loads: list[tuple[int, float]] = []
     engine = SimulatedEngine(times=FAST, **limits)
-    await engine.start(EngineEvents(on_step=lambda: seen.append((engine.state.engine_running, engine.state.kv_usage))))
+    await engine.start(EngineEvents(on_step=lambda: loads.append((engine.state.engine_running, engine.state.kv_usage))))
     async with client_of(engine) as client:
-        asks = [client.post(CHAT, json=ask("five words in this prompt", max_tokens=15)) for _ in range(8)]
-        answers = await asyncio.gather(*asks)
+        calls = [client.post(CHAT, json=ask("five words in this prompt", max_tokens=15)) for _ in range(8)]
+        responses = await asyncio.gather(*calls)
     await engine.stop()
-    assert all(answer.status_code == 200 for answer in answers)
-    assert max(running for running, _ in seen) == most
-    assert max(usage for _, usage in seen) <= 1.0
-    assert seen[-1] == (0, 0.0)
+    assert all(response.status_code == 200 for response in responses)
+    assert max(running for running, _ in loads) == largest
+    assert max(usage for _, usage in loads) <= 1.0
+    assert loads[-1] == (0, 0.0)
 
 
-async def test_the_gate_gives_looser_requests_their_share_of_steps() -> None:
+async def test_gate_gives_loose_requests_their_share_of_steps() -> None:
     async with running(times=StepTimes(b=0, d=1e-3, alpha=0)) as engine, client_of(engine) as client:
 
-        def asked(tpot_ms: float | None, tokens: int) -> Any:
+        def call(tpot_ms: float | None, tokens: int) -> Any:
             xargs = {} if tpot_ms is None else {"antares_tpot_ms": tpot_ms}
             return client.post(CHAT, json=ask(max_tokens=tokens, ignore_eos=True, vllm_xargs=xargs))
 
-        strict = asyncio.create_task(asked(30, 120))
-        await asyncio.gather(asked(60, 50), asked(None, 110))
+        strict = asyncio.create_task(call(30, 120))
+        await asyncio.gather(call(60, 50), call(None, 110))
         await strict
     report = engine.state.gate
     assert set(report.eligible) == {"30", "60"}
@@ -183,7 +183,7 @@ async def test_the_gate_gives_looser_requests_their_share_of_steps() -> None:
     assert 0 < report.gated_steps < report.steps
 
 
-async def test_a_client_that_leaves_frees_its_place_in_the_next_step() -> None:
+async def test_client_disconnect_frees_its_slot_in_the_next_step() -> None:
     async with running() as engine, serve(engine.app) as url, httpx.AsyncClient(verify=False) as client:
         body = ask(stream=True, max_tokens=5000, ignore_eos=True)
         async with client.stream("POST", url + CHAT, json=body) as response:
@@ -195,7 +195,7 @@ async def test_a_client_that_leaves_frees_its_place_in_the_next_step() -> None:
         assert engine.state.kv_usage == 0
 
 
-async def test_cancelling_a_waiting_call_takes_it_out_of_the_queue() -> None:
+async def test_cancelled_request_leaves_the_queue() -> None:
     async with running(max_num_seqs=1) as engine, client_of(engine) as client:
         first = asyncio.create_task(client.post(CHAT, json=ask(max_tokens=5000, ignore_eos=True)))
         await eventually(lambda: engine.state.engine_running == 1)
@@ -207,7 +207,7 @@ async def test_cancelling_a_waiting_call_takes_it_out_of_the_queue() -> None:
         await eventually(lambda: engine.state.engine_waiting == engine.state.engine_running == 0)
 
 
-async def test_a_crash_loses_everyone_and_the_engine_comes_back() -> None:
+async def test_crash_ends_all_requests_and_engine_restarts() -> None:
     alive: list[bool] = []
     engine = SimulatedEngine(times=FAST, restart_s=0.1)
     await engine.start(EngineEvents(on_alive=alive.append))
@@ -228,7 +228,7 @@ async def test_a_crash_loses_everyone_and_the_engine_comes_back() -> None:
     assert alive == [True, False, True]
 
 
-async def test_stopping_loses_everyone_and_may_be_done_twice() -> None:
+async def test_stop_ends_requests_in_flight() -> None:
     async with running() as engine, client_of(engine) as client:
         task = asyncio.create_task(client.post(CHAT, json=ask(max_tokens=5000, ignore_eos=True)))
         await eventually(lambda: engine.state.engine_running)
@@ -238,7 +238,7 @@ async def test_stopping_loses_everyone_and_may_be_done_twice() -> None:
         assert not engine.state.alive
 
 
-async def test_an_idle_engine_does_not_step() -> None:
+async def test_idle_engine_runs_no_steps() -> None:
     async with running() as engine, client_of(engine) as client:
         await client.post(CHAT, json=ask(max_tokens=2))
         steps = engine.state.gate.steps
@@ -247,7 +247,7 @@ async def test_an_idle_engine_does_not_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "body", "status", "says"),
+    ("method", "path", "body", "status", "message"),
     [
         ("POST", CHAT, ask("w " * 9000), 400, "maximum context length is 8192"),
         ("POST", CHAT, ask(max_tokens=8190), 400, "maximum context length"),
@@ -256,35 +256,35 @@ async def test_an_idle_engine_does_not_step() -> None:
         ("POST", CHAT, ask(vllm_xargs={"antares_tpot_ms": -1}), 400, "antares_tpot_ms"),
         ("POST", CHAT, ask(stream_options={"include_usage": True}), 400, "stream_options"),
         ("POST", "/v1/completions", {"prompt": 5}, 400, "prompt must be"),
-        ("GET", CHAT, None, 405, "takes POST"),
-        ("POST", "/v1/models", {}, 405, "takes GET"),
+        ("GET", CHAT, None, 405, "requires POST"),
+        ("POST", "/v1/models", {}, 405, "requires GET"),
         ("POST", "/v1/embeddings", {}, 404, "/v1/embeddings"),
     ],
 )
-async def test_errors_have_the_openai_shape(method: str, path: str, body: Any, status: int, says: str) -> None:
+async def test_errors_have_openai_format(method: str, path: str, body: Any, status: int, message: str) -> None:
     async with running() as engine, client_of(engine) as client:
         response = await client.request(method, path, json=body)
     error = response.json()["error"]
     assert response.status_code == error["code"] == status
-    assert says in error["message"]
+    assert message in error["message"]
 
 
-async def test_a_body_that_is_not_json_is_refused() -> None:
+async def test_body_that_is_not_json_is_rejected() -> None:
     async with running() as engine, client_of(engine) as client:
         for raw in (b"{", b"[]"):
             assert (await client.post(CHAT, content=raw)).status_code == 400
 
 
-async def test_models_tell_the_context_length() -> None:
+async def test_models_route_reports_the_context_length() -> None:
     async with running(model="m", max_model_len=99) as engine, client_of(engine) as client:
         card = (await client.get("/v1/models")).json()["data"][0]
     assert (card["id"], card["max_model_len"]) == ("m", 99)
 
 
-def test_a_wrong_gate_names_the_right_ones() -> None:
+def test_unknown_gate_error_lists_known_gates() -> None:
     with pytest.raises(ValueError, match="open, credit"):
         SimulatedEngine(gate="nope")
 
 
-def test_tokens_are_words() -> None:
+def test_count_tokens_counts_words() -> None:
     assert SimulatedEngine().count_tokens(" two  words ") == 2

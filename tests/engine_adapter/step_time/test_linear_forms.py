@@ -25,12 +25,12 @@ def decode_steps(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.n
     return batch, length, (TRUE.a * batch + TRUE.c) * length + TRUE.b * batch + TRUE.d
 
 
-def test_the_itl_fit_recovers_the_coefficients_of_clean_steps() -> None:
+def test_fit_itl_recovers_coefficients_of_clean_steps() -> None:
     batch, length, seconds = decode_steps(np.random.default_rng(1), 400)
     assert fit_itl(batch, length, seconds) == pytest.approx((TRUE.a, TRUE.b, TRUE.c, TRUE.d), rel=1e-3)
 
 
-def test_the_itl_fit_predicts_within_three_percent_under_ten_percent_noise() -> None:
+def test_fit_itl_is_within_3_percent_under_10_percent_noise() -> None:
     rng = np.random.default_rng(2)
     batch, length, seconds = decode_steps(rng, 600)
     fitted = StepTimes(*fit_itl(batch, length, seconds * rng.normal(1, 0.1, 600)))
@@ -38,13 +38,13 @@ def test_the_itl_fit_predicts_within_three_percent_under_ten_percent_noise() -> 
         assert fitted.itl(b, n) == pytest.approx(TRUE.itl(b, n), rel=0.03)
 
 
-def test_the_prefill_fit_recovers_a_line() -> None:
+def test_fit_prefill_recovers_a_line() -> None:
     tokens = np.random.default_rng(3).uniform(10, 2048, 200)
     alpha, beta, *_ = fit_prefill(tokens, 1e-4 * tokens + 2e-3)
     assert (alpha, beta) == pytest.approx((1e-4, 2e-3), rel=1e-3)
 
 
-def test_the_prefill_fit_finds_the_flat_part_of_short_prompts() -> None:
+def test_fit_prefill_finds_the_flat_part_of_short_prompts() -> None:
     tokens = np.random.default_rng(4).uniform(10, 1000, 400)
     seconds = np.where(tokens < 300, 0.012, 1e-4 * tokens + 2e-3)
     alpha, beta, theta, delta = fit_prefill(tokens, seconds)
@@ -57,7 +57,7 @@ def test_the_prefill_fit_finds_the_flat_part_of_short_prompts() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_least_squares_is_never_negative_and_never_worse_than_its_neighbours(seed: int) -> None:
+def test_least_squares_is_nonnegative_and_locally_optimal(seed: int) -> None:
     rng = np.random.default_rng(seed)
     columns, target = rng.normal(size=(40, 3)), rng.normal(size=40)
     w = nonnegative_least_squares(columns, target, parsimonious=False)
@@ -70,14 +70,14 @@ def test_least_squares_is_never_negative_and_never_worse_than_its_neighbours(see
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_no_fit_ever_predicts_a_wider_or_longer_batch_to_be_faster(seed: int) -> None:
+def test_fit_itl_never_makes_a_larger_batch_faster(seed: int) -> None:
     rng = np.random.default_rng(seed)
     batch, length = rng.integers(1, 64, 50).astype(float), rng.uniform(1, 4000, 50)
     fitted = StepTimes(*fit_itl(batch, length, rng.uniform(1e-3, 0.1, 50)))
     assert fitted.itl(8, 100) <= fitted.itl(9, 100) <= fitted.itl(9, 200)
 
 
-def test_a_perfect_fit_has_r2_one_and_no_error() -> None:
+def test_perfect_fit_has_r2_of_one_and_no_error() -> None:
     seconds = np.array([0.1, 0.2, 0.4])
     quality = fit_quality(seconds, seconds)
     assert (quality.r2, quality.rmse_s, quality.mape, quality.samples) == (1.0, 0.0, 0.0, 3)
@@ -91,7 +91,7 @@ def feed(model: StepTimeModel, rng: np.random.Generator, steps: int, slower: flo
         model.observe(batch, prefill, context, slower * seconds * rng.normal(1, 0.03))
 
 
-def test_the_model_learns_both_forms_from_mixed_steps() -> None:
+def test_model_fits_both_forms_to_mixed_steps() -> None:
     model = StepTimeModel()
     feed(model, np.random.default_rng(5), 1200)
     assert model.itl(32, 500) == pytest.approx(TRUE.itl(32, 500), rel=0.05)
@@ -100,14 +100,14 @@ def test_the_model_learns_both_forms_from_mixed_steps() -> None:
     assert model.prefill_quality is not None and model.prefill_quality.mape < 0.2
 
 
-def test_the_model_follows_an_engine_that_becomes_slower() -> None:
+def test_model_follows_a_slower_engine() -> None:
     model, rng = StepTimeModel(), np.random.default_rng(6)
     feed(model, rng, 800)
     feed(model, rng, 1200, slower=1.5)
     assert model.itl(32, 500) == pytest.approx(1.5 * TRUE.itl(32, 500), rel=0.08)
 
 
-def test_a_few_stalled_steps_do_not_move_the_fit() -> None:
+def test_stalled_steps_do_not_change_the_fit() -> None:
     model, rng = StepTimeModel(), np.random.default_rng(7)
     for i in range(640):
         batch = int(rng.integers(1, 64))
@@ -115,7 +115,7 @@ def test_a_few_stalled_steps_do_not_move_the_fit() -> None:
     assert model.itl(32, 200) == pytest.approx(TRUE.itl(32, 200), rel=0.02)
 
 
-def test_the_first_guess_holds_until_enough_steps_were_seen() -> None:
+def test_initial_times_stay_until_min_samples() -> None:
     model = StepTimeModel(times=TRUE)
     for _ in range(model.min_samples - 1):
         model.observe(4, 0, 100.0, 0.5)
@@ -125,17 +125,17 @@ def test_the_first_guess_holds_until_enough_steps_were_seen() -> None:
 
 
 @pytest.mark.parametrize("context", [lambda i: 200.0, lambda i: 100.0 + i])
-def test_a_quiet_hour_teaches_neither_that_a_batch_of_64_costs_64_times_one_nor_that_it_is_free(
+def test_single_request_steps_keep_the_prior_batch_cost(
     context: Callable[[int], float],
 ) -> None:
     model, rng = StepTimeModel(times=StepTimes(b=3e-4, d=1e-2)), np.random.default_rng(10)
     for i in range(640):
         model.observe(1, 0, context(i), 20e-3 * rng.normal(1, 0.1))
     assert model.itl(1, 300) == pytest.approx(20e-3, rel=0.05)
-    assert model.itl(64, 300) == pytest.approx(2 * (64 * 3e-4 + 1e-2), rel=0.25), "the first guess, twice as slow"
+    assert model.itl(64, 300) == pytest.approx(2 * (64 * 3e-4 + 1e-2), rel=0.25), "the prior, twice as slow"
 
 
-def test_a_few_noisy_steps_of_like_lengths_buy_no_steep_slope() -> None:
+def test_noisy_steps_of_similar_lengths_give_no_steep_slope() -> None:
     for seed in range(5):
         model, rng = StepTimeModel(times=StepTimes(b=3e-4, d=1e-2)), np.random.default_rng(seed)
         for i in range(model.refit_every):
@@ -144,7 +144,7 @@ def test_a_few_noisy_steps_of_like_lengths_buy_no_steep_slope() -> None:
         assert model.itl(3, 1000) < 25e-3
 
 
-def test_what_was_learnt_of_wide_batches_survives_a_quiet_hour() -> None:
+def test_large_batch_fit_survives_many_single_request_steps() -> None:
     model, rng = StepTimeModel(), np.random.default_rng(9)
     feed(model, rng, 1200)
     for i in range(640):
@@ -152,13 +152,13 @@ def test_what_was_learnt_of_wide_batches_survives_a_quiet_hour() -> None:
     assert model.itl(64, 500) == pytest.approx(TRUE.itl(64, 500), rel=0.1)
 
 
-def test_a_model_told_not_to_learn_keeps_its_times() -> None:
+def test_model_with_learn_false_keeps_its_times() -> None:
     model = StepTimeModel(times=TRUE, learn=False)
     feed(model, np.random.default_rng(8), 300)
     assert model.times == TRUE
 
 
-def test_steps_without_work_or_time_are_ignored() -> None:
+def test_observe_ignores_steps_without_work_or_time() -> None:
     model = StepTimeModel()
     model.observe(0, 0, 0.0, 0.1)
     model.observe(3, 0, 10.0, 0.0)

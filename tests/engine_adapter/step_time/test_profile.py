@@ -40,7 +40,7 @@ def linear(**coefficients: float) -> Profile:
 
 
 @given(st.integers(0, 256), st.integers(0, 2000), st.integers(0, 2048), st.integers(0, 8192))
-def test_niyama_is_the_published_formula(decodes: int, length: int, prefill: int, before: int) -> None:
+def test_niyama_profile_equals_the_published_formula(decodes: int, length: int, prefill: int, before: int) -> None:
     tokens, context = decodes + prefill, decodes * length
     if tokens <= 512:
         expected = 0.014936 + 5.882e-5 * tokens + 2.248e-5 * prefill + 3.635e-5 * decodes + 1.111e-7 * context
@@ -48,25 +48,25 @@ def test_niyama_is_the_published_formula(decodes: int, length: int, prefill: int
     else:
         expected = 0.005004 + 2.719e-5 * tokens + 6.863e-5 * prefill - 4.144e-5 * decodes + 1.663e-7 * context
         expected += 2.727e-6 * before if prefill else 0.0
-    found = load_profile("niyama-a100").step_seconds(decodes, context, prefill, before)
-    assert found == pytest.approx(expected if tokens else 0.0, rel=1e-12)
+    seconds = load_profile("niyama-a100").step_seconds(decodes, context, prefill, before)
+    assert seconds == pytest.approx(expected if tokens else 0.0, rel=1e-12)
 
 
 @given(st.integers(1, 256), st.integers(0, 2048), st.integers(0, 400_000))
-def test_blis_is_the_published_formula_and_knows_no_context(decodes: int, prefill: int, context: int) -> None:
-    found = load_profile("blis-a100").step_seconds(decodes, context, prefill, 0)
-    assert found * 1e6 == pytest.approx(16441.5315 + 47.837412 * prefill + 18.205606 * decodes, rel=1e-6)
+def test_blis_profile_equals_the_published_formula(decodes: int, prefill: int, context: int) -> None:
+    seconds = load_profile("blis-a100").step_seconds(decodes, context, prefill, 0)
+    assert seconds * 1e6 == pytest.approx(16441.5315 + 47.837412 * prefill + 18.205606 * decodes, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_step_without_tokens_takes_no_time(name: str) -> None:
+def test_step_without_tokens_takes_no_time(name: str) -> None:
     assert load_profile(name).step_seconds(0, 0, 0, 0) == 0.0
 
 
 @given(
     profiles(), st.integers(0, 300), st.integers(0, 9000), st.integers(0, 4000), st.integers(0, 9000), st.integers(0, 3)
 )
-def test_within_a_regime_more_of_anything_never_takes_less(
+def test_more_work_in_a_regime_never_takes_less_time(
     profile: Profile, decodes: int, context: int, prefill: int, before: int, which: int
 ) -> None:
     less = [decodes, context, prefill, before]
@@ -78,7 +78,7 @@ def test_within_a_regime_more_of_anything_never_takes_less(
 
 @pytest.mark.parametrize("name", FITTED)
 @given(st.integers(0, 256), st.integers(0, 400_000), st.integers(0, 2048), st.integers(0, 8192))
-def test_a_fitted_profile_never_says_that_one_more_token_is_faster(
+def test_one_more_token_never_makes_a_fitted_step_faster(
     name: str, decodes: int, context: int, prefill: int, before: int
 ) -> None:
     profile = load_profile(name)
@@ -87,30 +87,30 @@ def test_a_fitted_profile_never_says_that_one_more_token_is_faster(
     assert seconds <= profile.step_seconds(decodes, context, prefill + 1, before) + 1e-12
 
 
-def test_a_regime_holds_up_to_and_including_its_bound() -> None:
+def test_regime_bound_is_inclusive() -> None:
     slow, fast = Regime(10, 1.0, 0, 0, 0, 0, 0), Regime(math.inf, 2.0, 0, 0, 0, 0, 0)
     profile = replace(linear(), regimes=(slow, fast))
     assert (profile.step_seconds(0, 0, 10, 0), profile.step_seconds(1, 0, 10, 0)) == (1.0, 2.0)
 
 
-def test_a_chunk_costs_its_pairs_with_what_came_before_and_half_of_itself() -> None:
+def test_chunk_cost_counts_its_query_key_pairs() -> None:
     profile = linear(per_prefill_pair=1e-9)
     assert profile.step_seconds(0, 0, 100, 400) == pytest.approx(1e-9 * 100 * (400 + 50))
-    # Four prompts of 25 attend each to its own 100 tokens before, and to themselves.
+    # Each of four prompts of 25 tokens attends to its own 100 computed tokens and to itself.
     assert profile.step_seconds(0, 0, 100, 400, 4) == pytest.approx(1e-9 * 4 * 25 * (100 + 12.5))
 
 
-def test_either_kind_of_work_may_cost_something_to_begin_with() -> None:
+def test_decode_and_prefill_have_fixed_costs() -> None:
     profile = linear(base=1.0, per_decode_step=0.25, per_prefill_step=0.5)
     steps = [(1, 0, 0, 0), (0, 0, 1, 0), (1, 0, 1, 0)]
     assert [profile.step_seconds(*step) for step in steps] == [1.25, 1.5, 1.75]
 
 
-# --- what policies start from -------------------------------------------------------------------------------------
+# --- SCORPIO's two forms ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_analytic_forms_follow_the_profile_over_its_operating_range(name: str) -> None:
+def test_step_times_follow_the_profile_over_its_operating_range(name: str) -> None:
     profile = load_profile(name)
     times = profile.step_times()
     for batch in (1, 8, 32, 100, 256):
@@ -121,12 +121,12 @@ def test_the_analytic_forms_follow_the_profile_over_its_operating_range(name: st
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_fixed_part_of_the_itl_is_that_of_one_short_sequence(name: str) -> None:
+def test_fixed_itl_is_that_of_one_short_sequence(name: str) -> None:
     profile = load_profile(name)
     assert profile.step_times().d == pytest.approx(profile.step_seconds(1, 32, 0, 0), rel=0.1)
 
 
-def test_the_analytic_forms_are_fitted_once() -> None:
+def test_step_times_are_fitted_once() -> None:
     profile = load_profile("blis-a100")
     assert profile.step_times() is profile.step_times()
 
@@ -135,22 +135,22 @@ def test_the_analytic_forms_are_fitted_once() -> None:
 
 
 @given(profiles())
-def test_a_saved_profile_loads_as_it_was(tmp_path_factory: pytest.TempPathFactory, profile: Profile) -> None:
+def test_saved_profile_loads_unchanged(tmp_path_factory: pytest.TempPathFactory, profile: Profile) -> None:
     path = tmp_path_factory.mktemp("profiles") / "made-up.json"
     save_profile(profile, path)
     assert load_profile(path) == profile
     assert "Infinity" not in path.read_text()
 
 
-def test_a_profile_travels_to_another_process() -> None:
+def test_profile_can_be_pickled() -> None:
     profile = load_profile("niyama-a100")
-    again = pickle.loads(pickle.dumps(profile))
-    assert again == profile
-    assert again.step_seconds(3, 900, 100, 0) == profile.step_seconds(3, 900, 100, 0)
+    copy = pickle.loads(pickle.dumps(profile))
+    assert copy == profile
+    assert copy.step_seconds(3, 900, 100, 0) == profile.step_seconds(3, 900, 100, 0)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_profile_says_where_it_comes_from_and_is_called_as_its_file(name: str) -> None:
+def test_shipped_profile_has_provenance_and_its_file_name(name: str) -> None:
     profile = load_profile(name)
     assert profile.name == name
     assert {"source", "date", "units", "licence", "kv_tokens"} <= profile.provenance.keys()
@@ -159,21 +159,21 @@ def test_a_shipped_profile_says_where_it_comes_from_and_is_called_as_its_file(na
 @pytest.mark.parametrize(
     "name", [name for name in FITTED if "aiconfigurator" in load_profile(name).provenance["source"]]
 )
-def test_a_profile_of_kernel_timings_fits_better_than_the_papers(name: str) -> None:
+def test_kernel_timing_profiles_fit_better_than_the_papers(name: str) -> None:
     quality = load_profile(name).quality
     assert min(quality[kind]["r2"] for kind in ("prefill", "itl")) > 0.994
     assert max(quality[kind]["mape"] for kind in ("prefill", "itl")) < 0.022
 
 
 @pytest.mark.parametrize("name", FITTED)
-def test_the_documentation_has_the_held_out_quality_that_the_file_has(name: str) -> None:
+def test_documented_quality_equals_the_profile_quality(name: str) -> None:
     fits = [load_profile(name).quality[kind] for kind in ("prefill", "itl", "mixed")]
     cells = [f"{fit['r2']:.4f} | {fit['rmse_ms']:.3f} | {100 * fit['mape']:.2f}%" for fit in fits]
     page = Path(__file__).parents[3] / "docs" / "profiles.md"
     assert f"| `{name}` | {' | '.join(cells)} |" in page.read_text()
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+def test_unknown_profile_error_lists_shipped_profiles() -> None:
     with pytest.raises(ValueError, match=r"no profile 'h900'.*niyama-a100"):
         load_profile("h900")
     with pytest.raises(ValueError, match=r"no profile 'nowhere/x\.json'"):
@@ -184,23 +184,23 @@ def without(key: str) -> Any:
     return lambda document: document.pop(key)
 
 
-def with_regime(**change: Any) -> Any:
-    return lambda document: document["regimes"][0].update(change)
+def with_regime(**values: Any) -> Any:
+    return lambda document: document["regimes"][0].update(values)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "complaint"),
+    ("change", "message"),
     [
         (without("name"), "a profile needs name"),
         (without("format"), "format is None"),
-        (lambda d: d.update(colour="red"), "a profile has no colour"),
+        (lambda d: d.update(colour="red"), "a profile has unknown fields: colour"),
         (lambda d: d.update(max_num_seqs=1.5), "max_num_seqs must be a whole number, not float"),
         (lambda d: d.update(kv_tokens=True), "kv_tokens must be a whole number, not bool"),
         (lambda d: d.update(plans_ahead=1), "plans_ahead must be true or false"),
         (lambda d: d.update(kv_tokens=0), "kv_tokens must be positive"),
-        (lambda d: d.update(regimes=[]), "regimes need rising up_to_tokens"),
+        (lambda d: d.update(regimes=[]), "regimes need increasing up_to_tokens"),
         (lambda d: d.update(regimes={}), "regimes must be a list"),
-        (lambda d: d["regimes"].reverse(), "regimes need rising up_to_tokens, the last one infinite"),
+        (lambda d: d["regimes"].reverse(), "regimes need increasing up_to_tokens, the last one infinite"),
         (lambda d: d["regimes"].append(3), r"regimes\[2\] must be an object, not int"),
         (lambda d: d["regimes"][0].pop("base"), r"regimes\[0\] needs base"),
         (with_regime(base="1"), r"regimes\[0\].base must be a number, not str"),
@@ -208,17 +208,17 @@ def with_regime(**change: Any) -> Any:
         (with_regime(base=math.inf), r"regimes\[0\].base must be a finite number"),
     ],
 )
-def test_a_bad_file_is_answered_with_its_path_and_its_fault(tmp_path: Path, spoil: Any, complaint: str) -> None:
+def test_invalid_profile_error_names_path_and_fault(tmp_path: Path, change: Any, message: str) -> None:
     document = json.loads(json.dumps(profile_document(load_profile("niyama-a100"))))
-    spoil(document)
+    change(document)
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=f"bad.json: .*{complaint}"):
+    with pytest.raises(ValueError, match=f"bad.json: .*{message}"):
         load_profile(path)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'"text"'])
-def test_a_file_that_is_no_profile_at_all_is_said_to_be_none(tmp_path: Path, content: bytes) -> None:
+def test_unreadable_profile_error_names_the_path(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.json: "):

@@ -16,7 +16,7 @@ def profile_of(*regimes: Regime) -> Profile:
     return Profile("a", "", {}, regimes, 256, 2048, 8192, 400_000)
 
 
-# Flat while memory is the limit, a jump from one wave of tiles to two, then compute.
+# Flat while memory-bound, then a jump from one wave of tiles to two, then compute-bound.
 ATTENTION = (0.0, 2e-6, 8e-8, 0.0, 3e-9, 2e-4, 4e-4)
 WAVES = profile_of(
     Regime(64, 0.012, 0, *ATTENTION),
@@ -38,25 +38,25 @@ def random_steps(truth: Profile, count: int, noise: float, seed: int) -> Steps:
     return Steps.of(rows)
 
 
-def test_noisy_wave_quantised_steps_are_predicted_within_the_noise() -> None:
+def test_fit_predicts_noisy_wave_quantised_steps() -> None:
     fitted = profile_of(*fit_regimes(random_steps(WAVES, 400, noise=0.05, seed=1)))
     for kind, fit in quality(fitted, random_steps(WAVES, 300, noise=0, seed=2)).items():
         assert fit["mape"] < 0.015, kind
         assert fit["r2"] > 0.995, kind
 
 
-def test_clean_steps_of_one_line_give_back_its_coefficients_without_a_knot() -> None:
+def test_fit_recovers_one_line_without_a_knot() -> None:
     truth = Regime(math.inf, 0.01, 5e-5, 0, 3e-6, 1e-7, 2e-7, 3e-9, 0, 1e-3)
-    (found,) = fit_regimes(random_steps(profile_of(truth), 200, noise=0, seed=3))
+    (fitted,) = fit_regimes(random_steps(profile_of(truth), 200, noise=0, seed=3))
     for name in ("per_decode_context", "per_prefill_context", "per_prefill_pair"):
-        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=1e-3)
-    assert found.per_token + found.per_decode == pytest.approx(5.3e-5, rel=1e-3)
-    assert found.base + found.per_prefill_step == pytest.approx(0.011, rel=1e-3)
+        assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=1e-3)
+    assert fitted.per_token + fitted.per_decode == pytest.approx(5.3e-5, rel=1e-3)
+    assert fitted.base + fitted.per_prefill_step == pytest.approx(0.011, rel=1e-3)
 
 
 @settings(max_examples=15)
 @given(st.integers(0, 2**32 - 1))
-def test_whatever_the_steps_no_fit_says_that_more_is_faster(seed: int) -> None:
+def test_fit_never_makes_more_work_faster(seed: int) -> None:
     random = np.random.default_rng(seed)
     clean = random_steps(WAVES, 30, noise=0, seed=seed)
     fitted = profile_of(*fit_regimes(Steps.of([(*row, random.uniform(0.001, 0.1)) for row in rows_of(clean)])))
@@ -69,14 +69,14 @@ def rows_of(steps: Steps) -> list[tuple[float, ...]]:
     return [tuple(getattr(steps, name)[i] for name in Steps.__slots__[:-1]) for i in range(len(steps))]
 
 
-def test_decodes_do_not_drown_the_few_prefills_that_an_engine_runs() -> None:
-    many = random_steps(WAVES, 700, noise=0.02, seed=4)
-    scarce = np.flatnonzero((many.prefill_tokens == 0) | (np.arange(len(many)) < 180))
-    fitted = profile_of(*fit_regimes(many.where(scarce)))
+def test_fit_weights_rare_prefills_like_frequent_decodes() -> None:
+    steps = random_steps(WAVES, 700, noise=0.02, seed=4)
+    rare_prefills = np.flatnonzero((steps.prefill_tokens == 0) | (np.arange(len(steps)) < 180))
+    fitted = profile_of(*fit_regimes(steps.where(rare_prefills)))
     assert quality(fitted, random_steps(WAVES, 300, noise=0, seed=5))["prefill"]["mape"] < 0.03
 
 
-def test_too_few_steps_or_impossible_ones_are_refused() -> None:
+def test_fit_rejects_too_few_or_impossible_steps() -> None:
     steps = random_steps(WAVES, 10, noise=0, seed=6)
     with pytest.raises(ValueError, match="19 steps are too few"):
         fit_regimes(steps.where(np.arange(19)))
@@ -85,7 +85,7 @@ def test_too_few_steps_or_impossible_ones_are_refused() -> None:
         fit_regimes(steps)
 
 
-def test_a_split_is_by_seed_and_loses_no_step() -> None:
+def test_split_depends_on_seed_and_keeps_every_step() -> None:
     steps = random_steps(WAVES, 40, noise=0.1, seed=7)
     fitted, held_out = split(steps, 0.25, seed=1)
     assert (len(fitted), len(held_out)) == (90, 30)
@@ -94,27 +94,27 @@ def test_a_split_is_by_seed_and_loses_no_step() -> None:
     assert (split(steps, 0.25, seed=2)[1].seconds != held_out.seconds).any()
 
 
-def test_quality_counts_each_kind_of_step_by_itself() -> None:
+def test_quality_is_computed_per_kind_of_step() -> None:
     steps = random_steps(WAVES, 50, noise=0, seed=8)
-    found = quality(WAVES, steps)
-    assert {kind: fit["samples"] for kind, fit in found.items()} == {"prefill": 50, "itl": 50, "mixed": 50}
-    assert all(fit["r2"] == 1 and fit["mape"] == 0 for fit in found.values())
+    fits = quality(WAVES, steps)
+    assert {kind: fit["samples"] for kind, fit in fits.items()} == {"prefill": 50, "itl": 50, "mixed": 50}
+    assert all(fit["r2"] == 1 and fit["mape"] == 0 for fit in fits.values())
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
-def test_active_sets_find_what_trying_every_support_finds(seed: int, k: int) -> None:
+def test_active_sets_match_exhaustive_search(seed: int, k: int) -> None:
     random = np.random.default_rng(seed)
     columns, target = random.normal(size=(30, k)), random.normal(size=30)
     expected = nonnegative_least_squares(columns, target, parsimonious=False)
     found = nonnegative(columns, target)
     assert (found >= 0).all()
-    # A coefficient next to nothing may be left out; what counts is that nothing fits better.
+    # A negligible coefficient may be left out, so compare the losses and not the coefficients.
     losses = [float(((columns @ w - target) ** 2).sum()) for w in (found, expected)]
     assert losses[0] <= losses[1] * (1 + 1e-9)
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_active_sets_end_where_no_coefficient_would_gain_by_moving(seed: int) -> None:
+def test_active_sets_satisfy_the_kkt_conditions(seed: int) -> None:
     random = np.random.default_rng(seed)
     columns, target = random.uniform(0, 1, size=(60, 20)), random.normal(1, 1, size=60)
     w = nonnegative(columns, target)

@@ -1,8 +1,9 @@
-"""The channel from the step gate to the gateway, and which vLLM versions both accept."""
+"""The channel from the step gate to the gateway, and the check of vLLM versions."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from engine_adapter.vllm.gate_channel import GateListener, GateReporter
 from engine_adapter.vllm.versions import GATE_VERSIONS, IN_PROCESS_VERSIONS, UnsupportedVllmError, require
 
 
-async def test_steps_and_counters_arrive_as_they_were_reported() -> None:
-    arrived: list[tuple[GateReport, list[StepReport]]] = []
-    listener = GateListener(lambda report, steps: arrived.append((report, steps)))
+async def test_listener_receives_steps_and_counters() -> None:
+    received: list[tuple[GateReport, list[StepReport]]] = []
+    listener = GateListener(lambda report, steps: received.append((report, steps)))
     listener.open(asyncio.get_running_loop())
     try:
         reporter = GateReporter(listener.path, interval_s=1.0)
@@ -24,42 +25,41 @@ async def test_steps_and_counters_arrive_as_they_were_reported() -> None:
         reporter.step(0.5, 4, 16, 41.0, 0.02)
         reporter.flush(0.6)
         async with asyncio.timeout(5):
-            while not arrived:
+            while not received:
                 await asyncio.sleep(0.01)
     finally:
         listener.close()
-    ((report, steps),) = arrived
+    ((report, steps),) = received
     assert report.eligible == {"50": 7}
     assert steps == [StepReport(3, 0, 40.5, 0.012), StepReport(4, 16, 41.0, 0.02)]
     assert not Path(listener.path).exists()  # noqa: ASYNC240
 
 
-def test_a_reporter_nobody_listens_to_never_raises_and_holds_little(tmp_path: Path) -> None:
-    for reporter in (GateReporter(None), GateReporter(str(tmp_path / "nobody.sock"), interval_s=1e9)):
+def test_reporter_without_listener_never_raises(tmp_path: Path) -> None:
+    for reporter in (GateReporter(None), GateReporter(str(tmp_path / "missing.sock"), interval_s=1e9)):
         for step in range(5000):
             reporter.step(float(step), 1, 0, 1.0, 0.01)
         reporter.flush(5000.0)
 
 
-async def test_what_is_no_report_is_ignored() -> None:
-    listener = GateListener(lambda report, steps: pytest.fail("nothing valid was sent"))
+async def test_listener_ignores_invalid_datagrams() -> None:
+    listener = GateListener(lambda report, steps: pytest.fail("no datagram is a valid report"))
     listener.open(asyncio.get_running_loop())
     try:
-        reporter = GateReporter(listener.path)
-        assert reporter._socket is not None
-        for junk in (b"", b"{", b"[]", b'{"gate": 3, "steps": []}', b'{"gate": [], "steps": [[1]]}'):
-            reporter._socket.sendto(junk, listener.path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            for datagram in (b"", b"{", b"[]", b'{"gate": 3, "steps": []}', b'{"gate": [], "steps": [[1]]}'):
+                sender.sendto(datagram, listener.path)
         await asyncio.sleep(0.1)
     finally:
         listener.close()
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.32.1rc1"])
-def test_versions_in_the_range_are_accepted(version: str) -> None:
+def test_require_accepts_versions_in_range(version: str) -> None:
     require(version, GATE_VERSIONS, "The gate")
 
 
 @pytest.mark.parametrize("version", ["0.28.9", "0.33.0", "1.0.0", "dev"])
-def test_other_versions_are_refused_with_what_to_do(version: str) -> None:
+def test_require_rejects_other_versions_with_a_fix(version: str) -> None:
     with pytest.raises(UnsupportedVllmError, match=r">=0\.29,<0\.33.*kind: http"):
         require(version, IN_PROCESS_VERSIONS, "The in-process engine")

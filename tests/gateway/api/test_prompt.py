@@ -1,4 +1,4 @@
-"""What scheduling reads out of a body."""
+"""Prompt text, prompt length and limits, as read from a request's body."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pytest
 from gateway.api.prompt import SAMPLE_CHARS, Prompt, read_prompt
 
 
-def words(text: str) -> int:
+def count_words(text: str) -> int:
     return len(text.split())
 
 
 def read_chat(content: Any, **fields: Any) -> Prompt:
-    return read_prompt({"messages": [{"role": "user", "content": content}], **fields}, True, words)
+    return read_prompt({"messages": [{"role": "user", "content": content}], **fields}, chat=True)
 
 
 def read_text(prompt: Any, **fields: Any) -> Prompt:
-    return read_prompt({"prompt": prompt, **fields}, False, words)
+    return read_prompt({"prompt": prompt, **fields}, chat=False)
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,9 @@ def read_text(prompt: Any, **fields: Any) -> Prompt:
         ([{"type": "text", "text": "one two"}, {"type": "image_url"}, "odd", {"text": 3}], "one two", 2),
     ],
 )
-def test_a_chats_text_is_read_from_strings_and_parts_with_four_tokens_for_the_template(
-    content: Any, text: str, tokens: int
-) -> None:
+def test_chat_tokens_are_its_text_plus_four_per_message(content: Any, text: str, tokens: int) -> None:
     prompt = read_chat(content)
-    assert (prompt.text, prompt.tokens, prompt.max_tokens) == (text, tokens + 4, None)
+    assert (prompt.text, prompt.tokens(count_words), prompt.max_tokens) == (text, tokens + 4, None)
 
 
 @pytest.mark.parametrize(
@@ -47,26 +45,27 @@ def test_a_chats_text_is_read_from_strings_and_parts_with_four_tokens_for_the_te
         ([[]], 1, 1),
     ],
 )
-def test_every_form_of_a_text_prompt_is_counted(prompt: Any, tokens: int, sequences: int) -> None:
+def test_text_prompt_of_every_form_is_counted(prompt: Any, tokens: int, sequences: int) -> None:
     read = read_text(prompt, n=2)
-    assert (read.tokens, read.sequences, read.max_tokens) == (tokens, 2 * sequences, 16)
+    assert (read.tokens(count_words), read.sequences, read.max_tokens) == (tokens, 2 * sequences, 16)
 
 
-def test_the_newer_limit_wins_over_the_older_one() -> None:
+def test_max_completion_tokens_has_precedence_over_max_tokens() -> None:
     assert read_chat("hi", max_completion_tokens=7, max_tokens=9).max_tokens == 7
     assert read_chat("hi", max_tokens=9).max_tokens == 9
 
 
-def test_a_long_prompt_is_counted_by_a_sample_of_it() -> None:
-    seen: list[int] = []
+def test_long_prompt_is_counted_by_a_sample() -> None:
+    lengths: list[int] = []
 
     def count(text: str) -> int:
-        seen.append(len(text))
+        lengths.append(len(text))
         return len(text) // 4
 
-    assert read_prompt({"prompt": "x" * 10 * SAMPLE_CHARS}, False, count).tokens == 10 * SAMPLE_CHARS // 4
-    assert seen == [SAMPLE_CHARS]
+    assert read_text("x" * 10 * SAMPLE_CHARS).tokens(count) == 10 * SAMPLE_CHARS // 4
+    assert lengths == [SAMPLE_CHARS]
 
 
-def test_without_a_tokenizer_four_characters_make_a_token() -> None:
-    assert read_prompt({"prompt": "x" * 100}, False, lambda text: None).tokens == 25
+def test_prompt_without_tokenizer_counts_four_characters_per_token() -> None:
+    prompt = read_text("x" * 100)
+    assert prompt.tokens(lambda text: None) == prompt.estimated_tokens == 25

@@ -1,4 +1,4 @@
-"""What a response says about its own service, and that otherwise it is the engine's own answer, byte for byte."""
+"""The SLO report on a response. Everything else in the response is the engine's, byte for byte."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST_BYTE = ("x-antares-queue-ms", "x-antares-predicted-ttft-ms", "x-antares-tt
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_first_byte_carries_queue_time_predicted_and_measured_ttft(antares: Live, stream: bool) -> None:
+async def test_response_headers_have_queue_time_and_ttft(antares: Live, stream: bool) -> None:
     answer = await antares.ask(chat(stream=stream), x_request_id="mine-1")
     queue, predicted, ttft = (float(answer.headers[name]) for name in FIRST_BYTE)
     assert 0 <= queue <= ttft < 1000
@@ -25,11 +25,11 @@ async def test_the_first_byte_carries_queue_time_predicted_and_measured_ttft(ant
 
 
 @pytest.mark.parametrize("unsafe", ["a b", "x" * 129, "<script>", ""])
-async def test_an_unsafe_request_id_is_replaced(antares: Live, unsafe: str) -> None:
+async def test_unsafe_request_id_is_replaced(antares: Live, unsafe: str) -> None:
     assert (await antares.ask(x_request_id=unsafe)).headers["x-request-id"] not in ("", unsafe)
 
 
-async def test_a_streams_report_is_a_comment_right_before_done(antares: Live) -> None:
+async def test_stream_report_is_a_comment_before_done(antares: Live) -> None:
     answer = await antares.ask(chat(stream=True), x_slo_report="1")
     *_, last_chunk, comment, done, end = answer.text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
@@ -40,7 +40,7 @@ async def test_a_streams_report_is_a_comment_right_before_done(antares: Live) ->
     assert slo_report["ttft_ms"] <= slo_report["e2e_ms"]
 
 
-async def test_a_json_answers_report_is_its_antares_member_and_the_length_is_right(antares: Live) -> None:
+async def test_plain_report_is_a_member_and_content_length_matches(antares: Live) -> None:
     answer = await antares.ask(x_slo_report="1")
     assert int(answer.headers["content-length"]) == len(answer.content)
     slo_report = answer.json()["antares"]
@@ -48,7 +48,7 @@ async def test_a_json_answers_report_is_its_antares_member_and_the_length_is_rig
     assert 0 < slo_report["ttft_ms"] < slo_report["e2e_ms"]
 
 
-async def test_a_broken_bound_is_reported_as_violated() -> None:
+async def test_report_lists_violated_bounds() -> None:
     async with live(fast_engine(times=StepTimes(d=0.01)), policy={"name": "fcfs"}) as antares:
         answer = await antares.ask(x_slo_report="1", x_slo_tpot_ms="1", x_slo_e2e_ms="10")
         assert answer.json()["antares"]["violated"] == ["tpot", "e2e"]
@@ -56,7 +56,7 @@ async def test_a_broken_bound_is_reported_as_violated() -> None:
 
 
 @pytest.mark.parametrize("report", ["0", "1"])
-async def test_the_openai_client_parses_streams_and_documents_alike(antares: Live, report: str) -> None:
+async def test_openai_client_parses_responses_with_and_without_report(antares: Live, report: str) -> None:
     client = AsyncOpenAI(base_url=f"{antares.url}/v1", api_key="none", default_headers={"x-slo-report": report})
     whole = await client.chat.completions.create(**chat())
     assert whole.usage is not None
@@ -70,7 +70,7 @@ async def test_the_openai_client_parses_streams_and_documents_alike(antares: Liv
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_without_the_header_the_body_is_the_engines_own(antares: Live, path: str, stream: bool) -> None:
+async def test_response_without_report_is_the_engine_body(antares: Live, path: str, stream: bool) -> None:
     sent: list[bytes] = []
     inner = antares.engine.app
 
@@ -81,25 +81,25 @@ async def test_without_the_header_the_body_is_the_engines_own(antares: Live, pat
 
         await inner(scope, receive, tap)
 
-    antares.engine._app = tapped  # type: ignore[assignment]
+    antares.engine.stub = tapped
     answer = await antares.ask(chat(prompt="a story", stream=stream), path)
     assert answer.content == b"".join(sent)
     assert len(answer.content) > 100
 
 
 class Scripted:
-    """An engine's app that answers with ``pieces`` as one event stream, telling of one token for each."""
+    """An engine's app that answers with ``chunks`` as one event stream, and reports one token for each."""
 
-    def __init__(self, *pieces: bytes) -> None:
-        self.pieces = pieces
+    def __init__(self, *chunks: bytes) -> None:
+        self.chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for piece in self.pieces:
+        for chunk in self.chunks:
             scope["antares.observer"].on_tokens("0", 1, 0.0)
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -108,31 +108,29 @@ DONE = b"data: [DONE]\n\n"
 FAILURE = b'data: {"error": {"message": "out of memory", "code": 500}}\n\n'
 
 
-async def test_a_model_that_says_done_itself_does_not_break_its_report(antares: Live) -> None:
-    says_done = TOKEN.replace(b"hi", b"then send data: [DONE] to end")
-    antares.engine._app = Scripted(says_done, TOKEN, DONE)  # type: ignore[assignment]
+async def test_report_ignores_done_inside_generated_text(antares: Live) -> None:
+    mentions_done = TOKEN.replace(b"hi", b"then send data: [DONE] to end")
+    antares.engine.stub = Scripted(mentions_done, TOKEN, DONE)
     answer = await antares.ask(chat(stream=True), x_slo_report="1")
-    assert answer.text.startswith(says_done.decode())
+    assert answer.text.startswith(mentions_done.decode())
     assert answer.text.count(": antares {") == 1
 
 
-async def test_several_events_in_one_piece_are_reported_on_too(antares: Live) -> None:
-    antares.engine._app = Scripted(TOKEN + TOKEN + DONE)  # type: ignore[assignment]
+async def test_report_with_several_events_in_one_chunk(antares: Live) -> None:
+    antares.engine.stub = Scripted(TOKEN + TOKEN + DONE)
     answer = await antares.ask(chat(stream=True), x_slo_report="1")
     assert answer.text.split("\n\n")[2].startswith(": antares {")
 
 
-@pytest.mark.parametrize("pieces", [(TOKEN, FAILURE, DONE), (TOKEN + FAILURE + DONE,), (TOKEN, FAILURE + DONE)])
-async def test_a_stream_that_ends_in_an_error_failed_and_never_claims_to_have_attained(
-    antares: Live, pieces: tuple[bytes, ...]
-) -> None:
-    antares.engine._app = Scripted(*pieces)  # type: ignore[assignment]
+@pytest.mark.parametrize("chunks", [(TOKEN, FAILURE, DONE), (TOKEN + FAILURE + DONE,), (TOKEN, FAILURE + DONE)])
+async def test_stream_with_error_event_counts_as_failed(antares: Live, chunks: tuple[bytes, ...]) -> None:
+    antares.engine.stub = Scripted(*chunks)
     answer = await antares.ask(chat(stream=True), x_slo_report="1")
     assert antares.outcomes["failed"] == 1
     assert '"attained":true' not in answer.text
 
 
-async def test_the_models_route_passes_through_and_an_unknown_one_is_the_engines_404(antares: Live) -> None:
+async def test_other_routes_pass_through_to_the_engine(antares: Live) -> None:
     models = await antares.http.get("/v1/models")
     assert models.json()["data"][0]["id"] == "simulated"
     unknown = await antares.http.get("/v1/anything?at=all")
@@ -141,12 +139,12 @@ async def test_the_models_route_passes_through_and_an_unknown_one_is_the_engines
     assert antares.gateway.ledger.accepted == 0
 
 
-async def test_the_gateways_answers_compare_equal_to_the_bare_engines(antares: Live) -> None:
+async def test_stream_has_the_same_chunks_as_from_the_engine(antares: Live) -> None:
     async with serving(antares.engine.app) as bare:
         direct = await antares.http.post(bare + CHAT, json=chat(stream=True))
-    through = await antares.ask(chat(stream=True))
+    proxied = await antares.ask(chat(stream=True))
 
     def content(text: str) -> list[Any]:
         return [chunk["choices"] for chunk in events(text)]
 
-    assert content(through.text) == content(direct.text)
+    assert content(proxied.text) == content(direct.text)

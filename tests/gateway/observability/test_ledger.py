@@ -1,4 +1,4 @@
-"""Every accepted request ends once, in exactly one way."""
+"""Each accepted request is closed once, with exactly one outcome."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from engine_adapter.engine import Message, Receive, Scope, Send
+from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.api import proxy
 from gateway.api import response_relay as relay
@@ -29,8 +30,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[Entry] = []
-        self.ledger = Ledger(on_close=self.told.append)
+        self.reported: list[Entry] = []
+        self.ledger = Ledger(on_close=self.reported.append)
         self.still_open = 0
 
     @rule(target=open_entries)
@@ -39,13 +40,13 @@ class LedgerMachine(RuleBasedStateMachine):
         return self.ledger.open(request())
 
     @rule(target=closed_entries, entry=consumes(open_entries), outcome=st.sampled_from(OUTCOMES))
-    def end(self, entry: Entry, outcome: Outcome) -> Entry:
+    def close(self, entry: Entry, outcome: Outcome) -> Entry:
         self.ledger.close(entry, outcome)
         self.still_open -= 1
         return entry
 
     @rule(entry=closed_entries, outcome=st.sampled_from(OUTCOMES))
-    def end_again(self, entry: Entry, outcome: Outcome) -> None:
+    def close_again(self, entry: Entry, outcome: Outcome) -> None:
         with pytest.raises(LedgerError):
             self.ledger.close(entry, outcome)
 
@@ -53,7 +54,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def balances(self) -> None:
         assert self.ledger.open_count == self.still_open
         assert self.ledger.accepted == self.ledger.closed.total() + self.still_open
-        assert len(self.told) == self.ledger.closed.total()
+        assert len(self.reported) == self.ledger.closed.total()
 
 
 TestLedger = LedgerMachine.TestCase
@@ -69,7 +70,7 @@ TestLedger.settings = settings(max_examples=30, stateful_step_count=20, deadline
         (0.1, 0.0101, 1.01, ("tpot", "e2e")),
     ],
 )
-def test_a_finished_request_attains_only_with_every_bound_met(
+def test_close_counts_as_attained_only_if_every_bound_is_met(
     ttft: float | None, tpot: float, e2e: float, violated: tuple[str, ...]
 ) -> None:
     ledger = Ledger()
@@ -80,15 +81,15 @@ def test_a_finished_request_attains_only_with_every_bound_met(
 
 
 @pytest.mark.parametrize("outcome", ["rejected", "failed", "cancelled"])
-def test_what_did_not_finish_has_not_attained(outcome: Outcome) -> None:
+def test_close_does_not_count_unfinished_requests_as_attained(outcome: Outcome) -> None:
     ledger = Ledger()
     entry = ledger.open(request())
-    ledger.close(entry, outcome, "why")
+    ledger.close(entry, outcome, "reason")
     assert not entry.attained
     assert ledger.attained == 0
 
 
-async def test_every_outcome_is_reached_over_http() -> None:
+async def test_gateway_closes_requests_with_every_outcome() -> None:
     async with live(fast_engine(times=StepTimes(d=5e-3), restart_s=0.05)) as antares:
         await antares.ask()
         await antares.ask(x_slo_ttft_ms="1")
@@ -102,41 +103,41 @@ async def test_every_outcome_is_reached_over_http() -> None:
         assert antares.outcomes == {"finished": 1, "rejected": 1, "failed": 1, "cancelled": 1}
 
 
-def our_tasks() -> set[asyncio.Task[object]]:
-    """Tasks that serve requests: not the test's, the engine's own, or the HTTP client's."""
-    mine = {task for task in asyncio.all_tasks() if not task.done()}
-    return {t for t in mine if t is not asyncio.current_task() and not t.get_name().startswith("simulated")}
+def pending_tasks() -> set[asyncio.Task[object]]:
+    """Return all unfinished tasks except the test's own and the engine's."""
+    pending = {task for task in asyncio.all_tasks() if not task.done()}
+    return {t for t in pending if t is not asyncio.current_task() and not t.get_name().startswith("simulated")}
 
 
-async def test_half_the_clients_of_64_streams_hang_up_and_nothing_is_left_behind() -> None:
+async def test_gateway_leaks_nothing_when_half_of_64_clients_disconnect() -> None:
     async with live(fast_engine(times=StepTimes(d=2e-3), output_tokens=40)) as antares:
-        before = our_tasks()
-        for turn in (1, 2):
-            patient = [antares.ask(chat(f"story {i}", stream=True)) for i in range(32)]
-            leaving = [antares.hang_up_after(1 + i % 5, f"tale {i}") for i in range(32)]
-            answers = await asyncio.gather(*patient, *leaving)
+        before = pending_tasks()
+        for repetition in (1, 2):
+            complete = [antares.ask(chat(f"story {i}", stream=True)) for i in range(32)]
+            disconnecting = [antares.hang_up_after(1 + i % 5, f"tale {i}") for i in range(32)]
+            answers = await asyncio.gather(*complete, *disconnecting)
             await eventually(antares.is_idle, within_s=2.0)
             assert all(answer.text.endswith("data: [DONE]\n\n") for answer in answers[:32] if answer)
-            assert antares.outcomes == {"finished": 32 * turn, "rejected": 0, "failed": 0, "cancelled": 32 * turn}
-        await eventually(lambda: len(our_tasks() - before) == 0)
+            assert antares.outcomes == {
+                "finished": 32 * repetition, "rejected": 0, "failed": 0, "cancelled": 32 * repetition,
+            }  # fmt: skip
+        await eventually(lambda: not pending_tasks() - before)
 
 
-async def test_a_call_cancelled_just_as_it_is_admitted_leaves_the_lane(antares: Live) -> None:
+async def test_cancellation_at_admission_removes_the_request_from_its_queue(antares: Live) -> None:
     engine_queue = antares.gateway.engine_queues[0]
-    asking = asyncio.create_task(call_directly(antares))
+    call = asyncio.create_task(call_directly(antares))
     while not engine_queue.running:
         await asyncio.sleep(0)
-    asking.cancel()
-    await asyncio.gather(asking, return_exceptions=True)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
     await eventually(antares.is_idle)
     assert antares.outcomes["cancelled"] == 1
 
 
-async def test_a_client_that_hangs_up_at_done_was_served_though_the_engine_has_not_ended(
-    antares: Live, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_disconnect_after_done_counts_as_finished(antares: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
-    breaks_after(antares, b"data: [DONE]", asyncio.Event())
+    break_engine_after(monkeypatch, antares, b"data: [DONE]", hang=True)
     async with antares.http.stream("POST", CHAT, json=chat(stream=True)) as response:
         async for line in response.aiter_lines():
             if line == "data: [DONE]":
@@ -145,32 +146,31 @@ async def test_a_client_that_hangs_up_at_done_was_served_though_the_engine_has_n
     assert antares.outcomes["finished"] == antares.gateway.ledger.attained == 1
 
 
-async def test_an_engine_that_breaks_after_done_broke_nothing(antares: Live) -> None:
-    over = asyncio.Event()
-    over.set()
-    breaks_after(antares, b"data: [DONE]", over)
+async def test_engine_error_after_done_counts_as_finished(antares: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_engine_after(monkeypatch, antares, b"data: [DONE]")
     assert (await antares.ask(chat(stream=True))).text.endswith("data: [DONE]\n\n")
     await eventually(antares.is_idle)
     assert antares.outcomes["finished"] == 1
 
 
-def breaks_after(antares: Live, last: bytes, over: asyncio.Event) -> None:
-    """The engine's app sends nothing after ``last``, and breaks when ``over`` is set."""
-    inner = antares.engine._app
+def break_engine_after(monkeypatch: pytest.MonkeyPatch, antares: Live, last: bytes, *, hang: bool = False) -> None:
+    """Make the engine hang, or raise an error, after it has sent ``last``."""
+    inner = antares.engine.app
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_up_to_last(message: Message) -> None:
             await send(message)
             if last in message.get("body", b""):
-                await over.wait()
+                if hang:
+                    await asyncio.Event().wait()
                 raise ConnectionError
 
         await inner(scope, receive, send_up_to_last)
 
-    antares.engine._app = app  # type: ignore[assignment]
+    monkeypatch.setattr(SimulatedEngine, "app", property(lambda engine: app))
 
 
-async def test_a_client_that_stops_reading_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_client_that_stops_reading_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "STALL_S", 0.05)
     monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
 
@@ -185,30 +185,28 @@ async def test_a_client_that_stops_reading_frees_its_place(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("outcome", ["finished", "failed"])
-async def test_a_client_that_does_not_take_the_end_frees_its_place(
+async def test_client_that_does_not_read_the_end_keeps_the_outcome(
     monkeypatch: pytest.MonkeyPatch, outcome: str
 ) -> None:
     monkeypatch.setattr(relay, "LAST_WORDS_S", 0.05)
     monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
-    last_taken = b"data: [DONE]" if outcome == "finished" else b'"role":'
+    last_read = b"data: [DONE]" if outcome == "finished" else b'"role":'
     stopped = False
 
     async def stop_reading(message: Message) -> None:
         nonlocal stopped
         if stopped:
             await asyncio.Event().wait()
-        stopped = last_taken in message.get("body", b"")
+        stopped = last_read in message.get("body", b"")
 
     async with live() as antares:
-        over = asyncio.Event()
-        over.set()
-        breaks_after(antares, last_taken, over)
+        break_engine_after(monkeypatch, antares, last_read)
         await call_directly(antares, b'{"messages": [{"role": "user", "content": "hi"}], "stream": true}', stop_reading)
         await eventually(antares.is_idle)
         assert antares.outcomes[outcome] == 1
 
 
-async def test_a_client_that_reads_slowly_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_client_that_reads_slowly_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "STALL_S", 0.05)
 
     async def read_slowly(message: Message) -> None:
@@ -225,7 +223,7 @@ async def read_nothing(message: Message) -> None:
 
 
 async def call_directly(antares: Live, body: bytes = b'{"prompt": "hi"}', send: Send = read_nothing) -> None:
-    """A request without a server in between, so that it can be cancelled between two turns of the loop."""
+    """Call the gateway without a server, so that a test can cancel between two iterations of the event loop."""
     unread = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> dict[str, object]:

@@ -1,9 +1,8 @@
-"""What an operator sees, and what nobody must see there."""
+"""Metrics, status and dashboard, and the absence of prompt text in them."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 
@@ -11,20 +10,20 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine_adapter.engine import Receive, Scope, Send
+from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
-from gateway.observability import logs
-from gateway.observability.metrics import METRIC_NAMES
+from gateway.observability.metrics import METRIC_ALIASES, METRIC_NAMES
 from tests.fixtures.live_gateway import CHAT, CLASSES, TEXT, Live, chat, eventually, fast_engine, live
 
-NOT_OURS = ("python_", "process_", "vllm")
+OTHER_PREFIXES = ("python_", "process_", "vllm")
 
 
 async def exposition(antares: Live) -> str:
     return (await antares.http.get("/metrics")).text
 
 
-async def busy(antares: Live) -> None:
-    """A request of each kind."""
+async def send_varied_requests(antares: Live) -> None:
+    """Send requests that finish, are rejected, are invalid, and disconnect."""
     await antares.ask(x_slo_report="1")
     await antares.ask(chat(stream=True, n=2))
     await antares.ask(x_slo_ttft_ms="1")
@@ -33,13 +32,13 @@ async def busy(antares: Live) -> None:
     await eventually(antares.is_idle)
 
 
-async def test_every_metric_is_announced_and_every_announced_metric_is_there(antares: Live) -> None:
-    await busy(antares)
-    found = set()
+async def test_metric_names_list_exactly_the_exported_metrics(antares: Live) -> None:
+    await send_varied_requests(antares)
+    exported = set()
     for family in text_string_to_metric_families(await exposition(antares)):
-        if not family.name.startswith(NOT_OURS) and not family.name.endswith("_created"):
-            found.add(f"{family.name}_total" if family.type == "counter" else family.name)
-    assert found == METRIC_NAMES
+        if not family.name.startswith(OTHER_PREFIXES) and not family.name.endswith("_created"):
+            exported.add(f"{family.name}_total" if family.type == "counter" else family.name)
+    assert exported == METRIC_NAMES | METRIC_ALIASES.keys()
     assert all(name.startswith("antares_") for name in METRIC_NAMES)
     units = (
         "_seconds",
@@ -56,8 +55,24 @@ async def test_every_metric_is_announced_and_every_announced_metric_is_there(ant
     assert all(name.endswith(units) for name in METRIC_NAMES)
 
 
-async def test_nothing_that_a_client_sends_becomes_a_label(antares: Live) -> None:
-    await busy(antares)
+async def test_old_metric_names_have_the_values_of_the_new_ones() -> None:
+    async with live(shadow=["fcfs"]) as antares:
+        antares.engine.state.gate.best_effort_preemptions = 3
+        families = {f.name: f for f in antares.gateway.metrics.registry.collect()}
+    for old, new in METRIC_ALIASES.items():
+        assert new in METRIC_NAMES
+        deprecated, current = families[old.removesuffix("_total")], families[new.removesuffix("_total")]
+        assert deprecated.documentation == f"Deprecated: use {new}; removed in 0.3."
+        assert current.samples
+        assert deprecated.samples == [sample._replace(name=old) for sample in current.samples]
+
+
+def test_metric_names_exclude_old_names() -> None:
+    assert not METRIC_ALIASES.keys() & METRIC_NAMES
+
+
+async def test_labels_never_hold_values_that_a_client_sent(antares: Live) -> None:
+    await send_varied_requests(antares)
     before = set(re.findall(r"^antares_\S+(?= )", await exposition(antares), re.MULTILINE))
     for i in range(20):
         headers = {"x_request_id": f"id-{i}", "x_slo_class": f"class-{i}" if i % 2 else "chat"}
@@ -68,22 +83,22 @@ async def test_nothing_that_a_client_sends_becomes_a_label(antares: Live) -> Non
     assert len(set(re.findall(r"^antares_\S+(?= )", text, re.MULTILINE)) - before) < 12
 
 
-async def test_a_client_that_leaves_a_route_that_is_passed_on_is_no_error_of_ours(antares: Live) -> None:
+async def test_disconnect_on_a_forwarded_route_counts_as_499(antares: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     called = asyncio.Event()
 
-    async def answer_nobody(scope: Scope, receive: Receive, send: Send) -> None:
+    async def wait_for_disconnect(scope: Scope, receive: Receive, send: Send) -> None:
         called.set()
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    antares.engine._app = answer_nobody  # type: ignore[assignment]
-    asking = asyncio.create_task(antares.ask({"input": "hi"}, path="/v1/embeddings"))
+    monkeypatch.setattr(SimulatedEngine, "app", property(lambda engine: wait_for_disconnect))
+    call = asyncio.create_task(antares.ask({"input": "hi"}, path="/v1/embeddings"))
     await called.wait()
-    asking.cancel()
+    call.cancel()
     await eventually(lambda: 'route="/v1/*",status="499"' in antares.gateway.metrics.exposition().decode())
 
 
-async def test_rejected_requests_stay_in_the_denominator(antares: Live) -> None:
+async def test_adherence_counts_rejected_requests(antares: Live) -> None:
     await antares.ask()
     for _ in range(3):
         await antares.ask(x_slo_ttft_ms="1")
@@ -98,19 +113,18 @@ async def test_rejected_requests_stay_in_the_denominator(antares: Live) -> None:
     }  # fmt: skip
 
 
-async def test_a_finished_request_shows_in_every_histogram_and_token_count(antares: Live) -> None:
+async def test_finished_request_counts_in_every_histogram_and_token_counter(antares: Live) -> None:
     await antares.ask(chat("one two three"))
     text = await exposition(antares)
-    labels = 'slo_class="chat",model="",engine="simulated"'
     for name in ("ttft", "tpot", "e2e", "queue"):
         assert re.search(rf"antares_{name}_seconds_count\{{engine=.*\}} 1\.0", text), name
-    assert re.search(r'antares_prompt_tokens_total\{.*tenant="anonymous"\} 3\.0', text), labels
+    assert re.search(r'antares_prompt_tokens_total\{.*tenant="anonymous"\} 3\.0', text)
     assert re.search(r'antares_output_tokens_total\{.*tenant="anonymous"\} 8\.0', text)
 
 
-async def test_waiting_and_running_requests_are_seen_live() -> None:
+async def test_gauges_show_waiting_and_running_requests() -> None:
     async with live(fast_engine(times=StepTimes(d=0.02), max_num_seqs=1)) as antares:
-        asking = [asyncio.create_task(antares.ask(x_slo_class="free")) for _ in range(3)]
+        calls = [asyncio.create_task(antares.ask(x_slo_class="free")) for _ in range(3)]
         await eventually(lambda: len(antares.gateway.engine_queues[0].waiting) == 2)
         text = await exposition(antares)
         assert 'antares_waiting_requests{engine="simulated",slo_class="free"} 2.0' in text
@@ -118,10 +132,10 @@ async def test_waiting_and_running_requests_are_seen_live() -> None:
         assert "antares_ledger_open 3.0" in text
         free = (await antares.http.get("/status")).json()["classes"]["free"]
         assert (free["waiting"], free["running"]) == (2, 1)
-        await asyncio.gather(*asking)
+        await asyncio.gather(*calls)
 
 
-async def test_the_dashboard_and_the_api_page_are_served(antares: Live) -> None:
+async def test_gateway_serves_dashboard_and_openapi(antares: Live) -> None:
     assert "<html" in (await antares.http.get("/dashboard")).text
     assert (await antares.http.get("/openapi.json")).status_code == 200
     assert (await antares.http.get("/nothing-here")).status_code == 404
@@ -130,12 +144,14 @@ async def test_the_dashboard_and_the_api_page_are_served(antares: Live) -> None:
 SECRET = "xyzzy-plugh-42"
 
 
-async def test_no_prompt_or_completion_text_is_seen_outside_the_answers(caplog: pytest.LogCaptureFixture) -> None:
-    """One marker goes through every way in which a request can end."""
+async def test_prompt_and_completion_text_appears_only_in_responses(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Send a marker through every way in which a request can end."""
     caplog.set_level(logging.DEBUG)
     classes = {**CLASSES, "full": {"max_waiting": 1}}
     async with live(fast_engine(times=StepTimes(d=5e-3), restart_s=0.05), classes=classes) as antares:
-        said: list[str] = []
+        outputs: list[str] = []
         for path, body, headers in [
             (CHAT, chat(SECRET), {"x_slo_ttft_ms": "1"}),
             (CHAT, chat(SECRET), {"x_slo_tpot_ms": "0.01"}),
@@ -149,39 +165,27 @@ async def test_no_prompt_or_completion_text_is_seen_outside_the_answers(caplog: 
         ]:
             answer = await antares.ask(body, path, **headers)
             assert answer.status_code >= 400
-            said.append(answer.text)
-        said.append((await antares.http.post(CHAT, content=b'{"a": "' + SECRET.encode() + b'" "b"}')).text)
+            outputs.append(answer.text)
+        outputs.append((await antares.http.post(CHAT, content=b'{"a": "' + SECRET.encode() + b'" "b"}')).text)
         await antares.hang_up_after(1, SECRET)
-        said.append((await antares.ask(chat(SECRET), x_slo_report="1")).text)
+        outputs.append((await antares.ask(chat(SECRET), x_slo_report="1")).text)
         await eventually(antares.is_idle)
         for stream in (False, True):
-            dying = asyncio.create_task(antares.ask(chat(SECRET, stream=stream)))
+            call = asyncio.create_task(antares.ask(chat(SECRET, stream=stream)))
             await eventually(lambda: antares.engine.state.engine_running)
             antares.engine.crash()
-            said.append((await dying).text)
+            outputs.append((await call).text)
             await eventually(lambda: antares.engine.state.alive)
 
         async def broken(scope: object, receive: object, send: object) -> None:
             raise RuntimeError(f"the prompt was {SECRET}")
 
-        antares.engine._app = broken  # type: ignore[assignment]
-        said.append((await antares.ask(chat(SECRET))).text)
-        said += [(await antares.http.get(path)).text for path in ("/metrics", "/status")]
-        assert SECRET not in "\n".join(said)
-        ours = [record for record in caplog.records if not record.name.startswith(("httpcore", "httpx", "hypothesis"))]
-        assert SECRET not in "\n".join(record.getMessage() for record in ours)
+        monkeypatch.setattr(SimulatedEngine, "app", property(lambda engine: broken))
+        outputs.append((await antares.ask(chat(SECRET))).text)
+        outputs += [(await antares.http.get(path)).text for path in ("/metrics", "/status")]
+        assert SECRET not in "\n".join(outputs)
+        records = [
+            record for record in caplog.records if not record.name.startswith(("httpcore", "httpx", "hypothesis"))
+        ]
+        assert SECRET not in "\n".join(record.getMessage() for record in records)
         assert set(antares.outcomes.values()) & {0} == set()
-
-
-def test_json_logs_are_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    logger = logging.getLogger("antares")
-    before = (logger.handlers, logger.level, logger.propagate)
-    try:
-        logs.configure("info", "json")
-        logging.getLogger("antares.proxy").warning("two\nlines, %s", "a value")
-        logging.getLogger("antares.proxy").debug("not shown")
-    finally:
-        logger.handlers, logger.level, logger.propagate = before
-    (line,) = capsys.readouterr().err.splitlines()
-    entry = json.loads(line)
-    assert (entry["level"], entry["logger"], entry["message"]) == ("warning", "antares.proxy", "two\nlines, a value")

@@ -77,8 +77,8 @@ def test_scorpio_rechecks_when_a_waiting_request_becomes_late() -> None:
 def mean_itl(step: StepTimes, running_set: list[Request], candidate: Request, first_k: int) -> float:
     """The sum of eq. 5 without eta: mean of ITL(VBS(R'), Lmean(R') + k) over y values of k from ``first_k``."""
     joined = [*running_set, candidate]
-    p_min = min(r.tpot_slo_s for r in joined if r.tpot_slo_s is not None)
-    vbs = sum(p_min / r.tpot_slo_s if r.tpot_slo_s else 1.0 for r in joined)
+    p_min = min(r.pace_s for r in joined if r.pace_s is not None)
+    vbs = sum(p_min / r.pace_s if r.pace_s else 1.0 for r in joined)
     mean_length = sum(r.length for r in joined) / len(joined)
     y = int(candidate.predicted_tokens)
     return sum(step.itl(vbs, mean_length + k) for k in range(first_k, first_k + y)) / y
@@ -148,7 +148,7 @@ def test_e2e_rejection_names_a_larger_attainable_e2e_bound(e2e: float) -> None:
 def test_scorpio_admits_best_effort_whatever_its_bounds() -> None:
     request = ask("free", tpot=1e-6, ttft=1e-6, best_effort=True)
     assert admitted(decide(Scorpio(), NOW, [request], [], engine())) == ["free"]
-    assert request.tpot_slo_s == BEST_EFFORT_PACE_S
+    assert request.pace_s == BEST_EFFORT_PACE_S
 
 
 def test_running_best_effort_does_not_constrain_the_batch() -> None:

@@ -1,4 +1,4 @@
-"""Finished lengths reach the predictor some time, and never at a request's cost."""
+"""Reports of actual output lengths: batching, retries and the bounded queue."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from gateway.prediction import reports as length_reports
-from gateway.prediction.reports import MOST_AT_ONCE, MOST_WAITING, LengthReport, LengthReports, UnreachableError
+from gateway.prediction.reports import MAX_BATCH, MAX_QUEUED, LengthReport, LengthReports, UnreachableError
 from tests.fixtures.live_gateway import eventually
 
 
@@ -16,49 +16,49 @@ def report(n: int) -> LengthReport:
 
 
 class Service:
-    """Takes reports while it is ``up``."""
+    """Accepts reports while ``up``."""
 
     def __init__(self, up: bool = True) -> None:
-        self.up, self.got, self.calls = up, list[int](), 0
+        self.up, self.received, self.calls = up, list[int](), 0
 
     async def __call__(self, reports: list[LengthReport]) -> None:
         self.calls += 1
         if not self.up:
             raise UnreachableError
-        self.got += [one.tokens for one in reports]
+        self.received += [report.tokens for report in reports]
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(length_reports, "GATHER_S", 0.01)
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(length_reports, "BATCH_DELAY_S", 0.01)
     monkeypatch.setattr(length_reports, "RETRY_S", 0.01)
 
 
-async def test_reports_gather_and_go_out_in_order_and_in_batches() -> None:
+async def test_reports_are_sent_in_order_and_in_batches() -> None:
     service = Service()
     reports = LengthReports(service)
-    for n in range(MOST_AT_ONCE + 3):
+    for n in range(MAX_BATCH + 3):
         reports.add(report(n))
-    await eventually(lambda: reports.sent == MOST_AT_ONCE + 3)
-    assert service.got == list(range(MOST_AT_ONCE + 3))
+    await eventually(lambda: reports.sent == MAX_BATCH + 3)
+    assert service.received == list(range(MAX_BATCH + 3))
     assert service.calls == 2
     await reports.close()
 
 
-async def test_a_service_that_comes_back_learns_what_it_missed_of_late() -> None:
+async def test_restarted_service_receives_the_newest_reports() -> None:
     service = Service(up=False)
     reports = LengthReports(service)
-    for n in range(MOST_WAITING + 10):
+    for n in range(MAX_QUEUED + 10):
         reports.add(report(n))
     await eventually(lambda: service.calls >= 2)
     service.up = True
-    await eventually(lambda: reports.sent == MOST_WAITING)
-    assert service.got == list(range(10, MOST_WAITING + 10))
+    await eventually(lambda: reports.sent == MAX_QUEUED)
+    assert service.received == list(range(10, MAX_QUEUED + 10))
     assert reports.dropped == 10
     await reports.close()
 
 
-async def test_nothing_runs_while_there_is_nothing_to_report() -> None:
+async def test_sender_task_ends_when_the_queue_is_empty() -> None:
     reports = LengthReports(Service())
     before = len(asyncio.all_tasks())
     reports.add(report(1))
@@ -67,7 +67,7 @@ async def test_nothing_runs_while_there_is_nothing_to_report() -> None:
     await reports.close()
 
 
-async def test_closing_while_the_service_is_away_waits_for_nobody() -> None:
+async def test_close_does_not_wait_for_an_unreachable_service() -> None:
     reports = LengthReports(Service(up=False))
     reports.add(report(1))
     async with asyncio.timeout(1):

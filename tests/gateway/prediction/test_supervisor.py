@@ -1,4 +1,4 @@
-"""A child process that must be there."""
+"""The supervisor restarts and stops its child process."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from gateway.prediction import supervisor as supervisor_module
 from gateway.prediction.supervisor import Supervisor
-from gateway.serve import _predictor
+from gateway.serve import supervised_predictor
 from tests.fixtures.live_gateway import eventually, gateway_config
 
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
-STUBBORN = [
+IGNORES_SIGTERM = [
     sys.executable, "-S", "-c",
     "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[1], 'w'); time.sleep(60)",
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def short_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "_BACKOFF_S", (0.05, 0.1))
+def supervise(command: list[str], on_restart: Callable[[], None] = lambda: None) -> Supervisor:
+    return Supervisor("child", command, on_restart, backoff_s=(0.05, 0.1))
 
 
 def is_running(pid: int) -> bool:
@@ -36,9 +33,9 @@ def is_running(pid: int) -> bool:
     return True
 
 
-async def test_a_killed_child_is_started_again_and_stop_leaves_no_process() -> None:
+async def test_supervisor_restarts_a_killed_child_until_stopped() -> None:
     restarted: list[float] = []
-    child = Supervisor("child", SLEEPER, on_restart=lambda: restarted.append(time.monotonic()))
+    child = supervise(SLEEPER, lambda: restarted.append(time.monotonic()))
     await child.start()
     first = child.pid
     assert first is not None
@@ -55,9 +52,9 @@ async def test_a_killed_child_is_started_again_and_stop_leaves_no_process() -> N
     await child.stop()
 
 
-async def test_a_child_that_dies_at_once_is_started_again_more_and_more_slowly() -> None:
+async def test_supervisor_backs_off_when_the_child_exits_at_once() -> None:
     restarted: list[float] = []
-    child = Supervisor("child", ["/bin/false"], on_restart=lambda: restarted.append(time.monotonic()))
+    child = supervise(["/bin/false"], lambda: restarted.append(time.monotonic()))
     started = time.monotonic()
     await child.start()
     await eventually(lambda: len(restarted) == 3)
@@ -67,8 +64,8 @@ async def test_a_child_that_dies_at_once_is_started_again_more_and_more_slowly()
     assert min(gaps[1:]) >= 0.1
 
 
-async def test_stop_during_the_back_off_starts_nothing_more() -> None:
-    child = Supervisor("child", ["/bin/false"])
+async def test_stop_during_back_off_prevents_the_restart() -> None:
+    child = supervise(["/bin/false"])
     await child.start()
     await asyncio.sleep(0.02)
     await child.stop()
@@ -77,9 +74,9 @@ async def test_stop_during_the_back_off_starts_nothing_more() -> None:
     assert (child.restarts, child.pid) == (restarts, None)
 
 
-async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+async def test_stop_kills_a_child_that_ignores_sigterm(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
-    child = Supervisor("child", [*STUBBORN, str(ready)])
+    child = supervise([*IGNORES_SIGTERM, str(ready)])
     await child.start()
     pid = child.pid
     assert pid is not None
@@ -88,10 +85,10 @@ async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     assert not is_running(pid)
 
 
-async def test_a_command_that_vanishes_is_tried_again_until_it_is_back(tmp_path: Path) -> None:
+async def test_supervisor_retries_while_the_command_is_missing(tmp_path: Path) -> None:
     command = tmp_path / "command"
     command.symlink_to("/bin/false")
-    child = Supervisor("child", [str(command)])
+    child = supervise([str(command)])
     await child.start()
     command.unlink()
     await asyncio.sleep(0.2)
@@ -100,14 +97,18 @@ async def test_a_command_that_vanishes_is_tried_again_until_it_is_back(tmp_path:
     await child.stop()
 
 
-def test_the_predictor_is_told_where_to_keep_what_it_learns_and_where_to_collect() -> None:
-    supervisor, url = _predictor(gateway_config(predictor={}), "/scratch")
+def test_supervised_predictor_gets_the_configured_folders() -> None:
+    supervisor, url = supervised_predictor(gateway_config(predictor={}), "/scratch")
     assert supervisor is not None
     assert url is not None
-    assert supervisor._command[-2:] == ["--state", "/scratch"]
+    assert supervisor.command[-2:] == ["--state", "/scratch"]
     section = {"state_dir": "/state", "collect_dir": "/lengths", "collect_limit_mb": 64}
-    supervisor, _ = _predictor(gateway_config(predictor=section), "/scratch")
+    supervisor, _ = supervised_predictor(gateway_config(predictor=section), "/scratch")
     assert supervisor is not None
-    assert supervisor._command[-6:] == ["--state", "/state", "--collect", "/lengths", "--collect-limit-mb", "64"]
-    assert _predictor(gateway_config(predictor={"url": "http://elsewhere/"}), "/scratch") == (None, "http://elsewhere")
-    assert _predictor(gateway_config(predictor={"enabled": False}), "/scratch") == (None, None)
+    assert supervisor.command[-6:] == ["--state", "/state", "--collect", "/lengths", "--collect-limit-mb", "64"]
+
+
+def test_supervised_predictor_is_none_for_a_remote_or_disabled_one() -> None:
+    remote, disabled = gateway_config(predictor={"url": "http://remote/"}), gateway_config(predictor={"enabled": False})
+    assert supervised_predictor(remote, "/scratch") == (None, "http://remote")
+    assert supervised_predictor(disabled, "/scratch") == (None, None)

@@ -1,4 +1,4 @@
-"""`antares bench`, as a shell sees it."""
+"""`antares bench`: output, exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -27,19 +28,22 @@ RUNNER = CliRunner()
 QUICK = ("--workload", "small", "--max-output", "8", "--qps", "40", "--requests", "8")
 
 
+MODEL = ("--model", "m")
+
+
 def run(*arguments: str) -> Result:
     return RUNNER.invoke(APP, list(arguments))
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """A gateway in a thread of its own, since the command blocks."""
-    found: list[str] = []
+    """URL of a gateway that runs in its own thread, because the command blocks."""
+    urls: list[str] = []
     ready, stop = threading.Event(), threading.Event()
 
     async def serving() -> None:
         async with live(fast_engine(times=StepTimes(d=1e-3))) as served:
-            found.append(served.url)
+            urls.append(served.url)
             ready.set()
             while not stop.is_set():
                 await asyncio.sleep(0.02)
@@ -47,68 +51,74 @@ def url() -> Iterator[str]:
     thread = threading.Thread(target=lambda: asyncio.run(serving()))
     thread.start()
     assert ready.wait(10)
-    yield found[0]
+    yield urls[0]
     stop.set()
     thread.join(10)
 
 
-def test_json_has_a_record_for_every_rate_and_seed_and_says_how_it_was_made(url: str) -> None:
-    arguments = ("--seed", "3", "--seed", "4", "--policy", "ours", "--bounds-profile", "blis-a100")
-    done = run(url + "/v1/", *QUICK, *arguments, "--json")
-    assert done.exit_code == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [(run["policy"], run["qps"], run["seed"]) for run in found["runs"]] == [("ours", 40.0, 3), ("ours", 40.0, 4)]
-    for record in found["runs"]:
+@pytest.fixture(scope="module")
+def plot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plots") / "runs.png"
+
+
+@pytest.fixture(scope="module")
+def document(url: str, plot: Path) -> dict[str, Any]:
+    """The JSON output of a run with two seeds, bounds and a plot."""
+    options = ("--seed", "3", "--seed", "4", "--policy", "ours", "--bounds-profile", "blis-a100", "--plot", str(plot))
+    result = run(url + "/v1/", *QUICK, *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_json_has_record_per_rate_and_seed(document: dict[str, Any], url: str) -> None:
+    runs = document["runs"]
+    assert [(record["policy"], record["qps"], record["seed"]) for record in runs] == [
+        ("ours", 40.0, 3),
+        ("ours", 40.0, 4),
+    ]
+    for record in runs:
         assert record["requests"] == 8
         assert record["finished"] == 1.0
         assert record["lengths_from_usage"] == 1.0
         assert record["count_bound"] == record["fair_bound"] == 1.0
-    assert found["made_with"]["model"] == "simulated"
-    assert found["made_with"]["url"] == url
+    assert document["made_with"]["model"] == "simulated"
+    assert document["made_with"]["url"] == url
 
 
-def test_the_table_is_for_people(url: str) -> None:
-    done = run("--url", url, *QUICK, "--endpoint", "chat", "--policy", "ours")
-    assert done.exit_code == 0, done.stderr
-    assert "ours" in done.stdout
-    assert "100.0%" in done.stdout
+@pytest.mark.usefixtures("document")
+def test_plot_writes_png(plot: Path) -> None:
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_trace_needs_no_rate(url: str) -> None:
-    done = run(url, "--workload", "small", "--max-output", "4", "--arrivals", "trace", "--requests", "5",
-               "--speed", "40", "--json")  # fmt: skip
-    assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["runs"][0]["requests"] == 5
+def test_trace_needs_no_rate_and_default_output_is_table(url: str) -> None:
+    options = ("--workload", "small", "--max-output", "4", "--arrivals", "trace", "--requests", "5", "--speed", "40")
+    result = run("--url", url, *options, "--endpoint", "chat", "--policy", "ours")
+    assert result.exit_code == 0, result.stderr
+    assert "ours" in result.stdout
+    assert "100.0%" in result.stdout
 
 
-def test_a_plot_is_written(url: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    file = tmp_path / "runs.png"
-    assert run(url, *QUICK, "--plot", str(file)).exit_code == 0
-    assert file.read_bytes().startswith(b"\x89PNG")
+def test_dead_server_exits_1_with_url() -> None:
+    result = run("http://127.0.0.1:9", *QUICK)
+    assert result.exit_code == 1
+    assert "cannot connect to http://127.0.0.1:9" in result.stderr
 
 
-def test_a_dead_server_is_named_and_exits_1() -> None:
-    done = run("http://127.0.0.1:9", *QUICK)
-    assert done.exit_code == 1
-    assert "nothing answers at http://127.0.0.1:9" in done.stderr
+def test_run_without_any_answer_exits_1_with_record() -> None:
+    result = run("http://127.0.0.1:9", *QUICK, *MODEL, "--warmup", "0", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["runs"][0]["failed"] == 1.0
+    assert "every request failed" in result.stderr
 
 
-def test_a_server_that_never_answers_gives_records_of_failures_and_exits_1() -> None:
-    done = run("http://127.0.0.1:9", *QUICK, "--model", "m", "--warmup", "0", "--json")
-    assert done.exit_code == 1
-    assert json.loads(done.stdout)["runs"][0]["failed"] == 1.0
-    assert "every request failed" in done.stderr
-
-
-def test_a_server_that_refuses_the_trial_request_is_quoted(url: str) -> None:
-    done = run(url + "/nowhere", *QUICK, "--model", "m")
-    assert done.exit_code == 1
-    assert "404" in done.stderr
+def test_failed_trial_request_exits_1_with_status(url: str) -> None:
+    result = run(url + "/nowhere", *QUICK, *MODEL)
+    assert result.exit_code == 1
+    assert "HTTP 404" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "error"),
     [
         ((), "URL"),
         (("http://a", "--url", "http://b"), "once"),
@@ -126,28 +136,28 @@ def test_a_server_that_refuses_the_trial_request_is_quoted(url: str) -> None:
         (("http://a", "--qps", "1", "--requests", "1", "--plot", "runs.txt"), ".png"),
     ],
 )
-def test_bad_usage_exits_2_and_says_what_is_right(arguments: tuple[str, ...], said: str) -> None:
-    done = run(*arguments)
-    assert done.exit_code == 2
-    assert said in done.stderr
+def test_bad_usage_exits_2_with_accepted_values(arguments: tuple[str, ...], error: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert error in result.stderr
 
 
-def test_help_names_every_workload_and_slo_table() -> None:
+def test_help_lists_every_workload_and_slo_table() -> None:
     options = {parameter.name: parameter.help for parameter in typer.main.get_command(APP).params}  # type: ignore[attr-defined]
     assert all(name in options["workload"] for name in workload_names())
     assert all(name in options["slo_table"] for name in slo_table_names())
 
 
-def test_the_command_loads_nothing_heavy() -> None:
+def test_import_of_command_is_light() -> None:
     code = "import sys, lab.bench.cli; assert not {'numpy', 'aiohttp', 'matplotlib'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=20).returncode == 0
 
 
-def test_the_table_shows_seeds_and_bounds_only_where_there_are_some() -> None:
+def test_table_has_seed_and_bounds_columns_only_if_needed() -> None:
     keys = ("goodput", "slo_adherence", "rejected", "failed", "ttft_violations", "tpot_violations", "count_bound",
             "fair_bound", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s")  # fmt: skip
     plain = {"policy": "p", "qps": 1.0, "seed": 0, **dict.fromkeys(keys)}
-    heads = [column.header for column in runs_table([plain]).columns]
-    assert "seed" not in heads
+    headers = [column.header for column in runs_table([plain]).columns]
+    assert "seed" not in headers
     both = [plain | {"count_bound": 0.9, "fair_bound": 0.8}, plain | {"seed": 1}]
-    assert len(runs_table(both).columns) == len(heads) + 2
+    assert len(runs_table(both).columns) == len(headers) + 2

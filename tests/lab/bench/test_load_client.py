@@ -1,4 +1,4 @@
-"""The load client: what it measures is what happened, and it never waits for an answer."""
+"""The load client: correct measurements, and open-loop sending."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import numpy as np
 import orjson
 import pytest
 
-from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
-from lab.bench.load_client import Sent, Target, send, send_from_another_process
+from lab.bench.load_client import LoadResult, Target, send, send_from_another_process
 from lab.records.run_record import run_record
 from lab.workload import WorkloadRequest, make_workload
 from tests.fixtures.live_gateway import fast_engine, live
@@ -27,17 +26,17 @@ Answer = Callable[[dict[str, Any], dict[str, str], Put], Awaitable[None]]
 
 
 class Stub:
-    """A server of one script. Keeps the bodies and headers it was sent, and when."""
+    """A server with a scripted answer. It records the bodies, headers, paths and times of requests."""
 
     def __init__(self, answer: Answer, status: int = 200) -> None:
         self.answer, self.status = answer, status
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
-        self.came: list[float] = []
+        self.received_at: list[float] = []
 
     async def __call__(self, scope: Any, receive: Any, send_: Any) -> None:
-        self.came.append(time.monotonic())
+        self.received_at.append(time.monotonic())
         raw = b""
         while True:
             message = await receive()
@@ -72,7 +71,7 @@ def usage(tokens: int) -> dict[str, Any]:
 DONE = b"data: [DONE]\n\n"
 
 
-async def ask(stub: Stub, *workload: WorkloadRequest, **target: Any) -> Sent:
+async def measure(stub: Stub, *workload: WorkloadRequest, **target: Any) -> LoadResult:
     async with serve(stub) as url:
         return await send(Target(url, "m", **target), workload or [EASY], seed=0)
 
@@ -86,77 +85,77 @@ async def two_pairs_of_tokens(body: dict[str, Any], headers: dict[str, str], put
     await put(DONE)
 
 
-async def test_tpot_divides_by_the_tokens_that_the_server_states() -> None:
-    sent = await ask(Stub(two_pairs_of_tokens))
-    (served,) = sent.served()
-    assert served.outcome == "finished"
-    assert served.ttft_s >= 0.05
-    assert served.e2e_s - served.ttft_s >= 0.09
-    assert served.tpot_s == pytest.approx((served.e2e_s - served.ttft_s) / 4)
-    extras = sent.extras()
+async def test_tpot_uses_token_count_from_usage() -> None:
+    load = await measure(Stub(two_pairs_of_tokens))
+    (result,) = load.results()
+    assert result.outcome == "finished"
+    assert result.ttft_s >= 0.05
+    assert result.e2e_s - result.ttft_s >= 0.09
+    assert result.tpot_s == pytest.approx((result.e2e_s - result.ttft_s) / 4)
+    extras = load.extras()
     assert (extras["output_tokens"], extras["lengths_from_usage"], extras["short_answers"]) == (5, 1.0, 1.0)
 
 
-async def test_without_a_usage_the_length_asked_for_counts_if_it_was_to_be_exact_and_else_the_events() -> None:
+async def test_without_usage_tokens_are_exact_length_or_events() -> None:
     async def no_usage(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
         await put(text("a b"))
         await asyncio.sleep(0.1)
         await put(text(" c", finish_reason="stop"))
         await put(DONE)
 
-    exact, free = [await ask(Stub(no_usage), ignore_eos=ignore_eos) for ignore_eos in (True, False)]
-    for sent, tokens in ((exact, 6), (free, 2)):
-        (answer,) = sent.answers
+    exact, free = [await measure(Stub(no_usage), ignore_eos=ignore_eos) for ignore_eos in (True, False)]
+    for load, tokens in ((exact, 6), (free, 2)):
+        (answer,) = load.answers
         assert answer.tokens == tokens
         assert answer.tpot_s == pytest.approx((answer.e2e_s - answer.ttft_s) / (tokens - 1))
     assert exact.extras()["lengths_from_usage"] == free.extras()["lengths_from_usage"] == 0.0
 
 
-async def test_the_role_chunk_is_not_the_first_token() -> None:
+async def test_role_chunk_is_not_the_first_token() -> None:
     async def role_first(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
         await put(delta(role="assistant", content=""))
         await asyncio.sleep(0.15)
         await put(delta(content="a"))
         await put(DONE)
 
-    sent = await ask(Stub(role_first), endpoint="chat", prompt_style="words")
-    assert sent.answers[0].outcome == "finished"
-    assert sent.answers[0].ttft_s >= 0.15
+    load = await measure(Stub(role_first), endpoint="chat", prompt_style="words")
+    assert load.answers[0].outcome == "finished"
+    assert load.answers[0].ttft_s >= 0.15
 
 
-async def test_time_runs_from_the_moment_a_request_was_due_not_from_when_it_was_sent() -> None:
-    async def at_once(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
+async def test_latency_is_measured_from_due_time() -> None:
+    async def immediate_token(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
         await put(text("a"))
         await asyncio.sleep(0.2)
         await put(DONE)
 
-    # One connection: the second request is due at once but has to wait for the first.
-    sent = await ask(Stub(at_once), EASY, EASY, max_connections=1)
-    first, second = sent.answers
+    # With one connection, the second request is due immediately but waits for the first one.
+    load = await measure(Stub(immediate_token), EASY, EASY, max_connections=1)
+    first, second = load.answers
     assert first.late_s < 0.2 <= second.late_s <= second.ttft_s
-    assert sent.extras()["client_lateness_p99_s"] > 0.1
+    assert load.extras()["client_lateness_p99_s"] > 0.1
 
 
-async def test_a_stalled_server_delays_no_sending() -> None:
+async def test_stalled_server_does_not_delay_sending() -> None:
     async def stalled(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
         await asyncio.sleep(0.6)
         await put(text("a"))
         await put(DONE)
 
     stub = Stub(stalled)
-    sent = await ask(stub, *(replace(EASY, at_s=0.01 * i) for i in range(30)))
-    assert stub.came[-1] - stub.came[0] < 0.6, "all were sent before the first answer"
-    assert sent.extras()["client_lateness_p99_s"] < 0.3
-    assert sent.duration_s >= 0.29 + 0.6
-    assert all(answer.outcome == "finished" for answer in sent.answers)
+    load = await measure(stub, *(replace(EASY, at_s=0.01 * i) for i in range(30)))
+    assert stub.received_at[-1] - stub.received_at[0] < 0.6, "all requests are sent before the first answer"
+    assert load.extras()["client_lateness_p99_s"] < 0.3
+    assert load.duration_s >= 0.29 + 0.6
+    assert all(answer.outcome == "finished" for answer in load.answers)
 
 
-async def test_a_429_is_a_rejection_with_its_code_and_stays_in_the_denominator() -> None:
-    async def unsupported_reason(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
+async def test_429_is_a_rejection_with_its_error_code() -> None:
+    async def rejected(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
         await put(b'{"error": {"code": "ttft_unattainable", "message": "no"}}')
 
-    sent = await ask(Stub(unsupported_reason, status=429), EASY, EASY)
-    record = run_record("x", 1.0, 0, sent.served(), sent.duration_s, wall_s=1.0, **sent.extras())
+    load = await measure(Stub(rejected, status=429), EASY, EASY)
+    record = run_record("x", 1.0, 0, load.results(), load.duration_s, wall_s=1.0, **load.extras())
     assert (record["rejected"], record["failed"], record["slo_adherence"]) == (1.0, 0.0, 0.0)
     assert record["reasons"] == {"ttft_unattainable": 2}
 
@@ -171,16 +170,16 @@ async def end_early(body: dict[str, Any], headers: dict[str, str], put: Put) -> 
     await put(text("a"))
 
 
-async def say_nothing(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
+async def send_no_tokens(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
     await put(DONE)
 
 
-async def take_for_ever(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
+async def never_end(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
     await put(text("a"))
     await asyncio.sleep(30)
 
 
-async def apologise(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
+async def overloaded(body: dict[str, Any], headers: dict[str, str], put: Put) -> None:
     await put(b'{"error": {"message": "busy"}}')
 
 
@@ -189,28 +188,28 @@ async def apologise(body: dict[str, Any], headers: dict[str, str], put: Put) -> 
     [
         (fail_after_a_token, 200, "the engine died"),
         (end_early, 200, "the stream ended without [DONE]"),
-        (say_nothing, 200, "an answer without tokens"),
-        (take_for_ever, 200, "timed out"),
-        (apologise, 503, "HTTP 503: busy"),
+        (send_no_tokens, 200, "the answer has no tokens"),
+        (never_end, 200, "timed out"),
+        (overloaded, 503, "HTTP 503: busy"),
     ],
 )
-async def test_what_is_not_answered_in_full_has_failed_and_says_why(answer: Answer, status: int, reason: str) -> None:
-    sent = await ask(Stub(answer, status), timeout_s=0.4)
-    assert (sent.answers[0].outcome, sent.answers[0].reason) == ("failed", reason)
-    assert not sent.served()[0].attained
+async def test_incomplete_answer_fails_with_reason(answer: Answer, status: int, reason: str) -> None:
+    load = await measure(Stub(answer, status), timeout_s=0.4)
+    assert (load.answers[0].outcome, load.answers[0].reason) == ("failed", reason)
+    assert not load.results()[0].attained
 
 
-async def test_nobody_at_the_other_end_gives_a_record_of_failures() -> None:
-    sent = await send(Target("http://127.0.0.1:9", "m"), [EASY, EASY], seed=0)
-    record = run_record("x", 1.0, 0, sent.served(), sent.duration_s, wall_s=1.0, **sent.extras())
+async def test_unreachable_server_gives_failed_results() -> None:
+    load = await send(Target("http://127.0.0.1:9", "m"), [EASY, EASY], seed=0)
+    record = run_record("x", 1.0, 0, load.results(), load.duration_s, wall_s=1.0, **load.extras())
     assert record["failed"] == 1.0
     assert next(iter(record["reasons"])).startswith("unreachable")
 
 
-async def test_each_request_says_what_it_wants() -> None:
+async def test_request_has_slo_headers_and_body_fields() -> None:
     stub = Stub(two_pairs_of_tokens)
-    asked = replace(EASY, ttft_slo_s=0.5, tpot_slo_s=0.0305)
-    await ask(stub, asked, api_key="secret")
+    request = replace(EASY, ttft_slo_s=0.5, tpot_slo_s=0.0305)
+    await measure(stub, request, api_key="secret")
     assert stub.paths == ["/v1/completions"]
     assert stub.headers[0]["x-slo-ttft-ms"] == "500"
     assert stub.headers[0]["x-slo-tpot-ms"] == "30.5"
@@ -220,50 +219,43 @@ async def test_each_request_says_what_it_wants() -> None:
     assert body["stream_options"] == {"include_usage": True}
     assert len(body["prompt"]) == 5
     assert "temperature" not in body
-    await ask(stub, asked, temperature=0.0)
+    await measure(stub, request, temperature=0.0)
     assert stub.bodies[1]["temperature"] == 0
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
-async def test_words_are_text_of_about_as_many_tokens(endpoint: str) -> None:
+async def test_words_prompt_has_one_word_per_token(endpoint: str) -> None:
     stub = Stub(two_pairs_of_tokens)
-    await ask(stub, endpoint=endpoint, prompt_style="words", ignore_eos=False)
+    await measure(stub, endpoint=endpoint, prompt_style="words", ignore_eos=False)
     body = stub.bodies[0]
     prompt = body["messages"][0]["content"] if endpoint == "chat" else body["prompt"]
     assert len(prompt.split()) == 5
     assert "ignore_eos" not in body
 
 
-def test_prompts_differ_so_that_no_prefix_cache_helps() -> None:
+def test_prompts_differ_between_requests() -> None:
     random = np.random.default_rng(0)
     bodies = [orjson.loads(Target("http://x", "m").body(EASY, random))["prompt"] for _ in range(3)]
     assert len({tuple(prompt) for prompt in bodies}) == 3
 
 
-async def test_the_gateway_and_its_client_agree_on_what_was_attained() -> None:
+async def test_client_process_agrees_with_gateway_and_reports_progress() -> None:
     engine = fast_engine(times=StepTimes(b=1e-5, d=2e-3, alpha=1e-5))
     async with live(engine, policy={"name": "scorpio"}) as served:
         workload = make_workload("small", qps=60, requests=24, slo_scale=4, max_output=24)
-        sent = await send_from_another_process(Target(served.url, "simulated"), workload, seed=0)
-        attained = sum(one.attained for one in sent.served())
-        assert attained == served.gateway.ledger.attained == 24
-        extras = sent.extras()
-        assert (extras["short_answers"], extras["lengths_from_usage"]) == (0.0, 1.0)
-        assert extras["output_tokens"] == sum(asked.output_tokens for asked in workload)
-
-
-async def test_the_client_in_another_process_tells_of_its_progress() -> None:
-    engine = SimulatedEngine(times=StepTimes(d=1e-3))
-    told: list[tuple[int, int]] = []
-    async with live(engine) as served:
-        workload = make_workload("small", qps=20, requests=10, max_output=5)
-        await send_from_another_process(
-            Target(served.url, "simulated"), workload, 0, lambda sent, done: told.append((sent, done))
+        progress: list[tuple[int, int]] = []
+        load = await send_from_another_process(
+            Target(served.url, "simulated"), workload, 0, lambda sent, done: progress.append((sent, done))
         )
-    assert told[-1] == (10, 10)
-    assert told == sorted(told)
+        attained = sum(result.attained for result in load.results())
+        assert attained == served.gateway.ledger.attained == 24
+        extras = load.extras()
+        assert (extras["short_answers"], extras["lengths_from_usage"]) == (0.0, 1.0)
+        assert extras["output_tokens"] == sum(request.output_tokens for request in workload)
+    assert progress[-1] == (24, 24)
+    assert progress == sorted(progress)
 
 
-async def test_a_client_that_cannot_work_says_so() -> None:
-    with pytest.raises(RuntimeError, match="load client ended"):
+async def test_failed_client_process_raises() -> None:
+    with pytest.raises(RuntimeError, match="load client exited"):
         await send_from_another_process(Target("not a url", "m"), [EASY], seed=0)

@@ -1,4 +1,4 @@
-"""Run records as a picture."""
+"""Plots of run records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUNS = [
 ]  # fmt: skip
 
 
-def test_the_ending_says_the_format(tmp_path: Path) -> None:
+def test_extension_selects_format(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot_runs(RUNS, tmp_path / "runs.png", "a title")
     plot_runs(RUNS[:1], tmp_path / "runs.svg")
@@ -26,11 +26,11 @@ def test_the_ending_says_the_format(tmp_path: Path) -> None:
     assert "<svg" in svg
 
 
-def test_a_run_without_figures_is_left_out(tmp_path: Path) -> None:
+def test_run_without_goodput_is_skipped(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot_runs([*RUNS, {**RUNS[0], "policy": "broken", "goodput": None}], tmp_path / "runs.png")
 
 
-def test_nothing_cannot_be_plotted(tmp_path: Path) -> None:
+def test_plot_without_runs_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no runs"):
         plot_runs([], tmp_path / "runs.png")

@@ -1,3 +1,5 @@
+"""`antares profile`: output, exit codes and error messages."""
+
 from __future__ import annotations
 
 import json
@@ -25,58 +27,58 @@ def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_show_prints_where_a_profile_comes_from_and_how_good_it_is() -> None:
+def test_show_prints_provenance_and_quality() -> None:
     result = run("--show", "a100-llama3.1-8b")
     assert result.exit_code == 0
     for words in ("aiconfigurator-core", "held-out itl", "MAPE", "430,432", "SCORPIO forms"):
         assert words in result.stdout
 
 
-def test_show_says_when_nothing_was_held_out() -> None:
-    assert "a published form" in run("--show", "blis-a100").stdout
+def test_show_tells_when_no_steps_were_held_out() -> None:
+    assert "published coefficients" in run("--show", "blis-a100").stdout
 
 
-def test_json_is_the_profiles_document_and_nothing_else() -> None:
+def test_json_prints_only_the_profile_document() -> None:
     result = run("--show", "niyama-a100", "--json")
     assert json.loads(result.stdout) == json.loads(json.dumps(profile_document(load_profile("niyama-a100"))))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--show", "blis-a100", "--from-engine", "http://x"]])
-def test_exactly_one_source_is_asked_for_and_the_profiles_are_listed(arguments: list[str]) -> None:
+def test_command_needs_exactly_one_source(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert all(name in result.stderr for name in ["--from-engine", *profile_names()])
 
 
-def test_an_unknown_profile_is_answered_with_the_known_ones() -> None:
+def test_unknown_profile_lists_known_profiles() -> None:
     result = run("--show", "h900")
     assert result.exit_code == 2
     assert "no profile 'h900'" in result.stderr
     assert "niyama-a100" in result.stderr
 
 
-def test_an_engine_that_is_nowhere_is_bad_usage_and_one_that_is_silent_a_failure() -> None:
+def test_missing_config_exits_2_and_dead_server_exits_1() -> None:
     assert run("--from-engine", "nowhere.yaml").exit_code == 2
     result = run("--from-engine", "http://127.0.0.1:9")
     assert result.exit_code == 1
     assert "does not answer" in result.stderr
 
 
-def test_without_the_kernel_timings_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_kernel_timings_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiconfigurator_core", None)
     result = run("--from-aiconfigurator", "meta-llama/Meta-Llama-3.1-8B", "a100_sxm")
     assert result.exit_code == 1
     assert "pip install 'antares-gateway[profile]'" in result.stderr
 
 
-def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_fails_before_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("--from-engine", "http://127.0.0.1:9", "--plot", "x.png")
     assert result.exit_code == 2
     assert "pip install 'antares-gateway[bench]'" in result.stderr
 
 
-def test_measuring_an_engine_writes_a_profile_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_profile_is_written_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile_from_engine, "_SETTLE_S", 0.0)
     config, output = tmp_path / "gateway.yaml", tmp_path / "mine.json"
     config.write_text(CONFIG)

@@ -1,7 +1,9 @@
+"""Profiles from kernel timings, with a fake `aiconfigurator_core`."""
+
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,7 +18,7 @@ from lab.profile.from_aiconfigurator import (
     MAX_MODEL_LEN,
     MAX_NUM_BATCHED_TOKENS,
     MAX_NUM_SEQS,
-    STEPS_OF_A_KIND,
+    STEPS_PER_KIND,
     Point,
     points,
     profile_from_aiconfigurator,
@@ -27,35 +29,33 @@ from lab.profile.from_aiconfigurator import (
 
 @dataclass
 class Kernels:
-    """What `EngineHandle` understands by its arguments, with round numbers for timings (ms)."""
-
-    asked: list[dict[str, int]] = field(default_factory=list)
+    """Fake kernel timings (ms) with round numbers, for the arguments of `EngineHandle`."""
 
     def mixed_step_breakdown(
         self, ctx_tokens: int, gen_tokens: int, isl: int, osl: int, prefix: int = 0
     ) -> tuple[float, float, float, float]:
         chunks = ctx_tokens / isl
         tokens = ctx_tokens - chunks * prefix + gen_tokens
-        # One wave of 128 tokens is memory bound; each further one costs 7 ms.
+        # Up to 128 tokens are memory bound; each further 128 tokens cost 7 ms.
         shared = 10 + max(0.0, tokens - 128) * 0.055
         context = chunks * (isl - prefix) * (isl + prefix) / 2 * 3e-6
         decode = 0.2 + gen_tokens * (isl + osl // 2) * 8e-5 if gen_tokens else 0.0
         return shared + context + decode, shared, context, decode
 
 
-def test_a_step_is_the_hosts_time_and_three_kernel_sums() -> None:
+def test_step_time_is_host_time_plus_kernel_timings() -> None:
     decode_only = step_seconds(Kernels(), Point(decodes=64, context=512))
     assert decode_only == pytest.approx(HOST_S + 10e-3 + (0.2 + 64 * 512 * 8e-5) / 1000)
     prefill_only = step_seconds(Kernels(), Point(chunks=1, chunk=256))
     assert prefill_only == pytest.approx(HOST_S + (10 + 128 * 0.055 + 256**2 / 2 * 3e-6) / 1000)
 
 
-def test_a_chunk_attends_to_what_was_computed_before_it_but_computes_only_itself() -> None:
+def test_later_chunk_adds_attention_to_earlier_tokens() -> None:
     first, later = (step_seconds(Kernels(), Point(chunks=2, chunk=100, before=s)) for s in (0, 1000))
     assert later - first == pytest.approx(2 * 100 * 1000 * 3e-6 / 1000)
 
 
-def test_decodes_and_chunks_have_contexts_of_their_own() -> None:
+def test_decodes_and_chunks_have_separate_contexts() -> None:
     kernels = Kernels()
     both = step_seconds(kernels, Point(decodes=32, context=900, chunks=1, chunk=200))
     extra = 200 + 32 - 128
@@ -63,7 +63,7 @@ def test_decodes_and_chunks_have_contexts_of_their_own() -> None:
     assert both == pytest.approx(HOST_S + expected / 1000)
 
 
-def test_points_cover_each_kind_of_step_within_the_deployments_limits() -> None:
+def test_points_cover_each_kind_of_step_within_limits() -> None:
     found = points(200, kv_tokens=100_000, seed=3)
     assert len(found) == len(set(found)) == 600
     for p in found:
@@ -76,7 +76,7 @@ def test_points_cover_each_kind_of_step_within_the_deployments_limits() -> None:
     assert points(200, 100_000, seed=4) != found
 
 
-def test_held_out_kernel_sums_are_predicted_within_two_percent() -> None:
+def test_fit_predicts_held_out_steps_within_two_percent() -> None:
     fitted, held_out = split(time_steps(Kernels(), points(300, 400_000, seed=0)), 0.3, seed=0)
     profile = Profile("x", "", {}, fit_regimes(fitted), 256, 2048, 8192, 400_000)
     for kind, fit in quality(profile, held_out).items():
@@ -84,18 +84,18 @@ def test_held_out_kernel_sums_are_predicted_within_two_percent() -> None:
         assert fit["mape"] < 0.02, kind
 
 
-# --- around a stand-in for the package ----------------------------------------------------------------------------
+# --- with a fake package ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """`aiconfigurator_core` as far as it is used, with two systems and one model, and what was compiled."""
-    seen = SimpleNamespace(compiled=[], config=None)
+    """Install a fake `aiconfigurator_core` with two systems and one model. It records the compiled models."""
+    recorded = SimpleNamespace(compiled=[], config=None)
 
     def compile_(path: str, system: str, backend: str, **options: Any) -> Kernels:
-        seen.compiled.append((path, system, backend, options))
+        recorded.compiled.append((path, system, backend, options))
         if (Path(path) / "config.json").exists():
-            seen.config = (Path(path) / "config.json").read_text()
+            recorded.config = (Path(path) / "config.json").read_text()
         return Kernels()
 
     class Shard:
@@ -131,11 +131,11 @@ def package(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "aiconfigurator_core.sdk.perf_database"
     ]
     monkeypatch.setattr(metadata, "version", lambda name: "9.9")
-    monkeypatch.setattr("lab.profile.from_aiconfigurator.STEPS_OF_A_KIND", 60)
-    return seen
+    monkeypatch.setattr("lab.profile.from_aiconfigurator.STEPS_PER_KIND", 60)
+    return recorded
 
 
-def test_a_profile_tells_how_it_was_made_and_how_good_it_is(package: SimpleNamespace) -> None:
+def test_profile_has_provenance_and_quality(package: SimpleNamespace) -> None:
     ticks: list[None] = []
     profile, held_out = profile_from_aiconfigurator(
         "maker/model-8b", "a100_sxm", "mine", tp=2, seed=5, progress=lambda: ticks.append(None)
@@ -152,38 +152,36 @@ def test_a_profile_tells_how_it_was_made_and_how_good_it_is(package: SimpleNames
     assert set(profile.quality) == {"prefill", "itl", "mixed"}
 
 
-def test_a_model_that_the_package_lacks_is_stood_in_for_and_said_to_be(package: SimpleNamespace) -> None:
+def test_unsupported_model_uses_stand_in(package: SimpleNamespace) -> None:
     profile, _ = profile_from_aiconfigurator("google/gemma-2-27b-it", "a100_sxm", "gemma", tp=4)
     assert '"hidden_size": 4608' in package.config
-    assert "in the place of its own" in profile.description
+    assert "replace its own" in profile.description
     assert profile.provenance["stand_in"]["num_hidden_layers"] == 46
     assert not Path(package.compiled[0][0]).exists()
 
 
 @pytest.mark.parametrize(
-    ("model", "system", "version", "complaint"),
+    ("model", "system", "version", "error"),
     [
-        ("maker/model-8b", "z80", None, "no timings of vLLM on 'z80': choose one of a100_sxm"),
+        ("maker/model-8b", "z80", None, "no timings of vLLM on 'z80'; choose one of a100_sxm"),
         ("maker/model-8b", "odd", None, "no timings of vLLM on 'odd'"),
-        ("model-9b", "a100_sxm", None, "unknown model 'model-9b': choose one of google/gemma-2-27b-it, maker/model-8b"),
-        ("maker/model-8b", "a100_sxm", "0.1", r"no timings of vLLM 0\.1 on a100_sxm: choose one of 0\.14\.0"),
+        ("model-9b", "a100_sxm", None, "unknown model 'model-9b'; choose one of google/gemma-2-27b-it, maker/model-8b"),
+        ("maker/model-8b", "a100_sxm", "0.1", r"no timings of vLLM 0\.1 on a100_sxm; choose one of 0\.14\.0"),
     ],
 )
 @pytest.mark.usefixtures("package")
-def test_what_the_package_lacks_is_answered_with_what_it_has(
-    model: str, system: str, version: str | None, complaint: str
-) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_unknown_choice_lists_known_ones(model: str, system: str, version: str | None, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
         profile_from_aiconfigurator(model, system, "x", backend_version=version)
 
 
 @pytest.mark.usefixtures("package")
-def test_a_model_too_large_for_the_cards_is_refused_with_the_option_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_too_large_for_gpus_suggests_tp(monkeypatch: pytest.MonkeyPatch) -> None:
     shard = sys.modules["aiconfigurator_core.sdk.memory"].NaiveKVCacheEstimator
     monkeypatch.setattr(shard, "weight_bytes", lambda self: 200 << 30)
     with pytest.raises(ValueError, match="raise --tp"):
         profile_from_aiconfigurator("maker/model-8b", "a100_sxm", "x")
 
 
-def test_enough_steps_are_timed_for_errors_below_one_percent_to_mean_something() -> None:
-    assert STEPS_OF_A_KIND >= 1000
+def test_enough_steps_are_timed_to_measure_errors_below_one_percent() -> None:
+    assert STEPS_PER_KIND >= 1000

@@ -1,35 +1,35 @@
-"""Steps that vary: by as much as was said, with a mean of one, and alike for the same seed."""
+"""Step jitter: the configured deviation, a mean of 1, and reproducible by seed."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from lab.simulate.step_jitter import DRIFTS_OVER, StepJitter
+from lab.simulate.step_jitter import DRIFT_STEPS, StepJitter
 
 
-def speeds(step_jitter: StepJitter, seed: int = 0, steps: int = 40_000) -> np.ndarray:
-    engine = step_jitter.speeds(seed)
+def factors(step_jitter: StepJitter, seed: int = 0, steps: int = 40_000) -> np.ndarray:
+    engine = step_jitter.step_factors(seed)
     return np.array([engine.next() for _ in range(steps)])
 
 
 @pytest.mark.parametrize(("jitter", "drift"), [(0.05, 0.03), (0.2, 0.1)])
-def test_it_varies_by_what_was_said_about_a_mean_of_one(jitter: float, drift: float) -> None:
-    found = speeds(StepJitter(jitter, drift))
+def test_factors_have_mean_one_and_given_deviation(jitter: float, drift: float) -> None:
+    found = factors(StepJitter(jitter, drift))
     assert found.mean() == pytest.approx(1, abs=0.01)
     assert np.log(found).std() == pytest.approx(np.hypot(jitter, drift), rel=0.05)
 
 
-def test_a_drift_lasts_and_a_jitter_does_not() -> None:
-    def kept(step_jitter: StepJitter) -> float:
-        logs = np.log(speeds(step_jitter))
-        return float(np.corrcoef(logs[:-DRIFTS_OVER], logs[DRIFTS_OVER:])[0, 1])
+def test_drift_is_autocorrelated_and_jitter_is_not() -> None:
+    def autocorrelation(step_jitter: StepJitter) -> float:
+        logs = np.log(factors(step_jitter))
+        return float(np.corrcoef(logs[:-DRIFT_STEPS], logs[DRIFT_STEPS:])[0, 1])
 
-    assert kept(StepJitter(0.0, 0.1)) == pytest.approx(np.exp(-1), abs=0.1)
-    assert kept(StepJitter(0.1, 0.0)) == pytest.approx(0, abs=0.03)
+    assert autocorrelation(StepJitter(0.0, 0.1)) == pytest.approx(np.exp(-1), abs=0.1)
+    assert autocorrelation(StepJitter(0.1, 0.0)) == pytest.approx(0, abs=0.03)
 
 
-def test_a_seed_says_it_all() -> None:
+def test_factors_are_reproducible_by_seed() -> None:
     step_jitter = StepJitter(0.2, 0.1)
-    assert np.array_equal(speeds(step_jitter, 1, 100), speeds(step_jitter, 1, 100))
-    assert not np.array_equal(speeds(step_jitter, 1, 100), speeds(step_jitter, 2, 100))
+    assert np.array_equal(factors(step_jitter, 1, 100), factors(step_jitter, 1, 100))
+    assert not np.array_equal(factors(step_jitter, 1, 100), factors(step_jitter, 2, 100))

@@ -1,0 +1,76 @@
+"""Goodput and capacity of `slack` on every setting, to compare two versions of the code. Simulated.
+
+    python -m benchmarks.slack.regression --output new.json            # in each of the two checkouts
+    python -m benchmarks.slack.regression --compare old.json new.json  # the table, in Markdown
+
+Goodput at 1, 1.5, 2 and 3 S and the capacity at 90% and 99% adherence, mean over the seeds, on the settings of
+`benchmarks.policies.table` with 60 s of arrivals. S is what stock vLLM holds at 90%, from docs/results/policies.json.
+Runs of both versions with one seed see the same requests.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import fmean, median
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.policies.table import SETTINGS, experiment
+from lab.simulate.experiment import Run, capacity, perform
+
+LOADS = (1.0, 1.5, 2.0, 3.0)
+LEVELS = (0.9, 0.99)
+DURATION_S = 60.0
+STOCK = Path("docs/results/policies.json")
+
+
+def measure(setting: str, stock_qps: float, policy: str, seeds: list[int]) -> dict[str, float]:
+    """Return the goodput (requests/s) at each load and the capacity (requests/s) at each level of adherence."""
+    how = experiment(setting, DURATION_S)
+    found = {
+        f"{load:g} S": fmean(perform(how, Run(policy, load * stock_qps, seed))["goodput"] for seed in seeds)
+        for load in LOADS
+    }
+    for level in LEVELS:
+        found[f"capacity at {level:.0%}"] = capacity(how, policy, seeds, level, precision=0.01)[0]
+    return found
+
+
+def compare(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> str:
+    """Return a Markdown table of ratios, after over before."""
+    columns = list(next(iter(before.values())))
+    lines = [f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    ratios = {s: [after[s][c] / before[s][c] if before[s][c] else 1.0 for c in columns] for s in before}
+    lines += [f"| {setting} | {' | '.join(f'{r:.3f}' for r in row)} |" for setting, row in ratios.items()]
+    every = [r for row in ratios.values() for r in row]
+    return "\n".join([*lines, "", f"Median {median(every):.3f}, least {min(every):.3f}, most {max(every):.3f}."])
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    policy: Annotated[str, typer.Option(help="NAME or NAME:OPTION=VALUE,...")] = "slack",
+    seeds: Annotated[int, typer.Option(min=1)] = 5,
+    jobs: Annotated[int, typer.Option(min=1)] = 2,
+    comparison: Annotated[tuple[Path, Path] | None, typer.Option("--compare", help="Two files: before, after.")] = None,
+) -> None:
+    """Measure this checkout, or compare two files of earlier measurements."""
+    if comparison is not None:
+        typer.echo(compare(*(json.loads(path.read_text()) for path in comparison)))
+        return
+    stock: dict[str, Any] = {part["setting"]: part["stock_qps"] for part in json.loads(STOCK.read_text())["settings"]}
+    settings = [name for name in SETTINGS if "180 s" not in name]
+    with ProcessPoolExecutor(jobs) as pool:
+        futures = {s: pool.submit(measure, s, stock[s], policy, list(range(seeds))) for s in settings}
+        found = {}
+        for setting, future in futures.items():
+            found[setting] = future.result()
+            typer.echo(f"{setting}: {found[setting]}", err=True)
+    if output is not None:
+        output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

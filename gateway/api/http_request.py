@@ -1,0 +1,65 @@
+"""One HTTP request at the gateway's edge, and what was sent in response to it so far."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers as HeaderView
+
+from engine_adapter.engine import Message, Receive, Scope, Send
+
+CHAT_ROUTE, COMPLETION_ROUTE = "/v1/chat/completions", "/v1/completions"
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(slots=True, eq=False)
+class HttpRequest:
+    """One request to ``/v1/*``, with the ASGI arguments of the call. ``arrival_s``: monotonic seconds.
+
+    ``status`` is the response's status: 500 until a response started, 499 if the client disconnected before that.
+    """
+
+    scope: Scope
+    receive: Receive
+    client_send: Send
+    arrival_s: float
+    status: int = 500
+    response_started: bool = False
+    headers: HeaderView = field(init=False)
+    request_id: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.headers = HeaderView(scope=self.scope)
+        self.request_id = _request_id(self.headers.get("x-request-id"))
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the route is the chat completions route."""
+        return bool(self.scope["path"] == CHAT_ROUTE)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the request generates tokens and so passes the scheduling pipeline."""
+        return self.route != "/v1/*" and self.scope["method"] == "POST"
+
+    @property
+    def route(self) -> str:
+        """The route as a metric label: one of the scheduled routes, or ``/v1/*``."""
+        path: str = self.scope["path"]
+        return path if path in (CHAT_ROUTE, COMPLETION_ROUTE) else "/v1/*"
+
+    async def send(self, message: Message) -> None:
+        """Send ``message`` to the client, and note the response's status."""
+        if message["type"] == "http.response.start":
+            self.status, self.response_started = message["status"], True
+        await self.client_send(message)
+
+
+def _request_id(given: str | None) -> bytes:
+    """Return the client's own id if its characters are safe in headers and logs, else a new one."""
+    if given is not None and _SAFE_ID.fullmatch(given):
+        return given.encode()
+    return uuid.uuid4().hex.encode()
