@@ -45,6 +45,9 @@ SETTINGS = (*ABLATION_SETTINGS, CODE_CHAT)
 FIELDS = ("goodput", "slo_adherence", "rejected", "ttft_violations", "tpot_violations", "preemptions")
 """Fields of a run record that the results keep."""
 
+CASE_FIELDS = ("setting", "condition", "row", "column", "load", "adherence", "seed")
+"""Fields of `Trial.case` and `Search.case`."""
+
 CAPACITY_PRECISION = 0.01
 """Relative precision of capacities, as for S."""
 
@@ -159,23 +162,23 @@ class Results:
 
     def missing(self, part: str, tasks: Sequence[Trial | Search]) -> list[Trial | Search]:
         """Return the tasks without a record."""
-        have = {_key(record, task) for task in tasks[:1] for record in self.document["parts"].get(part, ())}
-        return [task for task in tasks if _key(task.case(), task) not in have]
+        have = {_key(record) for record in self.document["parts"].get(part, ())}
+        return [task for task in tasks if _key(task.case()) not in have]
 
     def add(self, part: str, records: Sequence[Record], tasks: Sequence[Trial | Search]) -> None:
         """Add records of ``part`` and write the file, with the records in the order of ``tasks``, all of the part."""
         parts = self.document["parts"]
-        by_key = {_key(record, tasks[0]): record for record in (*parts.get(part, ()), *records)}
-        keys = (_key(task.case(), task) for task in tasks)
+        by_key = {_key(record): record for record in (*parts.get(part, ()), *records)}
+        keys = (_key(task.case()) for task in tasks)
         parts[part] = [by_key[key] for key in keys if key in by_key]
         self.document["parts"] = {name: parts[name] for name in PARTS if name in parts}
         if self._path is not None:
             results_json.write(self.document, self._path)
 
 
-def _key(record: Mapping[str, Any], task: Trial | Search) -> Hashable:
-    """Return the values in ``record`` of the fields that identify tasks like ``task``."""
-    return tuple(record.get(name) for name in task.case())
+def _key(record: Mapping[str, Any]) -> Hashable:
+    """Return the values of `CASE_FIELDS`, which identify a record within its part."""
+    return tuple(record.get(name) for name in CASE_FIELDS)
 
 
 def measure_part(study: Study, part: str, settings: Sequence[str], lab: Lab, results: Results) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks.policies.table import AS_PUBLISHED, SETTINGS, experiment
 from benchmarks.slack.ablation import (
     BEST_EFFORT_PREEMPTION,
-    E2E_PACE_FACTOR,
     FULL,
     MEMORY_CHECK,
     MEMORY_RISK,
