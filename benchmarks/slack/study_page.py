@@ -227,7 +227,7 @@ def _best_effort_load(records: Sequence[Record]) -> str:
 
 The earlier load arrives {LEAD_S:g} s before the workload, and runs alone until then.
 
-- *Batch requests*: {BATCH:,} at once, without bounds; each has {BATCH_PROMPT} prompt and {BATCH_OUTPUT:,} output tokens.
+- *Batch requests*: {BATCH:,} at once, without bounds, of {BATCH_PROMPT} prompt and {BATCH_OUTPUT:,} output tokens each.
 - *Burst*: requests like those of the workload. Late ones are rejected, or served as best-effort requests.
 
 A cell has the adherence of the workload alone, and in parentheses when the last request of the earlier load finished.
