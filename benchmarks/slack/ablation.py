@@ -22,7 +22,7 @@ from engine_adapter.gates.slack import SlackGate
 from engine_adapter.step_time import curve as step_curve
 from engine_adapter.step_time.curve import StepCurve
 from engine_adapter.step_time.model import StepTimeModel
-from gateway.policies.base import UNGATED, Decision, PrefillLookahead
+from gateway.policies.base import UNGATED, Decision
 from gateway.policies.registry import POLICIES
 from gateway.policies.slack.batch import WaitingBatch
 from gateway.policies.slack.policy import Slack, _Round
@@ -69,15 +69,15 @@ class NoSkipOver(Slack):
     """Admits in order, until the first request that does not fit."""
 
     def _admit(self, this: _Round, queue: WaitingBatch) -> bool:
-        batch, lookahead = this.batch, this.lookahead
+        batch = this.batch
         # `_order` omits prompts that the lookahead has no room for; here they must block the ones behind them.
-        order, _ = self._order(replace(this, lookahead=PrefillLookahead(0, math.inf)), queue)
+        order, _ = self._order(replace(this, lookahead_tokens=math.inf), queue)
         for at in order.tolist():
             request = queue.requests[at]
-            fits = lookahead.fits(request) and queue.fit(batch, this.now, lookahead.tokens, np.array([at]))[0]
-            if not batch.has_slots or (batch.slots and not fits):
+            fits = request.prompt_tokens <= this.room and queue.fit(batch, this.now, np.array([at]))[0]
+            if batch.free_slots <= 0 or (batch.slots and not fits):
                 return True
-            this.admit(request, float(queue.planned_pace_s[at]))
+            this.admit(request, float(queue.pace_s[at]))
         return False
 
 
