@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
-from gateway.policies.base import Decision, PrefillLookahead, reject_tpot, reject_ttft
+from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, PrefillLookahead, reject_tpot, reject_ttft
 from gateway.policies.slack.batch import RunningBatch, WaitingBatch
 from gateway.policies.slack.fair_share import FairShare
 from gateway.requests.request import Request
@@ -114,7 +114,7 @@ class Slack:
         left = [r for r in best_effort if r not in decision.admit] if overdue else best_effort
         self._admit_best_effort(this, left, batch.reserved_slots if held_back else engine.max_num_seqs)
         self._fair_share.note(decision)
-        decision.hold_s = batch.full_step_s(lookahead.tokens)
+        decision.hold_s = min(batch.full_step_s(lookahead.tokens), MAX_DECISION_INTERVAL_S)
         decision.max_hold_s = min(self.prefill_lookahead_steps * batch.strictest_s, SLACK.max_hold_s)
         return decision
 
