@@ -204,24 +204,31 @@ def test_end_to_end_rejections_are_in_terms_of_that_bound() -> None:
         assert rejected(decide(Slack(), NOW, [again], [], engine())) == []
 
 
-@given(st.lists(st.tuples(st.floats(0.05, 3), st.integers(1, 900)), max_size=30), st.sampled_from([1.0, 0.5]))
+@given(st.lists(st.tuples(st.floats(0.05, 3), st.integers(1, 900)), max_size=30), st.lists(RUNNING, max_size=4),
+       st.sampled_from([1.0, 0.5]))  # fmt: skip
 def test_rejection_in_one_sweep_equals_rejection_one_by_one(
-    bounds: list[tuple[float, int]], queue_discount: float
+    bounds: list[tuple[float, int]], old: list[Request], discount: float
 ) -> None:
-    queue = [make_request(str(i), ttft=ttft, tpot=1.0, prompt=prompt) for i, (ttft, prompt) in enumerate(bounds)]
+    queue = [make_request(f"r{i}", ttft=ttft, tpot=1.0, prompt=prompt) for i, (ttft, prompt) in enumerate(bounds)]
     state = engine()
-    token_s, step_s = RunningBatch.of([], state).prefill_token_s, state.step_time.curve.step_s(1, 0)
-    ahead_s, late, margins_s = 0.0, [], []
+    batch, curve = RunningBatch.of(old, state), state.step_time.curve
+    share, step_s = batch.prefill_share, max(batch.step_s, curve.step_s(1, 0))
+    ahead_s = batch.prefill_token_s * batch.backlog
+    late: dict[str, tuple[float, float]] = {}
     for request in sorted(queue, key=lambda request: request.ttft_slo_s):
-        own_s = token_s * request.prompt_tokens
-        margins_s.append(request.ttft_slo_s - (step_s + queue_discount * ahead_s + own_s))
-        if margins_s[-1] < 0:
-            late.append(request.id)
+        own_s = batch.prefill_token_s * request.prompt_tokens
+        first_s = batch.step_s / 2 + step_s + (discount * ahead_s + own_s) / share
+        if abs(first_s - request.ttft_slo_s) < 1e-9:
+            return  # rounding decides
+        if first_s > request.ttft_slo_s:
+            late[request.id] = first_s, first_s + (1 - discount) * ahead_s / share + step_s
         else:
             ahead_s += own_s
-    decision = decide(Slack(queue_discount=queue_discount), NOW, queue, [], state)
-    if all(abs(margin_s) > 1e-9 for margin_s in margins_s):
-        assert rejected(decision) == late
+    decision = decide(Slack(queue_discount=discount), NOW, queue, old, state)
+    assert rejected(decision) == list(late)
+    for rejection in decision.reject:
+        assert (rejection.predicted_s, rejection.attainable_s) == pytest.approx(late[rejection.request.id])
+        assert rejection.retry_after_s == pytest.approx(rejection.predicted_s - rejection.request.ttft_slo_s, abs=1e-9)
 
 
 # --- paces ------------------------------------------------------------------------------------------------------------

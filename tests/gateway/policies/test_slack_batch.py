@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from engine_adapter.engine import EngineState, GateReport
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
+from engine_adapter.step_time.linear_forms import StepTimes
+from engine_adapter.step_time.model import StepTimeModel
 from gateway.policies.slack.batch import RunningBatch, WaitingBatch
 from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import WaitingArrays
-from tests.fixtures.policy_builders import NOW, RUNNING, WAITING, engine, make_request, running
+from tests.fixtures.policy_builders import NOW, RUNNING, TIMES, WAITING, engine, make_request, running
 
 PACED, BEST_EFFORT = ServiceKind.PACED, ServiceKind.BEST_EFFORT
 
@@ -36,6 +38,11 @@ def weight(request: Request) -> float:
     return request.sequences * (1 if request.kind is PACED else SLACK.best_effort_share)
 
 
+def context(request: Request) -> float:
+    """Return the tokens per sequence now, or of a waiting request the mean while it runs."""
+    return request.length if request.admitted_s is not None else request.prompt_tokens + request.predicted_tokens / 2
+
+
 def final_tokens(request: Request) -> float:
     """Return the memory that ``request`` is expected to reach."""
     generated = request.generated / request.sequences
@@ -46,7 +53,7 @@ def final_tokens(request: Request) -> float:
 # --- running requests -------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(RUNNING, max_size=8), st.booleans())
+@given(st.lists(RUNNING | WAITING, max_size=8), st.booleans())
 def test_running_batch_sums_its_requests(requests: list[Request], preemptible: bool) -> None:
     state = engine(max_num_seqs=60, gate=GateReport(preemptible=preemptible))
     batch = RunningBatch.of(requests, state)
@@ -60,7 +67,7 @@ def test_running_batch_sums_its_requests(requests: list[Request], preemptible: b
     assert (batch.reserved_slots, batch.slots, batch.best_effort_slots) == (3, sequences, best_effort_slots)
     assert batch.slots_in_use == sequences - (max(0, best_effort_slots - 3) if preemptible else 0)
     assert batch.decoding == pytest.approx(sum(map(weight, requests)))
-    assert batch.context == pytest.approx(sum(r.length * weight(r) for r in requests))
+    assert batch.context == pytest.approx(sum(context(r) * weight(r) for r in requests))
     assert batch.strictest_s == min((r.pace_s for r in requests if r.kind is PACED), default=math.inf)
     assert batch.memory == pytest.approx(sum(map(final_tokens, requests)))
     assert batch.preemptible_memory == pytest.approx(preemptible_memory if preemptible else 0.0)
@@ -74,7 +81,7 @@ def test_running_batch_plus_one_equals_batch_of_all(requests: list[Request], one
     whole, grown = RunningBatch.of([*requests, one], state, 2.0), RunningBatch.of(requests, state, 2.0)
     before = grown.prefill_token_s
     grown.add((one,))
-    names = {field.name for field in dataclasses.fields(RunningBatch) if not field.name.startswith("_")} - {"engine"}
+    names = {field.name for field in fields(RunningBatch) if not field.name.startswith("_")} - {"engine"}
     for name in [*sorted(names), "slots_in_use", "step_s", "prefill_token_s", "prefill_share", "chunk_tokens"]:
         assert getattr(grown, name) == pytest.approx(getattr(whole, name)), name
     assert before == RunningBatch.of(requests, state).prefill_token_s
@@ -160,7 +167,8 @@ def test_end_to_end_pace_leaves_time_for_a_slow_prefill() -> None:
 
 
 @given(st.lists(RUNNING, max_size=5), st.lists(PROMISED, min_size=1, max_size=5), st.sampled_from([1.0, 0.8]),
-       st.integers(500, 20_000), st.integers(0, 500), st.integers(1, 40), st.booleans())  # fmt: skip
+       st.integers(500, 20_000), st.integers(0, 500), st.integers(1, 40), st.booleans(),
+       st.sampled_from([TIMES, replace(TIMES, a=1e-5)]))  # fmt: skip
 def test_fit_equals_the_conditions_of_each_request(
     old: list[Request],
     requests: list[Request],
@@ -169,8 +177,10 @@ def test_fit_equals_the_conditions_of_each_request(
     backlog: int,
     slots: int,
     preemptible: bool,
+    times: StepTimes,
 ) -> None:
     state = engine(kv_tokens=kv_tokens, max_num_seqs=slots, gate=GateReport(preemptible=preemptible))
+    state.step_time = StepTimeModel(times=times, learn=False)
     batch = RunningBatch.of(old, state, 2.3)
     queue = waiting_batch(requests, batch, backlog, fraction)
     fits = queue.fit(batch, NOW, backlog, np.arange(len(requests)))
@@ -192,6 +202,13 @@ def test_fit_equals_the_conditions_of_each_request(
         if all(abs(ratio - 1) > 1e-6 for ratio in ratios):
             has_slots = both.slots_in_use <= slots
             assert fits[at] == (has_slots and all(ratio < 1 for ratio in ratios))
+
+
+def test_fit_counts_a_request_by_its_mean_context() -> None:
+    # A step of two takes 10.2 ms, and 0.1 ms or more for 1000 tokens of context.
+    batch = RunningBatch.of([running(tpot=0.011)], engine())
+    queue = waiting_batch([make_request(tpot=1.0, prompt=1, output=output) for output in (100, 20_000)], batch)
+    assert queue.fit(batch, NOW, 0, np.arange(2)).tolist() == [True, False]
 
 
 def test_fit_expects_full_steps_while_other_prompts_wait() -> None:

@@ -54,7 +54,7 @@ def test_request_with_a_waived_bound_is_admitted_without_a_planned_pace(tpot_tar
 def test_best_effort_request_never_waits_for_ever() -> None:
     # Slots are short, bounded requests keep arriving, and the prefill lookahead is never empty.
     state, policy = engine(max_num_seqs=4, max_num_batched_tokens=500), Slack(max_wait_s=10.0)
-    free = make_request("free", prompt=900)
+    free = make_request("free", prompt=1200)
     batch = [*(running(str(i), tpot=1.0) for i in range(2)), running("prefilling", tpot=1.0, first_token_s=None)]
     for second in range(12):
         arrivals = [make_request(f"b{i}", ttft=5, tpot=1, prompt=10, at=NOW + second) for i in range(3)]

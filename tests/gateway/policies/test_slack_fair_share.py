@@ -91,7 +91,7 @@ def test_least_recent_groups_are_forgotten() -> None:
     note(shares, admitted=100)
     for tenant in ("old", "active"):
         note(shares, rejected=1, tenant=tenant)
-    for number in range(SLACK.max_fair_share_groups - 1):
+    for number in range(SLACK.max_fair_share_groups):
         note(shares, admitted=1, tenant=f"t{number}")
         if number == SLACK.max_fair_share_groups // 2:
             note(shares, rejected=1, tenant="active")

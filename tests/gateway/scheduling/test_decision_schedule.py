@@ -63,6 +63,13 @@ def test_decision_in_an_engine_that_is_not_busy_holds_nothing() -> None:
     assert schedule.is_due(NOW)
 
 
+def test_each_decision_replaces_the_hold() -> None:
+    schedule = after(Decision(hold_s=0.05))
+    schedule.on_decision(NOW + 0.01, Decision(), busy=True)
+    schedule.on_change(busy=True)
+    assert schedule.is_due(NOW + 0.01)
+
+
 def test_recheck_waits_for_the_hold() -> None:
     schedule = after(Decision(recheck_at=NOW + 0.01, hold_s=0.05))
     assert schedule.due_s == pytest.approx(NOW + 0.05)
