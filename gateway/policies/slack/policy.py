@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
-from gateway.policies.base import Decision, reject_tpot, reject_ttft
+from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, reject_tpot, reject_ttft
 from gateway.policies.slack.batch import RunningBatch, WaitingBatch
 from gateway.policies.slack.fair_share import FairShare
 from gateway.requests.request import Request
@@ -101,6 +101,8 @@ class Slack:
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
         """Apply the lines of the module's docstring, in their order."""
+        if not waiting:
+            return Decision()
         batch = RunningBatch.of(running, engine, NormalDist().inv_cdf(1 - self.memory_risk))
         this = _Round(now, batch, self.prefill_lookahead_steps * batch.chunk_tokens)
         count = int(np.count_nonzero(arrays_of(waiting).kind != ServiceKind.BEST_EFFORT))
@@ -112,7 +114,7 @@ class Slack:
         if not self._admit(this, queue):
             self._admit_best_effort(this, best_effort, engine.max_num_seqs)
         self._fair_share.note(this.decision)
-        this.decision.hold_s = batch.step_s
+        this.decision.hold_s = min(batch.step_s, MAX_DECISION_INTERVAL_S)
         this.decision.max_hold_s = min(self.prefill_lookahead_steps * batch.strictest_s, SLACK.max_hold_s)
         return this.decision
 
@@ -121,12 +123,8 @@ class Slack:
         alone_s = queue.alone_s(this.batch.engine)
         infeasible = alone_s > queue.pace_s
         for at in np.flatnonzero(infeasible).tolist():
-            request, attainable_s = queue.requests[at], float(alone_s[at]) / self.tpot_target_fraction
-            if request.pace_s is not None and attainable_s <= request.pace_s:
-                # Its end-to-end bound was feasible at arrival and is not any more: line 2 rejects it as late.
-                infeasible[at] = False
-            else:
-                this.decision.reject.append(reject_tpot(request, attainable_s, 0.0, infeasible=True))
+            attainable_s = float(alone_s[at]) / self.tpot_target_fraction
+            this.decision.reject.append(reject_tpot(queue.requests[at], attainable_s, 0.0, infeasible=True))
         return queue.only(~infeasible) if infeasible.any() else queue
 
     def _reject_late(self, this: _Round, queue: WaitingBatch) -> WaitingBatch:
