@@ -111,11 +111,13 @@ class BestEffortPreemption:
     def _victims(self, mine: Sequence[Member], short: Capacity) -> list[Member]:
         """Return the newest decoding best-effort requests whose slots and blocks cover what is ``short``."""
         victims: list[Member] = []
+        freed = 0
         for member in reversed([m for m in mine if not m.prefilling]):
-            covered = len(victims) >= short.slots and sum(m.held for m in victims) >= short.blocks
+            covered = len(victims) >= short.slots and freed >= short.blocks
             if covered or len(mine) - len(victims) <= self._reserved:
                 break
             victims.append(member)
+            freed += member.held
         return victims
 
 

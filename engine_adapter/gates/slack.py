@@ -29,7 +29,7 @@ class SlackGate:
     def __init__(self, step_time: StepTimeModel | None = None) -> None:
         self._step_time = step_time or StepTimeModel(forms=False)
         self._due_offset: dict[str, float] = {}  # due time minus length * P_i (s): constant while a request grows
-        self._roomy_steps = 0
+        self._roomy_steps = SLACK.steps_per_turn
         """Steps in a row that had, or would have had, time for all requests."""
         self._sat_out = 0
         """Steps in a row that the requests without a pace sat out."""

@@ -1,9 +1,8 @@
-"""vLLM's scheduler as the simulated engines know it: who takes part in the next step, and what a step leaves behind.
+"""vLLM's scheduler for simulated engines: plans each step and applies its result.
 
-Without a clock: `engine_adapter.simulated.engine` lets its steps pass in real time, the simulator in virtual time.
-Two step
-modes: ``chunked`` is vLLM today (decodes first, the rest of the token budget goes to prompts, which may be cut),
-``prefill-first`` is vLLM 0.6 without chunked prefill (whole prompts, nobody decodes while one waits that fits).
+It has no clock: `engine_adapter.simulated.engine` runs its steps in real time, the simulator in virtual time.
+There are two step modes. ``chunked`` is today's vLLM: decodes first, then prompts, which may be split, up to the token
+budget. ``prefill-first`` is vLLM 0.6 without chunked prefill: whole prompts, and no decodes while a prompt fits.
 """
 
 from __future__ import annotations
@@ -15,17 +14,18 @@ from itertools import chain
 
 from engine_adapter.gates.base import OpenGate, StepGate
 from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Capacity, Member
+from engine_adapter.service_kind import ServiceKind
 from engine_adapter.simulated.sequence import SimulatedSequence
 
 BLOCK_TOKENS = 16
-"""KV memory is handed out in blocks of so many tokens."""
+"""Tokens in a block of KV memory."""
 
 STEP_MODES = ("chunked", "prefill-first")
 
 
 @dataclass(slots=True)
 class Step:
-    """One forward pass. Contexts are sums over sequences (tokens); the gate held back the ids in ``sat_out``."""
+    """One forward pass. Contexts are sums over its sequences (tokens). ``sat_out``: ids that the gate excluded."""
 
     decodes: list[SimulatedSequence] = field(default_factory=list)
     decode_context: int = 0
@@ -36,13 +36,13 @@ class Step:
 
     @property
     def empty(self) -> bool:
-        """Nobody takes part."""
+        """Whether the step has no work."""
         return not self.decodes and not self.chunks
 
 
 @dataclass(slots=True)
 class Finished:
-    """What a step brought: sequences whose prompt is computed (which gave them a token), and those that are done."""
+    """Result of a step: sequences whose prefill it completed (they got a token too), and finished sequences."""
 
     prefilled: list[SimulatedSequence]
     done: list[SimulatedSequence]
@@ -51,10 +51,10 @@ class Finished:
 class SimulatedScheduler:
     """The queue, the batch and the KV memory of one engine.
 
-    Alternate `plan` and `finish`. Limits as in vLLM; sizes in tokens.
+    Call `plan` and `finish` in turn. Limits as in vLLM; sizes in tokens.
 
     Raises:
-        ValueError: an unknown step mode, or a KV memory that does not hold one sequence of ``max_model_len``.
+        ValueError: the step mode is unknown, or the KV memory does not hold one sequence of ``max_model_len``.
     """
 
     def __init__(
@@ -87,53 +87,54 @@ class SimulatedScheduler:
         self._preemptible = 0
         """Number of sequences here that may be preempted for others."""
 
-    # --- what is there ----------------------------------------------------------------------------------------------
+    # --- state --------------------------------------------------------------------------------------------------------
 
     @property
     def decoding(self) -> Sequence[SimulatedSequence]:
-        """The batch past its prefill, oldest first."""
+        """Running sequences past their prefill, oldest first."""
         return self._decoding
 
     @property
     def running(self) -> int:
-        """Sequences in the batch."""
+        """Number of sequences in the batch."""
         return len(self._decoding) + len(self._prefilling)
 
     @property
     def waiting(self) -> int:
-        """Sequences in the engine's own queue."""
+        """Number of sequences in the engine's own queue."""
         return len(self._waiting)
 
     @property
     def kv_usage(self) -> float:
-        """Share of the KV blocks in use."""
+        """Share of the KV blocks that is in use."""
         return 1 - self._free_blocks / self._blocks
 
     def sequences(self) -> Iterable[SimulatedSequence]:
-        """All that are here: decoding, prefilling, waiting."""
+        """Return all sequences in the engine: decoding, prefilling, waiting."""
         return chain(self._decoding, self._prefilling, self._waiting)
 
-    # --- coming and going -------------------------------------------------------------------------------------------
+    # --- arrivals and departures --------------------------------------------------------------------------------------
 
     def submit(self, sequence: SimulatedSequence) -> None:
-        """``sequence`` joins the engine's queue."""
+        """Append ``sequence`` to the engine's queue."""
         sequence.preemptible = self.gate.preemptible(sequence)
         self._preemptible += sequence.preemptible
         self._waiting.append(sequence)
         self._waiting_tokens += sequence.to_prefill
 
     def drop_abandoned(self) -> None:
-        """Sequences that nobody waits for leave, with their memory."""
-        for sequence in [s for s in self.sequences() if s.abandoned]:
-            self._leaves(sequence)
-        if any(s.abandoned for s in self.sequences()):
+        """Remove abandoned sequences and free their memory."""
+        abandoned = [s for s in self.sequences() if s.abandoned]
+        for sequence in abandoned:
+            self._remove(sequence)
+        if abandoned:
             self._decoding = [s for s in self._decoding if not s.abandoned]
             self._prefilling = [s for s in self._prefilling if not s.abandoned]
             self._waiting = deque(s for s in self._waiting if not s.abandoned)
             self._waiting_tokens = sum([s.to_prefill for s in self._waiting])
 
     def clear(self) -> list[SimulatedSequence]:
-        """The engine dies: everything is gone; answers what was lost."""
+        """Remove all sequences, as a crash does, and return them."""
         lost = list(self.sequences())
         self._decoding, self._prefilling = [], []
         self._waiting.clear()
@@ -144,7 +145,7 @@ class SimulatedScheduler:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> Step:
-        """Who takes part in the step that starts at ``now`` (s). Empty when there is nobody, or the gate holds all."""
+        """Plan the step that starts at ``now`` (s). It is empty if no sequence is there or all sit out."""
         if self._prefill_first:
             step = Step()
             self._admit_prompts(step, self._budget, whole=True)
@@ -152,7 +153,7 @@ class SimulatedScheduler:
         return self._plan_decodes(now, Step())
 
     def _plan_decodes(self, now: float, step: Step) -> Step:
-        """The gate's choice decodes; in chunked mode prompts get what is left of the budget."""
+        """Add the decodes that the gate allows and, in chunked mode, prompts up to the token budget."""
         prefill_backlog = 0
         held: list[SimulatedSequence] = []
         if not self._prefill_first:
@@ -180,7 +181,7 @@ class SimulatedScheduler:
         waiting: list[Member] = []
         if self._preemptible:
             running = [_member(s) for s in self._decoding] + [_member(s, prefilling=True) for s in self._prefilling]
-            waiting = [_member(s) for s in self._waiting]
+            waiting = [_member(s) for s in self._waiting if s.preemptible or s.kind is not ServiceKind.BEST_EFFORT]
         plan = self._preemption.plan(now, free, running, waiting)
         if plan is None:
             return []
@@ -193,7 +194,7 @@ class SimulatedScheduler:
         return plan.held
 
     def _select_decodes(self, step: Step) -> bool:
-        """Decode all but those who sit out; whether somebody had to be preempted for their next blocks."""
+        """Add the decodes that do not sit out. Return whether they needed blocks of preempted sequences."""
         decodes, sat_out, context, at, before = step.decodes, step.sat_out, 0, 0, self.preemptions
         while at < len(self._decoding) and len(decodes) < self._budget:
             sequence = self._decoding[at]
@@ -201,14 +202,14 @@ class SimulatedScheduler:
             if sat_out and sequence.request_id in sat_out:
                 continue
             if sequence.length > sequence.capacity and not self._grow(sequence):
-                break  # it was the last of the batch, and gave way itself
+                break  # it was the newest of the batch, and preempted itself
             decodes.append(sequence)
             context += sequence.length
         step.decode_context = context
         return self.preemptions > before
 
     def _grow(self, sequence: SimulatedSequence) -> bool:
-        """One more block for ``sequence``, if need be from the batch's youngest; False when that is itself."""
+        """Allocate a block for ``sequence``, if necessary by preempting the newest; return False if that is itself."""
         while not self._free_blocks:
             victim = self._prefilling.pop() if self._prefilling else self._decoding.pop()
             self._preempt(victim)
@@ -219,7 +220,7 @@ class SimulatedScheduler:
         return True
 
     def _preempt(self, victim: SimulatedSequence) -> None:
-        """Its memory goes; all it has is computed again once there is room."""
+        """Free the memory of ``victim`` and put it in front of the queue; all its tokens are computed again later."""
         self._release(victim)
         victim.to_prefill, victim.prefilled = victim.length, 0
         victim.preemptions += 1
@@ -228,6 +229,7 @@ class SimulatedScheduler:
         self._waiting_tokens += victim.to_prefill
 
     def _continue_prompts(self, step: Step, budget: int) -> int:
+        """Add chunks of the prompts that are already in the batch; return the budget that is left."""
         for sequence in self._prefilling:
             if budget <= 0:
                 break
@@ -235,9 +237,9 @@ class SimulatedScheduler:
         return budget
 
     def _admit_prompts(self, step: Step, budget: int, *, whole: bool) -> None:
-        """Prompts from the engine's queue, in order, while batch, budget and memory have room for them.
+        """Admit prompts from the queue, in order, while slots, budget and memory suffice.
 
-        ``whole``: none is cut; one that is longer than a step's budget goes by itself.
+        ``whole``: prompts are not split, and a prompt longer than the budget gets a step of its own.
         """
         while self._waiting and budget > 0 and self.running < self._max_num_seqs:
             sequence = self._waiting[0]
@@ -254,15 +256,15 @@ class SimulatedScheduler:
             budget -= self._add_chunk(step, sequence, sequence.to_prefill if whole else budget)
 
     @staticmethod
-    def _add_chunk(step: Step, sequence: SimulatedSequence, most: int) -> int:
-        chunk = min(sequence.to_prefill - sequence.prefilled, most)
+    def _add_chunk(step: Step, sequence: SimulatedSequence, max_tokens: int) -> int:
+        chunk = min(sequence.to_prefill - sequence.prefilled, max_tokens)
         step.chunks.append((sequence, chunk))
         step.prefill_tokens += chunk
         step.prefill_context += sequence.prefilled
         return chunk
 
     def finish(self, step: Step) -> Finished:
-        """The step is over: its tokens are out."""
+        """Apply the result of ``step``."""
         done: list[SimulatedSequence] = []
         for sequence in step.decodes:
             sequence.length += 1
@@ -272,7 +274,7 @@ class SimulatedScheduler:
         if step.chunks:
             for sequence, chunk in step.chunks:
                 sequence.prefilled += chunk
-                # The step that completes a prompt also samples the next token.
+                # The step that completes a prefill also samples a token.
                 if sequence.prefilled >= sequence.to_prefill:
                     sequence.length += 1
                     prefilled.append(sequence)
@@ -283,11 +285,12 @@ class SimulatedScheduler:
                 self._decoding += prefilled
         if done:
             for sequence in done:
-                self._leaves(sequence)
+                self._remove(sequence)
             self._decoding = [s for s in self._decoding if s.length < s.final_length]
         return Finished(prefilled, done)
 
-    def _leaves(self, sequence: SimulatedSequence) -> None:
+    def _remove(self, sequence: SimulatedSequence) -> None:
+        """Drop the state of a sequence that leaves the engine."""
         self._release(sequence)
         self.gate.forget(sequence.request_id)
         self._preemptible -= sequence.preemptible

@@ -183,6 +183,28 @@ async def test_gate_gives_loose_requests_their_share_of_steps() -> None:
     assert 0 < report.gated_steps < report.steps
 
 
+@pytest.mark.parametrize(
+    ("xargs", "preemptions"),
+    [
+        ({"antares_tpot_ms": 50}, 1),
+        ({"antares_kind": "deadline_only"}, 1),
+        ({"antares_kind": "best_effort", "antares_tpot_ms": 50}, 0),
+        ({}, 0),
+    ],
+)
+async def test_only_promised_requests_preempt_best_effort_ones(xargs: dict[str, Any], preemptions: int) -> None:
+    async with running(max_num_seqs=2, gate="slack") as engine, client_of(engine) as client:
+        best_effort = [
+            asyncio.create_task(client.post(CHAT, json=ask(max_tokens=60, ignore_eos=True))) for _ in range(2)
+        ]
+        await eventually(lambda: engine.state.engine_running == 2)
+        await client.post(CHAT, json=ask(max_tokens=2, ignore_eos=True, vllm_xargs=xargs))
+        assert engine.state.gate.best_effort_preemptions == preemptions
+        for task in best_effort:
+            task.cancel()
+        await asyncio.gather(*best_effort, return_exceptions=True)
+
+
 async def test_client_disconnect_frees_its_slot_in_the_next_step() -> None:
     async with running() as engine, serve(engine.app) as url, httpx.AsyncClient(verify=False) as client:
         body = ask(stream=True, max_tokens=5000, ignore_eos=True)

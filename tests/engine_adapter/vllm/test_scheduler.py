@@ -29,8 +29,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(model: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes an `Engine` with a clock of its own."""
     # Not at the top: whoever only collects tests should not wait for vLLM.
-    from engine_adapter.vllm import scheduler as vllm_scheduler
     from tests.fixtures.vllm_play import Engine
+
+    from engine_adapter.vllm import scheduler as vllm_scheduler
 
     def made(**limits: int) -> Engine:
         clock: Any = SimpleNamespace(now=1000.0)

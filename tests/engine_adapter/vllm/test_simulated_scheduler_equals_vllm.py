@@ -8,10 +8,10 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.fixtures.scheduler_play import COMERS, LIMITS, Comes, WhimsicalGate, play
 
 from engine_adapter.gates.base import OpenGate, StepPlan
 from engine_adapter.simulated.scheduler import BLOCK_TOKENS, SimulatedScheduler, Step
-from tests.fixtures.scheduler_play import COMERS, LIMITS, Comes, WhimsicalGate, play
 
 
 @dataclass(eq=False)
