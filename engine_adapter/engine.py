@@ -31,7 +31,7 @@ KIND_XARG = "antares_kind"
 """The request's `ServiceKind` by its label, where it is not what `default_kind` derives from the pace."""
 
 GATE_XARG = "antares_gate"
-"""Member of ``vllm_xargs`` that names the step gate for a request (`gates.GATES`)."""
+"""Member of ``vllm_xargs`` that names the step gate for a request (`gates.composite.GATES`)."""
 
 
 class TokenObserver(Protocol):

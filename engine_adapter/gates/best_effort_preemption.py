@@ -10,7 +10,7 @@ want, and u what best-effort requests have:
 
 with the peak over `peak_window_s`, because recomputing takes time. One block per running request stays free besides.
 
-INVARIANT: the oldest best-effort requests, up to `best_effort_share` of the slots, are never preempted.
+INVARIANT: the first running best-effort requests, up to `best_effort_share` of the slots, are never preempted.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Member(NamedTuple):
 class PreemptionPlan(NamedTuple):
     """What to do before a step, as the scheduler's own request objects.
 
-    ``preempt``: running requests, newest first. Waiting best-effort requests go in front of the queue (``front``), to
-    its end (``back``, in this order), or are ``held`` out of it for this step.
+    ``preempt``: running requests, newest first. These and the waiting best-effort requests go in front of the queue
+    (``front``), to its end (``back``, in this order), or are ``held`` out of it for this step.
     """
 
     preempt: list[Any]
@@ -112,9 +112,8 @@ class BestEffortPreemption:
         """Return the newest decoding best-effort requests whose slots and blocks cover what is ``short``."""
         victims: list[Member] = []
         freed = 0
-        for member in reversed([m for m in mine if not m.prefilling]):
-            covered = len(victims) >= short.slots and freed >= short.blocks
-            if covered or len(mine) - len(victims) <= self._reserved:
+        for member in reversed([m for m in mine[self._reserved :] if not m.prefilling]):
+            if len(victims) >= short.slots and freed >= short.blocks:
                 break
             victims.append(member)
             freed += member.held

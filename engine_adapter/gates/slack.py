@@ -5,9 +5,9 @@ due at f_i + g * P_i, and a step that ends before the earliest due token makes n
 fits, the step is stock vLLM's; otherwise it takes the chunk that spends the slack best (`StepCurve.chunk`). A request
 that is already late does not limit the step.
 
-Requests without a pace sit out while a step of all requests and prompts would make a paced one late, until
-`steps_per_turn` steps in a row had time for all, since slack that they use is missing when the next prompt arrives.
-They never sit out more than that many steps in a row.
+While a step of all requests and prompts would make a paced one late, requests without a pace sit out. They return
+after `steps_per_turn` steps in a row had time for all: slack that they use is missing when the next prompt arrives.
+They take part in one of `steps_per_turn` steps in any case.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class VllmEngine:
         model: a model folder, a hub id, or `models.BUILTIN`.
         flags: flags of `vllm serve`, without dashes (``{"max-model-len": 2048, "enforce-eager": True}``).
         served_model_name: the model name for clients; default ``model``.
-        gate: gate for requests that name none; a name in `gates.GATES`.
+        gate: gate for requests that name none; a name in `gates.composite.GATES`.
         step_times: initial coefficients of the step-time model.
         calibrate: run a few synthetic requests after each start, so that the model is fitted before traffic arrives.
     """

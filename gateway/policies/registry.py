@@ -15,9 +15,7 @@ from gateway.policies.s3 import S3
 from gateway.policies.scorpio import Scorpio
 from gateway.policies.slack.policy import Slack
 
-_Kind = type[Fcfs] | type[S3] | type[Mooncake] | type[Scorpio] | type[Annealing] | type[Slack]
-
-POLICIES: dict[str, tuple[_Kind, dict[str, Any]]] = {
+POLICIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "fcfs": (Fcfs, {}),
     "s3": (S3, {}),
     "mooncake": (Mooncake, {}),
@@ -27,7 +25,7 @@ POLICIES: dict[str, tuple[_Kind, dict[str, Any]]] = {
     "ttft_guard_only": (Scorpio, {"tpot_guard": False}),
     "tpot_guard_only": (Scorpio, {"ttft_guard": False}),
 }
-"""Policy name to (class, fixed options)."""
+"""Policy name to (dataclass, fixed options). Every field of the dataclass has a default, and one is ``name``."""
 
 OPTION_ALIASES = {
     "fill": "tpot_target_fraction",
@@ -58,7 +56,8 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     policy = kind()
     for option, value in options.items():
         _check_option(option, value, getattr(policy, option))
-    return kind(**fixed, **options, name=name)
+    made: Policy = kind(**fixed, **options, name=name)
+    return made
 
 
 def _renamed(policy: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine_adapter.gates.constants import SLACK
+from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import Decision
 from gateway.requests.request import Request
 
@@ -26,8 +27,8 @@ class FairShare:
     """(kind, name) to (admitted share, decided requests): a moving average over `fair_share_window` of them."""
 
     def note(self, decision: Decision) -> None:
-        """Count the decided requests; best-effort and infeasible ones are not a question of fairness."""
-        decided = [(request, 1.0) for request in decision.admit if not request.best_effort]
+        """Count the decided requests, but no best-effort or infeasible ones. A waived one counts as rejected."""
+        decided = [(request, 1.0) for request in decision.admit if request.kind is not ServiceKind.BEST_EFFORT]
         decided += [(rejection.request, 0.0) for rejection in decision.reject if not rejection.infeasible]
         for request, admitted in decided:
             for group in (("class", request.slo_class), ("tenant", request.tenant), _OVERALL):

@@ -1,7 +1,7 @@
 """`slack`, the default policy: feasibility as arithmetic, and under overload the requests that cost least.
 
-With the running set R, its strictest pace P* = min P_i, the time T(R) of a step in which all of R decode, the share of
-time left for prefill, share = 1 - T(R)/P*, and the cost mu of an uncached prompt token:
+R is the running set, P* = min P_i its strictest pace, T(R) the time of a step in which all of R decode. Prefill gets the
+share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
 
     1 reject r if its pace is faster than a step with r alone                                      (infeasible)
     2 in deadline order, reject r if now + step + mu * (backlog + ahead + own) / share > deadline  (late)
@@ -49,7 +49,7 @@ class _Round:
 
     @property
     def room(self) -> float:
-        """Prompt tokens that may enter the engine; a longer prompt enters when no other one is there."""
+        """Prompt tokens that may enter the engine; one prompt may always enter."""
         return self.lookahead_tokens - self.batch.backlog if self.batch.backlog else math.inf
 
     def admit(self, request: Request, pace_s: float) -> None:
@@ -123,8 +123,10 @@ class Slack:
         alone_s = queue.alone_s(this.batch.engine)
         infeasible = alone_s > queue.pace_s
         for at in np.flatnonzero(infeasible).tolist():
-            attainable_s = float(alone_s[at]) / self.tpot_target_fraction
-            this.decision.reject.append(reject_tpot(queue.requests[at], attainable_s, 0.0, infeasible=True))
+            request, attainable_s = queue.requests[at], float(alone_s[at]) / self.tpot_target_fraction
+            # An end-to-end bound E may have been feasible at arrival, with the pace E / y.
+            never = attainable_s > (request.slo.e2e_s or 0.0) / max(request.predicted_tokens, 1.0)
+            this.decision.reject.append(reject_tpot(request, attainable_s, 0.0, infeasible=never))
         return queue.only(~infeasible) if infeasible.any() else queue
 
     def _reject_late(self, this: _Round, queue: WaitingBatch) -> WaitingBatch:
@@ -151,7 +153,8 @@ class Slack:
             predicted_s = request.ttft_slo_s + late_s
             # What is promised for a second try has no discount, and a step in reserve.
             attainable_s = predicted_s + (stretch - ahead_stretch) * ahead_s + step_s
-            infeasible = curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
+            idle = not batch.slots and not ahead_s
+            infeasible = idle or curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
             this.decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_s, infeasible))
         return queue.only(~late)
 
