@@ -191,6 +191,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             self.waiting.prepend_request(request)
         for request in plan.back:
             self.waiting.add_request(request)
+        # A paused prompt may be older than decoding requests, and vLLM would give it the step's budget before them.
+        self.running.sort(key=lambda r: r.is_prefill_chunk)
         for request in plan.paused:
             # NOTE: schedule() advances current_step first, so +2 skips exactly the coming step.
             request.next_decode_eligible_step = self.current_step + 2
@@ -221,10 +223,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         context = 0.0
         any_gated = False
         for request in self.running:
-            # Exactly one token is left to compute: neither a prefill chunk nor a recomputation.
-            if request.num_computed_tokens < request.num_prompt_tokens or (
-                request.num_tokens + request.num_output_placeholders - request.num_computed_tokens > 1
-            ):
+            if _is_prefilling(request):
                 continue
             # NOTE: with async scheduling vLLM skips a request whose last token is already scheduled. That is no
             # opportunity to decode, so it must not cost a credit.
@@ -242,16 +241,16 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         return decoding, context, any_gated
 
     def _prefill_backlog(self) -> int:
-        """Return the prompt tokens in the engine that are not computed yet and not paused in the coming step."""
+        """Return the tokens left to prefill in the engine, except those of requests paused in the coming step."""
         coming = self.current_step + 1
         running = sum(
             [
-                r.num_prompt_tokens - r.num_computed_tokens
+                r.num_tokens - r.num_computed_tokens
                 for r in self.running
-                if r.num_prompt_tokens > r.num_computed_tokens and r.next_decode_eligible_step <= coming
+                if _is_prefilling(r) and r.next_decode_eligible_step <= coming
             ]
         )
-        return int(running + sum(r.num_prompt_tokens for r in self.waiting))
+        return int(running + sum(r.num_tokens for r in self.waiting))
 
     def _gated_request(self, request: Request) -> _Gated:
         """Return what the gate knows of the request, read from its xargs the first time."""
@@ -304,3 +303,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
                 scheduled_at=time.monotonic(),
             )
         )
+
+
+def _is_prefilling(request: Request) -> bool:
+    """Whether more than one token is left to compute: a prompt, or all tokens of a preempted request again."""
+    left = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+    return bool(request.num_computed_tokens < request.num_prompt_tokens or left > 1)
