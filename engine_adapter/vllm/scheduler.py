@@ -88,6 +88,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         except ValueError as error:
             raise ValueError(f"{GATE_ENV}: {error}") from error
         self._gated: dict[str, _Gated] = {}
+        self._labels: set[str] = set()
         self._preemption = self._best_effort_preemption()
         self._reporter = GateReporter.from_env()
         self._reporter.report.preemptible = self._preemption is not None
@@ -279,8 +280,10 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
 
     def _label(self, label: str) -> str:
         """Return the pace's name in the counters."""
-        known = self._reporter.report.eligible
-        return label if label in known or len(known) < _MAX_LABELS else "other"
+        if label not in self._labels and len(self._labels) >= _MAX_LABELS:
+            return "other"
+        self._labels.add(label)
+        return label
 
     def _count(self, output: SchedulerOutput, decoding: list[_Gated], context: float, sat_out: set[str]) -> None:
         scheduled = output.num_scheduled_tokens
