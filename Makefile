@@ -20,7 +20,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test check figures format clean
+.PHONY: help install serve test coverage check figures format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,15 +31,18 @@ install: $(STAMPS)/run ## create .venv with vLLM on CPU and the gateway
 serve: install ## start the gateway with vLLM on CPU and a small model
 	@exec $(BIN)/antares serve --config $(CONFIG) $(ARGS)
 
-test: $(STAMPS)/dev ## run all tests: without an engine and with coverage, then with a real vLLM
+test: $(STAMPS)/dev ## run all tests: without an engine, then with a real vLLM
 	@unit=0; engine=0; export HF_HUB_OFFLINE=1; \
 	echo "==> tests without an engine"; \
-	$(BIN)/python -m pytest -m "not engine" -n logical --maxprocesses 4 --dist loadfile \
-		--cov --cov-report=term:skip-covered $(PYTEST_ARGS) || unit=$$?; \
+	$(BIN)/python -m pytest -m "not engine" -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS) || unit=$$?; \
 	echo "==> tests with a real vLLM"; \
 	$(BIN)/python -m pytest -m engine $(PYTEST_ARGS) || engine=$$?; \
 	echo "==> exit codes: without an engine $$unit, with a real vLLM $$engine"; \
 	test $$unit -eq 0 && test $$engine -eq 0
+
+coverage: $(STAMPS)/dev ## run the tests without an engine and report line and branch coverage (minutes)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not engine" -n logical --maxprocesses 4 --dist loadfile \
+		--cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 check: $(STAMPS)/dev ## run ruff (lint and format) and mypy
 	@$(BIN)/ruff check .

@@ -36,6 +36,7 @@ LAYERS = {
         "gates",
         "engine",
         "step_time",
+        "service_kind",
     ],
     "predictor_service": ["cli", "training", "serving", "calibration", "model"],
     "lab": ["cli", "simulate", "bench", "profile", "workload_options", "bounds", "records", "workload"],

@@ -49,7 +49,7 @@ class AnnealingOnSlack:
         left = [r for r in bounded if id(r) not in rejected]
         if len(left) < 2 or len(plain.admit) == len(left):
             return plain
-        first = self.annealing.planned(now, left, running, engine)
+        first = self.annealing.first_batch(now, left, running, engine)
         decision = Decision(reject=plain.reject, recheck_at=plain.recheck_at)
         batch = list(running)
         for request in first if self.mode == "set" else [*first, *(r for r in plain.admit if r not in first)]:

@@ -24,15 +24,16 @@ from benchmarks import results_json
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.annealing.exact import best_plan
 from gateway.policies.annealing.latency import Latency
+from gateway.policies.annealing.plan import START_ORDERS, Job, Limits, Problem
 from gateway.policies.annealing.policy import Annealing
-from gateway.policies.annealing.search import STRAWMEN, Board, Job, Limits, anneal
+from gateway.policies.annealing.search import anneal
 from lab.workload import code_chat
 
 SAME = 1e-9
 """Relative difference of G below which two plans count as equal; covers rounding."""
 
 
-def random_board(seed: int, requests: int, batch: int, latency: Latency) -> Board:
+def random_problem(seed: int, requests: int, batch: int, latency: Latency) -> Problem:
     """A standing set of code and chat requests in batches of at most ``batch``, with bounds from infeasible to easy."""
     numbers = np.random.default_rng([seed, requests])
     code = numbers.random(requests) < 0.5
@@ -50,7 +51,7 @@ def random_board(seed: int, requests: int, batch: int, latency: Latency) -> Boar
             pace = uniform(0.012, 0.03)
             job = Job(prefill, decode, waited, ttft_left=uniform(0.05, 1.0) * total_s, decode_s=output * pace)
         jobs.append(job)
-    return Board(jobs, Limits(batch))
+    return Problem(jobs, Limits(batch))
 
 
 def against_all(instances: int, seed: int, latency: Latency, budget_ms: float) -> list[dict[str, Any]]:
@@ -60,27 +61,27 @@ def against_all(instances: int, seed: int, latency: Latency, budget_ms: float) -
     rng = random.Random(seed)
     cases = [(rng.randint(2, 8), rng.randint(1, 4)) for _ in range(instances)]
 
-    def fresh(number: int) -> Board:
-        return random_board(seed * 100_000 + number, *cases[number], latency)
+    def fresh(number: int) -> Problem:
+        return random_problem(seed * 100_000 + number, *cases[number], latency)
 
     best = []
     for number in range(instances):
         found = best_plan(fresh(number), prune=False)
-        best.append(found.goal if found else 0.0)
-    methods: dict[str, Callable[[Board], float]] = {
-        "search (annealing, then branch and bound)": lambda board: policy.search(board).goal,
-        "annealing alone, the same budget": lambda board: anneal(board, budget).goal,
-        "annealing alone, 5 times the budget": lambda board: anneal(board, 5 * budget).goal,
-        **{f"{name} order": _filled(name) for name in STRAWMEN},
+        best.append(found.objective if found else 0.0)
+    methods: dict[str, Callable[[Problem], float]] = {
+        "search (annealing, then branch and bound)": lambda problem: policy.search(problem).objective,
+        "annealing alone, the same budget": lambda problem: anneal(problem, budget).objective,
+        "annealing alone, 5 times the budget": lambda problem: anneal(problem, 5 * budget).objective,
+        **{f"{name} order": _filled(name) for name in START_ORDERS},
     }
     rows = []
     for name, method in methods.items():
         ratios: list[float] = []
         spent: dict[int, list[float]] = {}
         for number in range(instances):
-            board = fresh(number)
+            problem = fresh(number)
             started = time.process_time()
-            goal = method(board)
+            goal = method(problem)
             spent.setdefault(cases[number][0], []).append(time.process_time() - started)
             ratios.append(goal / best[number] if best[number] else 1.0)
         assert max(ratios) <= 1 + SAME, "a plan is better than the optimum"
@@ -97,8 +98,8 @@ def against_all(instances: int, seed: int, latency: Latency, budget_ms: float) -
     return rows
 
 
-def _filled(name: str) -> Callable[[Board], float]:
-    return lambda board: board.plan(board.filled(STRAWMEN[name](board.jobs))).goal
+def _filled(name: str) -> Callable[[Problem], float]:
+    return lambda problem: problem.plan(problem.fill(START_ORDERS[name](problem.jobs))).objective
 
 
 def budget_use(seed: int, latency: Latency, sizes: tuple[int, ...], instances: int) -> list[dict[str, Any]]:
@@ -109,12 +110,13 @@ def budget_use(seed: int, latency: Latency, sizes: tuple[int, ...], instances: i
             policy = Annealing(budget_ms=budget_ms)
             spent, gains = [], []
             for number in range(instances):
-                board = random_board(seed * 100_000 + number, requests, 8 if requests > 8 else 4, latency)
+                problem = random_problem(seed * 100_000 + number, requests, 8 if requests > 8 else 4, latency)
                 started = time.process_time()
-                plan = policy.search(board)
+                plan = policy.search(problem)
                 spent.append((time.process_time() - started) * 1e3)
-                other = random_board(seed * 100_000 + number, requests, 8 if requests > 8 else 4, latency)
-                gains.append(plan.goal / max(_filled(name)(other) for name in STRAWMEN) if plan.goal else 1.0)
+                other = random_problem(seed * 100_000 + number, requests, 8 if requests > 8 else 4, latency)
+                best_start = max(_filled(name)(other) for name in START_ORDERS)
+                gains.append(plan.objective / best_start if plan.objective else 1.0)
             rows.append(
                 {
                     "requests": requests,
@@ -136,10 +138,10 @@ def units_per_ms(seed: int, latency: Latency) -> float:
     rates = []
     for requests in (16, 32, 64):
         for number in range(5):
-            board = random_board(seed + number, requests, 8, latency)
+            problem = random_problem(seed + number, requests, 8, latency)
             started = time.process_time()
-            anneal(board, 40_000)
-            rates.append(board.work / (time.process_time() - started) / 1e3)
+            anneal(problem, 40_000)
+            rates.append(problem.work / (time.process_time() - started) / 1e3)
     return sorted(rates)[len(rates) // 4]
 
 

@@ -1,171 +1,193 @@
-"""`slack` without one of its parts, for `benchmarks.slack.study`: what is missed then is what the part is worth.
+"""The components of `slack`, and how to remove each of them for an ablation.
 
-Most parts are taken out by an option of `Slack`. For the others there are replacements here, rather than switches in
-the product that nobody should touch.
+A component is removed by a policy option, a subclass or a patch, so that the product has no switches for this study.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
-from engine_adapter.engine import EngineState, GateReport
-from engine_adapter.gates.best_effort_preemption import RecentPeak
+from engine_adapter.engine import EngineState
+from engine_adapter.gates.base import GatedRequest
+from engine_adapter.gates.composite import GATES
+from engine_adapter.gates.constants import SLACK
 from engine_adapter.gates.slack import SlackGate
+from engine_adapter.step_time import curve as step_curve
 from engine_adapter.step_time.curve import StepCurve
 from engine_adapter.step_time.model import StepTimeModel
-from gateway.policies.base import UNGATED, Decision, Policy, PrefillLookahead, Rejection
-from gateway.policies.slack import batch
-from gateway.policies.slack.batch import Load, Queue
-from gateway.policies.slack.policy import Slack
+from gateway.policies.base import UNGATED, Decision
+from gateway.policies.registry import POLICIES
+from gateway.policies.slack.batch import WaitingBatch
+from gateway.policies.slack.policy import Slack, _Round
 from gateway.requests.request import Request
 
+_POSTPONED_S = 1e6
+"""Seconds by which `NoLateRejection` postpones deadlines; longer than any run."""
 
-class Forgetful(Slack):
-    """Does not know how much KV memory there is."""
+
+class NoMemoryCheck(Slack):
+    """Ignores how much KV memory the engine has."""
 
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        """As `slack`, for an engine that does not tell."""
+        """Decide as `slack` does for an engine that does not report its KV memory."""
         return super().decide(now, waiting, running, replace(engine, kv_tokens=0))
 
 
-class NeverTooLate(Slack):
-    """Refuses nobody as late: whoever waits is served some time. Earlier deadlines still go first."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.max_wait_s = math.inf
+class NoHold(Slack):
+    """Decides again after every change."""
 
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        """As `slack`, with all deadlines put off."""
-        for request in waiting:
-            request.deadline_s = request.arrival_s + request.ttft_slo_s + _NEVER_S
-        return super().decide(now, list(waiting), running, engine)  # without the queue's columns, which know them not
+        """Decide as `slack` does, without a hold."""
+        decision = super().decide(now, waiting, running, engine)
+        decision.hold_s = 0.0
+        return decision
 
 
-_NEVER_S = 1e6
-"""By so much all deadlines are put off."""
+class NoLateRejection(Slack):
+    """Rejects no request as late, and admits late ones too, in the order of `slack`.
+
+    NOTE: needs an infinite ``max_wait_s``, or all requests would be due `max_wait_s` after their arrival.
+    """
+
+    def _reject_late(self, this: _Round, queue: WaitingBatch) -> WaitingBatch:
+        arrays = queue.arrays
+        return replace(queue, arrays=arrays._replace(deadline=arrays.deadline + _POSTPONED_S))
 
 
-class Blocking(Slack):
-    """The first that does not fit blocks those behind it."""
+class NoSkipOver(Slack):
+    """Admits in order, until the first request that does not fit."""
 
-    def _admit_bounded(
-        self, now: float, queue: Queue, load: Load, lookahead: PrefillLookahead, engine: EngineState, decision: Decision
-    ) -> bool:
-        order, _ = self._in_turn(now, queue, np.arange(len(queue.requests)), load, engine)
-        for request in [queue.requests[at] for at in order.tolist()]:
-            alone = queue.only(np.array([other is request for other in queue.requests]))
-            if super()._admit_bounded(now, alone, load, lookahead, engine, decision):
+    def _admit(self, this: _Round, queue: WaitingBatch) -> bool:
+        batch = this.batch
+        # `_order` omits prompts that the lookahead has no room for; here they must block the ones behind them.
+        order, _ = self._order(replace(this, lookahead_tokens=math.inf), queue)
+        for at in order.tolist():
+            request = queue.requests[at]
+            fits = request.prompt_tokens <= this.room and queue.fit(batch, this.now, np.array([at]))[0]
+            if batch.free_slots <= 0 or (batch.slots and not fits):
                 return True
+            this.admit(request, float(queue.pace_s[at]))
         return False
 
 
-class AllPaces(Slack):
-    """Holds no pace off, whatever it costs the others."""
+class NonPreemptingGate(SlackGate):
+    """The step gate of `slack`, without best-effort preemption."""
 
-    def _hold_off(
-        self, now: float, queue: Queue, running: Collection[Request], engine: EngineState
-    ) -> tuple[Queue, list[Rejection]]:
-        return queue, []
-
-
-class AtOnce(Slack):
-    """Decides at once whenever there is news."""
-
-    def _stands_s(self, load: Load, lookahead: PrefillLookahead, engine: EngineState) -> float:
-        return 0.0
+    def preemptible(self, request: GatedRequest) -> bool:
+        """Return False."""
+        return False
 
 
-class InTheWay(Slack):
-    """Counts on nobody to make way, and leaves nothing free for others."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._wanted = RecentPeak(lasts_s=0.0)
-
-    def decide(
-        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
-    ) -> Decision:
-        """As `slack`, for an engine in which nobody does."""
-        return super().decide(now, waiting, running, replace(engine, gate=GateReport(preemptible=False)))
+def _no_preemption() -> AbstractContextManager[Any]:
+    """Patch the gate. The engine then reports no preemption, so the policy does not count on it either."""
+    return patch.dict(GATES, {"slack": NonPreemptingGate})
 
 
 @contextmanager
-def nobody_makes_way() -> Iterator[None]:
-    """Whoever has a place in an engine keeps it."""
-    with patch.object(SlackGate, "preemptible", lambda self, request: False):
-        yield
+def _linear_step_times() -> Iterator[None]:
+    """Derive the step curves of policy and gate from SCORPIO's two linear forms (eq. 4 and 6), also after a fit."""
 
-
-@contextmanager
-def straight_lines() -> Iterator[None]:
-    """Policy and gate believe the two linear forms (SCORPIO eq. 4 and 6), and nothing else, of step times."""
-
-    def then_straight(learn: Callable[[StepTimeModel], None]) -> Callable[[StepTimeModel], None]:
-        def learn_and_forget_the_curve(model: StepTimeModel) -> None:
-            learn(model)
+    def linear(update: Callable[[StepTimeModel], None]) -> Callable[[StepTimeModel], None]:
+        def update_and_replace_curve(model: StepTimeModel) -> None:
+            update(model)
             model.forms = True
             model.curve = StepCurve.of(model.times)
 
-        return learn_and_forget_the_curve
+        return update_and_replace_curve
 
     with (
-        patch.object(StepTimeModel, "__post_init__", then_straight(StepTimeModel.__post_init__)),
-        patch.object(StepTimeModel, "refit", then_straight(StepTimeModel.refit)),
+        patch.object(StepTimeModel, "__post_init__", linear(StepTimeModel.__post_init__)),
+        patch.object(StepTimeModel, "refit", linear(StepTimeModel.refit)),
     ):
         yield
 
 
 @contextmanager
-def paces_to_the_letter() -> Iterator[None]:
-    """The pace that an end-to-end bound leaves at the door is the request's for as long as it runs."""
-    with patch.object(batch, "E2E_EASE", 1.0):
+def _slack_constant(name: str, value: float) -> Iterator[None]:
+    """Set a field of `SLACK`, which is frozen and which several modules import by name."""
+    before = getattr(SLACK, name)
+    object.__setattr__(SLACK, name, value)
+    try:
         yield
+    finally:
+        object.__setattr__(SLACK, name, before)
 
 
 @dataclass(frozen=True, slots=True)
-class Without:
-    """What takes a part out: a policy, and what holds around its run. ``says``: in words."""
+class Removal:
+    """How to remove a component.
 
-    says: str
-    make: Callable[[], Policy] = Slack
-    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    Attributes:
+        effect: what `slack` does without the component, for the page.
+        policy, options: the class and the options that replace `slack`.
+        patched: returns a context manager that applies patches.
+        needs: what a workload must have for the component to matter; "" if it matters in every setting.
+    """
+
+    effect: str
+    policy: type[Slack] = Slack
+    options: Mapping[str, Any] = field(default_factory=dict)
+    patched: Callable[[], AbstractContextManager[Any]] = nullcontext
+    needs: str = ""
 
 
 FULL = "nothing"
+"""The row of complete `slack`."""
 
-MAKING_WAY = "making way"
-"""Of worth only beside requests that nobody insists on."""
+MEMORY_CHECK = "KV memory check"
+MEMORY_RISK = "memory_risk"
+E2E_PACE_FACTOR = "e2e_pace_factor"
+STEP_CURVE = "step curve"
+MIN_ADMISSION_SHARE = "min_admission_share"
+BEST_EFFORT_PREEMPTION = "best-effort preemption"
 
-WITHOUT: dict[str, Without] = {
-    FULL: Without("`slack` as it is"),
-    "cost_weight": Without("deadlines alone say who goes first", partial(Slack, cost_weight=0.0)),
-    "min_admission_share": Without(
-        "no class or tenant goes first for being behind", partial(Slack, min_admission_share=0.0)
+REMOVALS: dict[str, Removal] = {
+    FULL: Removal("complete `slack`"),
+    "cost_weight": Removal("0: admits by deadline alone", options={"cost_weight": 0.0}),
+    MIN_ADMISSION_SHARE: Removal("0: no class or tenant goes first", options={MIN_ADMISSION_SHARE: 0.0}),
+    "queue_discount": Removal("1: counts all work that is queued ahead", options={"queue_discount": 1.0}),
+    MEMORY_CHECK: Removal("admits regardless of KV memory", NoMemoryCheck),
+    MEMORY_RISK: Removal("0.5: plans with the mean memory, without a margin", options={MEMORY_RISK: 0.5}),
+    "prefill lookahead": Removal(
+        "infinite: the engine gets every prompt that has a slot", options={"prefill_lookahead_steps": math.inf}
     ),
-    "queue_discount": Without("the queue ahead is not expected to thin out", partial(Slack, queue_discount=1.0)),
-    "memory": Without("the KV memory is not looked at", Forgetful),
-    "runway": Without(
-        "prompts are handed to the engine as soon as there is a place", partial(Slack, prefill_lookahead_steps=math.inf)
+    "step gate": Removal("the engine sizes prefill as stock vLLM does", options={"gate": UNGATED}),
+    "late rejection": Removal("rejects no request as late", NoLateRejection, {"max_wait_s": math.inf}),
+    "skip-over": Removal("the first request that does not fit blocks the rest", NoSkipOver),
+    "hold": Removal("decides at every change", NoHold),
+    E2E_PACE_FACTOR: Removal(
+        "1.0: plans with the exact pace that an end-to-end bound leaves",
+        patched=lambda: _slack_constant("e2e_pace_factor", 1.0),
+        needs="end-to-end bounds",
     ),
-    "step gate": Without("the engine sizes its prefill as stock vLLM does", partial(Slack, gate=UNGATED)),
-    "refusing": Without("nobody is refused as late", NeverTooLate),
-    "standing": Without("news is decided on at once, and not among all that came in a step", AtOnce),
-    "holding off": Without("paces that are all but the engine's own are kept, whatever they cost", AllPaces),
-    "easing": Without("the pace that an end-to-end bound leaves is kept to the letter", around=paces_to_the_letter),
-    MAKING_WAY: Without("whoever has a place keeps it, and takes all that are free", InTheWay, nobody_makes_way),
-    "skip-over": Without("the first that does not fit blocks the rest", Blocking),
-    "curve": Without("step times are linear, for policy and gate", around=straight_lines),
+    BEST_EFFORT_PREEMPTION: Removal(
+        "best-effort requests keep their slots and memory", patched=_no_preemption, needs="best-effort requests"
+    ),
+    STEP_CURVE: Removal("linear step times in policy and gate", patched=_linear_step_times),
+    "chunk pricing": Removal(
+        "the gate fills all slack with prefill", patched=lambda: patch.object(step_curve, "WORTH", 0.0)
+    ),
+    "chunk margin": Removal(
+        "prefill chunks have no margin for slower steps", patched=lambda: patch.object(step_curve, "SPENT", 1.0)
+    ),
 }
-"""Each part of `slack` by name, and what takes it out."""
+"""How to remove each component of `slack`, by the component's name."""
+
+
+@contextmanager
+def without(component: str) -> Iterator[None]:
+    """Make the policy ``slack`` lack ``component``, a key of `REMOVALS`, for policies and engines created meanwhile."""
+    removal = REMOVALS[component]
+    with patch.dict(POLICIES, {"slack": (removal.policy, dict(removal.options))}), removal.patched():
+        yield

@@ -1,6 +1,6 @@
-"""Requests that nobody insists on, there before a workload comes: batch jobs, and a burst that is served late.
+"""Best-effort requests that arrive before a workload: batch jobs, or a burst, for `benchmarks.slack.study`.
 
-What does the workload lose by them, and when are they through? For `benchmarks.slack.study`.
+The study measures the adherence that the workload loses by them, and when the last of them finishes.
 """
 
 from __future__ import annotations
@@ -13,68 +13,90 @@ from lab.records.run_record import RequestResult
 from lab.simulate.predictions import PredictedLength, predict
 from lab.workload import WorkloadRequest, make_workload
 
-AHEAD_S = 20.0
-"""By so much a crowd comes before the workload: it has the engine to itself."""
+LEAD_S = 20.0
+"""Seconds from the first background request to the workload; meanwhile the background requests run alone."""
 
 _CATEGORY = 0
-"""Of a crowd's requests; a workload's own begin at 1."""
+"""Category of the background requests; those of a workload begin at 1."""
 
 BATCH, BATCH_PROMPT, BATCH_OUTPUT = 1000, 100, 1000
+"""Number of batch requests, and their prompt and output tokens."""
+
 BURST_QPS, BURST_S = 600.0, 3.0
+"""Rate (1/s) and duration (s) of the burst."""
 
 
 @dataclass(frozen=True, slots=True)
-class Crowd:
-    """``make``: its requests, with a seed. ``best_effort``: whoever cannot attain its SLO is served all the same."""
+class Background:
+    """Requests that arrive before the workload.
+
+    Attributes:
+        make: returns them for a seed.
+        best_effort: whether requests that cannot attain their SLO are served as best-effort requests.
+    """
 
     make: Callable[[int], list[WorkloadRequest]]
     best_effort: bool = False
 
 
-def _nobody(seed: int) -> list[WorkloadRequest]:
+def _none(seed: int) -> list[WorkloadRequest]:
     return []
 
 
 def _batch(seed: int) -> list[WorkloadRequest]:
-    never = math.inf
-    return [WorkloadRequest(at * 1e-3, BATCH_PROMPT, BATCH_OUTPUT, never, never, _CATEGORY) for at in range(BATCH)]
+    unbounded = math.inf
+    return [
+        WorkloadRequest(n * 1e-3, BATCH_PROMPT, BATCH_OUTPUT, unbounded, unbounded, _CATEGORY) for n in range(BATCH)
+    ]
 
 
 def _burst(seed: int) -> list[WorkloadRequest]:
     burst = make_workload("sharegpt", qps=BURST_QPS, duration_s=BURST_S, seed=1000 + seed)
-    return [replace(asked, category=_CATEGORY) for asked in burst]
+    return [replace(request, category=_CATEGORY) for request in burst]
 
 
-NOBODY = "nobody"
+NONE = "none"
+BATCH_JOBS = f"{BATCH:,} batch requests"
+BURST_REJECTED = f"a burst of {BURST_QPS:g}/s for {BURST_S:g} s, late requests rejected"
+BURST_BEST_EFFORT = "the same burst, late requests best-effort"
 
-CROWDS = {
-    NOBODY: Crowd(_nobody),
-    f"{BATCH:,} batch requests": Crowd(_batch),
-    f"a burst of {BURST_QPS:g}/s for {BURST_S:g} s, refused": Crowd(_burst),
-    "the same burst, at best effort": Crowd(_burst, best_effort=True),
+BACKGROUNDS = {
+    NONE: Background(_none),
+    BATCH_JOBS: Background(_batch),
+    BURST_REJECTED: Background(_burst),
+    BURST_BEST_EFFORT: Background(_burst, best_effort=True),
 }
-"""Crowds by what they are."""
+"""The background loads by description."""
 
 
-def behind(
-    crowd: Crowd, asked: Sequence[WorkloadRequest], predictions: Sequence[PredictedLength], how: str, seed: int
+def preceded(
+    background: Background,
+    workload: Sequence[WorkloadRequest],
+    predictions: Sequence[PredictedLength],
+    predictor: str,
+    seed: int,
 ) -> tuple[list[WorkloadRequest], list[PredictedLength]]:
-    """``asked`` behind the crowd, whose lengths are predicted as ``how`` says (`lab.simulate.predictions`)."""
-    others = crowd.make(seed)
-    if not others:
-        return list(asked), list(predictions)
-    later = [replace(each, at_s=each.at_s + AHEAD_S) for each in asked]
-    return others + later, [*predict(how, others, seed), *predictions]
+    """Return ``workload`` after the background requests, and the predictions of both.
+
+    The lengths of the background requests come from ``predictor`` (`lab.simulate.predictions`).
+    """
+    first = background.make(seed)
+    if not first:
+        return list(workload), list(predictions)
+    later = [replace(request, at_s=request.at_s + LEAD_S) for request in workload]
+    return first + later, [*predict(predictor, first, seed), *predictions]
 
 
-def own(served: Sequence[RequestResult]) -> list[RequestResult]:
-    """Those of the workload."""
-    return [one for one in served if one.request.category != _CATEGORY]
+def of_workload(results: Sequence[RequestResult]) -> list[RequestResult]:
+    """Return the results of the workload's own requests."""
+    return [result for result in results if result.request.category != _CATEGORY]
 
 
-def crowd_done_s(served: Sequence[RequestResult]) -> float:
-    """When the last of the crowd had its last token (s after the start); 0 where none had."""
+def background_done_s(results: Sequence[RequestResult]) -> float:
+    """Return when (s after the start) the last background request got its last token; 0 if none did."""
     ends = [
-        one.request.at_s + one.e2e_s for one in served if one.request.category == _CATEGORY and one.e2e_s is not None
+        result.request.at_s + result.e2e_s
+        for result in results
+        if result.request.category == _CATEGORY and result.e2e_s is not None
     ]
     return max(ends, default=0.0)

@@ -1,11 +1,11 @@
-"""Goodput and capacity of `slack` on every setting, to compare two versions of the code. Simulated.
+"""Measures goodput and capacity of a policy in every setting, to compare two versions of the code. Simulated.
 
     python -m benchmarks.slack.regression --output new.json            # in each of the two checkouts
-    python -m benchmarks.slack.regression --compare old.json new.json  # the table, in Markdown
+    python -m benchmarks.slack.regression --compare old.json new.json  # prints a Markdown table
 
-Goodput at 1, 1.5, 2 and 3 S and the capacity at 90% and 99% adherence, mean over the seeds, on the settings of
-`benchmarks.policies.table` with 60 s of arrivals. S is what stock vLLM holds at 90%, from docs/results/policies.json.
-Runs of both versions with one seed see the same requests.
+Goodput is measured at 1, 1.5, 2 and 3 S, and capacity at 90% and 99% adherence. Both are means over the seeds, in the
+settings of `benchmarks.policies.table` except the one of 180 s. S is the capacity of stock vLLM at 90% adherence, from
+docs/results/policies.json. With the same seed, both versions get the same requests.
 """
 
 from __future__ import annotations
@@ -22,13 +22,27 @@ from benchmarks.policies.table import SETTINGS, experiment
 from lab.simulate.experiment import Run, capacity, perform
 
 LOADS = (1.0, 1.5, 2.0, 3.0)
+"""Offered rates as multiples of S."""
+
 LEVELS = (0.9, 0.99)
+"""Adherence at which capacities are searched."""
+
 DURATION_S = 60.0
+"""Seconds of arrivals, as in the policy table."""
+
 STOCK = Path("docs/results/policies.json")
+"""The file that has S of each setting, relative to the root of a checkout."""
 
 
 def measure(setting: str, stock_qps: float, policy: str, seeds: list[int]) -> dict[str, float]:
-    """Return the goodput (requests/s) at each load and the capacity (requests/s) at each level of adherence."""
+    """Return the goodput at each load and the capacity at each level of adherence, all in requests/s.
+
+    Args:
+        setting: a key of `SETTINGS`.
+        stock_qps: S of the setting, in requests/s.
+        policy: see `lab.simulate.experiment.parse_policy`.
+        seeds: one run at each load for each of them.
+    """
     how = experiment(setting, DURATION_S)
     found = {
         f"{load:g} S": fmean(perform(how, Run(policy, load * stock_qps, seed))["goodput"] for seed in seeds)
@@ -40,23 +54,28 @@ def measure(setting: str, stock_qps: float, policy: str, seeds: list[int]) -> di
 
 
 def compare(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> str:
-    """Return a Markdown table of ratios, after over before."""
+    """Return a Markdown table of the ratios of ``after`` to ``before``, with their median and range below it.
+
+    Both map a setting to the figures that `measure` returns for it. The ratio to a figure of 0 counts as 1.
+    """
     columns = list(next(iter(before.values())))
     lines = [f"| setting | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     ratios = {s: [after[s][c] / before[s][c] if before[s][c] else 1.0 for c in columns] for s in before}
     lines += [f"| {setting} | {' | '.join(f'{r:.3f}' for r in row)} |" for setting, row in ratios.items()]
     every = [r for row in ratios.values() for r in row]
-    return "\n".join([*lines, "", f"Median {median(every):.3f}, least {min(every):.3f}, most {max(every):.3f}."])
+    return "\n".join([*lines, "", f"Median {median(every):.3f}, lowest {min(every):.3f}, highest {max(every):.3f}."])
 
 
 def main(
-    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the measurements to this JSON file.")] = None,
     policy: Annotated[str, typer.Option(help="NAME or NAME:OPTION=VALUE,...")] = "slack",
-    seeds: Annotated[int, typer.Option(min=1)] = 5,
-    jobs: Annotated[int, typer.Option(min=1)] = 2,
-    comparison: Annotated[tuple[Path, Path] | None, typer.Option("--compare", help="Two files: before, after.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 5,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    comparison: Annotated[
+        tuple[Path, Path] | None, typer.Option("--compare", help="Compare two such files: before, after.")
+    ] = None,
 ) -> None:
-    """Measure this checkout, or compare two files of earlier measurements."""
+    """Measure this checkout, or compare the files of two earlier measurements."""
     if comparison is not None:
         typer.echo(compare(*(json.loads(path.read_text()) for path in comparison)))
         return

@@ -1,15 +1,14 @@
 """Best-effort preemption: in a full engine, best-effort requests give their slots and KV memory to the others.
 
-While no other request wants them, best-effort requests may fill the engine. When others arrive, sitting out steps
-(`engine_adapter.gates.slack`) leaves time, but neither slots nor memory. So the newest best-effort requests are
-preempted: they lose their memory and wait, and later they are computed again and continue. Of a capacity C (slots, and
-likewise blocks of KV memory), let b be what the other requests have or want, and u what best-effort requests have:
+Sitting out steps (`engine_adapter.gates.slack`) leaves time to other requests, but neither slots nor memory. So when
+these are short, the newest best-effort requests are preempted: they lose their memory, wait, and later are computed
+again and continue. Of a capacity C (slots, and likewise blocks of KV memory), let b be what the other requests have or
+want, and u what best-effort requests have:
 
     b + u - C          is freed, newest best-effort request first,
     C - peak(b) - u    is given back, oldest first and one request at a time,
 
-with the peak over `peak_window_s`, because computing a request again costs time. One block for each running request
-stays free besides: it may need it in the next step.
+with the peak over `peak_window_s`, because recomputing takes time. One block per running request stays free besides.
 
 INVARIANT: the oldest best-effort requests, up to `best_effort_share` of the slots, are never preempted.
 """
@@ -17,8 +16,7 @@ INVARIANT: the oldest best-effort requests, up to `best_effort_share` of the slo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from engine_adapter.gates.constants import SLACK
@@ -28,8 +26,7 @@ class RecentPeak:
     """The maximum of a value over the latest `peak_window_s` seconds."""
 
     def __init__(self) -> None:
-        self._falling: deque[tuple[float, int]] = deque()
-        """(time, value) of each value that no later one has reached."""
+        self._falling: deque[tuple[float, int]] = deque()  # (time, value) of values that no later one has reached
 
     def note(self, now: float, value: int) -> int:
         """Record ``value`` at ``now`` (s) and return the peak."""
@@ -60,20 +57,17 @@ class Member(NamedTuple):
     preempted_before: bool = False
 
 
-@dataclass(slots=True)
-class PreemptionPlan:
+class PreemptionPlan(NamedTuple):
     """What to do before a step, as the scheduler's own request objects.
 
-    ``preempt``: running requests, newest first. ``paused``: running requests whose prompts are not computed in this
-    step. Waiting best-effort requests go in front of the queue (``front``), to its end (``back``, in this order), or
-    are ``held`` out of it for this step.
+    ``preempt``: running requests, newest first. Waiting best-effort requests go in front of the queue (``front``), to
+    its end (``back``, in this order), or are ``held`` out of it for this step.
     """
 
-    preempt: list[Any] = field(default_factory=list)
-    paused: list[Any] = field(default_factory=list)
-    front: list[Any] = field(default_factory=list)
-    back: list[Any] = field(default_factory=list)
-    held: list[Any] = field(default_factory=list)
+    preempt: list[Any]
+    front: list[Any]
+    back: list[Any]
+    held: list[Any]
 
 
 class BestEffortPreemption:
@@ -82,44 +76,37 @@ class BestEffortPreemption:
     def __init__(self, capacity: Capacity) -> None:
         self._capacity = capacity
         self._reserved = reserved_slots(capacity.slots)
-        self._slots, self._blocks = RecentPeak(), RecentPeak()
-        self._paused_steps = 0
-
-    def note(self, now: float, others: Capacity) -> Capacity:
-        """Record what the other requests have or want at ``now`` (s); return the recent peak."""
-        slots = self._slots.note(now, min(others.slots, self._capacity.slots))
-        return Capacity(slots, self._blocks.note(now, min(others.blocks, self._capacity.blocks)))
+        self._peaks = RecentPeak(), RecentPeak()
 
     def plan(
         self, now: float, free: Capacity, running: Sequence[Member], waiting: Sequence[Member]
     ) -> PreemptionPlan | None:
-        """Plan for the step at ``now`` (s). ``running`` is oldest first, ``waiting`` in queue order.
+        """Plan for the step at ``now`` (s); None changes nothing. ``running`` is oldest first, ``waiting`` as queued.
 
-        Return None if no other request was here recently: then nothing changes.
+        NOTE: without best-effort requests both may be empty, so that a scheduler need not list its requests.
         """
-        mine, others = _split(running)
-        queued, arrivals = _split(waiting)
+        mine = [m for m in running if m.preemptible]
+        arrivals = [m for m in waiting if not m.preemptible]
         used, held = self._capacity.slots - free.slots, sum(m.held for m in mine)
-        prompts = [*arrivals, *(m for m in others if m.prefilling)]
+        prompts = [*arrivals, *(m for m in running if m.prefilling and not m.preemptible)]
         want = Capacity(len(arrivals), sum(m.needed - m.held for m in prompts))
-        others_blocks = self._capacity.blocks - free.blocks - held
-        peak = self.note(now, Capacity(used - len(mine) + want.slots, others_blocks + want.blocks))
-        if not peak.slots:
+        others = Capacity(used - len(mine) + want.slots, self._capacity.blocks - free.blocks - held + want.blocks)
+        peak = Capacity(*(peak.note(now, value) for peak, value in zip(self._peaks, others, strict=True)))
+        if not peak.slots or not (mine or waiting):
             return None
         victims = self._victims(mine, Capacity(want.slots - free.slots, want.blocks + used - free.blocks))
-        plan = PreemptionPlan([m.request for m in victims], self._paused(mine, bool(prompts)))
-        resumable = [*reversed(victims), *(m for m in queued if m.preempted_before)]
-        new = [m for m in queued if not m.preempted_before]
+        resumable = [*reversed(victims), *(m for m in waiting if m.preemptible and m.preempted_before)]
+        new = [m for m in waiting if m.preemptible and not m.preempted_before]
         recomputing = any(m.prefilling and m.preempted_before for m in mine)
-        first = next(iter(resumable or new), None)
-        if first is not None and not victims and not recomputing:
-            spare = Capacity(self._capacity.slots - peak.slots, self._capacity.blocks - peak.blocks - used - 1)
+        front: list[Member] = []
+        if (resumable or new) and not victims and not recomputing:
+            first = (resumable or new)[0]
+            spare_slots, spare_blocks = (most - value for most, value in zip(self._capacity, peak, strict=True))
             if len(mine) < self._reserved and free.slots > 0 and free.blocks > first.needed + used:
-                plan.front = [(resumable or new).pop(0).request]
-            elif resumable and not want.slots and len(mine) < spare.slots and held + first.needed <= spare.blocks:
+                front.append((resumable or new).pop(0))
+            elif resumable and not want.slots and len(mine) < spare_slots and held + first.needed + used < spare_blocks:
                 new.append(resumable.pop(0))
-        plan.back, plan.held = [m.request for m in new], [m.request for m in resumable]
-        return plan
+        return PreemptionPlan(*([m.request for m in members] for members in (victims, front, new, resumable)))
 
     def _victims(self, mine: Sequence[Member], short: Capacity) -> list[Member]:
         """Return the newest decoding best-effort requests whose slots and blocks cover what is ``short``."""
@@ -133,24 +120,7 @@ class BestEffortPreemption:
             freed += member.held
         return victims
 
-    def _paused(self, mine: Sequence[Member], others_prompts: bool) -> list[Any]:
-        """Return the prompts to pause: while other prompts are there, all but in one of `steps_per_turn` steps."""
-        prefilling = [m.request for m in mine if m.prefilling]
-        if not (prefilling and others_prompts):
-            return []
-        self._paused_steps = (self._paused_steps + 1) % SLACK.steps_per_turn
-        return prefilling if self._paused_steps else []
-
 
 def reserved_slots(slots: int) -> int:
     """Return how many of an engine's slots best-effort requests keep, however full it is."""
     return max(1, int(SLACK.best_effort_share * slots))
-
-
-def _split(members: Iterable[Member]) -> tuple[list[Member], list[Member]]:
-    """Return the preemptible members and the others."""
-    mine: list[Member] = []
-    others: list[Member] = []
-    for member in members:
-        (mine if member.preemptible else others).append(member)
-    return mine, others

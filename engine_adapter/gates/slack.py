@@ -1,13 +1,13 @@
 """The step gate of `slack`: prefill gets the time that running requests can spare, and no more.
 
 TPOT is an average, so a request may be late on one token and recover. With its first token at f_i, its token g + 1 is
-due at due_i = f_i + g * P_i, and a step that ends by min over i of due_i makes no request late. If all waiting prefill
-fits in that time, the step is stock vLLM's; otherwise it takes the chunk that spends the slack best
-(`StepCurve.chunk`). A request that is already late does not limit the step.
+due at f_i + g * P_i, and a step that ends before the earliest due token makes no request late. If all waiting prefill
+fits, the step is stock vLLM's; otherwise it takes the chunk that spends the slack best (`StepCurve.chunk`). A request
+that is already late does not limit the step.
 
-Requests without a pace use what is left. While a step of all requests, prefill included, would make a paced one late,
-they sit out, until `steps_per_turn` steps in a row had time for all: slack that a quiet step uses is missing when the
-next prompt arrives. They never sit out more than that many steps in a row.
+Requests without a pace sit out while a step of all requests and prompts would make a paced one late, until
+`steps_per_turn` steps in a row had time for all, since slack that they use is missing when the next prompt arrives.
+They never sit out more than that many steps in a row.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ class SlackGate:
 
     def __init__(self, step_time: StepTimeModel | None = None) -> None:
         self._step_time = step_time or StepTimeModel(forms=False)
-        self._due_offset: dict[str, float] = {}
-        """For each request, due_i minus its length times P_i (s): constant while the request grows."""
+        self._due_offset: dict[str, float] = {}  # due time minus length * P_i (s): constant while a request grows
         self._roomy_steps = SLACK.steps_per_turn
         """Steps in a row that had, or would have had, time for all requests."""
         self._sat_out = 0

@@ -85,9 +85,7 @@ class SimulatedScheduler:
         self._decoding: list[SimulatedSequence] = []
         self._preemption = BestEffortPreemption(Capacity(max_num_seqs, self._blocks))
         self._preemptible = 0
-        """Number of sequences in the engine that may be preempted for others."""
-        self._paused: set[str] = set()
-        """Ids of sequences whose prompts are not computed in the coming step."""
+        """Number of sequences here that may be preempted for others."""
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -160,7 +158,7 @@ class SimulatedScheduler:
         held: list[SimulatedSequence] = []
         if not self._prefill_first:
             held = self._preempt_best_effort(now)
-            unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling if not self._is_paused(s)])
+            unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling])
             prefill_backlog = min(self._waiting_tokens + unfinished, self._budget)
         plan = self.gate.plan(now, self._decoding, prefill_backlog)
         step.sat_out = plan.sit_out
@@ -178,17 +176,12 @@ class SimulatedScheduler:
 
     def _preempt_best_effort(self, now: float) -> list[SimulatedSequence]:
         """Apply best-effort preemption; return the sequences that are held out of the queue for this step."""
-        self._paused = set()
         free = Capacity(self._max_num_seqs - self.running, self._free_blocks)
-        if not self._preemptible:
-            self._preemption.note(now, Capacity(self.running + self.waiting, self._blocks - self._free_blocks))
-            return []
-        running = [
-            _member(s, prefilling=prefilling)
-            for batch, prefilling in ((self._decoding, False), (self._prefilling, True))
-            for s in batch
-        ]
-        waiting = [_member(s) for s in self._waiting if s.preemptible or s.kind is not ServiceKind.BEST_EFFORT]
+        running: list[Member] = []
+        waiting: list[Member] = []
+        if self._preemptible:
+            running = [_member(s) for s in self._decoding] + [_member(s, prefilling=True) for s in self._prefilling]
+            waiting = [_member(s) for s in self._waiting if s.preemptible or s.kind is not ServiceKind.BEST_EFFORT]
         plan = self._preemption.plan(now, free, running, waiting)
         if plan is None:
             return []
@@ -196,7 +189,6 @@ class SimulatedScheduler:
             self.best_effort_preemptions += 1
             self._decoding.remove(sequence)
             self._preempt(sequence)
-        self._paused = {s.request_id for s in plan.paused}
         self._waiting = deque([*plan.front, *(s for s in self._waiting if not s.preemptible), *plan.back])
         self._waiting_tokens = sum([s.to_prefill for s in self._waiting])
         return plan.held
@@ -241,8 +233,6 @@ class SimulatedScheduler:
         for sequence in self._prefilling:
             if budget <= 0:
                 break
-            if self._is_paused(sequence):
-                continue
             budget -= self._add_chunk(step, sequence, budget)
         return budget
 
@@ -264,9 +254,6 @@ class SimulatedScheduler:
             sequence.capacity = blocks * BLOCK_TOKENS
             self._prefilling.append(sequence)
             budget -= self._add_chunk(step, sequence, sequence.to_prefill if whole else budget)
-
-    def _is_paused(self, sequence: SimulatedSequence) -> bool:
-        return sequence.request_id in self._paused
 
     @staticmethod
     def _add_chunk(step: Step, sequence: SimulatedSequence, max_tokens: int) -> int:

@@ -173,11 +173,12 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         free = Capacity(self.max_num_active_reqs - active, free_blocks)
         if self._preemptible:
             self._preemptible &= self.requests.keys()
-        if not self._preemptible:
-            self._preemption.note(now, Capacity(active + len(self.waiting), pool.num_gpu_blocks - free.blocks))
-            return []
-        waiting = [self._member(r) for r in self.waiting if self._counts_as_waiting(r)]
-        plan = self._preemption.plan(now, free, [self._member(r) for r in self.running], waiting)
+        running: list[Member] = []
+        waiting: list[Member] = []
+        if self._preemptible:
+            running = [self._member(r) for r in self.running]
+            waiting = [self._member(r) for r in self.waiting if self._counts_as_waiting(r)]
+        plan = self._preemption.plan(now, free, running, waiting)
         if plan is None:
             return []
         self.waiting.remove_requests([*plan.front, *(r for r in [*plan.back, *plan.held] if r not in plan.preempt)])
@@ -192,11 +193,6 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             self.waiting.prepend_request(request)
         for request in plan.back:
             self.waiting.add_request(request)
-        # A paused prompt may be older than decoding requests, and vLLM would give it the step's budget before them.
-        self.running.sort(key=lambda r: r.is_prefill_chunk)
-        for request in plan.paused:
-            # NOTE: schedule() advances current_step first, so +2 skips exactly the coming step.
-            request.next_decode_eligible_step = self.current_step + 2
         return plan.held
 
     def _counts_as_waiting(self, request: Request) -> bool:
@@ -242,16 +238,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         return decoding, context, any_gated
 
     def _prefill_backlog(self) -> int:
-        """Return the tokens left to prefill in the engine, except those of requests paused in the coming step."""
-        coming = self.current_step + 1
-        running = sum(
-            [
-                r.num_tokens - r.num_computed_tokens
-                for r in self.running
-                if _is_prefilling(r) and r.next_decode_eligible_step <= coming
-            ]
-        )
-        return int(running + sum(r.num_tokens for r in self.waiting))
+        """Return the tokens left to prefill in the engine, including what preempted requests compute again."""
+        running = sum([r.num_tokens - r.num_computed_tokens for r in self.running if _is_prefilling(r)])
+        return int(running + sum([r.num_tokens for r in self.waiting]))
 
     def _gated_request(self, request: Request) -> _Gated:
         """Return what the gate knows of the request, read from its xargs the first time."""

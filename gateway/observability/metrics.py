@@ -243,7 +243,7 @@ class _LiveState(Collector):
                 put("antares_shadow_up", shadow.up, *source)
                 put("antares_shadow_waiting_requests", shadow.waiting, *source)
                 put("antares_shadow_running_requests", shadow.running, *source)
-                put("antares_shadow_decisions_total", shadow.looks, *source)
+                put("antares_shadow_decisions_total", shadow.updates, *source)
                 put("antares_shadow_seconds_total", shadow.seconds, *source)
                 for slo_class, outcome, reason in shadow.outcomes:
                     count = shadow.outcomes[slo_class, outcome, reason]

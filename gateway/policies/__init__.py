@@ -1,1 +1,1 @@
-"""Scheduling policies, one file each. Pure functions of what they are shown: no I/O, no clock reads."""
+"""Scheduling policies, one per file or package. A policy does no I/O and reads no clock."""

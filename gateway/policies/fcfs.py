@@ -1,4 +1,7 @@
-"""First come, first served: stock vLLM. Everything is passed on at once; the engine's own queue orders it."""
+"""First come, first served: the baseline that behaves like stock vLLM.
+
+Every request goes to the engine at once, and the engine's own queue orders them.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from gateway.requests.request import Request
 
 @dataclass(slots=True)
 class Fcfs:
-    """Admits all, in order of arrival; rejects none; gates nothing."""
+    """Admits every request in arrival order; rejects none; uses no step gate."""
 
     name: str = "fcfs"
     gate: str = UNGATED
 
     def order(self, request: Request) -> tuple[float, ...]:
-        """By arrival."""
+        """Sort by arrival."""
         return (request.arrival_s,)
 
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        """Admit everything that waits."""
+        """Admit all waiting requests."""
         return Decision(admit=list(waiting))

@@ -1,6 +1,7 @@
 """S3: shortest predicted job first (Jin et al., "S3: Increasing GPU Utilization during Generative Inference", 2023).
 
-As in SCORPIO's evaluation: S3's ordering alone, over an engine with paged attention and continuous batching.
+Implemented as in SCORPIO's evaluation (section 4.1): only the order of S3, on an engine that already has paged
+attention and continuous batching.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from gateway.requests.request import Request
 
 @dataclass(slots=True)
 class S3:
-    """Admits the shortest predicted output first, as long as the engine has room; rejects none; gates nothing.
+    """Admits the shortest predicted output first; rejects none; uses no step gate.
 
-    ``prefill_lookahead_steps``: how many steps' worth of prompt tokens may lie in the engine unprefilled.
+    Args:
+        prefill_lookahead_steps: limit on the unprefilled prompt tokens inside the engine, in steps
+            (multiples of ``max_num_batched_tokens``).
     """
 
     prefill_lookahead_steps: float = 2.0
@@ -25,13 +28,13 @@ class S3:
     gate: str = UNGATED
 
     def order(self, request: Request) -> tuple[float, ...]:
-        """Shortest predicted output first."""
+        """Sort by predicted output length, then by arrival."""
         return (request.predicted_tokens, request.arrival_s)
 
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        """Admit from the head of the queue until a place in the batch or the runway is missing."""
+        """Admit from the head of the queue until the slots or the prefill lookahead are used up."""
         decision = Decision()
         lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
         sequences = sum([r.sequences for r in running])

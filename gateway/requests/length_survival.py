@@ -1,16 +1,15 @@
-"""How long an answer will be, given how long it is already.
+"""The expected length of an answer, given that it is already longer than g tokens.
 
-The length L of an answer is taken as log-normal through the two quantiles that were predicted,
+The length L is modelled as log-normal through the two predicted quantiles,
 
     mu = ln p50,    sigma = ln(p90 / p50) / z,    z = Phi^-1(0.9) = 1.2816,
     S(g) = P(L > g) = 1 - Phi((ln g - mu) / sigma),
 
-so that of the answers which survived g tokens the q-quantile lies where S has fallen to (1 - q) S(g):
+so the q-quantile of the answers longer than g tokens is where S has fallen to (1 - q) S(g):
 
     Q(q | L > g) = exp(mu - sigma * Phi^-1((1 - q) S(g))).
 
-An answer at its p50 is thus expected to become as long as the 0.75 quantile of all answers: the half that ended earlier
-no longer counts. Lengths are roughly log-normal at a given prediction; what is needed of the tail is its shape alone.
+So an answer that reaches its p50 is expected to become as long as the 0.75 quantile of all answers.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ _NORMAL = NormalDist()
 _Z90 = _NORMAL.inv_cdf(0.9)
 
 _LEAST_SURVIVAL = 1e-300
-"""Beyond it the inverse of Phi loses its footing; an answer that long has made the prediction moot."""
+"""Smallest survival probability: below it the inverse of Phi is not finite."""
 
 
 def surviving_quantile(q: float, generated: float, p50: float, p90: float) -> float:
-    """Q(q | L > ``generated``) in tokens (see the module), of an answer predicted at ``p50`` and ``p90`` tokens.
+    """Return Q(q | L > ``generated``) in tokens, of an answer predicted at ``p50`` and ``p90`` tokens.
 
-    Always more than ``generated``, by a token at least: it has not ended. Where ``p90`` tells no spread (at or below
-    ``p50``), that and ``p50`` are all there is to say.
+    The result is at least ``generated + 1``. If ``p90`` is at most ``p50``, it is the larger of that and ``p50``.
     """
     least = generated + 1.0
     if p90 <= p50 or p50 <= 0.0:

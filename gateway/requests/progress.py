@@ -1,4 +1,4 @@
-"""How far one admitted request has come, as its engine tells it."""
+"""The progress of one admitted request, as its engine reports it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class _Sequence:
 
 @dataclass(slots=True)
 class Progress:
-    """Implements `engine_adapter.engine.TokenObserver`. ``on_first_token`` is called once.
+    """A `engine_adapter.engine.TokenObserver` that updates ``request``. ``on_first_token`` is called once.
 
-    On the hot path: one call per sequence and engine step.
+    NOTE: this is on the hot path: one call per sequence and engine step.
     """
 
     request: Request
@@ -28,16 +28,16 @@ class Progress:
     _sequences: dict[str, _Sequence] = field(default_factory=dict)
 
     def on_prompt(self, sequence: str, tokens: int) -> None:
-        """The engine's own count replaces the estimate."""
+        """Replace the estimated prompt size by the engine's count."""
         self.prompt_tokens = max(self.prompt_tokens, tokens)
         self.request.prompt_tokens = self.prompt_tokens
 
     def on_unobserved(self) -> None:
-        """Its prompt must not count as unprefilled for as long as it runs."""
+        """Note that no token is reported before the answer is complete, so the prompt does not count as unprefilled."""
         self.request.unobserved = True
 
     def on_tokens(self, sequence: str, count: int, at: float) -> None:
-        """New output tokens."""
+        """Count ``count`` new output tokens of ``sequence`` at ``at`` (monotonic s)."""
         request = self.request
         request.advance(count)
         seen = self._sequences.get(sequence)
@@ -52,10 +52,10 @@ class Progress:
 
     @property
     def tpot_s(self) -> float:
-        """TPOT by the times at which tokens left the engine; of several sequences, the slowest's. 0 up to one token."""
+        """The TPOT (s) at the engine, of the slowest sequence; 0 with at most one token."""
         return max((tpot(s.first, s.last, s.tokens) for s in self._sequences.values()), default=0.0)
 
 
 def tpot(first_s: float, last_s: float, tokens: int) -> float:
-    """(time of last token - time of first token) / (tokens - 1); 0 when there is at most one token."""
+    """Return (time of last token - time of first token) / (tokens - 1); 0 with at most one token."""
     return (last_s - first_s) / (tokens - 1) if tokens > 1 else 0.0

@@ -1,4 +1,4 @@
-"""Service level objectives: the bounds a request carries, and whether it met them."""
+"""Service level objectives: the bounds of a request, and which of them it violated."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Slo:
     e2e_s: float | None = None
 
     def violated(self, ttft_s: float | None, tpot_s: float, e2e_s: float) -> tuple[Bound, ...]:
-        """The bounds that a finished request broke. A first token nobody saw breaks a TTFT bound."""
-        broken: list[Bound] = []
+        """Return the bounds that a finished request violated. An unobserved first token violates a TTFT bound."""
+        violated: list[Bound] = []
         if self.ttft_s is not None and (ttft_s is None or ttft_s > self.ttft_s):
-            broken.append("ttft")
+            violated.append("ttft")
         if self.tpot_s is not None and tpot_s > self.tpot_s:
-            broken.append("tpot")
+            violated.append("tpot")
         if self.e2e_s is not None and e2e_s > self.e2e_s:
-            broken.append("e2e")
-        return tuple(broken)
+            violated.append("e2e")
+        return tuple(violated)
 
 
 @dataclass(frozen=True, slots=True)
 class SloClass:
-    """A named default SLO with its queue's limit, and what to do with requests that cannot attain theirs."""
+    """A named default SLO, the limit of its queue, and what happens to requests that cannot attain their SLO."""
 
     name: str
     slo: Slo

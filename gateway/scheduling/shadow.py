@@ -1,23 +1,25 @@
-"""A shadow: a policy that decides nothing, with books of its own on the traffic of the one that does.
+"""A shadow policy: it decides on copies of the live requests and serves none of them.
 
-Two worlds share one stream of requests. In the real one the active policy admits and rejects; in the shadow's, another
-policy does, on copies. A request that waits there may long be through with the engine here, or have been rejected, and
-the other way round; and the engine is as busy there as what the shadow admitted makes it. So time is guessed. With B
-sequences decoding at mean length L in the shadow's world, T = ITL(B, L), and t_c the prefill time of a full step's
-budget, of every second
+A shadow has its own waiting queue and running set, since its decisions differ from those of the active policy. A
+request may still run in the shadow after the engine has finished or rejected it, and the reverse. The shadow therefore
+estimates the progress of its running set. Let B sequences of mean length L decode, T = ITL(B, L) be the time of their
+step, and t_c the prefill time of one step's token budget. Each second is divided as follows:
 
-    share = t_c / (t_c + T)    prefills prompts, one after the other, while there is any,
-    the rest / T               tokens come out of each that decodes.
+    t_c / (t_c + T)     prefills one prompt after the other, while there are any;
+    the rest            yields one token per T for each decoding sequence.
 
-Sequences beyond the engine's ``max_num_seqs`` wait for a place, and those that
-`engine_adapter.gates.best_effort_preemption` puts aside for
-them do where the policy counts on that. A request is as long as the real one where that has
-ended and told, else as long as such requests are on average, exp(mu + sigma^2 / 2) of the log-normal in
-`gateway.requests.length_survival`: their median would leave out the few that are long and keep the places.
+*Slots.* Sequences beyond ``max_num_seqs`` wait for a slot. If the engine preempts best-effort requests for the shadow's
+step gate, the other requests get their slots first.
 
-What is not modelled: the step gate of the shadow's policy (everybody decodes in every step), preemption, prefix caches,
-clients that come back after a rejection, and that news waits while a decision stands (`Decision.stands_s`). Without a
-clock or an event loop in it: `gateway.scheduling.shadow_runner` drives it.
+*Lengths.* A request ends at the output length of the real one, once that has finished. Until then the shadow expects
+the mean of the predicted log-normal distribution, exp(mu + sigma^2/2) (`gateway.requests.length_survival`). NOTE: the
+median would ignore the few long requests, which hold their slots for the longest time.
+
+*Not modelled.* All sequences decode in every step, whatever the step gate of the shadow's policy. There is no
+preemption for lack of KV memory, no prefix cache and no client retries. The shadow decides at every update, so
+`Decision.hold_s` has no effect.
+
+A shadow has no clock and no event loop: `gateway.scheduling.shadow_runner` drives it.
 """
 
 from __future__ import annotations
@@ -39,49 +41,60 @@ from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
 from gateway.scheduling.admission import AdmissionController
 
-MOST_KNOWN = 16_384
-"""Requests in a shadow's books. It is not told of those that come when they are full."""
+MAX_TRACKED_REQUESTS = 16_384
+"""Most requests that a shadow tracks, about 16 MB. It counts further ones as `unseen`."""
 
 _Z90 = NormalDist().inv_cdf(0.9)
 
-_LEAST_STEP_S = 1e-6
-"""Step times may be configured as 0."""
+_MIN_STEP_S = 1e-6
+"""Avoids division by zero: a configuration may set all step times to 0."""
 
 Decided = Literal["", "admitted", "rejected"]
 
 
 @dataclass(slots=True, eq=False)
-class _Known:
-    """One request in both worlds: ``real`` is only read; ``copy`` is what the shadow's policy sees, and may change.
+class _Tracked:
+    """One request and its progress in the shadow.
 
-    ``ended``: the engine is through with the real one. In the shadow's world: ``prefill_s`` is left of its prefill, and
-    ``tokens`` of output are out per sequence, of ``mean_tokens`` expected at its arrival.
+    Attributes:
+        real: the live request; only read.
+        copy: the request that the shadow's policy decides on.
+        active, shadow: the decisions of the active policy and of the shadow.
+        finished: whether the engine has finished the real request.
+        prefill_left_s: remaining prefill time in the shadow (s).
+        output_tokens: output so far in the shadow, per sequence.
+        mean_tokens: expected output per sequence at arrival.
     """
 
     real: Request
     copy: Request
     active: Decided = ""
     shadow: Decided = ""
-    ended: bool = False
-    prefill_s: float = 0.0
-    tokens: float = 0.0
+    finished: bool = False
+    prefill_left_s: float = 0.0
+    output_tokens: float = 0.0
     mean_tokens: float = 0.0
 
     @property
-    def length(self) -> float:
-        """Output tokens per sequence: the real one's where it has ended, else what is to be expected of it."""
-        if self.ended:
+    def final_tokens(self) -> float:
+        """The output length per sequence: of the real request if that has finished, else expected."""
+        if self.finished:
             return self.real.generated / self.real.sequences
         return max(self.mean_tokens, self.real.predicted_tokens if self.active == "admitted" else 0.0)
 
 
 class Shadow:
-    """``policy`` under ``name`` on copies of what ``engine`` is asked. Times are monotonic seconds.
+    """Runs ``policy`` on copies of the requests of one engine. All times are monotonic seconds.
 
-    ``outcomes`` counts what it decided, by (class, outcome, reason): outcome ``admitted`` (reason ``best_effort`` when
-    without its bounds), ``rejected`` (reasons as in the ledger), ``left`` (undecided when the client left, or the
-    engine died), ``unseen`` (its books were full). ``agreement`` counts requests that both have decided, by (active's
-    decision, its own).
+    Attributes:
+        name: the label of the shadow in metrics and logs.
+        up: False once it was disabled.
+        updates: calls of `update`.
+        seconds: time spent in its calls (s).
+        outcomes: requests by (SLO class, outcome, reason). The outcome is ``admitted`` (reason ``best_effort`` if
+            without bounds), ``rejected`` (reasons as in the ledger), ``left`` (the client or the engine was gone before
+            the shadow decided) or ``unseen`` (too many tracked requests).
+        agreement: requests that both policies decided, by (decision of the active policy, decision of the shadow).
     """
 
     def __init__(
@@ -91,40 +104,45 @@ class Shadow:
         engine: EngineState,
         classes: Mapping[str, SloClass],
         serves_best_effort: Callable[[Request], bool] = lambda request: False,
-        most_known: int = MOST_KNOWN,
+        max_tracked: int = MAX_TRACKED_REQUESTS,
     ) -> None:
         self.name = name
         self.up = True
-        self.looks = 0
+        self.updates = 0
         self.seconds = 0.0
         self.outcomes: Counter[tuple[str, str, str]] = Counter()
         self.agreement: Counter[tuple[str, str]] = Counter()
         self._engine = engine
         self._classes = classes
-        self._most_known = most_known
+        self._max_tracked = max_tracked
         self._admission = AdmissionController(policy, replace(engine), serves_best_effort)
-        self._known: dict[str, _Known] = {}
-        self._looked_at = 0.0
+        self._tracked: dict[str, _Tracked] = {}
+        self._updated_at = 0.0
 
     @property
     def waiting(self) -> int:
-        """Requests that wait in its world."""
+        """Requests that wait in the shadow."""
         return len(self._admission.waiting)
 
     @property
     def running(self) -> int:
-        """Requests that run in its world."""
+        """Requests that run in the shadow."""
         return len(self._admission.running)
 
-    # --- what happens in the real world ---------------------------------------------------------------------------
+    @property
+    def tracked(self) -> int:
+        """Requests that the shadow keeps: waiting, running, or not yet decided by the active policy."""
+        return len(self._tracked)
+
+    # --- events of the live requests --------------------------------------------------------------------------------
 
     def submitted(self, request: Request) -> None:
-        """``request`` came in; neither world has decided."""
-        if request.id in self._known:
-            # The engine was gone before it took the request: both decide anew.
-            self._drop(self._known[request.id])
+        """Queue a copy of ``request`` as it arrived."""
+        if request.id in self._tracked:
+            # The engine was lost before it accepted the request, so both policies decide again.
+            self._forget(self._tracked[request.id])
         name = request.slo_class
-        if len(self._known) >= self._most_known:
+        if len(self._tracked) >= self._max_tracked:
             self.outcomes[name, "unseen", "full"] += 1
             return
         copy = replace(
@@ -135,172 +153,174 @@ class Shadow:
             first_token_s=None,
             generated=0,
         )
-        known = self._known[request.id] = _Known(request, copy, mean_tokens=_mean_tokens(request))
+        tracked = self._tracked[request.id] = _Tracked(request, copy, mean_tokens=_mean_tokens(request))
         if self._admission.waiting.by_class[name] >= self._classes[name].max_waiting:
-            self._rejected(known, "queue_full")
+            self._rejected(tracked, "queue_full")
         else:
             self._admission.submit(copy)
 
     def admitted(self, request: Request) -> None:
-        """The active policy admitted ``request``."""
-        known = self._known.get(request.id)
-        if known is not None:
-            known.active = "admitted"
-            self._settle(known)
+        """Note that the active policy admitted ``request``."""
+        tracked = self._tracked.get(request.id)
+        if tracked is not None:
+            tracked.active = "admitted"
+            self._compare(tracked)
 
     def rejected(self, request: Request) -> None:
-        """The active policy rejected ``request``, or its queue was full."""
-        known = self._known.get(request.id)
-        if known is not None:
-            known.active = "rejected"
-            self._settle(known)
+        """Note that the active policy rejected ``request``, or that its queue was full."""
+        tracked = self._tracked.get(request.id)
+        if tracked is not None:
+            tracked.active = "rejected"
+            self._compare(tracked)
 
     def withdrawn(self, request: Request) -> None:
-        """The client left, or the gateway could not wait for the engine, before the active policy decided."""
-        known = self._known.get(request.id)
-        if known is not None:
-            if not known.shadow:
+        """Forget ``request``: its client disconnected, or the engine was lost, before the active policy decided."""
+        tracked = self._tracked.get(request.id)
+        if tracked is not None:
+            if not tracked.shadow:
                 self.outcomes[request.slo_class, "left", ""] += 1
-            self._drop(known)
+            self._forget(tracked)
 
     def left(self, request: Request) -> None:
-        """The engine is through with ``request``, however it ended: so long it was."""
-        known = self._known.get(request.id)
-        if known is not None:
-            known.ended = True
+        """Note that the engine has finished ``request``, which fixes its length."""
+        tracked = self._tracked.get(request.id)
+        if tracked is not None:
+            tracked.finished = True
 
     def engine_lost(self) -> None:
-        """The engine died, and what ran in it. What waits waits on."""
+        """End the running set, as the engine did. The waiting queue stays."""
         for copy in list(self._admission.running.values()):
-            self._ends(self._known[copy.id])
+            self._finish(self._tracked[copy.id])
 
-    # --- what it makes of it ----------------------------------------------------------------------------------------
+    # --- decisions --------------------------------------------------------------------------------------------------
 
-    def look(self, now: float) -> float | None:
-        """Let what runs come along, then decide; when to look again at the latest, as the policy wants it."""
-        self.looks += 1
-        self._come_along(now)
+    def update(self, now: float) -> float | None:
+        """Advance the running set to ``now``, then decide. Return when the policy wants to decide again, if it does."""
+        self.updates += 1
+        self._advance(now)
         admission = self._admission
         if not admission.waiting:
             return None
         decision = admission.decide(now)
         for copy in decision.admit:
-            self._admitted(self._known[copy.id])
+            self._admitted(self._tracked[copy.id])
         for rejection in decision.reject:
-            self._rejected(self._known[rejection.request.id], f"{rejection.bound}_unattainable")
+            self._rejected(self._tracked[rejection.request.id], f"{rejection.bound}_unattainable")
         return decision.recheck_at
 
-    def switch_off(self) -> None:
-        """It failed: it decides no more and forgets its books. What it counted stays."""
+    def disable(self) -> None:
+        """Drop all requests; keep the counts. The shadow must not be called again."""
         self.up = False
-        self._known.clear()
+        self._tracked.clear()
         self._admission.waiting.clear()
         self._admission.running.clear()
 
-    def _admitted(self, known: _Known) -> None:
-        copy = known.copy
+    def _admitted(self, tracked: _Tracked) -> None:
+        copy = tracked.copy
         self.outcomes[copy.slo_class, "admitted", "best_effort" if copy.best_effort else ""] += 1
-        known.shadow = "admitted"
-        known.prefill_s = self._engine.step_time.prefill(known.real.prompt_tokens)
-        self._settle(known)
+        tracked.shadow = "admitted"
+        tracked.prefill_left_s = self._engine.step_time.prefill(tracked.real.prompt_tokens)
+        self._compare(tracked)
 
-    def _rejected(self, known: _Known, reason: str) -> None:
-        self.outcomes[known.copy.slo_class, "rejected", reason] += 1
-        known.shadow = "rejected"
-        self._settle(known)
+    def _rejected(self, tracked: _Tracked, reason: str) -> None:
+        self.outcomes[tracked.copy.slo_class, "rejected", reason] += 1
+        tracked.shadow = "rejected"
+        self._compare(tracked)
 
-    def _settle(self, known: _Known) -> None:
-        """Once both have decided, say whether they agree; what then runs nowhere here is forgotten."""
-        if known.active and known.shadow:
-            self.agreement[known.active, known.shadow] += 1
-            if known.copy.id not in self._admission.running:
-                del self._known[known.copy.id]
+    def _compare(self, tracked: _Tracked) -> None:
+        """Count the agreement once both policies have decided; then forget a request that does not run here."""
+        if tracked.active and tracked.shadow:
+            self.agreement[tracked.active, tracked.shadow] += 1
+            if tracked.copy.id not in self._admission.running:
+                del self._tracked[tracked.copy.id]
 
-    def _ends(self, known: _Known) -> None:
-        """In the shadow's world. The active policy may still have to decide."""
-        self._admission.leave(known.copy)
-        if known.active:
-            del self._known[known.copy.id]
+    def _finish(self, tracked: _Tracked) -> None:
+        """End ``tracked`` in the shadow. It stays tracked until the active policy has decided."""
+        self._admission.leave(tracked.copy)
+        if tracked.active:
+            del self._tracked[tracked.copy.id]
 
-    def _drop(self, known: _Known) -> None:
-        if not self._admission.withdraw(known.copy):
-            self._admission.leave(known.copy)
-        del self._known[known.copy.id]
+    def _forget(self, tracked: _Tracked) -> None:
+        if not self._admission.withdraw(tracked.copy):
+            self._admission.leave(tracked.copy)
+        del self._tracked[tracked.copy.id]
 
-    # --- time passes ------------------------------------------------------------------------------------------------
+    # --- estimated progress -----------------------------------------------------------------------------------------
 
-    def _places_first(self) -> Iterable[Request]:
-        """What was admitted: first who has a place."""
+    def _in_slot_order(self) -> Iterable[Request]:
+        """Return the running set in the order in which the engine gives it slots."""
         running = self._admission.running.values()
         if not (self._engine.gate.preemptible and GATES[self._admission.policy.gate] is SlackGate):
             return running
-        others = [copy for copy in running if copy.kind is ServiceKind.BEST_EFFORT]
-        paced = [copy for copy in running if copy.kind is not ServiceKind.BEST_EFFORT]
-        kept = reserved_slots(self._engine.max_num_seqs)
-        return [*others[:kept], *paced, *others[kept:]]
+        best_effort = [copy for copy in running if copy.kind is ServiceKind.BEST_EFFORT]
+        others = [copy for copy in running if copy.kind is not ServiceKind.BEST_EFFORT]
+        reserved = reserved_slots(self._engine.max_num_seqs)
+        return [*best_effort[:reserved], *others, *best_effort[reserved:]]
 
-    def _come_along(self, now: float) -> None:
-        """Bring what runs to ``now``, and what the policy is shown of the engine with it."""
+    def _advance(self, now: float) -> None:
+        """Advance the running set to ``now``, and show its load to the policy as the state of the engine."""
         engine = self._engine
-        elapsed, self._looked_at = now - self._looked_at, now
-        prefilling: list[_Known] = []
-        decoding: list[_Known] = []
-        sequences = decodes = 0
-        kept = decoded = 0.0
-        for copy in self._places_first():
-            known = self._known[copy.id]
+        elapsed_s, self._updated_at = now - self._updated_at, now
+        prefilling: list[_Tracked] = []
+        decoding: list[_Tracked] = []
+        sequences = decoding_sequences = 0
+        kv_tokens = decoding_tokens = 0.0
+        for copy in self._in_slot_order():
+            tracked = self._tracked[copy.id]
             sequences += copy.sequences
             if sequences > engine.max_num_seqs:
                 continue
             tokens = copy.length * copy.sequences
-            kept += tokens
+            kv_tokens += tokens
             if copy.first_token_s is None:
-                prefilling.append(known)
+                prefilling.append(tracked)
             else:
-                decoding.append(known)
-                decodes += copy.sequences
-                decoded += tokens
-        step_s = engine.step_time.itl(decodes, decoded / decodes) if decodes else 0.0
-        left_s = elapsed - self._prefill(prefilling, elapsed, step_s, now)
-        for known in _decode(decoding, left_s / max(step_s, _LEAST_STEP_S)):
-            self._ends(known)
+                decoding.append(tracked)
+                decoding_sequences += copy.sequences
+                decoding_tokens += tokens
+        step_s = 0.0
+        if decoding_sequences:
+            step_s = engine.step_time.itl(decoding_sequences, decoding_tokens / decoding_sequences)
+        decode_s = elapsed_s - self._advance_prefills(prefilling, elapsed_s, step_s, now)
+        for tracked in _advance_decodes(decoding, decode_s / max(step_s, _MIN_STEP_S)):
+            self._finish(tracked)
         self._admission.engine = replace(
             engine,
             engine_running=min(sequences, engine.max_num_seqs),
             engine_waiting=max(0, sequences - engine.max_num_seqs),
-            kv_usage=min(1.0, kept / engine.kv_tokens) if engine.kv_tokens else 0.0,
+            kv_usage=min(1.0, kv_tokens / engine.kv_tokens) if engine.kv_tokens else 0.0,
         )
 
-    def _prefill(self, prefilling: list[_Known], elapsed_s: float, step_s: float, now: float) -> float:
-        """Guess the prefills of ``elapsed_s``; how much of it (s) they took."""
+    def _advance_prefills(self, prefilling: list[_Tracked], elapsed_s: float, step_s: float, now: float) -> float:
+        """Spend the prefill share of ``elapsed_s`` on prompts, in order. Return the time that they took (s)."""
         chunk_s = self._engine.step_time.prefill(self._engine.max_num_batched_tokens)
-        budget_s = left_s = elapsed_s * chunk_s / max(chunk_s + step_s, _LEAST_STEP_S)
-        for known in prefilling:
-            if known.prefill_s > left_s:
-                known.prefill_s -= left_s
+        budget_s = left_s = elapsed_s * chunk_s / max(chunk_s + step_s, _MIN_STEP_S)
+        for tracked in prefilling:
+            if tracked.prefill_left_s > left_s:
+                tracked.prefill_left_s -= left_s
                 return budget_s
-            left_s -= known.prefill_s
-            known.prefill_s, known.tokens = 0.0, 1.0
-            known.copy.first_token_s, known.copy.prompt_tokens = now, known.real.prompt_tokens
-            known.copy.advance(known.copy.sequences)
+            left_s -= tracked.prefill_left_s
+            tracked.prefill_left_s, tracked.output_tokens = 0.0, 1.0
+            tracked.copy.first_token_s, tracked.copy.prompt_tokens = now, tracked.real.prompt_tokens
+            tracked.copy.advance(tracked.copy.sequences)
         return budget_s - left_s
 
 
-def _decode(decoding: list[_Known], steps: float) -> list[_Known]:
-    """Guess the tokens of so many ``steps``; who is done by them."""
-    done = []
-    for known in decoding:
-        copy, before = known.copy, int(known.tokens)
-        known.tokens += steps
-        if known.tokens >= known.length:
-            done.append(known)
-        elif int(known.tokens) > before:
-            copy.advance((int(known.tokens) - before) * copy.sequences)
-    return done
+def _advance_decodes(decoding: list[_Tracked], steps: float) -> list[_Tracked]:
+    """Add ``steps`` tokens to each decoding sequence. Return the requests that reach their final length."""
+    finished = []
+    for tracked in decoding:
+        copy, before = tracked.copy, int(tracked.output_tokens)
+        tracked.output_tokens += steps
+        if tracked.output_tokens >= tracked.final_tokens:
+            finished.append(tracked)
+        elif int(tracked.output_tokens) > before:
+            copy.advance((int(tracked.output_tokens) - before) * copy.sequences)
+    return finished
 
 
 def _mean_tokens(request: Request) -> float:
-    """The mean output length (tokens per sequence) of requests of which the same is predicted, within their limit."""
+    """Return the mean of the predicted output length (tokens per sequence), at most the request's limit."""
     p50, p90 = request.predicted_at_arrival, request.predicted_p90
     sigma = math.log(p90 / p50) / _Z90 if p90 > p50 > 0 else 0.0
     return min(p50 * math.exp(sigma**2 / 2), request.max_tokens)

@@ -1,10 +1,10 @@
-"""The shadows of one lane: when they look, and what keeps them from harming the policy that decides.
+"""Runs the shadow policies of one engine without harm to the active policy.
 
-- They look after the lane has decided, from a timer of their own: nobody waits for them.
-- They are *paced*: after looks that took s seconds, the next come no sooner than s / `MOST_SHARE` later. However much
-  waits, they take that share of the event loop's time at most; with more, they look less often.
-- What they are shown are copies, and what they raise is caught. One that fails, or that is slow again and again, is
-  switched off with one line in the log; the others go on.
+- Shadows decide from a timer of their own, after the active policy, so no request waits for them.
+- They are rate-limited: after updates that took s seconds, the next update starts no sooner than s / `MAX_TIME_SHARE`
+  later. With more waiting requests they decide less often.
+- They decide on copies, and their exceptions are caught. A shadow that raises, or that is slow several times in a row,
+  is disabled with one line in the log. The other shadows continue.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from gateway.scheduling.shadow import Shadow
 
 log = logging.getLogger("antares.shadow")
 
-MOST_SHARE = 0.02
-"""Share of the event loop's time that the looks of one lane's shadows may take."""
+MAX_TIME_SHARE = 0.02
+"""Largest share of the event loop's time for the shadows of one engine."""
 
-LEAST_PAUSE_S = 0.002
-"""Between two looks. What happens in the meantime is decided on together, as it would be in an engine's step."""
+MIN_INTERVAL_S = 0.002
+"""Shortest time between two updates (s). Events in between are decided together, as in one step of an engine."""
 
-IDLE_PAUSE_S = 0.1
-"""While anything is in the books they look so often at least: guesses end without anybody telling."""
+MAX_INTERVAL_S = 0.1
+"""Longest time between two updates while a shadow has requests (s), since estimated ends raise no event."""
 
-SLOW_LOOK_S, SLOW_LOOKS = 0.05, 5
-"""A shadow that holds up the event loop so long, so many times running, is switched off."""
+SLOW_UPDATE_S, MAX_SLOW_UPDATES = 0.05, 5
+"""A shadow is disabled after ``MAX_SLOW_UPDATES`` updates in a row that each took longer than ``SLOW_UPDATE_S`` (s)."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class ShadowRunner:
-    """``shadows`` beside the lane of one engine; with none, nothing here costs more than a call."""
+    """Passes the events of one engine queue to ``shadows`` and updates them. Without shadows its methods do nothing."""
 
     def __init__(
         self,
@@ -47,104 +47,106 @@ class ShadowRunner:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.all = tuple(shadows)
-        self._up = list(self.all)
+        self._active = list(self.all)
         self._engine = engine
         self._clock = clock
-        self._slow = dict.fromkeys(self.all, 0)
+        self._slow_updates = dict.fromkeys(self.all, 0)
         self._timer: asyncio.TimerHandle | None = None
         self._woken = False
-        self._rested_at = 0.0
+        self._not_before_s = 0.0
 
-    # --- what the lane tells them -----------------------------------------------------------------------------------
+    # --- events -----------------------------------------------------------------------------------------------------
 
     def submitted(self, request: Request) -> None:
-        """``request`` came in."""
-        self._tell(Shadow.submitted, request)
+        """``request`` arrived."""
+        self._notify(Shadow.submitted, request)
         self.wake()
 
     def admitted(self, request: Request) -> None:
         """The active policy admitted ``request``."""
-        self._tell(Shadow.admitted, request)
+        self._notify(Shadow.admitted, request)
 
     def rejected(self, request: Request) -> None:
         """The active policy rejected ``request``."""
-        self._tell(Shadow.rejected, request)
+        self._notify(Shadow.rejected, request)
 
     def withdrawn(self, request: Request) -> None:
-        """``request`` waits no more, undecided."""
-        self._tell(Shadow.withdrawn, request)
+        """``request`` stopped waiting before the active policy decided."""
+        self._notify(Shadow.withdrawn, request)
 
     def left(self, request: Request) -> None:
-        """The engine is through with ``request``."""
-        self._tell(Shadow.left, request)
+        """The engine has finished ``request``."""
+        self._notify(Shadow.left, request)
 
     def engine_lost(self) -> None:
         """The engine went down."""
-        self._tell(Shadow.engine_lost)
+        self._notify(Shadow.engine_lost)
 
     def wake(self) -> None:
-        """Something changed that a policy may want to act on."""
-        if self._up and not self._woken and any(shadow.waiting for shadow in self._up):
+        """Schedule an update, because something changed that a policy may act on."""
+        if self._active and not self._woken and any(shadow.waiting for shadow in self._active):
             self._woken = True
-            self._look_at(self._clock() + LEAST_PAUSE_S)
+            self._schedule(self._clock() + MIN_INTERVAL_S)
 
     def close(self) -> None:
-        """The gateway shuts down."""
-        self._up.clear()
+        """Stop all updates."""
+        self._active.clear()
         if self._timer is not None:
             self._timer.cancel()
 
-    # --- looking ----------------------------------------------------------------------------------------------------
+    # --- updates ----------------------------------------------------------------------------------------------------
 
-    def _look_at(self, at: float) -> None:
-        """Look at ``at`` (s), or as soon after as the pace allows."""
+    def _schedule(self, at_s: float) -> None:
+        """Update at ``at_s``, or later if the time share requires it."""
         if self._timer is not None:
             self._timer.cancel()
-        delay = max(at, self._rested_at) - self._clock()
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, delay), self._look)
+        delay_s = max(at_s, self._not_before_s) - self._clock()
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, delay_s), self._update)
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         self._woken, self._timer = False, None
         if self._engine is None or not self._engine.alive:
-            return  # its return wakes us
+            return  # the engine queue calls `wake` when the engine is back
         now = self._clock()
-        again, spent = now + IDLE_PAUSE_S, 0.0
-        for shadow in list(self._up):
-            before = shadow.seconds
-            recheck_at = self._guarded(shadow, Shadow.look, now)
-            took = shadow.seconds - before
-            spent += took
-            self._judge_pace(shadow, took)
+        next_s, spent_s = now + MAX_INTERVAL_S, 0.0
+        for shadow in list(self._active):
+            before_s = shadow.seconds
+            recheck_at = self._call(shadow, Shadow.update, now)
+            took_s = shadow.seconds - before_s
+            spent_s += took_s
+            self._disable_if_slow(shadow, took_s)
             if recheck_at is not None:
-                again = min(again, max(recheck_at, now + LEAST_PAUSE_S))
-        self._rested_at = now + spent / MOST_SHARE
-        if any(shadow.waiting or shadow.running for shadow in self._up):
-            self._look_at(again)
+                next_s = min(next_s, max(recheck_at, now + MIN_INTERVAL_S))
+        self._not_before_s = now + spent_s / MAX_TIME_SHARE
+        if any(shadow.waiting or shadow.running for shadow in self._active):
+            self._schedule(next_s)
 
-    def _judge_pace(self, shadow: Shadow, took: float) -> None:
-        self._slow[shadow] = self._slow[shadow] + 1 if took > SLOW_LOOK_S else 0
-        if shadow.up and self._slow[shadow] >= SLOW_LOOKS:
-            self._switch_off(shadow, f"{SLOW_LOOKS} decisions running took more than {SLOW_LOOK_S * 1000:.0f} ms")
+    def _disable_if_slow(self, shadow: Shadow, took_s: float) -> None:
+        self._slow_updates[shadow] = self._slow_updates[shadow] + 1 if took_s > SLOW_UPDATE_S else 0
+        if shadow.up and self._slow_updates[shadow] >= MAX_SLOW_UPDATES:
+            limit_ms = SLOW_UPDATE_S * 1000
+            self._disable(shadow, f"{MAX_SLOW_UPDATES} updates in a row took more than {limit_ms:.0f} ms each")
 
-    # --- guarding ---------------------------------------------------------------------------------------------------
+    # --- isolation --------------------------------------------------------------------------------------------------
 
-    def _tell(self, event: Callable[Concatenate[Shadow, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
-        for shadow in tuple(self._up):
-            self._guarded(shadow, event, *args, **kwargs)
+    def _notify(self, event: Callable[Concatenate[Shadow, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
+        for shadow in tuple(self._active):
+            self._call(shadow, event, *args, **kwargs)
 
-    def _guarded(
-        self, shadow: Shadow, call: Callable[Concatenate[Shadow, P], T], *args: P.args, **kwargs: P.kwargs
+    def _call(
+        self, shadow: Shadow, method: Callable[Concatenate[Shadow, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T | None:
+        """Call ``method`` and add its time to the shadow's; disable the shadow if it raises."""
         started = time.perf_counter()
         try:
-            return call(shadow, *args, **kwargs)
+            return method(shadow, *args, **kwargs)
         except Exception as error:
-            self._switch_off(shadow, f"it failed with {type(error).__name__}", error)
+            self._disable(shadow, f"it raised {type(error).__name__}", error)
             return None
         finally:
             shadow.seconds += time.perf_counter() - started
 
-    def _switch_off(self, shadow: Shadow, why: str, error: Exception | None = None) -> None:
-        self._up.remove(shadow)
-        shadow.switch_off()
-        log.error("shadow %s is switched off: %s", shadow.name, why, exc_info=error)
+    def _disable(self, shadow: Shadow, reason: str, error: Exception | None = None) -> None:
+        self._active.remove(shadow)
+        shadow.disable()
+        log.error("shadow policy %s is disabled: %s", shadow.name, reason, exc_info=error)

@@ -1,12 +1,10 @@
-"""What is taken out of `slack` is really out, and only then; wrong beliefs reach the policy; the page is the JSON's."""
+"""benchmarks.slack: trials, wrong inputs of the policy, the page, and resuming a study."""
 
 from __future__ import annotations
 
 import json
-import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,365 +14,313 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from benchmarks import results_json
 from benchmarks.figures.lab import Lab
-from benchmarks.slack import best_effort_load as crowds
+from benchmarks.slack import best_effort_load, regression, trials
 from benchmarks.slack import study as slack_study
-from benchmarks.slack.ablation import FULL, MAKING_WAY, WITHOUT, Blocking, straight_lines
-from benchmarks.slack.best_effort_load import CROWDS, NOBODY, behind
-from benchmarks.slack.study import CONTENDERS, PARTS, Study, Trial, play, tenants_of
-from benchmarks.slack.study_page import EVERYBODY, page
-from engine_adapter.engine import EngineState
+from benchmarks.slack.ablation import (
+    BEST_EFFORT_PREEMPTION,
+    FULL,
+    MIN_ADMISSION_SHARE,
+    REMOVALS,
+)
+from benchmarks.slack.best_effort_load import BACKGROUNDS, BATCH_JOBS, BURST_BEST_EFFORT, BURST_REJECTED, NONE
+from benchmarks.slack.study import Results, measure, measure_part, stock_rates, tenants_of
+from benchmarks.slack.study_page import ALL, page
+from benchmarks.slack.trials import ABLATION_SETTINGS, BASE, COLUMNS, PARTS, Search, Study, Trial
 from engine_adapter.step_time.curve import StepCurve
-from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.slack.policy import Slack
-from gateway.requests.request import Request
-from gateway.requests.slo import Slo
-from lab.records.run_record import RequestResult
-from lab.simulate.experiment import Experiment, Run
+from lab.simulate.experiment import parse_policy
 from lab.simulate.predictions import predict
 from lab.simulate.replica import Replica
 from lab.simulate.simulator import SimulationResult, simulate
-from lab.workload import WorkloadRequest, make_workload
+from lab.workload import make_workload
 
-pytestmark = (
-    pytest.mark.no_cover
-)  # whole simulations, four times slower under a tracer; the rooms have tests of their own
+pytestmark = pytest.mark.no_cover  # whole simulations are slow under coverage
 
-A100 = load_profile("a100-llama3.1-8b")
-BRIEF = Experiment(workload={"name": "sharegpt", "duration_s": 4.0})
-CROWDED = make_workload("sharegpt", qps=120.0, duration_s=4.0, seed=3)
+A100 = load_profile(BASE)
+OVERLOAD = make_workload("sharegpt", qps=120.0, duration_s=4.0, seed=3)
 
 
-def came_of(name: str, workload: Sequence[WorkloadRequest] = CROWDED, **limits: Any) -> SimulationResult:
-    """The workload under `slack` without the part called ``name``."""
-    without = WITHOUT[name]
-    with without.around():
-        return simulate(workload, predict("shipped", workload, 0), replace(A100, **limits), without.make)
-
-
-def asking(name: str, *, prompt: int = 100, predicted: float = 200.0, ttft: float = 2.0, tpot: float = 0.03) -> Request:
-    return Request(name, "chat", 0.0, Slo(ttft, tpot), prompt, predicted)
-
-
-def engine() -> EngineState:
-    return EngineState(alive=True, step_time=StepTimeModel(A100.step_times()))
-
-
-@cache  # not a fixture: those are set up under the tracer
-def in_full() -> list[RequestResult]:
-    return came_of(FULL).results
-
-
-# --- without a part ---------------------------------------------------------------------------------------------------
-
-
-def test_nothing_taken_out_is_the_product() -> None:
-    assert WITHOUT[FULL].make() == Slack()
-    assert in_full() == simulate(CROWDED, predict("shipped", CROWDED, 0), A100, Slack).results
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name in WITHOUT
-        if name not in {FULL, "min_admission_share", "memory", "holding off", "easing", MAKING_WAY}
-    ],
-)
-def test_without_a_part_another_thing_happens_under_overload(name: str) -> None:
-    without = came_of(name).results
-    assert len(without) == len(CROWDED)
-    assert without != in_full()
-
-
-def test_the_floor_is_taken_out_for_classes_and_tenants_alike() -> None:
-    assert WITHOUT["min_admission_share"].make() == Slack(min_admission_share=0.0)
-
-
-def test_without_its_part_memory_overflows_where_it_is_short() -> None:
-    workload = make_workload("sharegpt", qps=60.0, duration_s=10.0, seed=1)
-    with_it, without = (came_of(name, workload, kv_tokens=9000) for name in (FULL, "memory"))
-    assert with_it.preemptions < without.preemptions
-
-
-def test_without_holding_off_paces_that_are_all_but_the_engines_own_are_kept_under_overload() -> None:
-    workload, slow = make_workload("sharegpt", qps=60.0, duration_s=15.0, seed=1), A100.at_speed(2.0).step_times()
-    strict = {}
-    for name in (FULL, "holding off"):
-        make = WITHOUT[name].make
-        served = simulate(workload, predict("shipped", workload, 0), A100, make, times=slow, learn=False).results
-        strict[name] = sum(one.attained for one in served if one.request.tpot_slo_s == 0.03)
-    assert strict[FULL] < 0.7 * strict["holding off"]
-
-
-def test_without_easing_an_end_to_end_bound_holds_others_up_for_as_long_as_it_runs() -> None:
-    workload = make_workload("code-chat", qps=60.0, duration_s=8.0, seed=1)
-    with_it, without = (sum(one.attained for one in came_of(name, workload).results) for name in (FULL, "easing"))
-    assert without < 0.95 * with_it
-
-
-def beside(crowd: str, without: str = FULL, policy: str = "slack") -> dict[str, Any]:
-    """The record of a brief trial at a load that alone is no trouble."""
-    how = replace(BRIEF, workload={"name": "sharegpt", "duration_s": 10.0})
-    return play(Trial(crowd, "x", 0.8, how, Run(policy, 18.0, 0), without, crowd=crowd))
-
-
-def test_batch_requests_make_way_and_end_all_the_same() -> None:
-    (batch,) = (name for name in CROWDS if "batch" in name)
-    alone, with_it, without = beside(NOBODY), beside(batch), beside(batch, MAKING_WAY)
-    assert "crowd_done_s" not in alone
-    assert alone["slo_adherence"] > 0.99
-    assert with_it["slo_adherence"] > 0.95
-    assert without["slo_adherence"] < 0.4
-    assert without["crowd_done_s"] < with_it["crowd_done_s"] < 1.25 * without["crowd_done_s"]
-    assert with_it["preemptions"] > without["preemptions"] == 0
-
-
-@patch.multiple(crowds, BURST_QPS=300.0, BURST_S=2.0)
-def test_a_burst_at_best_effort_is_served_whole_and_costs_the_others_next_to_nothing() -> None:
-    refused, served = [name for name in CROWDS if "burst" in name]
-    assert beside(served)["slo_adherence"] > beside(refused)["slo_adherence"] - 0.02
-    others = CROWDS[served].make(0)
-    asked, predictions = behind(
-        CROWDS[served], BRIEF.requests(10.0, 0), predict("shipped", BRIEF.requests(10.0, 0), 0), "shipped", 0
-    )
-    fates = {
-        best: [
-            one.outcome for one in simulate(asked, predictions, A100, Slack, best_effort=best).results[: len(others)]
-        ]
-        for best in (False, True)
-    }
-    assert set(fates[True]) == {"finished"}
-    assert fates[False].count("rejected") > 100
-
-
-def test_steps_that_vary_are_what_a_trial_with_them_meets() -> None:
-    wild = replace(BRIEF, step_jitter=slack_study.UNSTEADY["20%, drifting by 10%"])
-    one, other, steady = (play(Trial("x", "slack", 2.0, how, Run("slack", 40.0, 1))) for how in (wild, wild, BRIEF))
-    assert one == other
-    assert one != steady
-
-
-def test_nobody_is_refused_as_late_and_all_end() -> None:
-    assert {one.outcome for one in came_of("refusing").results} == {"finished"}
-    assert any(one.outcome == "rejected" for one in in_full())
-
-
-def test_the_first_that_does_not_fit_blocks_the_one_behind() -> None:
-    # 3,500 and 1,000 prompt tokens are more than the engine's runway holds; the third is short enough.
-    waiting = [asking("a", prompt=3500, ttft=1.0), asking("b", prompt=1000, ttft=1.5), asking("c", prompt=50, ttft=2.0)]
-    admitted = {
-        kind: [r.id for r in kind(cost_weight=0.0).decide(0.0, waiting, [], engine()).admit]
-        for kind in (Slack, Blocking)
-    }
-    assert admitted == {Slack: ["a", "c"], Blocking: ["a"]}
-
-
-def test_on_straight_lines_nothing_but_the_two_forms_is_learnt_and_afterwards_a_curve_is() -> None:
-    def learnt() -> StepTimeModel:
-        model = StepTimeModel(A100.step_times())
-        for at in range(200):
-            decodes, prefill = 1 + at % 60, 64 * (at % 7)
-            model.observe(decodes, prefill, 300, A100.step_seconds(decodes, 300 * decodes, prefill, 0))
-        return model
-
-    with straight_lines():
-        model = learnt()
-    assert model.steps_seen == 200
-    lines = StepCurve.of(model.times)
-    assert model.curve.at_knots == pytest.approx(lines.at_knots)
-    assert (model.curve.a, model.curve.e, model.curve.h) == (lines.a, lines.e, lines.h)
-    assert model.times != A100.step_times()
-    curved = learnt()
-    assert curved.curve.at_knots != pytest.approx(StepCurve.of(curved.times).at_knots, rel=0.01)
+def study(duration_s: float = 4.0, seeds: Sequence[int] = (0,), qps: float = 20.0) -> Study:
+    return Study(duration_s, seeds, dict.fromkeys(slack_study.SETTINGS, qps))
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
 
 
+def beside(background: str, removed: str = FULL) -> dict[str, Any]:
+    """The record of a short trial of `slack` at a rate that the engine can serve."""
+    short = study(10.0)
+    trial = short.trials(background, 0.9, removed=removed, background=background)[0]
+    return measure(trial)
+
+
+@patch.multiple(best_effort_load, BATCH=500)
+def test_batch_requests_are_preempted_and_finish() -> None:
+    alone, full, removed = beside(NONE), beside(BATCH_JOBS), beside(BATCH_JOBS, BEST_EFFORT_PREEMPTION)
+    assert "background_done_s" not in alone
+    assert alone["slo_adherence"] > 0.99
+    assert full["slo_adherence"] > 0.95
+    assert removed["slo_adherence"] < 0.4
+    assert removed["background_done_s"] < full["background_done_s"] < 1.4 * removed["background_done_s"]
+    assert full["preemptions"] > removed["preemptions"] == 0
+
+
+@patch.multiple(best_effort_load, BURST_QPS=300.0, BURST_S=2.0)
+def test_burst_at_best_effort_finishes_and_costs_little() -> None:
+    rejected, served = beside(BURST_REJECTED), beside(BURST_BEST_EFFORT)
+    assert served["slo_adherence"] > rejected["slo_adherence"] - 0.02
+    burst = BACKGROUNDS[BURST_BEST_EFFORT].make(0)
+    predictions = predict("shipped", burst, 0)
+    outcomes = [
+        Counter(r.outcome for r in simulate(burst, predictions, A100, Slack, best_effort=best_effort).results)
+        for best_effort in (False, True)
+    ]
+    assert outcomes[0]["rejected"] > 100
+    assert outcomes[1] == {"finished": len(burst)}
+
+
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_has_every_row_at_every_load_with_every_seed_and_each_once(part: str) -> None:
-    trials = PARTS[part](Study(BRIEF, 20.0, [0, 1]))
-    cases = [(t.row, t.column, t.load, t.run.seed, t.where) for t in trials]
+def test_part_has_each_case_once_with_every_seed(part: str) -> None:
+    tasks = PARTS[part](study(seeds=(0, 1)))
+    cases = [results_json.dumps(task.case()) for task in tasks]
     assert len(set(cases)) == len(cases)
-    assert {t.run.seed for t in trials} == {0, 1}
-    s_of = {"the azure-code workload": slack_study.CODE_QPS, "code and chat": slack_study.MIXED_QPS}
-    assert all(t.run.qps == t.load * next((s for where, s in s_of.items() if where in t.where), 20.0) for t in trials)
-    expected = {
-        "ablation": 2 * (3 * (len(WITHOUT) - 1) + 2 + 2 + 2 * 2 + 2),
-        "tenants": 2 * 2 * 2,
-        "predictors": 2 * 3 * 3 * len(slack_study.PREDICTORS),
-        "step-times": 2 * 3 * 3 * len(slack_study.BELIEFS),
-        "step_jitter": 2 * 3 * 3 * len(slack_study.UNSTEADY),
-        "crowds": 2 * 2 * len(CROWDS) * len(slack_study.BESIDE_CROWDS),
+    for task in tasks:
+        assert task.setting in slack_study.SETTINGS
+        if isinstance(task, Search):
+            assert task.seeds == (0, 1)
+        else:
+            assert task.run.qps == 20.0 * task.load
+    if part != "capacity":
+        assert {task.case()["seed"] for task in tasks} == {0, 1}
+
+
+def test_ablation_and_capacity_have_all_components_and_settings() -> None:
+    everywhere = {name for name, removal in REMOVALS.items() if not removal.needs}
+    wanted = {(name, setting) for name in everywhere for setting in ABLATION_SETTINGS}
+    assert len(ABLATION_SETTINGS) == 8
+    for load in (2.0, 3.0):
+        found = [t for t in PARTS["ablation"](study()) if isinstance(t, Trial) and t.load == load and not t.condition]
+        assert wanted <= {(trial.removed, trial.setting) for trial in found}
+    searches = [task for task in PARTS["capacity"](study()) if isinstance(task, Search)]
+    assert {(task.row, task.setting, task.adherence) for task in searches} == {
+        (*w, a) for w in wanted for a in (0.9, 0.99)
     }
-    assert len(trials) == expected[part]
 
 
-def test_the_same_trial_has_the_same_record() -> None:
-    trial = Trial("x", "slack", 2.0, BRIEF, Run("slack", 40.0, 1), by_tenant=True)
-    record = play(trial)
-    assert record == play(trial)
-    assert json.loads(json.dumps(record, allow_nan=False)) == record
+def test_stock_rates_cover_all_settings() -> None:
+    rates = stock_rates()
+    assert list(rates) == list(slack_study.SETTINGS)
+    assert rates[BASE] == pytest.approx(22.4, rel=0.1)
 
 
-@pytest.mark.parametrize("column", CONTENDERS)
-def test_what_is_told_of_step_times_and_lengths_reaches_the_simulator(
-    column: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[tuple[Any, ...]] = []
-
-    def spying(asked: Any, predictions: Any, profile: Any, make: Any, **more: Any) -> SimulationResult:
-        told.append((make().name, predictions, more))
-        return simulate(asked, predictions, profile, make, **more)
-
-    monkeypatch.setattr(slack_study, "simulate", spying)
-    study = Study(replace(BRIEF, predictor="constant", learn=False), 20.0, [5])
-    (trial,) = study.trials("x", 1.0, column, believed=2.0)
-    play(trial)
-    policy, mode = CONTENDERS[column]
-    ((name, predictions, more),) = told
-    assert (name, more["step_mode"], more["learn"]) == (policy, mode, False)
-    assert len({p.tokens for p in predictions}) == 1
-    assert more["times"].itl(20, 300) == pytest.approx(2 * A100.step_times().itl(20, 300))
-    assert more["times"].prefill(500) == pytest.approx(2 * A100.step_times().prefill(500))
+def test_measure_returns_same_record_again() -> None:
+    (trial,) = study().trials("x", 2.0, by_tenant=True)
+    record = measure(trial)
+    assert record == measure(trial)
+    assert json.loads(results_json.dumps(record)) == record
 
 
-def test_whoever_is_told_of_other_step_times_has_no_better_curve_of_them() -> None:
+def test_measure_searches_capacity_without_component(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def search(experiment: Any, policy: str, seeds: Any, adherence: float, **options: Any) -> tuple[float, list[Any]]:
+        seen.append((parse_policy(policy), seeds, adherence, options))
+        return 12.3456, []
+
+    monkeypatch.setattr(slack_study, "capacity", search)
+    record = measure(Search("cost_weight", BASE, 0.99, seeds=[4]))
+    assert record == {"setting": BASE, "row": "cost_weight", "adherence": 0.99, "capacity": 12.346}
+    assert seen == [(Slack(cost_weight=0.0), [4], 0.99, {"precision": 0.01})]
+
+
+def test_measure_finds_capacity() -> None:
+    search = Search("chunk pricing", BASE, 0.9, study(1.0).experiment(BASE), [0])
+    with patch.object(slack_study, "CAPACITY_PRECISION", 0.5):
+        assert measure(search)["capacity"] > 10
+
+
+def test_step_jitter_changes_record() -> None:
+    rows = trials.JITTERS
+    steady, _, jittered = (study().trials("x", 2.0, changes={"step_jitter": jitter})[0] for jitter in rows.values())
+    assert measure(jittered) == measure(jittered)
+    assert measure(jittered) != measure(steady)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_wrong_inputs_reach_simulator(column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def spy(workload: Any, predictions: Any, profile: Any, make: Any, **options: Any) -> SimulationResult:
+        calls.append((make().name, predictions, options))
+        return simulate(workload, predictions, profile, make, **options)
+
+    monkeypatch.setattr(slack_study, "simulate", spy)
+    changes = {"predictor": "constant", "learn": False}
+    (trial,) = study(seeds=[5]).trials("x", 1.0, column=column, step_time_factor=2.0, changes=changes)
+    measure(trial)
+    ((name, predictions, options),) = calls
+    assert (name, options["step_mode"], options["learn"]) == (*COLUMNS[column], False)
+    assert len({predicted.tokens for predicted in predictions}) == 1
+    assert options["times"].itl(20, 300) == pytest.approx(2 * A100.step_times().itl(20, 300))
+    assert options["times"].prefill(500) == pytest.approx(2 * A100.step_times().prefill(500))
+
+
+def test_replica_derives_curve_from_wrong_step_times() -> None:
     times = A100.at_speed(2.0).step_times()
     curve = Replica(A100, Slack(), times=times, learn=False).state.step_time.curve
     for step in ((1, 300, 0), (40, 12_000, 0), (40, 12_000, 512)):
         assert curve.step_s(*step) == pytest.approx(StepCurve.of(times).step_s(*step))
 
 
-def test_a_wrong_belief_that_is_never_corrected_costs_slack_something() -> None:
-    def goodput(believed: float, *, learn: bool) -> float:
-        trial = Trial("x", "slack", 3.0, replace(BRIEF, learn=learn), Run("slack", 60.0, 0), believed=believed)
-        return float(play(trial)["goodput"])
-
-    assert goodput(3.0, learn=False) < 0.9 * goodput(1.0, learn=False)
+def test_wrong_step_times_without_learning_cost_goodput() -> None:
+    right, wrong = (
+        measure(study().trials("x", 3.0, step_time_factor=factor, changes={"learn": False})[0])["goodput"]
+        for factor in (1.0, 3.0)
+    )
+    assert wrong < 0.9 * right
 
 
 # --- tenants ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_dearest_tenth_of_all_requests_is_one_tenants_and_the_others_are_two_halves() -> None:
-    predictions = predict("shipped", CROWDED, 0)
-    owners = tenants_of(CROWDED, predictions)
-    tokens = [a.prompt_tokens + p.tokens for a, p in zip(CROWDED, predictions, strict=True)]
-    of = {owner: [n for n, o in zip(tokens, owners, strict=True) if o == owner] for owner in set(owners)}
-    assert {owner: round(len(members) / len(CROWDED), 2) for owner, members in of.items()} == {
-        "dear": pytest.approx(0.1, abs=0.01), "middling": pytest.approx(0.45, abs=0.01),
-        "cheap": pytest.approx(0.45, abs=0.01)
-    }  # fmt: skip
-    assert max(of["cheap"]) <= min(of["middling"]) <= max(of["middling"]) <= min(of["dear"])
+def test_tenants_are_split_by_tokens() -> None:
+    predictions = predict("shipped", OVERLOAD, 0)
+    sizes: dict[str, list[float]] = {}
+    for request, predicted, tenant in zip(OVERLOAD, predictions, tenants_of(OVERLOAD, predictions), strict=True):
+        sizes.setdefault(tenant, []).append(request.prompt_tokens + predicted.tokens)
+    shares = {tenant: len(members) / len(OVERLOAD) for tenant, members in sizes.items()}
+    assert shares == pytest.approx({"expensive": 0.1, "medium": 0.45, "cheap": 0.45}, abs=0.02)
+    assert max(sizes["cheap"]) <= min(sizes["medium"]) <= max(sizes["medium"]) <= min(sizes["expensive"])
 
 
-def test_the_floor_holds_for_the_tenant_that_is_turned_away_without_it() -> None:
-    longer = Experiment(workload={"name": "sharegpt", "duration_s": 20.0})
-    study = Study(longer, 20.75, [0])
-    records = [
-        play(trial)
-        for name in (FULL, "min_admission_share")
-        for trial in study.trials(name, 3.0, without=name, by_tenant=True)
-    ]
-    shares = [r["groups"]["tenant: dear"]["admitted"] / r["groups"][EVERYBODY]["admitted"] for r in records]
-    assert shares[1] < 0.4
-    assert shares[0] > 0.5 - 0.05
+def test_min_admission_share_helps_expensive_tenant() -> None:
+    relative = {}
+    for name in (FULL, MIN_ADMISSION_SHARE):
+        groups = measure(study(20.0).trials(name, 3.0, removed=name, by_tenant=True)[0])["groups"]
+        relative[name] = groups["tenant: expensive"]["admitted"] / groups[ALL]["admitted"]
+    assert relative[MIN_ADMISSION_SHARE] < 0.45
+    assert relative[FULL] > 0.5 - 0.05
 
 
-def test_classes_and_tenants_each_add_up_to_everybody() -> None:
-    groups = play(Trial(FULL, "slack", 2.0, BRIEF, Run("slack", 50.0, 2), by_tenant=True))["groups"]
-    for kind, many in (("class", 6), ("tenant", 3)):
-        members = [group for name, group in groups.items() if name.startswith(f"{kind}")]
-        assert len(members) == many
+def test_groups_add_up_to_all_requests() -> None:
+    groups = measure(study(seeds=[2]).trials(FULL, 2.5, by_tenant=True)[0])["groups"]
+    for kind, count in (("class", 6), ("tenant", 3)):
+        members = [group for name, group in groups.items() if name.startswith(kind)]
+        assert len(members) == count
         for share in ("admitted", "attained"):
             total = sum(group["requests"] * group[share] for group in members)
-            assert total == pytest.approx(groups[EVERYBODY]["requests"] * groups[EVERYBODY][share], abs=0.5)
+            assert total == pytest.approx(groups[ALL]["requests"] * groups[ALL][share], abs=0.5)
     assert all(0 <= group["attained"] <= group["admitted"] <= 1 for group in groups.values())
 
 
-# --- page and command -------------------------------------------------------------------------------------------------
+# --- page -------------------------------------------------------------------------------------------------------------
 
 
-@cache
-def found() -> dict[str, Any]:
-    study = Study(replace(BRIEF, workload={"name": "sharegpt", "duration_s": 0.3, "max_output": 12}), 20.75, [0, 1])
-    few = patch.multiple(crowds, BATCH=3, BATCH_OUTPUT=9, BURST_QPS=5.0)
-    with patch.object(slack_study, "CODE_QPS", 20.75), few:
-        parts = {name: slack_study.measure(study, name, Lab(None)) for name in PARTS}
-    return {"seeds": [0, 1], "duration_s": 0.3, "stock_qps": 20.75, "parts": json.loads(json.dumps(parts))}
+def record(task: Trial | Search, value: float = 10.0, **fields: Any) -> dict[str, Any]:
+    """A record of ``task`` with goodput or capacity ``value``."""
+    if isinstance(task, Search):
+        return task.case() | {"capacity": value}
+    measured: dict[str, Any] = {"goodput": value, "slo_adherence": 0.5, "preemptions": 3}
+    if task.by_tenant:
+        measured["groups"] = {name: {"requests": 9, "admitted": 0.8, "attained": 0.7} for name in (ALL, "class 1")}
+    if task.background != NONE:
+        measured["background_done_s"] = 40.0
+    return task.case() | measured | fields
 
 
-def test_the_page_has_a_line_for_every_row_and_the_command_that_makes_it() -> None:
-    text = page(found())
-    for name, without in WITHOUT.items():
-        elsewhere = {FULL: 5, "memory": 1, "curve": 1, "easing": 2, "holding off": 1, MAKING_WAY: -3}
-        assert text.count(f"| {name} | {without.says} |") == 3 + elsewhere.get(name, 0)
-    for row in (*slack_study.PREDICTORS, *slack_study.BELIEFS, *slack_study.UNSTEADY):
+def document(**parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A document of ``parts``; underscores in their names stand for hyphens."""
+    named = {name.replace("_", "-"): records for name, records in parts.items()}
+    return {"seeds": [0, 1], "duration_s": 60.0, "stock_qps": {BASE: 20.75}, "parts": named}
+
+
+def test_page_has_all_rows_and_commands() -> None:
+    parts = {name: [record(task) for task in make(study(seeds=(0, 1)))] for name, make in PARTS.items()}
+    text = page(document() | {"parts": parts})
+    assert text.startswith("# `slack`: ablation and sensitivity\n")
+    everywhere = [(name, removal.effect) for name, removal in REMOVALS.items() if not removal.needs]
+    for name, effect in everywhere:
+        assert text.count(f"| {name} | {effect} |") >= 3 + (name != FULL)
+    for row in (*trials.PREDICTIONS, *trials.CALIBRATIONS, *trials.JITTERS):
         assert text.count(f"S | {row} |") == 3
-    for row in CROWDS:
+    for row in BACKGROUNDS:
         assert text.count(f"S | {row} |") == 2
-    assert f"`slack` without {MAKING_WAY} |" in text
-    assert "python -m benchmarks.slack.study --seeds 2 --duration 0.3 --stock-qps 20.75 \\" in text
-    assert "**Simulated**" in text
-    assert "nan |" not in text
+    assert "`slack` without best-effort preemption |" in text
+    assert "python -m benchmarks.slack.study --seeds 2 --duration 60 \\" in text
+    assert "**Simulated.**" in text
+    assert "| nan" not in text
     for above, line in pairwise(text.split("\n")):
         if above.startswith("|") and line.startswith("|"):
             assert above.count("|") == line.count("|")
 
 
-def test_a_part_is_compared_with_slack_in_full_seed_by_seed() -> None:
-    records = [
-        {"row": row, "column": "slack", "load": 2.0, "seed": seed, "goodput": goodput, "slo_adherence": 0.5,
-         "preemptions": 3}
-        for row, seed, goodput in ((FULL, 0, 10.0), (FULL, 1, 20.0), ("cost_weight", 1, 16.0), ("cost_weight", 0, 8.0))
-    ]  # fmt: skip
-    text = page(found() | {"parts": {"ablation": records}})
-    says = WITHOUT["cost_weight"].says
-    assert f"| thrift | {says} | 12.0 (5.7) | 0.80 (0.00) | 0.500 (0.000) | 3 (0) |" in text
-    assert "benchmarks.slack.study --part ablation --seeds" in text
+def test_page_has_median_range_and_worst_setting() -> None:
+    goodput = {"niyama-a100": 9.0, "blis-a100": 6.0, "a100, bursts": 11.0}
+    tasks = [task for task in PARTS["ablation"](study()) if isinstance(task, Trial)]
+    trials_of = [t for t in tasks if t.row in {FULL, "cost_weight"} and t.setting in goodput]
+    searches = [t for t in PARTS["capacity"](study()) if t.row in {FULL, "hold"} and t.setting in goodput]
+    text = page(
+        document(
+            ablation=[record(t, 10.0 if t.row == FULL else goodput[t.setting]) for t in trials_of],
+            capacity=[record(s, 10.0 if s.row == FULL else 12.0) for s in searches],
+        )
+    )
+    cell = "**0.90** (0.60 to 1.10; blis-a100)"
+    assert f"| cost_weight | {REMOVALS['cost_weight'].effect} | {cell} | {cell} | - | - |" in text
+    assert "| hold | decides at every change | - | - | **1.20** (1.20 to 1.20) | **1.20** (1.20 to 1.20) |" in text
+    assert "over 3 settings" in text.replace("\n", " ")
+    assert "| blis-a100 | 10.00 | 10.00 |" in text
+    assert "--part ablation --part capacity" in text
 
 
-def test_the_floor_is_read_off_the_least_share_of_everybodys_admission_rate() -> None:
-    def record(row: str, goodput: float, least: float) -> dict[str, Any]:
-        groups = {EVERYBODY: (0.8, 0.7), "class 1: 0.5 s, 30 ms": (least, 0.3), "tenant: short": (0.9, 0.9)}
-        return {"row": row, "load": 2.0, "seed": 0, "goodput": goodput} | {
-            "groups": {name: {"requests": 9, "admitted": a, "attained": b} for name, (a, b) in groups.items()}
-        }
-
-    text = page(found() | {"parts": {"tenants": [record(FULL, 19.0, 0.44), record("min_admission_share", 20.0, 0.2)]}})
-    assert "| class 1: 0.5 s, 30 ms | 0.44 | 0.55 | 0.30 | 0.20 | 0.25 | 0.30 |" in text
-    flowing = text.replace("\n", " ")
-    assert "any class or tenant had in any run: **0.55** with the floor, 0.25 without." in flowing
-    assert "Goodput is 19.0 with it and 20.0 without: it costs **5.0%**." in flowing
+def test_page_compares_with_complete_slack_by_seed() -> None:
+    goodput = {(FULL, 0): 10.0, (FULL, 1): 20.0, ("cost_weight", 1): 16.0, ("cost_weight", 0): 8.0}
+    records = [record(study(seeds=[seed]).trials(row, 2.0)[0], value) for (row, seed), value in goodput.items()]
+    text = page(document(ablation=records))
+    effect = REMOVALS["cost_weight"].effect
+    assert f"| cost_weight | {effect} | 12.0 (5.7) | 0.80 (0.00) | 0.500 (0.000) | 3 (0) |" in text
 
 
-def test_the_worst_case_beside_scorpio_is_named() -> None:
+def test_page_has_lowest_relative_admission_rate() -> None:
+    records = []
+    for row, goodput, least in ((FULL, 19.0, 0.44), (MIN_ADMISSION_SHARE, 20.0, 0.2)):
+        rates = {ALL: (0.8, 0.7), "class 1": (least, 0.3), "tenant: cheap": (0.9, 0.9)}
+        groups = {name: {"requests": 9, "admitted": a, "attained": b} for name, (a, b) in rates.items()}
+        records.append(record(study().trials(row, 2.0)[0], goodput, groups=groups))
+    text = page(document(tenants=records)).replace("\n", " ")
+    assert "| class 1 | 0.44 | 0.55 | 0.30 | 0.20 | 0.25 | 0.30 |" in text
+    assert "in any run is **0.55** with `min_admission_share` and 0.25 without." in text
+    assert "Goodput is 19.0 with it and 20.0 without: it costs **5.0%**." in text
+
+
+def test_page_names_lowest_ratio_to_scorpio() -> None:
     goodput = {
         ("right", "slack"): 20.0,
         ("right", "scorpio"): 10.0,
         ("wrong", "slack"): 9.0,
         ("wrong", "scorpio"): 12.0,
     }
-    records = [
-        {"row": row, "column": column, "load": 2.0, "seed": 0, "goodput": value, "slo_adherence": 0.25}
-        for (row, column), value in goodput.items()
-    ]
-    text = page(found() | {"parts": {"step-times": records}})
-    assert "| 2 S | wrong | 9.0, 0.25 | 12.0, 0.25 | 0.45 | 0.75 |" in text
-    assert "The least of `slack` over the better SCORPIO: **0.75** (wrong, 2 S)." in text
+    records = [record(study().trials(row, 2.0, column=column)[0], v) for (row, column), v in goodput.items()]
+    text = page(document(mis_prediction=records))
+    assert "| 2 S | wrong | 9.0, 0.50 | 12.0, 0.50 | 0.45 | 0.75 |" in text
+    assert "The lowest ratio of `slack` to the better SCORPIO: **0.75** (wrong, 2 S)." in text
 
 
-def test_the_worst_case_without_learning_is_named_apart() -> None:
+def test_page_names_lowest_ratio_without_learning_separately() -> None:
+    goodput = {"twice at first": 12.0, "twice, not learning": 9.0}
     records = [
-        {"row": row, "column": column, "load": 1.0, "seed": 0, "goodput": value, "slo_adherence": 0.25}
-        for row, slack in (("twice at first", 12.0), ("twice, never learning", 9.0))
+        record(study().trials(row, 1.0, column=column)[0], value)
+        for row, slack in goodput.items()
         for column, value in (("slack", slack), ("scorpio", 10.0))
     ]
-    text = page(found() | {"parts": {"step-times": records}})
-    assert "**1.20** (twice at first, 1 S); never learning: **0.90** (twice, never learning, 1 S)." in text
+    text = page(document(mis_calibration=records)).replace("\n", " ")
+    assert "**1.20** (twice at first, 1 S); not learning: **0.90** (twice, not learning, 1 S)." in text
+
+
+# --- command ----------------------------------------------------------------------------------------------------------
 
 
 def invoke(*arguments: str) -> Any:
@@ -383,36 +329,91 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, arguments)
 
 
-def test_an_unknown_part_is_refused_with_those_there_are() -> None:
-    done = invoke("--part", "soup", "--stock-qps", "20")
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [("--part", "ablation; capacity; tenants; mis-prediction; mis-calibration"), ("--settings", "a100, bursts")],
+)
+def test_command_rejects_unknown_name(option: str, known: str) -> None:
+    done = invoke(option, "unknown")
     assert done.exit_code == 2
-    said = " ".join(done.output.replace("│", " ").split())
-    assert "there are ablation, tenants, predictors, step-times, step_jitter" in said
+    assert known in " ".join(done.output.replace("│", " ").split())
 
 
-def test_parts_of_the_same_settings_are_kept_and_of_others_are_not(tmp_path: Path) -> None:
+def test_command_writes_json_and_page(tmp_path: Path) -> None:
     path = tmp_path / "study.json"
-    brief = ("--seeds", "1", "--duration", "1", "--json", str(path))
-
-    def parts_after(*arguments: str) -> list[str]:
-        done = invoke(*brief, *arguments)
-        assert done.exit_code == 0, done.output
-        return list(json.loads(path.read_text())["parts"])
-
-    assert parts_after("--part", "tenants", "--stock-qps", "20") == ["tenants"]
-    path.write_text(path.read_text().replace('"tenants"', '"ablation"'))
-    assert parts_after("--part", "tenants", "--stock-qps", "20") == ["ablation", "tenants"]
-    assert parts_after("--part", "tenants", "--stock-qps", "21") == ["tenants"]
+    done = invoke("--seeds", "1", "--duration", "2", "--part", "tenants", "--json", str(path))
+    assert done.exit_code == 0, done.output
+    assert "tenants: nothing: 2 measured in" in done.output
+    text = path.read_text()
+    assert text == results_json.dumps(json.loads(text)), "one record per line"
+    assert list(json.loads(text)["parts"]) == ["tenants"]
     assert invoke("--page", str(path)).exit_code == 0
-    assert path.with_suffix(".md").read_text() == page(json.loads(path.read_text()))
+    assert path.with_suffix(".md").read_text() == page(json.loads(text))
 
 
-def test_s_is_looked_for_where_it_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(slack_study, "capacity", lambda *args, **more: (asked.append(args), (20.7512, []))[1])
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(row, setting) of each task that is measured; nothing is simulated."""
+    calls: list[tuple[str, str]] = []
+
+    def fake(task: Trial | Search) -> dict[str, Any]:
+        calls.append((task.row, task.setting))
+        return record(task)
+
+    monkeypatch.setattr(slack_study, "measure", fake)
+    return calls
+
+
+def test_study_skips_records_in_file(tmp_path: Path, measured: list[tuple[str, str]]) -> None:
     path = tmp_path / "study.json"
-    assert invoke("--seeds", "3", "--duration", "1", "--part", "tenants", "--json", str(path)).exit_code == 0
-    ((how, policy, seeds, keeps),) = asked
-    assert (how.profile, policy, seeds, keeps) == ("a100-llama3.1-8b", "fcfs", [0, 1, 2], 0.9)
-    assert json.loads(path.read_text())["stock_qps"] == 20.75
-    assert not math.isnan(json.loads(path.read_text())["parts"]["tenants"][0]["goodput"])
+
+    def run(settings: Sequence[str], qps: float = 20.0) -> int:
+        measured.clear()
+        short = study(qps=qps)
+        measure_part(short, "capacity", settings, Lab(None), Results(short, path))
+        return len(measured)
+
+    one = run(["blis-a100"])
+    assert {setting for _, setting in measured} == {"blis-a100"}
+    assert run([BASE, "blis-a100"]) == one
+    assert {setting for _, setting in measured} == {BASE}
+    records = json.loads(path.read_text())["parts"]["capacity"]
+    assert records == [record(t) for t in PARTS["capacity"](study()) if t.setting in {BASE, "blis-a100"}]
+    assert run(["blis-a100"]) == 0
+    assert run(["blis-a100"], qps=21.0) == one, "records at other rates are not kept"
+
+
+def test_study_writes_file_after_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "study.json"
+
+    def interrupted(task: Trial | Search) -> dict[str, Any]:
+        if task.row != FULL:
+            raise KeyboardInterrupt
+        return record(task)
+
+    monkeypatch.setattr(slack_study, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_part(study(), "tenants", [BASE], Lab(None), Results(study(), path))
+    assert {found["row"] for found in json.loads(path.read_text())["parts"]["tenants"]} == {FULL}
+
+
+def test_study_starts_over_from_file_of_another_layout(tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    path.write_text('{"seeds": [0], "duration_s": 4.0, "stock_qps": 20.0, "parts": {"ablation": [{"row": "nothing"}]}}')
+    assert Results(study(), path).document["parts"] == {}
+
+
+# --- regression -------------------------------------------------------------------------------------------------------
+
+
+def test_compare_returns_ratios_with_median_and_range() -> None:
+    before = {"here": {"2 S": 10.0, "capacity at 90%": 4.0}, "there": {"2 S": 0.0, "capacity at 90%": 8.0}}
+    after = {"here": {"2 S": 11.0, "capacity at 90%": 3.0}, "there": {"2 S": 5.0, "capacity at 90%": 8.8}}
+    assert regression.compare(before, after).splitlines() == [
+        "| setting | 2 S | capacity at 90% |",
+        "|---|---|---|",
+        "| here | 1.100 | 0.750 |",
+        "| there | 1.000 | 1.100 |",
+        "",
+        "Median 1.050, lowest 0.750, highest 1.100.",
+    ]

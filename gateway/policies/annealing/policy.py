@@ -1,47 +1,56 @@
-"""Annealing: order and batches that maximise attained requests per second of latency (arXiv 2504.14966).
+"""The `annealing` policy: admits the first batch of the plan with the most attained requests per second of latency.
 
-At every decision the queue is planned anew (`annealing_search`): which requests go now, and in what groups the others
-follow. What the plan has first is admitted.
+Each decision plans the waiting requests anew, after arXiv 2504.14966. From the paper: the objective G, the bilinear
+latency predictor, predicted output lengths, the search, and (with ``reject=False``) that no request is rejected. The
+paper plans a fixed set of requests for an idle engine that takes whole batches.
 
-*The paper's:* the objective G, the bilinear latency predictor, output lengths as predicted, the search, and that
-nothing is refused for the sake of others. It plans a standing set of requests for an idle engine that takes whole
-batches.
+Additions for a live queue and an engine with continuous batching:
 
-*Ours*, so that it serves a queue that never stands still in front of an engine that batches continuously:
-
-- The plan starts beside what runs. A batch's size counts the running too, places are freed one by one, and a plan pays
-  for every running request whose bounds it breaks. "Nobody, for now" is a plan as well.
-- Each sequence pays for the prefill of those that will follow it, alpha * mean(prompt) / mean(output) a step.
-- What cannot attain its SLO even if it went now and alone is refused (``reject``), as the gateway promises.
-- Only the ``horizon`` most urgent are planned, in deadline order; who waits beyond ``max_wait_s`` goes first.
-- A search is bounded by ``budget_ms``. A policy reads no clock: the budget is spent in units of work, of which a
-  millisecond has ``units_per_ms``, measured once on the machine at hand (``python -m
-  benchmarks.annealing.search_study``).
-- Nothing is planned again until the queue or the batch has changed.
+- A plan starts from the running set. The size of a batch includes it, slots are freed one by one, and each running
+  request whose TPOT bound the plan breaks counts as one lost. A plan may also admit no request for now.
+- Each sequence adds the prefill time of later requests to every step, alpha * mean(prompt) / mean(output).
+- A request is rejected if it would miss its deadline even if it ran now and alone.
+- Only the ``horizon`` requests with the earliest deadlines are planned. A request that has waited longer than
+  ``max_wait_s`` goes first.
+- A policy reads no clock, so a search ends after ``budget_ms`` * ``units_per_ms`` units of work.
+- Nothing is planned again until the queue or the running set has changed.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from engine_adapter.engine import EngineState
 from gateway.policies.annealing.exact import best_plan
 from gateway.policies.annealing.latency import Latency
-from gateway.policies.annealing.search import EXACT, Beside, Board, Job, Limits, Plan, anneal
+from gateway.policies.annealing.plan import Job, Limits, Plan, Problem, RunningSet
+from gateway.policies.annealing.search import MAX_EXACT_JOBS, anneal
 from gateway.policies.base import UNGATED, Decision, PrefillLookahead, reject_ttft
 from gateway.requests.length_survival import surviving_quantile
 from gateway.requests.request import Request
 
+_WORK_BEFORE_EXACT = 500
+"""Units of work for annealing where an exhaustive search follows: enough for a first plan that prunes well."""
+
 
 @dataclass(slots=True)
 class Annealing:
-    """``budget_ms``: the most a search takes, at ``units_per_ms``. ``seed``: of its random numbers.
+    """Plans the waiting requests by simulated annealing.
 
-    ``length_quantile``: of the predicted distribution of output lengths, to plan with. ``max_batch``: sequences in the
-    engine, at most (0: the engine's own limit). ``prefill_lookahead_steps``: steps' worth of prompt tokens in one
-    batch.
+    Args:
+        budget_ms: longest search (ms).
+        units_per_ms: units of work per millisecond on this machine; `benchmarks.annealing.search_study` measures it.
+        seed: seed of the search.
+        length_quantile: quantile of the predicted output length to plan with.
+        max_batch: most sequences in the engine; 0 is the engine's own limit.
+        horizon: most requests in one plan.
+        max_wait_s: a request that has waited longer than this goes first (s).
+        prefill_lookahead_steps: limit on the unprefilled prompt tokens inside the engine, in steps (multiples of
+            ``max_num_batched_tokens``).
+        reject: whether to reject requests that cannot meet their deadline.
     """
 
     budget_ms: float = 3.0
@@ -55,43 +64,44 @@ class Annealing:
     reject: bool = True
     name: str = "annealing"
     gate: str = UNGATED
-    _settled: tuple[object, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    _without_effect: tuple[object, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    """The state in which the latest decision admitted no request, or None if it admitted one."""
 
     def order(self, request: Request) -> tuple[float, ...]:
-        """By the deadline of the first token; also what is left when the budget is too small to search."""
+        """Sort by deadline, at most ``max_wait_s`` after arrival. Also the plan when the budget allows no search."""
         return (min(request.deadline_s, request.arrival_s + self.max_wait_s), request.arrival_s)
 
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        """Refuse what is too late, admit what the plan has first."""
+        """Reject late requests, then admit overdue requests and the first batch of the plan."""
         decision = Decision()
         if not waiting:
             return decision
         latency = self._latency(waiting, running, engine)
-        queue = self._refuse_late(now, waiting, latency, decision) if self.reject else waiting
+        queue = self._reject_late(now, waiting, latency, decision) if self.reject else waiting
         queue = queue[: max(1, int(self.horizon))]
-        seen = (
+        state = (
             len(waiting),
             tuple([r.id for r in queue]),
             len(running),
             sum([r.prefilling for r in running]),
         )
-        if not queue or seen == self._settled:
+        if not queue or state == self._without_effect:
             return decision
         lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
-        most, slots = int(self.max_batch or engine.max_num_seqs), sum([r.sequences for r in running])
+        max_slots, slots = self._max_slots(engine), sum([r.sequences for r in running])
         overdue = [r for r in queue if now - r.arrival_s > self.max_wait_s]
-        planned = self.planned(now, queue, running, engine, latency)
+        planned = self.first_batch(now, queue, running, engine, latency)
         for request in [*overdue, *(r for r in planned if r not in overdue)]:
-            if lookahead.fits(request) and (slots == 0 or slots + request.sequences <= most):
+            if lookahead.fits(request) and (slots == 0 or slots + request.sequences <= max_slots):
                 decision.admit.append(request)
                 lookahead.add(request)
                 slots += request.sequences
-        self._settled = None if decision.admit else seen
+        self._without_effect = None if decision.admit else state
         return decision
 
-    def planned(
+    def first_batch(
         self,
         now: float,
         queue: Sequence[Request],
@@ -99,30 +109,33 @@ class Annealing:
         engine: EngineState,
         latency: Latency | None = None,
     ) -> list[Request]:
-        """Who goes now: the first batch of the plan, in the order of ``queue``."""
+        """Return the first batch of the plan for ``queue``; empty if no request should join the running set now."""
         latency = latency or self._latency(queue, running, engine)
         queue = queue[: max(1, int(self.horizon))]
         lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
-        held = sum(
+        reserved = sum(
             [(r.prompt_tokens + max(r.predicted_tokens, r.length - r.prompt_tokens)) * r.sequences for r in running]
         )
         limits = Limits(
-            slots=int(self.max_batch or engine.max_num_seqs),
-            kv=max(0.0, engine.kv_tokens - held) if engine.kv_tokens else math.inf,
+            slots=self._max_slots(engine),
+            kv=max(0.0, engine.kv_tokens - reserved) if engine.kv_tokens else math.inf,
             prompt=lookahead.limit - lookahead.tokens,
         )
         jobs = [self._job(now, request, latency) for request in queue]
-        board = Board(jobs, limits, _beside(running, latency, limits.slots, self.horizon))
-        return [queue[i] for i in self.search(board).batches[0]]
+        problem = Problem(jobs, limits, _running_set(running, latency, limits.slots, int(self.horizon)))
+        return [queue[i] for i in self.search(problem).batches[0]]
 
-    def search(self, board: Board) -> Plan:
-        """The plan within the budget: annealed, and with few requests proven or improved to the best there is."""
+    def search(self, problem: Problem) -> Plan:
+        """Return the best plan within the budget. Few jobs are searched exhaustively, as far as the budget allows."""
         budget = int(self.budget_ms * self.units_per_ms)
-        few = len(board.jobs) <= EXACT
-        plan = anneal(board, min(budget, _WARM_UP) if few else budget, int(self.seed))
+        few = len(problem.jobs) <= MAX_EXACT_JOBS
+        plan = anneal(problem, min(budget, _WORK_BEFORE_EXACT) if few else budget, int(self.seed))
         if few and plan.finished:
-            plan = best_plan(board, plan.goal, budget=budget) or plan
+            plan = best_plan(problem, plan.objective, budget=budget) or plan
         return plan
+
+    def _max_slots(self, engine: EngineState) -> int:
+        return int(self.max_batch or engine.max_num_seqs)
 
     def _job(self, now: float, request: Request, latency: Latency) -> Job:
         tokens = request.predicted_tokens
@@ -131,69 +144,61 @@ class Annealing:
         tokens = max(1.0, min(tokens, request.max_tokens))
         prefill, decode = latency.lines(request.prompt_tokens, tokens)
         waited = now - request.arrival_s
-        slo, insists = request.slo, not request.best_effort
+        slo, bounded = request.slo, not request.best_effort
         return Job(
             prefill=prefill,
             decode=decode,
             waited=waited,
-            ttft_left=slo.ttft_s - waited if slo.ttft_s is not None and insists else math.inf,
-            e2e_left=slo.e2e_s - waited if slo.e2e_s is not None and insists else math.inf,
-            decode_s=slo.tpot_s * tokens if slo.tpot_s is not None and insists else math.inf,
+            ttft_left=slo.ttft_s - waited if slo.ttft_s is not None and bounded else math.inf,
+            e2e_left=slo.e2e_s - waited if slo.e2e_s is not None and bounded else math.inf,
+            decode_s=slo.tpot_s * tokens if slo.tpot_s is not None and bounded else math.inf,
             kv=(request.prompt_tokens + max(tokens, request.predicted_p90)) * request.sequences,
             prompt=request.prompt_tokens,
             slots=request.sequences,
         )
 
     def _latency(self, waiting: Sequence[Request], running: Collection[Request], engine: EngineState) -> Latency:
-        known = [*running, *waiting[: int(self.horizon)]]
-        prompts, outputs = sum([r.prompt_tokens for r in known]), sum([r.predicted_tokens for r in known])
+        """Return the learnt forms; beside a running set with the prefill time per decoded token."""
+        requests = [*running, *waiting[: int(self.horizon)]]
+        prompts, outputs = sum([r.prompt_tokens for r in requests]), sum([r.predicted_tokens for r in requests])
         times = engine.step_time.times
         return Latency.of_times(times, times.alpha * prompts / max(outputs, 1.0) if running else 0.0)
 
-    def _refuse_late(
+    def _reject_late(
         self, now: float, waiting: Sequence[Request], latency: Latency, decision: Decision
     ) -> Sequence[Request]:
-        """Not even at once and alone would they have their first token in time."""
+        """Reject each request whose prefill, started now and alone, would end after its deadline."""
         kept: list[Request] = []
-        least = math.inf
+        least_margin = math.inf
         p_bl, p_b, p_l, p_0 = latency.prefill
         for request in waiting:
-            own_s = (p_bl + p_l) * request.prompt_tokens + p_b + p_0
-            late_by = now + own_s - request.deadline_s
+            prefill_s = (p_bl + p_l) * request.prompt_tokens + p_b + p_0
+            late_by = now + prefill_s - request.deadline_s
             if late_by > 0:
                 predicted_s = request.ttft_slo_s + late_by
-                infeasible = own_s > request.ttft_slo_s
+                infeasible = prefill_s > request.ttft_slo_s
                 decision.reject.append(reject_ttft(request, predicted_s, predicted_s, late_by, infeasible))
                 continue
-            least = min(least, -late_by)
+            least_margin = min(least_margin, -late_by)
             kept.append(request)
-        if least < math.inf:
-            decision.recheck_at = now + least
+        if least_margin < math.inf:
+            decision.recheck_at = now + least_margin
         return kept
 
 
-_WARM_UP = 500
-"""Units of work that annealing gets where the best plan is found by exhaustion: enough for a bound that prunes well."""
-
-
-def _beside(running: Collection[Request], latency: Latency, most: int, horizon: int) -> Beside:
-    """What runs: how many of it break their pace for so many newcomers, and when the next of it is done."""
+def _running_set(running: Collection[Request], latency: Latency, max_slots: int, horizon: int) -> RunningSet:
+    """Return how many TPOT bounds of ``running`` break per number of joining sequences, and when the next one ends."""
     if not running:
-        return Beside(continuous=True)
+        return RunningSet(continuous=True)
     slots = sum([r.sequences for r in running])
-    length = sum(
-        [(r.length + max(1.0, r.predicted_tokens - r.generated / r.sequences) / 2) * r.sequences for r in running]
-    )
-    length /= slots
-    paces = sorted([r.pace_s for r in running if r.pace_s is not None and not r.best_effort])
-    lost, broken = [], 0
-    now_broken = None
-    for joined in range(min(int(horizon), max(0, most - slots)) + 1):
-        step = latency.step_s(slots + joined, length)
-        while broken < len(paces) and paces[broken] < step:
-            broken += 1
-        if now_broken is None:
-            now_broken = broken  # those who are lost already are not lost by who joins
-        lost.append(broken - now_broken)
-    left = sum([max(1.0, r.predicted_tokens - r.generated / r.sequences) for r in running]) / len(running)
-    return Beside(slots, lost, left * latency.step_s(slots, length) / slots, continuous=True)
+    left = [max(1.0, r.predicted_tokens - r.generated / r.sequences) for r in running]
+    length = sum([(r.length + tokens / 2) * r.sequences for r, tokens in zip(running, left, strict=True)]) / slots
+    bounds = sorted([r.pace_s for r in running if r.pace_s is not None and not r.best_effort])
+    too_slow = [
+        bisect_left(bounds, latency.step_s(slots + joining, length))
+        for joining in range(min(horizon, max(0, max_slots - slots)) + 1)
+    ]
+    # Bounds that break already do not count against the joining requests.
+    broken = [count - too_slow[0] for count in too_slow]
+    turnover_s = sum(left) / len(left) * latency.step_s(slots, length) / slots
+    return RunningSet(slots, broken, turnover_s, continuous=True)

@@ -22,16 +22,13 @@ _BEST_EFFORT_SHARE = SLACK.best_effort_share
 
 @dataclass(slots=True)
 class RunningBatch:
-    """The running set R on ``engine``, as sums.
+    """The running set R on ``engine``, as sums; ``memory_z`` standard deviations of its memory are to stay free.
 
     Attributes:
-        memory_z: standard deviations of memory to keep free.
-        reserved_slots: best-effort slots that no other request may take.
-        slots, best_effort_slots: sequences in the engine, and the best-effort ones of them.
+        slots, best_effort_slots, reserved_slots: sequences, the best-effort ones, and how many of these are protected.
         decoding, context: sequences in a step and their tokens; without a pace they count by their share of steps.
         strictest_s: P*, the strictest pace (s per token).
-        memory, preemptible_memory, variance: tokens that R is expected to reach, the part of best-effort requests
-            beyond the reserved slots, and the variance of the sum.
+        memory, preemptible_memory, variance: tokens that R will reach, the unprotected best-effort part, the variance.
         backlog: prompt tokens that are not prefilled yet.
     """
 
@@ -62,12 +59,8 @@ class RunningBatch:
         slots, best_effort_slots = self.slots, self.best_effort_slots
         protected = self.reserved_slots if self.engine.gate.preemptible else self.engine.max_num_seqs
         decoding, context, strictest_s = self.decoding, self.context, self.strictest_s
-        memory, preemptible_memory, variance, backlog = (
-            self.memory,
-            self.preemptible_memory,
-            self.variance,
-            self.backlog,
-        )
+        memory, preemptible_memory = self.memory, self.preemptible_memory
+        variance, backlog = self.variance, self.backlog
         for request in requests:
             sequences, predicted = request.sequences, request.predicted_tokens
             generated = request.generated / sequences
@@ -81,10 +74,8 @@ class RunningBatch:
                     best_effort_slots += sequences
                     if best_effort_slots > protected:
                         preemptible_memory += expected
-            else:
-                pace = request.pace_s if pace_s is None else pace_s
-                if pace is not None and pace < strictest_s:
-                    strictest_s = pace
+            elif (pace := request.pace_s if pace_s is None else pace_s) is not None and pace < strictest_s:
+                strictest_s = pace
             # A running request counts by its length now, because another takes its slot and begins short.
             length = request.prompt_tokens + (generated if request.admitted_s is not None else predicted / 2)
             decoding += weight
@@ -94,24 +85,14 @@ class RunningBatch:
                 backlog += request.prompt_tokens
         self.slots, self.best_effort_slots = slots, best_effort_slots
         self.decoding, self.context, self.strictest_s = decoding, context, strictest_s
-        self.memory, self.preemptible_memory, self.variance, self.backlog = (
-            memory,
-            preemptible_memory,
-            variance,
-            backlog,
-        )
-        self._prefill_token_s = None
+        self.memory, self.preemptible_memory = memory, preemptible_memory
+        self.variance, self.backlog, self._prefill_token_s = variance, backlog, None
 
     @property
-    def slots_in_use(self) -> int:
-        """Slots that are not free for a request that may preempt best-effort ones."""
-        spare = self.best_effort_slots - self.reserved_slots if self.engine.gate.preemptible else 0
-        return self.slots - max(0, spare)
-
-    @property
-    def has_slots(self) -> bool:
-        """Whether a slot is free for a request that may preempt best-effort ones."""
-        return self.slots_in_use < self.engine.max_num_seqs
+    def free_slots(self) -> int:
+        """Slots that are free for a request that may preempt best-effort ones."""
+        preemptible = self.best_effort_slots - self.reserved_slots if self.engine.gate.preemptible else 0
+        return self.engine.max_num_seqs - self.slots + max(0, preemptible)
 
     def has_room_for(self, request: Request) -> bool:
         """Whether slots and KV memory suffice for ``request`` too, without preempting any."""
@@ -144,57 +125,37 @@ class RunningBatch:
         spare_s, most = self.strictest_s - self.step_s, self.engine.max_num_batched_tokens
         return most if spare_s == math.inf else min(max(spare_s / max(self.prefill_token_s, 1e-12), 1.0), most)
 
-    def full_step_s(self, prompt_tokens: float) -> float:
-        """Return the seconds of the next step, with as much of ``prompt_tokens`` of prefill as it has time for."""
-        return min(self.strictest_s, self.step_s + self.prefill_token_s * min(prompt_tokens, self.chunk_tokens))
-
 
 @dataclass(slots=True)
 class WaitingBatch:
-    """The waiting requests that are not best-effort, in deadline order; arrays of shape (n,).
-
-    ``pace_s`` (s per token, infinite without a pace) is required at admission, ``planned_pace_s`` while the request
-    runs. ``prefill_s`` is mu * p.
-    """
+    """The waiting requests that are not best-effort, in deadline order, and the pace that each needs now."""
 
     requests: Sequence[Request]
     arrays: WaitingArrays
-    pace_s: Floats
-    planned_pace_s: Floats
-    prefill_s: Floats
+    pace_s: Floats  # shape (n,), s per token, infinite without a pace
 
     @classmethod
     def of(
-        cls,
-        requests: Sequence[Request],
-        arrays: WaitingArrays,
-        batch: RunningBatch,
-        now: float,
-        backlog: int = 0,
-        tpot_target_fraction: float = 1.0,
+        cls, requests: Sequence[Request], arrays: WaitingArrays, batch: RunningBatch, now: float, fraction: float = 1.0
     ) -> WaitingBatch:
-        """Return the arrays at ``now`` (s), with ``backlog`` prompt tokens in the engine.
+        """Return the arrays at ``now`` (s); ``fraction`` of a bound is the pace.
 
-        What an end-to-end bound E leaves after the first token is shared by the y predicted tokens,
-        P = (a + E - first) / y, and `e2e_pace_factor` times that is planned once the request runs. The first token is
-        expected when prefill gets to it, at the latest when it is due.
+        What an end-to-end bound E leaves after the first token is shared by the y predicted tokens:
+        P = (a + E - first) / y. The first token is expected when prefill gets to it, at the latest when it is due.
         """
-        pace_s = planned_s = tpot_target_fraction * arrays.pace
+        pace_s = fraction * arrays.pace
         ends = np.flatnonzero(arrays.end < math.inf)
         if len(ends):
             of = arrays.take(ends)
-            first_s = now + batch.step_s + batch.prefill_token_s * (backlog + of.prompt) / batch.prefill_share
+            first_s = now + batch.step_s + batch.prefill_token_s * (batch.backlog + of.prompt) / batch.prefill_share
             left_s = np.maximum(of.end - np.minimum(first_s, of.deadline), 0.0) / np.maximum(of.output, 1.0)
-            pace_s, planned_s = pace_s.copy(), pace_s.copy()
-            pace_s[ends] = tpot_target_fraction * np.minimum(left_s, of.tpot_bound)
-            planned_s[ends] = tpot_target_fraction * np.minimum(SLACK.e2e_pace_factor * left_s, of.tpot_bound)
-        return cls(requests, arrays, pace_s, planned_s, batch.prefill_token_s * arrays.prompt)
+            pace_s[ends] = fraction * np.minimum(left_s, of.tpot_bound)
+        return cls(requests, arrays, pace_s)
 
     def only(self, which: NDArray[np.bool_]) -> WaitingBatch:
         """Return the requests where ``which`` holds."""
         at = np.flatnonzero(which)
-        rest = [array[at] for array in (self.pace_s, self.planned_pace_s, self.prefill_s)]
-        return WaitingBatch([self.requests[i] for i in at.tolist()], self.arrays.take(at), *rest)
+        return WaitingBatch([self.requests[i] for i in at.tolist()], self.arrays.take(at), self.pace_s[at])
 
     def alone_s(self, engine: EngineState) -> Floats:
         """Return the seconds per token of each request in an idle engine."""
@@ -208,8 +169,8 @@ class WaitingBatch:
         decode_s = token_s + max(-curve.e, 0.0) + curve.a * (of.prompt + of.output / 2)
         return token_s * of.prompt + decode_s * of.sequences * of.output
 
-    def fit(self, batch: RunningBatch, now: float, backlog: int, at: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """Return whether each request ``at`` can run beside ``batch``, with ``backlog`` prompt tokens in the engine.
+    def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Return whether each request ``at`` can be admitted beside ``batch`` at ``now`` (s).
 
             slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
             T(R + r) <= P*(R + r),   now + wait + mu * (backlog + p_r) / (1 - T(R + r)/P*) <= d_r,
@@ -223,10 +184,10 @@ class WaitingBatch:
         decoding = batch.decoding + weight
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
-        others = backlog + of.prompt.sum() - prompt
+        others = batch.backlog + of.prompt.sum() - prompt
         wait_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * others))
-        first_s = wait_s + token_s * (backlog + prompt) / np.maximum(1 - step_s / strictest_s, 1e-12)
-        fits = (batch.slots_in_use + sequences <= engine.max_num_seqs) & (step_s <= strictest_s)
+        first_s = wait_s + token_s * (batch.backlog + prompt) / np.maximum(1 - step_s / strictest_s, 1e-12)
+        fits = (sequences <= batch.free_slots) & (step_s <= strictest_s)
         fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
             memory = batch.memory - batch.preemptible_memory + sequences * (prompt + np.maximum(output, 1.0))

@@ -15,7 +15,7 @@ time left for prefill, share = 1 - T(R)/P*, and the cost mu of an uncached promp
 
 INVARIANT: the running set keeps its strictest pace, and every waiting request can still meet its deadline.
 
-In the engine, `engine_adapter.gates.slack` sizes each step, and `best_effort_preemption` frees what line 8 counts on.
+In the engine, `gates.slack` sizes each step, and `gates.best_effort_preemption` frees what line 8 counts on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
-from gateway.policies.base import Decision, PrefillLookahead, reject_tpot, reject_ttft
+from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, reject_tpot, reject_ttft
 from gateway.policies.slack.batch import RunningBatch, WaitingBatch
 from gateway.policies.slack.fair_share import FairShare
 from gateway.requests.request import Request
@@ -40,16 +40,20 @@ from gateway.requests.waiting_queue import arrays_of
 
 @dataclass(slots=True)
 class _Round:
-    """One call of `Slack.decide`: its time, and what its answers so far have made of the engine."""
+    """One call of `Slack.decide`: its time, its answers so far, and the engine as they leave it."""
 
     now: float
     batch: RunningBatch
-    lookahead: PrefillLookahead
+    lookahead_tokens: float
     decision: Decision = field(default_factory=Decision)
+
+    @property
+    def room(self) -> float:
+        """Prompt tokens that may enter the engine; a longer prompt enters when no other one is there."""
+        return self.lookahead_tokens - self.batch.backlog if self.batch.backlog else math.inf
 
     def admit(self, request: Request, pace_s: float) -> None:
         self.batch.add((request,), pace_s)
-        self.lookahead.add(request)
         self.decision.admit.append(request)
         if request.kind is ServiceKind.PACED and pace_s != request.pace_s:
             self.decision.paces[request.id] = pace_s
@@ -64,7 +68,7 @@ class Slack:
         cost_weight: deadline penalty (s) per second of engine time; 0 orders by deadline alone.
         min_admission_share: share of the overall admission rate that each class and tenant gets; 0 turns it off.
         memory_risk: probability with which the running set may outgrow the KV memory.
-        max_wait_s: when a paced request without a TTFT bound is due, and a best-effort one gets a reserved slot first.
+        max_wait_s: time (s) after arrival when a paced request without a TTFT bound is due.
         queue_discount: fraction of the work queued ahead that counts in line 2, since some of it will be rejected.
         prefill_lookahead_steps: steps' worth of prefill that may wait inside the engine.
     """
@@ -100,117 +104,103 @@ class Slack:
         if not waiting:
             return Decision()
         batch = RunningBatch.of(running, engine, NormalDist().inv_cdf(1 - self.memory_risk))
-        lookahead = PrefillLookahead(batch.backlog, self.prefill_lookahead_steps * batch.chunk_tokens)
-        this = _Round(now, batch, lookahead)
-        decision = this.decision
+        this = _Round(now, batch, self.prefill_lookahead_steps * batch.chunk_tokens)
         count = int(np.count_nonzero(arrays_of(waiting).kind != ServiceKind.BEST_EFFORT))
-        arrays, best_effort = arrays_of(waiting, count), waiting[count:]
-        queue = WaitingBatch.of(waiting[:count], arrays, batch, now, lookahead.tokens, self.tpot_target_fraction)
+        arrays, best_effort = arrays_of(waiting, count), list(waiting[count:])
+        queue = WaitingBatch.of(waiting[:count], arrays, batch, now, self.tpot_target_fraction)
         queue = self._reject_infeasible(this, queue)
         queue = self._reject_late(this, queue)
-        overdue = [r for r in best_effort if now - r.arrival_s > self.max_wait_s]
-        self._admit_best_effort(this, overdue, batch.reserved_slots, overdue=True)
-        held_back = self._admit(this, queue)
-        left = [r for r in best_effort if r not in decision.admit] if overdue else best_effort
-        self._admit_best_effort(this, left, batch.reserved_slots if held_back else engine.max_num_seqs)
-        self._fair_share.note(decision)
-        decision.hold_s = batch.full_step_s(lookahead.tokens)
-        decision.max_hold_s = min(self.prefill_lookahead_steps * batch.strictest_s, SLACK.max_hold_s)
-        return decision
+        self._admit_best_effort(this, best_effort, batch.reserved_slots)
+        if not self._admit(this, queue):
+            self._admit_best_effort(this, best_effort, engine.max_num_seqs)
+        self._fair_share.note(this.decision)
+        this.decision.hold_s = min(batch.step_s, MAX_DECISION_INTERVAL_S)
+        this.decision.max_hold_s = min(self.prefill_lookahead_steps * batch.strictest_s, SLACK.max_hold_s)
+        return this.decision
 
     def _reject_infeasible(self, this: _Round, queue: WaitingBatch) -> WaitingBatch:
         """Line 1."""
         alone_s = queue.alone_s(this.batch.engine)
         infeasible = alone_s > queue.pace_s
         for at in np.flatnonzero(infeasible).tolist():
-            request, attainable_s = queue.requests[at], float(alone_s[at]) / self.tpot_target_fraction
-            if request.pace_s is not None and attainable_s <= request.pace_s:
-                # Its end-to-end bound was feasible at arrival and is not any more: line 2 rejects it as late.
-                infeasible[at] = False
-            else:
-                this.decision.reject.append(reject_tpot(request, attainable_s, 0.0, infeasible=True))
+            attainable_s = float(alone_s[at]) / self.tpot_target_fraction
+            this.decision.reject.append(reject_tpot(queue.requests[at], attainable_s, 0.0, infeasible=True))
         return queue.only(~infeasible) if infeasible.any() else queue
 
     def _reject_late(self, this: _Round, queue: WaitingBatch) -> WaitingBatch:
-        """Line 2. Also sets when to check again: when the next deadline becomes unattainable."""
+        """Line 2."""
         batch, curve = this.batch, this.batch.engine.step_time.curve
         stretch = 1 / batch.prefill_share
         ahead_stretch = self.queue_discount * stretch
         # The step under way must end, and the one that brings the first token takes what any step takes.
         step_s = max(batch.step_s, curve.step_s(1, 0))
         fixed_s = this.now + batch.step_s / 2 + step_s + curve.h
-        ahead_s = batch.prefill_token_s * this.lookahead.tokens
-        deadline, own_s = queue.arrays.deadline, queue.prefill_s
-        queued_s = np.cumsum(own_s) - own_s
-        margin_s = deadline - (fixed_s + ahead_stretch * (ahead_s + queued_s) + stretch * own_s)
-        if len(margin_s) and margin_s.min() < 0:
-            # A rejected request is not ahead of the next one, so from the first one on they are checked in turn.
-            first = int(np.argmax(margin_s < 0))
-            ahead_s += float(queued_s[first])
-            rows = zip(deadline[first:].tolist(), own_s[first:].tolist(), strict=True)
-            for at, (due_s, prefill_s) in enumerate(rows, first):
-                late_s = fixed_s + ahead_stretch * ahead_s + stretch * prefill_s - due_s
-                margin_s[at] = -late_s
-                if late_s <= 0:
-                    ahead_s += prefill_s
-                    continue
-                request = queue.requests[at]
-                predicted_s = request.ttft_slo_s + late_s
-                # What is promised for a second try has no discount, and a step in reserve.
-                attainable_s = predicted_s + (stretch - ahead_stretch) * ahead_s + step_s
-                infeasible = curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
-                this.decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_s, infeasible))
-            queue, margin_s = queue.only(margin_s >= 0), margin_s[margin_s >= 0]
-        least_s = float(margin_s.min(initial=math.inf))
-        this.decision.recheck_at = this.now + least_s if least_s < math.inf else None
-        return queue
+        ahead_s = batch.prefill_token_s * batch.backlog
+        own_s = batch.prefill_token_s * queue.arrays.prompt
+        first_s = fixed_s + ahead_stretch * (ahead_s + np.cumsum(own_s) - own_s) + stretch * own_s
+        late = first_s > queue.arrays.deadline
+        if not late.any():
+            return queue
+        # A rejected request is not ahead of the next one, so they are checked in turn.
+        for at, (request, prefill_s) in enumerate(zip(queue.requests, own_s.tolist(), strict=True)):
+            late_s = fixed_s + ahead_stretch * ahead_s + stretch * prefill_s - request.deadline_s
+            late[at] = late_s > 0
+            if late_s <= 0:
+                ahead_s += prefill_s
+                continue
+            predicted_s = request.ttft_slo_s + late_s
+            # What is promised for a second try has no discount, and a step in reserve.
+            attainable_s = predicted_s + (stretch - ahead_stretch) * ahead_s + step_s
+            infeasible = curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
+            this.decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_s, infeasible))
+        return queue.only(~late)
 
     def _admit(self, this: _Round, queue: WaitingBatch) -> bool:
         """Lines 3 to 6. Return whether any request is left waiting."""
-        batch, lookahead, admitted = this.batch, this.lookahead, 0
-        if not queue.requests or not batch.has_slots:
+        batch, admitted = this.batch, 0
+        if not queue.requests or batch.free_slots <= 0:
             return bool(queue.requests)
         order, claim = self._order(this, queue)
-        while len(order) and batch.has_slots:
+        while len(order) and batch.free_slots > 0:
             # Most candidates pass, so test them one at a time and re-filter only after a failure.
             at, order = order[:1], order[1:]
             request = queue.requests[at[0]]
-            has_room = at[0] == claim or lookahead.fits(request)
-            if not batch.slots or (has_room and queue.fit(batch, this.now, lookahead.tokens, at)[0]):
-                this.admit(request, float(queue.planned_pace_s[at[0]]))
+            has_room = at[0] == claim or request.prompt_tokens <= this.room
+            if not batch.slots or (has_room and queue.fit(batch, this.now, at)[0]):
+                tpot_s = math.inf if request.slo.tpot_s is None else self.tpot_target_fraction * request.slo.tpot_s
+                this.admit(request, min(SLACK.e2e_pace_factor * float(queue.pace_s[at[0]]), tpot_s))
                 admitted += 1
             else:
-                order = order[queue.arrays.prompt[order] <= lookahead.room]
-                order = order[queue.fit(batch, this.now, lookahead.tokens, order)]
+                order = order[queue.arrays.prompt[order] <= this.room]
+                order = order[queue.fit(batch, this.now, order)]
         return admitted < len(queue.requests)
 
     def _order(self, this: _Round, queue: WaitingBatch) -> tuple[NDArray[np.intp], int | None]:
         """Line 3. Return the requests in order, and the first that has a claim: it is overdue, or its group is behind.
 
-        NOTE: that one leads, and needs no room in the lookahead for all of its prompt; else shorter ones could pass it
-        for ever.
+        NOTE: that one leads, and may exceed the room in the lookahead; else shorter prompts could pass it for ever.
         """
         due_s = np.minimum(queue.arrays.deadline, queue.arrays.arrival + self.max_wait_s)
         claims, behind = due_s < this.now, self._fair_share.behind(queue.requests)
-        if behind is not None:
-            claims |= np.array(behind, dtype=bool)
+        if behind:
+            claims |= np.array(behind)
         key = due_s + self.cost_weight * queue.cost_s(this.batch)
-        order = np.flatnonzero(queue.arrays.prompt <= this.lookahead.room)
+        order = np.flatnonzero(queue.arrays.prompt <= this.room)
         order = order[np.lexsort((key[order], ~claims[order]))]
-        if not claims.any() or this.lookahead.tokens > this.lookahead.limit:
+        if not claims.any() or this.room < 0:
             return order, None
         claim = int(np.argmin(np.where(claims, key, math.inf)))
         return np.concatenate([[claim], order[order != claim]]), claim
 
-    def _admit_best_effort(self, this: _Round, requests: Sequence[Request], slots: int, overdue: bool = False) -> None:
-        """Line 7: in arrival order, up to ``slots`` best-effort slots. Overdue requests ignore the lookahead."""
+    def _admit_best_effort(self, this: _Round, requests: list[Request], slots: int) -> None:
+        """Line 7: in arrival order, up to ``slots`` best-effort slots. Removes the admitted from ``requests``."""
         batch, blocks = this.batch, this.batch.best_effort_slots > 0
-        for request in requests:
-            if batch.best_effort_slots and batch.best_effort_slots + request.sequences > slots:
-                break
-            if batch.slots >= batch.engine.max_num_seqs or not (overdue or this.lookahead.fits(request)):
+        for request in list(requests):
+            full = batch.best_effort_slots and batch.best_effort_slots + request.sequences > slots
+            if full or batch.slots >= batch.engine.max_num_seqs or this.room < 0:
                 break
             if not batch.slots or batch.has_room_for(request):
                 this.admit(request, math.inf)
+                requests.remove(request)
             elif blocks:
                 break  # It may fit once the running best-effort requests have ended.

@@ -222,17 +222,6 @@ def test_kinds_without_pace_sit_out_a_full_step(make: Make) -> None:
     assert {"paced", "loose"} == scheduled.keys() - {"prompt"}
 
 
-def test_paused_prompt_does_not_take_the_budget_of_younger_decodes(make: Make) -> None:
-    engine = make(seqs=8, blocks=1000, budget=64, overlap=False)
-    engine.add("long", 2000, 5)
-    engine.step()
-    for number in range(3):
-        engine.add(f"paced{number}", 60, 200, tpot_ms=50)
-    steps = [engine.step() for _ in range(60)]
-    assert all(f"paced{number}" in step for step in steps[30:] for number in range(3))
-    assert any("long" in step for step in steps[30:])
-
-
 def test_recomputation_is_limited_to_the_slack_of_paced_requests(make: Make) -> None:
     engine = make(seqs=3, blocks=1000, overlap=False)
     for number in range(3):

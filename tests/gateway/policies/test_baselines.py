@@ -1,4 +1,4 @@
-"""The baselines as their papers have them: S3's order, Mooncake's early rejection, SCORPIO with one guard."""
+"""The baselines of SCORPIO's evaluation: stock vLLM, S3, Mooncake, and SCORPIO with one guard."""
 
 from __future__ import annotations
 
@@ -12,53 +12,50 @@ from engine_adapter.engine import EngineState
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from gateway.policies.base import Decision, Policy
+from gateway.policies.fcfs import Fcfs
 from gateway.policies.mooncake import Mooncake
 from gateway.policies.registry import POLICIES, make_policy
 from gateway.policies.s3 import S3
 from gateway.policies.scorpio import Scorpio
 from gateway.requests.request import Request
-from gateway.requests.slo import Slo
-from gateway.requests.waiting_queue import WaitingQueue
+from tests.fixtures import policy_builders
+from tests.fixtures.policy_builders import NOW, admitted, ask, running
 
 TIMES = StepTimes(a=0.0, b=1e-3, c=1e-6, d=0.01, alpha=1e-3)
-"""100 prompt tokens take 0.1 s; a step takes 10 ms, 1 ms for each sequence, and 1 ms for 1000 tokens of context."""
-
-NOW = 100.0
+"""100 prompt tokens take 0.1 s. A step takes 10 ms, 1 ms per sequence, and 1 ms per 1000 tokens of mean length."""
 
 
 def engine(**changes: Any) -> EngineState:
-    return EngineState(**{"alive": True, "step_time": StepTimeModel(times=TIMES, learn=False), **changes})
+    return policy_builders.engine(step_time=StepTimeModel(times=TIMES, learn=False), **changes)
 
 
-def ask(name: str = "r", *, at: float = NOW, ttft: float | None = None, tpot: float | None = None,
-        e2e: float | None = None, prompt: int = 100, output: float = 50, **more: Any) -> Request:  # fmt: skip
-    return Request(name, "chat", at, Slo(ttft, tpot, e2e), prompt, output, **more)
-
-
-def running(name: str = "old", **more: Any) -> Request:
-    return ask(name, at=NOW - 1, **{"admitted_s": NOW - 1, "first_token_s": NOW - 0.5, "generated": 10, **more})
+def prefilling(prompt: int) -> Request:
+    """An admitted request without its first token."""
+    return ask("prefilling", at=NOW - 1, admitted_s=NOW - 1, prompt=prompt)
 
 
 def decide(policy: Policy, waiting: list[Request], old: list[Request], state: EngineState | None = None) -> Decision:
-    queue = WaitingQueue(policy.order)
-    for request in waiting:
-        queue.add(request)
-    return policy.decide(NOW, queue, old, state or engine())
-
-
-def admitted(decision: Decision) -> list[str]:
-    return [request.id for request in decision.admit]
+    return policy_builders.decide(policy, NOW, waiting, old, state or engine())
 
 
 def rejected(decision: Decision) -> dict[str, tuple[str, bool]]:
-    """Bound and hopelessness by request."""
+    """By request id: the bound that fails, and whether it is infeasible."""
     return {r.request.id: (r.bound, r.infeasible) for r in decision.reject}
+
+
+# --- FCFS -------------------------------------------------------------------------------------------------------------
+
+
+def test_fcfs_admits_all_in_arrival_order_without_a_gate() -> None:
+    queue = [ask("b", at=NOW - 1, ttft=1e-6), ask("a", at=NOW - 2), ask("c", tpot=1e-6)]
+    decision = decide(Fcfs(), queue, [running()], engine(max_num_seqs=1))
+    assert (admitted(decision), decision.reject, Fcfs().gate) == (["a", "b", "c"], [], "open")
 
 
 # --- S3 ---------------------------------------------------------------------------------------------------------------
 
 
-def test_s3_takes_the_shortest_predicted_output_first_and_among_equals_the_oldest() -> None:
+def test_s3_orders_by_predicted_length_then_arrival() -> None:
     queue = [
         ask("long", output=90),
         ask("b", at=NOW - 1, output=5),
@@ -69,28 +66,27 @@ def test_s3_takes_the_shortest_predicted_output_first_and_among_equals_the_oldes
     assert (admitted(decision), decision.reject, decision.recheck_at) == (["short", "a", "b", "long"], [], None)
 
 
-def test_s3_never_rejects_and_never_gates() -> None:
+def test_s3_never_rejects_and_uses_no_gate() -> None:
     late = [ask(str(i), at=NOW - 50, ttft=1e-6, tpot=1e-6) for i in range(3)]
     assert (len(decide(S3(), late, []).admit), S3().gate) == (3, "open")
 
 
-def test_s3_stops_at_the_first_that_finds_no_place_in_the_batch() -> None:
+def test_s3_stops_at_the_first_request_without_free_slots() -> None:
     queue = [ask("pair", output=1, sequences=2), ask("single", output=2)]
     assert admitted(decide(S3(), queue, [running("a"), running("b", sequences=2)], engine(max_num_seqs=4))) == []
     assert admitted(decide(S3(), queue, [running("a")], engine(max_num_seqs=4))) == ["pair", "single"]
     assert admitted(decide(S3(), queue, [running("a")], engine(max_num_seqs=3))) == ["pair"]
 
 
-def test_s3_stops_where_the_runway_ends_and_lets_nobody_pass() -> None:
+def test_s3_stops_at_the_first_request_beyond_the_prefill_lookahead() -> None:
     state = engine(max_num_batched_tokens=100)
     queue = [ask("a", prompt=90, output=1), ask("b", prompt=200, output=2), ask("c", prompt=5, output=3)]
     assert admitted(decide(S3(), queue, [], state)) == ["a"]
     assert admitted(decide(S3(prefill_lookahead_steps=3), queue, [], state)) == ["a", "b", "c"]
-    unfinished = running("u", prompt=150, first_token_s=None, generated=0)
-    assert admitted(decide(S3(), queue, [unfinished], state)) == []
+    assert admitted(decide(S3(), queue, [prefilling(150)], state)) == []
 
 
-def test_s3_admits_to_an_idle_engine_what_will_never_fit_better() -> None:
+def test_s3_admits_an_oversized_request_to_an_idle_engine() -> None:
     state = engine(max_num_seqs=2, max_num_batched_tokens=100)
     assert admitted(decide(S3(), [ask(prompt=5000, sequences=8)], [], state)) == ["r"]
 
@@ -98,29 +94,28 @@ def test_s3_admits_to_an_idle_engine_what_will_never_fit_better() -> None:
 # --- Mooncake ---------------------------------------------------------------------------------------------------------
 
 
-def test_mooncake_judges_in_order_of_arrival_each_behind_those_it_admitted() -> None:
-    # Prefills end after 0.1, 0.2, 0.3 s; the third is too late, and leaves its time to the fourth.
-    queue = [ask(name, at=NOW - 0.1 + i * 0.01, ttft=ttft) for i, (name, ttft) in
-             enumerate([("a", 9), ("b", 9), ("c", 0.35), ("d", 0.4)])]  # fmt: skip
+def test_mooncake_counts_admitted_prefills_before_each_request() -> None:
+    # Prefills end after 0.1, 0.2 and 0.3 s. "c" is rejected, so its prefill does not delay "d".
+    bounds = {"a": 9, "b": 9, "c": 0.35, "d": 0.4}
+    queue = [ask(name, at=NOW - 0.1 + i * 0.01, ttft=ttft) for i, (name, ttft) in enumerate(bounds.items())]
     decision = decide(Mooncake(), queue, [])
     assert admitted(decision) == ["a", "b", "d"]
     (rejection,) = decision.reject
     assert (rejection.request.id, rejection.bound, rejection.infeasible) == ("c", "ttft", False)
     assert rejection.predicted_s == rejection.attainable_s == pytest.approx(0.08 + 0.3)
-    assert rejection.retry_after_s == pytest.approx(0.03), "by then so much of the backlog is done"
+    assert rejection.retry_after_s == pytest.approx(0.03), "the backlog is that much shorter by then"
 
 
-def test_mooncake_counts_admitted_prompts_without_a_token_and_the_time_already_waited() -> None:
-    unfinished = running("u", prompt=300, first_token_s=None, generated=0)
+def test_mooncake_ttft_includes_backlog_and_time_waited() -> None:
     assert rejected(decide(Mooncake(), [ask(ttft=0.45)], [running(prompt=900)])) == {}
-    assert rejected(decide(Mooncake(), [ask(ttft=0.35)], [unfinished])) == {"r": ("ttft", False)}
+    assert rejected(decide(Mooncake(), [ask(ttft=0.35)], [prefilling(300)])) == {"r": ("ttft", False)}
     assert rejected(decide(Mooncake(), [ask(at=NOW - 0.3, ttft=0.35)], [])) == {"r": ("ttft", False)}
 
 
-def test_mooncake_rejects_who_would_decode_too_slowly_in_the_batch_it_joins() -> None:
+def test_mooncake_rejects_tpot_that_the_joined_batch_breaks() -> None:
     batch = [running(str(i), prompt=90) for i in range(9)]  # 100 tokens each
     decision = decide(Mooncake(), [ask(tpot=0.0201)], batch)
-    # Ten sequences of 100 tokens and, half way, 25 more: 10 + 10 + 0.125 ms.
+    # Ten sequences with a mean length of 100 + 50/2 tokens: 10 + 10 + 0.125 ms.
     (rejection,) = decision.reject
     assert (rejection.bound, rejection.infeasible) == ("tpot", False)
     assert rejection.predicted_s == rejection.attainable_s == pytest.approx(0.020125)
@@ -128,38 +123,37 @@ def test_mooncake_rejects_who_would_decode_too_slowly_in_the_batch_it_joins() ->
     assert admitted(decide(Mooncake(), [ask(tpot=0.0201)], batch[1:])) == ["r"]
 
 
-def test_mooncakes_newcomers_fill_the_batch_for_those_behind_them() -> None:
+def test_mooncake_counts_admitted_requests_in_the_batch_of_the_next() -> None:
     queue = [ask(str(i), at=NOW + i * 1e-6, tpot=0.0145) for i in range(6)]  # 11.125, 12.125, ... ms
     decision = decide(Mooncake(), queue, [])
     assert (admitted(decision), list(rejected(decision))) == (["0", "1", "2", "3"], ["4", "5"])
-    # The mean length is theirs too: five of 100 tokens, and 25 more half way.
+    # Five sequences with a mean length of 100 + 50/2 tokens.
     assert decision.reject[0].predicted_s == pytest.approx(0.015125)
 
 
 def test_mooncake_counts_every_sequence_of_a_request() -> None:
     pair = ask("pair", sequences=2, tpot=0.0122)
     (rejection,) = decide(Mooncake(), [pair], [running("old", prompt=90, generated=20, sequences=2)]).reject
-    # Four sequences of 100 tokens on average, and 25 more half way.
+    # Four sequences with a mean length of 100 + 50/2 tokens.
     assert rejection.predicted_s == pytest.approx(0.014125)
     assert rejected(decide(Mooncake(), [pair], [])) == {}
 
 
-def test_mooncake_protects_nobody_elses_bound() -> None:
+def test_mooncake_ignores_tpot_bounds_of_running_requests() -> None:
     strict = [running(str(i), tpot=0.0115) for i in range(3)]
     assert admitted(decide(Mooncake(), [ask(tpot=1.0)], strict)) == ["r"]
 
 
-def test_mooncake_says_when_asking_again_cannot_help() -> None:
-    backlog = running("u", prompt=800, first_token_s=None, generated=0)
+def test_mooncake_marks_bounds_that_an_idle_engine_breaks_infeasible() -> None:
     queue = [ask("ttft", at=NOW - 1, ttft=0.09), ask("tpot", tpot=0.011), ask("late", ttft=0.5)]
-    assert rejected(decide(Mooncake(), queue, [backlog])) == {
+    assert rejected(decide(Mooncake(), queue, [prefilling(800)])) == {
         "ttft": ("ttft", True),
         "tpot": ("tpot", True),
         "late": ("ttft", False),
     }
 
 
-def test_mooncake_answers_an_end_to_end_bound_in_its_own_terms() -> None:
+def test_mooncake_rejects_e2e_bound_with_an_attainable_e2e_bound() -> None:
     (rejection,) = decide(Mooncake(), [ask(e2e=0.3)], []).reject
     assert (rejection.bound, rejection.infeasible) == ("e2e", True)
     # 0.1 s to the first token, and 50 tokens at 30 ms.
@@ -167,25 +161,25 @@ def test_mooncake_answers_an_end_to_end_bound_in_its_own_terms() -> None:
     assert admitted(decide(Mooncake(), [ask(e2e=1.61)], [])) == ["r"]
 
 
-def test_mooncake_without_its_tpot_check_is_what_scorpios_authors_ran() -> None:
+def test_mooncake_without_tpot_check_rejects_only_by_ttft() -> None:
     queue = [ask("slow", tpot=1e-6), ask("late", ttft=0.05)]
     assert rejected(decide(Mooncake(tpot_check=False), queue, [])) == {"late": ("ttft", True)}
 
 
-def test_mooncake_serves_best_effort_whatever_its_bounds_were() -> None:
+def test_mooncake_admits_best_effort_whatever_its_bounds() -> None:
     request = ask(ttft=1e-6, tpot=1e-6, best_effort=True)
     batch = [running(str(i), sequences=500) for i in range(4)]
     assert admitted(decide(Mooncake(), [request], batch)) == ["r"]
 
 
-def test_mooncake_decides_at_once_and_never_keeps_anybody_waiting() -> None:
+def test_mooncake_decides_every_waiting_request_at_once() -> None:
     queue = [ask(str(i), ttft=0.3, tpot=0.013) for i in range(9)]
     decision = decide(Mooncake(), queue, [], engine(max_num_seqs=1, max_num_batched_tokens=1))
     assert len(decision.admit) + len(decision.reject) == 9
     assert (decision.recheck_at, Mooncake().gate) == (None, "open")
 
 
-# --- one guard of SCORPIO ---------------------------------------------------------------------------------------------
+# --- SCORPIO with one guard -------------------------------------------------------------------------------------------
 
 REQUESTS = st.lists(
     st.builds(
@@ -202,7 +196,7 @@ SWITCHES = {"ttft_guard_only": {"tpot_guard": False}, "tpot_guard_only": {"ttft_
 
 @pytest.mark.parametrize("name", SWITCHES)
 @given(waiting=REQUESTS, old=st.lists(st.builds(running, tpot=st.floats(0.01, 0.1)), max_size=12))
-def test_one_guard_alone_is_scorpio_with_the_other_switched_off(
+def test_one_guard_policy_equals_scorpio_with_the_other_guard_off(
     name: str, waiting: list[Request], old: list[Request]
 ) -> None:
     alone, switched = make_policy(name), make_policy("scorpio", SWITCHES[name])
@@ -211,14 +205,15 @@ def test_one_guard_alone_is_scorpio_with_the_other_switched_off(
     assert (alone.gate, alone.name) == (switched.gate, name)
 
 
-def test_what_a_name_fixes_is_no_option_of_it_and_the_rest_is() -> None:
-    for name, fixed in SWITCHES.items():
-        with pytest.raises(ValueError, match=f"policy '{name}' has no option '{next(iter(fixed))}'"):
-            make_policy(name, fixed)
-        assert make_policy(name, {"eta": 1.1}) == Scorpio(eta=1.1, name=name, **fixed)
+@pytest.mark.parametrize("name", SWITCHES)
+def test_one_guard_policy_takes_scorpio_options_but_not_its_switch(name: str) -> None:
+    fixed = SWITCHES[name]
+    with pytest.raises(ValueError, match=f"policy '{name}' has no option '{next(iter(fixed))}'"):
+        make_policy(name, fixed)
+    assert make_policy(name, {"eta": 1.1}) == Scorpio(eta=1.1, name=name, **fixed)
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_goes_by_its_name_and_decides_nothing_when_nobody_waits(name: str) -> None:
+def test_policy_has_its_registered_name_and_ignores_an_empty_queue(name: str) -> None:
     assert make_policy(name).name == name
     assert decide(make_policy(name), [], [running()]) == Decision()

@@ -1,119 +1,115 @@
-"""The slack policy and those whom nothing was promised: what is left is theirs, a share of it always."""
+"""The slack policy and best-effort requests: they get what is left, and a share of the slots in any case."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from engine_adapter.engine import GateReport
-from engine_adapter.gates.best_effort_preemption import PEAK_S
-from engine_adapter.gates.slack import BEST_EFFORT_SHARE, SlackGate
+from engine_adapter.gates.slack import SlackGate
+from engine_adapter.service_kind import ServiceKind
 from engine_adapter.simulated.sequence import SimulatedSequence
-from gateway.policies.slack.batch import NO_HURRY_S, Load
 from gateway.policies.slack.policy import Slack
 from gateway.requests.request import Request
-from tests.fixtures.policy_builders import NOW, admitted, ask, decide, engine, rejected, running
+from tests.fixtures.policy_builders import NOW, admitted, decide, engine, make_request, rejected, running
 
 
-def test_requests_without_bounds_come_last_but_have_a_share_of_the_places_to_themselves() -> None:
-    state = engine(max_num_seqs=60)  # a twentieth: three places
-    free = [ask(f"free{i}", at=NOW - 9) for i in range(5)]
-    bounded = [ask(f"b{i}", ttft=5, tpot=1, prompt=5, at=NOW) for i in range(80)]
-    decision = decide(Slack(), NOW, [*free, *bounded], [running("old")], state)
+def test_best_effort_requests_come_last_but_have_reserved_slots() -> None:
+    state = engine(max_num_seqs=60)  # a twentieth of the slots is three
+    free = [make_request(f"free{i}", at=NOW - 9) for i in range(5)]
+    bounded = [make_request(f"b{i}", ttft=5, tpot=1, prompt=5) for i in range(80)]
+    decision = decide(Slack(), NOW, [*free, *bounded], [running()], state)
     assert (len(decision.admit), rejected(decision)) == (59, [])
     assert not any(name.startswith("free") for name in admitted(decision))
-    room = decide(Slack(), NOW, [*free, *bounded], [], engine(max_num_seqs=200))
-    assert admitted(room)[-5:] == [r.id for r in free], "with nobody held back they take what is left"
-    tight = [running(f"s{i}", tpot=0.0105) for i in range(4)]
-    short = [ask(f"short{i}", at=NOW - 9, prompt=5) for i in range(5)]
-    held_back = decide(Slack(), NOW, [*short, ask("x", ttft=50, tpot=0.0105)], tight, state)
-    assert admitted(held_back) == ["short0", "short1", "short2"]
+    decision = decide(Slack(), NOW, [*free, *bounded], [], engine(max_num_seqs=200))
+    assert admitted(decision)[-5:] == [r.id for r in free], "they take what is left when no other request waits"
+    short = [make_request(f"short{i}", at=NOW - 9, prompt=2) for i in range(5)]
+    held_back = make_request("held back", ttft=50, tpot=0.0103)  # a step of five takes 10.5 ms
+    batch = [running(str(i), tpot=0.02) for i in range(4)]
+    assert admitted(decide(Slack(), NOW, [*short, held_back], batch, state)) == ["short0", "short1", "short2"]
 
 
-def test_best_effort_is_not_refused_and_protects_nobody() -> None:
-    greedy = ask("greedy", tpot=1e-6, ttft=1e-6, best_effort=True)
-    assert admitted(decide(Slack(), NOW, [greedy], [], engine())) == ["greedy"]
-    beside = [running("g", tpot=1e-6, best_effort=True)]
-    assert admitted(decide(Slack(), NOW, [ask(tpot=0.05)], beside, engine())) == ["r"]
+def test_best_effort_requests_wait_in_arrival_order() -> None:
+    free = [make_request(name, at=NOW - ago, prompt=5) for name, ago in (("new", 1), ("oldest", 9), ("middle", 5))]
+    assert admitted(decide(Slack(), NOW, free, [], engine(max_num_seqs=2))) == ["oldest", "middle"]
 
 
-def test_requests_without_bounds_never_wait_for_ever() -> None:
-    # Places are short, bounded requests come without end, and the runway is never empty.
+def test_best_effort_request_is_never_rejected_and_has_no_pace_to_keep() -> None:
+    waived = make_request("waived", tpot=1e-6, ttft=1e-6, best_effort=True)
+    assert admitted(decide(Slack(), NOW, [waived], [], engine())) == ["waived"]
+    beside = [running("waived", tpot=1e-6, best_effort=True)]
+    assert admitted(decide(Slack(), NOW, [make_request(tpot=0.05)], beside, engine())) == ["r"]
+
+
+@pytest.mark.parametrize("tpot_target_fraction", [1.0, 0.9])
+def test_request_with_a_waived_bound_is_admitted_without_a_planned_pace(tpot_target_fraction: float) -> None:
+    queue = [
+        make_request("free"),
+        make_request("waived", ttft=1, tpot=0.5, best_effort=True),
+        make_request("d", ttft=5),
+    ]
+    decision = decide(Slack(tpot_target_fraction=tpot_target_fraction), NOW, queue, [], engine())
+    assert (len(decision.admit), decision.paces) == (3, {})
+
+
+def test_best_effort_request_never_waits_for_ever() -> None:
+    # Slots are short, bounded requests keep arriving, and the prefill lookahead is never empty.
     state, policy = engine(max_num_seqs=4, max_num_batched_tokens=500), Slack(max_wait_s=10.0)
-    free = ask("free", prompt=900)
-    batch = [running(str(i), tpot=1.0) for i in range(2)] + [running("prefilling", tpot=1.0, prompt=100)]
-    batch[-1].first_token_s = None
-    for second in range(11):
-        crowd = [ask(f"b{second}.{i}", ttft=5, tpot=1, prompt=10, at=NOW + second) for i in range(3)]
-        first = admitted(decide(policy, NOW + second, [*crowd, free], batch, state))
-        assert first == [f"b{second}.0"]
-    crowd = [ask(f"late{i}", ttft=5, tpot=1, prompt=10, at=NOW + 11) for i in range(3)]
-    assert admitted(decide(policy, NOW + 11, [*crowd, free], batch, state)) == ["free"]
+    free = make_request("free", prompt=1200)
+    batch = [*(running(str(i), tpot=1.0) for i in range(2)), running("prefilling", tpot=1.0, first_token_s=None)]
+    for second in range(12):
+        arrivals = [make_request(f"b{i}", ttft=5, tpot=1, prompt=10, at=NOW + second) for i in range(3)]
+        first = admitted(decide(policy, NOW + second, [*arrivals, free], batch, state))
+        assert first == (["free"] if second > 10 else ["b0"])
 
 
-def test_one_without_bounds_that_does_not_fit_holds_up_its_kind_only_until_these_have_ended() -> None:
+def test_overdue_best_effort_requests_get_reserved_slots_only() -> None:
+    state, policy = engine(max_num_seqs=60), Slack(max_wait_s=10.0)
+    free = [make_request(f"free{i}", prompt=5, at=NOW - 11) for i in range(8)]
+    bounded = [make_request(f"b{i}", ttft=5, tpot=1, prompt=5) for i in range(80)]
+    names = admitted(decide(policy, NOW, [*free, *bounded], [running(tpot=1.0)], state))
+    assert names[:3] == ["free0", "free1", "free2"]
+    assert len(names) == 59
+    assert not any(name.startswith("free") for name in names[3:])
+
+
+def test_best_effort_request_that_does_not_fit_blocks_others_only_while_its_kind_runs() -> None:
     bounded, state = [running(str(i), tpot=1.0) for i in range(6)], engine(max_num_seqs=8)
-    many, few = ask("many", sequences=4, at=NOW - 2), [ask(str(i), at=NOW - 1) for i in range(3)]
-    for waited in (0, 100):
-        assert admitted(decide(Slack(), NOW + waited, [many, *few], bounded, state)) == ["0", "1"][: 1 if waited else 2]
-    ending = [*bounded[:5], running("free")]
-    assert not decide(Slack(), NOW, [many, *few], ending, state).admit, "or they would be in its way for ever"
-    small = engine(max_num_seqs=8, kv_tokens=3000)
-    large = ask("large", prompt=2900, at=NOW - 2)
-    assert admitted(decide(Slack(), NOW, [large, *few], bounded[:1], small)) == ["0", "1", "2"]
+    many = make_request("many", sequences=4, at=NOW - 2)
+    few = [make_request(str(i), at=NOW - 1) for i in range(3)]
+    assert admitted(decide(Slack(), NOW, [many, *few], bounded, state)) == ["0", "1"]
+    assert admitted(decide(Slack(), NOW + 100, [many, *few], bounded, state)) == ["0"], "all are overdue"
+    beside_free = [*bounded[:5], running("free")]
+    assert not decide(Slack(), NOW, [many, *few], beside_free, state).admit, "it fits once that one has ended"
+    large = make_request("large", prompt=2900, at=NOW - 2)
+    small_memory = engine(max_num_seqs=8, kv_tokens=3000)
+    assert admitted(decide(Slack(), NOW, [large, *few], bounded[:1], small_memory)) == ["0", "1", "2"]
 
 
-def test_who_has_a_pace_finds_the_places_of_those_without_free_where_they_make_way() -> None:
+def test_slots_and_memory_of_preemptible_requests_count_as_free() -> None:
     free = [running(f"free{i}") for i in range(40)]
-    comers = [ask(f"b{i}", ttft=5, tpot=0.5, prompt=1, output=149) for i in range(60)]
+    arrivals = [make_request(f"b{i}", ttft=5, tpot=0.5, prompt=1, output=149) for i in range(60)]
 
-    def admits(comers: list[Request], preemptible: bool = True, **limits: int) -> int:
+    def admits(arrivals: list[Request], preemptible: bool = True, **limits: int) -> int:
         state = engine(**{"max_num_seqs": 40, **limits}, gate=GateReport(preemptible=preemptible))
-        return len(decide(Slack(), NOW, comers, free, state).admit)
+        return len(decide(Slack(), NOW, arrivals, free, state).admit)
 
-    assert admits(comers, preemptible=False) == 0
-    assert admits(comers) == 38, "all but the twentieth that is theirs"
-    for other in (ask("free"), ask("best effort", ttft=1, tpot=0.5, best_effort=True)):
-        assert admits([other]) == 0, "nobody makes way for whom nothing was promised"
-    # Now there are places, and memory for one more: all reach 150 tokens.
-    assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150, preemptible=False) == 1
-    assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150) == 37, "a twentieth of the places is four"
+    assert admits(arrivals, preemptible=False) == 0
+    assert admits(arrivals) == 38, "two slots are reserved"
+    deadline_only = [make_request(f"d{i}", ttft=50, prompt=1, output=149) for i in range(60)]
+    assert admits(deadline_only) == 38, "deadline-only requests preempt, too"
+    for other in (make_request("free"), make_request("waived", ttft=1, tpot=0.5, best_effort=True)):
+        assert admits([other]) == 0, "no request is preempted for a best-effort one"
+    # With more slots, memory is short: each request reaches 150 tokens. Four slots are reserved.
+    assert admits(arrivals, max_num_seqs=80, kv_tokens=41 * 150, preemptible=False) == 1
+    assert admits(arrivals, max_num_seqs=80, kv_tokens=41 * 150) == 37
     free[0].prompt_tokens += 10 * 150
-    assert admits(comers, max_num_seqs=80, kv_tokens=41 * 150) == 27, "those of the oldest, whatever memory they have"
+    assert admits(arrivals, max_num_seqs=80, kv_tokens=41 * 150) == 27, "the oldest keep their memory"
 
 
-def test_places_that_others_took_lately_are_left_to_them() -> None:
-    policy, state = Slack(), engine(max_num_seqs=10)
-    free = [ask(f"free{i}", prompt=5) for i in range(9)]
-    busy = [running(f"b{i}", tpot=0.5) for i in range(9)]
-
-    def admits(now: float, others: int) -> int:
-        return len(decide(policy, now, free, busy[:others], state).admit)
-
-    decide(policy, NOW, [ask("sixth", ttft=5, tpot=0.5)], busy[:5], state)
-    assert admits(NOW + 1, others=2) == 4
-    assert admits(NOW + 1, others=0) == 9, "an engine that has nothing else to do takes what it can"
-    assert (admits(NOW + 2, others=9), admits(NOW + 3, others=2)) == (1, 1), "a share is theirs"
-    assert admits(NOW + 2 + 1.01 * PEAK_S, others=2) == 8
-
-
-def test_a_request_with_a_deadline_alone_keeps_its_place_and_is_not_one_of_those_without() -> None:
-    ttft, free = ask("ttft", ttft=5), [running(f"free{i}") for i in range(40)]
+def test_deadline_only_request_is_not_preempted() -> None:
+    deadline_only = [running(f"d{i}", ttft=5) for i in range(40)]
+    assert all(request.kind is ServiceKind.DEADLINE_ONLY for request in deadline_only)
     state = engine(max_num_seqs=40, gate=GateReport(preemptible=True))
-    decision = decide(Slack(), NOW, [ttft], free, state)
-    assert decision.paces == {"ttft": NO_HURRY_S}, "which is what the step gate is told"
-    ttft.admitted_s, ttft.tpot_slo_s = NOW, NO_HURRY_S
-    load = Load.of([*free, ttft], 0.01)
-    assert (load.slots, load.unbounded, load.strictest) == (41, 40, np.inf)
-    assert load.decoding == pytest.approx(41 * BEST_EFFORT_SHARE), "but it sits out as they do"
-    assert not SlackGate().preemptible(SimulatedSequence("ttft", 1, 1, ttft.tpot_slo_s))
-    kept = [running(f"ttft{i}", ttft=5) for i in range(40)]
-    for request in kept:
-        request.tpot_slo_s = NO_HURRY_S
-    assert not decide(Slack(), NOW, [ask("late", ttft=5, tpot=0.5)], kept, state).admit
-
-
-def test_one_whose_bound_nobody_insists_on_goes_without_a_pace() -> None:
-    queue = [ask("free"), ask("effort", ttft=1, tpot=0.5, best_effort=True), ask("bounded", ttft=5, tpot=0.5)]
-    decision = decide(Slack(), NOW, queue, [], engine())
-    assert (len(decision.admit), decision.paces) == (3, {"effort": np.inf})
+    assert not decide(Slack(), NOW, [make_request("late", ttft=5, tpot=0.5)], deadline_only, state).admit
+    sequence = SimulatedSequence("d", 1, 1, kind=ServiceKind.DEADLINE_ONLY)
+    assert not SlackGate().preemptible(sequence)

@@ -1,32 +1,37 @@
-"""A lane has its policy decide when there is news, and looks again by itself while anybody waits."""
+"""An engine's queue asks its policy after changes, and by itself while requests wait."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from engine_adapter.engine import EngineState
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.curve import StepCurve
-from gateway.policies.base import LOOK_AGAIN_S, Decision, Rejection, reject_tpot
+from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Rejection, reject_tpot
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo, SloClass
-from gateway.scheduling.engine_queue import DECIDING_SHARE, PROBE_EVERY_S, Admitted, Clock, EngineDown, EngineQueue
+from gateway.scheduling.decision_schedule import MAX_DECIDING_SHARE
+from gateway.scheduling.engine_queue import PROBE_INTERVAL_S, Admitted, Clock, EngineDown, EngineQueue
+from tests.fixtures.policy_builders import make_request
+
+NOW = 1000.0
 
 
 @dataclass
-class Waits:
-    """Admits all that waits once ``opens``; until then the engine is full."""
+class Closed:
+    """Keeps all requests waiting until ``opens``, and then admits them all. Records how many waited at each call."""
 
     opens: bool = False
-    stands_s: float = 0.0
-    asked: list[int] = field(default_factory=list)
-    name: str = "waits"
+    hold_s: float = 0.0
+    calls: list[int] = field(default_factory=list)
+    name: str = "closed"
     gate: str = "open"
 
     def order(self, request: Request) -> tuple[float, ...]:
@@ -35,166 +40,209 @@ class Waits:
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        self.asked.append(len(waiting))
+        self.calls.append(len(waiting))
         if self.opens:
             return Decision(admit=list(waiting))
-        return Decision(fits=lambda request: False, stands_s=self.stands_s, lasts_s=0.5 * LOOK_AGAIN_S)
+        return Decision(hold_s=self.hold_s, max_hold_s=0.5 * MAX_DECISION_INTERVAL_S)
 
 
-def lane_of(policy: Waits, clock: Clock = time.monotonic) -> EngineQueue:
+def queue_of(policy: Closed, clock: Clock = time.monotonic) -> EngineQueue:
     engine = SimulatedEngine()
     engine.state.alive = True
     return EngineQueue(engine, policy, {"chat": SloClass("chat", Slo())}, clock=clock)
 
 
+def busy_queue(policy: Closed) -> EngineQueue:
+    """Return a queue with one running and one waiting request. Its clock stands still at `NOW`."""
+    engine_queue = queue_of(policy, clock=lambda: NOW)
+    engine_queue.admission.running["running"] = make_request("running", at=0.0)
+    engine_queue.submit(make_request("a", at=0.0))
+    return engine_queue
+
+
 async def turns(engine_queue: EngineQueue, count: int = 5) -> None:
+    """Wake the queue in each of ``count`` iterations of the event loop."""
     for _ in range(count):
         engine_queue.wake()
         await asyncio.sleep(0)
 
 
-async def test_steps_without_news_cost_no_decision() -> None:
-    policy = Waits()
-    engine_queue = lane_of(policy)
-    engine_queue.submit(Request("a", "chat", 0.0, Slo(), 10, 10))
+@pytest.fixture
+async def timers(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Record the delay (s) of each timer that is set."""
+    loop, delays = asyncio.get_running_loop(), []
+    call_later = loop.call_later
+
+    def recorded(delay: float, *args: Any, **options: Any) -> asyncio.TimerHandle:
+        delays.append(delay)
+        return call_later(delay, *args, **options)
+
+    monkeypatch.setattr(loop, "call_later", recorded)
+    return delays
+
+
+@pytest.fixture
+def deciding_takes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Return a function that sets how many seconds each decision takes."""
+
+    def set_cost(seconds: float) -> None:
+        ticks = itertools.count(7.0, seconds)
+        monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+
+    return set_cost
+
+
+async def test_engine_queue_decides_once_for_all_events_of_an_iteration() -> None:
+    policy = Closed()
+    engine_queue = queue_of(policy)
+    for name in "abc":
+        engine_queue.submit(make_request(name, at=0.0))
+    await asyncio.sleep(0)
+    assert policy.calls == [3]
+    engine_queue.close()
+
+
+async def test_engine_queue_does_not_decide_without_a_change(deciding_takes: Any) -> None:
+    deciding_takes(0.0)
+    policy = Closed()
+    engine_queue = busy_queue(policy)
     await turns(engine_queue)
-    engine_queue.submit(Request("b", "chat", 0.0, Slo(), 10, 10))
+    assert policy.calls == [1]
+    engine_queue.submit(make_request("b", at=0.0))
     await turns(engine_queue)
-    assert policy.asked == [1], "a full engine has no place for a newcomer either"
+    assert policy.calls == [1, 2]
     engine_queue.on_first_token()
     await turns(engine_queue)
-    assert policy.asked == [1, 2]
+    assert policy.calls == [1, 2, 2]
     engine_queue.close()
 
 
-async def test_whoever_waits_is_looked_at_again_before_long_even_if_nothing_happens() -> None:
-    policy = Waits()
-    engine_queue = lane_of(policy)
-    first = engine_queue.submit(Request("a", "chat", 0.0, Slo(), 10, 10))
-    await turns(engine_queue)
+async def test_waiting_request_is_decided_again_without_a_change() -> None:
+    policy = Closed()
+    engine_queue = queue_of(policy)
+    outcome = engine_queue.submit(make_request(at=0.0))
+    await asyncio.sleep(0)
+    assert policy.calls == [1]
     policy.opens = True
-    assert isinstance(await asyncio.wait_for(first, 20 * LOOK_AGAIN_S), Admitted)
+    assert isinstance(await asyncio.wait_for(outcome, 20 * MAX_DECISION_INTERVAL_S), Admitted)
     engine_queue.close()
 
 
-async def test_who_comes_to_a_full_engine_where_nobody_waits_is_looked_at_before_long() -> None:
-    policy = Waits()
-    engine_queue = lane_of(policy)
-    gone = Request("gone", "chat", 0.0, Slo(), 10, 10)
-    engine_queue.submit(gone)
+async def test_arrival_at_an_empty_queue_is_decided_at_once_despite_a_hold() -> None:
+    policy = Closed(hold_s=60.0)
+    engine_queue = busy_queue(policy)
     await turns(engine_queue)
-    engine_queue.admission.waiting.remove(gone)  # not as one who leaves: that would be news
-    slo_report = engine_queue.submit(Request("new", "chat", 0.0, Slo(), 10, 10))
-    await turns(engine_queue)
+    engine_queue.withdraw(engine_queue.waiting[0])
     policy.opens = True
-    assert isinstance(await asyncio.wait_for(slo_report, 20 * LOOK_AGAIN_S), Admitted)
+    outcome = engine_queue.submit(make_request("new", at=0.0))
+    await turns(engine_queue)
+    assert isinstance(outcome.result(), Admitted)
     engine_queue.close()
 
 
-def standing_lane(policy: Waits) -> EngineQueue:
-    """One runs, one waits; the lane's clock stands still."""
-    engine_queue = lane_of(policy, clock=lambda: 1000.0)
-    running = Request("running", "chat", 0.0, Slo(), 10, 10)
-    engine_queue.admission.running[running.id] = running
-    engine_queue.submit(Request("a", "chat", 0.0, Slo(), 10, 10))
-    return engine_queue
-
-
-async def test_news_while_a_decision_stands_is_seen_to_once_it_stands_no_more_not_only_when_one_is_due(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(time, "perf_counter", lambda: 7.0)
-    policy = Waits(stands_s=0.3 * LOOK_AGAIN_S)
-    engine_queue = standing_lane(policy)
+async def test_change_during_a_hold_is_decided_when_it_ends(deciding_takes: Any, timers: list[float]) -> None:
+    deciding_takes(0.0)
+    policy = Closed(hold_s=0.3 * MAX_DECISION_INTERVAL_S)
+    engine_queue = busy_queue(policy)
     await turns(engine_queue)
-    assert engine_queue._timer_due_s == 1000.0 + LOOK_AGAIN_S
+    assert timers == [pytest.approx(MAX_DECISION_INTERVAL_S)]
     engine_queue.on_first_token()
     await turns(engine_queue)
-    assert policy.asked == [1], "it stands"
-    assert engine_queue._timer_due_s == pytest.approx(1000.0 + 0.3 * LOOK_AGAIN_S)
+    assert policy.calls == [1]
+    assert timers[1:] == [pytest.approx(0.3 * MAX_DECISION_INTERVAL_S)]
+    engine_queue.on_first_token()
+    await turns(engine_queue)
+    assert len(timers) == 2, "the timer is set already"
     engine_queue.close()
 
 
-async def test_deciding_takes_a_share_of_the_time_unless_the_engine_needs_it_sooner(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("cost_s", "hold_s"),
+    [
+        (0.3 * MAX_DECISION_INTERVAL_S * MAX_DECIDING_SHARE, 0.3 * MAX_DECISION_INTERVAL_S),
+        (1.0, 0.5 * MAX_DECISION_INTERVAL_S),  # the policy's max_hold_s
+    ],
+)
+async def test_deciding_takes_a_bounded_share_of_time(
+    deciding_takes: Any, timers: list[float], cost_s: float, hold_s: float
 ) -> None:
-    for took_s, rest_s in ((0.3 * LOOK_AGAIN_S * DECIDING_SHARE, 0.3 * LOOK_AGAIN_S), (1.0, 0.5 * LOOK_AGAIN_S)):
-        ticks = itertools.count(7.0, took_s)
-        monkeypatch.setattr(time, "perf_counter", lambda ticks=ticks: next(ticks))
-        policy = Waits()
-        engine_queue = standing_lane(policy)
-        await turns(engine_queue)
-        engine_queue.on_first_token()
-        await turns(engine_queue)
-        assert policy.asked == [1]
-        assert engine_queue._timer_due_s == pytest.approx(1000.0 + rest_s)
-        engine_queue.close()
+    deciding_takes(cost_s)
+    policy = Closed()
+    engine_queue = busy_queue(policy)
+    await turns(engine_queue)
+    engine_queue.on_first_token()
+    await turns(engine_queue)
+    assert policy.calls == [1]
+    assert timers[-1] == pytest.approx(hold_s)
+    assert (engine_queue.decisions, engine_queue.deciding_s) == (1, pytest.approx(cost_s))
+    engine_queue.close()
 
 
-class Refuses(Waits):
-    """Admits ``who``, and refuses everybody else."""
+class RejectsOthers(Closed):
+    """Admits the request called ``accepted`` and rejects all others."""
 
-    who = "welcome"
+    accepted = "accepted"
 
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        refused = [reject_tpot(request, 1.0, 0.0, infeasible=True) for request in waiting if request.id != self.who]
-        return Decision(admit=[request for request in waiting if request.id == self.who], reject=refused)
+        rejections = [
+            reject_tpot(request, 1.0, 0.0, infeasible=True) for request in waiting if not self._takes(request)
+        ]
+        return Decision(admit=[request for request in waiting if self._takes(request)], reject=rejections)
+
+    def _takes(self, request: Request) -> bool:
+        return request.id == self.accepted
 
 
-async def test_an_idle_engine_that_refuses_is_doubted_but_not_if_it_has_just_learnt_from_somebody(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now, probes = [1000.0], [0]
-    engine_queue = lane_of(Refuses(), clock=lambda: now[0])
+async def test_idle_engine_that_rejects_is_probed_unless_it_just_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, probes = [NOW], [0]
+    engine_queue = queue_of(RejectsOthers(), clock=lambda: now[0])
 
     async def probe() -> None:
         probes[0] += 1
 
     monkeypatch.setattr(engine_queue.engine, "probe", probe)
 
-    async def ask(name: str) -> object:
-        slo_report = engine_queue.submit(Request(name, "chat", now[0], Slo(tpot_s=0.001), 10, 10))
+    async def outcome_of(name: str) -> object:
+        outcome = engine_queue.submit(make_request(name, at=now[0], tpot=0.001))
         await turns(engine_queue)
-        return slo_report.result()
+        return outcome.result()
 
     for _ in range(2):
-        assert isinstance(await ask("impossible"), Rejection)
-        assert probes == [1], "once in a while"
+        assert isinstance(await outcome_of("impossible"), Rejection)
+        assert probes == [1], "one probe in each interval"
     step_time = engine_queue.engine.state.step_time
     for _ in range(5):
-        now[0] += 0.9 * PROBE_EVERY_S
-        assert isinstance(await ask("welcome"), Admitted)
+        now[0] += 0.9 * PROBE_INTERVAL_S
+        assert isinstance(await outcome_of("accepted"), Admitted)
         step_time.curve = StepCurve.of(step_time.times)
-        engine_queue.leave(engine_queue.running["welcome"])
-        assert isinstance(await ask("impossible"), Rejection)
-        assert probes == [1], "it learns from whom it serves"
-    now[0] += 0.9 * PROBE_EVERY_S
-    assert isinstance(await ask("welcome"), Admitted)
-    engine_queue.leave(engine_queue.running["welcome"])
-    now[0] += 0.2 * PROBE_EVERY_S
-    await ask("impossible")
-    assert probes == [2], "it served somebody, but learnt nothing"
+        engine_queue.leave(engine_queue.running["accepted"])
+        assert isinstance(await outcome_of("impossible"), Rejection)
+        assert probes == [1], "the model learnt from the request that was served"
+    now[0] += 0.9 * PROBE_INTERVAL_S
+    assert isinstance(await outcome_of("accepted"), Admitted)
+    engine_queue.leave(engine_queue.running["accepted"])
+    now[0] += 0.2 * PROBE_INTERVAL_S
+    await outcome_of("impossible")
+    assert probes == [2], "the model learnt nothing from that request"
     engine_queue.close()
 
 
-@pytest.mark.parametrize("slips", [False, True])
-async def test_who_has_less_than_a_second_waits_for_an_engine_that_is_back_sooner_as_long_as_that_may_be(
-    slips: bool,
-) -> None:
-    engine_queue = lane_of(Waits(opens=True))
+@pytest.mark.parametrize("overdue", [False, True])
+async def test_request_waits_for_an_engine_that_may_be_back_before_its_deadline(overdue: bool) -> None:
+    engine_queue = queue_of(Closed(opens=True))
     engine_queue.engine.state.alive, engine_queue.engine.state.ready_in_s = False, 0.1
     engine_queue.on_alive(False)
-    slo_report = engine_queue.submit(Request("a", "chat", time.monotonic(), Slo(ttft_s=0.8), 10, 10))
+    outcome = engine_queue.submit(make_request(at=time.monotonic(), ttft=0.8))
     await turns(engine_queue)
-    assert not slo_report.done()
-    if slips:
-        down = await asyncio.wait_for(slo_report, 5)
+    assert not outcome.done()
+    if overdue:
+        down = await asyncio.wait_for(outcome, 5)
         assert isinstance(down, EngineDown)
         assert down.retry_after_s == 1.0
     else:
         engine_queue.engine.state.alive = True
         engine_queue.on_alive(True)
-        assert isinstance(await asyncio.wait_for(slo_report, 5), Admitted)
+        assert isinstance(await asyncio.wait_for(outcome, 5), Admitted)
     engine_queue.close()

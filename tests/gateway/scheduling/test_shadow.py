@@ -1,10 +1,10 @@
-"""A shadow's own books: what another policy would have decided, and how long it would have been busy with that."""
+"""A shadow policy: what it counts, how its copies relate to the live requests, and the progress it estimates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from engine_adapter.engine import EngineState
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
-from gateway.policies.base import Decision, Policy, reject_tpot, reject_ttft
+from gateway.policies.base import Decision, Policy, Rejection, reject_tpot, reject_ttft
+from gateway.policies.fcfs import Fcfs
 from gateway.policies.registry import POLICIES, make_policy
 from gateway.policies.slack.policy import Slack
 from gateway.requests.request import Request
@@ -21,7 +22,7 @@ from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling.shadow import Shadow
 
 TIMES = StepTimes(b=1e-3, d=0.009, alpha=1e-3)
-"""Alone, a token takes 10 ms; a prompt of 100 tokens 100 ms."""
+"""One sequence decodes a token in 10 ms; a prompt of 100 tokens takes 100 ms."""
 
 CLASSES = {
     "chat": SloClass("chat", Slo(5.0, 1.0)),
@@ -30,14 +31,22 @@ CLASSES = {
 }
 
 
+def late(request: Request) -> Rejection:
+    return reject_ttft(request, 2.0, 2.0, 1.0, False)
+
+
 @dataclass
 class Scripted:
-    """Does with each that waits what ``does`` says: admit, reject, or anything else to keep it."""
+    """A policy that admits or rejects each waiting request as ``action`` returns, and else lets it wait."""
 
-    does: Callable[[Request], str]
+    action: Callable[[Request], str]
+    reason: Callable[[Request], Rejection] = late
     name: str = "scripted"
     gate: str = "open"
-    shown: EngineState | None = None
+    engines: list[EngineState] = field(default_factory=list)
+    """The engine states that the policy was called with."""
+    copies: dict[str, Request] = field(default_factory=dict)
+    """The waiting requests that the policy was called with, by id."""
 
     def order(self, request: Request) -> tuple[float, ...]:
         return (request.arrival_s,)
@@ -45,42 +54,54 @@ class Scripted:
     def decide(
         self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
     ) -> Decision:
-        self.shown, decision = engine, Decision()
-        for request in waiting:
-            if self.does(request) == "admit":
-                decision.admit.append(request)
-            elif self.does(request) == "reject":
-                decision.reject.append(reject_ttft(request, 2.0, 2.0, 1.0, False))
-        return decision
+        self.engines.append(engine)
+        self.copies |= {request.id: request for request in waiting}
+        actions = [(self.action(request), request) for request in waiting]
+        return Decision(
+            admit=[request for action, request in actions if action == "admit"],
+            reject=[self.reason(request) for action, request in actions if action == "reject"],
+        )
 
 
-def shadow(policy: Policy | str, *, most_known: int = 1000, **limits: int) -> Shadow:
-    """A shadow with ``policy``, or with one that does the same to everybody."""
-    chosen = Scripted(lambda request: policy) if isinstance(policy, str) else policy
-    engine = EngineState(alive=True, step_time=StepTimeModel(times=TIMES, learn=False), **limits)
-    turns = lambda request: CLASSES[request.slo_class].on_unattainable == "best_effort"  # noqa: E731
-    return Shadow("scripted", chosen, engine, CLASSES, turns, most_known)
+def always(action: str) -> Scripted:
+    return Scripted(lambda request: action)
+
+
+def only_best_effort() -> Scripted:
+    """Rejects a request until it is best-effort."""
+    return Scripted(lambda request: "admit" if request.best_effort else "reject")
+
+
+def make_engine(**limits: int) -> EngineState:
+    return EngineState(alive=True, step_time=StepTimeModel(times=TIMES, learn=False), **limits)
+
+
+def make_shadow(policy: Policy, engine: EngineState | None = None, *, max_tracked: int = 1000) -> Shadow:
+    def serves_best_effort(request: Request) -> bool:
+        return CLASSES[request.slo_class].on_unattainable == "best_effort"
+
+    return Shadow("scripted", policy, engine or make_engine(), CLASSES, serves_best_effort, max_tracked)
 
 
 def ask(name: str, group: str = "chat", *, at: float = 0.0, prompt: int = 100, output: float = 11) -> Request:
     return Request(name, group, at, CLASSES[group].slo, prompt, output)
 
 
-def ran(made: Shadow, request: Request, *, until: float, step: float = 0.001) -> float:
-    """When ``made`` is through with ``request``, which it has admitted; looks every ``step`` seconds."""
+def seconds_until_idle(shadow: Shadow, *, limit: float, step: float = 0.001) -> float:
+    """Update every ``step`` seconds until the shadow runs nothing; return the time."""
     now = 0.0
-    while made.running and now < until:
+    while shadow.running and now < limit:
         now += step
-        made.look(now)
+        shadow.update(now)
     return now
 
 
-# --- what it counts ---------------------------------------------------------------------------------------------------
+# --- outcomes and agreement -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", ["active", "shadow"])
 @pytest.mark.parametrize(
-    ("active", "would", "counted"),
+    ("active", "action", "counted"),
     [
         ("admitted", "admit", ("admitted", "")),
         ("admitted", "reject", ("rejected", "ttft_unattainable")),
@@ -88,244 +109,307 @@ def ran(made: Shadow, request: Request, *, until: float, step: float = 0.001) ->
         ("rejected", "reject", ("rejected", "ttft_unattainable")),
     ],
 )
-def test_it_counts_what_it_decides_and_whether_the_active_policy_agrees(
-    first: str, active: str, would: str, counted: tuple[str, str]
+def test_shadow_counts_its_outcome_and_the_agreement(
+    first: str, active: str, action: str, counted: tuple[str, str]
 ) -> None:
-    made, request = shadow(would), ask("a")
-    made.submitted(request)
+    shadow, request = make_shadow(always(action)), ask("a")
+    shadow.submitted(request)
     if first == "shadow":
-        made.look(1.0)
-    made.admitted(request) if active == "admitted" else made.rejected(request)
-    made.look(1.0)
-    assert made.outcomes == {("chat", *counted): 1}
-    assert made.agreement == {(active, {"admit": "admitted", "reject": "rejected"}[would]): 1}
+        shadow.update(1.0)
+    shadow.admitted(request) if active == "admitted" else shadow.rejected(request)
+    shadow.update(1.0)
+    assert shadow.outcomes == {("chat", *counted): 1}
+    assert shadow.agreement == {(active, counted[0]): 1}
 
 
-def test_what_it_would_serve_at_best_effort_it_admits_under_that_name() -> None:
-    made, request = shadow(Scripted(lambda r: "admit" if r.best_effort else "reject")), ask("a", "batch")
-    made.submitted(request)
-    assert made.look(1.0) == 1.0, "without its bounds it may be admitted at once"
-    made.look(1.1)
-    assert made.outcomes == {("batch", "admitted", "best_effort"): 1}
+def test_shadow_counts_best_effort_admission() -> None:
+    shadow = make_shadow(only_best_effort())
+    shadow.submitted(ask("a", "batch"))
+    assert shadow.update(1.0) == 1.0, "decide again at once, without the bounds"
+    shadow.update(1.1)
+    assert shadow.outcomes == {("batch", "admitted", "best_effort"): 1}
 
 
-def test_a_bound_that_fails_is_named_as_in_the_ledger() -> None:
-    @dataclass
-    class Strict(Scripted):
-        def decide(self, now, waiting, running, engine):  # type: ignore[no-untyped-def]
-            return Decision(reject=[reject_tpot(request, 2.0, 0.0, True) for request in waiting])
-
-    made = shadow(Strict(lambda r: ""))
-    made.submitted(ask("a"))
-    made.look(1.0)
-    assert made.outcomes == {("chat", "rejected", "tpot_unattainable"): 1}
+def test_shadow_names_the_bound_of_a_rejection() -> None:
+    shadow = make_shadow(Scripted(lambda r: "reject", lambda r: reject_tpot(r, 2.0, 0.0, True)))
+    shadow.submitted(ask("a"))
+    shadow.update(1.0)
+    assert shadow.outcomes == {("chat", "rejected", "tpot_unattainable"): 1}
 
 
-def test_its_queue_has_the_limits_of_the_classes() -> None:
-    made = shadow("keep")
+def test_shadow_queue_has_the_class_limits() -> None:
+    shadow = make_shadow(always("wait"))
     for name in "abc":
-        made.submitted(ask(name, "small"))
-    assert made.waiting == 1
-    assert made.outcomes == {("small", "rejected", "queue_full"): 2}
+        shadow.submitted(ask(name, "small"))
+    assert shadow.waiting == 1
+    assert shadow.outcomes == {("small", "rejected", "queue_full"): 2}
 
 
-def test_what_comes_when_its_books_are_full_is_not_seen() -> None:
-    made = shadow("keep", most_known=2)
+def test_shadow_counts_requests_beyond_max_tracked_as_unseen() -> None:
+    shadow = make_shadow(always("wait"), max_tracked=2)
     for name in "abc":
-        made.submitted(ask(name))
-    assert (made.waiting, made.outcomes) == (2, {("chat", "unseen", "full"): 1})
+        shadow.submitted(ask(name))
+    assert (shadow.waiting, shadow.outcomes) == (2, {("chat", "unseen", "full"): 1})
 
 
-def test_who_leaves_undecided_is_forgotten_and_said_to_have_left() -> None:
-    made, waits, runs = shadow(Scripted(lambda r: "admit" if r.id == "runs" else "keep")), ask("waits"), ask("runs")
-    for request in (waits, runs):
-        made.submitted(request)
-    made.look(0.0)
-    for request in (waits, runs):
-        made.withdrawn(request)
-    assert (made.waiting, made.running) == (0, 0)
-    assert made.outcomes == {("chat", "left", ""): 1, ("chat", "admitted", ""): 1}
-    assert not made.agreement
+def test_shadow_counts_undecided_withdrawn_requests_as_left() -> None:
+    shadow = make_shadow(Scripted(lambda r: "admit" if r.id == "runs" else "wait"))
+    requests = ask("waits"), ask("runs")
+    for request in requests:
+        shadow.submitted(request)
+    shadow.update(0.0)
+    for request in requests:
+        shadow.withdrawn(request)
+    assert (shadow.waiting, shadow.running) == (0, 0)
+    assert shadow.outcomes == {("chat", "left", ""): 1, ("chat", "admitted", ""): 1}
+    assert not shadow.agreement
 
 
-# --- two worlds -------------------------------------------------------------------------------------------------------
+# --- copies and live requests -----------------------------------------------------------------------------------------
 
 
-def test_the_real_request_does_not_learn_what_a_shadow_did_to_its_copy() -> None:
-    made, request = shadow(Scripted(lambda r: "admit" if r.best_effort else "reject")), ask("a", "batch")
-    made.submitted(request)
+def test_shadow_never_changes_the_live_request() -> None:
+    shadow, request = make_shadow(only_best_effort()), ask("a", "batch")
+    shadow.submitted(request)
     for now in (0.1, 0.2, 0.3, 0.4):
-        made.look(now)
-    assert made.running == 1
+        shadow.update(now)
+    assert shadow.running == 1
     assert (request.best_effort, request.admitted_s, request.first_token_s, request.generated) == (False, None, None, 0)
     assert request.deadline_s == 5.0
 
 
-def test_what_the_active_policy_made_of_a_request_is_not_in_the_copy() -> None:
-    waiting: list[Request] = []
-    made, request = shadow(Scripted(lambda r: waiting.append(r) or "keep")), ask("a", "batch")
-    made.submitted(request)
+def test_shadow_copy_ignores_changes_by_the_active_policy() -> None:
+    policy, request = always("wait"), ask("a", "batch")
+    shadow = make_shadow(policy)
+    shadow.submitted(request)
     request.serve_at_best_effort()
-    made.admitted(request)
-    made.look(1.0)
-    (copy,) = set(waiting)
+    shadow.admitted(request)
+    shadow.update(1.0)
+    copy = policy.copies["a"]
     assert copy is not request
     assert (copy.best_effort, copy.deadline_s, copy.admitted_s) == (False, 5.0, None)
 
 
 @pytest.mark.parametrize("tokens", [5, 21])
-def test_a_request_is_as_long_as_the_real_one_was_but_at_the_pace_of_the_shadows_world(tokens: int) -> None:
-    made, request = shadow("admit"), ask("a", output=11)
-    made.submitted(request)
-    made.admitted(request)
-    made.look(0.0)
+def test_shadow_request_gets_the_length_of_the_finished_live_one(tokens: int) -> None:
+    shadow, request = make_shadow(always("admit")), ask("a", output=11)
+    shadow.submitted(request)
+    shadow.admitted(request)
+    shadow.update(0.0)
     request.advance(tokens)
-    made.left(request)
-    assert ran(made, request, until=1.0) == pytest.approx(0.1 + (tokens - 1) * 0.01, abs=0.005)
-    assert made._known == {}
+    shadow.left(request)
+    assert seconds_until_idle(shadow, limit=1.0) == pytest.approx(0.1 + (tokens - 1) * 0.01, abs=0.005)
+    assert shadow.tracked == 0
 
 
-def test_it_may_begin_a_request_that_the_engine_is_through_with() -> None:
-    holds = True
-    made, request = shadow(Scripted(lambda r: "keep" if holds else "admit")), ask("a")
-    made.submitted(request)
-    made.admitted(request)
+def test_shadow_may_admit_a_request_that_the_engine_has_finished() -> None:
+    policy, request = always("wait"), ask("a")
+    shadow = make_shadow(policy)
+    shadow.submitted(request)
+    shadow.admitted(request)
     request.advance(6)
-    made.left(request)
-    made.look(9.0)
-    holds = False
-    made.look(10.0)
-    made.look(10.11)
-    made.look(10.14)
-    assert made.running == 1
-    made.look(10.17)
-    assert (made.running, made._known) == (0, {})
+    shadow.left(request)
+    shadow.update(9.0)
+    policy.action = lambda r: "admit"
+    for now in (10.0, 10.11, 10.14):
+        shadow.update(now)
+    assert shadow.running == 1
+    shadow.update(10.17)
+    assert (shadow.running, shadow.tracked) == (0, 0)
 
 
-def test_while_the_real_request_goes_on_beyond_its_prediction_so_does_the_shadows() -> None:
-    made, request = shadow("admit"), Request("a", "chat", 0.0, Slo(), 100, 11, 20)
-    made.submitted(request)
-    made.admitted(request)
-    made.look(0.0)
+def test_shadow_request_runs_on_while_the_live_one_exceeds_its_prediction() -> None:
+    shadow, request = make_shadow(always("admit")), Request("a", "chat", 0.0, Slo(), 100, 11, 20)
+    shadow.submitted(request)
+    shadow.admitted(request)
+    shadow.update(0.0)
     request.advance(50)
-    made.look(0.1)
-    made.look(0.35)
-    assert made.running == 1, "25 tokens are out, but the real one has 50 and is not done"
+    shadow.update(0.1)
+    shadow.update(0.35)
+    assert shadow.running == 1, "the shadow has 25 tokens, but the live request has 50 and has not finished"
 
 
-def test_what_is_not_known_is_taken_to_be_as_long_as_such_requests_are_on_average() -> None:
-    made, request = shadow("admit"), Request("a", "chat", 0.0, Slo(), 100, 11, 30)
-    made.submitted(request)
-    made.rejected(request)
-    made.look(0.0)
+def test_shadow_takes_the_prompt_size_that_the_engine_reports() -> None:
+    policy, request = always("admit"), ask("a")
+    shadow = make_shadow(policy)
+    shadow.submitted(request)
+    shadow.update(0.0)
+    request.prompt_tokens = 120
+    shadow.update(0.11)
+    assert policy.copies["a"].prompt_tokens == 120
+
+
+# --- estimated progress -----------------------------------------------------------------------------------------------
+
+
+def test_unfinished_length_is_the_mean_of_the_prediction() -> None:
+    shadow, request = make_shadow(always("admit")), Request("a", "chat", 0.0, Slo(), 100, 11, 30)
+    shadow.submitted(request)
+    shadow.rejected(request)
+    shadow.update(0.0)
     mean = 11 * math.exp((math.log(30 / 11) / 1.2816) ** 2 / 2)
     assert 14 < mean < 15
-    assert ran(made, request, until=1.0) == pytest.approx(0.1 + (mean - 1) * 0.01, abs=0.012)
-
-
-def test_the_engines_own_count_of_the_prompt_is_taken_over() -> None:
-    made, request = shadow("admit"), ask("a")
-    made.submitted(request)
-    made.look(0.0)
-    (copy,) = made._admission.running.values()
-    request.prompt_tokens = 120
-    made.look(0.11)
-    assert copy.prompt_tokens == 120
+    assert seconds_until_idle(shadow, limit=1.0) == pytest.approx(0.1 + (mean - 1) * 0.01, abs=0.012)
 
 
 @pytest.mark.parametrize("step", [0.001, 0.02])
-def test_what_the_active_policy_rejected_runs_as_long_as_its_predicted_length_takes(step: float) -> None:
-    made, request = shadow("admit"), ask("a")
-    made.submitted(request)
-    made.rejected(request)
-    made.look(0.0)
-    # 100 tokens of prompt in 0.1 s, the 10 tokens after the first in 0.01 s each.
-    assert ran(made, request, until=1.0, step=step) == pytest.approx(0.2, abs=2 * step)
-    assert made._known == {}
+def test_rejected_live_request_runs_for_its_predicted_length(step: float) -> None:
+    shadow, request = make_shadow(always("admit")), ask("a")
+    shadow.submitted(request)
+    shadow.rejected(request)
+    shadow.update(0.0)
+    # 100 prompt tokens in 0.1 s, then 10 tokens in 0.01 s each.
+    assert seconds_until_idle(shadow, limit=1.0, step=step) == pytest.approx(0.2, abs=2 * step)
+    assert shadow.tracked == 0
 
 
-def test_requests_share_the_engine() -> None:
-    made = shadow("admit")
+def test_running_requests_share_the_engine() -> None:
+    shadow = make_shadow(always("admit"))
     for name in "abcd":
-        made.submitted(ask(name, output=101))
-        made.rejected(made._known[name].real)
-    made.look(0.0)
-    took = ran(made, ask("a"), until=9.0)
-    # Four prompts of 0.1 s; then 100 steps of four, each 0.013 s. Prefill takes its share of what decodes meanwhile.
-    assert took == pytest.approx(0.4 + 100 * 0.013, rel=0.1)
+        request = ask(name, output=101)
+        shadow.submitted(request)
+        shadow.rejected(request)
+    shadow.update(0.0)
+    # Four prompts of 0.1 s, then 100 steps of four sequences in 0.013 s each. Prefill also delays the first decodes.
+    assert seconds_until_idle(shadow, limit=9.0) == pytest.approx(0.4 + 100 * 0.013, rel=0.1)
 
 
-def test_sequences_beyond_the_engines_places_wait_for_one() -> None:
-    made = shadow("admit", max_num_seqs=1, kv_tokens=1000)
+def test_sequences_beyond_max_num_seqs_wait_for_a_slot() -> None:
+    policy = always("admit")
+    shadow = make_shadow(policy, make_engine(max_num_seqs=1, kv_tokens=1000))
     for name in "ab":
-        made.submitted(ask(name))
-        made.rejected(made._known[name].real)
-    made.look(0.0)
-    made.look(0.15)
-    first, second = made._admission.running.values()
-    assert first.first_token_s is not None
-    assert second.first_token_s is None
-    policy = made._admission.policy
-    assert isinstance(policy, Scripted)
-    made.submitted(ask("c"))
-    made.look(0.16)
-    assert policy.shown is not None
-    assert (policy.shown.engine_running, policy.shown.engine_waiting) == (1, 1)
-    assert 0.1 < policy.shown.kv_usage < 0.2
-    assert ran(made, ask("a"), until=2.0) == pytest.approx(0.6, abs=0.1), "one after the other"
+        request = ask(name)
+        shadow.submitted(request)
+        shadow.rejected(request)
+    shadow.update(0.0)
+    shadow.update(0.15)
+    assert policy.copies["a"].first_token_s is not None
+    assert policy.copies["b"].first_token_s is None
+    shadow.submitted(ask("c"))
+    shadow.update(0.16)
+    state = policy.engines[-1]
+    assert (state.engine_running, state.engine_waiting) == (1, 1)
+    assert 0.1 < state.kv_usage < 0.2
+    assert seconds_until_idle(shadow, limit=2.0) == pytest.approx(0.6, abs=0.1), "one after the other"
 
 
-def test_who_has_a_pace_has_a_place_before_those_whom_slack_counts_on_to_make_way() -> None:
-    started = {}
-    for preemptible in (False, True):
-        made = shadow(Slack(), max_num_seqs=4)
-        made._engine.gate.preemptible = preemptible
-        names = [f"free{i}" for i in range(4)] + ["paced"]
-        for name in names:
-            made.submitted(Request(name, "chat", 0.0, Slo(9.0, 0.5) if name == "paced" else Slo(), 10, 5000))
-            made.look(0.0)
-        for step in range(1, 100):
-            made.look(0.01 * step)
-        started[preemptible] = {copy.id for copy in made._admission.running.values() if copy.first_token_s is not None}
-    assert started == {False: set(names[:4]), True: {*names[:3], "paced"}}
+class RecordingPolicy:
+    """Decides as ``policy`` does; ``copies`` holds the waiting requests that it was called with, by id."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.name, self.gate, self.order = policy.name, policy.gate, policy.order
+        self.copies: dict[str, Request] = {}
+        self._policy = policy
+
+    def decide(
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
+    ) -> Decision:
+        self.copies |= {request.id: request for request in waiting}
+        return self._policy.decide(now, waiting, running, engine)
 
 
-def test_a_dead_engine_ends_what_runs_and_leaves_what_waits() -> None:
-    made = shadow(Scripted(lambda r: "keep" if r.id == "waits" else "admit"))
-    for name in ("waits", "rejected", "both"):
-        made.submitted(ask(name))
-    made.admitted(made._known["both"].real)
-    made.look(0.1)
-    made.engine_lost()
-    assert (made.waiting, made.running) == (1, 0)
-    assert "both" not in made._known
+@pytest.mark.parametrize(
+    ("preemptible", "started"),
+    [(False, {"free0", "free1", "free2", "free3"}), (True, {"free0", "free1", "free2", "paced"})],
+)
+def test_paced_requests_get_slots_first_if_best_effort_is_preempted(preemptible: bool, started: set[str]) -> None:
+    policy, engine = RecordingPolicy(Slack()), make_engine(max_num_seqs=4)
+    engine.gate.preemptible = preemptible
+    shadow = make_shadow(policy, engine)
+    for name in ("free0", "free1", "free2", "free3", "paced"):
+        shadow.submitted(Request(name, "chat", 0.0, Slo(9.0, 0.5) if name == "paced" else Slo(), 10, 5000))
+        shadow.update(0.0)
+    for step in range(1, 100):
+        shadow.update(0.01 * step)
+    assert {copy.id for copy in policy.copies.values() if copy.first_token_s is not None} == started
 
 
-def test_a_request_that_the_engine_never_took_is_decided_anew() -> None:
-    made, request = shadow("admit"), ask("a")
-    made.submitted(request)
-    made.admitted(request)
-    made.look(0.1)
-    made.submitted(request)
-    assert (made.waiting, made.running) == (1, 0)
-    made.look(0.2)
-    assert made.outcomes == {("chat", "admitted", ""): 2}
+# --- lifetime ---------------------------------------------------------------------------------------------------------
 
 
-def test_switched_off_it_keeps_its_counts_and_nothing_else() -> None:
-    made = shadow("admit")
-    made.submitted(ask("a"))
-    made.look(0.0)
-    made.submitted(ask("b"))
-    made.switch_off()
-    assert not made.up
-    assert (made.waiting, made.running, made._known) == (0, 0, {})
-    assert made.outcomes == {("chat", "admitted", ""): 1}
+def test_engine_loss_ends_the_running_set_and_keeps_the_queue() -> None:
+    shadow = make_shadow(Scripted(lambda r: "wait" if r.id == "waits" else "admit"))
+    requests = {name: ask(name) for name in ("waits", "undecided", "decided")}
+    for request in requests.values():
+        shadow.submitted(request)
+    shadow.admitted(requests["decided"])
+    shadow.update(0.1)
+    shadow.engine_lost()
+    assert (shadow.waiting, shadow.running) == (1, 0)
+    assert shadow.tracked == 2, "the active policy has not decided on two requests"
+
+
+def test_resubmitted_request_is_decided_again() -> None:
+    shadow, request = make_shadow(always("admit")), ask("a")
+    shadow.submitted(request)
+    shadow.admitted(request)
+    shadow.update(0.1)
+    shadow.submitted(request)
+    assert (shadow.waiting, shadow.running) == (1, 0)
+    shadow.update(0.2)
+    assert shadow.outcomes == {("chat", "admitted", ""): 2}
+
+
+def test_disabled_shadow_keeps_only_its_counts() -> None:
+    shadow = make_shadow(Fcfs())
+    shadow.submitted(ask("a"))
+    shadow.update(0.0)
+    shadow.submitted(ask("b"))
+    shadow.disable()
+    assert not shadow.up
+    assert (shadow.waiting, shadow.running, shadow.tracked) == (0, 0, 0)
+    assert shadow.outcomes == {("chat", "admitted", ""): 1}
+
+
+class ActivePolicy:
+    """The active policy and engine of the property test below: sends random events to ``shadow``."""
+
+    def __init__(self, shadow: Shadow) -> None:
+        self.shadow = shadow
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.submitted = 0
+
+    def submit(self, now: float, pick: int) -> None:
+        request = ask(str(now), list(CLASSES)[pick % 3], at=now, prompt=1 + pick * 5)
+        self.submitted += 1
+        self.waiting.append(request)
+        self.shadow.submitted(request)
+
+    def update(self, now: float, pick: int) -> None:
+        self.shadow.update(now)
+
+    def admit(self, now: float, pick: int) -> None:
+        if self.waiting:
+            self.running.append(self.waiting.pop(0))
+            self.shadow.admitted(self.running[-1])
+
+    def reject(self, now: float, pick: int) -> None:
+        if self.waiting:
+            self.shadow.rejected(self.waiting.pop())
+
+    def withdraw(self, now: float, pick: int) -> None:
+        if self.waiting:
+            self.shadow.withdrawn(self.waiting.pop())
+
+    def token(self, now: float, pick: int) -> None:
+        if self.running:
+            self.running[0].first_token_s = self.running[0].first_token_s or now
+            self.running[0].advance(1)
+
+    def finish(self, now: float, pick: int) -> None:
+        if self.running:
+            self.shadow.left(self.running.pop(0))
+
+    def drain(self, now: float) -> None:
+        while self.waiting or self.running:
+            self.reject(now, 0)
+            self.finish(now, 0)
 
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["submit", "submit", "look", "look", "admit", "reject", "token", "leave", "withdraw"]),
+        st.sampled_from(["submit", "submit", "update", "update", "admit", "reject", "token", "finish", "withdraw"]),
         st.integers(0, 99),
     ),
     max_size=60,
@@ -334,40 +418,14 @@ EVENTS = st.lists(
 
 @pytest.mark.parametrize("name", POLICIES)
 @given(events=EVENTS)
-def test_under_every_policy_each_request_is_counted_once_and_none_is_kept_for_ever(
-    name: str, events: list[tuple[str, int]]
-) -> None:
-    made = shadow(make_policy(name), max_num_seqs=3)
-    active: dict[str, str] = {}
-    asked: dict[str, Request] = {}
+def test_shadow_counts_each_request_once_and_forgets_all(name: str, events: list[tuple[str, int]]) -> None:
+    shadow = make_shadow(make_policy(name), make_engine(max_num_seqs=3))
+    active = ActivePolicy(shadow)
     for number, (event, pick) in enumerate(events):
-        now = number / 10
-        waits = [r for r in asked.values() if active[r.id] == "waits"]
-        runs = [r for r in asked.values() if active[r.id] == "runs"]
-        if event == "submit":
-            one = ask(str(number), list(CLASSES)[pick % 3], at=now, prompt=1 + pick * 5)
-            asked[one.id], active[one.id] = one, "waits"
-            made.submitted(one)
-        elif event == "look":
-            made.look(now)
-        elif event == "admit" and waits:
-            active[waits[0].id] = "runs"
-            made.admitted(waits[0])
-        elif event in {"reject", "withdraw"} and waits:
-            active[waits[-1].id] = "gone"
-            made.rejected(waits[-1]) if event == "reject" else made.withdrawn(waits[-1])
-        elif event == "token" and runs:
-            runs[0].first_token_s = runs[0].first_token_s or now
-            runs[0].advance(1)
-        elif event == "leave" and runs:
-            active[runs[0].id] = "gone"
-            made.left(runs[0])
-    for one in asked.values():
-        if active[one.id] == "waits":
-            made.rejected(one)
-        elif active[one.id] == "runs":
-            made.left(one)
+        getattr(active, event)(number / 10, pick)
+    end = len(events) / 10
+    active.drain(end)
     for later in range(1, 200):
-        made.look(len(events) / 10 + later)
-    assert made.outcomes.total() == len(asked)
-    assert (made.waiting, made.running, made._known) == (0, 0, {})
+        shadow.update(end + later)
+    assert shadow.outcomes.total() == active.submitted
+    assert (shadow.waiting, shadow.running, shadow.tracked) == (0, 0, 0)

@@ -1,10 +1,10 @@
-"""Shadows beside a serving gateway: they decide nothing, show what they would have, and harm nobody."""
+"""Shadow policies in a serving gateway: what they report, and that they never affect live requests."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,24 @@ from gateway.config.file import ConfigError, load
 from gateway.policies.base import Decision
 from gateway.policies.fcfs import Fcfs
 from gateway.policies.registry import POLICIES
-from gateway.scheduling import shadow_runner as shadows
+from gateway.scheduling import shadow_runner
 from gateway.scheduling.shadow import Shadow
 from tests.fixtures.live_gateway import Live, chat, eventually, fast_engine, live
 
 SLOW = StepTimes(b=1e-6, d=0.02, alpha=1e-6)
 
 
-def the(antares: Live, name: str) -> Shadow:
-    return next(one for one in antares.gateway.engine_queues[0].shadows.all if one.name == name)
+def shadows(antares: Live) -> dict[str, Shadow]:
+    return {shadow.name: shadow for shadow in antares.gateway.engine_queues[0].shadows.all}
 
 
-def settled(antares: Live) -> bool:
-    """Nothing is under way, here or in any shadow's world."""
-    shadowed = antares.gateway.engine_queues[0].shadows.all
-    return antares.is_idle() and not any(one.waiting or one.running for one in shadowed)
+def is_idle(antares: Live) -> bool:
+    """No request waits or runs in the gateway or in a shadow."""
+    return antares.is_idle() and not any(shadow.waiting or shadow.running for shadow in shadows(antares).values())
 
 
-async def counts(antares: Live, metric: str, *labels: str) -> dict[tuple[str, ...], float]:
+async def samples(antares: Live, metric: str, *labels: str) -> dict[tuple[str, ...], float]:
+    """The values of ``metric`` on /metrics, by the values of ``labels``."""
     text = (await antares.http.get("/metrics")).text
     return {
         tuple(sample.labels[label] for label in labels): sample.value
@@ -43,114 +43,112 @@ async def counts(antares: Live, metric: str, *labels: str) -> dict[tuple[str, ..
     }
 
 
-async def test_a_shadow_shows_what_it_would_reject_while_the_active_policy_serves_it() -> None:
+async def test_metrics_count_shadow_rejections_of_admitted_requests() -> None:
     async with live(fast_engine(times=SLOW), policy={"name": "fcfs"}, shadow=["mooncake", "s3"]) as antares:
         answers = [await antares.ask(x_slo_tpot_ms=bound) for bound in ("1000", "1", "1")]
-        await eventually(lambda: settled(antares))
+        await eventually(lambda: is_idle(antares))
         assert [answer.status_code for answer in answers] == [200, 200, 200]
         assert antares.outcomes["finished"] == 3
-        shown = await counts(antares, "antares_shadow_requests_total", "policy", "slo_class", "outcome", "reason")
-        assert shown == {
+        requests = await samples(antares, "antares_shadow_requests_total", "policy", "slo_class", "outcome", "reason")
+        assert requests == {
             ("mooncake", "chat", "admitted", ""): 1,
             ("mooncake", "chat", "rejected", "tpot_unattainable"): 2,
             ("s3", "chat", "admitted", ""): 3,
         }
-        agree = await counts(antares, "antares_shadow_agreement_total", "policy", "active", "shadow")
-        assert agree["mooncake", "admitted", "admitted"] == 1
-        assert agree["mooncake", "admitted", "rejected"] == 2
-        assert agree["s3", "admitted", "admitted"] == 3
-        assert agree["s3", "rejected", "admitted"] == 0
-        assert await counts(antares, "antares_shadow_up", "policy", "engine") == {
+        agreement = await samples(antares, "antares_shadow_agreement_total", "policy", "active", "shadow")
+        assert agreement["mooncake", "admitted", "admitted"] == 1
+        assert agreement["mooncake", "admitted", "rejected"] == 2
+        assert agreement["s3", "admitted", "admitted"] == 3
+        assert agreement["s3", "rejected", "admitted"] == 0
+        assert await samples(antares, "antares_shadow_up", "policy", "engine") == {
             ("mooncake", "simulated"): 1,
             ("s3", "simulated"): 1,
         }
-        spent = await counts(antares, "antares_shadow_seconds_total", "policy")
+        spent = await samples(antares, "antares_shadow_seconds_total", "policy")
         assert spent["mooncake",] > 0
 
 
-async def test_a_shadow_shows_what_it_would_admit_while_the_active_policy_rejects_it() -> None:
+async def test_shadow_counts_admissions_of_rejected_requests() -> None:
     async with live(fast_engine(times=SLOW), policy={"name": "scorpio"}, shadow=["fcfs"]) as antares:
         answers = [await antares.ask(x_slo_tpot_ms="1") for _ in range(3)]
         assert [answer.status_code for answer in answers] == [429, 429, 429]
-        await eventually(lambda: settled(antares))
-        assert the(antares, "fcfs").outcomes == {("chat", "admitted", ""): 3}
-        assert the(antares, "fcfs").agreement == {("rejected", "admitted"): 3}
+        await eventually(lambda: is_idle(antares))
+        assert shadows(antares)["fcfs"].outcomes == {("chat", "admitted", ""): 3}
+        assert shadows(antares)["fcfs"].agreement == {("rejected", "admitted"): 3}
 
 
-async def test_a_client_that_leaves_leaves_the_shadows_too() -> None:
+async def test_shadow_forgets_the_request_of_a_disconnected_client() -> None:
     async with live(shadow=["fcfs"]) as antares:
         await antares.hang_up_after(2)
-        await eventually(lambda: settled(antares))
-        assert the(antares, "fcfs").outcomes == {("chat", "admitted", ""): 1}
+        await eventually(lambda: is_idle(antares))
+        assert shadows(antares)["fcfs"].outcomes == {("chat", "admitted", ""): 1}
 
 
-async def test_shadows_outlive_a_crash_of_the_engine() -> None:
+async def test_shadow_continues_after_an_engine_crash() -> None:
     async with live(fast_engine(times=SLOW, output_tokens=500), shadow=["fcfs"]) as antares:
-        dying = asyncio.create_task(antares.ask())
-        await eventually(lambda: the(antares, "fcfs").running and antares.engine.state.engine_running)
+        task = asyncio.create_task(antares.ask())
+        await eventually(lambda: shadows(antares)["fcfs"].running and antares.engine.state.engine_running)
         antares.engine.crash()
-        assert (await dying).status_code == 503
-        assert the(antares, "fcfs").running == 0
+        assert (await task).status_code == 503
+        assert shadows(antares)["fcfs"].running == 0
         await eventually(lambda: antares.engine.state.alive)
         assert (await antares.ask(chat(max_tokens=2))).status_code == 200
-        await eventually(lambda: settled(antares))
-        assert the(antares, "fcfs").outcomes == {("chat", "admitted", ""): 2}
+        await eventually(lambda: is_idle(antares))
+        assert shadows(antares)["fcfs"].outcomes == {("chat", "admitted", ""): 2}
 
 
 @dataclass
-class Broken(Fcfs):
-    """Works once, then raises."""
+class BrokenPolicy(Fcfs):
+    """Decides once, then raises."""
 
     name: str = "broken"
-    decided: list[float] = field(default_factory=list)
+    calls: int = 0
 
-    def decide(self, now: float, *seen: Any) -> Decision:
-        self.decided.append(now)
-        if len(self.decided) > 1:
+    def decide(self, *args: Any) -> Decision:
+        self.calls += 1
+        if self.calls > 1:
             raise RuntimeError("a bug")
-        return super().decide(now, *seen)
+        return super().decide(*args)
 
 
-async def test_a_shadow_that_fails_is_switched_off_and_nobody_else_notices(
+async def test_failing_shadow_is_disabled_and_affects_no_other(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(POLICIES, "broken", (Broken, {}))  # type: ignore[arg-type]
+    monkeypatch.setitem(POLICIES, "broken", (BrokenPolicy, {}))  # type: ignore[arg-type]
     async with live(shadow=["broken", "s3"]) as antares:
         for _ in range(4):
             assert (await antares.ask()).status_code == 200
-            await eventually(lambda: not the(antares, "s3").waiting)
-        await eventually(lambda: settled(antares))
-        broken = the(antares, "broken")
+            await eventually(lambda: not shadows(antares)["s3"].waiting)
+        await eventually(lambda: is_idle(antares))
+        broken = shadows(antares)["broken"]
         assert not broken.up
         assert (broken.waiting, broken.outcomes) == (0, {("chat", "admitted", ""): 1})
-        assert the(antares, "s3").outcomes == {("chat", "admitted", ""): 4}
-        assert (await counts(antares, "antares_shadow_up", "policy"))["broken",] == 0
-        said = [record for record in caplog.records if record.name == "antares.shadow"]
-        assert [(record.levelno, record.getMessage()) for record in said] == [
-            (logging.ERROR, "shadow broken is switched off: it failed with RuntimeError")
+        assert shadows(antares)["s3"].outcomes == {("chat", "admitted", ""): 4}
+        assert (await samples(antares, "antares_shadow_up", "policy"))["broken",] == 0
+        records = [record for record in caplog.records if record.name == "antares.shadow"]
+        assert [(record.levelno, record.getMessage()) for record in records] == [
+            (logging.ERROR, "shadow policy broken is disabled: it raised RuntimeError")
         ]
 
 
-async def test_a_shadow_that_holds_up_the_loop_again_and_again_is_switched_off(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(shadows, "SLOW_LOOK_S", 0.0)
+async def test_slow_shadow_is_disabled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(shadow_runner, "SLOW_UPDATE_S", 0.0)
     async with live(shadow=["fcfs"]) as antares:
-        for _ in range(3 * shadows.SLOW_LOOKS):
+        for _ in range(3 * shadow_runner.MAX_SLOW_UPDATES):
             assert (await antares.ask(chat(max_tokens=1))).status_code == 200
-            await eventually(lambda: not the(antares, "fcfs").waiting)
-        assert the(antares, "fcfs").looks == shadows.SLOW_LOOKS
-        assert not the(antares, "fcfs").up
+            await eventually(lambda: not shadows(antares)["fcfs"].waiting)
+        assert shadows(antares)["fcfs"].updates == shadow_runner.MAX_SLOW_UPDATES
+        assert not shadows(antares)["fcfs"].up
         assert "took more than" in caplog.text
 
 
-async def test_shadows_take_no_more_than_their_share_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shadows, "MOST_SHARE", 1e-12)
+async def test_shadow_updates_keep_to_their_time_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shadow_runner, "MAX_TIME_SHARE", 1e-12)
     async with live(shadow=["fcfs"]) as antares:
         for _ in range(5):
             assert (await antares.ask()).status_code == 200
-            await asyncio.sleep(2 * shadows.LEAST_PAUSE_S)
-        assert the(antares, "fcfs").looks == 1, "the next is years away"
+            await asyncio.sleep(2 * shadow_runner.MIN_INTERVAL_S)
+        assert shadows(antares)["fcfs"].updates == 1, "the next update is years away"
         assert antares.is_idle()
 
 
@@ -162,19 +160,19 @@ default_class: chat
 """
 
 
-def written(folder: Path, text: str) -> Path:
+def config_file(folder: Path, text: str) -> Path:
     file = folder / "antares.yaml"
     file.write_text(BASE + text)
     return file
 
 
-def test_shadows_are_named_like_policies_with_options_and_a_label_if_need_be(tmp_path: Path) -> None:
+def test_config_reads_shadow_policies_with_options_and_labels(tmp_path: Path) -> None:
     text = "shadow:\n- fcfs\n- {name: scorpio, options: {eta: 1.1}}\n- {name: scorpio, label: strict}\n"
-    config = load(written(tmp_path, text), env={})
+    config = load(config_file(tmp_path, text), env={})
     policies = config.shadow_policies()
     assert list(policies) == ["fcfs", "scorpio", "strict"]
     assert [getattr(policies[name], "eta", None) for name in policies] == [None, 1.1, 1.3]
-    assert policies["fcfs"] is not config.shadow_policies()["fcfs"], "each engine has its own"
+    assert policies["fcfs"] is not config.shadow_policies()["fcfs"], "each engine has its own instances"
 
 
 @pytest.mark.parametrize(
@@ -187,11 +185,11 @@ def test_shadows_are_named_like_policies_with_options_and_a_label_if_need_be(tmp
         ("shadow: fcfs\n", 4, "shadow", "list"),
     ],
 )
-def test_what_no_shadow_can_be_is_a_mistake_with_its_line(
+def test_config_error_names_the_line_of_a_wrong_shadow(
     tmp_path: Path, text: str, line: int, key: str, reason: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(written(tmp_path, text), env={})
+        load(config_file(tmp_path, text), env={})
     (mistake,) = caught.value.mistakes
     assert (mistake.line, mistake.key) == (line, key)
     assert reason in mistake.reason

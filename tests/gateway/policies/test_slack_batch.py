@@ -1,0 +1,267 @@
+"""What `slack` computes with: array results equal those of one request at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_adapter.engine import EngineState, GateReport
+from engine_adapter.gates.constants import SLACK
+from engine_adapter.service_kind import ServiceKind
+from engine_adapter.step_time.linear_forms import StepTimes
+from engine_adapter.step_time.model import StepTimeModel
+from gateway.policies.slack.batch import RunningBatch, WaitingBatch
+from gateway.requests.request import Request
+from gateway.requests.waiting_arrays import WaitingArrays
+from tests.fixtures.policy_builders import NOW, RUNNING, TIMES, WAITING, engine, make_request, running
+
+PACED, BEST_EFFORT = ServiceKind.PACED, ServiceKind.BEST_EFFORT
+
+PROMISED = WAITING.filter(lambda request: request.kind is not BEST_EFFORT)
+"""Waiting requests that are not best-effort: those of a `WaitingBatch`."""
+
+
+def waiting_batch(
+    requests: list[Request], batch: RunningBatch | None = None, backlog: int = 0, fraction: float = 1.0
+) -> WaitingBatch:
+    batch = batch or RunningBatch.of([], engine())
+    return WaitingBatch.of(requests, WaitingArrays.of(requests), batch, NOW, backlog, fraction)
+
+
+def weight(request: Request) -> float:
+    """Return how many sequences of ``request`` decode in a step, on average."""
+    return request.sequences * (1 if request.kind is PACED else SLACK.best_effort_share)
+
+
+def context(request: Request) -> float:
+    """Return the tokens per sequence now, or of a waiting request the mean while it runs."""
+    return request.length if request.admitted_s is not None else request.prompt_tokens + request.predicted_tokens / 2
+
+
+def final_tokens(request: Request) -> float:
+    """Return the memory that ``request`` is expected to reach."""
+    generated = request.generated / request.sequences
+    output = request.predicted_tokens if request.predicted_tokens > generated + 1 else generated + 1
+    return (request.prompt_tokens + output) * request.sequences
+
+
+# --- running requests -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(RUNNING | WAITING, max_size=8), st.booleans())
+def test_running_batch_sums_its_requests(requests: list[Request], preemptible: bool) -> None:
+    state = engine(max_num_seqs=60, gate=GateReport(preemptible=preemptible))
+    batch = RunningBatch.of(requests, state)
+    preemptible_memory, best_effort_slots = 0.0, 0
+    for request in requests:
+        if request.kind is BEST_EFFORT:
+            best_effort_slots += request.sequences
+            if best_effort_slots > 3:  # a twentieth of 60
+                preemptible_memory += final_tokens(request)
+    sequences = sum(r.sequences for r in requests)
+    assert (batch.reserved_slots, batch.slots, batch.best_effort_slots) == (3, sequences, best_effort_slots)
+    assert batch.slots_in_use == sequences - (max(0, best_effort_slots - 3) if preemptible else 0)
+    assert batch.decoding == pytest.approx(sum(map(weight, requests)))
+    assert batch.context == pytest.approx(sum(context(r) * weight(r) for r in requests))
+    assert batch.strictest_s == min((r.pace_s for r in requests if r.kind is PACED), default=math.inf)
+    assert batch.memory == pytest.approx(sum(map(final_tokens, requests)))
+    assert batch.preemptible_memory == pytest.approx(preemptible_memory if preemptible else 0.0)
+    assert batch.variance == pytest.approx(sum(r.variance for r in requests))
+    assert batch.backlog == sum(r.prompt_tokens for r in requests if r.prefilling)
+
+
+@given(st.lists(RUNNING, max_size=8), RUNNING | WAITING)
+def test_running_batch_plus_one_equals_batch_of_all(requests: list[Request], one: Request) -> None:
+    state = engine(max_num_seqs=60, gate=GateReport(preemptible=True))
+    whole, grown = RunningBatch.of([*requests, one], state, 2.0), RunningBatch.of(requests, state, 2.0)
+    before = grown.prefill_token_s
+    grown.add((one,))
+    names = {field.name for field in fields(RunningBatch) if not field.name.startswith("_")} - {"engine"}
+    for name in [*sorted(names), "slots_in_use", "step_s", "prefill_token_s", "prefill_share", "chunk_tokens"]:
+        assert getattr(grown, name) == pytest.approx(getattr(whole, name)), name
+    assert before == RunningBatch.of(requests, state).prefill_token_s
+
+
+def test_running_batch_plans_an_added_request_with_the_given_pace() -> None:
+    batch = RunningBatch.of([running(tpot=0.05)], engine())
+    batch.add((make_request(e2e=4.0),), 0.03)
+    assert batch.strictest_s == 0.03
+    batch.add((make_request(ttft=1.0), make_request()), 0.01)
+    assert batch.strictest_s == 0.03, "only paced requests have a pace"
+
+
+def test_deadline_only_request_keeps_its_slot_but_has_no_pace() -> None:
+    deadline_only = running("deadline only", ttft=5)
+    requests = [*(running(f"free{i}") for i in range(40)), deadline_only]
+    batch = RunningBatch.of(requests, engine())
+    assert deadline_only.kind is ServiceKind.DEADLINE_ONLY
+    assert (batch.slots, batch.best_effort_slots, batch.strictest_s) == (41, 40, math.inf)
+    assert batch.decoding == pytest.approx(41 * SLACK.best_effort_share)
+
+
+def test_sequences_of_one_request_share_a_prompt() -> None:
+    one, four = (RunningBatch.of([running(tpot=0.1, prompt=400, sequences=n)], engine()) for n in (1, 4))
+    assert four.decoding == 4 * one.decoding
+    requests = [make_request(tpot=1.0, prompt=400), make_request(tpot=1.0, prompt=400, sequences=4)]
+    queue = waiting_batch(requests)
+    assert queue.prefill_s[0] == queue.prefill_s[1]
+    single, several = queue.cost_s(RunningBatch.of([], engine())) - queue.prefill_s
+    assert several == pytest.approx(4 * single)
+
+
+@given(st.lists(RUNNING, max_size=8), st.integers(0, 5000))
+def test_full_step_fills_the_strictest_pace_at_most(requests: list[Request], prompt_tokens: int) -> None:
+    batch = RunningBatch.of(requests, engine())
+    step_s = batch.full_step_s(prompt_tokens)
+    assert min(batch.step_s, batch.strictest_s) <= step_s <= batch.strictest_s
+    most_s = batch.step_s + batch.prefill_token_s * min(prompt_tokens, batch.chunk_tokens)
+    assert step_s == pytest.approx(min(most_s, batch.strictest_s))
+    assert 1 <= batch.chunk_tokens <= batch.engine.max_num_batched_tokens
+
+
+# --- waiting requests -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(PROMISED, min_size=1, max_size=6), st.lists(RUNNING, max_size=6), st.sampled_from([1.0, 0.9]),
+       st.integers(0, 3000))  # fmt: skip
+def test_waiting_batch_paces_equal_those_of_each_request(
+    requests: list[Request], old: list[Request], fraction: float, backlog: int
+) -> None:
+    batch = RunningBatch.of(old, engine())
+    queue = waiting_batch(requests, batch, backlog, fraction)
+    share = max(SLACK.min_prefill_share, 1 - batch.step_s / batch.strictest_s)
+    for at, request in enumerate(requests):
+        pace_s = planned_s = math.inf if request.pace_s is None else request.pace_s
+        if request.slo.e2e_s is not None:
+            prefill_s = batch.prefill_token_s * (backlog + request.prompt_tokens) / share
+            first_s = min(NOW + batch.step_s + prefill_s, request.deadline_s)
+            left_s = max(request.arrival_s + request.slo.e2e_s - first_s, 0.0) / request.predicted_tokens
+            tpot_s = math.inf if request.slo.tpot_s is None else request.slo.tpot_s
+            pace_s, planned_s = min(left_s, tpot_s), min(SLACK.e2e_pace_factor * left_s, tpot_s)
+        assert queue.pace_s[at] == pytest.approx(fraction * pace_s)
+        assert queue.planned_pace_s[at] == pytest.approx(fraction * planned_s)
+
+
+@given(st.lists(PROMISED, min_size=1, max_size=6), st.lists(RUNNING, max_size=6), st.integers(0, 3000))
+def test_end_to_end_pace_is_never_stricter_than_at_arrival(
+    requests: list[Request], old: list[Request], backlog: int
+) -> None:
+    queue = waiting_batch(requests, RunningBatch.of(old, engine()), backlog)
+    for pace_s, request in zip(queue.pace_s.tolist(), requests, strict=True):
+        if request.pace_s is not None:
+            assert pace_s >= request.pace_s * (1 - 1e-9)
+
+
+def test_end_to_end_pace_leaves_time_for_a_slow_prefill() -> None:
+    # 25 decodes take 12.5 of 13.1 ms, so the prompt takes more than two seconds.
+    batch = RunningBatch.of([running(str(i), tpot=0.0131, prompt=10, output=10_000) for i in range(25)], engine())
+    request = make_request(e2e=20.0, output=100, prompt=100)
+    (pace_s,) = waiting_batch([request], batch).pace_s
+    assert pace_s * 100 + 2.0 < 20.0
+    assert pace_s * 100 + request.ttft_slo_s >= 20.0 - 1e-6
+
+
+@given(st.lists(RUNNING, max_size=5), st.lists(PROMISED, min_size=1, max_size=5), st.sampled_from([1.0, 0.8]),
+       st.integers(500, 20_000), st.integers(0, 500), st.integers(1, 40), st.booleans(),
+       st.sampled_from([TIMES, replace(TIMES, a=1e-5)]))  # fmt: skip
+def test_fit_equals_the_conditions_of_each_request(
+    old: list[Request],
+    requests: list[Request],
+    fraction: float,
+    kv_tokens: int,
+    backlog: int,
+    slots: int,
+    preemptible: bool,
+    times: StepTimes,
+) -> None:
+    state = engine(kv_tokens=kv_tokens, max_num_seqs=slots, gate=GateReport(preemptible=preemptible))
+    state.step_time = StepTimeModel(times=times, learn=False)
+    batch = RunningBatch.of(old, state, 2.3)
+    queue = waiting_batch(requests, batch, backlog, fraction)
+    fits = queue.fit(batch, NOW, backlog, np.arange(len(requests)))
+    queued = sum(request.prompt_tokens for request in requests)
+    for at, request in enumerate(requests):
+        both = RunningBatch.of(old, state, 2.3)
+        both.add((request,), float(queue.pace_s[at]))
+        step_s, strictest_s = both.step_s, both.strictest_s
+        others = backlog + queued - request.prompt_tokens
+        wait_s = max(step_s, min(strictest_s, step_s + both.prefill_token_s * others))
+        share = max(1 - step_s / strictest_s, 1e-12) if strictest_s > 0 else 1e-12
+        first_s = wait_s + both.prefill_token_s * (backlog + request.prompt_tokens) / share
+        memory = both.memory - both.preemptible_memory + 2.3 * math.sqrt(both.variance)
+        ratios = (
+            step_s / max(strictest_s, 1e-12),
+            first_s / max(request.deadline_s - NOW, 1e-9),
+            memory / kv_tokens,
+        )
+        if all(abs(ratio - 1) > 1e-6 for ratio in ratios):
+            has_slots = both.slots_in_use <= slots
+            assert fits[at] == (has_slots and all(ratio < 1 for ratio in ratios))
+
+
+def test_fit_counts_a_request_by_its_mean_context() -> None:
+    # A step of two takes 10.2 ms, and 0.1 ms or more for 1000 tokens of context.
+    batch = RunningBatch.of([running(tpot=0.011)], engine())
+    queue = waiting_batch([make_request(tpot=1.0, prompt=1, output=output) for output in (100, 20_000)], batch)
+    assert queue.fit(batch, NOW, 0, np.arange(2)).tolist() == [True, False]
+
+
+def test_fit_expects_full_steps_while_other_prompts_wait() -> None:
+    # Beside 20 decodes and its own, a step of the strictest pace, 0.1 s, has 0.0875 s for prefill.
+    batch = RunningBatch.of([running(str(i), tpot=0.1, output=1000) for i in range(20)], engine())
+
+    def fits(ttft: float, others: int = 0, backlog: int = 0) -> bool:
+        requests = [make_request(ttft=ttft, tpot=1.0), *([make_request(tpot=1.0, prompt=others)] if others else [])]
+        return bool(waiting_batch(requests, batch, backlog).fit(batch, NOW, backlog, np.array([0]))[0])
+
+    for options, first_s in (({}, 0.127), ({"others": 900}, 0.2145), ({"backlog": 50}, 0.234)):
+        assert fits(first_s + 0.002, **options)
+        assert not fits(first_s - 0.002, **options)
+
+
+@given(st.lists(PROMISED, min_size=1, max_size=6), st.lists(RUNNING, max_size=4))
+def test_cost_and_alone_time_equal_those_of_each_request(requests: list[Request], old: list[Request]) -> None:
+    batch = RunningBatch.of(old, engine())
+    queue, curve, token_s = waiting_batch(requests, batch), batch.engine.step_time.curve, batch.prefill_token_s
+    for at, request in enumerate(requests):
+        mean_length = request.prompt_tokens + request.predicted_tokens / 2
+        decode_s = token_s + max(-curve.e, 0.0) + curve.a * mean_length
+        output = request.sequences * request.predicted_tokens
+        assert queue.cost_s(batch)[at] == pytest.approx(token_s * request.prompt_tokens + decode_s * output)
+        alone_s = curve.step_s(request.sequences, mean_length * request.sequences)
+        assert queue.alone_s(batch.engine)[at] == pytest.approx(alone_s)
+
+
+def test_cost_grows_with_prompt_output_and_sequences() -> None:
+    requests = [make_request(tpot=1.0, **more) for more in ({}, {"prompt": 101}, {"output": 51}, {"sequences": 2})]
+    base, *higher = waiting_batch(requests).cost_s(RunningBatch.of([], engine()))
+    assert all(cost > base for cost in higher)
+
+
+@given(st.lists(PROMISED, min_size=1, max_size=6), st.data())
+def test_only_equals_the_batch_of_the_selected_requests(requests: list[Request], data: st.DataObject) -> None:
+    which = np.array(data.draw(st.lists(st.booleans(), min_size=len(requests), max_size=len(requests))))
+    selected = [request for request, keep in zip(requests, which, strict=True) if keep]
+    part, expected = waiting_batch(requests).only(which), waiting_batch(selected)
+    assert list(part.requests) == selected
+    for name in ("pace_s", "planned_pace_s", "prefill_s"):
+        assert np.array_equal(getattr(part, name), getattr(expected, name)), name
+    assert all(np.array_equal(a, b) for a, b in zip(part.arrays, expected.arrays, strict=True))
+
+
+@given(RUNNING, st.lists(RUNNING, max_size=5), st.integers(0, 20_000), st.integers(1, 30))
+def test_has_room_for_never_counts_preemptible_slots_or_memory(
+    one: Request, old: list[Request], kv_tokens: int, slots: int
+) -> None:
+    one.generated = 0
+    state: EngineState = engine(kv_tokens=kv_tokens, max_num_seqs=slots, gate=GateReport(preemptible=True))
+    both = RunningBatch.of([*old, one], state, 2.0)
+    memory = both.memory + 2.0 * math.sqrt(both.variance)
+    if abs(memory - kv_tokens) > 1e-6:
+        expected = both.slots <= slots and (not kv_tokens or memory <= kv_tokens)
+        assert RunningBatch.of(old, state, 2.0).has_room_for(one) == expected

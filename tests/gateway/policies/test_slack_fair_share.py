@@ -1,0 +1,132 @@
+"""`min_admission_share`: SLO classes and tenants whose requests are rejected too often go first."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_adapter.gates.constants import SLACK
+from gateway.policies.base import Decision, Rejection, reject_ttft
+from gateway.policies.slack.fair_share import FairShare
+from gateway.policies.slack.policy import Slack
+from gateway.requests.request import Request
+from tests.fixtures.policy_builders import NOW, admitted, decide, engine, make_request, running
+
+
+def rejection(request: Request, infeasible: bool = False) -> Rejection:
+    return reject_ttft(request, 1.0, 1.0, 0.1, infeasible)
+
+
+def note(shares: FairShare, *, admitted: int = 0, rejected: int = 0, **request: str) -> None:
+    """Count decisions about requests with the given class or tenant."""
+    for _ in range(admitted):
+        shares.note(Decision(admit=[make_request(ttft=1.0, **request)]))
+    for _ in range(rejected):
+        shares.note(Decision(reject=[rejection(make_request(ttft=1.0, **request))]))
+
+
+def behind(shares: FairShare, **request: str) -> bool:
+    return (shares.behind([make_request(**request)]) or [False])[0]
+
+
+@pytest.mark.parametrize("group", ["slo_class", "tenant"])
+@given(outcomes=st.lists(st.tuples(st.sampled_from("ab"), st.booleans()), max_size=SLACK.fair_share_window))
+def test_group_is_behind_below_a_fraction_of_the_overall_share(group: str, outcomes: list[tuple[str, bool]]) -> None:
+    shares = FairShare(0.5)
+    for name, ok in outcomes:
+        note(shares, admitted=ok, rejected=not ok, **{group: name})
+    overall = [ok for _, ok in outcomes]
+    expected = []
+    for name in "ab":
+        own = [ok for of, ok in outcomes if of == name]
+        # In integers: sum(own) / len(own) < 0.5 * sum(overall) / len(overall).
+        expected.append(2 * sum(own) * len(overall) < sum(overall) * len(own))
+        if 2 * sum(own) * len(overall) == sum(overall) * len(own) and own:
+            return  # rounding decides
+    found = shares.behind([make_request(**{group: name}) for name in "ab"])
+    assert found == (expected if any(expected) else None)
+
+
+def test_shares_of_a_class_and_of_a_tenant_count_separately() -> None:
+    shares = FairShare(0.5)
+    note(shares, admitted=10, slo_class="chat", tenant="good")
+    note(shares, rejected=5, slo_class="chat", tenant="poor")
+    assert [behind(shares, slo_class="chat", tenant=tenant) for tenant in ("good", "poor", "new")] == [
+        False,
+        True,
+        False,
+    ]
+    note(shares, rejected=5, slo_class="code", tenant="good")
+    assert behind(shares, slo_class="code", tenant="new")
+
+
+def test_no_group_is_behind_without_a_minimum_share() -> None:
+    shares = FairShare(0.0)
+    note(shares, admitted=50, tenant="a")
+    note(shares, rejected=50, tenant="b")
+    assert shares.behind([make_request(tenant="b")]) is None
+
+
+def test_old_decisions_fade_with_the_window() -> None:
+    shares = FairShare(0.5)
+    note(shares, rejected=SLACK.fair_share_window, slo_class="b", tenant="b")
+    note(shares, admitted=20 * SLACK.fair_share_window)
+    # After k admissions the share of "b" is 1 - 0.99^k, which is 0.5 at k = 69.
+    note(shares, admitted=67, slo_class="b", tenant="b")
+    assert behind(shares, tenant="b")
+    note(shares, admitted=3, slo_class="b", tenant="b")
+    assert not behind(shares, tenant="b")
+
+
+def test_infeasible_and_best_effort_requests_do_not_count() -> None:
+    shares = FairShare(0.5)
+    shares.note(Decision(reject=[rejection(make_request(tenant="b"), infeasible=True)]))
+    shares.note(Decision(admit=[make_request(ttft=1.0, tenant="b", best_effort=True)]))
+    assert shares == FairShare(0.5)
+
+
+def test_least_recent_groups_are_forgotten() -> None:
+    shares = FairShare(0.5)
+    note(shares, admitted=100)
+    for tenant in ("old", "active"):
+        note(shares, rejected=1, tenant=tenant)
+    for number in range(SLACK.max_fair_share_groups):
+        note(shares, admitted=1, tenant=f"t{number}")
+        if number == SLACK.max_fair_share_groups // 2:
+            note(shares, rejected=1, tenant="active")
+    assert (behind(shares, tenant="old"), behind(shares, tenant="active")) == (False, True)
+
+
+def test_expensive_tenant_gets_its_minimum_share() -> None:
+    def shares(min_admission_share: float) -> tuple[float, float]:
+        """Return the admission rates of two tenants that compete for one slot."""
+        policy, state = Slack(min_admission_share=min_admission_share), engine(max_num_seqs=1)
+        admissions = {"cheap": 0, "expensive": 0}
+        for turn in range(600):
+            queue = [
+                make_request(f"{turn} {tenant}", ttft=0.5, tpot=1, at=NOW + turn, output=output, tenant=tenant)
+                for tenant, output in (("cheap", 20), ("expensive", 900))
+            ]
+            decision = decide(policy, NOW + turn, queue, [], state)
+            late = decide(policy, NOW + turn + 1, [r for r in queue if r not in decision.admit], [], state)
+            assert len(late.reject) == 1
+            for request in decision.admit:
+                admissions[request.tenant] += 1
+        return admissions["cheap"] / 600, admissions["expensive"] / 600
+
+    assert shares(min_admission_share=0.0) == (1.0, 0.0)
+    cheap, expensive = shares(min_admission_share=0.5)
+    assert expensive == pytest.approx(0.5 * (cheap + expensive) / 2, abs=0.02)
+
+
+def test_request_of_a_group_behind_blocks_no_other_when_it_does_not_fit() -> None:
+    policy = Slack()
+    late = [make_request(f"late{i}", at=NOW - 9, ttft=1.0, tpot=1.0, tenant="behind") for i in range(20)]
+    decide(policy, NOW, [*late, *(make_request(str(i), ttft=9, tpot=1.0, prompt=5) for i in range(20))], [], engine())
+    batch = [running(f"old{i}", tpot=0.02, prompt=10, output=1000) for i in range(30)]
+    strict = make_request("strict", ttft=5, tpot=0.0125, tenant="behind")
+    loose, other = make_request("loose", ttft=9, tpot=0.5, prompt=5, tenant="behind"), make_request("other", ttft=1)
+    decision = decide(policy, NOW, [strict, loose, other], batch, engine())
+    assert admitted(decision)[0] == "loose"
+    assert "strict" not in admitted(decision)
