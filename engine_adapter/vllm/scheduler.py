@@ -88,6 +88,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         except ValueError as error:
             raise ValueError(f"{GATE_ENV}: {error}") from error
         self._gated: dict[str, _Gated] = {}
+        self._labels: set[str] = set()
         self._preemption = self._best_effort_preemption()
         self._reporter = GateReporter.from_env()
         self._reporter.report.preemptible = self._preemption is not None
@@ -219,10 +220,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         context = 0.0
         any_gated = False
         for request in self.running:
-            # Exactly one token is left to compute: neither a prefill chunk nor a recomputation.
-            if request.num_computed_tokens < request.num_prompt_tokens or (
-                request.num_tokens + request.num_output_placeholders - request.num_computed_tokens > 1
-            ):
+            if _is_prefilling(request):
                 continue
             # NOTE: with async scheduling vLLM skips a request whose last token is already scheduled. That is no
             # opportunity to decode, so it must not cost a credit.
@@ -240,9 +238,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         return decoding, context, any_gated
 
     def _prefill_backlog(self) -> int:
-        """Return the prompt tokens in the engine that are not computed yet."""
-        running = sum([max(0, r.num_prompt_tokens - r.num_computed_tokens) for r in self.running])
-        return int(running + sum([r.num_prompt_tokens for r in self.waiting]))
+        """Return the tokens left to prefill in the engine, including what preempted requests compute again."""
+        running = sum([r.num_tokens - r.num_computed_tokens for r in self.running if _is_prefilling(r)])
+        return int(running + sum([r.num_tokens for r in self.waiting]))
 
     def _gated_request(self, request: Request) -> _Gated:
         """Return what the gate knows of the request, read from its xargs the first time."""
@@ -271,8 +269,10 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
 
     def _label(self, label: str) -> str:
         """Return the pace's name in the counters."""
-        known = self._reporter.report.eligible
-        return label if label in known or len(known) < _MAX_LABELS else "other"
+        if label not in self._labels and len(self._labels) >= _MAX_LABELS:
+            return "other"
+        self._labels.add(label)
+        return label
 
     def _count(self, output: SchedulerOutput, decoding: list[_Gated], context: float, sat_out: set[str]) -> None:
         scheduled = output.num_scheduled_tokens
@@ -295,3 +295,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
                 scheduled_at=time.monotonic(),
             )
         )
+
+
+def _is_prefilling(request: Request) -> bool:
+    """Whether more than one token is left to compute: a prompt, or all tokens of a preempted request again."""
+    left = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+    return bool(request.num_computed_tokens < request.num_prompt_tokens or left > 1)

@@ -82,6 +82,15 @@ def test_plan_is_none_without_recent_other_requests() -> None:
     assert preemption.plan(NOW + 3 * SLACK.peak_window_s, free, full, best_effort(1, 0, needed=5)) is None
 
 
+def test_peak_is_recorded_while_no_best_effort_request_is_there() -> None:
+    preemption, resumable = BestEffortPreemption(Capacity(10, 110)), best_effort(1, 0, needed=1, preempted_before=True)
+    assert preemption.plan(NOW, Capacity(0, 50), [], []) is None
+    waits = plan(preemption, Capacity(10, 110), best_effort(4), resumable, NOW + 1)
+    assert waits.held == ["b0"], "a second ago others had all slots"
+    resumed = plan(preemption, Capacity(10, 110), [*others(1), *best_effort(4)], resumable, LATER)
+    assert resumed.back == ["b0"]
+
+
 @pytest.mark.parametrize(("free", "arrivals", "preempted"), [(0, 3, 3), (2, 3, 1), (3, 3, 0)])
 def test_preempts_as_many_as_slots_are_missing(free: int, arrivals: int, preempted: int) -> None:
     capacity = Capacity(40, UNLIMITED)
@@ -185,16 +194,6 @@ def test_reserved_slot_goes_to_a_new_request_if_none_was_preempted() -> None:
     assert (found.front, found.back, found.held) == (["b0"], ["b1", "b2"], [])
 
 
-def test_best_effort_prompts_pause_beside_other_prompts_except_in_one_step_per_turn() -> None:
-    preemption, capacity, turn = BestEffortPreemption(Capacity(10, 110)), Capacity(10, 110), SLACK.steps_per_turn
-    mine, prompt = best_effort(1, prefilling=True), others(1, prefilling=True)
-    busy = [plan(preemption, capacity, [*prompt, *mine]).paused for _ in range(2 * turn)]
-    assert busy == ([["b0"]] * (turn - 1) + [[]]) * 2
-    assert plan(preemption, capacity, mine, others(1, 0, needed=1)).paused == ["b0"], "an arrival has a prompt too"
-    assert plan(preemption, capacity, [*others(1), *mine]).paused == []
-    assert plan(preemption, capacity, [*prompt, *best_effort(1)]).paused == []
-
-
 MEMBERS = st.lists(
     st.builds(
         lambda preemptible, held, more, prefilling, before: Member(
@@ -219,8 +218,7 @@ def test_plan_moves_each_best_effort_request_once_and_no_other(
     mine = {m.request for m in (*running, *waiting) if m.preemptible}
     queued = [*found.front, *found.back, *found.held]
     assert sorted(queued) == sorted({*found.preempt, *(m.request for m in waiting if m.preemptible)})
-    assert {*found.preempt, *found.paused} <= mine & {m.request for m in running}
-    assert not {*found.preempt} & {*found.paused}
+    assert {*found.preempt} <= mine & {m.request for m in running}
     assert len(found.front) <= 1
 
 
