@@ -32,8 +32,7 @@ class FairShare:
         decided += [(rejection.request, 0.0) for rejection in decision.reject if not rejection.infeasible]
         for request, admitted in decided:
             for group in (("class", request.slo_class), ("tenant", request.tenant), _OVERALL):
-                # Inserted again at the end, so that the first group is the least recent one.
-                share, count = self._groups.pop(group, (1.0, 0))
+                share, count = self._groups.pop(group, (1.0, 0))  # and inserted at the end: the most recent group
                 count = min(count + 1, SLACK.fair_share_window)
                 self._groups[group] = (share + (admitted - share) / count, count)
             while len(self._groups) > SLACK.max_fair_share_groups:

@@ -1,7 +1,7 @@
 """`slack`, the default policy: feasibility as arithmetic, and under overload the requests that cost least.
 
-R is the running set, P* = min P_i its strictest pace, T(R) the time of a step in which all of R decode. Prefill gets the
-share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
+R is the running set, P* = min P_i its strictest pace, T(R) the time of a step in which all of R decode. Prefill gets
+the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
 
     1 reject r if its pace is faster than a step with r alone                                      (infeasible)
     2 in deadline order, reject r if now + step + mu * (backlog + ahead + own) / share > deadline  (late)
@@ -151,10 +151,9 @@ class Slack:
                 ahead_s += prefill_s
                 continue
             predicted_s = request.ttft_slo_s + late_s
-            # What is promised for a second try has no discount, and a step in reserve.
+            # A second try is promised without discount, and with a step in reserve.
             attainable_s = predicted_s + (stretch - ahead_stretch) * ahead_s + step_s
-            idle = not batch.slots and not ahead_s
-            infeasible = idle or curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
+            infeasible = not batch.slots + ahead_s or curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
             this.decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_s, infeasible))
         return queue.only(~late)
 
