@@ -171,7 +171,7 @@ def test_make_help_lists_all_targets():
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     assert re.findall(r"^  make (\w+)", listed, re.MULTILINE) == [
-        "help", "install", "serve", "test", "check", "figures", "format", "clean",
+        "help", "install", "serve", "test", "coverage", "check", "figures", "format", "clean",
     ]  # fmt: skip
 
 

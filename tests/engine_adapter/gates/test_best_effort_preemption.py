@@ -115,10 +115,10 @@ def test_running_prompts_of_others_want_the_blocks_that_they_lack() -> None:
     assert plan(BestEffortPreemption(capacity), capacity, running).preempt == ["b8", "b7", "b6"]
 
 
-def test_prefilling_best_effort_requests_are_not_preempted() -> None:
+def test_prefilling_and_reserved_requests_are_not_preempted() -> None:
     capacity = Capacity(4, UNLIMITED)
     running = [*best_effort(2), *best_effort(2, first=2, prefilling=True)]
-    assert plan(BestEffortPreemption(capacity), capacity, running, others(2, 0, needed=1)).preempt == ["b1", "b0"]
+    assert plan(BestEffortPreemption(capacity), capacity, running, others(2, 0, needed=1)).preempt == ["b1"]
 
 
 @given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300))
