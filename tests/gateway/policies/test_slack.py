@@ -218,7 +218,7 @@ def test_rejection_in_one_sweep_equals_rejection_one_by_one(
     share, step_s = batch.prefill_share, max(batch.step_s, curve.step_s(1, 0))
     ahead_s = batch.prefill_token_s * batch.backlog
     late: dict[str, tuple[float, float]] = {}
-    for request in sorted(queue, key=lambda request: request.ttft_slo_s):
+    for request in sorted(queue, key=lambda request: request.deadline_s):
         own_s = batch.prefill_token_s * request.prompt_tokens
         first_s = batch.step_s / 2 + step_s + (discount * ahead_s + own_s) / share
         if abs(first_s - request.ttft_slo_s) < 1e-9:
