@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine_adapter.gates.constants import SLACK
+from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import Decision
 from gateway.requests.request import Request
 
@@ -27,7 +28,7 @@ class FairShare:
 
     def note(self, decision: Decision) -> None:
         """Count the decided requests; best-effort and infeasible ones are not a question of fairness."""
-        decided = [(request, 1.0) for request in decision.admit if not request.best_effort]
+        decided = [(request, 1.0) for request in decision.admit if request.kind is not ServiceKind.BEST_EFFORT]
         decided += [(rejection.request, 0.0) for rejection in decision.reject if not rejection.infeasible]
         for request, admitted in decided:
             for group in (("class", request.slo_class), ("tenant", request.tenant), _OVERALL):
