@@ -4,9 +4,9 @@
       -> that engine's checks and limits -> predict the length -> EngineQueue and policy -> encode the body
       -> engine -> ResponseRelay -> ledger
 
-`Proxy._authenticate`, `_receive_body` and `_read` do the first line. `_schedule` does the rest: `_place`, `_open_entry`,
-`_predict` and `_serve`, which calls `_admit` (place again and wait) and `_forward` (engine and response). `_conclude` or
-`_fail` closes the ledger entry. The body is parsed once and encoded once.
+`Proxy._authenticate`, `_receive_body` and `_read` run up to the prompt size. `_schedule` runs the rest: `_place`,
+`_open_entry`, `_predict` and `_serve`. `_serve` calls `_admit` (place again and wait) and `_forward` (encode, engine,
+response). `_conclude` or `_fail` closes the ledger entry. The body is parsed once and encoded once.
 """
 
 from __future__ import annotations
