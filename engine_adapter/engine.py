@@ -24,8 +24,9 @@ OBSERVER_KEY = "antares.observer"
 
 
 TPOT_XARG = "antares_tpot_ms"
-"""Member of ``vllm_xargs`` that carries a request's TPOT bound (ms) to the step gate."""
+"""Member of ``vllm_xargs`` with a request's pace for the step gate: milliseconds per output token.
 
+The pace comes from the TPOT bound, the end-to-end bound or both."""
 
 KIND_XARG = "antares_kind"
 """The request's `ServiceKind` by its label, where it is not what `default_kind` derives from the pace."""
@@ -77,9 +78,9 @@ class GateReport:
         steps: steps planned.
         gated_steps: steps in which at least one request sat out.
         gate_seconds: time spent in the gate.
-        eligible: decode opportunities per TPOT bound. Keys are the bound in milliseconds, as text.
+        eligible: decode opportunities per pace. Keys are the pace in milliseconds, as text.
         batched: the opportunities among ``eligible`` in which the request decoded.
-        best_effort_preemptions: requests preempted for paced ones (`engine_adapter.gates.best_effort_preemption`).
+        best_effort_preemptions: best-effort requests preempted for paced and deadline-only ones.
         preemptible: whether this engine supports best-effort preemption.
     """
 
@@ -141,7 +142,7 @@ class Engine(Protocol):
     name: str
     state: EngineState
     takes_xargs: bool
-    """Whether the engine accepts ``vllm_xargs``, which carry a request's TPOT bound to the step gate."""
+    """Whether the engine accepts ``vllm_xargs``, which carry a request's pace to the step gate."""
 
     @property
     def app(self) -> ASGIApp:

@@ -74,7 +74,7 @@ async def serve(config: GatewayConfig) -> None:
         stack.push_async_callback(_close, server, serving)
         stack.push_async_callback(gateway.stop)
         stop = _stop_on_signals()
-        starting = asyncio.create_task(_start(gateway), name="start engines")
+        starting = asyncio.create_task(_start(config, gateway), name="start engines")
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -165,10 +165,9 @@ def _build(config: EngineConfig) -> Engine:
         raise ServeError(f"engine {config.name}: {error}") from error
 
 
-async def _start(gateway: Gateway) -> None:
-    engines = [engine_queue.engine for engine_queue in gateway.engine_queues]
-    names = ", ".join(engine.name for engine in engines)
-    slow = " (vLLM takes 30 to 90 s)" if any(engine.takes_xargs for engine in engines) else ""
+async def _start(config: GatewayConfig, gateway: Gateway) -> None:
+    names = ", ".join(engine.name for engine in config.engines)
+    slow = " (vLLM takes 30 to 90 s)" if any(engine.kind == "vllm" for engine in config.engines) else ""
     try:
         with console.status(f"Starting engine {names}{slow}…"):
             await gateway.start()

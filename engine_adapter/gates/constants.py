@@ -10,7 +10,7 @@ class SlackConstants:
     """Each with its meaning, unit and evidence; the ablation is docs/results/slack_study.md."""
 
     best_effort_share: float = 0.05
-    """Share of steps and of slots that best-effort requests have however full the engine is. A stated guarantee."""
+    """Least share of steps of requests without a pace, and of slots of best-effort requests. A stated guarantee."""
     peak_window_s: float = 10.0
     """Seconds for which room that other requests used is kept for them: recomputing takes seconds. Convention."""
     min_prefill_share: float = 0.02

@@ -118,7 +118,7 @@ class CompletionPlan:
 
     @property
     def tpot_ms(self) -> float | None:
-        """The TPOT bound (ms) by which the ``credit`` gate makes the request skip steps. None if it skips none."""
+        """The pace (ms per token) by which the ``credit`` gate makes the request skip steps. None if it skips none."""
         xargs = self.body.get("vllm_xargs")
         skips_steps = isinstance(xargs, dict) and xargs.get(GATE_XARG, "credit") == "credit"
         bound = xargs.get(TPOT_XARG) if skips_steps and isinstance(xargs, dict) else None

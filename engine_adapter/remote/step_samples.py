@@ -2,7 +2,7 @@
 
 A remote server sends no step reports. Each of its streams gets one token per step, so the time between two tokens is
 one step. The time to first token is one prefill, if no other prefill delayed it. With a step gate, only the streams
-with the strictest TPOT bound decode in every step. Other streams count in the batch by their share of the steps
+with the strictest pace decode in every step. Other streams count in the batch by their share of the steps
 (SCORPIO's virtual batch size).
 """
 
@@ -24,7 +24,7 @@ class StreamTiming:
 
     Attributes:
         alone: no other request was waiting for its first token at the same time.
-        tpot_ms: TPOT bound (ms) by which the step gate makes the request skip steps; None if it skips none.
+        tpot_ms: pace (ms per token) by which the step gate makes the request skip steps; None if it skips none.
         batch_at_first, context_at_first: virtual batch size and mean context when the first token arrived.
     """
 
@@ -62,7 +62,7 @@ class StepSampler:
             at: when, in monotonic seconds.
             prompt_tokens: prompt length; may be an estimate.
             sequences: sequences that the request generates.
-            tpot_ms: TPOT bound by which the step gate makes the request skip steps.
+            tpot_ms: pace (ms per token) by which the step gate makes the request skip steps.
         """
         if self._prefilling:
             # Concurrent prompts share the engine's prefill, so none of their TTFTs measures a single prefill.
@@ -119,7 +119,7 @@ class StepSampler:
         return True
 
     def _strictest(self) -> float:
-        """The strictest TPOT bound (ms) of the decoding streams; infinite if none has one."""
+        """The strictest pace (ms per token) of the decoding streams; infinite if none has one."""
         bounds = (s.tpot_ms for s in self._streams if s.first_at is not None and s.tpot_ms is not None)
         return min(bounds, default=math.inf)
 

@@ -47,8 +47,7 @@ class SimulatedEngine:
             or 256, 2048 and 8192.
         kv_tokens: KV cache size in tokens, at least ``max_model_len``. Default: the profile's, or 200,000. If it is
             full, the newest sequence is preempted.
-        gate: gate for requests that name none; a name in `gates.composite.GATES`. It applies to requests with a
-            TPOT bound (``antares_tpot_ms`` in ``vllm_xargs``).
+        gate: gate for requests that name none; a name in `gates.composite.GATES`.
         output_tokens: output length of requests that do not set one: a number, a function of the prompt text, or None
             for 8 to 128 tokens by a stable hash of the prompt.
         time_scale: factor on every step's duration.

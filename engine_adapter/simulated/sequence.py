@@ -26,7 +26,7 @@ class SimulatedSequence:
         to_prefill: tokens to compute before the sequence decodes; all of ``length`` again after a preemption.
         prefilled: the part of ``to_prefill`` that is computed.
         capacity: tokens that fit in the KV blocks of the sequence.
-        preemptible: whether paced requests may preempt it (`gates.best_effort_preemption`).
+        preemptible: whether paced and deadline-only requests may preempt it (`gates.best_effort_preemption`).
     """
 
     request_id: str

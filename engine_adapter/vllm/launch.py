@@ -67,10 +67,10 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
             "engine.kind is 'vllm' but vLLM is not importable "
             f"({error}). Run `make install` for vLLM on CPU or `pip install 'antares-gateway[gpu]'` for GPUs."
         ) from error
-    from engine_adapter.vllm.versions import IN_PROCESS_VERSIONS, UnsupportedVllmError, require
+    from engine_adapter.vllm.versions import UnsupportedVllmError, require_in_process
 
     try:
-        require(vllm.__version__, IN_PROCESS_VERSIONS, "The in-process engine")
+        require_in_process(vllm.__version__)
     except UnsupportedVllmError as error:
         raise EngineStartError(str(error)) from error
     from vllm.engine.arg_utils import AsyncEngineArgs

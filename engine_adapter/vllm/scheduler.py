@@ -32,7 +32,7 @@ from engine_adapter.gates.composite import Gates
 from engine_adapter.service_kind import KINDS_BY_LABEL, ServiceKind, default_kind
 from engine_adapter.vllm.gate_channel import GateReporter
 from engine_adapter.vllm.orphan import PARENT_ENV, exit_with_parent
-from engine_adapter.vllm.versions import GATE_VERSIONS, PREEMPTION_VERSIONS, require, within
+from engine_adapter.vllm.versions import PREEMPTION_VERSIONS, require_gate, within
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -48,7 +48,7 @@ _MAX_LABELS = 32
 _READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 """Statuses of requests that wait for a slot only; others wait for a grammar or for more input."""
 
-require(vllm.__version__, GATE_VERSIONS, "The Antares step gate")
+require_gate(vllm.__version__)
 
 
 @dataclass(slots=True)

@@ -25,12 +25,28 @@ def within(version: str, supported: tuple[tuple[int, int], tuple[int, int]]) -> 
     return match is not None and low <= (int(match[1]), int(match[2])) < high
 
 
-def require(version: str, supported: tuple[tuple[int, int], tuple[int, int]], part: str) -> None:
-    """Raise `UnsupportedVllmError` unless ``version`` is in the half-open range ``supported``."""
+def require_in_process(version: str) -> None:
+    """Raise `UnsupportedVllmError` if the in-process engine does not support vLLM ``version``."""
+    _require(
+        version,
+        IN_PROCESS_VERSIONS,
+        "The in-process engine",
+        "run vLLM as its own server and point Antares at it (engine.kind: http; see configs/remote.yaml)",
+    )
+
+
+def require_gate(version: str) -> None:
+    """Raise `UnsupportedVllmError` if the step gate does not support vLLM ``version``.
+
+    Only a server that was started apart from the gateway gets this error: the in-process range is narrower.
+    """
+    _require(version, GATE_VERSIONS, "The Antares step gate", "start the server without --scheduler-cls")
+
+
+def _require(version: str, supported: tuple[tuple[int, int], tuple[int, int]], part: str, alternative: str) -> None:
     if not within(version, supported):
         low, high = supported
         raise UnsupportedVllmError(
             f"{part} supports vLLM >={low[0]}.{low[1]},<{high[0]}.{high[1]}, but vLLM {version} is installed. "
-            f"Install a supported version, or run vLLM as its own server and point Antares at it "
-            f"(engine.kind: http; see configs/remote.yaml)."
+            f"Install a supported version, or {alternative}."
         )

@@ -10,6 +10,9 @@ import orjson
 
 Headers = list[tuple[bytes, bytes]]
 
+DRAINING_RETRY_S = 5.0
+"""``Retry-After`` (s) of a gateway that shuts down: about the time that a replacement takes to start. Convention."""
+
 
 @dataclass(slots=True)
 class ApiError(Exception):
@@ -54,5 +57,10 @@ def retry_headers(retry_after_s: float, should_retry: bool = True) -> Headers:
 
 
 def unavailable(message: str, code: str, retry_after_s: float) -> ApiError:
-    """503: no engine is alive, or the gateway is draining."""
+    """503: no engine can serve the request, or the gateway drains."""
     return ApiError(503, message, "service_unavailable", code, headers=retry_headers(retry_after_s))
+
+
+def draining() -> ApiError:
+    """503: the gateway shuts down, and serves neither this request nor any later one."""
+    return unavailable("The gateway is shutting down.", "draining", DRAINING_RETRY_S)

@@ -19,7 +19,8 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class HttpRequest:
     """One request to ``/v1/*``, with the ASGI arguments of the call. ``arrival_s``: monotonic seconds.
 
-    ``status`` is the response's status: 500 until a response started, 499 if the client disconnected before that.
+    ``status`` is the status in metrics: that of the response, and 500 before a response started. `Proxy` sets 499 if
+    the client disconnected before its response was complete; on routes that are not scheduled, before it started.
     """
 
     scope: Scope

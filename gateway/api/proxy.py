@@ -4,7 +4,9 @@
       -> that engine's checks and limits -> predict the length -> EngineQueue and policy -> encode the body
       -> engine -> ResponseRelay -> ledger
 
-Each stage is one method of `Proxy`, in this order. The body is parsed once and encoded once.
+`Proxy._authenticate`, `_receive_body` and `_read` run up to the prompt size. `_schedule` runs the rest: `_place`,
+`_open_entry`, `_predict` and `_serve`. `_serve` calls `_admit` (place again and wait) and `_forward` (encode, engine,
+response). `_conclude` or `_fail` closes the ledger entry. The body is parsed once and encoded once.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from engine_adapter.asgi import BODY_KEY, BodyTooDeep, ClientConnection, ClientD
 from engine_adapter.engine import OBSERVER_KEY, Engine, EngineLost, EngineUnreachable, Receive, Scope, Send
 from gateway.api.auth import ApiKey, KeyRing
 from gateway.api.engine_call import call_engine
-from gateway.api.errors import ApiError, bad_request, unavailable
+from gateway.api.errors import ApiError, bad_request, draining, unavailable
 from gateway.api.http_request import HttpRequest
 from gateway.api.pass_through import pass_through
 from gateway.api.prompt import Prompt, read_prompt
@@ -54,7 +56,7 @@ MAX_HEADERS = 128
 """Limit on the header lines of a request."""
 
 MAX_TRIES = 3
-"""Engines that a request is sent to, one after the other, if each is unreachable before it takes the request."""
+"""Attempts to send a request to an engine, if each engine is unreachable before it takes the request. Convention."""
 
 STALL_S = 300.0
 """A client that accepts no data for this many seconds (up to twice that) counts as disconnected. Convention."""
@@ -144,7 +146,7 @@ class Proxy:
             raise bad_request(f"More than {MAX_HEADERS} headers.", None, "too_many_headers", 431)
         key = self._keys.authenticate(http.headers.get("authorization"))
         if self.draining:
-            raise unavailable("The gateway is shutting down.", "draining", 5.0)
+            raise draining()
         return key
 
     async def _receive_body(self, http: HttpRequest) -> bytes:
@@ -221,7 +223,7 @@ class Proxy:
         self._metrics.prediction_seconds.observe(self._clock() - started)
 
     async def _serve(self, call: Call, entry: Entry, client: ClientConnection) -> None:
-        """Queue the request and send it to the engine that admits it; again if that engine is unreachable."""
+        """Queue the request and send it to the engine that admits it, up to `MAX_TRIES` times if it is unreachable."""
         for _ in range(MAX_TRIES):
             engine_queue = await self._admit(call, entry, client)
             try:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from gateway.api.errors import ApiError, retry_headers, unavailable
+from gateway.api.errors import ApiError, draining, retry_headers, unavailable
 from gateway.api.slo_headers import HEADER
 from gateway.policies.base import Rejection
-from gateway.scheduling.engine_queue import EngineDown, QueueFull
+from gateway.scheduling.engine_queue import Draining, EngineDown, QueueFull
 
 _BOUND_NAMES = {"ttft": "Time to first token", "tpot": "Time per output token", "e2e": "End-to-end latency"}
 
 
-def answer_to(outcome: Rejection | QueueFull | EngineDown) -> tuple[str, ApiError]:
+def answer_to(outcome: Rejection | QueueFull | EngineDown | Draining) -> tuple[str, ApiError]:
     """Return the ledger's reason and the response for an engine queue's negative ``outcome``."""
     match outcome:
         case Rejection(bound=bound):
@@ -20,6 +20,8 @@ def answer_to(outcome: Rejection | QueueFull | EngineDown) -> tuple[str, ApiErro
         case EngineDown(retry_after_s=retry_after_s):
             message = f"The engine is restarting and expected back in {retry_after_s:.0f} s, too late for this request."
             return "engine_down", unavailable(message, "engine_unavailable", retry_after_s)
+        case Draining():
+            return "draining", draining()
 
 
 def unattainable(rejection: Rejection) -> ApiError:

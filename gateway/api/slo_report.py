@@ -40,7 +40,7 @@ def slo_report(entry: Entry) -> dict[str, Any]:
         "predicted_ttft_ms": _ms(entry.predicted_ttft_s),
         "predicted_tokens": round(request.predicted_at_arrival, 1),
         "output_tokens": request.generated,
-        "best_effort": request.best_effort,
+        "best_effort": request.bounds_waived,
         "engine": entry.engine,
     }
 

@@ -62,7 +62,7 @@ class StepTimesConfig(Section):
 
 
 class VllmEngineConfig(Section):
-    """vLLM in this process. ``flags`` are those of `vllm serve` without the leading dashes."""
+    """vLLM in this process, and its EngineCore in a child process. ``flags`` are those of `vllm serve` without dashes."""
 
     kind: Literal["vllm"]
     name: Name = "local"
@@ -86,7 +86,7 @@ class HttpEngineConfig(Section):
     max_num_batched_tokens: int = Field(2048, ge=1)
     max_model_len: int = Field(8192, ge=1)
     first_token: Literal["stream", "none"] = "stream"
-    send_slo: bool = Field(True, description="Send TPOT bounds as vllm_xargs; the server must be vLLM.")
+    send_slo: bool = Field(True, description="Send SLO headers, and paces as vllm_xargs; the server must be vLLM.")
     step_times: StepTimesConfig | None = None
 
 

@@ -151,14 +151,14 @@ _LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str,
         CounterMetricFamily, "Engine steps in which a sequence sat out.", ("engine",),
     ),
     "antares_gate_eligible_total": (
-        CounterMetricFamily, "Decode opportunities of requests with this TPOT bound.", ("engine", "tpot_ms"),
+        CounterMetricFamily, "Decode opportunities of requests with this pace.", ("engine", "tpot_ms"),
     ),
     "antares_gate_batched_total": (
         CounterMetricFamily, "Decode opportunities that the step gate granted.", ("engine", "tpot_ms"),
     ),
     "antares_best_effort_preemptions_total": (
         CounterMetricFamily,
-        "Best-effort requests that the engine preempted for paced ones. It recomputes them later.",
+        "Best-effort requests that the engine preempted for paced and deadline-only ones. It recomputes them later.",
         ("engine",),
     ),
     "antares_gate_seconds_total": (CounterMetricFamily, "Time spent in the step gate.", ("engine",)),

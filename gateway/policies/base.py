@@ -24,10 +24,10 @@ class Rejection:
 
     Attributes:
         bound: the bound that fails.
-        predicted_s: the value that this bound would get if the request were served now.
-        attainable_s: the least bound that would have been accepted.
+        predicted_s: the value that is predicted for this bound, after the work ahead that the policy counts.
+        attainable_s: a bound that would probably have been accepted; an estimate, and not the least one.
         retry_after_s: when asking again may succeed.
-        infeasible: an idle engine would not meet the bound either, so asking again as it is cannot succeed.
+        infeasible: an idle engine would not meet the bound either, so the same request fails again.
     """
 
     request: Request

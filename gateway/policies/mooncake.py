@@ -68,4 +68,4 @@ class Mooncake:
 
 def _exceeds_tpot_slo(request: Request, tpot_s: float) -> bool:
     """Whether ``tpot_s`` breaks the TPOT bound of ``request``; never true for a best-effort request."""
-    return request.pace_s is not None and not request.best_effort and tpot_s > request.pace_s
+    return request.pace_s is not None and not request.bounds_waived and tpot_s > request.pace_s

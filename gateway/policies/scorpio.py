@@ -86,7 +86,7 @@ class Scorpio:
         itl = engine.step_time.itl
         for request in queue:
             alone = self.eta * itl(request.sequences, request.length + request.predicted_tokens / 2)
-            if request.pace_s is None or request.best_effort or alone <= request.pace_s:
+            if request.pace_s is None or request.bounds_waived or alone <= request.pace_s:
                 kept.append(request)
             else:
                 decision.reject.append(reject_tpot(request, alone, retry_after_s=0.0, infeasible=True))
@@ -172,13 +172,13 @@ class VirtualBatch:
             self.unbounded += request.sequences
         else:
             self.inverse_tpot += request.sequences / tpot
-            if not request.best_effort:
+            if not request.bounds_waived:
                 self.p_min = min(self.p_min, tpot)
 
     def p_min_with(self, request: Request) -> float:
         """Return min over R' of P_j, with R' = R + request (s per token)."""
         tpot = request.pace_s
-        return self.p_min if tpot is None or request.best_effort else min(self.p_min, tpot)
+        return self.p_min if tpot is None or request.bounds_waived else min(self.p_min, tpot)
 
     def tpot_with(self, request: Request, step_time: StepTimeModel) -> float:
         """Return TPOT_est / eta over R' = R + request: the closed form of eq. 5, ITL(VBS, Lmean + y/2)."""

@@ -37,6 +37,8 @@ class Request:
         predicted_p90: its 90th percentile; 0 when unknown. Both are at most ``max_tokens``.
         predicted_at_arrival: the first prediction; it does not change.
         generated: output tokens of all ``sequences`` together.
+        bounds_waived: the class serves the request without its bounds, because they cannot be met. ``kind`` is then
+            best-effort, as it is for a request without any bound.
         unobserved: the engine reports no token before the answer is complete.
         kind: what the scheduler must keep for this request.
         ttft_slo_s: T_i, infinite without a bound on the first token. ``deadline_s`` is a_i + T_i.
@@ -56,7 +58,7 @@ class Request:
     tenant: str = "anonymous"
     model: str = ""
     max_tokens: float = math.inf
-    best_effort: bool = False
+    bounds_waived: bool = False
     admitted_s: float | None = None
     first_token_s: float | None = None
     unobserved: bool = False
@@ -109,7 +111,7 @@ class Request:
 
     def serve_at_best_effort(self) -> None:
         """Waive the bounds: they cannot be met, and the request's class serves it all the same."""
-        self.best_effort = True
+        self.bounds_waived = True
         self._set_bounds()
 
     # --- end-to-end bounds ------------------------------------------------------------------------------------------
@@ -155,11 +157,11 @@ class Request:
             ttft_s = min(ttft_s, slo.e2e_s * share)
             implied_s = slo.e2e_s * (1 - share) / max(1.0, self.predicted_tokens)
             pace_s = implied_s if pace_s is None else min(pace_s, implied_s)
-        if self.best_effort:
+        if self.bounds_waived:
             ttft_s = math.inf
             pace_s = None if pace_s is None else max(pace_s, BEST_EFFORT_PACE_S)
         self.ttft_slo_s, self.pace_s, self.deadline_s = ttft_s, pace_s, self.arrival_s + ttft_s
-        if self.best_effort or (pace_s is None and ttft_s == math.inf):
+        if self.bounds_waived or (pace_s is None and ttft_s == math.inf):
             self.kind = ServiceKind.BEST_EFFORT
         else:
             self.kind = ServiceKind.DEADLINE_ONLY if pace_s is None else ServiceKind.PACED

@@ -80,7 +80,7 @@ class AdmissionController:
         rejected = []
         for rejection in decision.reject:
             request = rejection.request
-            if not request.best_effort and self.serves_best_effort(request):
+            if not request.bounds_waived and self.serves_best_effort(request):
                 request.serve_at_best_effort()
                 self.waiting.reorder(request)
                 decision.recheck_at = now

@@ -42,6 +42,11 @@ class EngineDown:
 
 
 @dataclass(slots=True, frozen=True)
+class Draining:
+    """The gateway shuts down: the request can be sent again to another gateway, or to this one after a restart."""
+
+
+@dataclass(slots=True, frozen=True)
 class QueueFull:
     """The queue of the request's class is at its limit."""
 
@@ -62,7 +67,7 @@ class Reroute:
     """This engine is down and another one is alive: place the request again."""
 
 
-QueueOutcome = Reroute | Admitted | Rejection | EngineDown | QueueFull
+QueueOutcome = Reroute | Admitted | Rejection | EngineDown | Draining | QueueFull
 
 
 class EngineQueue:
@@ -111,6 +116,7 @@ class EngineQueue:
         self._probed_at = -math.inf
         self._last_curve, self._learnt_at = engine.state.step_time.curve, -math.inf
         self._probe: asyncio.Task[None] | None = None
+        self._closed = False
 
     @property
     def policy(self) -> Policy:
@@ -130,8 +136,11 @@ class EngineQueue:
     # --- events ---------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> asyncio.Future[QueueOutcome]:
-        """Queue ``request`` and return its future outcome. A full class queue answers at once."""
+        """Queue ``request`` and return its future outcome. A closed queue and a full class queue answer at once."""
         outcome: asyncio.Future[QueueOutcome] = asyncio.get_running_loop().create_future()
+        if self._closed:
+            outcome.set_result(Draining())
+            return outcome
         self.shadows.submitted(request)
         limit = self.classes[request.slo_class].max_waiting
         if self.waiting.by_class[request.slo_class] >= limit:
@@ -181,12 +190,13 @@ class EngineQueue:
         self.shadows.wake()
 
     def close(self) -> None:
-        """Stop the timer and answer the waiting requests: the gateway shuts down."""
+        """Stop the timer and answer `Draining` to the waiting requests and to later ones: the gateway shuts down."""
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         self.shadows.close()
         for request in list(self.waiting):
-            self._remove(request, EngineDown(retry_after_s=5.0))
+            self._remove(request, Draining())
 
     def back_in_s(self, now: float) -> float:
         """Return the seconds until an engine that is down is expected back, at least one: what clients are told."""

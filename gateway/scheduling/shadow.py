@@ -148,7 +148,7 @@ class Shadow:
         copy = replace(
             request,
             predicted_tokens=request.predicted_at_arrival,
-            best_effort=False,
+            bounds_waived=False,
             admitted_s=None,
             first_token_s=None,
             generated=0,
@@ -217,7 +217,7 @@ class Shadow:
 
     def _admitted(self, tracked: _Tracked) -> None:
         copy = tracked.copy
-        self.outcomes[copy.slo_class, "admitted", "best_effort" if copy.best_effort else ""] += 1
+        self.outcomes[copy.slo_class, "admitted", "best_effort" if copy.bounds_waived else ""] += 1
         tracked.shadow = "admitted"
         tracked.prefill_left_s = self._engine.step_time.prefill(tracked.real.prompt_tokens)
         self._compare(tracked)

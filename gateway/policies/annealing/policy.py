@@ -144,7 +144,7 @@ class Annealing:
         tokens = max(1.0, min(tokens, request.max_tokens))
         prefill, decode = latency.lines(request.prompt_tokens, tokens)
         waited = now - request.arrival_s
-        slo, bounded = request.slo, not request.best_effort
+        slo, bounded = request.slo, not request.bounds_waived
         return Job(
             prefill=prefill,
             decode=decode,
@@ -193,7 +193,7 @@ def _running_set(running: Collection[Request], latency: Latency, max_slots: int,
     slots = sum([r.sequences for r in running])
     left = [max(1.0, r.predicted_tokens - r.generated / r.sequences) for r in running]
     length = sum([(r.length + tokens / 2) * r.sequences for r, tokens in zip(running, left, strict=True)]) / slots
-    bounds = sorted([r.pace_s for r in running if r.pace_s is not None and not r.best_effort])
+    bounds = sorted([r.pace_s for r in running if r.pace_s is not None and not r.bounds_waived])
     too_slow = [
         bisect_left(bounds, latency.step_s(slots + joining, length))
         for joining in range(min(horizon, max(0, max_slots - slots)) + 1)

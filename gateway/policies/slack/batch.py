@@ -17,7 +17,7 @@ from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import Floats, WaitingArrays
 
 _PACED, _BEST_EFFORT = ServiceKind.PACED, ServiceKind.BEST_EFFORT
-_BEST_EFFORT_SHARE = SLACK.best_effort_share
+_UNPACED_SHARE = SLACK.best_effort_share  # of steps, for deadline-only and best-effort requests
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class RunningBatch:
             expected = (request.prompt_tokens + (predicted if predicted - generated > 1 else generated + 1)) * sequences
             memory += expected
             if request.kind is not _PACED:
-                weight *= _BEST_EFFORT_SHARE
+                weight *= _UNPACED_SHARE
                 if request.kind is _BEST_EFFORT:
                     best_effort_slots += sequences
                     if best_effort_slots > protected:
@@ -179,7 +179,7 @@ class WaitingBatch:
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
-        weight = np.where(of.kind[at] == _PACED, sequences, _BEST_EFFORT_SHARE * sequences)
+        weight = np.where(of.kind[at] == _PACED, sequences, _UNPACED_SHARE * sequences)
         strictest_s = np.minimum(self.pace_s[at], batch.strictest_s)
         decoding = batch.decoding + weight
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)

@@ -1,8 +1,8 @@
-"""`min_admission_share`: SLO classes and tenants that expensive requests keep from being served go first.
+"""`min_admission_share`: requests of SLO classes and tenants that are rarely admitted go first.
 
-Of the latest decided requests a share A was admitted; of those of a group g (an SLO class or a tenant) a share A_g. The
-group is *behind*, and its requests go first, while A_g < min_admission_share * A. So a group that keeps asking is
-admitted at that share of the overall rate, as far as its deadlines can be met and the paces of running requests allow.
+Of the latest decided requests a share A was admitted; of those of a group g (a class or a tenant) a share A_g.
+The group is *behind* while A_g < min_admission_share * A. Its requests then go first in the admission order, together
+with overdue ones. Each engine counts apart. The order follows late rejection and reserves no capacity.
 """
 
 from __future__ import annotations

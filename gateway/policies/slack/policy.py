@@ -5,7 +5,7 @@ the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
 
     1 reject r if its pace is faster than a step with r alone                                      (infeasible)
     2 in deadline order, reject r if now + step + mu * (backlog + ahead + own) / share > deadline  (late)
-    3 order the rest by deadline + cost_weight * w, classes and tenants under their minimum share first, where
+    3 order the rest by deadline + cost_weight * w, overdue ones and groups below their minimum share first, where
       w = mu * p + (decode + a * mean length) * y is the engine time of a request with p prompt and y output tokens
     4 admit r if slots and KV memory suffice and R + r keeps its strictest pace, T(R + r) <= P*(R + r),
     5   its own prefill ends before its deadline, and the prefill lookahead has room
@@ -66,9 +66,9 @@ class Slack:
     Attributes:
         tpot_target_fraction: fraction of a pace to plan with; below 1 keeps a margin for step jitter.
         cost_weight: deadline penalty (s) per second of engine time; 0 orders by deadline alone.
-        min_admission_share: share of the overall admission rate that each class and tenant gets; 0 turns it off.
+        min_admission_share: classes and tenants below this share of the overall admission rate go first; 0: none.
         memory_risk: probability with which the running set may outgrow the KV memory.
-        max_wait_s: time (s) after arrival when a request is due, also a best-effort one, for its reserved slots.
+        max_wait_s: time (s) after arrival when a request is due, if not earlier; a best-effort one for a reserved slot.
         queue_discount: fraction of the work queued ahead that counts in line 2, since some of it will be rejected.
         prefill_lookahead_steps: steps' worth of prefill that may wait inside the engine.
     """
@@ -138,8 +138,7 @@ class Slack:
         # The step under way must end, and the one that brings the first token takes what any step takes.
         step_s = max(batch.step_s, curve.step_s(1, 0))
         fixed_s = this.now + batch.step_s / 2 + step_s + curve.h
-        ahead_s = batch.prefill_token_s * batch.backlog
-        own_s = batch.prefill_token_s * queue.arrays.prompt
+        ahead_s, own_s = batch.prefill_token_s * batch.backlog, batch.prefill_token_s * queue.arrays.prompt
         first_s = fixed_s + ahead_stretch * (ahead_s + np.cumsum(own_s) - own_s) + stretch * own_s
         late = first_s > queue.arrays.deadline
         if not late.any():
@@ -154,7 +153,8 @@ class Slack:
             predicted_s = request.ttft_slo_s + late_s
             # A second try is promised without discount, and with a step in reserve.
             attainable_s = predicted_s + (stretch - ahead_stretch) * ahead_s + step_s
-            infeasible = not batch.slots + ahead_s or curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
+            infeasible = late_s > this.now - request.arrival_s and not batch.slots + ahead_s  # late even without a wait
+            infeasible |= curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
             this.decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_s, infeasible))
         return queue.only(~late)
 

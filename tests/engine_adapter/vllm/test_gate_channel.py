@@ -10,7 +10,7 @@ import pytest
 
 from engine_adapter.engine import GateReport, StepReport
 from engine_adapter.vllm.gate_channel import GateListener, GateReporter
-from engine_adapter.vllm.versions import GATE_VERSIONS, IN_PROCESS_VERSIONS, UnsupportedVllmError, require
+from engine_adapter.vllm.versions import UnsupportedVllmError, require_gate, require_in_process
 
 
 async def test_listener_receives_steps_and_counters() -> None:
@@ -55,11 +55,17 @@ async def test_listener_ignores_invalid_datagrams() -> None:
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.32.1rc1"])
-def test_require_accepts_versions_in_range(version: str) -> None:
-    require(version, GATE_VERSIONS, "The gate")
+def test_gate_accepts_versions_in_range(version: str) -> None:
+    require_gate(version)
 
 
 @pytest.mark.parametrize("version", ["0.28.9", "0.33.0", "1.0.0", "dev"])
-def test_require_rejects_other_versions_with_a_fix(version: str) -> None:
+def test_in_process_engine_rejects_other_versions_with_a_fix(version: str) -> None:
     with pytest.raises(UnsupportedVllmError, match=r">=0\.29,<0\.33.*kind: http"):
-        require(version, IN_PROCESS_VERSIONS, "The in-process engine")
+        require_in_process(version)
+
+
+@pytest.mark.parametrize("version", ["0.25.9", "0.33.0"])
+def test_gate_rejects_other_versions_with_a_fix_for_servers(version: str) -> None:
+    with pytest.raises(UnsupportedVllmError, match=r">=0\.26,<0\.33.*without --scheduler-cls"):
+        require_gate(version)

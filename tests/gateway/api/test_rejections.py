@@ -134,6 +134,18 @@ async def test_openai_client_obeys_x_should_retry(antares: Live) -> None:
     assert antares.gateway.ledger.accepted == 1
 
 
+async def test_waiting_request_gets_503_draining_when_the_gateway_stops() -> None:
+    async with live() as antares:
+        antares.gateway.engine_queues[0].admission.policy = AdmitNothing()
+        waiting = asyncio.create_task(antares.ask())
+        await eventually(lambda: antares.gateway.engine_queues[0].waiting)
+        await antares.gateway.stop()
+        answer = await waiting
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+        assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("5", "true")
+        assert antares.outcomes["rejected"] == 1
+
+
 async def test_draining_gateway_rejects_new_and_finishes_open_requests() -> None:
     async with live(fast_engine(times=StepTimes(d=5e-3))) as antares:
         served = asyncio.create_task(antares.ask())

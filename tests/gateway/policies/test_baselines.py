@@ -175,7 +175,7 @@ def test_mooncake_without_tpot_check_rejects_only_by_ttft() -> None:
 
 
 def test_mooncake_admits_best_effort_whatever_its_bounds() -> None:
-    request = make_request(ttft=1e-6, tpot=1e-6, best_effort=True)
+    request = make_request(ttft=1e-6, tpot=1e-6, bounds_waived=True)
     batch = [running(str(i), sequences=500) for i in range(4)]
     assert admitted(decide(Mooncake(), [request], batch)) == ["r"]
 

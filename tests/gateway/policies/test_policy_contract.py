@@ -18,9 +18,9 @@ from tests.fixtures.policy_builders import NOW, admitted, decide, engine, make_r
 
 WAITING = st.lists(
     st.builds(
-        lambda number, at, ttft, tpot, e2e, prompt, output, sequences, best_effort: make_request(
+        lambda number, at, ttft, tpot, e2e, prompt, output, sequences, waived: make_request(
             f"w{number}", at=NOW - at, ttft=ttft, tpot=tpot, e2e=e2e, prompt=prompt, output=output,
-            sequences=sequences, best_effort=best_effort,
+            sequences=sequences, bounds_waived=waived,
         ),
         st.integers(0, 10**9), st.floats(0, 5), st.none() | st.floats(1e-6, 20), st.none() | st.floats(1e-6, 2),
         st.none() | st.floats(1e-6, 60), st.integers(1, 5000), st.floats(1, 3000), st.integers(1, 4), st.booleans(),
@@ -56,7 +56,7 @@ def test_policy_is_deterministic_and_changes_no_request(
     if name == "scorpio" and first.admit:
         size = len(old) + sum(r.sequences for r in first.admit)
         assert size <= max(seqs, first.admit[0].sequences if not old else 0)
-        assert not any(r.request.best_effort for r in first.reject)
+        assert not any(r.request.bounds_waived for r in first.reject)
 
 
 def assert_valid(decision: Decision, waiting: list[Request]) -> None:

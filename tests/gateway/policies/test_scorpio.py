@@ -151,18 +151,18 @@ def test_e2e_rejection_names_a_larger_attainable_e2e_bound(e2e: float) -> None:
 
 
 def test_scorpio_admits_best_effort_whatever_its_bounds() -> None:
-    request = make_request("free", tpot=1e-6, ttft=1e-6, best_effort=True)
+    request = make_request("free", tpot=1e-6, ttft=1e-6, bounds_waived=True)
     assert admitted(decide(Scorpio(), NOW, [request], [], engine())) == ["free"]
     assert request.pace_s == BEST_EFFORT_PACE_S
 
 
 def test_running_best_effort_does_not_constrain_the_batch() -> None:
-    batch = [running("free", tpot=1e-6, best_effort=True)]
+    batch = [running("free", tpot=1e-6, bounds_waived=True)]
     assert admitted(decide(Scorpio(), NOW, [make_request(tpot=0.05)], batch, engine())) == ["r"]
 
 
 def test_best_effort_waits_while_it_would_break_a_running_bound() -> None:
-    request = make_request("free", tpot=1e-6, ttft=1e-6, best_effort=True)
+    request = make_request("free", tpot=1e-6, ttft=1e-6, bounds_waived=True)
     full = [running(str(i), tpot=0.0155) for i in range(19)]
     state = engine(step_time=StepTimeModel(times=StepTimes(b=1e-4, d=0.0102)))
     assert decide(Scorpio(), NOW, [request], full, state) == Decision()

@@ -38,9 +38,9 @@ def test_best_effort_requests_wait_in_arrival_order() -> None:
 
 
 def test_best_effort_request_is_never_rejected_and_has_no_pace_to_keep() -> None:
-    waived = make_request("waived", tpot=1e-6, ttft=1e-6, best_effort=True)
+    waived = make_request("waived", tpot=1e-6, ttft=1e-6, bounds_waived=True)
     assert admitted(decide(Slack(), NOW, [waived], [], engine())) == ["waived"]
-    beside = [running("waived", tpot=1e-6, best_effort=True)]
+    beside = [running("waived", tpot=1e-6, bounds_waived=True)]
     assert admitted(decide(Slack(), NOW, [make_request(tpot=0.05)], beside, engine())) == ["r"]
 
 
@@ -48,7 +48,7 @@ def test_best_effort_request_is_never_rejected_and_has_no_pace_to_keep() -> None
 def test_request_with_a_waived_bound_is_admitted_without_a_planned_pace(tpot_target_fraction: float) -> None:
     queue = [
         make_request("free"),
-        make_request("waived", ttft=1, tpot=0.5, best_effort=True),
+        make_request("waived", ttft=1, tpot=0.5, bounds_waived=True),
         make_request("d", ttft=5),
     ]
     decision = decide(Slack(tpot_target_fraction=tpot_target_fraction), NOW, queue, [], engine())
@@ -113,7 +113,7 @@ def test_slots_and_memory_of_preemptible_requests_count_as_free() -> None:
     assert admits(arrivals) == 38, "two slots are reserved"
     deadline_only = [make_request(f"d{i}", ttft=50, prompt=1, output=149) for i in range(60)]
     assert admits(deadline_only) == 38, "deadline-only requests preempt, too"
-    for other in (make_request("free"), make_request("waived", ttft=1, tpot=0.5, best_effort=True)):
+    for other in (make_request("free"), make_request("waived", ttft=1, tpot=0.5, bounds_waived=True)):
         assert admits([other]) == 0, "no request is preempted for a best-effort one"
     # With more slots, memory is short: each request reaches 150 tokens. Four slots are reserved.
     assert admits(arrivals, max_num_seqs=80, kv_tokens=41 * 150, preemptible=False) == 1

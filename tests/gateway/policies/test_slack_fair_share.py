@@ -82,7 +82,7 @@ def test_old_decisions_fade_with_the_window() -> None:
 def test_infeasible_and_best_effort_requests_do_not_count() -> None:
     shares = FairShare(0.5)
     shares.note(Decision(reject=[rejection(make_request(tenant="b"), infeasible=True)]))
-    shares.note(Decision(admit=[make_request(ttft=1.0, tenant="b", best_effort=True), make_request(tenant="b")]))
+    shares.note(Decision(admit=[make_request(ttft=1.0, tenant="b", bounds_waived=True), make_request(tenant="b")]))
     assert shares == FairShare(0.5)
 
 

@@ -39,7 +39,7 @@ def test_pace_is_finite_and_only_paced_or_waived_requests_have_one(request: Requ
         assert request.kind is not ServiceKind.PACED
     else:
         assert math.isfinite(request.pace_s)
-        assert request.kind is ServiceKind.PACED or request.best_effort
+        assert request.kind is ServiceKind.PACED or request.bounds_waived
 
 
 @pytest.mark.parametrize(("tpot", "pace_s"), [(0.05, BEST_EFFORT_PACE_S), (3.0, 3.0), (None, None)])

@@ -158,7 +158,7 @@ def same(one: WaitingArrays, other: WaitingArrays) -> bool:
 def test_arrays_hold_the_numbers_of_the_requests() -> None:
     paced = Request("a", "chat", 5.0, Slo(2.0, 0.05, 20.0), 100, 60, 60 + 1.2815515655446004 * 10, sequences=2)
     paced.pace_s = 0.03
-    waived = Request("b", "chat", 6.0, Slo(None, 0.05, 20.0), 30, 40, best_effort=True)
+    waived = Request("b", "chat", 6.0, Slo(None, 0.05, 20.0), 30, 40, bounds_waived=True)
     deadline_only = Request("c", "chat", 7.0, Slo(3.0), 20, 50)
     arrays = WaitingArrays.of([paced, waived, deadline_only])
     assert {name: array.tolist() for name, array in arrays._asdict().items()} == {

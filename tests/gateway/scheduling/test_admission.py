@@ -120,7 +120,7 @@ def test_rejected_request_of_a_best_effort_class_waits_without_its_bounds() -> N
     assert rejected(decision) == ["s"]
     assert decision.recheck_at == NOW, "without its bounds it may be admitted at once"
     assert [r.id for r in admission.waiting] == ["p", "l"]
-    assert all(r.best_effort and r.deadline_s == math.inf for r in admission.waiting)
+    assert all(r.bounds_waived and r.deadline_s == math.inf for r in admission.waiting)
 
 
 def test_waived_request_moves_to_its_new_place_in_the_queue() -> None:

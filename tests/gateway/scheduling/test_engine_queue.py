@@ -18,7 +18,7 @@ from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Rejection, 
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling.decision_schedule import MAX_DECIDING_SHARE
-from gateway.scheduling.engine_queue import PROBE_INTERVAL_S, Admitted, Clock, EngineDown, EngineQueue
+from gateway.scheduling.engine_queue import PROBE_INTERVAL_S, Admitted, Clock, Draining, EngineDown, EngineQueue
 from tests.fixtures.policy_builders import make_request
 
 NOW = 1000.0
@@ -246,3 +246,13 @@ async def test_request_waits_for_an_engine_that_may_be_back_before_its_deadline(
         engine_queue.on_alive(True)
         assert isinstance(await asyncio.wait_for(outcome, 5), Admitted)
     engine_queue.close()
+
+
+async def test_closed_queue_answers_waiting_and_later_requests_with_draining() -> None:
+    engine_queue = queue_of(Closed())
+    waiting = engine_queue.submit(make_request("waiting", at=time.monotonic()))
+    await turns(engine_queue)
+    engine_queue.close()
+    later = engine_queue.submit(make_request("later", at=time.monotonic()))
+    assert [waiting.result(), later.result()] == [Draining(), Draining()]
+    assert not engine_queue.waiting

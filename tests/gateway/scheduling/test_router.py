@@ -9,7 +9,7 @@ import pytest
 from engine_adapter.simulated.engine import SimulatedEngine
 from gateway.policies.registry import make_policy
 from gateway.requests.slo import Slo, SloClass
-from gateway.scheduling.engine_queue import Admitted, EngineDown, EngineQueue, Reroute
+from gateway.scheduling.engine_queue import Admitted, Draining, EngineDown, EngineQueue, Reroute
 from gateway.scheduling.router import Router
 from tests.fixtures.policy_builders import make_request
 
@@ -87,4 +87,4 @@ async def test_close_answers_the_waiting_requests_of_every_engine() -> None:
     router = router_of(2)
     outcomes = [engine_queue.submit(make_request()) for engine_queue in router.engine_queues]
     router.close()
-    assert [type(await outcome) for outcome in outcomes] == [EngineDown, EngineDown]
+    assert [type(await outcome) for outcome in outcomes] == [Draining, Draining]

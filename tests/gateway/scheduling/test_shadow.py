@@ -69,7 +69,7 @@ def always(action: str) -> Scripted:
 
 def only_best_effort() -> Scripted:
     """Rejects a request until it is best-effort."""
-    return Scripted(lambda request: "admit" if request.best_effort else "reject")
+    return Scripted(lambda request: "admit" if request.bounds_waived else "reject")
 
 
 def make_engine(**limits: int) -> EngineState:
@@ -174,7 +174,12 @@ def test_shadow_never_changes_the_live_request() -> None:
     for now in (0.1, 0.2, 0.3, 0.4):
         shadow.update(now)
     assert shadow.running == 1
-    assert (request.best_effort, request.admitted_s, request.first_token_s, request.generated) == (False, None, None, 0)
+    assert (request.bounds_waived, request.admitted_s, request.first_token_s, request.generated) == (
+        False,
+        None,
+        None,
+        0,
+    )
     assert request.deadline_s == 5.0
 
 
@@ -187,7 +192,7 @@ def test_shadow_copy_ignores_changes_by_the_active_policy() -> None:
     shadow.update(1.0)
     copy = policy.copies["a"]
     assert copy is not request
-    assert (copy.best_effort, copy.deadline_s, copy.admitted_s) == (False, 5.0, None)
+    assert (copy.bounds_waived, copy.deadline_s, copy.admitted_s) == (False, 5.0, None)
 
 
 @pytest.mark.parametrize("tokens", [5, 21])
