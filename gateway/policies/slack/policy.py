@@ -143,6 +143,8 @@ class Slack:
         late = first_s > queue.arrays.deadline
         if not late.any():
             return queue
+        idle_s = curve.step_s(1, 0) + curve.h
+        idle_token_s = curve.prefill_token_s(0.0, batch.engine.max_num_batched_tokens, math.inf)
         # A rejected request is not ahead of the next one, so they are checked in turn.
         for at, (request, prefill_s) in enumerate(zip(queue.requests, own_s.tolist(), strict=True)):
             late_s = fixed_s + ahead_stretch * ahead_s + stretch * prefill_s - request.deadline_s
@@ -153,8 +155,7 @@ class Slack:
             predicted_s = request.ttft_slo_s + late_s
             # A second try is promised without discount, and with a step in reserve.
             attainable_s = predicted_s + (stretch - ahead_stretch) * ahead_s + step_s
-            infeasible = late_s > this.now - request.arrival_s and not batch.slots + ahead_s  # late even without a wait
-            infeasible |= curve.step_s(0, 0, request.prompt_tokens) > request.ttft_slo_s
+            infeasible = idle_s + idle_token_s * request.prompt_tokens > request.ttft_slo_s
             this.decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_s, infeasible))
         return queue.only(~late)
 
