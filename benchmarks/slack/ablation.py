@@ -77,7 +77,8 @@ class NoSkipOver(Slack):
             fits = request.prompt_tokens <= this.room and queue.fit(batch, this.now, np.array([at]))[0]
             if batch.free_slots <= 0 or (batch.slots and not fits):
                 return True
-            this.admit(request, float(queue.pace_s[at]))
+            tpot_s = math.inf if request.slo.tpot_s is None else self.tpot_target_fraction * request.slo.tpot_s
+            this.admit(request, min(SLACK.e2e_pace_factor * float(queue.pace_s[at]), tpot_s))
         return False
 
 

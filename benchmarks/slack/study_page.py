@@ -9,7 +9,15 @@ from typing import Any
 
 from benchmarks.markdown import table, wrapped
 from benchmarks.slack.ablation import BEST_EFFORT_PREEMPTION, E2E_PACE_FACTOR, FULL, MIN_ADMISSION_SHARE, REMOVALS
-from benchmarks.slack.best_effort_load import BATCH, BATCH_OUTPUT, BATCH_PROMPT, LEAD_S, NONE
+from benchmarks.slack.best_effort_load import (
+    BATCH,
+    BATCH_OUTPUT,
+    BATCH_PROMPT,
+    DOCUMENT_OUTPUT,
+    DOCUMENT_PROMPT,
+    LEAD_S,
+    NONE,
+)
 from benchmarks.slack.trials import ABLATION_SETTINGS, BASE, CODE_CHAT, LEVELS, OVERLOADS, PARTS
 from gateway.policies.slack.policy import Slack
 
@@ -225,12 +233,13 @@ def _best_effort_load(records: Sequence[Record]) -> str:
     """Return the adherence of a workload beside best-effort requests, and when these were done."""
     text = f"""## Beside best-effort requests
 
-The earlier load arrives {LEAD_S:g} s before the workload, and runs alone until then.
+The other load arrives {LEAD_S:g} s before the workload and runs alone until then; documents arrive with the workload.
 
 - *Batch requests*: {BATCH:,} at once, without bounds, of {BATCH_PROMPT} prompt and {BATCH_OUTPUT:,} output tokens each.
+- *Documents*: {DOCUMENT_PROMPT:,} prompt and {DOCUMENT_OUTPUT} output tokens, without bounds, for a minute.
 - *Burst*: requests like those of the workload. Late ones are rejected, or served as best-effort requests.
 
-A cell has the adherence of the workload alone, and in parentheses when the last request of the earlier load finished.
+A cell has the adherence of the workload alone, and in parentheses when the last request of the other load finished.
 The simulator has no prefix cache: a preempted request is computed again from its beginning."""
     columns = _names(records, "column")
     rows, most_lost = [], -math.inf

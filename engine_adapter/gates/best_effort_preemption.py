@@ -9,7 +9,6 @@ want, and u what best-effort requests have:
     C - peak(b) - u    is given back, oldest first and one request at a time,
 
 with the peak over `peak_window_s`, because recomputing takes time. One block per running request stays free besides.
-
 INVARIANT: the first running best-effort requests, up to `best_effort_share` of the slots, are never preempted.
 """
 
@@ -60,7 +59,7 @@ class Member(NamedTuple):
 class PreemptionPlan(NamedTuple):
     """What to do before a step, as the scheduler's own request objects.
 
-    ``preempt``: running requests, newest first. These and the waiting best-effort requests go in front of the queue
+    The running requests in ``preempt`` (newest first) and the waiting best-effort ones go in front of the queue
     (``front``), to its end (``back``, in this order), or are ``held`` out of it for this step.
     """
 
@@ -83,7 +82,7 @@ class BestEffortPreemption:
     ) -> PreemptionPlan | None:
         """Plan for the step at ``now`` (s); None changes nothing. ``running`` is oldest first, ``waiting`` as queued.
 
-        NOTE: without best-effort requests both may be empty, so that a scheduler need not list its requests.
+        Only preemptible and prefilling requests matter in ``running``; without preemptible ones, both may be empty.
         """
         mine = [m for m in running if m.preemptible]
         arrivals = [m for m in waiting if not m.preemptible]

@@ -7,7 +7,7 @@ that is already late does not limit the step.
 
 While a step of all requests and prompts would make a paced one late, requests without a pace sit out. They return
 after `steps_per_turn` steps in a row had time for all: slack that they use is missing when the next prompt arrives.
-They take part in one of `steps_per_turn` steps in any case.
+They take part in one of `steps_per_turn` steps.
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ class SimulatedScheduler:
         running: list[Member] = []
         waiting: list[Member] = []
         if self._preemptible:
-            running = [_member(s) for s in self._decoding] + [_member(s, prefilling=True) for s in self._prefilling]
+            running = [_member(s) for s in self._decoding if s.preemptible]
+            running += [_member(s, prefilling=True) for s in self._prefilling]
             waiting = [_member(s) for s in self._waiting if s.preemptible or s.kind is not ServiceKind.BEST_EFFORT]
         plan = self._preemption.plan(now, free, running, waiting)
         if plan is None:

@@ -176,19 +176,17 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         running: list[Member] = []
         waiting: list[Member] = []
         if self._preemptible:
-            running = [self._member(r) for r in self.running]
+            running = [self._member(r) for r in self.running if r.is_prefill_chunk or r.request_id in self._preemptible]
             waiting = [self._member(r) for r in self.waiting if self._counts_as_waiting(r)]
         plan = self._preemption.plan(now, free, running, waiting)
         if plan is None:
             return []
-        self.waiting.remove_requests([*plan.front, *(r for r in [*plan.back, *plan.held] if r not in plan.preempt)])
         for request in plan.preempt:
             self._reporter.report.best_effort_preemptions += 1
             self.running.remove(request)
             self._preempt_request(request, now)
-        if plan.preempt:
-            # vLLM puts a preempted request in front of its queue; these wait their turn instead.
-            self.waiting.remove_requests(plan.preempt)
+        # vLLM puts a preempted request in front of its queue; these wait their turn instead.
+        self.waiting.remove_requests([*plan.front, *plan.back, *plan.held])
         for request in plan.front:
             self.waiting.prepend_request(request)
         for request in plan.back:

@@ -31,7 +31,7 @@ from lab.simulate.predictions import predict
 from lab.simulate.replica import Replica
 from lab.simulate.simulator import SimulationResult, simulate
 from lab.workload import WorkloadRequest, make_workload
-from tests.fixtures.policy_builders import admitted, ask, decide
+from tests.fixtures.policy_builders import admitted, decide, make_request
 
 pytestmark = pytest.mark.no_cover  # whole simulations are slow under coverage
 
@@ -100,8 +100,9 @@ def test_without_late_rejection_finishes_all() -> None:
 
 def test_without_skip_over_blocks_shorter_request() -> None:
     # The first two prompts do not fit in the prefill lookahead together; the third one does.
-    waiting = [ask("a", prompt=3500, ttft=1.0, tpot=0.03, at=0.0), ask("b", prompt=1000, ttft=1.5, tpot=0.03, at=0.0),
-               ask("c", prompt=50, ttft=2.0, tpot=0.03, at=0.0)]  # fmt: skip
+    waiting = [make_request("a", prompt=3500, ttft=1.0, tpot=0.03, at=0.0),
+               make_request("b", prompt=1000, ttft=1.5, tpot=0.03, at=0.0),
+               make_request("c", prompt=50, ttft=2.0, tpot=0.03, at=0.0)]  # fmt: skip
     found = {}
     for component in (FULL, "skip-over"):
         with without(component):

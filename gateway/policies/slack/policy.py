@@ -68,7 +68,7 @@ class Slack:
         cost_weight: deadline penalty (s) per second of engine time; 0 orders by deadline alone.
         min_admission_share: classes and tenants below this share of the overall admission rate go first; 0: none.
         memory_risk: probability with which the running set may outgrow the KV memory.
-        max_wait_s: time (s) after arrival when a request that is not best-effort is due, or earlier by its deadline.
+        max_wait_s: time (s) after arrival when a request is due, if not earlier; a best-effort one for a reserved slot.
         queue_discount: fraction of the work queued ahead that counts in line 2, since some of it will be rejected.
         prefill_lookahead_steps: steps' worth of prefill that may wait inside the engine.
     """
@@ -106,16 +106,17 @@ class Slack:
         batch = RunningBatch.of(running, engine, NormalDist().inv_cdf(1 - self.memory_risk))
         this = _Round(now, batch, self.prefill_lookahead_steps * batch.chunk_tokens)
         count = int(np.count_nonzero(arrays_of(waiting).kind != ServiceKind.BEST_EFFORT))
-        arrays, best_effort = arrays_of(waiting, count), list(waiting[count:])
+        arrays, best_effort = arrays_of(waiting, count), waiting[count:]
         queue = WaitingBatch.of(waiting[:count], arrays, batch, now, self.tpot_target_fraction)
         queue = self._reject_infeasible(this, queue)
         queue = self._reject_late(this, queue)
-        self._admit_best_effort(this, best_effort, batch.reserved_slots)
-        if not self._admit(this, queue):
-            self._admit_best_effort(this, best_effort, engine.max_num_seqs)
+        overdue = [r for r in best_effort if now - r.arrival_s > self.max_wait_s]
+        self._admit_best_effort(this, overdue, batch.reserved_slots, overdue=True)
+        slots = batch.reserved_slots if self._admit(this, queue) else engine.max_num_seqs
+        self._admit_best_effort(this, best_effort, slots)
         self._fair_share.note(this.decision)
         this.decision.hold_s = min(batch.step_s, MAX_DECISION_INTERVAL_S)
-        this.decision.max_hold_s = min(self.prefill_lookahead_steps * batch.strictest_s, SLACK.max_hold_s)
+        this.decision.max_hold_s = min(SLACK.max_hold_s, self.prefill_lookahead_steps * batch.strictest_s)
         return this.decision
 
     def _reject_infeasible(self, this: _Round, queue: WaitingBatch) -> WaitingBatch:
@@ -194,15 +195,14 @@ class Slack:
         claim = int(np.argmin(np.where(claims, key, math.inf)))
         return np.concatenate([[claim], order[order != claim]]), claim
 
-    def _admit_best_effort(self, this: _Round, requests: list[Request], slots: int) -> None:
-        """Line 7: in arrival order, up to ``slots`` best-effort slots. Removes the admitted from ``requests``."""
-        batch, blocks = this.batch, this.batch.best_effort_slots > 0
-        for request in list(requests):
+    def _admit_best_effort(self, this: _Round, requests: Sequence[Request], slots: int, overdue: bool = False) -> None:
+        """Line 7: in arrival order, up to ``slots`` best-effort slots. An overdue prompt may exceed the lookahead."""
+        batch, blocks, most = this.batch, this.batch.best_effort_slots > 0, this.batch.engine.max_num_seqs
+        for request in [r for r in requests[:most] if r not in this.decision.admit]:
             full = batch.best_effort_slots and batch.best_effort_slots + request.sequences > slots
-            if full or batch.slots >= batch.engine.max_num_seqs or this.room < 0:
+            if full or batch.slots >= most or this.room < (0 if overdue else request.prompt_tokens):
                 break
             if not batch.slots or batch.has_room_for(request):
                 this.admit(request, math.inf)
-                requests.remove(request)
             elif blocks:
                 break  # It may fit once the running best-effort requests have ended.

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from engine_adapter.gates.constants import SLACK
 from engine_adapter.step_time.linear_forms import StepTimes
-from gateway.policies.slack.batch import E2E_EASE
 from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, events, fast_engine, live
 
 
@@ -63,7 +63,7 @@ async def test_e2e_bound_reaches_the_engine_as_a_pace(antares: Live) -> None:
     bodies = antares.record_bodies()
     await antares.ask(x_slo_class="free", x_slo_e2e_ms="3200")
     # No request waits, so nearly the whole bound is left for the 8 predicted tokens.
-    pace = pytest.approx(E2E_EASE * 400, rel=0.1)
+    pace = pytest.approx(SLACK.e2e_pace_factor * 400, rel=0.1)
     assert bodies[0]["vllm_xargs"] == {"antares_tpot_ms": pace, "antares_gate": "slack"}
 
 
@@ -81,12 +81,40 @@ async def test_request_without_bound_sends_only_the_gate(antares: Live, forged: 
     assert bodies[0]["vllm_xargs"] == {"antares_gate": "slack"}
 
 
-async def test_best_effort_request_sends_no_pace() -> None:
-    infeasible = {"ttft_ms": 0.001, "tpot_ms": 0.001, "on_unattainable": "best_effort"}
-    async with live(classes={"infeasible": infeasible}, default_class="infeasible") as antares:
+WAIVED = {"on_unattainable": "best_effort"}
+
+
+@pytest.mark.parametrize("forged", [None, "paced", "deadline_only", "best_effort"])
+@pytest.mark.parametrize(
+    ("slo_class", "sent"),
+    [
+        ({"tpot_ms": 900}, {"antares_tpot_ms": 900}),
+        ({"ttft_ms": 5000, "tpot_ms": 900}, {"antares_tpot_ms": 900}),
+        ({"ttft_ms": 5000}, {"antares_kind": "deadline_only"}),
+        ({}, {}),
+        ({"ttft_ms": 0.001, **WAIVED}, {}),
+        ({"ttft_ms": 0.001, "tpot_ms": 0.001, **WAIVED}, {"antares_tpot_ms": 1000, "antares_kind": "best_effort"}),
+        ({"ttft_ms": 0.001, "tpot_ms": 2000, **WAIVED}, {"antares_tpot_ms": 2000, "antares_kind": "best_effort"}),
+        ({"e2e_ms": 0.001, **WAIVED}, {"antares_tpot_ms": 1000, "antares_kind": "best_effort"}),
+    ],
+    ids=["tpot", "ttft and tpot", "ttft", "no bound", "waived ttft", "waived tpot", "loose waived tpot", "waived e2e"],
+)
+async def test_kind_is_sent_only_where_the_pace_does_not_imply_it(
+    slo_class: dict[str, Any], sent: dict[str, Any], forged: str | None
+) -> None:
+    async with live(classes={"only": slo_class}, default_class="only") as antares:
         bodies = antares.record_bodies()
-        await antares.ask()
-        assert bodies[0]["vllm_xargs"] == {"antares_gate": "slack"}
+        body = chat() if forged is None else chat(vllm_xargs={"antares_kind": forged})
+        assert (await antares.ask(body)).status_code == 200
+        assert [received["vllm_xargs"] for received in bodies] == [{"antares_gate": "slack", **sent}]
+
+
+async def test_ungated_policy_drops_a_forged_kind() -> None:
+    async with live(policy={"name": "fcfs"}) as antares:
+        bodies = antares.record_bodies()
+        await antares.ask(chat(vllm_xargs={"antares_kind": "paced"}))
+        await antares.ask(chat(vllm_xargs={"antares_kind": "paced", "mine": 1}))
+        assert bodies == [chat(), chat(vllm_xargs={"mine": 1})]
 
 
 async def test_ungated_policy_sends_the_client_body() -> None:

@@ -22,7 +22,7 @@ from gateway.policies.annealing.plan import (
 )
 from gateway.policies.annealing.policy import Annealing
 from gateway.policies.annealing.search import anneal
-from tests.fixtures.policy_builders import NOW, admitted, ask, decide, engine, rejected, running
+from tests.fixtures.policy_builders import NOW, admitted, decide, engine, make_request, rejected, running
 
 LATENCY = Latency((1e-4, 0.0, 0.0, 5e-3), (1e-7, 1e-4, 0.0, 1e-2))
 
@@ -157,8 +157,8 @@ def test_latency_lines_equal_the_sum_over_tokens(batch: int, prompt: int, output
 
 def test_annealing_admits_urgent_chat_before_long_code() -> None:
     state = engine(max_num_seqs=1)
-    code = ask("code", at=NOW - 0.2, e2e=60.0, output=500)
-    chat = ask("chat", ttft=1.0, tpot=0.05, output=20)
+    code = make_request("code", at=NOW - 0.2, e2e=60.0, output=500)
+    chat = make_request("chat", ttft=1.0, tpot=0.05, output=20)
     assert admitted(decide(Annealing(), NOW, [code, chat], [], state)) == ["chat"]
 
 
@@ -167,20 +167,20 @@ TIGHT_BATCH = [running(str(i), tpot=0.055) for i in range(20)]
 
 
 def test_annealing_admits_none_that_breaks_a_running_tpot_bound() -> None:
-    waiting = [ask("waits", ttft=30.0, output=10)]
+    waiting = [make_request("waits", ttft=30.0, output=10)]
     assert admitted(decide(Annealing(), NOW, waiting, TIGHT_BATCH, engine())) == []
     assert admitted(decide(Annealing(), NOW, waiting, [running("loose", tpot=1.0)], engine())) == ["waits"]
 
 
 def test_annealing_rejects_late_requests_unless_reject_is_off() -> None:
-    late = [ask("late", ttft=0.05, prompt=1000)]
+    late = [make_request("late", ttft=0.05, prompt=1000)]
     assert rejected(decide(Annealing(), NOW, late, [], engine())) == ["late"]
     assert admitted(decide(Annealing(reject=False), NOW, late, [], engine())) == ["late"]
 
 
 def test_annealing_admits_overdue_request_first() -> None:
-    old = ask("old", at=NOW - 100, output=900)
-    short = [ask(f"s{i}", output=5) for i in range(3)]
+    old = make_request("old", at=NOW - 100, output=900)
+    short = [make_request(f"s{i}", output=5) for i in range(3)]
     assert admitted(decide(Annealing(), NOW, [*short, old], [], engine(max_num_seqs=1)))[0] == "old"
 
 
@@ -197,7 +197,7 @@ class CountingAnnealing(Annealing):
 
 def test_annealing_searches_again_only_after_a_change() -> None:
     policy, state = CountingAnnealing(), engine()
-    waiting = [ask("waits", ttft=30.0, output=10)]
+    waiting = [make_request("waits", ttft=30.0, output=10)]
     for later in (0.0, 0.01):
         assert admitted(decide(policy, NOW + later, waiting, TIGHT_BATCH, state)) == []
     assert policy.searches == 1

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from gateway.policies.base import Decision, prefill_backlog
 from gateway.policies.registry import POLICIES, make_policy
 from gateway.requests.request import Request
-from tests.fixtures.policy_builders import NOW, admitted, ask, decide, engine, rejected, running
+from tests.fixtures.policy_builders import NOW, admitted, decide, engine, make_request, rejected, running
 
 WAITING = st.lists(
     st.builds(
-        lambda number, at, ttft, tpot, e2e, prompt, output, sequences, waived: ask(
+        lambda number, at, ttft, tpot, e2e, prompt, output, sequences, waived: make_request(
             f"w{number}", at=NOW - at, ttft=ttft, tpot=tpot, e2e=e2e, prompt=prompt, output=output,
             sequences=sequences, bounds_waived=waived,
         ),
@@ -72,7 +72,9 @@ def assert_valid(decision: Decision, waiting: list[Request]) -> None:
 
 
 def test_prefill_backlog_counts_admitted_requests_without_first_token() -> None:
-    assert prefill_backlog([ask(prompt=200), running(prompt=500), ask(prompt=100)], engine()) == pytest.approx(0.3)
+    assert prefill_backlog(
+        [make_request(prompt=200), running(prompt=500), make_request(prompt=100)], engine()
+    ) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(

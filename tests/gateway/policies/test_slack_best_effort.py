@@ -15,13 +15,17 @@ from tests.fixtures.policy_builders import NOW, admitted, decide, engine, make_r
 
 def test_best_effort_requests_come_last_but_have_reserved_slots() -> None:
     state = engine(max_num_seqs=60)  # a twentieth of the slots is three
-    free = [make_request(f"free{i}", at=NOW - 9) for i in range(5)]
+    free = [make_request(f"free{i}", at=NOW - 9) for i in range(15)]
     bounded = [make_request(f"b{i}", ttft=5, tpot=1, prompt=5) for i in range(80)]
+    names = {r.id for r in bounded}
     decision = decide(Slack(), NOW, [*free, *bounded], [running()], state)
     assert (len(decision.admit), rejected(decision)) == (59, [])
-    assert not any(name.startswith("free") for name in admitted(decision))
+    assert admitted(decision)[:2] == ["free0", "free1"], "a third one runs already"
+    assert set(admitted(decision)[2:]) < names
     decision = decide(Slack(), NOW, [*free, *bounded], [], engine(max_num_seqs=200))
-    assert admitted(decision)[-5:] == [r.id for r in free], "they take what is left when no other request waits"
+    assert admitted(decision)[:10] == [r.id for r in free[:10]]
+    assert set(admitted(decision)[10:90]) == names
+    assert admitted(decision)[90:] == [r.id for r in free[10:]], "they take what is left when no other request waits"
     short = [make_request(f"short{i}", at=NOW - 9, prompt=2) for i in range(5)]
     held_back = make_request("held back", ttft=50, tpot=0.0103)  # a step of five takes 10.5 ms
     batch = [running(str(i), tpot=0.02) for i in range(4)]
@@ -34,9 +38,9 @@ def test_best_effort_requests_wait_in_arrival_order() -> None:
 
 
 def test_best_effort_request_is_never_rejected_and_has_no_pace_to_keep() -> None:
-    waived = make_request("waived", tpot=1e-6, ttft=1e-6, best_effort=True)
+    waived = make_request("waived", tpot=1e-6, ttft=1e-6, bounds_waived=True)
     assert admitted(decide(Slack(), NOW, [waived], [], engine())) == ["waived"]
-    beside = [running("waived", tpot=1e-6, best_effort=True)]
+    beside = [running("waived", tpot=1e-6, bounds_waived=True)]
     assert admitted(decide(Slack(), NOW, [make_request(tpot=0.05)], beside, engine())) == ["r"]
 
 
@@ -44,7 +48,7 @@ def test_best_effort_request_is_never_rejected_and_has_no_pace_to_keep() -> None
 def test_request_with_a_waived_bound_is_admitted_without_a_planned_pace(tpot_target_fraction: float) -> None:
     queue = [
         make_request("free"),
-        make_request("waived", ttft=1, tpot=0.5, best_effort=True),
+        make_request("waived", ttft=1, tpot=0.5, bounds_waived=True),
         make_request("d", ttft=5),
     ]
     decision = decide(Slack(tpot_target_fraction=tpot_target_fraction), NOW, queue, [], engine())
@@ -53,20 +57,30 @@ def test_request_with_a_waived_bound_is_admitted_without_a_planned_pace(tpot_tar
 
 def test_best_effort_request_never_waits_for_ever() -> None:
     # Slots are short, bounded requests keep arriving, and the prefill lookahead is never empty.
-    state, policy = engine(max_num_seqs=4, max_num_batched_tokens=500), Slack(max_wait_s=10.0)
+    state, policy = engine(max_num_seqs=4, max_num_batched_tokens=500), Slack()
     free = make_request("free", prompt=1200)
-    batch = [*(running(str(i), tpot=1.0) for i in range(2)), running("prefilling", tpot=1.0, first_token_s=None)]
-    for second in range(12):
+    batch = [running("0", tpot=1.0), running("prefilling", tpot=1.0, first_token_s=None)]
+    for second, best_effort_runs in enumerate((True, True, False)):
         arrivals = [make_request(f"b{i}", ttft=5, tpot=1, prompt=10, at=NOW + second) for i in range(3)]
-        first = admitted(decide(policy, NOW + second, [*arrivals, free], batch, state))
-        assert first == (["free"] if second > 10 else ["b0"])
+        old = [*batch, running("1", tpot=None if best_effort_runs else 1.0)]
+        first = admitted(decide(policy, NOW + second, [*arrivals, free], old, state))
+        assert first == (["b0"] if best_effort_runs else ["free"]), "the only reserved slot is free in the end"
 
 
-def test_overdue_best_effort_requests_get_reserved_slots_only() -> None:
-    state, policy = engine(max_num_seqs=60), Slack(max_wait_s=10.0)
-    free = [make_request(f"free{i}", prompt=5, at=NOW - 11) for i in range(8)]
+def test_best_effort_request_enters_unless_the_lookahead_is_over_its_limit() -> None:
+    state = engine(max_num_batched_tokens=500)  # a step of 1 s has time for more, so the lookahead is 1000 tokens
+    free = [make_request("long", prompt=5000, at=NOW - 1), make_request("next", prompt=1)]
+    for tokens, admits in ((1, ["long"]), (999, ["long"]), (1000, ["long"]), (1001, [])):
+        prefilling = running("prefilling", tpot=1.0, prompt=tokens, first_token_s=None)
+        assert admitted(decide(Slack(), NOW, free, [prefilling], state)) == admits
+
+
+@pytest.mark.parametrize("waited_s", [0, 1, 1000])
+def test_best_effort_requests_get_reserved_slots_at_once_and_no_more(waited_s: float) -> None:
+    state = engine(max_num_seqs=60)
+    free = [make_request(f"free{i}", prompt=5, at=NOW - waited_s) for i in range(8)]
     bounded = [make_request(f"b{i}", ttft=5, tpot=1, prompt=5) for i in range(80)]
-    names = admitted(decide(policy, NOW, [*free, *bounded], [running(tpot=1.0)], state))
+    names = admitted(decide(Slack(max_wait_s=10.0), NOW, [*free, *bounded], [running(tpot=1.0)], state))
     assert names[:3] == ["free0", "free1", "free2"]
     assert len(names) == 59
     assert not any(name.startswith("free") for name in names[3:])
@@ -76,12 +90,14 @@ def test_best_effort_request_that_does_not_fit_blocks_others_only_while_its_kind
     bounded, state = [running(str(i), tpot=1.0) for i in range(6)], engine(max_num_seqs=8)
     many = make_request("many", sequences=4, at=NOW - 2)
     few = [make_request(str(i), at=NOW - 1) for i in range(3)]
-    assert admitted(decide(Slack(), NOW, [many, *few], bounded, state)) == ["0", "1"]
-    assert admitted(decide(Slack(), NOW + 100, [many, *few], bounded, state)) == ["0"], "all are overdue"
+    assert admitted(decide(Slack(), NOW, [many, *few], bounded, state)) == ["0"], "it runs, so the next one waits"
+    assert admitted(decide(Slack(), NOW + 100, [many, *few], bounded, state)) == ["0"]
+    crowd = [running(str(i), tpot=1.0) for i in range(57)]
+    assert admitted(decide(Slack(), NOW, [many, *few], crowd, engine(max_num_seqs=60))) == ["0", "1", "2"]
     beside_free = [*bounded[:5], running("free")]
     assert not decide(Slack(), NOW, [many, *few], beside_free, state).admit, "it fits once that one has ended"
     large = make_request("large", prompt=2900, at=NOW - 2)
-    small_memory = engine(max_num_seqs=8, kv_tokens=3000)
+    small_memory = engine(max_num_seqs=60, kv_tokens=3000)
     assert admitted(decide(Slack(), NOW, [large, *few], bounded[:1], small_memory)) == ["0", "1", "2"]
 
 
@@ -97,7 +113,7 @@ def test_slots_and_memory_of_preemptible_requests_count_as_free() -> None:
     assert admits(arrivals) == 38, "two slots are reserved"
     deadline_only = [make_request(f"d{i}", ttft=50, prompt=1, output=149) for i in range(60)]
     assert admits(deadline_only) == 38, "deadline-only requests preempt, too"
-    for other in (make_request("free"), make_request("waived", ttft=1, tpot=0.5, best_effort=True)):
+    for other in (make_request("free"), make_request("waived", ttft=1, tpot=0.5, bounds_waived=True)):
         assert admits([other]) == 0, "no request is preempted for a best-effort one"
     # With more slots, memory is short: each request reaches 150 tokens. Four slots are reserved.
     assert admits(arrivals, max_num_seqs=80, kv_tokens=41 * 150, preemptible=False) == 1

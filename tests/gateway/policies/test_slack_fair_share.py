@@ -45,7 +45,7 @@ def test_group_is_behind_below_a_fraction_of_the_overall_share(group: str, outco
         if 2 * sum(own) * len(overall) == sum(overall) * len(own) and own:
             return  # rounding decides
     found = shares.behind([make_request(**{group: name}) for name in "ab"])
-    assert found == (expected if any(expected) else None)
+    assert found == (expected if any(expected) else [])
 
 
 def test_shares_of_a_class_and_of_a_tenant_count_separately() -> None:
@@ -65,25 +65,49 @@ def test_no_group_is_behind_without_a_minimum_share() -> None:
     shares = FairShare(0.0)
     note(shares, admitted=50, tenant="a")
     note(shares, rejected=50, tenant="b")
-    assert shares.behind([make_request(tenant="b")]) is None
+    assert shares.behind([make_request(tenant="b")]) == []
 
 
 def test_old_decisions_fade_with_the_window() -> None:
     shares = FairShare(0.5)
     note(shares, rejected=SLACK.fair_share_window, slo_class="b", tenant="b")
     note(shares, admitted=20 * SLACK.fair_share_window)
-    # After k admissions the share of "b" is 1 - 0.99^k, which is 0.5 at k = 69.
-    note(shares, admitted=67, slo_class="b", tenant="b")
-    assert behind(shares, tenant="b")
-    note(shares, admitted=3, slo_class="b", tenant="b")
-    assert not behind(shares, tenant="b")
+    # After k admissions the share of "b" is 1 - 0.98^k, which is 0.497 at k = 34 and 0.507 at k = 35.
+    note(shares, admitted=34, slo_class="b", tenant="b")
+    assert (behind(shares, tenant="b"), behind(shares, slo_class="b")) == (True, True)
+    note(shares, admitted=1, slo_class="b", tenant="b")
+    assert (behind(shares, tenant="b"), behind(shares, slo_class="b")) == (False, False)
 
 
 def test_infeasible_and_best_effort_requests_do_not_count() -> None:
     shares = FairShare(0.5)
     shares.note(Decision(reject=[rejection(make_request(tenant="b"), infeasible=True)]))
-    shares.note(Decision(admit=[make_request(ttft=1.0, tenant="b", best_effort=True)]))
+    shares.note(Decision(admit=[make_request(ttft=1.0, tenant="b", bounds_waived=True), make_request(tenant="b")]))
     assert shares == FairShare(0.5)
+
+
+def test_behind_has_one_answer_for_each_request() -> None:
+    shares = FairShare(0.5)
+    assert shares.behind([make_request()]) == [], "no request was decided yet"
+    note(shares, admitted=9, tenant="a")
+    note(shares, rejected=1, tenant="b")
+    tenants = ["a", "b", "new", "b"]
+    assert shares.behind([make_request(tenant=tenant) for tenant in tenants]) == [False, True, False, True]
+
+
+def test_classes_and_tenants_share_one_limit_of_groups() -> None:
+    shares, count = FairShare(0.5), SLACK.max_fair_share_groups
+    note(shares, admitted=100, slo_class="good", tenant="good")
+    note(shares, rejected=1, slo_class="poor class", tenant="poor tenant")
+    # With the overall group and these two, as many groups as the limit allows.
+    for number in range((count - 3) // 2):
+        note(shares, admitted=1, slo_class=f"c{number}", tenant=f"t{number}")
+    assert (behind(shares, slo_class="poor class"), behind(shares, tenant="poor tenant")) == (True, True)
+    for number in range(2):
+        note(shares, admitted=1, slo_class=f"more{number}", tenant=f"more{number}")
+    assert (behind(shares, slo_class="poor class"), behind(shares, tenant="poor tenant")) == (False, False)
+    note(shares, rejected=9, slo_class="poor class", tenant="poor tenant")
+    assert behind(shares, tenant="poor tenant"), "the overall share is kept, and new groups still count"
 
 
 def test_least_recent_groups_are_forgotten() -> None:

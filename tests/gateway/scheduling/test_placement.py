@@ -20,7 +20,7 @@ from gateway.requests.request import Request
 from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.placement import load
 from tests.fixtures.live_gateway import CHAT, chat, eventually, fast_engine, gateway_config, serving
-from tests.fixtures.policy_builders import ask, engine
+from tests.fixtures.policy_builders import engine, make_request
 
 # --- load of an engine ------------------------------------------------------------------------------------------------
 
@@ -35,8 +35,8 @@ def load_with(policy: str, requests: list[Request], kv_tokens: int = 0) -> tuple
 @pytest.mark.parametrize(("policy", "busier"), [("annealing", "answer"), ("scorpio", "prompt")])
 def test_load_counts_kv_memory_under_annealing_and_prefill_otherwise(policy: str, busier: str) -> None:
     loads = {
-        "answer": load_with(policy, [ask("a", prompt=10, output=800)]),
-        "prompt": load_with(policy, [ask("b", prompt=500, output=10)]),
+        "answer": load_with(policy, [make_request("a", prompt=10, output=800)]),
+        "prompt": load_with(policy, [make_request("b", prompt=500, output=10)]),
     }
     assert max(loads, key=loads.__getitem__) == busier
 
@@ -46,7 +46,7 @@ def test_load_counts_kv_memory_under_annealing_and_prefill_otherwise(policy: str
     st.lists(st.integers(1000, 50_000), min_size=4, max_size=4),
 )
 def test_annealing_load_is_least_where_most_kv_memory_is_left(outputs: list[list[int]], totals: list[int]) -> None:
-    requests = [[ask(f"{i}", output=output) for i, output in enumerate(queue)] for queue in outputs]
+    requests = [[make_request(f"{i}", output=output) for i, output in enumerate(queue)] for queue in outputs]
     loads = [load_with("annealing", queue, total) for queue, total in zip(requests, totals, strict=False)]
     left = [
         total - sum(r.prompt_tokens + r.predicted_tokens for r in queue)
