@@ -178,7 +178,7 @@ def test_late_request_is_rejected_with_an_attainable_bound() -> None:
 
 
 def test_ttft_below_an_idle_prefill_is_infeasible() -> None:
-    for ttft, infeasible in ((0.09, True), (0.11, False)):
+    for ttft, infeasible in ((0.09, True), (0.12, False)):
         (rejection,) = decide(Slack(), NOW, [make_request(ttft=ttft, at=NOW - 1)], [], engine()).reject
         assert (rejection.bound, rejection.infeasible) == ("ttft", infeasible)
 
