@@ -62,7 +62,7 @@ class StepTimesConfig(Section):
 
 
 class VllmEngineConfig(Section):
-    """vLLM in this process, its EngineCore in a child process. ``flags`` are those of `vllm serve` without dashes."""
+    """vLLM in this process, its EngineCore in a child process. ``flags``: those of `vllm serve` without the dashes."""
 
     kind: Literal["vllm"]
     name: Name = "local"
