@@ -70,11 +70,11 @@ class NoSkipOver(Slack):
 
     def _admit(self, this: _Round, queue: WaitingBatch) -> bool:
         batch = this.batch
-        # `_order` omits prompts that the lookahead has no room for; here they must block the ones behind them.
+        # `_order` omits prompts longer than `lookahead_left`; here they must block the ones behind them.
         order, _ = self._order(replace(this, lookahead_tokens=math.inf), queue)
         for at in order.tolist():
             request = queue.requests[at]
-            fits = request.prompt_tokens <= this.room and queue.fit(batch, this.now, np.array([at]))[0]
+            fits = request.prompt_tokens <= this.lookahead_left and queue.fit(batch, this.now, np.array([at]))[0]
             if batch.free_slots <= 0 or (batch.slots and not fits):
                 return True
             tpot_s = math.inf if request.slo.tpot_s is None else self.tpot_target_fraction * request.slo.tpot_s

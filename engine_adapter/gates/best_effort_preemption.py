@@ -57,10 +57,10 @@ class Member(NamedTuple):
 
 
 class PreemptionPlan(NamedTuple):
-    """What to do before a step, as the scheduler's own request objects.
+    """The changes before a step, as the scheduler's own request objects.
 
-    The running requests in ``preempt`` (newest first) and the waiting best-effort ones go in front of the queue
-    (``front``), to its end (``back``, in this order), or are ``held`` out of it for this step.
+    Running requests to ``preempt``, newest first. Best-effort requests to move to the ``front`` of the queue or to its
+    end (``back``, in order). Those ``held`` out of it for this step, the preempted ones included.
     """
 
     preempt: list[Any]
@@ -84,34 +84,34 @@ class BestEffortPreemption:
 
         Only preemptible and prefilling requests matter in ``running``; without preemptible ones, both may be empty.
         """
-        mine = [m for m in running if m.preemptible]
+        preemptible = [m for m in running if m.preemptible]
         arrivals = [m for m in waiting if not m.preemptible]
-        used, held = self._capacity.slots - free.slots, sum(m.held for m in mine)
+        used, held, count = self._capacity.slots - free.slots, sum(m.held for m in preemptible), len(preemptible)
         prompts = [*arrivals, *(m for m in running if m.prefilling and not m.preemptible)]
         want = Capacity(len(arrivals), sum(m.needed - m.held for m in prompts))
-        others = Capacity(used - len(mine) + want.slots, self._capacity.blocks - free.blocks - held + want.blocks)
+        others = Capacity(used - count + want.slots, self._capacity.blocks - free.blocks - held + want.blocks)
         peak = Capacity(*(peak.note(now, value) for peak, value in zip(self._peaks, others, strict=True)))
-        if not peak.slots or not (mine or waiting):
+        if not peak.slots or not (preemptible or waiting):
             return None
-        victims = self._victims(mine, Capacity(want.slots - free.slots, want.blocks + used - free.blocks))
+        victims = self._victims(preemptible, Capacity(want.slots - free.slots, want.blocks + used - free.blocks))
         resumable = [*reversed(victims), *(m for m in waiting if m.preemptible and m.preempted_before)]
         new = [m for m in waiting if m.preemptible and not m.preempted_before]
-        recomputing = any(m.prefilling and m.preempted_before for m in mine)
+        recomputing = any(m.prefilling and m.preempted_before for m in preemptible)
         front: list[Member] = []
         if (resumable or new) and not victims and not recomputing:
             first = (resumable or new)[0]
             spare_slots, spare_blocks = (most - value for most, value in zip(self._capacity, peak, strict=True))
-            if len(mine) < self._reserved and free.slots > 0 and free.blocks > first.needed + used:
+            if count < self._reserved and free.slots > 0 and free.blocks > first.needed + used:
                 front.append((resumable or new).pop(0))
-            elif resumable and not want.slots and len(mine) < spare_slots and held + first.needed + used < spare_blocks:
+            elif resumable and not want.slots and count < spare_slots and held + first.needed + used < spare_blocks:
                 new.append(resumable.pop(0))
         return PreemptionPlan(*([m.request for m in members] for members in (victims, front, new, resumable)))
 
-    def _victims(self, mine: Sequence[Member], short: Capacity) -> list[Member]:
+    def _victims(self, preemptible: Sequence[Member], short: Capacity) -> list[Member]:
         """Return the newest decoding best-effort requests whose slots and blocks cover what is ``short``."""
         victims: list[Member] = []
         freed = 0
-        for member in reversed([m for m in mine[self._reserved :] if not m.prefilling]):
+        for member in reversed([m for m in preemptible[self._reserved :] if not m.prefilling]):
             if len(victims) >= short.slots and freed >= short.blocks:
                 break
             victims.append(member)

@@ -12,7 +12,7 @@ class SlackConstants:
     best_effort_share: float = 0.05
     """Least share of steps of requests without a pace, and of slots of best-effort requests. A stated guarantee."""
     peak_window_s: float = 10.0
-    """Seconds for which room that other requests used is kept for them: recomputing takes seconds. Convention."""
+    """Seconds for which the peak use by other requests stays reserved: recomputing takes seconds. Convention."""
     min_prefill_share: float = 0.02
     """Least share of time assumed to be left for prefill: decodes end, so prefill never stops. Convention."""
     e2e_pace_factor: float = 1.5
@@ -26,7 +26,7 @@ class SlackConstants:
 
     @property
     def steps_per_turn(self) -> int:
-        """Requests without a pace take part in at least one step in so many."""
+        """N, if requests without a pace take part in at least one step in N."""
         return round(1 / self.best_effort_share)
 
 

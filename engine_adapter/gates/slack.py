@@ -5,9 +5,8 @@ due at f_i + g * P_i, and a step that ends before the earliest due token makes n
 fits, the step is stock vLLM's; otherwise it takes the chunk that spends the slack best (`StepCurve.chunk`). A request
 that is already late does not limit the step.
 
-While a step of all requests and prompts would make a paced one late, requests without a pace sit out. They return
-after `steps_per_turn` steps in a row had time for all: slack that they use is missing when the next prompt arrives.
-They take part in one of `steps_per_turn` steps.
+If a step of all requests and prompts would make a paced request late, requests without a pace sit out. They take part
+in one of `steps_per_turn` steps, until that many in a row had time for all: the next prompt may need the slack.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ class SlackGate:
     def __init__(self, step_time: StepTimeModel | None = None) -> None:
         self._step_time = step_time or StepTimeModel(forms=False)
         self._due_offset: dict[str, float] = {}  # due time minus length * P_i (s): constant while a request grows
-        self._roomy_steps = SLACK.steps_per_turn
+        self._steps_with_slack = SLACK.steps_per_turn
         """Steps in a row that had, or would have had, time for all requests."""
         self._sat_out = 0
         """Steps in a row that the requests without a pace sat out."""
 
     def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
-        """Return who sits out, and the prefill tokens that fit before the earliest due token."""
+        """Return the requests that sit out, and the prefill tokens that fit before the earliest due token."""
         plan = StepPlan()
         offsets = self._due_offset
         due, strictest, paced, paced_context, context = math.inf, math.inf, 0, 0, 0
@@ -59,8 +58,8 @@ class SlackGate:
             return plan
         left_s, curve, decodes = due - now, self._step_time.curve, len(decoding)
         all_fit = curve.step_s(decodes, context, prefill_backlog) <= left_s
-        self._roomy_steps = self._roomy_steps + 1 if all_fit else 0
-        if all_fit and self._roomy_steps >= SLACK.steps_per_turn:
+        self._steps_with_slack = self._steps_with_slack + 1 if all_fit else 0
+        if all_fit and self._steps_with_slack >= SLACK.steps_per_turn:
             self._sat_out = 0
             return plan
         if self._sit_out(plan, decoding, paced):

@@ -64,7 +64,7 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
         import vllm
     except ImportError as error:
         raise EngineStartError(
-            "engine.kind is 'vllm' but vLLM is not importable "
+            "engines: kind is 'vllm', but vLLM is not importable "
             f"({error}). Run `make install` for vLLM on CPU or `pip install 'antares-gateway[gpu]'` for GPUs."
         ) from error
     from engine_adapter.vllm.versions import UnsupportedVllmError, require_in_process
@@ -91,7 +91,7 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
             raise EngineStartError("the engine was stopped during its start")
         return AsyncLLM.from_vllm_config(config, stat_loggers=[_stat_logger(on_stats)]), args
     except SystemExit as error:
-        raise EngineStartError("vLLM rejected engine.flags; the lines above name the flag and the reason") from error
+        raise EngineStartError("vLLM rejected engines: flags; the lines above name the flag and the reason") from error
     except EngineStartError:
         raise
     except Exception as error:

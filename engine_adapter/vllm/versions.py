@@ -31,7 +31,7 @@ def require_in_process(version: str) -> None:
         version,
         IN_PROCESS_VERSIONS,
         "The in-process engine",
-        "run vLLM as its own server and point Antares at it (engine.kind: http; see configs/remote.yaml)",
+        "run vLLM as its own server and point Antares at it (engines: kind: http; see configs/remote.yaml)",
     )
 
 
@@ -40,7 +40,12 @@ def require_gate(version: str) -> None:
 
     Only a server that was started apart from the gateway gets this error: the in-process range is narrower.
     """
-    _require(version, GATE_VERSIONS, "The Antares step gate", "start the server without --scheduler-cls")
+    _require(
+        version,
+        GATE_VERSIONS,
+        "The Antares step gate",
+        "start the server without --scheduler-cls and set send_slo: false",
+    )
 
 
 def _require(version: str, supported: tuple[tuple[int, int], tuple[int, int]], part: str, alternative: str) -> None:

@@ -69,8 +69,8 @@ class Decision:
     Attributes:
         paces: new `Request.pace_s` of admitted requests, by request id, where the policy plans with another pace.
         recheck_at: monotonic s; decide again then even if nothing happens (a deadline passes, for example).
-        hold_s: for so long changes wait for the next decision while requests wait and the engine is busy: about a step.
-        max_hold_s: for so long a slow policy may leave them waiting.
+        hold_s: least time (s) to the next decision while requests wait and the engine is busy; about a step.
+        max_hold_s: limit (s) on the longer hold after a slow decision.
     """
 
     admit: list[Request] = field(default_factory=list)
@@ -134,13 +134,13 @@ class PrefillLookahead:
         return cls(sum([r.prompt_tokens for r in running if r.first_token_s is None and not r.unobserved]), limit)
 
     @property
-    def room(self) -> float:
-        """Prompt tokens that may enter now."""
+    def lookahead_left(self) -> float:
+        """Remaining lookahead tokens; infinite while no prompt waits in the engine."""
         return self.limit - self.tokens if self.tokens else math.inf
 
     def fits(self, request: Request) -> bool:
         """Whether the request's prompt may enter now."""
-        return request.prompt_tokens <= self.room
+        return request.prompt_tokens <= self.lookahead_left
 
     def add(self, request: Request) -> None:
         """Count an admitted request's prompt."""

@@ -13,7 +13,7 @@ from gateway.requests.slo import Slo
 E2E_PACE_S = 0.03
 """Seconds per output token with which an end-to-end bound is split.
 
-The tokens get this much each and the first token gets the rest, so a longer predicted answer must start earlier.
+The tokens get this much each and the first token gets the rest, so a longer predicted response must start earlier.
 0.03 is the strictest TPOT bound of SCORPIO's table."""
 
 E2E_LEAST_FOR_TTFT, E2E_MOST_FOR_TTFT = 0.05, 0.5
@@ -33,13 +33,13 @@ class Request:
     Attributes:
         slo: the bounds that the client or its class asked for.
         predicted_tokens: y_i of the papers, the output length per sequence that is expected now. A request that
-            outlives its prediction gets the length of the answers that do (`advance`).
+            outlives its prediction gets the length of the responses that do (`advance`).
         predicted_p90: its 90th percentile; 0 when unknown. Both are at most ``max_tokens``.
         predicted_at_arrival: the first prediction; it does not change.
         generated: output tokens of all ``sequences`` together.
         bounds_waived: the class serves the request without its bounds, because they cannot be met. ``kind`` is then
             best-effort, as it is for a request without any bound.
-        unobserved: the engine reports no token before the answer is complete.
+        unobserved: the engine reports no token before the response is complete.
         kind: what the scheduler must keep for this request.
         ttft_slo_s: T_i, infinite without a bound on the first token. ``deadline_s`` is a_i + T_i.
         pace_s: P_i, the seconds per token that the scheduler plans with: the TPOT bound, or what the end-to-end bound
@@ -98,7 +98,7 @@ class Request:
 
         A request that reaches its predicted length L without ending is expected to become as long as half of those
         that do, Q(1/2 | L > g) (`gateway.requests.length_survival`), and is revised again half way there. So this is
-        one comparison per token and a handful of revisions in a long answer. ``pace_s`` stays: the engine has it.
+        one comparison per token and a handful of revisions in a long response. ``pace_s`` stays: the engine has it.
         """
         self.generated += tokens
         if self.generated >= self._revise_at:
@@ -110,7 +110,7 @@ class Request:
         self._set_bounds()
 
     def serve_at_best_effort(self) -> None:
-        """Waive the bounds: they cannot be met, and the request's class serves it all the same."""
+        """Waive the bounds: they cannot be met, and the request's class serves it as best-effort."""
         self.bounds_waived = True
         self._set_bounds()
 

@@ -26,7 +26,7 @@ class DecisionSchedule:
     _max_hold_s: float = 0.0
 
     def on_change(self, busy: bool) -> None:
-        """Note that a request arrived, began its answer, ended or was withdrawn, or that the engine came or went."""
+        """Note a change: a request arrived, began its response, ended or was withdrawn, or the engine started or died."""
         if not busy:
             self._held_until_s = -math.inf
         self.due_s = min(self.due_s, self._held_until_s)

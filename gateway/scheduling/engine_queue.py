@@ -114,7 +114,7 @@ class EngineQueue:
         self._timer_due_s = math.inf
         self._down_since: float | None = None
         self._probed_at = -math.inf
-        self._last_curve, self._learnt_at = engine.state.step_time.curve, -math.inf
+        self._last_curve, self._learned_at = engine.state.step_time.curve, -math.inf
         self._probe: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -165,7 +165,7 @@ class EngineQueue:
         if self.admission.leave(request):
             curve = self.engine.state.step_time.curve
             if curve is not self._last_curve:
-                self._last_curve, self._learnt_at = curve, self._clock()
+                self._last_curve, self._learned_at = curve, self._clock()
             self.shadows.left(request)
             self.wake()
 
@@ -178,7 +178,7 @@ class EngineQueue:
         self.wake()
 
     def on_first_token(self) -> None:
-        """Note that an answer began, so its prompt is prefilled."""
+        """Note that a response began, so its prompt is prefilled."""
         self.admission.capacity_changed()
         self.wake()
 
@@ -199,7 +199,7 @@ class EngineQueue:
             self._remove(request, Draining())
 
     def back_in_s(self, now: float) -> float:
-        """Return the seconds until an engine that is down is expected back, at least one: what clients are told."""
+        """Return the seconds until an engine that is down is expected back, at least one, for `Retry-After`."""
         return max(1.0, self._expected_in_s(now))
 
     # --- the decision -----------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ class EngineQueue:
         self._resolve(request, outcome)
 
     def _fail_all_waiting(self, error: Exception) -> None:
-        """Fail all waiting requests: after a bug in a policy none may wait for ever, nor cause the same bug again."""
+        """Fail all waiting requests: after a bug in a policy none may wait without limit or cause it again."""
         log.error("policy %s failed: %s", self.policy.name, type(error).__name__, exc_info=error)
         outcomes = list(self._outcomes.values())
         self._outcomes.clear()
@@ -276,7 +276,7 @@ class EngineQueue:
             if not outcome.done():
                 outcome.set_exception(error)
 
-    # --- while the engine is down, or may be slower than believed -----------------------------------------------------
+    # --- while the engine is down, or its step times may be out of date -----------------------------------------------
 
     def _answer_while_down(self, now: float) -> None:
         """Reroute the waiting requests, or answer those whose deadline ends before the engine is expected back."""
@@ -294,7 +294,7 @@ class EngineQueue:
 
     def _probe_idle_engine(self, now: float) -> None:
         """Probe an idle engine that rejects: its step times may be out of date, and it serves nothing to learn from."""
-        if now - max(self._probed_at, self._learnt_at) >= PROBE_INTERVAL_S:
+        if now - max(self._probed_at, self._learned_at) >= PROBE_INTERVAL_S:
             self._probed_at = now
             self._probe = asyncio.create_task(self.engine.probe(), name=f"probe {self.engine.name}")
 

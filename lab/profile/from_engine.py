@@ -97,7 +97,7 @@ class StepRecorder(StepTimeModel):
         self.round = 0
 
     def observe(self, decode_requests: float, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
-        """Record the step and learn from it. Remote engines use the learnt times to estimate prefill times."""
+        """Record the step and learn from it. Remote engines use the learned times to estimate prefill times."""
         if elapsed_s > 0 and decode_requests + prefill_tokens > 0:
             self.samples.append(Sample(self.round, decode_requests, prefill_tokens, mean_context, elapsed_s))
         super().observe(decode_requests, prefill_tokens, mean_context, elapsed_s)

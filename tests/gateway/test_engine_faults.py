@@ -13,7 +13,7 @@ from tests.fixtures.live_gateway import FAST, Live, eventually, live
 
 async def test_idle_engine_that_rejects_is_probed_and_serves_again(antares: Live) -> None:
     model = antares.engine.state.step_time
-    model.start_over(StepTimes(d=10.0))  # as learnt from a machine that was suspended
+    model.start_over(StepTimes(d=10.0))  # as learned from a machine that was suspended
     rejected = await antares.ask()
     assert (rejected.status_code, rejected.json()["error"]["code"]) == (429, "tpot_unattainable")
     assert (await antares.ask()).status_code == 200

@@ -45,7 +45,7 @@ class Latency:
 
     @classmethod
     def of_times(cls, times: StepTimes, prefill_s_per_token: float = 0.0) -> Latency:
-        """Return the forms from learnt step times: SCORPIO eq. 4 is tau_d, and eq. 6 over b*l tokens is t_p."""
+        """Return the forms from learned step times: SCORPIO eq. 4 is tau_d, and eq. 6 over b*l tokens is t_p."""
         return cls(
             (times.alpha, 0.0, 0.0, max(times.beta, 0.0)), (times.a, times.b, times.c, times.d), prefill_s_per_token
         )

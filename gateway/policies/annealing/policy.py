@@ -158,7 +158,7 @@ class Annealing:
         )
 
     def _latency(self, waiting: Sequence[Request], running: Collection[Request], engine: EngineState) -> Latency:
-        """Return the learnt forms; beside a running set with the prefill time per decoded token."""
+        """Return the learned forms; beside a running set with the prefill time per decoded token."""
         requests = [*running, *waiting[: int(self.horizon)]]
         prompts, outputs = sum([r.prompt_tokens for r in requests]), sum([r.predicted_tokens for r in requests])
         times = engine.step_time.times

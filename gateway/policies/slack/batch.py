@@ -94,7 +94,7 @@ class RunningBatch:
         preemptible = self.best_effort_slots - self.reserved_slots if self.engine.gate.preemptible else 0
         return self.engine.max_num_seqs - self.slots + max(0, preemptible)
 
-    def has_room_for(self, request: Request) -> bool:
+    def has_capacity_for(self, request: Request) -> bool:
         """Whether slots and KV memory suffice for ``request`` too, without preempting any."""
         memory = self.memory + (request.prompt_tokens + max(request.predicted_tokens, 1.0)) * request.sequences
         memory += self.memory_z * math.sqrt(self.variance + request.variance)

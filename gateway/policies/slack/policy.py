@@ -4,11 +4,12 @@ R is the running set, P* = min P_i its strictest pace, T(R) the time of a step i
 the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
 
     1 reject r if its pace is faster than a step with r alone                                      (infeasible)
-    2 in deadline order, reject r if now + step + mu * (backlog + ahead + own) / share > deadline  (late)
+    2 in deadline order, reject r if now + T(R)/2 + step + mu * (own + queue_discount * ahead) / share > deadline (late),
+      where T(R)/2 is the rest of the step under way, and ahead are the backlog and the prompts queued before r
     3 order the rest by deadline + cost_weight * w, overdue ones and groups below their minimum share first, where
       w = mu * p + (decode + a * mean length) * y is the engine time of a request with p prompt and y output tokens
     4 admit r if slots and KV memory suffice and R + r keeps its strictest pace, T(R + r) <= P*(R + r),
-    5   its own prefill ends before its deadline, and the prefill lookahead has room
+    5   its own prefill ends before its deadline, and the prefill lookahead has tokens left for it
     6 a request that does not fit never blocks the next one
     7 best-effort requests get what is left, in arrival order, and a reserved share of the slots in any case
     8 the slots and memory of best-effort requests beyond that share count as free for all others
@@ -48,8 +49,8 @@ class _Round:
     decision: Decision = field(default_factory=Decision)
 
     @property
-    def room(self) -> float:
-        """Prompt tokens that may enter the engine; one prompt may always enter."""
+    def lookahead_left(self) -> float:
+        """Remaining tokens of the prefill lookahead; infinite without a backlog, so one prompt may always enter."""
         return self.lookahead_tokens - self.batch.backlog if self.batch.backlog else math.inf
 
     def admit(self, request: Request, pace_s: float) -> None:
@@ -68,7 +69,7 @@ class Slack:
         cost_weight: deadline penalty (s) per second of engine time; 0 orders by deadline alone.
         min_admission_share: classes and tenants below this share of the overall admission rate go first; 0: none.
         memory_risk: probability with which the running set may outgrow the KV memory.
-        max_wait_s: time (s) after arrival when a request is due, if not earlier; a best-effort one for a reserved slot.
+        max_wait_s: wait (s) after which a request is overdue and goes first; a best-effort one for reserved slots only.
         queue_discount: fraction of the work queued ahead that counts in line 2, since some of it will be rejected.
         prefill_lookahead_steps: steps' worth of prefill that may wait inside the engine.
     """
@@ -169,29 +170,29 @@ class Slack:
             # Most candidates pass, so test them one at a time and re-filter only after a failure.
             at, order = order[:1], order[1:]
             request = queue.requests[at[0]]
-            has_room = at[0] == claim or request.prompt_tokens <= this.room
-            if not batch.slots or (has_room and queue.fit(batch, this.now, at)[0]):
+            in_lookahead = at[0] == claim or request.prompt_tokens <= this.lookahead_left
+            if not batch.slots or (in_lookahead and queue.fit(batch, this.now, at)[0]):
                 tpot_s = math.inf if request.slo.tpot_s is None else self.tpot_target_fraction * request.slo.tpot_s
                 this.admit(request, min(SLACK.e2e_pace_factor * float(queue.pace_s[at[0]]), tpot_s))
                 admitted += 1
             else:
-                order = order[queue.arrays.prompt[order] <= this.room]
+                order = order[queue.arrays.prompt[order] <= this.lookahead_left]
                 order = order[queue.fit(batch, this.now, order)]
         return admitted < len(queue.requests)
 
     def _order(self, this: _Round, queue: WaitingBatch) -> tuple[NDArray[np.intp], int | None]:
-        """Line 3. Return the requests in order, and the first that has a claim: it is overdue, or its group is behind.
+        """Line 3. Return the order, and the first request with a claim: it is overdue, or its group is behind.
 
-        NOTE: that one leads, and may exceed the room in the lookahead; else shorter prompts could pass it for ever.
+        NOTE: this request leads and may exceed the lookahead. Otherwise shorter prompts could always overtake it.
         """
         due_s = np.minimum(queue.arrays.deadline, queue.arrays.arrival + self.max_wait_s)
         claims, behind = due_s < this.now, self._fair_share.behind(queue.requests)
         if behind:
             claims |= np.array(behind)
         key = due_s + self.cost_weight * queue.cost_s(this.batch)
-        order = np.flatnonzero(queue.arrays.prompt <= this.room)
+        order = np.flatnonzero(queue.arrays.prompt <= this.lookahead_left)
         order = order[np.lexsort((key[order], ~claims[order]))]
-        if not claims.any() or this.room < 0:
+        if not claims.any() or this.lookahead_left < 0:
             return order, None
         claim = int(np.argmin(np.where(claims, key, math.inf)))
         return np.concatenate([[claim], order[order != claim]]), claim
@@ -201,9 +202,9 @@ class Slack:
         batch, blocks, most = this.batch, this.batch.best_effort_slots > 0, this.batch.engine.max_num_seqs
         for request in [r for r in requests[:most] if r not in this.decision.admit]:
             full = batch.best_effort_slots and batch.best_effort_slots + request.sequences > slots
-            if full or batch.slots >= most or this.room < (0 if overdue else request.prompt_tokens):
+            if full or batch.slots >= most or this.lookahead_left < (0 if overdue else request.prompt_tokens):
                 break
-            if not batch.slots or batch.has_room_for(request):
+            if not batch.slots or batch.has_capacity_for(request):
                 this.admit(request, math.inf)
             elif blocks:
                 break  # It may fit once the running best-effort requests have ended.

@@ -67,5 +67,5 @@ def test_in_process_engine_rejects_other_versions_with_a_fix(version: str) -> No
 
 @pytest.mark.parametrize("version", ["0.25.9", "0.33.0"])
 def test_gate_rejects_other_versions_with_a_fix_for_servers(version: str) -> None:
-    with pytest.raises(UnsupportedVllmError, match=r">=0\.26,<0\.33.*without --scheduler-cls"):
+    with pytest.raises(UnsupportedVllmError, match=r">=0\.26,<0\.33.*without --scheduler-cls and set send_slo: false"):
         require_gate(version)

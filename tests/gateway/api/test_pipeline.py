@@ -17,7 +17,7 @@ from gateway.prediction.client import Prediction
 from tests.fixtures.live_gateway import CHAT, AdmitNothing, Live, chat, eventually, fast_engine, live, serving
 
 MARK = "zebra"
-"""A word in the prompt, by which the request's body is told from the other JSON that is read and written."""
+"""A word in the prompt, that identifies the request's body among the other JSON that is read and written."""
 
 
 @pytest.fixture

@@ -273,7 +273,7 @@ def test_only_equals_the_batch_of_the_selected_requests(requests: list[Request],
 
 
 @given(RUNNING, st.lists(RUNNING, max_size=5), st.integers(0, 20_000), st.integers(1, 30))
-def test_has_room_for_never_counts_preemptible_slots_or_memory(
+def test_has_capacity_for_never_counts_preemptible_slots_or_memory(
     one: Request, old: list[Request], kv_tokens: int, slots: int
 ) -> None:
     one.generated = 0
@@ -282,4 +282,4 @@ def test_has_room_for_never_counts_preemptible_slots_or_memory(
     memory = both.memory + 2.0 * math.sqrt(both.variance)
     if abs(memory - kv_tokens) > 1e-6:
         expected = both.slots <= slots and (not kv_tokens or memory <= kv_tokens)
-        assert RunningBatch.of(old, state, 2.0).has_room_for(one) == expected
+        assert RunningBatch.of(old, state, 2.0).has_capacity_for(one) == expected

@@ -91,8 +91,8 @@ def test_best_effort_request_that_does_not_fit_blocks_others_only_while_its_kind
     few = [make_request(str(i), at=NOW - 1) for i in range(3)]
     assert admitted(decide(Slack(), NOW, [many, *few], bounded, state)) == ["0", "1"]
     assert admitted(decide(Slack(), NOW + 100, [many, *few], bounded, state)) == ["0"], "the one reserved slot"
-    crowd = [running(str(i), tpot=1.0) for i in range(57)]
-    assert admitted(decide(Slack(), NOW, [many, *few], crowd, engine(max_num_seqs=60))) == ["0", "1", "2"]
+    many_bounded = [running(str(i), tpot=1.0) for i in range(57)]
+    assert admitted(decide(Slack(), NOW, [many, *few], many_bounded, engine(max_num_seqs=60))) == ["0", "1", "2"]
     beside_free = [*bounded[:5], running("free")]
     assert not decide(Slack(), NOW, [many, *few], beside_free, state).admit, "it fits once that one has ended"
     large = make_request("large", prompt=2900, at=NOW - 2)

@@ -195,7 +195,9 @@ class RejectsOthers(Closed):
         return request.id == self.accepted
 
 
-async def test_idle_engine_that_rejects_is_probed_unless_it_just_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_idle_engine_that_rejects_is_probed_unless_step_times_just_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now, probes = [NOW], [0]
     engine_queue = queue_of(RejectsOthers(), clock=lambda: now[0])
 
@@ -219,13 +221,13 @@ async def test_idle_engine_that_rejects_is_probed_unless_it_just_learnt(monkeypa
         step_time.curve = StepCurve.of(step_time.times)
         engine_queue.leave(engine_queue.running["accepted"])
         assert isinstance(await outcome_of("impossible"), Rejection)
-        assert probes == [1], "the model learnt from the request that was served"
+        assert probes == [1], "the model learned from the request that was served"
     now[0] += 0.9 * PROBE_INTERVAL_S
     assert isinstance(await outcome_of("accepted"), Admitted)
     engine_queue.leave(engine_queue.running["accepted"])
     now[0] += 0.2 * PROBE_INTERVAL_S
     await outcome_of("impossible")
-    assert probes == [2], "the model learnt nothing from that request"
+    assert probes == [2], "the model learned nothing from that request"
     engine_queue.close()
 
 

@@ -355,7 +355,7 @@ def test_policy_sees_predicted_and_not_true_lengths() -> None:
     assert inputs == {"0": (251.5, 0.0, 60.0), "1": (251.5, 0.0, 60.0)}
 
 
-def test_step_times_are_learnt_only_with_learn() -> None:
+def test_step_times_are_learned_only_with_learn() -> None:
     # The true step time of 4 decodes is 0.01 s + 4 * 1 ms.
     states: list[EngineState] = []
 
@@ -367,10 +367,10 @@ def test_step_times_are_learnt_only_with_learn() -> None:
     workload = [request(at=0.1 * i, prompt=20 + i, output=30) for i in range(30)]
     for learn in (True, False):
         run(workload, lambda: StateRecorder(make_policy("fcfs")), learn=learn)
-    learnt, fixed = states[0].step_time, states[-1].step_time
-    assert (learnt.steps_seen > 100, fixed.steps_seen) == (True, 0)
+    learned, fixed = states[0].step_time, states[-1].step_time
+    assert (learned.steps_seen > 100, fixed.steps_seen) == (True, 0)
     assert fixed.times == HAND.step_times()
-    assert learnt.itl(4, 50) == pytest.approx(0.014, rel=0.05)
+    assert learned.itl(4, 50) == pytest.approx(0.014, rel=0.05)
 
 
 class Silent(RecordingPolicy):
