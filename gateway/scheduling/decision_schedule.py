@@ -26,7 +26,7 @@ class DecisionSchedule:
     _max_hold_s: float = 0.0
 
     def on_change(self, busy: bool) -> None:
-        """Note a change: a request arrived, began its response, ended or was withdrawn, or the engine started or died."""
+        """Note a change: a request arrived, began its response, ended or left, or the engine came up or died."""
         if not busy:
             self._held_until_s = -math.inf
         self.due_s = min(self.due_s, self._held_until_s)

@@ -4,8 +4,8 @@ R is the running set, P* = min P_i its strictest pace, T(R) the time of a step i
 the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
 
     1 reject r if its pace is faster than a step with r alone                                      (infeasible)
-    2 in deadline order, reject r if now + T(R)/2 + step + mu * (own + queue_discount * ahead) / share > deadline (late),
-      where T(R)/2 is the rest of the step under way, and ahead are the backlog and the prompts queued before r
+    2 in deadline order, reject r if now + T(R)/2 + step + mu * (own + queue_discount * ahead) / share > deadline,
+      where T(R)/2 is the rest of the step under way, and ahead the backlog and the prompts queued before r  (late)
     3 order the rest by deadline + cost_weight * w, overdue ones and groups below their minimum share first, where
       w = mu * p + (decode + a * mean length) * y is the engine time of a request with p prompt and y output tokens
     4 admit r if slots and KV memory suffice and R + r keeps its strictest pace, T(R + r) <= P*(R + r),
