@@ -56,9 +56,8 @@ class QueueFull:
 
 @dataclass(slots=True, frozen=True)
 class Admitted:
-    """``engine_queue``'s engine serves the request; its first token is predicted ``predicted_ttft_s`` after arrival."""
+    """The engine serves the request; its first token is predicted ``predicted_ttft_s`` after arrival."""
 
-    engine_queue: EngineQueue
     predicted_ttft_s: float | None
 
 
@@ -238,7 +237,7 @@ class EngineQueue:
             # Without a gate other prompts may overtake this one, so only a bound makes the prediction worth stating.
             stated = self.policy.gate != UNGATED or request.slo.ttft_s
             predicted_s = now - request.arrival_s + backlog_s if stated else None
-            if self._resolve(request, Admitted(self, predicted_s)):
+            if self._resolve(request, Admitted(predicted_s)):
                 self.shadows.admitted(request)
             else:
                 # The client disconnected in this loop iteration, so the request will not run.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 
 from gateway.requests.request import Request
-from gateway.scheduling.engine_queue import EngineQueue, QueueOutcome
+from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.placement import load
 
 
@@ -18,11 +17,6 @@ class Router:
         self.engine_queues = list(engine_queues)
         for engine_queue in self.engine_queues:
             engine_queue.another_engine_alive = partial(self._another_alive, engine_queue)
-
-    def submit(self, request: Request) -> tuple[EngineQueue, asyncio.Future[QueueOutcome]]:
-        """Place ``request`` and queue it; return its queue and the future outcome."""
-        engine_queue = self.place(request)
-        return engine_queue, engine_queue.submit(request)
 
     def place(self, request: Request) -> EngineQueue:
         """Return the least loaded queue (`placement.load`); engines that are alive come first."""

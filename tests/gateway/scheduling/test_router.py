@@ -73,13 +73,13 @@ async def test_requests_of_a_dead_engine_move_only_to_a_live_one(other_alive: bo
     router.close()
 
 
-async def test_submit_returns_the_queue_that_serves_the_request() -> None:
+async def test_queue_of_a_living_engine_serves_the_request() -> None:
     router = router_of(2)
     set_alive(router.engine_queues[0], False)
-    engine_queue, outcome = router.submit(make_request(at=0.0))
-    admission = await asyncio.wait_for(outcome, 5)
-    assert isinstance(admission, Admitted)
-    assert admission.engine_queue is engine_queue is router.engine_queues[1]
+    engine_queue = router.place(request := make_request(at=0.0))
+    outcome = engine_queue.submit(request)
+    assert isinstance(await asyncio.wait_for(outcome, 5), Admitted)
+    assert engine_queue is router.engine_queues[1]
     router.close()
 
 
