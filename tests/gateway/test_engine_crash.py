@@ -9,7 +9,8 @@ import pytest
 from openai import APIError, AsyncOpenAI
 
 from engine_adapter.step_time.linear_forms import StepTimes
-from tests.fixtures.live_gateway import chat, events, eventually, fast_engine, live
+from tests.fixtures.live_gateway import chat, events, fast_engine, live
+from tests.fixtures.live_server import eventually
 
 STEADY = StepTimes(d=0.01)
 

@@ -8,7 +8,8 @@ import gc
 from engine_adapter.engine import ASGIApp, EngineUnreachable
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
-from tests.fixtures.live_gateway import FAST, Live, eventually, live
+from tests.fixtures.live_gateway import FAST, Live, live
+from tests.fixtures.live_server import eventually
 
 
 async def test_idle_engine_that_rejects_is_probed_and_serves_again(antares: Live) -> None:

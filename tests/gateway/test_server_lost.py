@@ -19,7 +19,8 @@ from engine_adapter.remote.engine import HttpEngine
 from gateway.app import Gateway
 from gateway.prediction import supervisor as supervisor_module
 from gateway.prediction.supervisor import Supervisor
-from tests.fixtures.live_gateway import CHAT, Live, Load, chat, events, eventually, gateway_config, live, serving
+from tests.fixtures.live_gateway import CHAT, Live, Load, chat, events, gateway_config, live, serving
+from tests.fixtures.live_server import eventually
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 

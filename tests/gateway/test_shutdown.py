@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from engine_adapter.step_time.linear_forms import StepTimes
-from tests.fixtures.live_gateway import CHAT, chat, eventually, fast_engine, live
+from tests.fixtures.live_gateway import CHAT, chat, fast_engine, live
+from tests.fixtures.live_server import eventually
 
 CONFIG = """\
 server: {port: 0, drain_s: 5}

@@ -14,7 +14,8 @@ from starlette.datastructures import Headers as HeaderView
 
 from gateway.api import request_body
 from gateway.api.errors import ApiError
-from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, eventually, live
+from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, live
+from tests.fixtures.live_server import eventually
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 from engine_adapter.engine import EngineUnreachable, Receive, Scope, Send
 from engine_adapter.remote.engine import HttpEngine
 from gateway.prediction.client import Prediction
-from tests.fixtures.live_gateway import CHAT, AdmitNothing, Live, chat, eventually, fast_engine, live, serving
+from tests.fixtures.live_gateway import CHAT, AdmitNothing, Live, chat, fast_engine, live, serving
+from tests.fixtures.live_server import eventually
 
 MARK = "zebra"
 """A word in the prompt, that identifies the request's body among the other JSON that is read and written."""

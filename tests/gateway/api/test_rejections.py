@@ -9,7 +9,8 @@ import pytest
 from openai import AsyncOpenAI, RateLimitError
 
 from engine_adapter.step_time.linear_forms import StepTimes
-from tests.fixtures.live_gateway import CHAT, CLASSES, AdmitNothing, Live, chat, eventually, fast_engine, live
+from tests.fixtures.live_gateway import CHAT, CLASSES, AdmitNothing, Live, chat, fast_engine, live
+from tests.fixtures.live_server import eventually
 
 SLOW = StepTimes(d=0.02, alpha=1e-3)
 """Prefill of 100 words takes 0.1 s, a decode step 20 ms."""

@@ -17,7 +17,8 @@ from gateway.api import response_relay as relay
 from gateway.observability.ledger import OUTCOMES, Entry, Ledger, LedgerError, Outcome
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
-from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, eventually, fast_engine, live
+from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, fast_engine, live
+from tests.fixtures.live_server import eventually
 
 
 def request(slo: Slo | None = None) -> Request:

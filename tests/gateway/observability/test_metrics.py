@@ -13,7 +13,8 @@ from engine_adapter.engine import Receive, Scope, Send
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.observability.metrics import METRIC_ALIASES, METRIC_NAMES
-from tests.fixtures.live_gateway import CHAT, CLASSES, TEXT, Live, chat, eventually, fast_engine, live
+from tests.fixtures.live_gateway import CHAT, CLASSES, TEXT, Live, chat, fast_engine, live
+from tests.fixtures.live_server import eventually
 
 OTHER_PREFIXES = ("python_", "process_", "vllm")
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.prediction.client import CircuitBreaker, LengthPredictor, LengthStatistics, Prediction
-from tests.fixtures.live_gateway import chat, eventually, live, serving
+from tests.fixtures.live_gateway import chat, live, serving
+from tests.fixtures.live_server import eventually
 
 
 @asynccontextmanager

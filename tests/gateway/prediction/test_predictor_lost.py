@@ -17,7 +17,8 @@ import pytest
 
 from gateway.prediction.client import Prediction
 from gateway.prediction.supervisor import Supervisor
-from tests.fixtures.live_gateway import Live, Load, eventually, live
+from tests.fixtures.live_gateway import Live, Load, live
+from tests.fixtures.live_server import eventually
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 

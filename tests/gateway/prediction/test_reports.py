@@ -8,7 +8,7 @@ import pytest
 
 from gateway.prediction import reports as length_reports
 from gateway.prediction.reports import MAX_BATCH, MAX_QUEUED, LengthReport, LengthReports, UnreachableError
-from tests.fixtures.live_gateway import eventually
+from tests.fixtures.live_server import eventually
 
 
 def report(n: int) -> LengthReport:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from gateway.prediction.supervisor import Supervisor
 from gateway.serve import supervised_predictor
-from tests.fixtures.live_gateway import eventually, gateway_config
+from tests.fixtures.live_gateway import gateway_config
+from tests.fixtures.live_server import eventually
 
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 IGNORES_SIGTERM = [

@@ -19,7 +19,8 @@ from gateway.policies.registry import make_policy
 from gateway.requests.request import Request
 from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.placement import load
-from tests.fixtures.live_gateway import CHAT, chat, eventually, fast_engine, gateway_config, serving
+from tests.fixtures.live_gateway import CHAT, chat, fast_engine, gateway_config, serving
+from tests.fixtures.live_server import eventually
 from tests.fixtures.policy_builders import engine, make_request
 
 # --- load of an engine ------------------------------------------------------------------------------------------------

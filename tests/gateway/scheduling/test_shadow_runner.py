@@ -18,7 +18,8 @@ from gateway.policies.fcfs import Fcfs
 from gateway.policies.registry import POLICIES
 from gateway.scheduling import shadow_runner
 from gateway.scheduling.shadow import Shadow
-from tests.fixtures.live_gateway import Live, chat, eventually, fast_engine, live
+from tests.fixtures.live_gateway import Live, chat, fast_engine, live
+from tests.fixtures.live_server import eventually
 
 SLOW = StepTimes(b=1e-6, d=0.02, alpha=1e-6)
 
