@@ -22,7 +22,8 @@ from engine_adapter.vllm.gate_channel import GateReporter
 if TYPE_CHECKING:
     from tests.fixtures.vllm_stepping import SteppedScheduler
 
-pytestmark = pytest.mark.timeout(300)
+# vLLM is imported, which takes seconds and much memory; no engine is started.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 Make = Callable[..., "SteppedScheduler"]
 
