@@ -179,7 +179,7 @@ class WaitingBatch:
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
-        weight = np.where(of.kind[at] == _PACED, sequences, _UNPACED_SHARE * sequences)
+        weight = np.where(of.kind[at] == float(_PACED), sequences, _UNPACED_SHARE * sequences)
         strictest_s = np.minimum(self.pace_s[at], batch.strictest_s)
         decoding = batch.decoding + weight
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)

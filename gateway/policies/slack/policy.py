@@ -106,7 +106,7 @@ class Slack:
             return Decision()
         batch = RunningBatch.of(running, engine, NormalDist().inv_cdf(1 - self.memory_risk))
         this = _Round(now, batch, self.prefill_lookahead_steps * batch.chunk_tokens)
-        count = int(np.count_nonzero(arrays_of(waiting).kind != ServiceKind.BEST_EFFORT))
+        count = int(np.count_nonzero(arrays_of(waiting).kind != float(ServiceKind.BEST_EFFORT)))
         arrays, best_effort = arrays_of(waiting, count), waiting[count:]
         queue = WaitingBatch.of(waiting[:count], arrays, batch, now, self.tpot_target_fraction)
         queue = self._reject_infeasible(this, queue)
