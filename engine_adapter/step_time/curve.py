@@ -125,6 +125,8 @@ class StepCurve:
 
     def prefill_tokens_s(self, decodes: Floats, max_tokens: int, spare_s: Floats | float = 0.0) -> Floats:
         """Return `prefill_token_s` for arrays of shape (n,)."""
+        if len(decodes) == 1:  # for one request the scalar version takes a tenth of the time
+            return np.array([self.prefill_token_s(float(decodes[0]), max_tokens, float(np.ravel(spare_s)[0]))])
         known = self._least_slopes(max_tokens)
         sizes, slopes, taken = known.sizes, known.slopes, known.taken
         filled = np.interp(np.interp(decodes, KNOTS, taken) + (spare_s - self.h), taken, KNOTS)

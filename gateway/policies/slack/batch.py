@@ -30,6 +30,7 @@ class RunningBatch:
         strictest_s: P*, the strictest pace (s per token).
         memory, preemptible_memory, variance: tokens that R will reach, the unprotected best-effort part, the variance.
         backlog: prompt tokens that are not prefilled yet.
+        step_s: T(R), seconds of a step in which all of R decode; 0 when R is empty.
     """
 
     engine: EngineState
@@ -44,6 +45,7 @@ class RunningBatch:
     preemptible_memory: float = 0.0
     variance: float = 0.0
     backlog: int = 0
+    step_s: float = 0.0
     _prefill_token_s: float | None = None
 
     @classmethod
@@ -87,6 +89,7 @@ class RunningBatch:
         self.decoding, self.context, self.strictest_s = decoding, context, strictest_s
         self.memory, self.preemptible_memory = memory, preemptible_memory
         self.variance, self.backlog, self._prefill_token_s = variance, backlog, None
+        self.step_s = self.engine.step_time.curve.step_s(decoding, context)
 
     @property
     def free_slots(self) -> int:
@@ -100,11 +103,6 @@ class RunningBatch:
         memory += self.memory_z * math.sqrt(self.variance + request.variance)
         has_memory = self.engine.kv_tokens <= 0 or memory <= self.engine.kv_tokens
         return has_memory and self.slots + request.sequences <= self.engine.max_num_seqs
-
-    @property
-    def step_s(self) -> float:
-        """T(R): seconds of a step in which all of R decode; 0 when R is empty."""
-        return self.engine.step_time.curve.step_s(self.decoding, self.context)
 
     @property
     def prefill_token_s(self) -> float:

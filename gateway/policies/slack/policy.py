@@ -22,6 +22,7 @@ In the engine, `gates.slack` sizes each step, and `gates.best_effort_preemption`
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -106,7 +107,7 @@ class Slack:
             return Decision()
         batch = RunningBatch.of(running, engine, NormalDist().inv_cdf(1 - self.memory_risk))
         this = _Round(now, batch, self.prefill_lookahead_steps * batch.chunk_tokens)
-        count = int(np.count_nonzero(arrays_of(waiting).kind != float(ServiceKind.BEST_EFFORT)))
+        count = bisect(waiting, False, key=lambda request: request.kind is ServiceKind.BEST_EFFORT)
         arrays, best_effort = arrays_of(waiting, count), waiting[count:]
         queue = WaitingBatch.of(waiting[:count], arrays, batch, now, self.tpot_target_fraction)
         queue = self._reject_infeasible(this, queue)
