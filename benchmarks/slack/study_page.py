@@ -137,9 +137,10 @@ def _tenants(records: Sequence[Record]) -> str:
     share = Slack().min_admission_share
     parts = [
         "## Fair shares under overload",
-        f"""Three tenants: *expensive* has the tenth of all requests with the most tokens (prompt and predicted output),
-        *medium* the larger half of the others, *cheap* the rest. *Relative* is the admission rate of a group over that
-        of all requests; `{MIN_ADMISSION_SHARE}` puts classes and tenants below {share:g} of that rate first.""",
+        f"""There are three tenants. *Expensive* has the tenth of all requests with the most tokens, prompt and
+        predicted output. *Medium* has the larger half of the others, and *cheap* has the rest. *Relative* is the
+        admission rate of a group over that of all requests. `{MIN_ADMISSION_SHARE}`
+        puts classes and tenants below {share:g} of that rate first.""",
     ]
     for load in _names(records, "load"):
         runs = [[r for r in records if (r["row"], r["load"]) == (row, load)] for row in (FULL, MIN_ADMISSION_SHARE)]
