@@ -137,9 +137,9 @@ def _tenants(records: Sequence[Record]) -> str:
     share = Slack().min_admission_share
     parts = [
         "## Fair shares under overload",
-        f"""There are three tenants. *Expensive* has the tenth of all requests with the most tokens, prompt and
-        predicted output. *Medium* has the larger half of the others, and *cheap* has the rest. *Relative* is the
-        admission rate of a group over that of all requests. `{MIN_ADMISSION_SHARE}`
+        f"""There are three tenants. The *expensive* one has the tenth of all requests with the most tokens, prompt and
+        predicted output. The *medium* one has the larger half of the others. The *cheap* one has the rest. The column
+        *relative* is the admission rate of a group over that of all requests. `{MIN_ADMISSION_SHARE}`
         puts classes and tenants below {share:g} of that rate first.""",
     ]
     for load in _names(records, "load"):
