@@ -46,6 +46,9 @@ class TokenObserver(Protocol):
     def on_prompt(self, sequence: str, tokens: int) -> None:
         """The engine has tokenised the prompt of ``sequence`` into ``tokens`` tokens."""
 
+    def on_cached(self, sequence: str, tokens: int) -> None:
+        """The engine took ``tokens`` tokens of the prompt of ``sequence`` from its prefix cache."""
+
     def on_tokens(self, sequence: str, count: int, at: float) -> None:
         """The engine produced ``count`` output tokens of ``sequence`` at time ``at``."""
 
@@ -101,6 +104,7 @@ class EngineState:
         alive: False while the engine is down or restarting.
         model: the name under which the engine serves its model; "" if unknown.
         ready_in_s: expected wait until the engine is up again, while ``alive`` is False.
+        shared_tokens: prompt tokens that several running requests share in KV memory, beyond the first copy.
         plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
     """
 
@@ -112,6 +116,7 @@ class EngineState:
     max_num_batched_tokens: int = 2048
     max_model_len: int = 8192
     kv_tokens: int = 0
+    shared_tokens: int = 0
     plans_ahead: bool = False
     kv_usage: float = 0.0
     engine_running: int = 0

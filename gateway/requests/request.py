@@ -32,6 +32,10 @@ class Request:
 
     Attributes:
         slo: the bounds that the client or its class asked for.
+        cached_tokens: of the prompt, predicted to be in the engine's prefix cache; the engine's own count once it is
+            known. ``uncached_tokens``: the others, which the engine must compute.
+        shared_tokens: of the prompt, in KV memory for a running request already. Only while this one waits.
+        blocks: hashes of the prompt's blocks (`gateway.requests.prefix_index`), of ``block_tokens`` tokens each.
         predicted_tokens: y_i of the papers, the output length per sequence that is expected now. A request that
             outlives its prediction gets the length of the responses that do (`advance`).
         predicted_p90: its 90th percentile; 0 when unknown. Both are at most ``max_tokens``.
@@ -58,6 +62,10 @@ class Request:
     tenant: str = "anonymous"
     model: str = ""
     max_tokens: float = math.inf
+    blocks: tuple[int, ...] = ()
+    block_tokens: float = 0.0
+    cached_tokens: int = 0
+    shared_tokens: int = 0
     bounds_waived: bool = False
     admitted_s: float | None = None
     first_token_s: float | None = None
@@ -79,6 +87,11 @@ class Request:
     def prefilling(self) -> bool:
         """Whether an admitted request's prompt is still to be prefilled, as far as its engine tells."""
         return self.first_token_s is None and not self.unobserved
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Prompt tokens that the engine must compute, at least 1: the last one is never taken from the cache."""
+        return max(1, self.prompt_tokens - self.cached_tokens)
 
     @property
     def length(self) -> float:

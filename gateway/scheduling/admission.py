@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from engine_adapter.engine import EngineState
 from gateway.policies.base import Decision, Policy, prefill_seconds
+from gateway.requests.prefix_index import PrefixIndex
 from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.decision_schedule import DecisionSchedule
@@ -23,11 +24,13 @@ class AdmissionController:
     INVARIANT: a submitted request is in ``waiting``, in ``running``, or has been rejected or withdrawn or has left.
 
     ``serves_best_effort`` says of a request that cannot attain its SLO whether its class serves it without bounds.
+    ``prefixes`` predicts the prefix-cache hits of the requests.
     """
 
     policy: Policy
     engine: EngineState
     serves_best_effort: Callable[[Request], bool] = lambda request: False
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     waiting: WaitingQueue = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
     schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
@@ -42,18 +45,21 @@ class AdmissionController:
 
     def submit(self, request: Request) -> None:
         """Queue ``request``."""
+        self.prefixes.wait(request)
         self.waiting.add(request)
         self.schedule.on_change(self.busy and len(self.waiting) > 1)
 
     def withdraw(self, request: Request) -> bool:
         """Remove a waiting request; return False when it does not wait."""
         removed = self.waiting.remove(request)
+        self.prefixes.withdraw(request)
         self.capacity_changed()
         return removed
 
     def leave(self, request: Request) -> bool:
         """Remove an admitted request that has ended in any way; return False when it does not run."""
         ran = self.running.pop(request.id, None) is not None
+        self.prefixes.release(request)
         self.capacity_changed()
         return ran
 
@@ -71,12 +77,14 @@ class AdmissionController:
         A rejected request whose class serves best effort keeps waiting without its bounds. It is then not among the
         rejections of the decision that is returned, and ``recheck_at`` is ``now``.
         """
+        self._update_prefix_hits()
         decision = self.policy.decide(now, self.waiting, self.running.values(), self.engine)
         for request in decision.admit:
             self.waiting.remove(request)
             request.admitted_s = now
             request.pace_s = decision.paces.get(request.id, request.pace_s)
             self.running[request.id] = request
+            self.prefixes.admit(request)
         rejected = []
         for rejection in decision.reject:
             request = rejection.request
@@ -86,11 +94,17 @@ class AdmissionController:
                 decision.recheck_at = now
             else:
                 self.waiting.remove(request)
+                self.prefixes.withdraw(request)
                 rejected.append(rejection)
         waived = len(rejected) < len(decision.reject)
         decision.reject = rejected
         self.schedule.on_decision(now, decision, self.busy and not waived)
         return decision
+
+    def _update_prefix_hits(self) -> None:
+        for request in self.prefixes.update_waiting():
+            self.waiting.reorder(request)
+        self.engine.shared_tokens = int(self.prefixes.shared_tokens)
 
     def queued_prefill_s(self) -> float:
         """Return the seconds of prefill work that wait."""

@@ -233,7 +233,7 @@ class EngineQueue:
         if decision.reject and len(self.running) == len(decision.admit):
             self._probe_idle_engine(now)
         for request in decision.admit:
-            backlog_s += self.engine.state.step_time.prefill(request.prompt_tokens)
+            backlog_s += self.engine.state.step_time.prefill(request.uncached_tokens)
             # Without a gate other prompts may overtake this one, so only a bound makes the prediction worth stating.
             stated = self.policy.gate != UNGATED or request.slo.ttft_s
             predicted_s = now - request.arrival_s + backlog_s if stated else None

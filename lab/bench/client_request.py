@@ -57,6 +57,9 @@ class _Stream:
     def on_prompt(self, sequence: str, tokens: int) -> None:
         """Ignored: the client does not need the prompt size."""
 
+    def on_cached(self, sequence: str, tokens: int) -> None:
+        """Ignored: the client does not need the cache hit."""
+
     def on_tokens(self, sequence: str, count: int, at: float) -> None:
         """Record the time of new tokens."""
         if self.first is None:
