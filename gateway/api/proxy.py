@@ -18,16 +18,27 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from engine_adapter.asgi import BODY_KEY, BodyTooDeep, ClientConnection, ClientDisconnected, JsonBody
-from engine_adapter.engine import OBSERVER_KEY, Engine, EngineLost, EngineUnreachable, Receive, Scope, Send
+from engine_adapter.engine import (
+    OBSERVER_KEY,
+    RENDERING_KEY,
+    Engine,
+    EngineLost,
+    EngineUnreachable,
+    Receive,
+    Scope,
+    Send,
+)
 from gateway.api.auth import ApiKey, KeyRing
 from gateway.api.engine_call import call_engine
 from gateway.api.errors import ApiError, bad_request, draining, unavailable
 from gateway.api.http_request import HttpRequest
 from gateway.api.pass_through import pass_through
 from gateway.api.prompt import Prompt, read_prompt
+from gateway.api.prompt_size import PromptSize, PromptSizer
 from gateway.api.rejections import answer_to, queue_full
 from gateway.api.request_body import (
     check_with_engine,
@@ -73,6 +84,7 @@ class Call:
     document: dict[str, Any]
     prompt: Prompt
     request: Request
+    size: PromptSize
     engine: Engine | None = None
 
 
@@ -106,6 +118,7 @@ class Proxy:
         self._max_body_bytes = max_body_bytes
         self._max_open_requests = max_open_requests
         self._clock = clock
+        self._sizer = PromptSizer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -162,20 +175,23 @@ class Proxy:
             slo_class=slo_class.name,
             arrival_s=http.arrival_s,
             slo=slo,
-            prompt_tokens=prompt.estimated_tokens,
+            prompt_tokens=1,
             predicted_tokens=1.0,
             sequences=prompt.sequences,
             tenant=key.tenant,
             max_tokens=math.inf if prompt.max_tokens is None else prompt.max_tokens,
         )
-        return Call(http, document, prompt, request)
+        size = self._sizer.estimate(request, prompt, document, document.get("model") or "")
+        return Call(http, document, prompt, request, size)
 
     async def _schedule(self, call: Call) -> None:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
-        self._place(call)
+        await self._place(call)
         entry = self._open_entry(call.request)
         client = ClientConnection(call.http.receive)
         try:
+            if call.size.invalid and await self._forward(call, entry, await self._place(call), client):
+                return
             await self._predict(call, entry)
             await self._serve(call, entry, client)
         except BaseException as error:
@@ -185,17 +201,18 @@ class Proxy:
         finally:
             client.close()
 
-    def _place(self, call: Call) -> EngineQueue:
-        """Place the request on an engine. Raises `ApiError` 400 if that engine cannot serve it.
+    async def _place(self, call: Call) -> EngineQueue:
+        """Place the request on an engine and measure its prompt there. Raises `ApiError` 400 if it cannot serve it.
 
-        The prompt is counted again for every new engine, since tokenizers differ.
+        The prompt is measured again for every new engine, since tokenizers differ.
         """
         engine_queue = self._router.place(call.request)
         engine = engine_queue.engine
         if engine is not call.engine:
             call.engine = engine
-            call.request.prompt_tokens = call.prompt.tokens(engine.count_tokens)
             _check_limits(call, engine)
+            path: str = call.http.scope["path"]
+            call.size = await self._sizer.measure(call.request, call.prompt, path, call.document, engine)
         call.request.model = engine.state.model
         return engine_queue
 
@@ -241,7 +258,7 @@ class Proxy:
         """
         outcome: QueueOutcome = Reroute()
         while isinstance(outcome, Reroute):
-            engine_queue = self._place(call)
+            engine_queue = await self._place(call)
             entry.engine = engine_queue.engine.name
             outcome = await _wait_in_queue(call.request, engine_queue, client)
         entry.queue_s = self._clock() - call.request.arrival_s
@@ -255,18 +272,24 @@ class Proxy:
         request, http, engine = call.request, call.http, engine_queue.engine
         # An engine that was down when the request was placed knows its limits only now.
         _check_limits(call, engine)
-        progress = Progress(request, on_first_token=engine_queue.on_first_token)
+        progress = Progress(request, engine_queue.on_first_token, partial(engine_queue.on_cache_hit, request))
+        entry.estimated_prompt_tokens = request.prompt_tokens if call.size.estimated else None
+        entry.predicted_cached_tokens = request.cached_tokens
         report = http.headers.get(REPORT_HEADER) == "1"
         relay = ResponseRelay(entry, progress, http.send, http.request_id, report=report, clock=self._clock)
         gate = engine_queue.policy.gate if engine.takes_xargs and engine_queue.policy.gate != UNGATED else ""
         body = JsonBody(document_for_engine(call.document, request.kind, request.pace_s, gate))
         scope = engine_scope(http.scope, http.request_id)
         scope[BODY_KEY], scope[OBSERVER_KEY] = body, progress
+        scope[RENDERING_KEY] = call.size.handle
         error = await call_engine(engine.app, scope, body, relay, client, STALL_S, LEAVE_GRACE_S)
         if isinstance(error, EngineUnreachable):
             request.wait_again()
             return False
         relay.measure(self._clock())
+        entry.cached_tokens = progress.cached_tokens
+        if call.size.estimated and progress.prompt_tokens:
+            self._sizer.learn(call.prompt, engine.state.model, progress.prompt_tokens)
         if relay.complete:
             await self._conclude(entry, relay, engine)
         else:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from gateway.api.auth import ApiKey
 from gateway.api.errors import ApiError, bad_request
 from gateway.requests.request import E2E_MOST_FOR_TTFT
-from gateway.requests.slo import Slo, SloClass
+from gateway.requests.slo import Bound, Slo, SloClass
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "ttft": ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms"),
@@ -43,10 +43,12 @@ def read_slo(headers: Mapping[str, str], key: ApiKey, classes: Mapping[str, SloC
     _check_rights(bounds, key)
     base = slo_class.slo
     ttft, tpot, e2e = bounds["ttft"], bounds["tpot"], bounds["e2e"]
+    defaults: dict[Bound, bool] = {"ttft": ttft is None, "tpot": tpot is None, "e2e": e2e is None}
     return slo_class, Slo(
         ttft_s=base.ttft_s if ttft is None else ttft,
         tpot_s=base.tpot_s if tpot is None else tpot,
         e2e_s=base.e2e_s if e2e is None else e2e,
+        from_class=frozenset(bound for bound, unset in defaults.items() if unset),
     )
 
 

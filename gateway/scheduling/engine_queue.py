@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from engine_adapter.engine import Engine
 from gateway.policies.base import UNGATED, Decision, Policy, Rejection, prefill_backlog
+from gateway.requests.prefix_index import DEFAULT_CAPACITY_TOKENS
 from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
 from gateway.requests.waiting_queue import WaitingQueue
@@ -171,6 +172,11 @@ class EngineQueue:
     def on_alive(self, alive: bool) -> None:
         """Note that the engine came up or went down."""
         self._down_since = None if alive else self._clock()
+        prefixes = self.admission.prefixes
+        if alive:
+            prefixes.capacity_tokens = self.engine.state.kv_tokens or DEFAULT_CAPACITY_TOKENS
+        else:
+            prefixes.clear()
         if not alive:
             self.shadows.engine_lost()
         self.admission.capacity_changed()
@@ -180,6 +186,10 @@ class EngineQueue:
         """Note that a response began, so its prompt is prefilled."""
         self.admission.capacity_changed()
         self.wake()
+
+    def on_cache_hit(self, request: Request, predicted: int, actual: int) -> None:
+        """Note that the engine found ``actual`` prompt tokens in its prefix cache; ``predicted`` were expected."""
+        self.admission.prefixes.learn(request, predicted, actual)
 
     def wake(self) -> None:
         """Decide in this iteration of the event loop, once, if a decision is due."""

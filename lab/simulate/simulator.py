@@ -196,7 +196,8 @@ def _load(engine: Replica) -> tuple[float, int]:
 def slo_of(request: WorkloadRequest) -> Slo:
     """Return the gateway's form of the bounds of ``request``: an infinite bound becomes None."""
     bounds = (request.ttft_slo_s, request.tpot_slo_s, request.e2e_slo_s)
-    return Slo(*(bound if bound < math.inf else None for bound in bounds))
+    ttft_s, tpot_s, e2e_s = (bound if bound < math.inf else None for bound in bounds)
+    return Slo(ttft_s, tpot_s, e2e_s)
 
 
 def _request(index: int, request: WorkloadRequest, predicted: PredictedLength, tenant: str) -> Request:
