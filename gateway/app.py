@@ -13,6 +13,7 @@ from engine_adapter.engine import Engine, EngineEvents, Receive, Scope, Send
 from gateway import __version__
 from gateway.api.auth import ApiKey, KeyRing
 from gateway.api.proxy import Proxy
+from gateway.api.routes.table import RouteTable
 from gateway.config.schema import GatewayConfig
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.metrics import Metrics
@@ -68,6 +69,8 @@ class Gateway:
             self.metrics,
             max_body_bytes=config.server.max_body_bytes,
             max_open_requests=config.server.max_open_requests,
+            max_pass_through=config.server.max_pass_through,
+            routes=RouteTable(config.server.pass_through_routes),
         )
         self._operator = _operator_routes(self)
 

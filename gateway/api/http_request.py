@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.engine import Message, Receive, Scope, Send
+from gateway.api.routes.table import Route
 
-CHAT_ROUTE, COMPLETION_ROUTE = "/v1/chat/completions", "/v1/completions"
-
+_REQUEST_ID = b"x-request-id"
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -21,14 +22,17 @@ class HttpRequest:
 
     ``status`` is the status in metrics: that of the response, and 500 before a response started. `Proxy` sets 499 if
     the client disconnected before its response was complete; on routes that are not scheduled, before it started.
+    ``streaming``: an event stream has started. Every response gets the header ``x-request-id``.
     """
 
     scope: Scope
     receive: Receive
     client_send: Send
     arrival_s: float
+    route: Route
     status: int = 500
     response_started: bool = False
+    streaming: bool = False
     headers: HeaderView = field(init=False)
     request_id: bytes = field(init=False)
 
@@ -36,27 +40,19 @@ class HttpRequest:
         self.headers = HeaderView(scope=self.scope)
         self.request_id = _request_id(self.headers.get("x-request-id"))
 
-    @property
-    def is_chat(self) -> bool:
-        """Whether the route is the chat completions route."""
-        return bool(self.scope["path"] == CHAT_ROUTE)
-
-    @property
-    def is_scheduled(self) -> bool:
-        """Whether the request generates tokens and so passes the scheduling pipeline."""
-        return self.route != "/v1/*" and self.scope["method"] == "POST"
-
-    @property
-    def route(self) -> str:
-        """The route as a metric label: one of the scheduled routes, or ``/v1/*``."""
-        path: str = self.scope["path"]
-        return path if path in (CHAT_ROUTE, COMPLETION_ROUTE) else "/v1/*"
-
     async def send(self, message: Message) -> None:
         """Send ``message`` to the client, and note the response's status."""
         if message["type"] == "http.response.start":
             self.status, self.response_started = message["status"], True
+            headers = [(name, value) for name, value in message.get("headers", ()) if name.lower() != _REQUEST_ID]
+            self.streaming = is_event_stream(headers)
+            message = {**message, "headers": [*headers, (_REQUEST_ID, self.request_id)]}
         await self.client_send(message)
+
+
+def is_event_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a response with ``headers`` is an event stream."""
+    return any(value.startswith(b"text/event-stream") for name, value in headers if name.lower() == b"content-type")
 
 
 def _request_id(given: str | None) -> bytes:

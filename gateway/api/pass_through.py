@@ -1,16 +1,25 @@
-"""Routes under ``/v1`` that are not scheduled. Their requests go to an engine without the gateway's own fields."""
+"""Routes under ``/v1`` that are not scheduled. Their requests go to an engine without the gateway's own fields.
+
+They use the engine too, so only a limited number runs at a time, and the others wait.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
 
+from prometheus_client import Gauge
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.asgi import BodyTooDeep, ClientConnection, ClientDisconnected, encode_json
 from engine_adapter.engine import Engine, Scope
 from gateway.api.errors import bad_request
 from gateway.api.http_request import HttpRequest
+from gateway.api.rejections import queue_full
 from gateway.api.request_body import check_with_engine, document_for_engine, engine_scope, parse_json, too_deep
+
+WAIT_S = 60.0
+"""Longest wait of a call (s) for its turn at an engine. Convention."""
 
 _CHECKED_FIELDS = frozenset(("seed", "vllm_xargs"))
 """Fields that an engine may read on any route, and that a client may not set freely."""
@@ -20,22 +29,59 @@ _CHECKED_FORM_FIELD = re.compile(rb';[ \t]*(?i:name)[ \t]*(?:=[ \t]*"?(seed|vllm
 _NOT_UTF8 = re.compile(r';[ \t]*charset(?!="?utf-?8"?[ \t]*(?:;|$))', re.IGNORECASE)
 
 
-async def pass_through(http: HttpRequest, body: bytes, engine: Engine) -> None:
-    """Have ``engine`` answer the request.
+class PassThrough:
+    """Sends requests to engines past their queues. ``limit``: calls that one engine serves at a time; more wait.
 
-    Raises:
-        ApiError: 400 for a field that no engine may receive.
-        ClientDisconnected: the client disconnected before a response started.
-        EngineLost: the engine died, or was down already.
+    ``serving``: a gauge of these calls, with the label ``engine``.
     """
-    body = checked_body(http.scope, http.headers, body, engine)
-    client = ClientConnection(http.receive)
-    try:
-        await engine.app(engine_scope(http.scope, http.request_id, len(body)), client.receive_for(body), http.send)
-        if not http.response_started and client.disconnected.done():
+
+    def __init__(self, limit: int, serving: Gauge) -> None:
+        self._limit = limit
+        self._serving = serving
+        self._slots: dict[str, asyncio.Semaphore] = {}
+
+    async def serve(self, http: HttpRequest, body: bytes, engine: Engine) -> None:
+        """Have ``engine`` answer the request, in its turn.
+
+        Raises:
+            ApiError: 400 for a field that no engine may receive; 429 after `WAIT_S` without a turn.
+            ClientDisconnected: the client disconnected before a response started.
+            EngineLost: the engine died, or was down already.
+        """
+        body = checked_body(http.scope, http.headers, body, engine)
+        slots = self._slots.setdefault(engine.name, asyncio.Semaphore(self._limit))
+        client = ClientConnection(http.receive)
+        try:
+            await self._wait(slots, client)
+            try:
+                with self._serving.labels(engine.name).track_inprogress():
+                    scope = engine_scope(http.scope, http.request_id, len(body))
+                    await engine.app(scope, client.receive_for(body), http.send)
+            finally:
+                slots.release()
+            if not http.response_started and client.disconnected.done():
+                raise ClientDisconnected
+        finally:
+            client.close()
+
+    async def _wait(self, slots: asyncio.Semaphore, client: ClientConnection) -> None:
+        """Take a slot, in order of arrival."""
+        if not slots.locked():
+            await slots.acquire()
+            return
+        turn = asyncio.ensure_future(slots.acquire())
+        try:
+            await asyncio.wait({turn, client.disconnected}, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not turn.done():
+                turn.cancel()
+        if turn.done() and not client.disconnected.done():
+            return
+        if turn.done():
+            slots.release()
+        if client.disconnected.done():
             raise ClientDisconnected
-    finally:
-        client.close()
+        raise queue_full("The engine serves too many calls that are not scheduled.", self._limit, 1.0)
 
 
 def checked_body(scope: Scope, headers: HeaderView, body: bytes, engine: Engine) -> bytes:

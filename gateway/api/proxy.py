@@ -25,6 +25,7 @@ from engine_adapter.asgi import BODY_KEY, BodyTooDeep, ClientConnection, ClientD
 from engine_adapter.engine import (
     OBSERVER_KEY,
     RENDERING_KEY,
+    XARGS_KEY,
     Engine,
     EngineLost,
     EngineUnreachable,
@@ -36,19 +37,22 @@ from gateway.api.auth import ApiKey, KeyRing
 from gateway.api.engine_call import call_engine
 from gateway.api.errors import ApiError, bad_request, draining, unavailable
 from gateway.api.http_request import HttpRequest
-from gateway.api.pass_through import pass_through
-from gateway.api.prompt import Prompt, read_prompt
+from gateway.api.pass_through import PassThrough
+from gateway.api.prompt import Prompt
 from gateway.api.prompt_size import PromptSize, PromptSizer
 from gateway.api.rejections import answer_to, queue_full
 from gateway.api.request_body import (
     check_with_engine,
     document_for_engine,
     engine_scope,
+    gate_xargs,
     parse_document,
     read_limited_body,
     too_deep,
 )
 from gateway.api.response_relay import ResponseRelay, send_error
+from gateway.api.routes.generation import GenerationRoute
+from gateway.api.routes.table import RouteTable
 from gateway.api.slo_headers import read_slo
 from gateway.api.slo_report import REPORT_HEADER
 from gateway.observability.ledger import Entry, Ledger, Outcome
@@ -81,6 +85,7 @@ class Call:
     """A scheduled request on its way through the pipeline. ``engine``: the last one that it was judged with."""
 
     http: HttpRequest
+    route: GenerationRoute
     document: dict[str, Any]
     prompt: Prompt
     request: Request
@@ -89,7 +94,7 @@ class Call:
 
 
 class Proxy:
-    """Schedules completions, and passes every other ``/v1/*`` route on to an engine.
+    """Schedules the requests of generation routes, and passes those of other known routes on to an engine.
 
     ``draining``: every new request is answered with 503. ``in_flight``: requests that have no complete response yet.
     """
@@ -105,6 +110,8 @@ class Proxy:
         *,
         max_body_bytes: int = 8 << 20,
         max_open_requests: int = 4096,
+        max_pass_through: int = 32,
+        routes: RouteTable | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = False
@@ -117,30 +124,33 @@ class Proxy:
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._max_open_requests = max_open_requests
+        self._unscheduled = PassThrough(max_pass_through, metrics.pass_through)
+        self._routes = routes or RouteTable()
         self._clock = clock
         self._sizer = PromptSizer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        http = HttpRequest(scope, receive, send, self._clock())
+        http = HttpRequest(scope, receive, send, self._clock(), self._routes.find(scope["path"]))
         self.in_flight += 1
         try:
             await self._answer(http)
         finally:
             self.in_flight -= 1
-            self._metrics.http_requests.labels(http.route, http.status).inc()
+            self._metrics.http_requests.labels(http.route.label, http.status).inc()
 
     async def _answer(self, http: HttpRequest) -> None:
         """Serve ``http``, and answer with an error response if that fails."""
         try:
             key = self._authenticate(http)
+            http.route.check(http.scope["method"])
             # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for every open request.
-            if http.is_scheduled:
-                await self._schedule(self._read(http, key, await self._receive_body(http)))
+            if http.route.generation is not None:
+                await self._schedule(self._read(http, key, http.route.generation, await self._receive_body(http)))
             else:
                 await self._pass_through(http, await self._receive_body(http))
         except ApiError as error:
-            await send_error(http.send, error, http.request_id)
+            await send_error(http.send, error, http.request_id, http.route.errors)
         except ClientDisconnected:
             http.status = 499
         except Exception as error:
@@ -149,7 +159,7 @@ class Proxy:
             log.error("a request failed inside the gateway: %s", type(error).__name__, exc_info=debugging)
             if not http.response_started:
                 internal = ApiError(500, "The gateway failed on this request.", "internal_error", "internal_error")
-                await send_error(http.send, internal, http.request_id)
+                await send_error(http.send, internal, http.request_id, http.route.errors)
 
     # --- the pipeline, in order ---------------------------------------------------------------------------------------
 
@@ -165,11 +175,11 @@ class Proxy:
     async def _receive_body(self, http: HttpRequest) -> bytes:
         return await read_limited_body(http.headers, http.receive, self._max_body_bytes)
 
-    def _read(self, http: HttpRequest, key: ApiKey, body: bytes) -> Call:
+    def _read(self, http: HttpRequest, key: ApiKey, route: GenerationRoute, body: bytes) -> Call:
         """Parse the body, read the SLO, estimate the prompt size. Nothing here depends on an engine."""
         document = parse_document(body)
         slo_class, slo = read_slo(http.headers, key, self._classes)
-        prompt = read_prompt(document, http.is_chat)
+        prompt = route.read_prompt(document)
         request = Request(
             id=uuid.uuid4().hex,
             slo_class=slo_class.name,
@@ -182,7 +192,7 @@ class Proxy:
             max_tokens=math.inf if prompt.max_tokens is None else prompt.max_tokens,
         )
         size = self._sizer.estimate(request, prompt, document, document.get("model") or "")
-        return Call(http, document, prompt, request, size)
+        return Call(http, route, document, prompt, request, size)
 
     async def _schedule(self, call: Call) -> None:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
@@ -276,11 +286,13 @@ class Proxy:
         entry.estimated_prompt_tokens = request.prompt_tokens if call.size.estimated else None
         entry.predicted_cached_tokens = request.cached_tokens
         report = http.headers.get(REPORT_HEADER) == "1"
-        relay = ResponseRelay(entry, progress, http.send, http.request_id, report=report, clock=self._clock)
-        gate = engine_queue.policy.gate if engine.takes_xargs and engine_queue.policy.gate != UNGATED else ""
-        body = JsonBody(document_for_engine(call.document, request.kind, request.pace_s, gate))
+        relay = ResponseRelay(entry, progress, http.send, http.request_id, call.route, report=report, clock=self._clock)
+        gate = engine_queue.policy.gate if engine_queue.policy.gate != UNGATED else ""
+        xargs = gate_xargs(request.kind, request.pace_s, gate)
+        in_body = engine.takes_xargs and call.route.takes_xargs
+        body = JsonBody(document_for_engine(call.document, xargs if in_body else None))
         scope = engine_scope(http.scope, http.request_id)
-        scope[BODY_KEY], scope[OBSERVER_KEY] = body, progress
+        scope[BODY_KEY], scope[OBSERVER_KEY], scope[XARGS_KEY] = body, progress, xargs
         scope[RENDERING_KEY] = call.size.handle
         error = await call_engine(engine.app, scope, body, relay, client, STALL_S, LEAVE_GRACE_S)
         if isinstance(error, EngineUnreachable):
@@ -310,7 +322,7 @@ class Proxy:
         if isinstance(error, BodyTooDeep):
             raise self._closed(entry, "rejected", "invalid_json", too_deep())
         if isinstance(error, EngineLost):
-            self._ledger.close(entry, "failed", "engine_lost")
+            self._ledger.close(entry, "failed", "draining" if self.draining else "engine_lost")
             answer = self._engine_lost(engine_queue)
         else:
             log.error(
@@ -343,11 +355,9 @@ class Proxy:
         if self.in_flight > self._max_open_requests:
             raise self._gateway_full()
         try:
-            await pass_through(http, body, alive[0].engine)
+            await self._unscheduled.serve(http, body, alive[0].engine)
         except EngineLost as error:
-            if http.response_started:
-                raise
-            raise self._engine_lost(alive[0]) from error
+            await _end_lost(http, self._engine_lost(alive[0]), error)
 
     def _closed(self, entry: Entry, outcome: Outcome, reason: str, error: ApiError) -> ApiError:
         """Close ``entry`` and return ``error``, for the caller to raise."""
@@ -358,8 +368,22 @@ class Proxy:
         return queue_full("The gateway has too many open requests.", self._max_open_requests, 1.0)
 
     def _engine_lost(self, engine_queue: EngineQueue) -> ApiError:
+        if self.draining:
+            return draining()
         retry_after_s = engine_queue.back_in_s(self._clock())
         return unavailable("The engine died while it served this request. Send it again.", "engine_lost", retry_after_s)
+
+
+async def _end_lost(http: HttpRequest, answer: ApiError, error: EngineLost) -> None:
+    """End a request that passed through to an engine that died. Raises ``answer`` if no response has started."""
+    if not http.response_started:
+        raise answer from error
+    http.status = answer.status
+    if http.streaming:
+        # The engine may have died within an event, which a blank line ends.
+        event = b"\n\n" + http.route.errors.event(answer, http.request_id, 0)
+        await http.send({"type": "http.response.body", "body": event})
+    # NOTE: a partial document cannot be repaired. The server closes its connection, so the client notices.
 
 
 def _outcome_of(error: BaseException) -> tuple[Outcome, str]:

@@ -93,16 +93,23 @@ def check_with_engine(document: dict[str, Any], engine: Engine) -> None:
         raise bad_request(reason, reason.partition(":")[0], "unsupported_parameter")
 
 
-def document_for_engine(
-    document: dict[str, Any],
-    kind: ServiceKind = ServiceKind.BEST_EFFORT,
-    pace_s: float | None = None,
-    gate: str = "",
-) -> dict[str, Any]:
-    """Return a copy of the client's document with the gateway's own ``vllm_xargs``, for the step gate ``gate``.
+def gate_xargs(kind: ServiceKind, pace_s: float | None, gate: str) -> dict[str, Any]:
+    """Return what the step gate ``gate`` plans with, as members of ``vllm_xargs``; nothing for an empty ``gate``.
 
-    ``kind`` and ``pace_s`` (seconds per output token; None without a pace) are what the gate plans with. With an empty
-    ``gate`` the engine is sent neither.
+    ``pace_s``: seconds per output token, None without a pace.
+    """
+    if not gate:
+        return {}
+    xargs: dict[str, Any] = {GATE_XARG: gate}
+    if pace_s is not None:
+        xargs[TPOT_XARG] = round(pace_s * 1000, 3)
+    if kind is not default_kind(pace_s):
+        xargs[KIND_XARG] = kind.label
+    return xargs
+
+
+def document_for_engine(document: dict[str, Any], own_xargs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return a copy of the client's document, with ``own_xargs`` (`gate_xargs`) among its ``vllm_xargs``.
 
     INVARIANT: members that start with `OWN_XARGS_PREFIX` never come from a client. They would let a request claim a
     pace that it was not admitted with.
@@ -112,12 +119,7 @@ def document_for_engine(
         clients_xargs, xargs = None, {}
     else:
         xargs = {key: value for key, value in clients_xargs.items() if not key.startswith(OWN_XARGS_PREFIX)}
-    if gate:
-        xargs[GATE_XARG] = gate
-        if pace_s is not None:
-            xargs[TPOT_XARG] = round(pace_s * 1000, 3)
-        if kind is not default_kind(pace_s):
-            xargs[KIND_XARG] = kind.label
+    xargs.update(own_xargs or {})
     result = dict(document)
     if xargs:
         result["vllm_xargs"] = xargs

@@ -41,6 +41,12 @@ class ServerConfig(Section):
     )
     max_body_bytes: int = Field(8 << 20, ge=1024, le=1 << 30)
     max_open_requests: int = Field(4096, ge=1, description="Open requests above which new ones get 429 queue_full.")
+    max_pass_through: int = Field(
+        32, ge=1, description="Requests outside scheduling that one engine serves at a time; further ones wait."
+    )
+    pass_through_routes: list[Annotated[str, Field(pattern=r"^/v1/[A-Za-z0-9._/-]+$")]] = Field(
+        default_factory=list, description="More paths under /v1 that reach an engine without scheduling."
+    )
     drain_s: float = Field(30.0, ge=0, le=3600, description="Time that SIGTERM allows for open requests to finish.")
 
 

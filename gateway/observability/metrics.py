@@ -103,6 +103,12 @@ class Metrics:
             ("route", "status"),
             registry=registry,
         )
+        self.pass_through = Gauge(
+            "antares_pass_through_requests",
+            "Requests that an engine serves without scheduling.",
+            ("engine",),
+            registry=registry,
+        )
         for source in ("service", "fallback"):
             self.predictions.labels(source)
 

@@ -170,6 +170,11 @@ class PromptContent:
         count = round(min(tokens, _MAX_OPAQUE_TOKENS) * _BYTES_PER_TOKEN / len(digest))
         self._rendered.append(digest * max(1, count))
 
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of the prompt's text, to compare prompts by."""
+        return sum(map(len, self._rendered))
+
     # --- results ----------------------------------------------------------------------------------------------------
 
     def features(self) -> Floats:

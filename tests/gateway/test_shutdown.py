@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -32,6 +33,30 @@ async def test_drain_returns_false_on_timeout() -> None:
         assert not await antares.gateway.drain(0.05)
         task.cancel()
         await eventually(antares.is_idle)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, chat(max_tokens=4000)),
+        ("/v1/responses", {"input": "a story", "max_output_tokens": 4000}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "a story"}], "max_tokens": 4000}),
+    ],
+)
+async def test_stream_open_after_the_drain_ends_with_an_error_event(path: str, body: dict[str, object]) -> None:
+    async with live(fast_engine(times=StepTimes(d=0.02))) as antares:
+        stream = {**body, "stream": True, "ignore_eos": True}
+        task = asyncio.create_task(antares.ask(stream, path, x_slo_report="1"))
+        await eventually(lambda: antares.engine.state.engine_running == 1)
+        assert not await antares.gateway.drain(0.1)
+        await antares.gateway.stop()
+        answer = await task
+        error = next(json.loads(line[6:]) for line in reversed(answer.text.splitlines()) if line.startswith("data: {"))
+        assert (answer.status_code, error["error"]["code"]) == (200, "draining")
+        assert ": antares" not in answer.text
+        assert antares.outcomes["failed"] == 1
+        text = antares.gateway.metrics.exposition().decode()
+        assert re.search(r'antares_requests_total\{.*outcome="failed",reason="draining".*\} 1\.0', text)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
