@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.engine import Message, Receive, Scope, Send
+from gateway.api.errors import Headers
 
 CHAT_ROUTE, COMPLETION_ROUTE = "/v1/chat/completions", "/v1/completions"
+
+_STREAM_TYPE = b"text/event-stream"
+STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+"""Headers of every event stream: caches must not store it, and nginx must not hold its events back."""
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -56,11 +62,28 @@ class HttpRequest:
         """Send ``message`` to the client, and note the response's status."""
         if message["type"] == "http.response.start":
             self.status, self.response_started = message["status"], True
+            message = {**message, "headers": client_headers(message.get("headers", ()))}
         await self.client_send(message)
+
+
+def client_headers(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Return response headers for the client: with `STREAM_HEADERS`, and without an engine's cross-origin rules."""
+    kept: Headers = []
+    streams, names = False, set()
+    for name, value in headers:
+        lower = name.lower()
+        if not lower.startswith(b"access-control-"):
+            kept.append((name, value))
+            names.add(lower)
+            streams |= lower == b"content-type" and value.startswith(_STREAM_TYPE)
+    if streams:
+        kept += [(name, value) for name, value in STREAM_HEADERS if name not in names]
+    return kept
 
 
 def _request_id(given: str | None) -> bytes:
     """Return the client's own id if its characters are safe in headers and logs, else a new one."""
-    if given is not None and _SAFE_ID.fullmatch(given):
+    given = (given or "").strip()
+    if _SAFE_ID.fullmatch(given):
         return given.encode()
     return uuid.uuid4().hex.encode()

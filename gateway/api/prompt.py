@@ -67,7 +67,8 @@ def read_prompt(body: dict[str, Any], chat: bool) -> Prompt:
         raise bad_request("model: must be a string.", "model", "invalid_type")
     if not isinstance(body.get("stream") or False, bool):
         raise bad_request("stream: must be true or false.", "stream", "invalid_type")
-    n = _whole_number(body, "n", 1) or 1
+    # An engine that knows `best_of` generates that many and returns `n`. A beam search has `n` beams.
+    n = max(_whole_number(body, "n", 1) or 1, _whole_number(body, "best_of", 1) or 1)
     given = _read_chat(body) if chat else _read_completion(body)
     sequences = n * given.prompts
     if sequences > MAX_SEQUENCES:

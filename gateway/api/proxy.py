@@ -12,6 +12,7 @@ response). `_conclude` or `_fail` closes the ledger entry. The body is parsed on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -23,10 +24,13 @@ from typing import Any
 from engine_adapter.asgi import BODY_KEY, BodyTooDeep, ClientConnection, ClientDisconnected, JsonBody
 from engine_adapter.engine import OBSERVER_KEY, Engine, EngineLost, EngineUnreachable, Receive, Scope, Send
 from gateway.api.auth import ApiKey, KeyRing
+from gateway.api.body_fields import FieldGuard
 from gateway.api.engine_call import call_engine
 from gateway.api.errors import ApiError, bad_request, draining, unavailable
 from gateway.api.http_request import HttpRequest
+from gateway.api.keep_alive import KeepAlive
 from gateway.api.pass_through import pass_through
+from gateway.api.paths import check_path
 from gateway.api.prompt import Prompt, read_prompt
 from gateway.api.rejections import answer_to, queue_full
 from gateway.api.request_body import (
@@ -38,7 +42,7 @@ from gateway.api.request_body import (
     too_deep,
 )
 from gateway.api.response_relay import ResponseRelay, send_error
-from gateway.api.slo_headers import read_slo
+from gateway.api.slo_headers import read_output_tokens, read_slo
 from gateway.api.slo_report import REPORT_HEADER
 from gateway.observability.ledger import Entry, Ledger, Outcome
 from gateway.observability.metrics import Metrics
@@ -67,19 +71,25 @@ LEAVE_GRACE_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A scheduled request on its way through the pipeline. ``engine``: the last one that it was judged with."""
+    """A scheduled request on its way through the pipeline.
+
+    ``engine``: the last one that it was judged with. ``output_tokens``: the length that the client expects.
+    """
 
     http: HttpRequest
     document: dict[str, Any]
     prompt: Prompt
     request: Request
+    output_tokens: int | None = None
     engine: Engine | None = None
 
 
 class Proxy:
     """Schedules completions, and passes every other ``/v1/*`` route on to an engine.
 
-    ``draining``: every new request is answered with 503. ``in_flight``: requests that have no complete response yet.
+    ``draining``: every new request is answered with 503. ``stopping``: the engines stop, so a request that loses its
+    engine is answered likewise. ``in_flight``: requests that have no complete response yet. ``classes``, ``keys`` and
+    ``guard`` may be replaced while requests are served; each request keeps what it was judged with.
     """
 
     def __init__(
@@ -93,18 +103,22 @@ class Proxy:
         *,
         max_body_bytes: int = 8 << 20,
         max_open_requests: int = 4096,
+        keep_alive_s: float | None = None,
+        guard: FieldGuard | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.draining = False
+        self.draining = self.stopping = False
         self.in_flight = 0
         self._router = router
-        self._classes = classes
-        self._keys = keys
+        self.classes = classes
+        self.keys = keys
         self._predictor = predictor
         self._ledger = ledger
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._max_open_requests = max_open_requests
+        self._keep_alive_s = keep_alive_s
+        self.guard = guard or FieldGuard()
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,9 +137,11 @@ class Proxy:
             key = self._authenticate(http)
             # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for every open request.
             if http.is_scheduled:
-                await self._schedule(self._read(http, key, await self._receive_body(http)))
+                call = self._read(http, key, await self._receive_body(http))
+                with self._keep_alive(call):
+                    await self._schedule(call)
             else:
-                await self._pass_through(http, await self._receive_body(http))
+                await self._pass_through(http, key, await self._receive_body(http))
         except ApiError as error:
             await send_error(http.send, error, http.request_id)
         except ClientDisconnected:
@@ -141,10 +157,14 @@ class Proxy:
     # --- the pipeline, in order ---------------------------------------------------------------------------------------
 
     def _authenticate(self, http: HttpRequest) -> ApiKey:
-        """Return the request's API key. Raises `ApiError` 401, 431 for too many headers, or 503 while draining."""
+        """Return the request's API key.
+
+        Raises `ApiError` 401, 404 or 405 for its path, 431 for too many headers, or 503 while draining.
+        """
         if len(http.headers.raw) > MAX_HEADERS:
             raise bad_request(f"More than {MAX_HEADERS} headers.", None, "too_many_headers", 431)
-        key = self._keys.authenticate(http.headers.get("authorization"))
+        check_path(http.scope)
+        key = self.keys.authenticate(http.headers.get("authorization"), http.headers.get("x-api-key"))
         if self.draining:
             raise draining()
         return key
@@ -155,7 +175,9 @@ class Proxy:
     def _read(self, http: HttpRequest, key: ApiKey, body: bytes) -> Call:
         """Parse the body, read the SLO, estimate the prompt size. Nothing here depends on an engine."""
         document = parse_document(body)
-        slo_class, slo = read_slo(http.headers, key, self._classes)
+        output_tokens = read_output_tokens(http.headers, document)
+        self.guard.apply(document, key)
+        slo_class, slo = read_slo(http.headers, key, self.classes)
         prompt = read_prompt(document, http.is_chat)
         request = Request(
             id=uuid.uuid4().hex,
@@ -168,7 +190,13 @@ class Proxy:
             tenant=key.tenant,
             max_tokens=math.inf if prompt.max_tokens is None else prompt.max_tokens,
         )
-        return Call(http, document, prompt, request)
+        return Call(http, document, prompt, request, output_tokens)
+
+    def _keep_alive(self, call: Call) -> contextlib.AbstractContextManager[object]:
+        """Return what keeps the connection of a stream alive until its answer begins; nothing by default."""
+        if self._keep_alive_s is None or call.document.get("stream") is not True:
+            return contextlib.nullcontext()
+        return KeepAlive(call.http, self._keep_alive_s)
 
     async def _schedule(self, call: Call) -> None:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
@@ -207,18 +235,25 @@ class Proxy:
         return entry
 
     async def _predict(self, call: Call, entry: Entry) -> None:
-        """Predict the output length. `LengthPredictor` bounds the time that this takes."""
+        """Predict the output length, unless the client states it. `LengthPredictor` bounds the time that this takes."""
         started, request, prompt = self._clock(), call.request, call.prompt
-        prediction = entry.prediction = await self._predictor.predict(
-            prompt.text,
-            request.prompt_tokens,
-            request.slo_class,
-            prompt.max_tokens,
-            prompt.min_tokens,
-            model=request.model,
-            request_id=request.id,
-        )
-        request.predict(prediction.tokens, prediction.p90)
+        if call.output_tokens is not None:
+            limit = request.max_tokens
+            if call.engine is not None:
+                limit = min(limit, call.engine.state.max_model_len - request.prompt_tokens)
+            prediction = self._predictor.from_hint(call.output_tokens, request.slo_class, limit, prompt.min_tokens)
+        else:
+            prediction = await self._predictor.predict(
+                prompt.text,
+                request.prompt_tokens,
+                request.slo_class,
+                prompt.max_tokens,
+                prompt.min_tokens,
+                model=request.model,
+                request_id=request.id,
+            )
+        entry.prediction = prediction
+        request.predict(prediction.tokens, prediction.p90, prediction.beyond)
         self._metrics.predictions.labels(prediction.source).inc()
         self._metrics.prediction_seconds.observe(self._clock() - started)
 
@@ -287,7 +322,7 @@ class Proxy:
         if isinstance(error, BodyTooDeep):
             raise self._closed(entry, "rejected", "invalid_json", too_deep())
         if isinstance(error, EngineLost):
-            self._ledger.close(entry, "failed", "engine_lost")
+            self._ledger.close(entry, "failed", "draining" if self.stopping else "engine_lost")
             answer = self._engine_lost(engine_queue)
         else:
             log.error(
@@ -311,16 +346,18 @@ class Proxy:
 
     # --- other routes, and errors -------------------------------------------------------------------------------------
 
-    async def _pass_through(self, http: HttpRequest, body: bytes) -> None:
+    async def _pass_through(self, http: HttpRequest, key: ApiKey, body: bytes) -> None:
         """Have the first engine that is alive answer the request."""
         alive = [queue for queue in self._router.engine_queues if queue.engine.state.alive]
+        if not alive and self.stopping:
+            raise draining()
         if not alive:
             retry_after_s = self._router.engine_queues[0].back_in_s(self._clock())
             raise unavailable("No engine is alive.", "engine_unavailable", retry_after_s)
         if self.in_flight > self._max_open_requests:
             raise self._gateway_full()
         try:
-            await pass_through(http, body, alive[0].engine)
+            await pass_through(http, body, alive[0].engine, key, self.guard)
         except EngineLost as error:
             if http.response_started:
                 raise
@@ -335,6 +372,8 @@ class Proxy:
         return queue_full("The gateway has too many open requests.", self._max_open_requests, 1.0)
 
     def _engine_lost(self, engine_queue: EngineQueue) -> ApiError:
+        if self.stopping:
+            return draining()
         retry_after_s = engine_queue.back_in_s(self._clock())
         return unavailable("The engine died while it served this request. Send it again.", "engine_lost", retry_after_s)
 
