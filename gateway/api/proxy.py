@@ -291,7 +291,7 @@ class Proxy:
         # An engine that was down when the request was placed knows its limits only now.
         _check_limits(call, engine)
         progress = Progress(request, on_first_token=engine_queue.on_first_token)
-        report = http.headers.get(REPORT_HEADER) == "1"
+        report = http.headers.get(REPORT_HEADER, "").strip() == "1"
         relay = ResponseRelay(entry, progress, http.send, http.request_id, report=report, clock=self._clock)
         gate = engine_queue.policy.gate if engine.takes_xargs and engine_queue.policy.gate != UNGATED else ""
         body = JsonBody(document_for_engine(call.document, request.kind, request.pace_s, gate))

@@ -190,7 +190,7 @@ class LengthPredictor:
             tokens=max(least, min(hint, limit)),
             p90=max(least, min(hint * HINT_P90, limit)),
             source="hint",
-            beyond=(usual.tokens, max(usual.p90, usual.tokens)),
+            beyond=(usual.tokens, max(usual.p90, 2 * usual.tokens)),
         )
 
     async def warm_up(self, max_wait_s: float = 5.0) -> bool:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine_adapter.engine import EngineState
-from gateway.policies.base import Decision, Policy, prefill_seconds
+from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Policy, prefill_seconds
 from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.decision_schedule import DecisionSchedule
 
-DECISION_GRACE_S = 0.2
-"""A request that waits for longer than this was not admitted by at least one decision: those are 0.1 s apart."""
+DECISION_GRACE_S = 2 * MAX_DECISION_INTERVAL_S
+"""A request that has waited for longer was kept waiting by at least one decision."""
 
 
 @dataclass(slots=True, eq=False)
