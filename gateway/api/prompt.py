@@ -116,12 +116,13 @@ def read_responses(body: dict[str, Any]) -> Prompt:
 
 
 def _read_common(body: dict[str, Any]) -> int:
-    """Check the fields that all bodies have, and return ``n``."""
+    """Check the fields that all bodies have, and return the number of sequences for each prompt."""
     if not isinstance(body.get("model") or "", str):
         raise bad_request("model: must be a string.", "model", "invalid_type")
     if not isinstance(body.get("stream") or False, bool):
         raise bad_request("stream: must be true or false.", "stream", "invalid_type")
-    return _checked_sequences(_whole_number(body, "n", 1) or 1)
+    # An engine that knows `best_of` generates that many and returns `n`. A beam search has `n` beams.
+    return _checked_sequences(max(_whole_number(body, "n", 1) or 1, _whole_number(body, "best_of", 1) or 1))
 
 
 def _checked_sequences(sequences: int) -> int:
