@@ -22,6 +22,9 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 OBSERVER_KEY = "antares.observer"
 """ASGI scope key under which the gateway passes a request's `TokenObserver` to the engine."""
 
+FAILED_KEY = "antares.failed"
+"""Key of an ``http.response.body`` message, true if its body reports that the engine failed inside a 200 response."""
+
 
 TPOT_XARG = "antares_tpot_ms"
 """Member of ``vllm_xargs`` with a request's pace for the step gate: milliseconds per output token.
