@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -194,7 +194,7 @@ def _cause(error: aiohttp.ClientError) -> str:
     return ""
 
 
-def plain_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+def plain_chunks(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
     """The response body, decompressed if it is gzip or deflate; other encodings pass unchanged.
 
     A server may compress although the request asks for ``identity``.
@@ -203,11 +203,26 @@ def plain_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         aiohttp.ClientPayloadError: the body does not have the encoding that its header names.
     """
     encoding = response.headers.get("content-encoding", "").lower()
-    chunks = response.content.iter_any()
+    chunks = _chunks(response.content)
     return _decompress(chunks, encoding) if encoding in _COMPRESSED else chunks
 
 
-async def _decompress(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
+async def _chunks(body: aiohttp.StreamReader) -> AsyncGenerator[bytes, None]:
+    """The chunks of ``body``, also those that arrived before its connection broke.
+
+    NOTE: aiohttp (3.14) raises as soon as the connection is lost, although unread chunks may hold the whole response.
+    """
+    try:
+        while chunk := await body.readany():
+            yield chunk
+    except aiohttp.ClientError:
+        unread = b"".join(getattr(body, "_buffer", ()))[getattr(body, "_buffer_offset", 0) :]
+        if unread:
+            yield unread
+        raise
+
+
+async def _decompress(chunks: AsyncIterator[bytes], encoding: str) -> AsyncGenerator[bytes, None]:
     decompressor = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
         async for chunk in chunks:

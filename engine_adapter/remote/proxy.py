@@ -286,18 +286,19 @@ class HttpProxy:
         """
         splitter = SSESplitter()
         try:
-            async for chunk in plain_chunks(response):
-                self.last_data_at = at = time.monotonic()
-                before = counter.total
-                batch = _counted(splitter.feed(chunk), counter, at)
-                if counter.total > before:
-                    tokens = (counter.total - before) * (1.0 if counter.settled else counter.tokens_per_event)
-                    if self._sampler.tokens(timing, tokens, at):
-                        self.events.on_step()
-                if batch:
-                    yield batch
-                if counter.ended:
-                    return
+            async with contextlib.aclosing(plain_chunks(response)) as chunks:
+                async for chunk in chunks:
+                    self.last_data_at = at = time.monotonic()
+                    before = counter.total
+                    batch = _counted(splitter.feed(chunk), counter, at)
+                    if counter.total > before:
+                        per_event = 1.0 if counter.settled else counter.tokens_per_event
+                        if self._sampler.tokens(timing, (counter.total - before) * per_event, at):
+                            self.events.on_step()
+                    if batch:
+                        yield batch
+                    if counter.ended:
+                        return
             if rest := splitter.rest:
                 yield _counted([rest], counter, time.monotonic())
         except EventTooLarge:
