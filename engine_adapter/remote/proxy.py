@@ -48,8 +48,10 @@ BYTES_PER_TOKEN = 4
 """Bytes of request body per prompt token: an estimate that holds until the server reports its usage."""
 LARGEST_PARSED = 8 << 20
 """Largest non-streaming response (bytes) that is parsed for its usage. Bounds the memory of the copy."""
-LAST_BYTES_S = 0.1
-"""Seconds that a server has to end a response after its last event. Its connection is closed otherwise."""
+LAST_BYTES_S = 0.02
+"""Seconds that a server has to end a response after its last event. Its connection is closed otherwise.
+
+The client has its answer by then. Most servers send both at once."""
 
 _DONE = b"data: [DONE]\n\n"
 _USUAL_DONE = (_DONE, b"data: [DONE]\r\n\r\n")
