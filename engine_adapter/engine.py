@@ -22,6 +22,9 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 OBSERVER_KEY = "antares.observer"
 """ASGI scope key under which the gateway passes a request's `TokenObserver` to the engine."""
 
+FAILED_KEY = "antares.failed"
+"""Key of an ``http.response.body`` message, true if its body reports that the engine failed inside a 200 response."""
+
 
 RENDERING_KEY = "antares.rendering"
 """ASGI scope key under which the gateway passes `RenderedPrompt.handle` back to the engine that rendered the prompt."""

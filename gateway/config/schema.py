@@ -138,6 +138,7 @@ class HttpEngineConfig(Section):
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=1)
     max_model_len: int = Field(8192, ge=1)
+    max_connections: int | None = Field(None, ge=2, description="Maximum requests in flight on the server.")
     first_token: Literal["stream", "none"] = "stream"
     send_slo: bool = Field(True, description="Send SLO headers, and paces as vllm_xargs; the server must be vLLM.")
     step_times: StepTimesConfig | None = None
