@@ -20,10 +20,11 @@ from engine_adapter.remote.usage import Usage, completions_usage, messages_usage
 
 Json = dict[str, Any]
 
-SEVERAL_TOKENS = 2.0
+SEVERAL_TOKENS = 1.5
 """Estimated tokens per event from which a stream without usage counts its text instead of its events.
 
-An event with one token is estimated at 1.0 to 1.5 tokens, so it is never mistaken for several."""
+Measured with SmolLM2's tokenizer in eight languages and formats: events with one token are estimated at 1.0 to 1.1
+tokens, events with four at 1.9 to 4.2."""
 
 SAMPLED_FIRST, SAMPLED_EVERY = 8, 32
 """The first tokens of a stream, and every so many after them, are parsed for the length of their text."""

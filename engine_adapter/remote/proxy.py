@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +16,6 @@ import orjson
 
 from engine_adapter.asgi import ClientDisconnected, encode_json, read_document_or_body, run_until_disconnect
 from engine_adapter.engine import (
-    FAILED_KEY,
     OBSERVER_KEY,
     EngineEvents,
     EngineLost,
@@ -26,10 +24,10 @@ from engine_adapter.engine import (
     Receive,
     Scope,
     Send,
-    TokenObserver,
 )
 from engine_adapter.remote.assemble import Assembler
 from engine_adapter.remote.client import READABLE_ENCODINGS, Upstream, plain_chunks
+from engine_adapter.remote.client_request import USUAL_DONE, ClientRequest
 from engine_adapter.remote.counting import CompletionCounter, EventKind, TokenCounter, counter_for
 from engine_adapter.remote.request import (
     CompletionPlan,
@@ -53,10 +51,6 @@ LAST_BYTES_S = 0.02
 
 The client has its answer by then. Most servers send both at once."""
 
-_DONE = b"data: [DONE]\n\n"
-_USUAL_DONE = (_DONE, b"data: [DONE]\r\n\r\n")
-_USUAL_ERROR = b'data: {"error"'
-
 
 class _NullObserver:
     def on_prompt(self, sequence: str, tokens: int) -> None: ...
@@ -68,39 +62,11 @@ class _NullObserver:
     def on_unobserved(self) -> None: ...
 
 
+_Events = AsyncIterator[list[tuple[EventKind, bytes]]]
+
+
 class BadUpstreamError(Exception):
     """The server's response is a failure although its status is not an error. The message says why."""
-
-
-@dataclass(slots=True)
-class _ClientRequest:
-    """One client request and the channel for its response. ``plan`` is None unless the request generates tokens."""
-
-    scope: Scope
-    plan: CompletionPlan | None
-    observer: TokenObserver
-    send: Send
-
-    async def send_head(self, response: aiohttp.ClientResponse, altered: bool) -> None:
-        headers = downstream_headers(response.raw_headers, altered)
-        await self.send({"type": "http.response.start", "status": response.status, "headers": headers})
-
-    async def send_body(self, data: bytes, more: bool) -> None:
-        await self.send({"type": "http.response.body", "body": data, "more_body": more})
-
-    async def send_failure(self, data: bytes, more: bool) -> None:
-        """Send a part of a 200 response that reports the engine's failure."""
-        await self.send({"type": "http.response.body", "body": data, "more_body": more, FAILED_KEY: True})
-
-    async def send_json(self, status: int, data: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-        """Send a whole JSON response. ``headers``: those of the upstream response, without its body's headers."""
-        kept = [(name, value) for name, value in headers if name != b"content-type"]
-        kept += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
-        await self.send({"type": "http.response.start", "status": status, "headers": kept})
-        await self.send_body(data, more=False)
-
-
-_Events = AsyncIterator[list[tuple[EventKind, bytes]]]
 
 
 class HttpProxy:
@@ -176,7 +142,7 @@ class HttpProxy:
 
     async def _serve(self, scope: Scope, document: dict[str, Any] | None, raw: bytes, send: Send) -> None:
         plan = self._plan(scope, document, raw)
-        request = _ClientRequest(scope, plan, scope.get(OBSERVER_KEY) or _NullObserver(), send)
+        request = ClientRequest(scope, plan, scope.get(OBSERVER_KEY) or _NullObserver(), send)
         connections = self._others if plan is None else self._generating
         await self._wait_for(connections)
         self._state.engine_running += 1
@@ -191,8 +157,8 @@ class HttpProxy:
             log.warning("%s %s", self._upstream.where, error)
             counter = CompletionCounter if plan is None else plan.counter
             message = f"The engine {self._name} {error}."
-            document = {"message": message, "type": "upstream_error", "param": None, "code": "bad_gateway"}
-            await request.send_json(502, orjson.dumps(counter.error_document(document)))
+            fields = {"message": message, "type": "engine_error", "param": None, "code": "bad_gateway"}
+            await request.send_json(502, orjson.dumps(counter.error_document(fields)))
         except EngineUnreachable:
             self._on_unreachable()
             raise
@@ -227,7 +193,7 @@ class HttpProxy:
         finally:
             self._state.engine_waiting -= 1
 
-    async def _complete(self, request: _ClientRequest, plan: CompletionPlan) -> None:
+    async def _complete(self, request: ClientRequest, plan: CompletionPlan) -> None:
         content = plan.encoded()
         timing = self._sampler.sent(time.monotonic(), len(content) / BYTES_PER_TOKEN, plan.sequences, plan.tpot_ms)
         counter = plan.counter(request.observer, plan.sequences)
@@ -254,7 +220,7 @@ class HttpProxy:
 
     async def _forward(
         self,
-        request: _ClientRequest,
+        request: ClientRequest,
         plan: CompletionPlan,
         response: aiohttp.ClientResponse,
         counter: TokenCounter,
@@ -314,7 +280,7 @@ class HttpProxy:
 
     async def _stream(
         self,
-        request: _ClientRequest,
+        request: ClientRequest,
         plan: CompletionPlan,
         response: aiohttp.ClientResponse,
         events: _Events,
@@ -324,18 +290,18 @@ class HttpProxy:
         async for batch in events:
             last = batch.pop() if counter.ended else None
             kept = [event for kind, event in batch if not (plan.asked_usage and kind is EventKind.USAGE)]
-            if last is not None and last[1] in _USUAL_DONE:
+            if last is not None and last[1] in USUAL_DONE:
                 kept.append(last[1])
                 last = None
             if kept:
                 await request.send_body(kept[0] if len(kept) == 1 else b"".join(kept), more=True)
             if last is not None:
-                await _send_last(request, *last, counter)
+                await request.send_last(*last, counter)
         await request.send_body(b"", more=False)
 
     async def _assemble(
         self,
-        request: _ClientRequest,
+        request: ClientRequest,
         plan: CompletionPlan,
         response: aiohttp.ClientResponse,
         events: _Events,
@@ -355,7 +321,7 @@ class HttpProxy:
         await request.send_json(status, data, downstream_headers(response.raw_headers, altered=True))
 
     async def _relay(
-        self, request: _ClientRequest, response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes]
+        self, request: ClientRequest, response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes]
     ) -> None:
         """Forward a response unchanged."""
         first = b""
@@ -372,7 +338,7 @@ class HttpProxy:
         await request.send_body(b"", more=False)
 
     async def _relay_document(
-        self, request: _ClientRequest, response: aiohttp.ClientResponse, counter: TokenCounter
+        self, request: ClientRequest, response: aiohttp.ClientResponse, counter: TokenCounter
     ) -> None:
         """Forward a JSON response unchanged once it is complete, and count its tokens.
 
@@ -396,7 +362,7 @@ class HttpProxy:
         await request.send_body(b"", more=False)
 
     async def _send_document(
-        self, request: _ClientRequest, response: aiohttp.ClientResponse, data: bytes, counter: TokenCounter
+        self, request: ClientRequest, response: aiohttp.ClientResponse, data: bytes, counter: TokenCounter
     ) -> None:
         document = parse_data(data)
         if document is None:
@@ -441,19 +407,6 @@ def _counted(events: list[bytes], counter: TokenCounter, at: float) -> list[tupl
         if counter.ended:
             break
     return counted
-
-
-async def _send_last(request: _ClientRequest, kind: EventKind, event: bytes, counter: TokenCounter) -> None:
-    """Send the event that ends a stream, in a message of its own so that the gateway recognises it."""
-    if kind is EventKind.ERROR:
-        if counter.errors_are_chunks and not event.startswith(_USUAL_ERROR):
-            event = b"data: %b\n\n" % orjson.dumps(counter.error_document(counter.error or {}))
-        await request.send_failure(event, more=True)
-    if not counter.errors_are_chunks:
-        if kind is not EventKind.ERROR:
-            await request.send_body(event, more=True)
-        return
-    await request.send_body(_DONE, more=True)
 
 
 async def _finish_reading(response: aiohttp.ClientResponse) -> None:

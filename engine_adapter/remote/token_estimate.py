@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-# A word of up to eight letters, a run of up to four symbols, or one ideograph, syllable or kana.
-_PIECE = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{1,8}|[^\w\s]{1,4}"
-)
+_EAST_ASIAN = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+# One ideograph, syllable or kana; up to three digits, eight ASCII letters, four other letters or four symbols.
+_PIECE = re.compile(rf"[{_EAST_ASIAN}]|\d{{1,3}}|[A-Za-z_]{{1,8}}|[^\W\x00-\x7f{_EAST_ASIAN}]{{1,4}}|[^\w\s]{{1,4}}")
 
 _SAMPLE_CHARS = 4096
 """Characters of a text that are looked at. The estimate is scaled to the whole text. Bounds the time."""

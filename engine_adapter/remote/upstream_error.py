@@ -1,4 +1,4 @@
-"""Errors that a server reports inside a response with status 200, and errors of ours that name the server."""
+"""Errors that a server reports inside a response with status 200."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def error_status(error: Json) -> int:
 
 
 def _error(message: str) -> Json:
-    return {"message": message[:_MESSAGE_CHARS], "type": "upstream_error", "param": None, "code": None}
+    return {"message": message[:_MESSAGE_CHARS], "type": "engine_error", "param": None, "code": None}

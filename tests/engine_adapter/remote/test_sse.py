@@ -162,3 +162,44 @@ def test_usage_chunk_has_usage_and_no_choices() -> None:
     continuous = chunk(token("a"), usage={"prompt_tokens": 5, "completion_tokens": 1})
     _, kinds = count(continuous, usage(1))
     assert kinds == [EventKind.TOKEN, EventKind.USAGE]
+
+
+def reference_events(stream: bytes) -> list[tuple[bytes, bytes]]:
+    """The (type, data) of each event that has either, by the WHATWG algorithm, line by line.
+
+    An event whose data is empty has none.
+    """
+    found: list[tuple[bytes, bytes]] = []
+    name, data = b"", list[bytes]()
+    text = stream.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    for line in text.split(b"\n")[:-1]:
+        if not line:
+            if name or any(data):
+                found.append((name, b"\n".join(data)))
+            name, data = b"", []
+        elif line == b"event" or line.startswith(b"event:"):
+            name = line[6:].removeprefix(b" ")
+        elif line == b"data" or line.startswith(b"data:"):
+            data.append(line[5:].removeprefix(b" "))
+    return found
+
+
+LINES = (
+    "data: {}|data:{}|data:  x|data|data: |: note|:|event: a|event:b|id: 3|x||||dat: 1| data: 1|data: \u00e9\u2028|a:b"
+)
+lines = st.sampled_from([line.encode() for line in LINES.split("|")])
+ends = st.sampled_from([b"\n", b"\r\n", b"\r"])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.tuples(lines, ends), max_size=25), st.booleans(), st.lists(st.integers(0, 200)))
+def test_any_chunking_gives_the_events_of_the_specification(
+    parts: list[tuple[bytes, bytes]], byte_order_mark: bool, cuts: list[int]
+) -> None:
+    stream = (b"\xef\xbb\xbf" if byte_order_mark else b"") + b"".join(line + end for line, end in parts)
+    positions = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    splitter = SSESplitter()
+    raw = [e for a, b in pairwise(positions) for e in splitter.feed(stream[a:b])]
+    fields = [event_fields(event) for event in raw]
+    assert [(name, data) for name, data in fields if name or data.strip(b"\n")] == reference_events(stream)
+    assert b"".join(raw) + splitter.rest == stream
