@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from gateway.api.errors import bad_request
+from gateway.api.request_body import too_deep
 
 Json = dict[str, Any]
 
@@ -112,10 +113,10 @@ def _item_message(item: Json, where: str) -> Json:
     if kind in ("function_call_output", "custom_tool_call_output"):
         return {"role": "tool", "content": _content(item.get("output"), f"{where}.output")}
     if kind == "reasoning":
-        parts = [part for name in ("content", "summary") for part in item.get(name) or ()]
+        parts = [part for name in ("content", "summary") if isinstance(item.get(name), list) for part in item[name]]
         return {"role": "assistant", "reasoning_content": _joined_text(parts)}
     # Results of built-in tools, and item types that are not known here: the model sees about their JSON.
-    return {"role": "assistant", "content": orjson.dumps(item).decode()}
+    return {"role": "assistant", "content": _json_text(item)}
 
 
 def _nested_function(tool: Any) -> Any:
@@ -156,7 +157,7 @@ def _tool_calls(calls: list[Json]) -> Json:
 
 
 def _function_call(name: Any, arguments: Any) -> Json:
-    text = arguments if isinstance(arguments, str) else orjson.dumps(arguments).decode()
+    text = arguments if isinstance(arguments, str) else _json_text(arguments)
     return {"type": "function", "function": {"name": name, "arguments": text}}
 
 
@@ -188,6 +189,14 @@ def _part(part: Json) -> Json:
 def _joined_text(parts: Iterable[Any]) -> str:
     texts = (part.get("text") or part.get("thinking") for part in parts if isinstance(part, dict))
     return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def _json_text(value: Any) -> str:
+    """Return ``value`` as JSON. Raises `ApiError` 400 if it nests too deeply."""
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:
+        raise too_deep() from None
 
 
 def _require_object(value: Any, where: str) -> None:
