@@ -18,6 +18,9 @@ _STREAM_TYPE = b"text/event-stream"
 STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 """Headers of every event stream: caches must not store it, and nginx must not hold its events back."""
 
+LARGEST_ADAPTED = 64 << 10
+"""Largest error document of an engine (bytes) that is changed to the format of the API. Larger ones pass unchanged."""
+
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -40,6 +43,8 @@ class HttpRequest:
     streaming: bool = False
     headers: HeaderView = field(init=False)
     request_id: bytes = field(init=False)
+    _error_start: Message | None = None
+    _error_body: bytes = b""
 
     def __post_init__(self) -> None:
         self.headers = HeaderView(scope=self.scope)
@@ -52,7 +57,30 @@ class HttpRequest:
             headers = client_headers(message.get("headers", ()))
             self.streaming = is_event_stream(headers)
             message = {**message, "headers": [*headers, (_REQUEST_ID, self.request_id)]}
+            if self.status >= 400 and self.route.errors.adapted is not None and not self.streaming:
+                self._error_start = message
+                return
+        elif self._error_start is not None:
+            await self._send_error_body(message)
+            return
         await self.client_send(message)
+
+    async def _send_error_body(self, message: Message) -> None:
+        """Collect the body of an engine's error, and send it in the format of the API."""
+        self._error_body += message.get("body", b"")
+        if message.get("more_body") and len(self._error_body) < LARGEST_ADAPTED:
+            return
+        start, adapted = self._error_start, self.route.errors.adapted
+        assert start is not None
+        assert adapted is not None
+        self._error_start = None
+        body = self._error_body
+        if not message.get("more_body"):
+            body = adapted(body, self.status, self.request_id)
+            headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+            start = {**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+        await self.client_send(start)
+        await self.client_send({**message, "body": body})
 
 
 def is_event_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
