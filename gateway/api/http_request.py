@@ -27,6 +27,7 @@ class HttpRequest:
 
     ``status`` is the status in metrics: that of the response, and 500 before a response started. `Proxy` sets 499 if
     the client disconnected before its response was complete; on routes that are not scheduled, before it started.
+    ``streams``: the response is an event stream.
     """
 
     scope: Scope
@@ -35,6 +36,7 @@ class HttpRequest:
     arrival_s: float
     status: int = 500
     response_started: bool = False
+    streams: bool = False
     headers: HeaderView = field(init=False)
     request_id: bytes = field(init=False)
 
@@ -62,12 +64,16 @@ class HttpRequest:
         """Send ``message`` to the client, and note the response's status."""
         if message["type"] == "http.response.start":
             self.status, self.response_started = message["status"], True
-            message = {**message, "headers": client_headers(message.get("headers", ()))}
+            headers, self.streams = client_headers(message.get("headers", ()))
+            message = {**message, "headers": headers}
         await self.client_send(message)
 
 
-def client_headers(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Return response headers for the client: with `STREAM_HEADERS`, and without an engine's cross-origin rules."""
+def client_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[Headers, bool]:
+    """Return response headers for the client, and whether they open an event stream.
+
+    An event stream gets `STREAM_HEADERS`. An engine's cross-origin rules are removed.
+    """
     kept: Headers = []
     streams, names = False, set()
     for name, value in headers:
@@ -78,7 +84,7 @@ def client_headers(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
             streams |= lower == b"content-type" and value.startswith(_STREAM_TYPE)
     if streams:
         kept += [(name, value) for name, value in STREAM_HEADERS if name not in names]
-    return kept
+    return kept, streams
 
 
 def _request_id(given: str | None) -> bytes:

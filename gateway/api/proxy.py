@@ -28,7 +28,7 @@ from gateway.api.body_fields import FieldGuard
 from gateway.api.engine_call import call_engine
 from gateway.api.errors import ApiError, bad_request, draining, unavailable
 from gateway.api.http_request import HttpRequest
-from gateway.api.keep_alive import KeepAlive
+from gateway.api.keep_alive import KeepAlive, last_events
 from gateway.api.pass_through import pass_through
 from gateway.api.paths import check_path
 from gateway.api.prompt import Prompt, read_prompt
@@ -41,7 +41,7 @@ from gateway.api.request_body import (
     read_limited_body,
     too_deep,
 )
-from gateway.api.response_relay import ResponseRelay, send_error
+from gateway.api.response_relay import LAST_WORDS_S, ResponseRelay, send_error
 from gateway.api.slo_headers import read_output_tokens, read_slo
 from gateway.api.slo_report import REPORT_HEADER
 from gateway.observability.ledger import Entry, Ledger, Outcome
@@ -108,6 +108,7 @@ class Proxy:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = self.stopping = False
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.in_flight = 0
         self._router = router
         self.classes = classes
@@ -124,11 +125,15 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         http = HttpRequest(scope, receive, send, self._clock())
+        task = asyncio.current_task()
+        assert task is not None
         self.in_flight += 1
+        self._tasks.add(task)
         try:
             await self._answer(http)
         finally:
             self.in_flight -= 1
+            self._tasks.discard(task)
             self._metrics.http_requests.labels(http.route, http.status).inc()
 
     async def _answer(self, http: HttpRequest) -> None:
@@ -143,9 +148,13 @@ class Proxy:
             else:
                 await self._pass_through(http, key, await self._receive_body(http))
         except ApiError as error:
-            await send_error(http.send, error, http.request_id)
+            await _end_with(http, error)
         except ClientDisconnected:
             http.status = 499
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
+            await _end_with(http, draining())
         except Exception as error:
             # NOTE: an exception's text may quote the request, so only its type is logged above debug level.
             debugging = log.isEnabledFor(logging.DEBUG)
@@ -153,6 +162,18 @@ class Proxy:
             if not http.response_started:
                 internal = ApiError(500, "The gateway failed on this request.", "internal_error", "internal_error")
                 await send_error(http.send, internal, http.request_id)
+
+    async def cut(self) -> None:
+        """Answer the requests that are still open although the engines have stopped, such as one without its body."""
+        tasks = self._tasks - {asyncio.current_task()}
+        if not tasks:
+            return
+        # What ran on an engine ends by itself.
+        _, unfinished = await asyncio.wait(tasks, timeout=LEAVE_GRACE_S)
+        for task in unfinished:
+            task.cancel()
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=LAST_WORDS_S)
 
     # --- the pipeline, in order ---------------------------------------------------------------------------------------
 
@@ -359,7 +380,7 @@ class Proxy:
         try:
             await pass_through(http, body, alive[0].engine, key, self.guard)
         except EngineLost as error:
-            if http.response_started:
+            if http.response_started and not http.streams:
                 raise
             raise self._engine_lost(alive[0]) from error
 
@@ -369,13 +390,28 @@ class Proxy:
         return error
 
     def _gateway_full(self) -> ApiError:
-        return queue_full("The gateway has too many open requests.", self._max_open_requests, 1.0)
+        now = self._clock()
+        ends = [queue.admission.first_end_in_s(now) for queue in self._router.engine_queues if queue.running]
+        retry_after_s = max(1.0, min(ends, default=1.0))
+        return queue_full("The gateway has too many open requests.", self._max_open_requests, retry_after_s)
 
     def _engine_lost(self, engine_queue: EngineQueue) -> ApiError:
         if self.stopping:
             return draining()
         retry_after_s = engine_queue.back_in_s(self._clock())
         return unavailable("The engine died while it served this request. Send it again.", "engine_lost", retry_after_s)
+
+
+async def _end_with(http: HttpRequest, error: ApiError) -> None:
+    """Answer with ``error``, or make it the last event of a stream that has begun."""
+    if not http.response_started:
+        await send_error(http.send, error, http.request_id)
+    elif http.streams:
+        # A server raises if the stream has ended already.
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                events = last_events(http.scope["path"], error.body())
+                await http.send({"type": "http.response.body", "body": events})
 
 
 def _outcome_of(error: BaseException) -> tuple[Outcome, str]:
