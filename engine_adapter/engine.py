@@ -7,7 +7,7 @@ reports prompts and tokens to it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,12 @@ OBSERVER_KEY = "antares.observer"
 FAILED_KEY = "antares.failed"
 """Key of an ``http.response.body`` message, true if its body reports that the engine failed inside a 200 response."""
 
+
+RENDERING_KEY = "antares.rendering"
+"""ASGI scope key under which the gateway passes `RenderedPrompt.handle` back to the engine that rendered the prompt."""
+
+XARGS_KEY = "antares.xargs"
+"""ASGI scope key under which the gateway passes the members for the step gate to an in-process engine."""
 
 TPOT_XARG = "antares_tpot_ms"
 """Member of ``vllm_xargs`` with a request's pace for the step gate: milliseconds per output token.
@@ -57,6 +63,25 @@ class TokenObserver(Protocol):
 
     def on_unobserved(self) -> None:
         """The engine reports no tokens before the response is complete."""
+
+
+@dataclass(slots=True, frozen=True)
+class RenderedPrompt:
+    """A prompt as its engine will compute it. Of several prompts in one request, the longest.
+
+    Attributes:
+        token_ids: the prompt; empty if it is not known.
+        block_size: tokens of a block of the engine's prefix cache.
+        media: position (in tokens) and content hash of each piece that is not text.
+        handle: what the engine keeps for serving this request (`RENDERING_KEY`).
+        invalid: the engine will answer the request with an error, whatever the load is.
+    """
+
+    token_ids: Sequence[int]
+    block_size: int
+    media: tuple[tuple[int, str], ...] = ()
+    handle: object = None
+    invalid: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -150,7 +175,9 @@ class Engine(Protocol):
     name: str
     state: EngineState
     takes_xargs: bool
-    """Whether the engine accepts ``vllm_xargs``, which carry a request's pace to the step gate."""
+    """Whether a request's body takes its pace to the step gate, in ``vllm_xargs``.
+
+    An engine in this process may read the same members from the scope instead (`XARGS_KEY`), for every route."""
 
     @property
     def app(self) -> ASGIApp:
@@ -162,8 +189,8 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """Stop the engine and all processes that it started. Idempotent."""
 
-    def count_tokens(self, text: str) -> int | None:
-        """Number of tokens in ``text`` by the engine's tokenizer, or None if no tokenizer is available."""
+    async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
+        """Return the prompt that ``document``, sent to ``path``, becomes; None if the engine cannot tell cheaply."""
 
     async def probe(self) -> None:
         """Refresh the step-time model of an idle engine.

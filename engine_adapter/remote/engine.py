@@ -11,7 +11,7 @@ from typing import Any, Literal
 import orjson
 from yarl import URL
 
-from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineStartError, EngineState
+from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineStartError, EngineState, RenderedPrompt
 from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.proxy import HttpProxy
 from engine_adapter.step_time.curve import StepCurve
@@ -157,7 +157,7 @@ class HttpEngine:
         self.state.alive = False
         await asyncio.gather(self._upstream.close(), self._probe_upstream.close())
 
-    def count_tokens(self, text: str) -> int | None:
+    async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
         """Returns None: only the server has the tokenizer."""
         return None
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import aiohttp
 import orjson
 
-from engine_adapter.asgi import ClientDisconnected, read_document_or_body, run_until_disconnect
+from engine_adapter.asgi import ClientDisconnected, encode_json, read_document_or_body, run_until_disconnect
 from engine_adapter.engine import (
     OBSERVER_KEY,
     EngineEvents,
@@ -148,6 +148,7 @@ class HttpProxy:
         self._state.engine_running += 1
         try:
             if plan is None:
+                raw = raw if document is None else encode_json(document)
                 async with self._open_response(scope, raw) as response:
                     await self._relay(request, response, response.content.iter_any())
             else:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.engine import Message, Receive, Scope, Send
+from gateway.api.errors import Headers
+from gateway.api.routes.table import Route
 
-CHAT_ROUTE, COMPLETION_ROUTE = "/v1/chat/completions", "/v1/completions"
+_REQUEST_ID = b"x-request-id"
+_STREAM_TYPE = b"text/event-stream"
+STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+"""Headers of every event stream: caches must not store it, and nginx must not hold its events back."""
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -21,14 +27,17 @@ class HttpRequest:
 
     ``status`` is the status in metrics: that of the response, and 500 before a response started. `Proxy` sets 499 if
     the client disconnected before its response was complete; on routes that are not scheduled, before it started.
+    ``streaming``: an event stream has started. Every response gets the header ``x-request-id``.
     """
 
     scope: Scope
     receive: Receive
     client_send: Send
     arrival_s: float
+    route: Route
     status: int = 500
     response_started: bool = False
+    streaming: bool = False
     headers: HeaderView = field(init=False)
     request_id: bytes = field(init=False)
 
@@ -36,31 +45,42 @@ class HttpRequest:
         self.headers = HeaderView(scope=self.scope)
         self.request_id = _request_id(self.headers.get("x-request-id"))
 
-    @property
-    def is_chat(self) -> bool:
-        """Whether the route is the chat completions route."""
-        return bool(self.scope["path"] == CHAT_ROUTE)
-
-    @property
-    def is_scheduled(self) -> bool:
-        """Whether the request generates tokens and so passes the scheduling pipeline."""
-        return self.route != "/v1/*" and self.scope["method"] == "POST"
-
-    @property
-    def route(self) -> str:
-        """The route as a metric label: one of the scheduled routes, or ``/v1/*``."""
-        path: str = self.scope["path"]
-        return path if path in (CHAT_ROUTE, COMPLETION_ROUTE) else "/v1/*"
-
     async def send(self, message: Message) -> None:
         """Send ``message`` to the client, and note the response's status."""
         if message["type"] == "http.response.start":
             self.status, self.response_started = message["status"], True
+            headers = client_headers(message.get("headers", ()))
+            self.streaming = is_event_stream(headers)
+            message = {**message, "headers": [*headers, (_REQUEST_ID, self.request_id)]}
         await self.client_send(message)
+
+
+def is_event_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a response with ``headers`` is an event stream."""
+    return any(value.startswith(_STREAM_TYPE) for name, value in headers if name.lower() == b"content-type")
+
+
+def client_headers(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Return response headers for the client: those of a stream get `STREAM_HEADERS`.
+
+    An engine's cross-origin rules and its request id are dropped: the gateway has its own.
+    """
+    kept: Headers = []
+    streams, names = False, set()
+    for name, value in headers:
+        lower = name.lower()
+        if lower != _REQUEST_ID and not lower.startswith(b"access-control-"):
+            kept.append((name, value))
+            names.add(lower)
+            streams |= lower == b"content-type" and value.startswith(_STREAM_TYPE)
+    if streams:
+        kept += [(name, value) for name, value in STREAM_HEADERS if name not in names]
+    return kept
 
 
 def _request_id(given: str | None) -> bytes:
     """Return the client's own id if its characters are safe in headers and logs, else a new one."""
-    if given is not None and _SAFE_ID.fullmatch(given):
+    given = (given or "").strip()
+    if _SAFE_ID.fullmatch(given):
         return given.encode()
     return uuid.uuid4().hex.encode()

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from engine_adapter.engine import RenderedPrompt
 from gateway.requests.request import Request
 
 DEFAULT_CAPACITY_TOKENS = 1_000_000
@@ -35,6 +36,16 @@ def hash_tokens(root: int, token_ids: Sequence[int], block_size: int) -> tuple[i
     """
     data = array("I", token_ids)
     return hash_bytes(root, data.tobytes(), block_size * data.itemsize)
+
+
+def hash_prompt(root: int, prompt: RenderedPrompt) -> tuple[int, ...]:
+    """Return the block hashes of a prompt. Images differ by their content, not by their placeholder tokens."""
+    if not prompt.media:
+        return hash_tokens(root, prompt.token_ids, prompt.block_size)
+    token_ids = list(prompt.token_ids)
+    for offset, content in prompt.media:
+        token_ids[offset] = hash(content) & 0xFFFFFFFF
+    return hash_tokens(root, token_ids, prompt.block_size)
 
 
 def hash_bytes(root: int, data: bytes, block_bytes: int) -> tuple[int, ...]:

@@ -78,6 +78,7 @@ class Request:
     predicted_at_arrival: float = field(init=False)
     variance: float = field(init=False)
     _p90_at_arrival: float = field(init=False)
+    _beyond: tuple[float, float] | None = field(init=False, default=None)
     _revise_at: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,8 +99,22 @@ class Request:
         """Tokens of context per sequence: the prompt and what was generated so far."""
         return self.prompt_tokens + self.generated / self.sequences
 
-    def predict(self, tokens: float, p90: float) -> None:
-        """Set the predicted output length (tokens per sequence), before the first token."""
+    @property
+    def remaining_tokens(self) -> float:
+        """Output tokens per sequence that are still expected, at least 1."""
+        return max(self.predicted_tokens - self.generated / self.sequences, 1.0)
+
+    def mean_tpot_s(self, now: float) -> float:
+        """Return the mean seconds per output token so far; 0 before the second token."""
+        later = self.generated / self.sequences - 1
+        return (now - self.first_token_s) / later if self.first_token_s is not None and later > 0 else 0.0
+
+    def predict(self, tokens: float, p90: float, beyond: tuple[float, float] | None = None) -> None:
+        """Set the predicted output length (tokens per sequence), before the first token.
+
+        ``beyond``: the p50 and p90 to use instead if the response becomes longer than ``p90``.
+        """
+        self._beyond = beyond
         self.predicted_tokens, self.predicted_p90 = tokens, p90
         self.predicted_at_arrival, self._p90_at_arrival = tokens, p90
         self._revise_at = tokens * self.sequences
@@ -151,6 +166,8 @@ class Request:
     def _revise_prediction(self) -> None:
         each = self.generated / self.sequences
         p50, p90, most = self.predicted_at_arrival, self._p90_at_arrival, self.max_tokens
+        if self._beyond is not None and each >= p90:
+            p50, p90 = self._beyond
         self.predicted_tokens = min(surviving_quantile(0.5, each, p50, p90), most)
         self.predicted_p90 = max(min(surviving_quantile(0.9, each, p50, p90), most), self.predicted_tokens)
         ahead = max((self.predicted_tokens - each) / 2, 1.0)
