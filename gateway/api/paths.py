@@ -10,24 +10,29 @@ import re
 from difflib import get_close_matches
 
 from engine_adapter.engine import Scope
-from gateway.api.errors import ApiError, method_not_allowed, not_found
+from gateway.api.errors import ApiError, not_found
 
 API_PREFIX = "/v1/"
 
 _MODEL_PREFIX = "/v1/models/"
 """A model's name may contain a slash, and clients encode it."""
 
-_POST_ROUTES = frozenset(
-    (
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/v1/embeddings",
-    )
+_KNOWN_ROUTES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/models",
+    "/v1/responses",
+    "/health",
+    "/ready",
+    "/metrics",
+    "/status",
+    "/dashboard",
+    "/docs",
 )
-_KNOWN_ROUTES = (*sorted(_POST_ROUTES), "/v1/models", "/health", "/ready", "/metrics", "/status", "/dashboard", "/docs")
+"""Routes to suggest: those that clients and operators mean."""
 
 # An empty, "." or ".." segment (some servers ignore what follows a ";"), a backslash, a control character, and a "%"
 # that is left after decoding.
@@ -39,15 +44,10 @@ _LONGEST_SHOWN = 128
 
 
 def check_path(scope: Scope) -> None:
-    """Raise `ApiError` for a request under ``/v1/`` that no engine may receive: 404 for its path, or 405."""
+    """Raise `ApiError` 404 for a path under ``/v1/`` that servers may read in different ways."""
     path: str = scope["path"]
-    if path in _POST_ROUTES:
-        if scope["method"] != "POST":
-            raise method_not_allowed(scope["method"], path, "POST")
-    elif _UNSAFE.search(path) or path.startswith("/v1/v1/"):
+    if _UNSAFE.search(path) or path.startswith("/v1/v1/"):
         raise unknown_path(path)
-    elif scope["method"] == "OPTIONS":
-        raise method_not_allowed("OPTIONS", path[:_LONGEST_SHOWN], "GET, POST, DELETE")
     # NOTE: `path` is decoded, but an engine receives the raw path too. Both must have the same segments.
     encoded = _ENCODED_SLASH.search(scope.get("raw_path") or b"")
     if encoded and not path.startswith(_MODEL_PREFIX):

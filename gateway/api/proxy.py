@@ -157,7 +157,6 @@ class Proxy:
         """Serve ``http``, and answer with an error response if that fails."""
         try:
             key = self._authenticate(http)
-            http.route.check(http.scope["method"])
             # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for every open request.
             if http.route.generation is not None:
                 call = self._read(http, key, http.route.generation, await self._receive_body(http))
@@ -182,11 +181,12 @@ class Proxy:
     def _authenticate(self, http: HttpRequest) -> ApiKey:
         """Return the request's API key.
 
-        Raises `ApiError` 401, 404 or 405 for its path, 431 for too many headers, or 503 while draining.
+        Raises `ApiError` 404, 405 or 501 for its route, 401, 431 for too many headers, or 503 while draining.
         """
         if len(http.headers.raw) > MAX_HEADERS:
             raise bad_request(f"More than {MAX_HEADERS} headers.", None, "too_many_headers", 431)
         check_path(http.scope)
+        http.route.check(http.scope["method"], http.scope["path"])
         key = self.keys.authenticate(http.headers.get("authorization"), http.headers.get("x-api-key"))
         if self.draining:
             raise draining()

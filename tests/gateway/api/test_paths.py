@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from gateway.api.errors import ApiError
-from gateway.api.paths import check_path, unknown_path
+from gateway.api.paths import unknown_path
+from gateway.api.routes.table import RouteTable
 from tests.fixtures.live_gateway import CHAT, Live, chat
 
 CHAT_BODY = json.dumps(chat()).encode()
@@ -111,14 +112,14 @@ async def test_unknown_route_gets_404_in_openai_shape(antares: Live, path: str) 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"])
 def test_generation_route_takes_post_only(method: str, path: str) -> None:
     with pytest.raises(ApiError) as raised:
-        check_path({"path": path, "method": method})
+        RouteTable().find(path).check(method, path)
     assert raised.value.status == 405
     assert (b"allow", b"POST") in raised.value.headers
 
 
 @pytest.mark.parametrize(
     ("path", "method", "allow"),
-    [(CHAT, "GET", "POST"), ("/v1/models", "OPTIONS", "GET, POST, DELETE"), ("/metrics", "POST", "GET")],
+    [(CHAT, "GET", "POST"), ("/v1/models", "OPTIONS", "GET, HEAD"), ("/metrics", "POST", "GET")],
 )
 async def test_wrong_method_gets_405_in_openai_shape(antares: Live, path: str, method: str, allow: str) -> None:
     answer = await antares.http.request(method, path)
