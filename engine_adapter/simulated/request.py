@@ -29,7 +29,7 @@ class Completion:
 
     Attributes:
         model: the name that the client asked for; "" if it named none.
-        cache_salt: keeps the request's blocks in the prefix cache apart from those with another salt.
+        cache_salt: requests with different salts share no blocks of the prefix cache.
         gate: the step gate that the request names; "" for the engine's default.
         cached_tokens: prefix-cache hit of each prompt by its number, once the engine has scheduled it.
         fixed_output: output length, if ``vllm_xargs.simulated_output_tokens`` sets it.
