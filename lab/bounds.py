@@ -36,8 +36,8 @@ Both bounds exclude a request that cannot attain its SLO on an idle engine: the 
 bound, or its prefill exceeds its TTFT bound.
 
 *Prefix cache.* The cache may hold a leading block of the prompt of i if another request with this block arrives before
-the first token of i is due. At best it is never evicted. All other prompt tokens of an attained i, and always the last one,
-are computed for i (`uncached_tokens`).
+the first token of i is due. At best it is never evicted. All other prompt tokens of an attained i, and always the last
+one, are computed for i (`uncached_tokens`).
 
 The bounds assume that a step produces one token per sequence. The scheduler must keep the limits given to
 `token_costs`. A preempted sequence gets one token from its recomputation, which is counted as a decode here.

@@ -66,7 +66,8 @@ def page(found: dict[str, Any]) -> str:
     head = f"""# Prefix caching: what predicting hits is worth
 
 **Simulated**, on `{found["profile"]}`: errors of the shipped length predictor, {found["duration_s"]:g} s of arrivals,
-seeds {names}. The workloads are described in [planning](../planning.md#prefix-caching). Their sizes are mostly conventions.
+seeds {names}. The workloads are described in [planning](../planning.md#prefix-caching). Their sizes are mostly
+conventions.
 
 - The engine caches prefixes in every run, as vLLM does. *Without index*, the gateway plans with whole prompts.
 - *S*: the highest rate at which stock vLLM (`fcfs`) keeps {found["keeps"]:.0%} adherence. *Capacity*: that rate for
