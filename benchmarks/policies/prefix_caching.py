@@ -111,7 +111,7 @@ def main(
         list[str] | None, typer.Option(help="Run this workload; repeat for several. [default: all]")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 3,
-    duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals.")] = 120.0,
+    duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals.")] = 60.0,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
     page_of: Annotated[
