@@ -34,7 +34,7 @@ def observe_outputs(processor: Any, sequences: dict[str, TokenObserver]) -> None
         if observer is not None:
             sequences[request.request_id] = observer
             observer.on_prompt(request.request_id, len(request.prompt_token_ids or ()))
-            _set_xargs(request.sampling_params, current_xargs.get() or {})
+        _set_xargs(request.sampling_params, current_xargs.get() or {})
         return add_request(request, *args, **kwargs)
 
     def observed_process_outputs(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:

@@ -22,17 +22,21 @@ _ANTHROPIC_TYPES = {
 }
 """The Anthropic API's error type by status. Other 4xx are ``invalid_request_error``, other 5xx ``api_error``."""
 
+_ANTHROPIC_KINDS = {*_ANTHROPIC_TYPES.values(), "api_error"}
+
 
 @dataclass(frozen=True, slots=True)
 class ErrorShape:
     """The error format of one API.
 
     ``body(error, request_id)`` returns a JSON document. ``event(error, request_id, sent)`` returns the last events of a
-    stream; ``sent`` is the number of messages that the stream had so far.
+    stream; ``sent`` is the number of messages that the stream had so far. ``adapted(body, status, request_id)`` returns
+    an engine's error document in this format; None if engines always send this format.
     """
 
     body: Callable[[ApiError, bytes], bytes]
     event: Callable[[ApiError, bytes, int], bytes]
+    adapted: Callable[[bytes, int, bytes], bytes] | None = None
 
 
 def _openai_body(error: ApiError, request_id: bytes) -> bytes:
@@ -54,13 +58,32 @@ def _responses_event(error: ApiError, request_id: bytes, sent: int) -> bytes:
     return b"event: error\ndata: " + orjson.dumps(document) + b"\n\n"
 
 
+def _anthropic_type(status: int) -> str:
+    return _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+
+
 def _anthropic_body(error: ApiError, request_id: bytes) -> bytes:
-    kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return orjson.dumps({"type": "error", "error": _details(error, kind), "request_id": request_id.decode()})
+    return _anthropic_document(_details(error, _anthropic_type(error.status)), request_id)
+
+
+def _anthropic_document(details: dict[str, Any], request_id: bytes) -> bytes:
+    return orjson.dumps({"type": "error", "error": details, "request_id": request_id.decode()})
 
 
 def _anthropic_event(error: ApiError, request_id: bytes, sent: int) -> bytes:
     return b"event: error\ndata: " + _anthropic_body(error, request_id) + b"\n\n"
+
+
+def _anthropic_adapted(body: bytes, status: int, request_id: bytes) -> bytes:
+    """vLLM answers invalid bodies in OpenAI's format, and uses its own error types in Anthropic's."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body
+    details = document.get("error") if isinstance(document, dict) else None
+    if not isinstance(details, dict) or details.get("type") in _ANTHROPIC_KINDS:
+        return body
+    return _anthropic_document({**details, "type": _anthropic_type(status)}, request_id)
 
 
 def _details(error: ApiError, kind: str) -> dict[str, Any]:
@@ -73,4 +96,4 @@ def _without_type(details: dict[str, Any]) -> dict[str, Any]:
 
 OPENAI = ErrorShape(_openai_body, _openai_event)
 RESPONSES = ErrorShape(_openai_body, _responses_event)
-ANTHROPIC = ErrorShape(_anthropic_body, _anthropic_event)
+ANTHROPIC = ErrorShape(_anthropic_body, _anthropic_event, _anthropic_adapted)

@@ -275,3 +275,46 @@ async def test_batch_counts_one_sequence_for_each_conversation(antares: Live) ->
     (sequences, prompt_tokens), xargs = seen
     assert (sequences, xargs) == (3, None)
     assert 50 <= prompt_tokens <= 70
+
+
+OPENAI_404 = {"error": {"message": "no model", "type": "NotFoundError", "param": "model", "code": 404}}
+
+
+@pytest.mark.parametrize("path", [MESSAGES, MESSAGES + "/count_tokens"])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    "document", [OPENAI_404, {"type": "error", "error": {"type": "NotFoundError", "message": "no model"}}]
+)
+async def test_engine_error_gets_the_shape_of_the_messages_api(
+    antares: Live, path: str, parts: int, document: dict[str, Any]
+) -> None:
+    data = json.dumps(document).encode()
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        headers = [(b"content-type", b"application/json"), (b"Content-Length", str(len(data)).encode())]
+        await send({"type": "http.response.start", "status": 404, "headers": headers})
+        if parts == 2:
+            await send({"type": "http.response.body", "body": data[:9], "more_body": True})
+        await send({"type": "http.response.body", "body": data[9:] if parts == 2 else data})
+
+    antares.engine.stub = refuse
+    answer = await antares.ask(body_of(MESSAGES), path, x_request_id="r-1")
+    error = answer.json()["error"]
+    assert (answer.status_code, answer.json()["type"], answer.json()["request_id"]) == (404, "error", "r-1")
+    assert (error["type"], error["message"]) == ("not_found_error", "no model")
+    assert antares.outcomes["rejected"] == (path == MESSAGES)
+
+
+@pytest.mark.parametrize("data", [b"<html>no</html>", b"[]", b"{}", b"", b"x" * 100_000])
+async def test_engine_error_of_another_form_passes_unchanged(antares: Live, data: bytes) -> None:
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 502, "headers": [(b"content-type", b"text/html")]})
+        for at in range(0, len(data), 30_000):
+            await send({"type": "http.response.body", "body": data[at : at + 30_000], "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    antares.engine.stub = refuse
+    answer = await antares.ask(body_of(MESSAGES), MESSAGES)
+    assert (answer.status_code, answer.content) == (502, data)
