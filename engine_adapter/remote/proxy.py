@@ -86,7 +86,7 @@ class HttpProxy:
         name: the engine's name.
         state: the engine's state; its running and waiting requests are counted here.
         api_key: the server's own key.
-        connections: maximum requests in flight: (of those that generate tokens, of all others).
+        connections: maximum requests in flight: (requests that generate tokens, all other requests).
         see_first_token: request non-streaming completions as streams.
         send_slo: send the SLO to the server.
         on_unreachable: called when no connection could be established.
