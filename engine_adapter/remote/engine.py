@@ -30,7 +30,7 @@ so requests wait that long before they are rejected."""
 PROBE_TIMEOUT_S = 2.0
 """Seconds within which a probe must be answered."""
 DOWN_AFTER_PROBES, DOWN_AFTER_S = 3, 5.0
-"""So many failed probes in a row, over so many seconds, mean that the server is down. What is in flight on it ends."""
+"""Failed probes in a row, and the seconds that they span, after which the server is down and its requests end."""
 BREAK_SETTLE_S = 0.05
 """Delay (s) between a broken connection and the probe: one probe then covers all connections that break together."""
 XARGS_OWNERS = ("vllm", "antares")
