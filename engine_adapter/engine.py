@@ -7,7 +7,7 @@ reports prompts and tokens to it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -85,6 +85,37 @@ class RenderedPrompt:
     media: tuple[tuple[int, str], ...] = ()
     handle: object = None
     invalid: bool = False
+
+
+@dataclass(slots=True, frozen=True)
+class BlocksStored:
+    """The engine stored prompt blocks of ``block_size`` tokens in its prefix cache.
+
+    ``names`` are the engine's own names of them, in order, and ``parent`` that of the block before (None for the first
+    of a prompt). ``adapter``: the LoRA adapter, "" for none. ``salt``: the prompt's cache salt, "" for none.
+    """
+
+    names: tuple[Hashable, ...]
+    parent: Hashable | None
+    token_ids: Sequence[int]
+    block_size: int
+    adapter: str = ""
+    salt: str = ""
+
+
+@dataclass(slots=True, frozen=True)
+class BlocksRemoved:
+    """The engine removed blocks from its prefix cache."""
+
+    names: tuple[Hashable, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class PrefixCacheCleared:
+    """The engine's prefix cache is empty, or what it holds is not known any more."""
+
+
+PrefixCacheEvent = BlocksStored | BlocksRemoved | PrefixCacheCleared
 
 
 @dataclass(slots=True, frozen=True)
@@ -166,6 +197,8 @@ class EngineEvents:
     """A step ended and the step-time model was updated."""
     on_alive: Callable[[bool], None] = lambda alive: None
     """The engine came up (True) or went down (False)."""
+    on_prefix_cache: Callable[[Sequence[PrefixCacheEvent]], None] = lambda events: None
+    """What the engine's prefix cache holds has changed. Only for an engine that reports it."""
 
 
 class Engine(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 from engine_adapter.engine import Engine, RenderedPrompt
 from gateway.api.prompt import Prompt
 from gateway.prompts.size_model import PromptSizes
-from gateway.requests.prefix_index import TOKEN_BYTES, hash_blocks, prompt_bytes
+from gateway.requests.prefix_index import TOKEN_BYTES, hash_blocks, prefix_root, prompt_bytes
 from gateway.requests.request import Request
 
 
@@ -80,11 +80,7 @@ class PromptSizer:
 
 def _set_blocks(request: Request, data: bytes, block_bytes: int, document: dict[str, Any]) -> None:
     request.content, request.block_bytes = data, block_bytes
-    request.blocks = hash_blocks(_root(document), data, block_bytes)
+    salt = document.get("cache_salt")
+    root = prefix_root(document.get("model") or "", salt if isinstance(salt, str) else "")
+    request.blocks = hash_blocks(root, data, block_bytes)
     request.block_tokens = block_bytes / max(1, len(data)) * request.prompt_tokens
-
-
-def _root(document: dict[str, Any]) -> int:
-    """Return a hash of what else cached blocks depend on: the model or adapter, and the salt that isolates a client."""
-    model, salt = document.get("model"), document.get("cache_salt")
-    return hash((model, salt if isinstance(salt, str) else None))
