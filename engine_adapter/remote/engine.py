@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import orjson
 from yarl import URL
 
 from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineStartError, EngineState, RenderedPrompt
+from engine_adapter.model_card import ModelCard, read_cards
 from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.proxy import HttpProxy
 from engine_adapter.step_time.curve import StepCurve
@@ -28,6 +31,8 @@ PROBE_AT_ONCE_S = 0.05
 so requests wait that long before they are rejected."""
 BREAK_SETTLE_S = 0.05
 """Delay (s) between a broken connection and the probe: one probe then covers all connections that break together."""
+MODELS_EVERY_S = 30.0
+"""Seconds between two readings of the server's models. LoRA adapters can be loaded at run time."""
 XARGS_OWNERS = ("vllm", "antares")
 """``owned_by`` of servers that accept ``vllm_xargs``. Other servers may reject a request with an unknown field."""
 
@@ -49,6 +54,9 @@ class HttpEngine:
         name: the engine's name in metrics.
         base_url: the server's URL; a trailing ``/v1`` is removed.
         api_key: the server's own key, sent as a bearer token.
+        models: the models that the server serves; by default those in its ``/v1/models``.
+        aliases: names that clients of the gateway may use, each with the server's own name of that model.
+        any_model: send the server requests for models that no engine lists.
         max_num_seqs, max_num_batched_tokens: the server's limits. OpenAI-compatible servers do not report them.
         max_model_len: the server's context length, unless ``/v1/models`` reports it.
         step_times: initial step times; refined from the timing of the streams.
@@ -69,6 +77,9 @@ class HttpEngine:
         base_url: str,
         api_key: str | None = None,
         *,
+        models: Sequence[str] = (),
+        aliases: Mapping[str, str] | None = None,
+        any_model: bool = False,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         max_model_len: int = 8192,
@@ -83,6 +94,8 @@ class HttpEngine:
         self.base_url = _base_url(base_url)
         self._initial_times = step_times or StepTimes()
         self.state = EngineState(
+            aliases=dict(aliases or {}),
+            any_model=any_model,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
@@ -107,6 +120,8 @@ class HttpEngine:
         )
         self._events = EngineEvents()
         self._health_path = "/health"
+        self._models = tuple(models)
+        self._models_due_s = 0.0
         self._watcher: asyncio.Task[None] | None = None
 
     @property
@@ -185,7 +200,7 @@ class HttpEngine:
             failures = 0 if self.state.alive else failures + 1
 
     async def _probe(self) -> None:
-        """Check the server's health. Read its model card if it has just come up."""
+        """Check the server's health. Read its models if it has just come up, and every `MODELS_EVERY_S`."""
         status = await self._status(self._health_path)
         if status in (404, 405, 501) and self._health_path == "/health":
             # Not vLLM. Every OpenAI-compatible server lists its models.
@@ -196,7 +211,7 @@ class HttpEngine:
                 f"{self.base_url} returned {status}: set this engine's api_key to the server's own key"
             )
         alive = status == 200
-        if alive and not self.state.alive:
+        if alive and (not self.state.alive or time.monotonic() >= self._models_due_s):
             await self._read_model_card()
         self._set_alive(alive)
 
@@ -215,13 +230,19 @@ class HttpEngine:
             return response.status, await response.read()
 
     async def _read_model_card(self) -> None:
-        with contextlib.suppress(EngineLost, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
-            card = orjson.loads((await self._get("/v1/models"))[1])["data"][0]
-            self.state.model = str(card["id"])
-            self.takes_xargs = self._send_slo and card.get("owned_by") in XARGS_OWNERS
-            limit = card.get("max_model_len")
-            if isinstance(limit, int) and limit > 0:
-                self.state.max_model_len = limit
+        self._models_due_s = time.monotonic() + MODELS_EVERY_S
+        with contextlib.suppress(EngineLost, TimeoutError, ValueError):
+            self._set_models(read_cards(orjson.loads((await self._get("/v1/models"))[1])))
+        if self.state.models is None:
+            self._set_models([])
+
+    def _set_models(self, listed: list[ModelCard]) -> None:
+        """Set the models of the configuration, or else those that the server lists."""
+        by_name = {card.id: card for card in listed}
+        self.state.set_models([by_name.get(name, ModelCard(name)) for name in self._models] or listed)
+        if listed:
+            self.takes_xargs = self._send_slo and listed[0].owned_by in XARGS_OWNERS
+            self.state.max_model_len = listed[0].max_model_len or self.state.max_model_len
 
     def _set_alive(self, alive: bool, ready_in_s: float = PROBE_AGAIN_S[0]) -> None:
         if alive == self.state.alive:

@@ -84,9 +84,7 @@ class SimulatedApp:
             await self._complete(scope, receive, send, chat=path == "/v1/chat/completions")
 
     def _models(self) -> dict[str, Any]:
-        limit = self._engine.state.max_model_len
-        card = {"id": self._engine.model, "object": "model", "created": 0, "owned_by": "antares"}
-        return {"object": "list", "data": [card | {"max_model_len": limit}]}
+        return {"object": "list", "data": [card.document() for card in (self._engine.state.models or {}).values()]}
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send, chat: bool) -> None:
         try:
@@ -143,7 +141,8 @@ class SimulatedApp:
         def on_lost() -> None:
             produced.put_nowait(None)
 
-        response = _Response(request, choices, self._engine.model)
+        models = self._engine.state.models or {}
+        response = _Response(request, choices, request.model if request.model in models else self._engine.model)
         sequences = [
             SimulatedSequence(
                 request_id=f"{response.id}-{choice.index}",

@@ -7,7 +7,7 @@ import re
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.asgi import BodyTooDeep, ClientConnection, ClientDisconnected, encode_json
-from engine_adapter.engine import Engine, Scope
+from engine_adapter.engine import Engine, Scope, Send
 from gateway.api.errors import bad_request
 from gateway.api.http_request import HttpRequest
 from gateway.api.request_body import check_with_engine, document_for_engine, engine_scope, parse_json, too_deep
@@ -20,8 +20,8 @@ _CHECKED_FORM_FIELD = re.compile(rb';[ \t]*(?i:name)[ \t]*(?:=[ \t]*"?(seed|vllm
 _NOT_UTF8 = re.compile(r';[ \t]*charset(?!="?utf-?8"?[ \t]*(?:;|$))', re.IGNORECASE)
 
 
-async def pass_through(http: HttpRequest, body: bytes, engine: Engine) -> None:
-    """Have ``engine`` answer the request.
+async def pass_through(http: HttpRequest, body: bytes, engine: Engine, send: Send) -> None:
+    """Have ``engine`` answer the request through ``send``.
 
     Raises:
         ApiError: 400 for a field that no engine may receive.
@@ -31,7 +31,7 @@ async def pass_through(http: HttpRequest, body: bytes, engine: Engine) -> None:
     body = checked_body(http.scope, http.headers, body, engine)
     client = ClientConnection(http.receive)
     try:
-        await engine.app(engine_scope(http.scope, http.request_id, len(body)), client.receive_for(body), http.send)
+        await engine.app(engine_scope(http.scope, http.request_id, len(body)), client.receive_for(body), send)
         if not http.response_started and client.disconnected.done():
             raise ClientDisconnected
     finally:

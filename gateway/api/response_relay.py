@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 
 from engine_adapter.engine import Message, Send
 from gateway.api.errors import ApiError, Headers
+from gateway.api.failover import HeldResponse
 from gateway.api.slo_report import first_byte_headers, sse_comment, with_slo_report
 from gateway.observability.ledger import Entry, Outcome
 from gateway.requests.progress import Progress, tpot
@@ -34,6 +35,9 @@ class ResponseRelay:
     ``status`` is the response's status, 0 before it starts. ``failed_in_stream``: the engine reported an error inside a
     stream that started with 200. ``complete``: the client was sent the whole response. A stream is complete at its
     ``[DONE]``, where many clients disconnect, although the engine's app may take longer to end it.
+
+    ``held``: an error response for which ``holds`` is true, of which the client was sent nothing. Another engine may
+    serve the request instead; otherwise `release` sends it. An error event at the start of a stream is held too.
     """
 
     def __init__(
@@ -44,11 +48,14 @@ class ResponseRelay:
         request_id: bytes,
         *,
         report: bool = False,
+        holds: Callable[[Message], bool] = lambda start: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.status = 0
         self.failed_in_stream = False
         self.complete = False
+        self.held = HeldResponse()
+        self._holds = holds
         self._entry = entry
         self._progress = progress
         self._send = send
@@ -71,6 +78,9 @@ class ResponseRelay:
                 self._pending_start = message
                 self.status = message["status"]
                 self._streaming = _content_type(message).startswith(b"text/event-stream")
+                if self._holds(message):
+                    self.held.begin(message)
+                    self._streaming = False
             return
         if self._streaming:
             await self._send_event(message)
@@ -81,6 +91,12 @@ class ResponseRelay:
         body: bytes = message.get("body", b"")
         if self._pending_start is not None:
             if not body and message.get("more_body"):
+                return
+            has_error = body.startswith(_STREAM_ERROR) or _LATER_ERROR in body
+            if has_error and self._holds({**self._pending_start, "status": 500}):
+                self.held.begin(self._pending_start, in_stream=True)
+                self.held.add(message)
+                self._streaming = False
                 return
             self._writes_begun += 1
             # A server may open the stream before its first token. Then no TTFT is known yet.
@@ -114,6 +130,9 @@ class ResponseRelay:
                 self.complete = True
 
     async def _send_document(self, message: Message) -> None:
+        if self.held.start is not None:
+            self.held.add(message)
+            return
         last = not message.get("more_body")
         if self._report and self.status == 200:
             self._buffered.append(message.get("body", b""))
@@ -144,6 +163,21 @@ class ResponseRelay:
         start, self._pending_start = {**self._pending_start, "headers": headers}, None
         self._started = True
         await self._send(start)
+
+    @property
+    def started(self) -> bool:
+        """Whether the client was sent any part of the response."""
+        return self._started
+
+    async def release(self) -> None:
+        """Send the client the response that was held."""
+        messages, self._streaming = self.held.messages(), self.held.in_stream
+        self.held, self._holds = HeldResponse(), lambda start: False
+        if isinstance(messages, ApiError):
+            await self.fail(messages)
+            return
+        for message in messages:
+            await self.send(message)
 
     def stalled_since_last_check(self) -> bool:
         """Whether a write to the client is pending that was pending at the last call of this method too."""
