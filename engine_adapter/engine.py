@@ -23,9 +23,15 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 OBSERVER_KEY = "antares.observer"
 """ASGI scope key under which the gateway passes a request's `TokenObserver` to the engine."""
 
+FAILED_KEY = "antares.failed"
+"""Key of an ``http.response.body`` message, true if its body reports that the engine failed inside a 200 response."""
+
 
 RENDERING_KEY = "antares.rendering"
 """ASGI scope key under which the gateway passes `RenderedPrompt.handle` back to the engine that rendered the prompt."""
+
+XARGS_KEY = "antares.xargs"
+"""ASGI scope key under which the gateway passes the members for the step gate to an in-process engine."""
 
 TPOT_XARG = "antares_tpot_ms"
 """Member of ``vllm_xargs`` with a request's pace for the step gate: milliseconds per output token.
@@ -194,7 +200,9 @@ class Engine(Protocol):
     name: str
     state: EngineState
     takes_xargs: bool
-    """Whether the engine accepts ``vllm_xargs``, which carry a request's pace to the step gate."""
+    """Whether a request's body takes its pace to the step gate, in ``vllm_xargs``.
+
+    An engine in this process may read the same members from the scope instead (`XARGS_KEY`), for every route."""
 
     @property
     def app(self) -> ASGIApp:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from gateway.api.body_fields import GUARDED_FIELDS
 from gateway.config import schema
 from gateway.observability import metrics
 from gateway.policies.registry import OPTION_ALIASES, POLICIES
@@ -35,6 +36,8 @@ CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "server": schema.ServerConfig,
+    "cors": schema.CorsConfig,
+    "body_fields": schema.BodyFieldsConfig,
     "kind: vllm": schema.VllmEngineConfig,
     "kind: http": schema.HttpEngineConfig,
     "kind: simulated": schema.SimulatedEngineConfig,
@@ -118,6 +121,8 @@ def as_documented(value: Any) -> str:
     """A default as the tables write it."""
     if value is None or isinstance(value, bool):
         return f"`{str(value).lower()}`".replace("none", "null")
+    if isinstance(value, BaseModel):
+        return "`{}`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
@@ -130,6 +135,11 @@ def test_configuration_page_lists_keys_and_defaults(heading: str) -> None:
         for name, field in fields.items()
     }
     assert documented == defaults
+
+
+def test_configuration_page_lists_guarded_fields() -> None:
+    rows = table_below("body_fields", CONFIGURATION, "guarded fields")
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[0])} == GUARDED_FIELDS
 
 
 def test_configuration_page_lists_policies_and_options() -> None:

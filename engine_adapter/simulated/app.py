@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,9 @@ import orjson
 
 from engine_adapter.asgi import ClientDisconnected, read_body, run_until_disconnect
 from engine_adapter.engine import OBSERVER_KEY, EngineLost, EngineUnreachable, Receive, Scope, Send
+from engine_adapter.simulated.messages_api import MessagesResponse, count_tokens, parse_messages
 from engine_adapter.simulated.request import BadRequest, Completion
+from engine_adapter.simulated.responses_api import ResponsesResponse, parse_responses
 from engine_adapter.simulated.sequence import SimulatedSequence
 
 if TYPE_CHECKING:
@@ -32,11 +35,14 @@ _ROUTES = {
     "/v1/models": "GET",
     "/v1/chat/completions": "POST",
     "/v1/completions": "POST",
+    "/v1/responses": "POST",
+    "/v1/messages": "POST",
+    "/v1/messages/count_tokens": "POST",
 }
 
 
 @dataclass(slots=True, frozen=True)
-class _Choice:
+class Choice:
     """A planned sequence. ``stops``: it ends with an end-of-sequence token, which has no text."""
 
     index: int
@@ -60,7 +66,7 @@ class _Choice:
 
 
 class SimulatedApp:
-    """ASGI app for health, models, chat completions and completions. Errors have OpenAI's format."""
+    """ASGI app for health, models and the generation routes. Errors have the format of the API."""
 
     def __init__(self, engine: SimulatedEngine) -> None:
         self._engine = engine
@@ -81,26 +87,37 @@ class SimulatedApp:
         elif path == "/v1/models":
             await _json(send, 200, self._models())
         else:
-            await self._complete(scope, receive, send, chat=path == "/v1/chat/completions")
+            await self._complete(scope, receive, send)
 
     def _models(self) -> dict[str, Any]:
         return {"object": "list", "data": [card.document() for card in (self._engine.state.models or {}).values()]}
 
-    async def _complete(self, scope: Scope, receive: Receive, send: Send, chat: bool) -> None:
+    async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
         try:
-            request = Completion.parse(await read_body(receive), chat)
+            raw = await read_body(receive)
+            if path == "/v1/messages/count_tokens":
+                await _json(send, 200, count_tokens(raw))
+                return
+            request = _PARSERS[path](raw)
             choices = self._choices(request)
         except ClientDisconnected:
             return
         except BadRequest as error:
-            await _error(send, 400, "BadRequestError", str(error))
+            if path.startswith("/v1/messages"):
+                details = {"type": "BadRequestError", "message": str(error)}
+                await _json(send, 400, {"type": "error", "error": details})
+            else:
+                await _error(send, 400, "BadRequestError", str(error))
             return
-        await run_until_disconnect(self._generate(scope, request, choices, send), receive)
+        model = request.model if request.model in (self._engine.state.models or {}) else self._engine.model
+        response = _RESPONSES.get(path, _Response)(request, choices, model)
+        await run_until_disconnect(self._generate(scope, response, send), receive)
 
-    def _choices(self, request: Completion) -> list[_Choice]:
+    def _choices(self, request: Completion) -> list[Choice]:
         """Plan the request's sequences. Raises `BadRequest` if the context is too long."""
         max_context = min(self._engine.state.max_model_len, self._engine.state.kv_tokens)
-        choices: list[_Choice] = []
+        choices: list[Choice] = []
         for text, prompt_tokens in request.prompts:
             requested = request.max_tokens or 0
             if prompt_tokens + max(requested, 1) > max_context:
@@ -117,9 +134,7 @@ class SimulatedApp:
                 eos_at = limit + 1
             for _ in range(request.n):
                 index = len(choices)
-                choices.append(
-                    _Choice(index, prompt_tokens, min(eos_at, limit), eos_at <= limit, seed=seed + 7 * index)
-                )
+                choices.append(Choice(index, prompt_tokens, min(eos_at, limit), eos_at <= limit, seed=seed + 7 * index))
         return choices
 
     def _default_length(self, text: str, seed: int) -> int:
@@ -128,12 +143,13 @@ class SimulatedApp:
             return 8 + seed % 121
         return max(1, default(text) if callable(default) else default)
 
-    async def _generate(self, scope: Scope, request: Completion, choices: list[_Choice], send: Send) -> None:
+    async def _generate(self, scope: Scope, response: AnyResponse, send: Send) -> None:
+        request, choices = response.request, response.choices
         observer = scope.get(OBSERVER_KEY)
         # Items are (choice, tokens generated so far), or None if the engine died.
-        produced: asyncio.Queue[tuple[_Choice, int] | None] = asyncio.Queue()
+        produced: asyncio.Queue[tuple[Choice, int] | None] = asyncio.Queue()
 
-        def on_token(choice: _Choice, generated: int, at: float) -> None:
+        def on_token(choice: Choice, generated: int, at: float) -> None:
             if observer is not None:
                 observer.on_tokens(str(choice.index), 1, at)
             produced.put_nowait((choice, generated))
@@ -141,8 +157,6 @@ class SimulatedApp:
         def on_lost() -> None:
             produced.put_nowait(None)
 
-        models = self._engine.state.models or {}
-        response = _Response(request, choices, request.model if request.model in models else self._engine.model)
         sequences = [
             SimulatedSequence(
                 request_id=f"{response.id}-{choice.index}",
@@ -166,25 +180,24 @@ class SimulatedApp:
             self._engine.abandon(sequences)
 
     async def _stream(
-        self, response: _Response, produced: asyncio.Queue[tuple[_Choice, int] | None], send: Send
+        self, response: AnyResponse, produced: asyncio.Queue[tuple[Choice, int] | None], send: Send
     ) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        unfinished, roles_sent = len(response.choices), False
+        await _events(send, response.opening())
+        unfinished, started = len(response.choices), False
         while unfinished:
             choice, token = self._unless_lost(await produced.get())
-            if response.request.chat and not roles_sent:
-                roles_sent = True
-                for other in response.choices:
-                    await _event(send, response.role_chunk(other))
+            if not started:
+                started = True
+                await _events(send, response.first_token())
             unfinished -= token == choice.output_tokens
-            await _event(send, response.token_chunk(choice, token))
-        if response.request.include_usage:
-            await _event(send, response.usage_chunk())
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            await _events(send, response.token(choice, token))
+        await _events(send, response.closing())
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _collect(
-        self, response: _Response, produced: asyncio.Queue[tuple[_Choice, int] | None], send: Send
+        self, response: AnyResponse, produced: asyncio.Queue[tuple[Choice, int] | None], send: Send
     ) -> None:
         unfinished = len(response.choices)
         while unfinished:
@@ -192,7 +205,7 @@ class SimulatedApp:
             unfinished -= token == choice.output_tokens
         await _json(send, 200, response.body())
 
-    def _unless_lost(self, item: tuple[_Choice, int] | None) -> tuple[_Choice, int]:
+    def _unless_lost(self, item: tuple[Choice, int] | None) -> tuple[Choice, int]:
         if item is None:
             raise EngineLost(f"the simulated engine {self._engine.name!r} died during this request")
         return item
@@ -201,7 +214,7 @@ class SimulatedApp:
 class _Response:
     """The JSON of one response, as one body or in chunks."""
 
-    def __init__(self, request: Completion, choices: list[_Choice], model: str) -> None:
+    def __init__(self, request: Completion, choices: list[Choice], model: str) -> None:
         self.id = ("chatcmpl-" if request.chat else "cmpl-") + uuid.uuid4().hex
         self.request = request
         self.choices = choices
@@ -213,25 +226,32 @@ class _Response:
             "system_fingerprint": FINGERPRINT,
         }
 
-    def role_chunk(self, choice: _Choice) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": ""}
-        return self._chunk({"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None})
+    def opening(self) -> bytes:
+        """Events before the engine takes the request."""
+        return b""
 
-    def token_chunk(self, choice: _Choice, token: int) -> dict[str, Any]:
+    def first_token(self) -> bytes:
+        """Events that precede the first token."""
+        return b"".join(self._role_chunk(choice) for choice in self.choices) if self.request.chat else b""
+
+    def token(self, choice: Choice, token: int) -> bytes:
+        """The event of one token."""
         text = choice.text(token)
         finish = {"logprobs": None, "finish_reason": choice.finish_reason(token), "stop_reason": None}
         output: dict[str, Any] = {"delta": {"content": text}} if self.request.chat else {"text": text}
         return self._chunk({"index": choice.index} | output | finish)
 
-    def usage_chunk(self) -> dict[str, Any]:
-        return self._head | {"choices": [], "usage": self._usage()}
+    def closing(self) -> bytes:
+        """Events after the last token."""
+        usage = _data(self._head | {"choices": [], "usage": self._usage()}) if self.request.include_usage else b""
+        return usage + b"data: [DONE]\n\n"
 
     def body(self) -> dict[str, Any]:
         choices = [self._complete_choice(choice) for choice in self.choices]
         head = self._head | {"object": "chat.completion"} if self.request.chat else self._head
         return head | {"choices": choices, "usage": self._usage()}
 
-    def _complete_choice(self, choice: _Choice) -> dict[str, Any]:
+    def _complete_choice(self, choice: Choice) -> dict[str, Any]:
         text = "".join(choice.text(token) for token in range(1, choice.output_tokens + 1))
         reason = choice.finish_reason(choice.output_tokens)
         finish = {"logprobs": None, "finish_reason": reason, "stop_reason": None}
@@ -240,8 +260,12 @@ class _Response:
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": choice.index, "message": message} | finish
 
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return self._head | {"choices": [choice]}
+    def _role_chunk(self, choice: Choice) -> bytes:
+        delta = {"role": "assistant", "content": ""}
+        return self._chunk({"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None})
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        return _data(self._head | {"choices": [choice]})
 
     def _usage(self) -> dict[str, int]:
         prompt = sum(tokens for _, tokens in self.request.prompts)
@@ -249,8 +273,28 @@ class _Response:
         return {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
 
 
-async def _event(send: Send, chunk: dict[str, Any]) -> None:
-    await send({"type": "http.response.body", "body": b"data: %b\n\n" % orjson.dumps(chunk), "more_body": True})
+AnyResponse = _Response | ResponsesResponse | MessagesResponse
+
+_PARSERS: dict[str, Callable[[bytes], Completion]] = {
+    "/v1/chat/completions": partial(Completion.parse, chat=True),
+    "/v1/completions": partial(Completion.parse, chat=False),
+    "/v1/responses": parse_responses,
+    "/v1/messages": parse_messages,
+}
+_RESPONSES: dict[str, Callable[[Completion, list[Choice], str], AnyResponse]] = {
+    "/v1/responses": ResponsesResponse,
+    "/v1/messages": MessagesResponse,
+}
+
+
+def _data(chunk: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % orjson.dumps(chunk)
+
+
+async def _events(send: Send, events: bytes) -> None:
+    """Send each event in a message of its own, as vLLM's app does."""
+    for event in events.split(b"\n\n")[:-1]:
+        await send({"type": "http.response.body", "body": event + b"\n\n", "more_body": True})
 
 
 async def _json(

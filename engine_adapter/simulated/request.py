@@ -42,12 +42,11 @@ class Completion:
     @classmethod
     def parse(cls, raw: bytes, chat: bool) -> Completion:
         """Parse an OpenAI request body. Raises `BadRequest` naming the field."""
-        try:
-            body = orjson.loads(raw)
-        except orjson.JSONDecodeError as error:
-            raise BadRequest(f"the body is not JSON: {error}") from None
-        if not isinstance(body, dict):
-            raise BadRequest("the body must be a JSON object")
+        return cls.of(read_object(raw), chat)
+
+    @classmethod
+    def of(cls, body: dict[str, Any], chat: bool) -> Completion:
+        """Read a parsed OpenAI request body. Raises `BadRequest` naming the field."""
         xargs = body.get("vllm_xargs") or {}
         if not isinstance(xargs, dict):
             raise BadRequest("vllm_xargs must be an object")
@@ -71,6 +70,17 @@ class Completion:
             gate=str(xargs.get(GATE_XARG, "")),
             fixed_output=_whole(xargs, "simulated_output_tokens"),
         )
+
+
+def read_object(raw: bytes) -> dict[str, Any]:
+    """Parse a JSON object. Raises `BadRequest`."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object")
+    return body
 
 
 def _chat_prompt(body: dict[str, Any]) -> tuple[str, int]:

@@ -19,6 +19,7 @@ from typing import Any
 from engine_adapter.engine import (
     OBSERVER_KEY,
     RENDERING_KEY,
+    XARGS_KEY,
     ASGIApp,
     EngineEvents,
     EngineLost,
@@ -41,7 +42,7 @@ from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.vllm.gate_channel import GateListener
 from engine_adapter.vllm.launch import command_line, create_llm, prepare_environment
 from engine_adapter.vllm.rendering import PromptRenderer, current_rendering, reuse_renderings
-from engine_adapter.vllm.token_observation import current_observer, observe_outputs
+from engine_adapter.vllm.token_observation import current_observer, current_xargs, observe_outputs
 
 log = logging.getLogger("antares.engine.vllm")
 
@@ -73,7 +74,7 @@ class VllmEngine:
         calibrate: run a few synthetic requests after each start, so that the model is fitted before traffic arrives.
     """
 
-    takes_xargs = True
+    takes_xargs = False  # `_serve` reads them from the scope, so that every route has them
 
     def __init__(
         self,
@@ -319,6 +320,7 @@ class VllmEngine:
             await send(message)
 
         token, rendering = current_observer.set(observer), current_rendering.set(scope.get(RENDERING_KEY))
+        xargs_token = current_xargs.set(scope.get(XARGS_KEY))
         try:
             await vllm_app(scope, receive, send_unless_dead)
         except Exception as error:
@@ -329,6 +331,7 @@ class VllmEngine:
         finally:
             current_observer.reset(token)
             current_rendering.reset(rendering)
+            current_xargs.reset(xargs_token)
             if observer is not None:
                 await self._abort_unfinished(observer, llm)
         if scope["path"].endswith(_LORA_PATHS):

@@ -1,4 +1,4 @@
-"""Observes every output token of an in-process vLLM, for streaming and non-streaming requests."""
+"""Observes every output token of an in-process vLLM, and tells its step gate about each request, on every route."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ current_observer: contextvars.ContextVar[TokenObserver | None] = contextvars.Con
 """Observer of the current request. vLLM's app adds sequences to its engine in tasks that inherit this context."""
 
 
+current_xargs: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("antares_xargs", default=None)
+"""Members for the step gate of the current request; None outside a scheduled request."""
+
+
 def observe_outputs(processor: Any, sequences: dict[str, TokenObserver]) -> None:
     """Hook ``processor``, vLLM's OutputProcessor. Every new sequence and every step's output tokens pass through it.
+
+    A new sequence passes before it goes to the EngineCore, so it gets its members for the step gate here.
 
     Args:
         processor: the OutputProcessor of an AsyncLLM.
@@ -28,6 +34,7 @@ def observe_outputs(processor: Any, sequences: dict[str, TokenObserver]) -> None
         if observer is not None:
             sequences[request.request_id] = observer
             observer.on_prompt(request.request_id, len(request.prompt_token_ids or ()))
+        _set_xargs(request.sampling_params, current_xargs.get() or {})
         return add_request(request, *args, **kwargs)
 
     def observed_process_outputs(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -46,3 +53,13 @@ def observe_outputs(processor: Any, sequences: dict[str, TokenObserver]) -> None
 
     processor.add_request = observed_add_request
     processor.process_outputs = observed_process_outputs
+
+
+def _set_xargs(params: Any, xargs: dict[str, Any]) -> None:
+    """Set the gate's members of ``params.extra_args``, which are ``vllm_xargs``. ``params``: None if it pools."""
+    if params is None:
+        return
+    given = params.extra_args or {}
+    # INVARIANT: no such member comes from a client, whichever member of its body it came from.
+    kept = {name: value for name, value in given.items() if not name.startswith("antares_")}
+    params.extra_args = {**kept, **xargs} or None

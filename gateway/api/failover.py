@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from engine_adapter.asgi import BodyTooDeep
 from engine_adapter.engine import EngineLost, EngineState, EngineUnreachable, Message, Send
-from gateway.api.errors import ApiError
+from gateway.api.errors import ApiError, Headers
 from gateway.policies.base import prefill_backlog
 from gateway.requests.request import Request
 
@@ -52,8 +52,8 @@ class Failure:
     unsent: bool = False
 
 
-def failure_of(error: BaseException | None, held: HeldResponse | None) -> Failure | None:
-    """Return how an attempt failed that ended with ``error`` or with the response ``held``; None if it did not."""
+def failure_of(error: BaseException | None, held: HeldResponse) -> Failure | None:
+    """Return how an attempt failed that ended with ``error``, or with the response that ``held`` saw; None if not."""
     if isinstance(error, EngineUnreachable):
         return Failure("unreachable", unsent=True)
     if isinstance(error, EngineHung):
@@ -63,14 +63,12 @@ def failure_of(error: BaseException | None, held: HeldResponse | None) -> Failur
     if error is not None:
         # A body that cannot be encoded fails on every engine.
         return None if isinstance(error, BodyTooDeep) else Failure("error", blameless=True)
-    if held is None or held.start is None:
+    if held.error is None:
         return None
     return Failure(held.reason, held.retry_after_s, held.status in SUSPECT_STATUSES)
 
 
-def may_fail_over(
-    status: int, headers: Iterable[tuple[bytes, bytes]], *, scheduled: bool = False, moves_on_404: bool = False
-) -> bool:
+def may_fail_over(status: int, headers: Headers, *, scheduled: bool = False, moves_on_404: bool = False) -> bool:
     """Whether an error response means that another engine should serve the request.
 
     ``scheduled``: the request generates tokens. ``moves_on_404``: another engine may have what the request names. A
@@ -85,18 +83,30 @@ def may_fail_over(
 class HeldResponse:
     """An engine's error response that the client is sent only if no other engine serves the request.
 
-    ``start`` is its first message, or None while nothing is held. ``in_stream``: it is an error event in a 200 stream.
+    Attributes:
+        fails: whether a response with this status and these headers means that another engine should serve the request.
+        can_move: whether another engine could serve it now. If not, the response is not held.
+        error: the first message of such a response, held or not.
+        active: the response is held.
+        in_stream: it is an error event at the start of a 200 stream.
     """
 
-    start: Message | None = None
+    fails: Callable[[int, Headers], bool] = lambda status, headers: False
+    can_move: Callable[[], bool] = lambda: False
+    error: Message | None = None
+    active: bool = False
     in_stream: bool = False
-    complete: bool = False
+    _complete: bool = False
     _body: list[bytes] = field(default_factory=list)
     _size: int = 0
 
-    def begin(self, start: Message, in_stream: bool = False) -> None:
-        """Hold the response that begins with ``start``."""
-        self.start, self.in_stream = start, in_stream
+    def begin(self, start: Message, in_stream: bool = False) -> bool:
+        """Note a response that begins with ``start``. Return whether it is held."""
+        status: int = 500 if in_stream else start["status"]
+        if self.error is None and status >= 400 and self.fails(status, start.get("headers", [])):
+            self.error, self.in_stream = start, in_stream
+            self.active = self.can_move()
+        return self.active
 
     def add(self, message: Message) -> None:
         """Hold a part of the body. Of a body above `MAX_HELD_BYTES` only the size is kept."""
@@ -106,12 +116,12 @@ class HeldResponse:
             self._body.append(body)
         else:
             self._body.clear()
-        self.complete = not message.get("more_body", False)
+        self._complete = not message.get("more_body", False)
 
     @property
     def status(self) -> int:
         """The status of the response."""
-        return 0 if self.start is None else int(self.start["status"])
+        return 0 if self.error is None else int(self.error["status"])
 
     @property
     def reason(self) -> str:
@@ -121,19 +131,20 @@ class HeldResponse:
     @property
     def retry_after_s(self) -> float | None:
         """``Retry-After`` in seconds, if the response has it as a number."""
-        for name, value in () if self.start is None else self.start.get("headers", ()):
+        for name, value in () if self.error is None else self.error.get("headers", ()):
             if name.lower() == b"retry-after" and value.isdigit() and len(value) < 8:
                 return float(value)
         return None
 
-    def messages(self) -> list[Message] | ApiError:
-        """Return the response's messages; an error to send instead if it is too large or incomplete."""
-        if self.start is None:
+    def release(self) -> list[Message] | ApiError:
+        """Return the messages that are held, and hold no more; an error instead if it is too large or incomplete."""
+        if not self.active or self.error is None:
             return []
-        if self._size > MAX_HELD_BYTES or not self.complete:
+        self.active = False
+        if self._size > MAX_HELD_BYTES or not self._complete:
             message = f"The engine answered with status {self.status} and a body that cannot be forwarded."
             return ApiError(self.status if self.status >= 400 else 502, message, "engine_error", "engine_error")
-        return [self.start, {"type": "http.response.body", "body": b"".join(self._body), "more_body": False}]
+        return [self.error, {"type": "http.response.body", "body": b"".join(self._body), "more_body": False}]
 
 
 @dataclass(slots=True, eq=False)
@@ -186,17 +197,13 @@ class HangWatch:
         return max(SOONEST_S, (self.request.deadline_s - self.sent_at) / 2)
 
 
-def holding(send: Send, held: HeldResponse, moves_on_404: bool) -> Send:
-    """Return a ``send`` that holds an error response that may fail over, and sends every other one at once."""
+def holding(send: Send, held: HeldResponse) -> Send:
+    """Return a ``send`` that lets ``held`` hold a response, and sends every other one at once."""
 
     async def send_or_hold(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            if may_fail_over(message["status"], message.get("headers", ()), moves_on_404=moves_on_404):
-                held.begin(message)
-                return
-        elif held.start is not None:
+        if held.active:
             held.add(message)
-            return
-        await send(message)
+        elif message["type"] != "http.response.start" or not held.begin(message):
+            await send(message)
 
     return send_or_hold

@@ -4,15 +4,44 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.engine import Message, Receive, Scope, Send
+from gateway.api.errors import Headers
+from gateway.api.routes.table import Route
 
-CHAT_ROUTE, COMPLETION_ROUTE = "/v1/chat/completions", "/v1/completions"
+_REQUEST_ID = b"x-request-id"
+_STREAM_TYPE = b"text/event-stream"
+STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+"""Headers of every event stream: caches must not store it, and nginx must not hold its events back."""
+
+LARGEST_ADAPTED = 64 << 10
+"""Largest error document of an engine (bytes) that is changed to the format of the API. Larger ones pass unchanged."""
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestHeaders(HeaderView):
+    """Request headers with lookup in constant time. Starlette's own search takes a microsecond for each name."""
+
+    def __init__(self, raw: list[tuple[bytes, bytes]]) -> None:
+        super().__init__(raw=raw)
+        # Of several values of a name the first one counts, as in Starlette.
+        self._first = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(raw)}
+
+    def __getitem__(self, key: str) -> str:
+        return self._first[key.lower()]
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and key.lower() in self._first
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the first value of the header ``key``."""
+        return self._first.get(key.lower(), default)
 
 
 @dataclass(slots=True, eq=False)
@@ -21,46 +50,84 @@ class HttpRequest:
 
     ``status`` is the status in metrics: that of the response, and 500 before a response started. `Proxy` sets 499 if
     the client disconnected before its response was complete; on routes that are not scheduled, before it started.
+    ``streaming``: an event stream has started. Every response gets the header ``x-request-id``.
     """
 
     scope: Scope
     receive: Receive
     client_send: Send
     arrival_s: float
+    route: Route
     status: int = 500
     response_started: bool = False
-    headers: HeaderView = field(init=False)
+    streaming: bool = False
+    headers: RequestHeaders = field(init=False)
     request_id: bytes = field(init=False)
+    _error_start: Message | None = None
+    _error_body: bytes = b""
 
     def __post_init__(self) -> None:
-        self.headers = HeaderView(scope=self.scope)
+        self.headers = RequestHeaders(list(self.scope["headers"]))
         self.request_id = _request_id(self.headers.get("x-request-id"))
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether the route is the chat completions route."""
-        return bool(self.scope["path"] == CHAT_ROUTE)
-
-    @property
-    def is_scheduled(self) -> bool:
-        """Whether the request generates tokens and so passes the scheduling pipeline."""
-        return self.route != "/v1/*" and self.scope["method"] == "POST"
-
-    @property
-    def route(self) -> str:
-        """The route as a metric label: one of the scheduled routes, or ``/v1/*``."""
-        path: str = self.scope["path"]
-        return path if path in (CHAT_ROUTE, COMPLETION_ROUTE) else "/v1/*"
 
     async def send(self, message: Message) -> None:
         """Send ``message`` to the client, and note the response's status."""
         if message["type"] == "http.response.start":
             self.status, self.response_started = message["status"], True
+            headers, self.streaming = client_headers(message.get("headers", ()))
+            message = {**message, "headers": [*headers, (_REQUEST_ID, self.request_id)]}
+            if self.status >= 400 and self.route.errors.adapted is not None and not self.streaming:
+                self._error_start = message
+                return
+        elif self._error_start is not None:
+            await self._send_error_body(message)
+            return
         await self.client_send(message)
+
+    async def _send_error_body(self, message: Message) -> None:
+        """Collect the body of an engine's error, and send it in the format of the API."""
+        self._error_body += message.get("body", b"")
+        if message.get("more_body") and len(self._error_body) < LARGEST_ADAPTED:
+            return
+        start, adapted = self._error_start, self.route.errors.adapted
+        assert start is not None
+        assert adapted is not None
+        self._error_start = None
+        body = self._error_body
+        if not message.get("more_body"):
+            body = adapted(body, self.status, self.request_id)
+            headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+            start = {**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+        await self.client_send(start)
+        await self.client_send({**message, "body": body})
+
+
+def is_event_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a response with ``headers`` is an event stream."""
+    return any(value.startswith(_STREAM_TYPE) for name, value in headers if name.lower() == b"content-type")
+
+
+def client_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[Headers, bool]:
+    """Return response headers for the client, and whether they open an event stream, which gets `STREAM_HEADERS`.
+
+    An engine's cross-origin rules and its request id are dropped: the gateway has its own.
+    """
+    kept: Headers = []
+    streams, names = False, set()
+    for name, value in headers:
+        lower = name.lower()
+        if lower != _REQUEST_ID and not lower.startswith(b"access-control-"):
+            kept.append((name, value))
+            names.add(lower)
+            streams |= lower == b"content-type" and value.startswith(_STREAM_TYPE)
+    if streams:
+        kept += [(name, value) for name, value in STREAM_HEADERS if name not in names]
+    return kept, streams
 
 
 def _request_id(given: str | None) -> bytes:
     """Return the client's own id if its characters are safe in headers and logs, else a new one."""
-    if given is not None and _SAFE_ID.fullmatch(given):
+    given = (given or "").strip()
+    if _SAFE_ID.fullmatch(given):
         return given.encode()
     return uuid.uuid4().hex.encode()

@@ -119,10 +119,6 @@ async def send_models(http: HttpRequest, router: Router) -> None:
         cards[name].document() if name else {"object": "list", "data": [card.document() for card in cards.values()]}
     )
     body = orjson.dumps(document)
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"x-request-id", http.request_id),
-    ]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await http.send({"type": "http.response.start", "status": 200, "headers": headers})
     await http.send({"type": "http.response.body", "body": body})

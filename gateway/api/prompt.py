@@ -5,7 +5,7 @@ Only the shape of these fields is checked here. The engine checks everything els
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,17 +33,11 @@ class Prompt:
     sequences: int = 1
     max_tokens: int | None = None
     min_tokens: int = 0
-    model: str = field(default="", repr=False)
 
     @cached_property
     def features(self) -> Floats:
         """The features that the prompt's size is estimated from."""
         return self.content.features()
-
-
-def read_prompt(body: dict[str, Any], chat: bool) -> Prompt:
-    """Read the body of a chat (``messages``) or text (``prompt``) completion. Raises `ApiError` 400."""
-    return read_chat(body) if chat else read_completion(body)
 
 
 def read_chat(body: dict[str, Any]) -> Prompt:
@@ -74,45 +68,78 @@ def read_completion(body: dict[str, Any]) -> Prompt:
     )
 
 
+def read_batch(body: dict[str, Any]) -> Prompt:
+    """Read a batch of chats, each of which is one sequence. Of several prompts, the longest counts."""
+    chats = body.get("messages")
+    if not isinstance(chats, list) or not chats:
+        raise bad_request("messages: must be a non-empty list of conversations.", "messages", "invalid_type")
+    if len(chats) > MAX_SEQUENCES:
+        raise bad_request(f"messages: at most {MAX_SEQUENCES} conversations; this one has {len(chats)}.", "messages")
+    if body.get("n") not in (None, 1):
+        raise bad_request("n: a batch generates one choice for each conversation. Remove `n`.", "n")
+    prompts = [read_chat({**body, "messages": chat}) for chat in chats]
+    return replace(max(prompts, key=lambda prompt: prompt.content.size_bytes), sequences=len(chats))
+
+
 def read_messages(body: dict[str, Any]) -> Prompt:
     """Read the body of Anthropic's `/v1/messages`. Raises `ApiError` 400."""
     _read_common(body)
     content = PromptContent()
     read_tools(body.get("tools"), content)
-    if body.get("system") is not None:
-        content.add_message("system")
-        read_parts(body["system"], content)
+    _read_instructions(body, "system", content)
     text = _read_messages(body, content)
+    config = body.get("output_config")
+    content.add_json(config.get("format") if isinstance(config, dict) else None, Part.SCHEMA)
     return Prompt(text, content, max_tokens=_whole_number(body, "max_tokens", 1))
 
 
 def read_responses(body: dict[str, Any]) -> Prompt:
-    """Read the body of `/v1/responses`. Raises `ApiError` 400."""
+    """Read the body of `/v1/responses`. Raises `ApiError` 400.
+
+    A background response outlives its HTTP request, so its end could not be observed.
+    """
     _read_common(body)
+    if body.get("background") not in (None, False):
+        raise bad_request(
+            "background: not supported, because the response would outlive its request. Send the request without it, "
+            "and read the response as a stream.",
+            "background",
+            "unsupported_parameter",
+        )
     content = PromptContent()
     read_tools(body.get("tools"), content)
-    if body.get("instructions") is not None:
-        content.add_message("system")
-        read_parts(body["instructions"], content)
+    _read_instructions(body, "instructions", content)
     text = _read_input(body.get("input"), content)
     form = body.get("text")
     content.add_json(form.get("format") if isinstance(form, dict) else None, Part.SCHEMA)
-    return Prompt(text, content, max_tokens=_whole_number(body, "max_output_tokens", 0))
+    return Prompt(text, content, max_tokens=_whole_number(body, "max_output_tokens", 1))
 
 
 def _read_common(body: dict[str, Any]) -> int:
-    """Check the fields that all bodies have, and return ``n``."""
+    """Check the fields that all bodies have, and return the number of sequences for each prompt."""
     if not isinstance(body.get("model") or "", str):
         raise bad_request("model: must be a string.", "model", "invalid_type")
     if not isinstance(body.get("stream") or False, bool):
         raise bad_request("stream: must be true or false.", "stream", "invalid_type")
-    return _checked_sequences(_whole_number(body, "n", 1) or 1)
+    # An engine that knows `best_of` generates that many and returns `n`. A beam search has `n` beams.
+    return _checked_sequences(max(_whole_number(body, "n", 1) or 1, _whole_number(body, "best_of", 1) or 1))
 
 
 def _checked_sequences(sequences: int) -> int:
     if sequences > MAX_SEQUENCES:
         raise bad_request(f"n: at most {MAX_SEQUENCES} sequences per request; this one has {sequences}.", "n")
     return sequences
+
+
+def _read_instructions(body: dict[str, Any], field: str, content: PromptContent) -> None:
+    """Add the system message in ``field``, if there is one: text, or a list of parts."""
+    given = body.get(field)
+    if given is None:
+        return
+    if not isinstance(given, str | list):
+        raise bad_request(f"{field}: must be a string or a list of parts.", field, "invalid_type")
+    content.add_message("system")
+    read_parts(given, content)
 
 
 def _read_messages(body: dict[str, Any], content: PromptContent) -> str:
@@ -124,14 +151,19 @@ def _read_messages(body: dict[str, Any], content: PromptContent) -> str:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise bad_request(f"messages[{index}]: must be an object.", f"messages[{index}]", "invalid_type")
-        given = message.get("content")
-        if given is not None and not isinstance(given, str | list):
-            where = f"messages[{index}].content"
-            raise bad_request(f"{where}: must be a string or a list of parts.", where, "invalid_type")
+        given = _checked_content(message, f"messages[{index}].content")
         read_message(message, content)
         if message.get("role") == "user":
             last = last_text(given) or last
     return last
+
+
+def _checked_content(message: dict[str, Any], where: str) -> Any:
+    """Return the message's content: None, a string, or a list of parts."""
+    given = message.get("content")
+    if given is not None and not isinstance(given, str | list):
+        raise bad_request(f"{where}: must be a string or a list of parts.", where, "invalid_type")
+    return given
 
 
 def _read_input(given: Any, content: PromptContent) -> str:
@@ -147,9 +179,10 @@ def _read_input(given: Any, content: PromptContent) -> str:
         if not isinstance(item, dict):
             raise bad_request(f"input[{index}]: must be an object.", f"input[{index}]", "invalid_type")
         if "role" in item:
+            text = last_text(_checked_content(item, f"input[{index}].content"))
             read_message(item, content)
             if item["role"] == "user":
-                last = last_text(item.get("content")) or last
+                last = text or last
         else:
             content.add_message(str(item.get("type", "")))
             read_parts([item], content)

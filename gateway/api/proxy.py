@@ -12,6 +12,7 @@ response). `_conclude` or `_fail` closes the ledger entry. The body is parsed on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -25,35 +26,42 @@ from engine_adapter.asgi import BODY_KEY, BodyTooDeep, ClientConnection, ClientD
 from engine_adapter.engine import (
     OBSERVER_KEY,
     RENDERING_KEY,
+    XARGS_KEY,
     Engine,
     EngineLost,
-    Message,
     Receive,
     Scope,
     Send,
 )
 from gateway.api.auth import ApiKey, KeyRing
+from gateway.api.body_fields import FieldGuard
 from gateway.api.engine_call import call_engine
 from gateway.api.errors import ApiError, bad_request, draining, unavailable
-from gateway.api.failover import Failure, HangWatch, failure_of, may_fail_over
+from gateway.api.failover import Failure, HangWatch, HeldResponse, failure_of, may_fail_over
 from gateway.api.http_request import HttpRequest
+from gateway.api.keep_alive import KeepAlive
 from gateway.api.models import asks_for_models, for_engine, model_not_found, requested_model, send_models
-from gateway.api.prompt import Prompt, read_prompt
+from gateway.api.pass_through import PassThrough
+from gateway.api.paths import check_path
+from gateway.api.prompt import Prompt
 from gateway.api.prompt_size import PromptSize, PromptSizer
 from gateway.api.rejections import answer_to, queue_full
 from gateway.api.request_body import (
     check_with_engine,
     document_for_engine,
     engine_scope,
+    gate_xargs,
     parse_document,
     read_limited_body,
     too_deep,
 )
-from gateway.api.response_relay import ResponseRelay, send_error
-from gateway.api.slo_headers import read_slo
+from gateway.api.response_relay import LAST_WORDS_S, ResponseRelay, send_error
+from gateway.api.routes.generation import GenerationRoute
+from gateway.api.routes.table import RouteTable
+from gateway.api.slo_headers import read_output_tokens, read_slo
 from gateway.api.slo_report import REPORT_HEADER
 from gateway.api.stored_responses import RESPONSES_PATH, noting_id
-from gateway.api.unscheduled import Unscheduled
+from gateway.api.unscheduled import EngineFailed, NoEngineAlive, Unscheduled
 from gateway.observability.ledger import Entry, Ledger, Outcome
 from gateway.observability.metrics import Metrics
 from gateway.policies.base import UNGATED
@@ -84,24 +92,29 @@ LEAVE_GRACE_S = 1.0
 class Call:
     """A scheduled request on its way through the pipeline.
 
-    ``engine``: the last one that it was judged with. ``unsent``: attempts in which an engine was unreachable.
-    ``suspects``: engines that are blamed if another engine serves the request, with reason and time of the attempt.
+    ``engine``: the last one that it was judged with. ``output_tokens``: the length that the client expects.
+    ``unsent``: attempts in which an engine was unreachable. ``suspects``: engines that are to blame if another engine
+    serves the request, with reason and time of the attempt.
     """
 
     http: HttpRequest
+    route: GenerationRoute
     document: dict[str, Any]
     prompt: Prompt
     request: Request
     size: PromptSize
+    output_tokens: int | None = None
     engine: Engine | None = None
     unsent: int = 0
     suspects: list[tuple[EngineQueue, str, float]] = field(default_factory=list)
 
 
 class Proxy:
-    """Schedules completions, and passes every other ``/v1/*`` route on to an engine.
+    """Schedules the requests of generation routes, and passes those of other known routes on to an engine.
 
-    ``draining``: every new request is answered with 503. ``in_flight``: requests that have no complete response yet.
+    ``draining``: every new request is answered with 503. ``stopping``: the engines stop, so a request that loses its
+    engine is answered likewise. ``in_flight``: requests that have no complete response yet. ``classes``, ``keys`` and
+    ``guard`` may be replaced while requests are served; each request keeps what it was judged with.
     """
 
     def __init__(
@@ -117,13 +130,18 @@ class Proxy:
         max_open_requests: int = 4096,
         retries: RetryBudget | None = None,
         first_token_timeout_s: float | None = 20.0,
+        max_pass_through: int = 32,
+        routes: RouteTable | None = None,
+        keep_alive_s: float | None = None,
+        guard: FieldGuard | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.draining = False
+        self.draining = self.stopping = False
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.in_flight = 0
         self._router = router
-        self._classes = classes
-        self._keys = keys
+        self.classes = classes
+        self.keys = keys
         self._predictor = predictor
         self._ledger = ledger
         self._metrics = metrics
@@ -131,48 +149,79 @@ class Proxy:
         self._max_open_requests = max_open_requests
         self._retries = retries or RetryBudget()
         self._first_token_timeout_s = first_token_timeout_s
-        self._unscheduled = Unscheduled(router, self._retries, metrics, self._engine_lost, clock)
+        pass_through = PassThrough(max_pass_through, metrics.pass_through)
+        self._unscheduled = Unscheduled(router, pass_through, self._retries, metrics, clock)
+        self._routes = routes or RouteTable()
+        self._keep_alive_s = keep_alive_s
+        self.guard = guard or FieldGuard()
         self._clock = clock
         self._sizer = PromptSizer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        http = HttpRequest(scope, receive, send, self._clock())
+        http = HttpRequest(scope, receive, send, self._clock(), self._routes.find(scope["path"]))
+        task = asyncio.current_task()
+        assert task is not None
         self.in_flight += 1
+        self._tasks.add(task)
         try:
             await self._answer(http)
         finally:
             self.in_flight -= 1
-            self._metrics.http_requests.labels(http.route, http.status).inc()
+            self._tasks.discard(task)
+            self._metrics.http_requests.labels(http.route.label, http.status).inc()
 
     async def _answer(self, http: HttpRequest) -> None:
         """Serve ``http``, and answer with an error response if that fails."""
         try:
             key = self._authenticate(http)
             # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for every open request.
-            if http.is_scheduled:
-                await self._schedule(self._read(http, key, await self._receive_body(http)))
+            if http.route.generation is not None:
+                call = self._read(http, key, http.route.generation, await self._receive_body(http))
+                with self._keep_alive(call):
+                    await self._schedule(call)
             else:
-                await self._pass_through(http, await self._receive_body(http))
+                await self._pass_through(http, key, await self._receive_body(http))
         except ApiError as error:
-            await send_error(http.send, error, http.request_id)
+            await _end_with(http, error)
         except ClientDisconnected:
             http.status = 499
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
+            await _end_with(http, draining())
         except Exception as error:
             # NOTE: an exception's text may quote the request, so only its type is logged above debug level.
             debugging = log.isEnabledFor(logging.DEBUG)
             log.error("a request failed inside the gateway: %s", type(error).__name__, exc_info=debugging)
             if not http.response_started:
                 internal = ApiError(500, "The gateway failed on this request.", "internal_error", "internal_error")
-                await send_error(http.send, internal, http.request_id)
+                await send_error(http.send, internal, http.request_id, http.route.errors)
+
+    async def cut(self) -> None:
+        """Answer the requests that are still open although the engines have stopped, such as one without its body."""
+        tasks = self._tasks - {asyncio.current_task()}
+        if not tasks:
+            return
+        # What ran on an engine ends by itself.
+        _, unfinished = await asyncio.wait(tasks, timeout=LEAVE_GRACE_S)
+        for task in unfinished:
+            task.cancel()
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=LAST_WORDS_S)
 
     # --- the pipeline, in order ---------------------------------------------------------------------------------------
 
     def _authenticate(self, http: HttpRequest) -> ApiKey:
-        """Return the request's API key. Raises `ApiError` 401, 431 for too many headers, or 503 while draining."""
+        """Return the request's API key.
+
+        Raises `ApiError` 404, 405 or 501 for its route, 401, 431 for too many headers, or 503 while draining.
+        """
         if len(http.headers.raw) > MAX_HEADERS:
             raise bad_request(f"More than {MAX_HEADERS} headers.", None, "too_many_headers", 431)
-        key = self._keys.authenticate(http.headers.get("authorization"))
+        check_path(http.scope)
+        http.route.check(http.scope["method"], http.scope["path"])
+        key = self.keys.authenticate(http.headers.get("authorization"), http.headers.get("x-api-key"))
         if self.draining:
             raise draining()
         return key
@@ -180,13 +229,15 @@ class Proxy:
     async def _receive_body(self, http: HttpRequest) -> bytes:
         return await read_limited_body(http.headers, http.receive, self._max_body_bytes)
 
-    def _read(self, http: HttpRequest, key: ApiKey, body: bytes) -> Call:
+    def _read(self, http: HttpRequest, key: ApiKey, route: GenerationRoute, body: bytes) -> Call:
         """Parse the body, read the SLO, estimate the prompt size. Nothing here depends on an engine."""
         document = parse_document(body)
+        output_tokens = read_output_tokens(http.headers, document)
+        self.guard.apply(document, key)
         model = self._check_model(document)
         previous = document.get("previous_response_id")
-        slo_class, slo = read_slo(http.headers, key, self._classes)
-        prompt = read_prompt(document, http.is_chat)
+        slo_class, slo = read_slo(http.headers, key, self.classes)
+        prompt = route.read_prompt(document)
         request = Request(
             id=uuid.uuid4().hex,
             slo_class=slo_class.name,
@@ -201,7 +252,13 @@ class Proxy:
             pinned_to=self._router.owner_of(previous) if isinstance(previous, str) else "",
         )
         size = self._sizer.estimate(request, prompt, document, document.get("model") or "")
-        return Call(http, document, prompt, request, size)
+        return Call(http, route, document, prompt, request, size, output_tokens)
+
+    def _keep_alive(self, call: Call) -> contextlib.AbstractContextManager[object]:
+        """Return what keeps the connection of a stream alive until its answer begins; nothing by default."""
+        if self._keep_alive_s is None or call.document.get("stream") is not True:
+            return contextlib.nullcontext()
+        return KeepAlive(call.http, self._keep_alive_s)
 
     def _check_model(self, document: dict[str, Any]) -> str:
         """Return the model that the request names, or the default. Raises `ApiError` 404 if no engine serves it."""
@@ -258,18 +315,25 @@ class Proxy:
         return entry
 
     async def _predict(self, call: Call, entry: Entry) -> None:
-        """Predict the output length. `LengthPredictor` bounds the time that this takes."""
+        """Predict the output length, unless the client states it. `LengthPredictor` bounds the time that this takes."""
         started, request, prompt = self._clock(), call.request, call.prompt
-        prediction = entry.prediction = await self._predictor.predict(
-            prompt.text,
-            request.prompt_tokens,
-            request.slo_class,
-            prompt.max_tokens,
-            prompt.min_tokens,
-            model=request.model,
-            request_id=request.id,
-        )
-        request.predict(prediction.tokens, prediction.p90)
+        if call.output_tokens is not None:
+            limit = request.max_tokens
+            if call.engine is not None:
+                limit = min(limit, call.engine.state.max_model_len - request.prompt_tokens)
+            prediction = self._predictor.from_hint(call.output_tokens, request.slo_class, limit, prompt.min_tokens)
+        else:
+            prediction = await self._predictor.predict(
+                prompt.text,
+                request.prompt_tokens,
+                request.slo_class,
+                prompt.max_tokens,
+                prompt.min_tokens,
+                model=request.model,
+                request_id=request.id,
+            )
+        entry.prediction = prediction
+        request.predict(prediction.tokens, prediction.p90, prediction.beyond)
         self._metrics.predictions.labels(prediction.source).inc()
         self._metrics.prediction_seconds.observe(self._clock() - started)
 
@@ -316,18 +380,25 @@ class Proxy:
         progress = Progress(request, began, partial(engine_queue.on_cache_hit, request))
         entry.estimated_prompt_tokens = request.prompt_tokens if call.size.estimated else None
         entry.predicted_cached_tokens = request.cached_tokens
-        report = http.headers.get(REPORT_HEADER) == "1"
+        report = http.headers.get(REPORT_HEADER, "").strip() == "1"
         send: Send = http.send
         if http.scope["path"] == RESPONSES_PATH:
             send = noting_id(send, partial(self._router.remember_owner, engine_name=engine.name))
-        relay = ResponseRelay(
-            entry, progress, send, http.request_id, report=report, holds=partial(_is_held, call), clock=self._clock
+        stored = bool(call.document.get("previous_response_id"))
+        held = HeldResponse(
+            partial(may_fail_over, scheduled=True, moves_on_404=not stored),
+            partial(self._has_others, call, engine_queue),
         )
-        gate = engine_queue.policy.gate if engine.takes_xargs and engine_queue.policy.gate != UNGATED else ""
+        relay = ResponseRelay(
+            entry, progress, send, http.request_id, call.route, report=report, held=held, clock=self._clock
+        )
+        gate = engine_queue.policy.gate if engine_queue.policy.gate != UNGATED else ""
+        xargs = gate_xargs(request.kind, request.pace_s, gate)
+        in_body = engine.takes_xargs and call.route.takes_xargs
         document = for_engine(call.document, request.requested_model, engine.state)
-        body = JsonBody(document_for_engine(document, request.kind, request.pace_s, gate))
+        body = JsonBody(document_for_engine(document, xargs if in_body else None))
         scope = engine_scope(http.scope, http.request_id)
-        scope[BODY_KEY], scope[OBSERVER_KEY] = body, progress
+        scope[BODY_KEY], scope[OBSERVER_KEY], scope[XARGS_KEY] = body, progress, xargs
         scope[RENDERING_KEY] = call.size.handle
         watch = self._hang_watch(call, engine_queue, relay, sent_at)
         error = await call_engine(engine.app, scope, body, relay, client, STALL_S, LEAVE_GRACE_S, watch, self._clock)
@@ -378,24 +449,27 @@ class Proxy:
         If not, the error response that was held back is sent. Raises `ApiError` 503 if no engine was reachable.
         """
         request, router = call.request, self._router
-        failure = None if relay.started else failure_of(error, relay.held)
+        failure = None if relay.complete and relay.held.error is None else failure_of(error, relay.held)
         if failure is None:
-            if relay.started and (isinstance(error, EngineLost) or relay.failed_in_stream):
+            if relay.failed_in_stream:
                 router.on_failure(engine_queue, "cut", sent_at, begun=True)
             elif relay.complete and relay.status < 400:
                 router.on_completed(engine_queue)
+            return False
+        if relay.started and relay.held.error is None:
+            router.on_failure(engine_queue, "cut", sent_at, begun=True)
             return False
         if failure.blameless:
             router.suspect(engine_queue)
             call.suspects.append((engine_queue, failure.reason, sent_at))
         else:
             router.on_failure(engine_queue, failure.reason, sent_at, failure.retry_after_s)
-        if self._has_retry(call, engine_queue, failure):
+        if not relay.started and self._has_retry(call, engine_queue, failure):
             request.failed_on = (*request.failed_on, engine_queue.engine.name)
             self._metrics.failovers.labels(engine_queue.engine.name, failure.reason).inc()
             request.wait_again()
             return True
-        if failure.unsent:
+        if failure.unsent and not relay.started:
             raise self._closed(
                 entry,
                 "failed",
@@ -412,14 +486,17 @@ class Proxy:
             # It costs no engine any work, and the same engine may be up again.
             call.unsent += 1
             return call.unsent < max(MAX_TRIES, len(self._router.engine_queues))
-        others = [queue for queue in self._router.others(call.request) if queue is not engine_queue]
-        if not others:
+        if not self._has_others(call, engine_queue):
             return False
         denial = self._denial(call, engine_queue)
         if denial:
             self._metrics.failovers_denied.labels(denial).inc()
             return False
         return self._retries.spend(self._clock())
+
+    def _has_others(self, call: Call, engine_queue: EngineQueue) -> bool:
+        """Whether a live engine other than that of ``engine_queue`` serves the model and has not failed the request."""
+        return any(queue is not engine_queue for queue in self._router.others(call.request))
 
     def _denial(self, call: Call, engine_queue: EngineQueue) -> str:
         """Return why the request may not go to another engine: ``deadline`` or ``budget``; "" if it may."""
@@ -443,7 +520,7 @@ class Proxy:
         if isinstance(error, BodyTooDeep):
             raise self._closed(entry, "rejected", "invalid_json", too_deep())
         if isinstance(error, EngineLost):
-            self._ledger.close(entry, "failed", "engine_lost")
+            self._ledger.close(entry, "failed", "draining" if self.stopping else "engine_lost")
             answer = self._engine_lost(engine_queue)
         else:
             log.error(
@@ -467,14 +544,27 @@ class Proxy:
 
     # --- other routes, and errors -------------------------------------------------------------------------------------
 
-    async def _pass_through(self, http: HttpRequest, body: bytes) -> None:
+    async def _pass_through(self, http: HttpRequest, key: ApiKey, body: bytes) -> None:
         """Answer a request that is not scheduled."""
         if asks_for_models(http):
             await send_models(http, self._router)
             return
         if self.in_flight > self._max_open_requests:
             raise self._gateway_full()
-        await self._unscheduled.serve(http, body)
+        try:
+            await self._unscheduled.serve(http, body, key, self.guard)
+        except NoEngineAlive as error:
+            if self.stopping:
+                raise draining() from error
+            raise unavailable("No engine is alive.", "engine_unavailable", error.retry_after_s) from error
+        except EngineFailed as failed:
+            answer = self._engine_lost(failed.engine_queue)
+            if http.response_started:
+                http.status = answer.status
+                if not http.streaming:
+                    # A partial document cannot be repaired. The server closes its connection, so the client notices.
+                    return
+            raise answer from failed
 
     def _closed(self, entry: Entry, outcome: Outcome, reason: str, error: ApiError) -> ApiError:
         """Close ``entry`` and return ``error``, for the caller to raise."""
@@ -482,11 +572,29 @@ class Proxy:
         return error
 
     def _gateway_full(self) -> ApiError:
-        return queue_full("The gateway has too many open requests.", self._max_open_requests, 1.0)
+        now = self._clock()
+        ends = [queue.admission.first_end_in_s(now) for queue in self._router.engine_queues if queue.running]
+        retry_after_s = max(1.0, min(ends, default=1.0))
+        return queue_full("The gateway has too many open requests.", self._max_open_requests, retry_after_s)
 
     def _engine_lost(self, engine_queue: EngineQueue) -> ApiError:
+        if self.stopping:
+            return draining()
         retry_after_s = engine_queue.back_in_s(self._clock())
         return unavailable("The engine died while it served this request. Send it again.", "engine_lost", retry_after_s)
+
+
+async def _end_with(http: HttpRequest, error: ApiError) -> None:
+    """Answer with ``error``, or make it the last event of a stream that has begun."""
+    if not http.response_started:
+        await send_error(http.send, error, http.request_id, http.route.errors)
+    elif http.streaming:
+        # A server raises if the stream has ended already.
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                # The engine may have died within an event, which a blank line ends.
+                event = b"\n\n" + http.route.errors.event(error, http.request_id, 0)
+                await http.send({"type": "http.response.body", "body": event})
 
 
 def _outcome_of(error: BaseException) -> tuple[Outcome, str]:
@@ -499,12 +607,6 @@ def _outcome_of(error: BaseException) -> tuple[Outcome, str]:
         # The engine that the request was placed on again cannot serve it.
         return "rejected", "engine_refused"
     return "failed", "gateway_error"
-
-
-def _is_held(call: Call, start: Message) -> bool:
-    """Whether the response that begins with ``start`` is an error for which another engine may serve the request."""
-    stored = bool(call.document.get("previous_response_id"))
-    return may_fail_over(start["status"], start.get("headers", ()), moves_on_404=not stored, scheduled=True)
 
 
 def _check_limits(call: Call, engine: Engine) -> None:

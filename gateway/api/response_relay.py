@@ -11,19 +11,19 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
-from engine_adapter.engine import Message, Send
+from engine_adapter.engine import FAILED_KEY, Message, Send
 from gateway.api.errors import ApiError, Headers
 from gateway.api.failover import HeldResponse
+from gateway.api.http_request import is_event_stream
+from gateway.api.routes import error_shape
+from gateway.api.routes.error_shape import ErrorShape
+from gateway.api.routes.generation import GenerationRoute
+from gateway.api.routes.stream_format import may_hold_several_events
 from gateway.api.slo_report import first_byte_headers, sse_comment, with_slo_report
 from gateway.observability.ledger import Entry, Outcome
 from gateway.requests.progress import Progress, tpot
 
-_DONE = b"data: [DONE]"
-_STREAM_ERROR = b'data: {"error"'
-# Generated text may contain these words, but never after a bare newline, because JSON escapes newlines.
-_LATER_DONE, _LATER_ERROR = b"\n" + _DONE, b"\n" + _STREAM_ERROR
-_DONE_AT_END = (_LATER_DONE + b"\n\n", _LATER_DONE + b"\r\n\r\n")
-_REPLACED_HEADERS = frozenset((b"x-request-id", b"content-length"))
+_REPLACED_HEADERS = frozenset((b"content-length",))
 
 LAST_WORDS_S = 5.0
 """Time limit in seconds for sending the end of a response that the engine did not end. Convention."""
@@ -34,10 +34,10 @@ class ResponseRelay:
 
     ``status`` is the response's status, 0 before it starts. ``failed_in_stream``: the engine reported an error inside a
     stream that started with 200. ``complete``: the client was sent the whole response. A stream is complete at its
-    ``[DONE]``, where many clients disconnect, although the engine's app may take longer to end it.
+    last event, where many clients disconnect, although the engine's app may take longer to end it.
 
-    ``held``: an error response for which ``holds`` is true, of which the client was sent nothing. Another engine may
-    serve the request instead; otherwise `release` sends it. An error event at the start of a stream is held too.
+    ``held``: holds an error response, also an error event at the start of a stream, until it is known whether another
+    engine serves the request. If none does, `release` sends it.
     """
 
     def __init__(
@@ -46,20 +46,22 @@ class ResponseRelay:
         progress: Progress,
         send: Send,
         request_id: bytes,
+        route: GenerationRoute,
         *,
         report: bool = False,
-        holds: Callable[[Message], bool] = lambda start: False,
+        held: HeldResponse | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.status = 0
         self.failed_in_stream = False
         self.complete = False
-        self.held = HeldResponse()
-        self._holds = holds
+        self.held = held or HeldResponse()
         self._entry = entry
         self._progress = progress
         self._send = send
         self._request_id = request_id
+        self._errors = route.errors
+        self._format = route.stream
         self._report = report
         self._clock = clock
         self._pending_start: Message | None = None
@@ -77,9 +79,8 @@ class ResponseRelay:
                 # Delayed until the first body bytes, when the measured TTFT is known and can go into a header.
                 self._pending_start = message
                 self.status = message["status"]
-                self._streaming = _content_type(message).startswith(b"text/event-stream")
-                if self._holds(message):
-                    self.held.begin(message)
+                self._streaming = is_event_stream(message.get("headers", ()))
+                if self.held.begin(message):
                     self._streaming = False
             return
         if self._streaming:
@@ -92,9 +93,8 @@ class ResponseRelay:
         if self._pending_start is not None:
             if not body and message.get("more_body"):
                 return
-            has_error = body.startswith(_STREAM_ERROR) or _LATER_ERROR in body
-            if has_error and self._holds({**self._pending_start, "status": 500}):
-                self.held.begin(self._pending_start, in_stream=True)
+            has_error = self._format.has_error(body, may_hold_several_events(body))
+            if has_error and self.held.begin(self._pending_start, in_stream=True):
                 self.held.add(message)
                 self._streaming = False
                 return
@@ -102,38 +102,38 @@ class ResponseRelay:
             # A server may open the stream before its first token. Then no TTFT is known yet.
             has_token = bool(body) and self._progress.request.generated > 0
             await self._send_start(self._clock() - self._entry.request.arrival_s if has_token else None)
-        if body.startswith(_STREAM_ERROR) or _LATER_ERROR in body:
+        several = may_hold_several_events(body)
+        if self._format.has_error(body, several):
             self.failed_in_stream = True
-        if self._report and not self.failed_in_stream and (body.startswith(_DONE) or _LATER_DONE in body):
+        end = self._format.end_in(body, several)
+        if end >= 0 and self._report and not self.failed_in_stream:
             self.measure(self._clock())
-            before, done, after = body.rpartition(_DONE)
-            message = {**message, "body": before + sse_comment(self._entry) + done + after}
+            message = {**message, "body": body[:end] + sse_comment(self._entry) + body[end:]}
         self._writes_begun += 1
         await self._send(message)
         self._writes_done = self._writes_begun
         if body:
-            self._note_event(body)
+            self._note_event(body, end)
         if not message.get("more_body"):
             self.complete = self._ended = True
 
-    def _note_event(self, body: bytes) -> None:
-        """Stamp the first and the last token, and recognise the end of the stream."""
+    def _note_event(self, body: bytes, end: int) -> None:
+        """Stamp the first and the last token, and note the end of the stream, which starts at ``end`` of ``body``."""
         now = self._clock()
-        # The role chunk opens a chat stream and is not a token.
-        if self._first_token_sent_s is None and self._progress.request.generated and not _is_role_chunk(body):
+        if self._first_token_sent_s is None and self._progress.request.generated and not self._format.opens(body):
             self._first_token_sent_s = now
-        if body.startswith(_DONE):
-            self.complete = True
-        else:
+        if end != 0:
             self._last_token_sent_s = now
-            if body.endswith(_DONE_AT_END):
-                self.complete = True
+        # The last event may be long and arrive in parts.
+        if end >= 0 and body.endswith(b"\n"):
+            self.complete = True
 
     async def _send_document(self, message: Message) -> None:
-        if self.held.start is not None:
+        if self.held.active:
             self.held.add(message)
             return
         last = not message.get("more_body")
+        self.failed_in_stream |= FAILED_KEY in message
         if self._report and self.status == 200:
             self._buffered.append(message.get("body", b""))
             if not last:
@@ -154,7 +154,6 @@ class ResponseRelay:
         assert self._pending_start is not None
         engine_headers: Headers = list(self._pending_start.get("headers", ()))
         headers: Headers = [(k, v) for k, v in engine_headers if k.lower() not in _REPLACED_HEADERS]
-        headers.append((b"x-request-id", self._request_id))
         headers += first_byte_headers(self._entry, ttft_s)
         if content_length is not None:
             headers.append((b"content-length", str(content_length).encode()))
@@ -171,8 +170,7 @@ class ResponseRelay:
 
     async def release(self) -> None:
         """Send the client the response that was held."""
-        messages, self._streaming = self.held.messages(), self.held.in_stream
-        self.held, self._holds = HeldResponse(), lambda start: False
+        messages, self._streaming = self.held.release(), self.held.in_stream
         if isinstance(messages, ApiError):
             await self.fail(messages)
             return
@@ -208,9 +206,10 @@ class ResponseRelay:
         async with _final_write():
             if not self._started:
                 self.status = error.status
-                await send_error(self._send, error, self._request_id)
+                await send_error(self._send, error, self._request_id, self._errors)
             elif self._streaming:
-                await self._send({"type": "http.response.body", "body": error.event()})
+                event = self._errors.event(error, self._request_id, self._writes_begun - 1)
+                await self._send({"type": "http.response.body", "body": event})
         # A partial JSON document cannot be repaired. The client notices, because content-length does not match.
         self.complete = self._ended = True
 
@@ -241,19 +240,11 @@ async def _final_write() -> AsyncIterator[None]:
             yield
 
 
-async def send_error(send: Send, error: ApiError, request_id: bytes = b"") -> None:
-    """Send ``error`` as a whole response."""
-    body = error.body()
+async def send_error(
+    send: Send, error: ApiError, request_id: bytes = b"", shape: ErrorShape = error_shape.OPENAI
+) -> None:
+    """Send ``error`` as a whole response, in the API's ``shape``."""
+    body = shape.body(error, request_id)
     headers: Headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if request_id:
-        headers.append((b"x-request-id", request_id))
     await send({"type": "http.response.start", "status": error.status, "headers": headers + error.headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def _content_type(start: Message) -> bytes:
-    return next((v for k, v in start.get("headers", ()) if k.lower() == b"content-type"), b"")
-
-
-def _is_role_chunk(body: bytes) -> bool:
-    return b'"role":' in body and b'"content":""' in body and body.count(b"data: ") == 1

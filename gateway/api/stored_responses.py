@@ -16,7 +16,7 @@ _SEARCHED_BYTES = 16 << 10
 
 def response_id_in_path(path: str) -> str:
     """Return the id in ``/v1/responses/{id}`` or below it; "" for any other path."""
-    if not path.startswith(RESPONSES_PATH + "/"):
+    if not path.startswith(RESPONSES_PATH + "/resp_"):
         return ""
     return path[len(RESPONSES_PATH) + 1 :].partition("/")[0]
 

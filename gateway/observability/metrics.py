@@ -114,6 +114,12 @@ class Metrics:
         )  # fmt: skip
         for reason in ("budget", "deadline"):
             self.failovers_denied.labels(reason)
+        self.pass_through = Gauge(
+            "antares_pass_through_requests",
+            "Requests that an engine serves without scheduling.",
+            ("engine",),
+            registry=registry,
+        )
         for source in ("service", "fallback"):
             self.predictions.labels(source)
 

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine_adapter.engine import EngineState
-from gateway.policies.base import Decision, Policy, prefill_seconds
+from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Policy, prefill_seconds
 from gateway.requests.prefix_index import PrefixIndex
 from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.decision_schedule import DecisionSchedule
+
+DECISION_GRACE_S = 2 * MAX_DECISION_INTERVAL_S
+"""A request that has waited for longer was kept waiting by at least one decision."""
 
 
 @dataclass(slots=True, eq=False)
@@ -110,8 +113,40 @@ class AdmissionController:
         """Return the seconds of prefill work that wait."""
         return prefill_seconds(self.waiting, self.engine)
 
+    def next_admission_in_s(self, now: float) -> float:
+        """Return the expected seconds until a waiting request leaves the queue, of a queue that is full.
+
+        The prompts ahead must be prefilled. If a request has waited for longer than that explains, it waits for the
+        running requests, so the first of them must end too.
+        """
+        work, _ = self.load()
+        oldest_s = max((now - request.arrival_s for request in self.waiting), default=0.0)
+        free = self.engine.max_num_seqs - sum(request.sequences for request in self.running.values())
+        if not self.running or (free > 0 and oldest_s < max(work, DECISION_GRACE_S)):
+            return work
+        return work + self.first_end_in_s(now)
+
+    def first_end_in_s(self, now: float) -> float:
+        """Return the expected seconds until the first running request ends; 0 if none runs."""
+        running = self.running.values()
+        if not running:
+            return 0.0
+        sequences = sum(request.sequences for request in running)
+        context = sum(request.length * request.sequences for request in running)
+        step_s = self.engine.step_time.curve.step_s(sequences, context)
+        return min(_remaining_s(request, step_s, now) for request in running)
+
     def load(self) -> tuple[float, int]:
         """Return what is ahead of an arriving request, to compare engines: seconds of prefill work, then requests."""
         unfinished = [r for r in self.running.values() if r.prefilling]
         work = self.queued_prefill_s() + prefill_seconds(unfinished, self.engine)
         return work, len(self.running) + len(self.waiting)
+
+
+def _remaining_s(request: Request, step_s: float, now: float) -> float:
+    """Return the expected seconds until a running request ends, in steps of ``step_s`` s or as slow as until now."""
+    seconds = request.remaining_tokens * max(step_s, request.mean_tpot_s(now))
+    if request.unobserved and request.admitted_s is not None:
+        # Its tokens are not counted, but its time is.
+        return max(seconds - (now - request.admitted_s), step_s)
+    return seconds

@@ -148,8 +148,7 @@ class EngineQueue:
         limit = self.classes[request.slo_class].max_waiting
         if self.waiting.by_class[request.slo_class] >= limit:
             self.shadows.rejected(request)
-            # Once the waiting prompts are prefilled, a slot in the queue is certainly free.
-            outcome.set_result(QueueFull(limit, retry_after_s=max(1.0, self.admission.queued_prefill_s())))
+            outcome.set_result(QueueFull(limit, max(1.0, self.admission.next_admission_in_s(self._clock()))))
             return outcome
         self.admission.submit(request)
         self._outcomes[request.id] = outcome

@@ -119,8 +119,8 @@ def test_cached_free_blocks_do_not_count_twice_as_free_memory() -> None:
 
 
 def test_preempted_sequence_finds_its_own_blocks() -> None:
-    # Eight blocks: two sequences grow to four blocks each. Then the newer one is preempted, with 65 tokens. The older one
-    # grows to seven blocks, so that one block of the newer one is left in the cache.
+    # Eight blocks: two sequences grow to four blocks each. Then the newer one is preempted, with 65 tokens. The older
+    # one grows to seven blocks, so that one block of the newer one is left in the cache.
     old = turn("old", 40, 60, hashes=tuple(-h for h in HASHES))
     young = turn("young", 40, 60)
     scheduler = scheduler_of(kv_tokens=128, max_model_len=128)

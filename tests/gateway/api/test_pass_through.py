@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import pytest
 
-from tests.fixtures.live_gateway import CHAT, Live
+from engine_adapter.engine import EngineLost, Receive, Scope, Send
+from gateway.api import pass_through
+from tests.fixtures.live_gateway import CHAT, Live, chat, live
+from tests.fixtures.live_server import eventually
 
 
 async def test_forged_xargs_are_removed_on_other_routes(antares: Live) -> None:
     antares.echo_bodies()
     forged = {"input": "hi", "vllm_xargs": {"antares_tpot_ms": 0.001, "mine": 1}}
-    assert (await antares.ask(forged, path="/v1/responses")).json() == {"input": "hi", "vllm_xargs": {"mine": 1}}
+    assert (await antares.ask(forged, path="/v1/embeddings")).json() == {"input": "hi", "vllm_xargs": {"mine": 1}}
     plain = b'{ "input" :  "unchanged" }'
-    assert (await antares.http.post("/v1/responses", content=plain)).content == plain
+    assert (await antares.http.post("/v1/embeddings", content=plain)).content == plain
 
 
 FORGED = '{"input": "hi", "vllm_xargs": {"antares_tpot_ms": 1}}'
@@ -31,7 +39,7 @@ FORGED = '{"input": "hi", "vllm_xargs": {"antares_tpot_ms": 1}}'
 async def test_body_is_checked_whenever_an_engine_may_read_it_as_json(antares: Live, content_types: list[str]) -> None:
     antares.echo_bodies()
     headers = [("content-type", given) for given in content_types]
-    answer = await antares.http.post("/v1/responses", content=FORGED.encode(), headers=headers)
+    answer = await antares.http.post("/v1/embeddings", content=FORGED.encode(), headers=headers)
     assert answer.json() == {"input": "hi"}
 
 
@@ -48,7 +56,7 @@ async def test_body_is_checked_whenever_an_engine_may_read_it_as_json(antares: L
         FORGED.encode() + b"x",
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/responses", CHAT])
+@pytest.mark.parametrize("path", ["/v1/embeddings", CHAT])
 async def test_json_that_only_a_lenient_parser_accepts_gets_400(antares: Live, body: bytes, path: str) -> None:
     antares.echo_bodies()
     answer = await antares.http.post(path, content=body, headers={"content-type": "application/json"})
@@ -58,7 +66,7 @@ async def test_json_that_only_a_lenient_parser_accepts_gets_400(antares: Live, b
 async def test_last_of_two_equal_members_counts(antares: Live) -> None:
     antares.echo_bodies()
     body = b'{"vllm_xargs": {"mine": 1}, "vllm_xargs": {"antares_tpot_ms": 1}, "input": "hi"}'
-    assert (await antares.http.post("/v1/responses", content=body)).json() == {"input": "hi"}
+    assert (await antares.http.post("/v1/embeddings", content=body)).json() == {"input": "hi"}
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/octet-stream"])
@@ -110,5 +118,96 @@ async def test_form_passes_through_unless_the_engine_rejects_a_field(
 
 async def test_engine_checks_apply_to_other_routes(antares: Live) -> None:
     antares.forbid_seed()
-    answer = await antares.ask({"input": "hi", "seed": 1}, path="/v1/responses")
+    answer = await antares.ask({"input": "hi", "seed": 1}, path="/v1/embeddings")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "seed")
+
+
+class Held:
+    """An engine's app that holds every call until `finish`, and counts those that it serves."""
+
+    def __init__(self) -> None:
+        self.calls = self.most = 0
+        self.finish = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.calls += 1
+        self.most = max(self.most, self.calls)
+        await self.finish.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+        self.calls -= 1
+
+
+@asynccontextmanager
+async def held(limit: int) -> AsyncIterator[tuple[Live, Held]]:
+    async with live(server={"max_pass_through": limit}) as antares:
+        antares.engine.stub = app = Held()
+        yield antares, app
+        app.finish.set()
+
+
+async def test_calls_beyond_the_limit_wait_while_chats_are_served() -> None:
+    async with held(2) as (antares, app):
+        calls = [asyncio.create_task(antares.ask({"input": "hi"}, "/v1/embeddings")) for _ in range(5)]
+        await eventually(lambda: antares.gateway.proxy.in_flight == 5 and app.calls == 2)
+        assert 'antares_pass_through_requests{engine="simulated"} 2.0' in (await antares.http.get("/metrics")).text
+        antares.engine.stub = None
+        assert (await antares.ask(chat())).status_code == 200
+        antares.engine.stub = app
+        app.finish.set()
+        assert [(await call).status_code for call in calls] == [200] * 5
+        assert app.most == 2
+        assert 'antares_pass_through_requests{engine="simulated"} 0.0' in (await antares.http.get("/metrics")).text
+
+
+async def test_waiting_call_that_disconnects_leaves_its_turn_to_the_next() -> None:
+    async with held(1) as (antares, app):
+        first, second, third = (asyncio.create_task(antares.ask({}, "/v1/embeddings")) for _ in range(3))
+        await eventually(lambda: antares.gateway.proxy.in_flight == 3 and app.calls == 1)
+        second.cancel()
+        await eventually(lambda: antares.gateway.proxy.in_flight == 2)
+        app.finish.set()
+        assert ((await first).status_code, (await third).status_code) == (200, 200)
+        assert 'route="/v1/embeddings",status="499"} 1.0' in (await antares.http.get("/metrics")).text
+
+
+async def test_call_that_waits_too_long_gets_429(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pass_through, "WAIT_S", 0.05)
+    async with held(1) as (antares, app):
+        first = asyncio.create_task(antares.ask({}, "/v1/embeddings"))
+        await eventually(lambda: app.calls == 1)
+        answer = await antares.ask({}, "/v1/embeddings")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        assert int(answer.headers["retry-after"]) >= 1
+        app.finish.set()
+        assert (await first).status_code == 200
+        assert (await antares.ask({}, "/v1/embeddings")).status_code == 200, "the turn of the second call is not lost"
+
+
+async def test_stream_of_an_engine_that_dies_ends_with_an_error_event(antares: Live) -> None:
+    async def dies(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: {}\n\ndata: {", "more_body": True})
+        raise EngineLost("gone")
+
+    antares.engine.stub = dies
+    answer = await antares.http.get("/v1/responses/resp_1?stream=true")
+    *_, cut, error, end = answer.text.split("\n\n")
+    assert (cut, error.split("\n")[0], end) == ("data: {", "event: error", "")
+    assert json.loads(error.split("data: ")[1])["code"] == "engine_lost"
+    assert 'route="/v1/responses/{id}",status="503"} 1.0' in (await antares.http.get("/metrics")).text
+
+
+@pytest.mark.parametrize("is_draining", [False, True])
+async def test_answer_of_an_engine_that_dies_before_it_is_503(antares: Live, is_draining: bool) -> None:
+    async def dies(scope: Scope, receive: Receive, send: Send) -> None:
+        antares.gateway.proxy.stopping = is_draining
+        raise EngineLost("gone")
+
+    antares.engine.stub = dies
+    answer = await antares.ask({}, "/v1/messages/count_tokens")
+    error = answer.json()["error"]
+    code = "draining" if is_draining else "engine_lost"
+    assert (answer.status_code, error["type"], error["code"]) == (503, "overloaded_error", code)
+    assert "x-request-id" in answer.headers

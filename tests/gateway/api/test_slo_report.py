@@ -130,15 +130,6 @@ async def test_stream_with_error_event_counts_as_failed(antares: Live, chunks: t
     assert '"attained":true' not in answer.text
 
 
-async def test_other_routes_pass_through_to_the_engine(antares: Live) -> None:
-    models = await antares.http.get("/v1/models")
-    assert models.json()["data"][0]["id"] == "simulated"
-    unknown = await antares.http.get("/v1/anything?at=all")
-    assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "NotFoundError")
-    assert (await antares.http.get(CHAT)).status_code == 405
-    assert antares.gateway.ledger.accepted == 0
-
-
 async def test_stream_has_the_same_chunks_as_from_the_engine(antares: Live) -> None:
     async with serving(antares.engine.app) as bare:
         direct = await antares.http.post(bare + CHAT, json=chat(stream=True))

@@ -1,0 +1,55 @@
+"""One client request of a remote engine, and the messages that answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import aiohttp
+
+from engine_adapter.engine import FAILED_KEY, Scope, Send, TokenObserver
+from engine_adapter.remote.counting import CompletionCounter, EventKind, TokenCounter
+from engine_adapter.remote.request import CompletionPlan, downstream_headers
+
+USUAL_DONE = (CompletionCounter.done, b"data: [DONE]\r\n\r\n")
+"""Forms of a completion's last event that the gateway recognises behind other events."""
+
+
+@dataclass(slots=True)
+class ClientRequest:
+    """One client request and the channel for its response. ``plan`` is None unless the request generates tokens."""
+
+    scope: Scope
+    plan: CompletionPlan | None
+    observer: TokenObserver
+    send: Send
+
+    async def send_head(self, response: aiohttp.ClientResponse, altered: bool) -> None:
+        """Send the status and the headers of the upstream response. ``altered``: as in `downstream_headers`."""
+        headers = downstream_headers(response.raw_headers, altered)
+        await self.send({"type": "http.response.start", "status": response.status, "headers": headers})
+
+    async def send_body(self, data: bytes, more: bool) -> None:
+        """Send a part of the body. ``more``: others follow."""
+        await self.send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def send_failure(self, data: bytes, more: bool) -> None:
+        """Send a part of a 200 response that reports the engine's failure."""
+        await self.send({"type": "http.response.body", "body": data, "more_body": more, FAILED_KEY: True})
+
+    async def send_json(self, status: int, data: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        """Send a whole JSON response. ``headers``: those of the upstream response, without its body's headers."""
+        kept = [(name, value) for name, value in headers if name != b"content-type"]
+        kept += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
+        await self.send({"type": "http.response.start", "status": status, "headers": kept})
+        await self.send_body(data, more=False)
+
+    async def send_last(self, kind: EventKind, event: bytes, counter: TokenCounter) -> None:
+        """Send the event that ends a stream, in a message of its own so that the gateway recognises it.
+
+        It gets the form that clients recognise, if the server uses another one.
+        """
+        if kind is EventKind.ERROR:
+            await self.send_failure(counter.error_event(event), more=True)
+        if counter.done or kind is not EventKind.ERROR:
+            await self.send_body(counter.done or event, more=True)

@@ -1,0 +1,99 @@
+"""How each API shapes an error: as a whole response, and as the last event of a stream that has started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway.api.errors import ApiError
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    529: "overloaded_error",
+}
+"""The Anthropic API's error type by status. Other 4xx are ``invalid_request_error``, other 5xx ``api_error``."""
+
+_ANTHROPIC_KINDS = {*_ANTHROPIC_TYPES.values(), "api_error"}
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorShape:
+    """The error format of one API.
+
+    ``body(error, request_id)`` returns a JSON document. ``event(error, request_id, sent)`` returns the last events of a
+    stream; ``sent`` is the number of messages that the stream had so far. ``adapted(body, status, request_id)`` returns
+    an engine's error document in this format; None if engines always send this format.
+    """
+
+    body: Callable[[ApiError, bytes], bytes]
+    event: Callable[[ApiError, bytes, int], bytes]
+    adapted: Callable[[bytes, int, bytes], bytes] | None = None
+
+
+def _openai_body(error: ApiError, request_id: bytes) -> bytes:
+    return error.body()
+
+
+def _openai_event(error: ApiError, request_id: bytes, sent: int) -> bytes:
+    return error.event()
+
+
+def _responses_event(error: ApiError, request_id: bytes, sent: int) -> bytes:
+    """Return an ``error`` event of the Responses API.
+
+    Its schema has the members at the top. OpenAI's clients raise an exception only for an ``error`` object, which the
+    API sends too. NOTE: ``sequence_number`` is exact if every message of the stream was one event.
+    """
+    details = _details(error, error.type)
+    document = {"type": "error", "sequence_number": sent, **_without_type(details), "error": details}
+    return b"event: error\ndata: " + orjson.dumps(document) + b"\n\n"
+
+
+def _anthropic_type(status: int) -> str:
+    return _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+
+
+def _anthropic_body(error: ApiError, request_id: bytes) -> bytes:
+    return _anthropic_document(_details(error, _anthropic_type(error.status)), request_id)
+
+
+def _anthropic_document(details: dict[str, Any], request_id: bytes) -> bytes:
+    return orjson.dumps({"type": "error", "error": details, "request_id": request_id.decode()})
+
+
+def _anthropic_event(error: ApiError, request_id: bytes, sent: int) -> bytes:
+    return b"event: error\ndata: " + _anthropic_body(error, request_id) + b"\n\n"
+
+
+def _anthropic_adapted(body: bytes, status: int, request_id: bytes) -> bytes:
+    """vLLM answers invalid bodies in OpenAI's format, and uses its own error types in Anthropic's."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body
+    details = document.get("error") if isinstance(document, dict) else None
+    if not isinstance(details, dict) or details.get("type") in _ANTHROPIC_KINDS:
+        return body
+    return _anthropic_document({**details, "type": _anthropic_type(status)}, request_id)
+
+
+def _details(error: ApiError, kind: str) -> dict[str, Any]:
+    return {"type": kind, "message": error.message, "param": error.param, "code": error.code, **error.extra}
+
+
+def _without_type(details: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in details.items() if name != "type"}
+
+
+OPENAI = ErrorShape(_openai_body, _openai_event)
+RESPONSES = ErrorShape(_openai_body, _responses_event)
+ANTHROPIC = ErrorShape(_anthropic_body, _anthropic_event, _anthropic_adapted)
