@@ -7,10 +7,11 @@ reports prompts and tokens to it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from engine_adapter.model_card import ModelCard
 from engine_adapter.step_time.model import StepTimeModel
 
 Scope = MutableMapping[str, Any]
@@ -164,7 +165,11 @@ class EngineState:
 
     Attributes:
         alive: False while the engine is down or restarting.
-        model: the name under which the engine serves its model; "" if unknown.
+        model: the name of the engine's default model, its first; "" if unknown.
+        models: the models that the engine serves by name, LoRA adapters included. None until they are known. Empty if
+            the engine does not list its models. A dead engine keeps them.
+        aliases: names that clients may use, each with the engine's own name of that model.
+        any_model: the engine also serves models that it does not list.
         ready_in_s: expected wait until the engine is up again, while ``alive`` is False.
         prefix_caching: the engine takes the beginning of a prompt from its KV memory if it is still there.
         shared_tokens: prompt tokens that several running requests share in KV memory, beyond the first copy.
@@ -173,6 +178,9 @@ class EngineState:
 
     alive: bool = False
     model: str = ""
+    models: dict[str, ModelCard] | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    any_model: bool = False
     ready_in_s: float = 30.0
     restarts: int = 0
     max_num_seqs: int = 256
@@ -187,6 +195,23 @@ class EngineState:
     engine_waiting: int = 0
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     gate: GateReport = field(default_factory=GateReport)
+
+    def set_models(self, cards: Iterable[ModelCard]) -> None:
+        """Set the models that the engine serves. The first is its default."""
+        self.models = {card.id: card for card in cards}
+        self.model = next(iter(self.models), self.model)
+
+    def own_name(self, model: str) -> str | None:
+        """Return the engine's own name of the model that clients call ``model``; None if it does not list it."""
+        own = self.aliases.get(model)
+        if own is not None:
+            return own if not self.models or own in self.models or self.any_model else None
+        return model if self.models and model in self.models else None
+
+    @property
+    def serves_any_model(self) -> bool:
+        """Whether a request for a model that no engine lists may go to this engine."""
+        return self.any_model or self.models == {}
 
 
 @dataclass(slots=True)

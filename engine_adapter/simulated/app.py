@@ -90,9 +90,7 @@ class SimulatedApp:
             await self._complete(scope, receive, send)
 
     def _models(self) -> dict[str, Any]:
-        limit = self._engine.state.max_model_len
-        card = {"id": self._engine.model, "object": "model", "created": 0, "owned_by": "antares"}
-        return {"object": "list", "data": [card | {"max_model_len": limit}]}
+        return {"object": "list", "data": [card.document() for card in (self._engine.state.models or {}).values()]}
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -112,7 +110,8 @@ class SimulatedApp:
             else:
                 await _error(send, 400, "BadRequestError", str(error))
             return
-        response = _RESPONSES.get(path, _Response)(request, choices, self._engine.model)
+        model = request.model if request.model in (self._engine.state.models or {}) else self._engine.model
+        response = _RESPONSES.get(path, _Response)(request, choices, model)
         await run_until_disconnect(self._generate(scope, response, send), receive)
 
     def _choices(self, request: Completion) -> list[Choice]:

@@ -34,7 +34,9 @@ def _chat(body: Json) -> Json:
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list with at least one message")
     system = [{"role": "system", "content": body["system"]}] if body.get("system") else []
-    kept: Json = {name: body[name] for name in ("max_tokens", "stream", "ignore_eos", "vllm_xargs") if name in body}
+    kept: Json = {
+        name: body[name] for name in ("model", "max_tokens", "stream", "ignore_eos", "vllm_xargs") if name in body
+    }
     return {"messages": [*system, *messages], **kept}
 
 

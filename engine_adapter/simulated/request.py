@@ -20,12 +20,14 @@ class Completion:
     """The parts of a completion request that the simulated engine supports. Lengths are in tokens.
 
     Attributes:
+        model: the model that the request names; "" if none.
         prompts: text and length of each prompt.
         gate: the step gate that the request names; "" for the engine's default.
         fixed_output: output length, if ``vllm_xargs.simulated_output_tokens`` sets it.
     """
 
     chat: bool
+    model: str
     prompts: list[tuple[str, int]]
     n: int
     stream: bool
@@ -56,6 +58,7 @@ class Completion:
             raise BadRequest("stream_options can only be set when stream is true")
         return cls(
             chat=chat,
+            model=str(body.get("model") or ""),
             prompts=[_chat_prompt(body)] if chat else _text_prompts(body),
             n=_whole(body, "n") or 1,
             stream=stream,

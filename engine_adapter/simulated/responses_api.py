@@ -28,7 +28,9 @@ def parse_responses(raw: bytes) -> Completion:
         raise BadRequest("input must be a string or a list of items")
     instructions = [{"role": "system", "content": body["instructions"]}] if body.get("instructions") else []
     chat = {"messages": [*instructions, *given], "max_tokens": body.get("max_output_tokens")}
-    return Completion.of({**chat, **{k: body[k] for k in ("stream", "ignore_eos", "vllm_xargs") if k in body}}, True)
+    return Completion.of(
+        {**chat, **{k: body[k] for k in ("model", "stream", "ignore_eos", "vllm_xargs") if k in body}}, True
+    )
 
 
 class ResponsesResponse:

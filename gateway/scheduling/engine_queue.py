@@ -21,6 +21,7 @@ from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.admission import AdmissionController
+from gateway.scheduling.circuit_breaker import CircuitBreaker
 from gateway.scheduling.shadow import Shadow
 from gateway.scheduling.shadow_runner import ShadowRunner
 
@@ -65,7 +66,7 @@ class Admitted:
 
 @dataclass(slots=True, frozen=True)
 class Reroute:
-    """This engine is down and another one is alive: place the request again."""
+    """This engine is down or rests, and another one can serve the request: place it again."""
 
 
 QueueOutcome = Reroute | Admitted | Rejection | EngineDown | Draining | QueueFull
@@ -105,7 +106,9 @@ class EngineQueue:
         self.shadows = ShadowRunner(shadows, engine.state, clock)
         self.decisions = 0
         self.deciding_s = 0.0
-        self.another_engine_alive: Callable[[], bool] = lambda: False
+        self.circuit = CircuitBreaker()
+        self.can_move: Callable[[Request], bool] = lambda request: False
+        """Whether another engine could serve a request that waits here. Set by the router."""
         self._clock = clock
         self._unbounded_wait_s = unbounded_wait_s
         self._on_decided = on_decided
@@ -204,6 +207,12 @@ class EngineQueue:
             asyncio.get_running_loop().call_soon(self._decide)
         self.shadows.wake()
 
+    def reroute(self) -> None:
+        """Answer `Reroute` to the waiting requests that another engine can serve."""
+        for request in list(self.waiting):
+            if self.can_move(request):
+                self._remove(request, Reroute())
+
     def close(self) -> None:
         """Stop the timer and answer `Draining` to the waiting requests and to later ones: the gateway shuts down."""
         self._closed = True
@@ -295,10 +304,7 @@ class EngineQueue:
 
     def _answer_while_down(self, now: float) -> None:
         """Reroute the waiting requests, or answer those whose deadline ends before the engine is expected back."""
-        if self.another_engine_alive():
-            for request in list(self.waiting):
-                self._remove(request, Reroute())
-            return
+        self.reroute()
         expected_in_s = self._expected_in_s(now)
         for request in list(self.waiting):
             waits_until = min(request.deadline_s, request.arrival_s + self._unbounded_wait_s)

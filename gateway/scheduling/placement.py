@@ -7,6 +7,8 @@ policies the load is seconds of prefill work.
 
 from __future__ import annotations
 
+import zlib
+
 from gateway.policies.annealing.policy import Annealing
 from gateway.requests.request import Request
 from gateway.scheduling.admission import AdmissionController
@@ -23,3 +25,11 @@ def load(admission: AdmissionController) -> tuple[float, int]:
 def kv_tokens(request: Request) -> float:
     """Return the KV memory (tokens) of ``request`` at its predicted length."""
     return (request.prompt_tokens + request.predicted_tokens) * request.sequences
+
+
+def keeps_share(request: Request, share: float) -> bool:
+    """Whether an engine that should keep only this ``share`` (0 to 1) of its requests keeps ``request``.
+
+    It depends on the request's random id alone, so it is the same each time that the request is placed.
+    """
+    return share >= 1 or zlib.crc32(request.id.encode()) < share * 2**32
