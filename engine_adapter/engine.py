@@ -208,6 +208,10 @@ class EngineState:
             return own if not self.models or own in self.models or self.any_model else None
         return model if self.models and model in self.models else None
 
+    def adapter(self, own_name: str) -> str:
+        """Return "" for the engine's default model, else the name: models and LoRA adapters share no cached prompts."""
+        return "" if own_name == self.model else own_name
+
     @property
     def serves_any_model(self) -> bool:
         """Whether a request for a model that no engine lists may go to this engine."""

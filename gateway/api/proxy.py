@@ -251,7 +251,11 @@ class Proxy:
             requested_model=model,
             pinned_to=self._router.owner_of(previous) if isinstance(previous, str) else "",
         )
-        size = self._sizer.estimate(request, prompt, document, document.get("model") or "")
+        pool = self._router.pool(model)
+        # To choose among engines, the router must know the prompt. A single one measures it itself.
+        size = PromptSize()
+        if len(pool) > 1:
+            size = self._sizer.estimate(request, prompt, document, pool[0].engine.state)
         return Call(http, route, document, prompt, request, size, output_tokens)
 
     def _keep_alive(self, call: Call) -> contextlib.AbstractContextManager[object]:
