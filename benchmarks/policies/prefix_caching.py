@@ -74,7 +74,7 @@ conventions.
 each policy.
 - *Goodput*: attained requests per second, drain included; mean over the seeds.
 - *Hits*: share of the prompt tokens sent to the engine that were in its cache, and what the gateway predicted at
-admission. It does not know the answers, so it predicts slightly less.
+admission.
 
 ```
 python -m benchmarks.policies.prefix_caching --json > docs/results/prefix_caching.json

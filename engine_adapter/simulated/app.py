@@ -96,9 +96,7 @@ class SimulatedApp:
             await self._complete(scope, receive, send)
 
     def _models(self) -> dict[str, Any]:
-        limit = self._engine.state.max_model_len
-        card = {"id": self._engine.model, "object": "model", "created": 0, "owned_by": "antares"}
-        return {"object": "list", "data": [card | {"max_model_len": limit}]}
+        return {"object": "list", "data": [card.document() for card in (self._engine.state.models or {}).values()]}
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -118,7 +116,8 @@ class SimulatedApp:
             else:
                 await _error(send, 400, "BadRequestError", str(error), param=error.param)
             return
-        response = _RESPONSES.get(path, _Response)(request, choices, self._engine.model)
+        model = request.model if request.model in (self._engine.state.models or {}) else self._engine.model
+        response = _RESPONSES.get(path, _Response)(request, choices, model)
         await run_until_disconnect(self._generate(scope, response, send), receive)
 
     def _choices(self, request: Completion) -> list[Choice]:
@@ -149,7 +148,7 @@ class SimulatedApp:
         if request.chat:
             words = [choice.text(token).strip() for token in range(1, choice.output_tokens + 1 - choice.stops)]
             tokens += message_tokens("assistant", words)
-        return block_hashes((request.model, request.cache_salt), tokens)
+        return block_hashes((request.model or self._engine.model, request.cache_salt), tokens)
 
     def _default_length(self, text: str, seed: int) -> int:
         default = self._engine.output_tokens

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from engine_adapter.engine import ASGIApp, EngineEvents, EngineState, EngineUnreachable, GateReport, RenderedPrompt
 from engine_adapter.gates.composite import Gates
 from engine_adapter.gates.pace_labels import PaceLabels
+from engine_adapter.model_card import ModelCard
 from engine_adapter.simulated.app import SimulatedApp
 from engine_adapter.simulated.scheduler import SimulatedScheduler, Step
 from engine_adapter.simulated.sequence import SimulatedSequence
@@ -41,7 +42,9 @@ class SimulatedEngine:
 
     Args:
         name: the engine's name in metrics.
-        model: the model name in responses and in ``/v1/models``. Requests for any model are served.
+        model: the name of the default model. It answers requests for models that the engine does not have.
+        models: names of further models. All behave alike.
+        aliases: names that clients of the gateway may use, each with the engine's own name of that model.
         times: a step takes ``ITL(B, L)`` if any sequence decodes, plus ``t(prefill tokens)`` if any prompt prefills.
         profile: step times from a profile, in place of ``times``.
         max_num_seqs, max_num_batched_tokens, max_model_len: vLLM's limits of the same names. Defaults: the profile's,
@@ -64,6 +67,8 @@ class SimulatedEngine:
         name: str = "simulated",
         model: str = "simulated",
         *,
+        models: Sequence[str] = (),
+        aliases: Mapping[str, str] | None = None,
         times: StepTimes | None = None,
         profile: Profile | None = None,
         max_num_seqs: int | None = None,
@@ -90,10 +95,12 @@ class SimulatedEngine:
         self.times = times or (StepTimes() if profile is None else profile.step_times())
         self.takes_xargs = True
         self.state = EngineState(
-            model=model,
+            aliases=dict(aliases or {}),
             step_time=StepTimeModel(times=self.times),
             **limits,
         )
+        limit = self.state.max_model_len
+        self.state.set_models([ModelCard(name, limit, "antares") for name in dict.fromkeys((model, *models))])
         self.output_tokens = output_tokens
         self.prefix_caching = prefix_caching
         self._time_scale = time_scale

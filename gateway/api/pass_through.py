@@ -13,7 +13,7 @@ from prometheus_client import Gauge
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.asgi import BodyTooDeep, ClientConnection, ClientDisconnected, encode_json
-from engine_adapter.engine import Engine, Scope
+from engine_adapter.engine import Engine, Scope, Send
 from gateway.api.auth import ApiKey
 from gateway.api.body_fields import GUARDED_FIELDS, FieldGuard
 from gateway.api.errors import bad_request
@@ -46,8 +46,10 @@ class PassThrough:
         self._serving = serving
         self._slots: dict[str, asyncio.Semaphore] = {}
 
-    async def serve(self, http: HttpRequest, body: bytes, engine: Engine, key: ApiKey, guard: FieldGuard) -> None:
-        """Have ``engine`` answer the request, in its turn. ``guard`` applies the rights of ``key`` to the body.
+    async def serve(
+        self, http: HttpRequest, body: bytes, engine: Engine, send: Send, key: ApiKey, guard: FieldGuard
+    ) -> None:
+        """Have ``engine`` answer the request through ``send``, in its turn. ``guard`` applies the rights of ``key``.
 
         Raises:
             ApiError: 400 for a field that no engine may receive; 429 after `WAIT_S` without a turn.
@@ -62,7 +64,7 @@ class PassThrough:
             try:
                 with self._serving.labels(engine.name).track_inprogress():
                     scope = engine_scope(http.scope, http.request_id, len(body))
-                    await engine.app(scope, client.receive_for(body), http.send)
+                    await engine.app(scope, client.receive_for(body), send)
             finally:
                 slots.release()
             if not http.response_started and client.disconnected.done():
