@@ -7,7 +7,7 @@ reports prompts and tokens to it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +22,12 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 OBSERVER_KEY = "antares.observer"
 """ASGI scope key under which the gateway passes a request's `TokenObserver` to the engine."""
 
+FAILED_KEY = "antares.failed"
+"""Key of an ``http.response.body`` message, true if its body reports that the engine failed inside a 200 response."""
+
+
+RENDERING_KEY = "antares.rendering"
+"""ASGI scope key under which the gateway passes `RenderedPrompt.handle` back to the engine that rendered the prompt."""
 
 XARGS_KEY = "antares.xargs"
 """ASGI scope key under which the gateway passes the members for the step gate to an in-process engine."""
@@ -49,11 +55,33 @@ class TokenObserver(Protocol):
     def on_prompt(self, sequence: str, tokens: int) -> None:
         """The engine has tokenised the prompt of ``sequence`` into ``tokens`` tokens."""
 
+    def on_cached(self, sequence: str, tokens: int) -> None:
+        """The engine took ``tokens`` tokens of the prompt of ``sequence`` from its prefix cache."""
+
     def on_tokens(self, sequence: str, count: int, at: float) -> None:
         """The engine produced ``count`` output tokens of ``sequence`` at time ``at``."""
 
     def on_unobserved(self) -> None:
         """The engine reports no tokens before the response is complete."""
+
+
+@dataclass(slots=True, frozen=True)
+class RenderedPrompt:
+    """A prompt as its engine will compute it. Of several prompts in one request, the longest.
+
+    Attributes:
+        token_ids: the prompt; empty if it is not known.
+        block_size: tokens of a block of the engine's prefix cache.
+        media: position (in tokens) and content hash of each piece that is not text.
+        handle: what the engine keeps for serving this request (`RENDERING_KEY`).
+        invalid: the engine will answer the request with an error, whatever the load is.
+    """
+
+    token_ids: Sequence[int]
+    block_size: int
+    media: tuple[tuple[int, str], ...] = ()
+    handle: object = None
+    invalid: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -104,6 +132,7 @@ class EngineState:
         alive: False while the engine is down or restarting.
         model: the name under which the engine serves its model; "" if unknown.
         ready_in_s: expected wait until the engine is up again, while ``alive`` is False.
+        shared_tokens: prompt tokens that several running requests share in KV memory, beyond the first copy.
         plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
     """
 
@@ -115,6 +144,7 @@ class EngineState:
     max_num_batched_tokens: int = 2048
     max_model_len: int = 8192
     kv_tokens: int = 0
+    shared_tokens: int = 0
     plans_ahead: bool = False
     kv_usage: float = 0.0
     engine_running: int = 0
@@ -159,8 +189,8 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """Stop the engine and all processes that it started. Idempotent."""
 
-    def count_tokens(self, text: str) -> int | None:
-        """Number of tokens in ``text`` by the engine's tokenizer, or None if no tokenizer is available."""
+    async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
+        """Return the prompt that ``document``, sent to ``path``, becomes; None if the engine cannot tell cheaply."""
 
     async def probe(self) -> None:
         """Refresh the step-time model of an idle engine.

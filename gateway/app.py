@@ -7,12 +7,19 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Response
+from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
-from engine_adapter.engine import Engine, EngineEvents, Receive, Scope, Send
+from engine_adapter.engine import ASGIApp, Engine, EngineEvents, Receive, Scope, Send
 from gateway import __version__
-from gateway.api.auth import ApiKey, KeyRing
+from gateway.api.auth import KeyRing
+from gateway.api.cors import Cors
+from gateway.api.errors import method_not_allowed
+from gateway.api.paths import API_PREFIX, unknown_path
 from gateway.api.proxy import Proxy
+from gateway.api.response_relay import send_error
 from gateway.api.routes.table import RouteTable
 from gateway.config.schema import GatewayConfig
 from gateway.observability.ledger import Entry, Ledger
@@ -37,7 +44,9 @@ class Gateway:
         predictor_url: str | None = None,
         statistics: LengthStatistics | None = None,
     ) -> None:
-        classes = config.slo_classes()
+        self._config = config
+        # The engine queues share this dict. A reload changes it in place.
+        self._queued_classes = classes = config.slo_classes()
         self.metrics = Metrics()
         self.engine_queues = [
             EngineQueue(
@@ -59,11 +68,10 @@ class Gateway:
         )
         self.metrics.watch(self.engine_queues, self.ledger)
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
-        anonymous = ApiKey(tenant="anonymous", default_class=config.default_class)
         self.proxy = Proxy(
             self.router,
-            classes,
-            KeyRing(config.api_keys(), anonymous),
+            dict(classes),
+            KeyRing(config.api_keys(), config.anonymous_key()),
             self.predictor,
             self.ledger,
             self.metrics,
@@ -71,15 +79,29 @@ class Gateway:
             max_open_requests=config.server.max_open_requests,
             max_pass_through=config.server.max_pass_through,
             routes=RouteTable(config.server.pass_through_routes),
+            keep_alive_s=config.server.sse_keep_alive_s,
+            guard=config.field_guard(),
         )
         self._operator = _operator_routes(self)
+        self._operator_paths = frozenset(route.path for route in self._operator.routes if isinstance(route, Route))
+        self._api: ASGIApp = self._serve_api
+        cors = config.server.cors
+        if cors is not None:
+            self._api = Cors(self._serve_api, cors.allow_origins, cors.allow_headers, cors.max_age_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
-            await self.proxy(scope, receive, send)
+        # NOTE: the operator's routes need no key, so pages of other origins must not read them.
+        if scope["type"] == "http" and scope["path"] not in self._operator_paths:
+            await self._api(scope, receive, send)
         else:
             await self._operator(scope, receive, send)
+
+    async def _serve_api(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith(API_PREFIX):
+            await self.proxy(scope, receive, send)
+        else:
+            await send_error(send, unknown_path(scope["path"]))
 
     async def start(self) -> None:
         """Start every engine and return when all can serve. Raises `engine_adapter.engine.EngineStartError`."""
@@ -89,6 +111,23 @@ class Gateway:
                 group.create_task(
                     engine_queue.engine.start(EngineEvents(on_step=engine_queue.wake, on_alive=engine_queue.on_alive))
                 )
+
+    def reload(self, config: GatewayConfig) -> list[str]:
+        """Apply the keys, classes and guarded fields of ``config``, and return its changed keys that need a restart.
+
+        Open requests keep the class and the rights that they were judged with. Nothing changes if this raises
+        pydantic's ValidationError.
+        """
+        effective = self._config.reloaded(config)
+        needs_restart = self._config.needs_restart(config)
+        self._config = effective
+        classes = effective.slo_classes()
+        # A removed class stays in the queues, because open requests may belong to it.
+        self._queued_classes.update(classes)
+        self.proxy.classes = classes
+        self.proxy.keys = KeyRing(effective.api_keys(), effective.anonymous_key())
+        self.proxy.guard = effective.field_guard()
+        return needs_restart
 
     async def drain(self, timeout_s: float) -> bool:
         """Reject new requests and wait for the open ones. Returns False if some are still open after ``timeout_s``."""
@@ -102,7 +141,11 @@ class Gateway:
         return True
 
     async def stop(self) -> None:
-        """Stop the engines, the engine queues and the predictor client. Idempotent."""
+        """Stop the engines, the engine queues and the predictor client. Idempotent.
+
+        Requests that are still open get 503 ``draining``, or an error event if their response has begun.
+        """
+        self.proxy.draining = self.proxy.stopping = True
         self.router.close()
         await self.predictor.close()
         await asyncio.gather(
@@ -115,7 +158,13 @@ class Gateway:
 
 
 def _operator_routes(gateway: Gateway) -> FastAPI:
-    app = FastAPI(title="Antares", version=__version__, docs_url="/docs", redoc_url=None)
+    app = FastAPI(title="Antares", version=__version__, docs_url="/docs", redoc_url=None, redirect_slashes=False)
+
+    @app.exception_handler(405)
+    async def wrong_method(request: HttpRequest, error: HTTPException) -> Response:
+        allowed = (error.headers or {}).get("Allow", "GET")
+        answer = method_not_allowed(request.method, request.url.path, allowed)
+        return Response(answer.body(), answer.status, {"allow": allowed}, "application/json")
 
     @app.get("/health", response_class=PlainTextResponse, summary="Liveness: the gateway answers")
     async def health() -> str:

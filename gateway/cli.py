@@ -83,7 +83,9 @@ def serve(
     """Start the gateway, its engines and the predictor process."""
     import asyncio
 
-    loaded, deprecations = _load(config, host=host, port=port, policy=policy, log_level=log_level)
+    overrides = _overrides(host=host, port=port, policy=policy, log_level=log_level)
+    loaded, deprecations = _load(config, overrides)
+    from gateway.config.file import load
     from gateway.observability import logs
     from gateway.serve import ServeError
     from gateway.serve import serve as run
@@ -97,7 +99,7 @@ def serve(
         else:
             import uvloop
 
-            uvloop.run(run(loaded))
+            uvloop.run(run(loaded, lambda: load(config, overrides=overrides)))
     except ServeError as error:
         typer.echo(f"antares: {error}", err=True)
         raise typer.Exit(1) from error
@@ -157,21 +159,24 @@ def _recorded_deprecations() -> Iterator[list[str]]:
             texts.append(text)
 
 
-def _load(
-    path: Path, *, host: str | None, port: int | None, policy: str | None, log_level: str | None
-) -> tuple[Any, list[str]]:
-    """Return the configuration with overrides of the command line, and its deprecations. Exits 2 if it is invalid."""
-    from gateway.config.file import ConfigError, load
-
-    overrides = {
+def _overrides(*, host: str | None, port: int | None, policy: str | None, log_level: str | None) -> dict[str, Any]:
+    """Return the values of the command line by their dotted key."""
+    given = {
         "server.host": host,
         "server.port": port,
         "policy": None if policy is None else {"name": policy},
         "logging.level": log_level,
     }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _load(path: Path, overrides: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Return the configuration with ``overrides``, and its deprecations. Exits 2 if it is invalid."""
+    from gateway.config.file import ConfigError, load
+
     try:
         with _recorded_deprecations() as deprecations:
-            config = load(path, overrides={key: value for key, value in overrides.items() if value is not None})
+            config = load(path, overrides=overrides)
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error

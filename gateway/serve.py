@@ -10,14 +10,17 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import uvicorn
+from pydantic import ValidationError
 from rich.console import Console
 
+from engine_adapter.asgi import cancel_and_wait
 from engine_adapter.build import BUILDERS
 from engine_adapter.engine import Engine, EngineStartError
 from gateway.app import Gateway
+from gateway.config.file import ConfigError
 from gateway.config.schema import EngineConfig, GatewayConfig
 from gateway.prediction.supervisor import Supervisor
 
@@ -40,9 +43,15 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(config: GatewayConfig) -> None:
-    """Serve until SIGINT or SIGTERM, then drain and stop. Raises `ServeError` if the start fails."""
+async def serve(config: GatewayConfig, load: Callable[[], GatewayConfig] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM, then drain and stop. Raises `ServeError` if the start fails.
+
+    ``load`` reads the configuration file again on SIGHUP. It raises `gateway.config.file.ConfigError`.
+    """
     started = time.monotonic()
+    if load is not None:
+        # Until the gateway can reload.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for caution in config.cautions():
         log.warning("%s", caution)
     listener = listen(config.server.host, config.server.port)
@@ -73,7 +82,9 @@ async def serve(config: GatewayConfig) -> None:
         serving = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
         stack.push_async_callback(_close, server, serving)
         stack.push_async_callback(gateway.stop)
-        stop = _stop_on_signals()
+        stop, hurry = _stop_on_signals()
+        if load is not None:
+            stack.push_async_callback(_reload_on_signal(gateway, load))
         starting = asyncio.create_task(_start(config, gateway), name="start engines")
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -82,12 +93,7 @@ async def serve(config: GatewayConfig) -> None:
             _announce(config, gateway, port, time.monotonic() - started)
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
             log.info("draining: %d open requests", gateway.ledger.open_count)
-            if not await gateway.drain(config.server.drain_s):
-                log.warning(
-                    "%d requests were still open after %.0f s",
-                    gateway.ledger.open_count,
-                    config.server.drain_s,
-                )
+            await _drain(gateway, config.server.drain_s, hurry)
         else:
             starting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -184,21 +190,78 @@ async def _close(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
         server.force_exit = True
 
 
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
+async def _drain(gateway: Gateway, drain_s: float, hurry: asyncio.Event) -> None:
+    """Wait for the open requests, at most ``drain_s`` seconds and until ``hurry`` is set."""
+    draining = asyncio.create_task(gateway.drain(drain_s))
+    hurried = asyncio.create_task(hurry.wait())
+    await asyncio.wait({draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (draining, hurried):
+        task.cancel()
+    if gateway.proxy.in_flight:
+        log.warning("%d requests are still open and are answered with 503 draining", gateway.proxy.in_flight)
+
+
+def _stop_on_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Return two events: the first SIGINT or SIGTERM sets the first one, the second signal sets both.
+
+    From the third signal on, everything but the HTTP server is cancelled.
+    """
+    stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
-        if stop.is_set():
-            log.warning("second signal: stopping without draining")
+        if hurry.is_set():
+            log.warning("third signal: cancelling what is left")
             for task in asyncio.all_tasks(loop):
                 if task.get_name() != "http server":
                     task.cancel()
+        elif stop.is_set():
+            log.warning("second signal: not waiting for open requests")
+            hurry.set()
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-    return stop
+    return stop, hurry
+
+
+def _reload_on_signal(gateway: Gateway, load: Callable[[], GatewayConfig]) -> Callable[[], Awaitable[None]]:
+    """Reload the configuration on every SIGHUP, and return a function that ends that."""
+    again = asyncio.Event()
+
+    async def reload_repeatedly() -> None:
+        while True:
+            await again.wait()
+            again.clear()
+            await _reload(gateway, load)
+
+    task = asyncio.create_task(reload_repeatedly(), name="reload")
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again.set)
+
+    async def end() -> None:
+        await cancel_and_wait(task)
+
+    return end
+
+
+async def _reload(gateway: Gateway, load: Callable[[], GatewayConfig]) -> None:
+    """Apply the configuration file again. A file with mistakes changes nothing; each mistake is logged."""
+    try:
+        # In a thread, because a file with thousands of keys takes seconds and streams must go on.
+        config = await asyncio.to_thread(load)
+        needs_restart = gateway.reload(config)
+    except ConfigError as error:
+        for mistake in error.mistakes:
+            log.error("reload: nothing changed: %s: %s", error.path, mistake)
+    except ValidationError as error:
+        for detail in error.errors():
+            log.error("reload: nothing changed: %s", detail["msg"])
+    except Exception as error:
+        log.error("reload: nothing changed: %s", error, exc_info=error)
+    else:
+        log.info("reload: %d keys and %d classes are in use", len(config.keys), len(config.classes))
+        if needs_restart:
+            log.warning("reload: needs a restart to take effect: %s", ", ".join(needs_restart))
 
 
 def _announce(config: GatewayConfig, gateway: Gateway, port: int, seconds: float) -> None:

@@ -6,12 +6,14 @@
 
 then summing (1) over all steps of a run, and counting only the tokens of requests that attained their SLO, gives
 
-    sum of w_i over attained i <= time in steps,    w_i = x*p_i + y*(o_i - 1) + z*(sum of i's decode contexts). (2)
+    sum of w_i over attained i <= time in steps,    w_i = x*u_i + y*(o_i - 1) + z*(sum of i's decode contexts). (2)
 
-The last prefill step produces the first of o_i output tokens, so o_i - 1 tokens are decoded. The j-th decode reads at
-least p_i + j - 1 tokens. Each (x, y, z) that satisfies (1) is a `TokenCosts`. `token_costs` returns several of them.
-Each spreads the fixed cost of a step over as many tokens as the scheduler's limits allow in one step. They differ in
-how they split it between prefill and decode. Each gives a valid bound; the lowest bound is used.
+Here p_i is the prompt and u_i is the part of it that i computes even with a perfect prefix cache (see below); without
+shared prefixes u_i = p_i. The last prefill step produces the first of o_i output tokens, so o_i - 1 tokens are decoded.
+The j-th decode reads at least p_i + j - 1 tokens. Each (x, y, z) that satisfies (1) is a `TokenCosts`. `token_costs`
+returns several of them. Each spreads the fixed cost of a step over as many tokens as the scheduler's limits allow in
+one step. They differ in how they split it between prefill and decode. Each gives a valid bound; the lowest bound is
+used.
 
 **Deadlines.** Request i is due at D_i = arrival + TTFT bound + (o_i - 1) * TPOT bound, or at its end-to-end bound.
 An attained request finishes by D_i, and the engine computes nothing for it before it arrives. So in any window that
@@ -33,10 +35,13 @@ A policy that does not prefer cheap requests exceeds it only by chance. A policy
 Both bounds exclude a request that cannot attain its SLO on an idle engine: the shortest decode step exceeds its TPOT
 bound, or its prefill exceeds its TTFT bound.
 
-The bounds assume that a step produces one token per sequence and that prompts share no cached prefix. The scheduler
-must keep the limits given to `token_costs`. A preempted sequence gets one token from its recomputation, which is
-counted as a decode here. Recomputing a context costs more than one decode, so the bounds stay valid.
-"""
+*Prefix cache.* A leading block of the prompt of i may be in the cache if another request that has it arrives before the
+first token of i is due. At best it is never evicted. All other prompt tokens of an attained i, and always the last one,
+are computed for i (`uncached_tokens`).
+
+The bounds assume that a step produces one token per sequence. The scheduler must keep the limits given to
+`token_costs`. A preempted sequence gets one token from its recomputation, which is counted as a decode here.
+Recomputing a context costs more than one decode, so the bounds stay valid."""
 
 from __future__ import annotations
 
@@ -49,6 +54,7 @@ from numpy.typing import NDArray
 
 from engine_adapter.step_time.profile import Profile, Regime
 from lab.workload import WorkloadRequest
+from lab.workload.sessions import BLOCK_TOKENS
 
 Floats = NDArray[np.float64]
 
@@ -146,12 +152,51 @@ def bounds(
     all_costs = [costs] if isinstance(costs, TokenCosts) else list(costs)
     if not workload or not all_costs:
         raise ValueError("bounds need at least one request and one TokenCosts")
-    jobs = [_jobs(workload, cost, engines) for cost in all_costs]
+    uncached = np.array(uncached_tokens(workload), dtype=np.float64)
+    jobs = [_jobs(workload, uncached, cost, engines) for cost in all_costs]
     fair = [_lowest_bound(job, _proportional_bound) for job in jobs]
     # Moore-Hodgson is slower, and costs that give a tight fair bound give a tight count bound too.
     tightest = sorted(range(len(all_costs)), key=fair.__getitem__)[:2]
     count = min(_lowest_bound(jobs[i], _moore_hodgson) for i in tightest)
     return count / len(workload), min(*fair, count) / len(workload)
+
+
+def uncached_tokens(workload: Sequence[WorkloadRequest]) -> list[int]:
+    """Return, for each request, the prompt tokens that it computes even if the prefix cache never evicts a block.
+
+    Requests with an equal block hash must have equal prefixes up to it (`WorkloadRequest.blocks`).
+    """
+    if not any(request.blocks for request in workload):
+        return [request.prompt_tokens for request in workload]
+    # The two earliest requests that have a block. One of them is another one than any given request.
+    first: dict[int, int] = {}
+    second: dict[int, int] = {}
+    for number in sorted(range(len(workload)), key=lambda number: workload[number].at_s):
+        for block in reversed(workload[number].blocks):
+            if block in second:
+                break  # The same two requests have all blocks before it.
+            if block in first:
+                second[block] = number
+            else:
+                first[block] = number
+
+    def available(number: int, block: int, due_s: float) -> bool:
+        other = second.get(block) if first[block] == number else first[block]
+        return other is not None and workload[other].at_s <= due_s
+
+    uncached = []
+    for number, request in enumerate(workload):
+        due_s = request.at_s + min(request.ttft_slo_s, request.e2e_slo_s)
+        # Binary search for the leading available blocks: a request that has a block has all blocks before it.
+        low, high = 0, min((request.prompt_tokens - 1) // BLOCK_TOKENS, len(request.blocks))
+        while low < high:
+            middle = (low + high + 1) // 2
+            if available(number, request.blocks[middle - 1], due_s):
+                low = middle
+            else:
+                high = middle - 1
+        uncached.append(request.prompt_tokens - low * BLOCK_TOKENS)
+    return uncached
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +214,12 @@ class _Jobs:
         return _Jobs(self.arrival[mask], self.deadline[mask], self.work[mask])
 
 
-def _jobs(workload: Sequence[WorkloadRequest], cost: TokenCosts, engines: int) -> _Jobs:
+def _jobs(workload: Sequence[WorkloadRequest], uncached: Floats, cost: TokenCosts, engines: int) -> _Jobs:
     columns = [(a.at_s, a.prompt_tokens, a.output_tokens, a.ttft_slo_s, a.tpot_slo_s, a.e2e_slo_s) for a in workload]
     arrival, prompt, output, ttft, tpot, e2e = np.array(columns, dtype=np.float64).T
     decoded = np.maximum(output - 1, 0)
     context = decoded * prompt + decoded * (decoded - 1) / 2
-    prefill = cost.per_prompt_token_s * prompt
+    prefill = cost.per_prompt_token_s * uncached
     work = prefill + cost.per_decode_s * decoded + cost.per_context_token_s * context
     tolerance = 1 + _ROUNDING
     ttft_feasible = np.maximum(prefill, cost.shortest_step_s) <= ttft * tolerance

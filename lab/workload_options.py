@@ -9,7 +9,10 @@ import typer
 
 Workload = Annotated[
     str,
-    typer.Option(help="Prompt and output lengths: sharegpt, lmsys-like, azure-conv, azure-code, code-chat or small."),
+    typer.Option(
+        help="Prompt and output lengths: sharegpt, lmsys-like, azure-conv, azure-code, code-chat or small. "
+        "Or sessions with a growing history: multi-turn or agents."
+    ),
 ]
 Requests = Annotated[int | None, typer.Option(min=1, help="Stop arrivals after N requests.", metavar="N")]
 Duration = Annotated[
@@ -25,13 +28,15 @@ Trace = Annotated[str | None, typer.Option(help="Trace with the arrival times: a
 Speed = Annotated[float, typer.Option(help="Speed-up factor of a trace. Do not combine with --qps.")]
 Window = Annotated[float | None, typer.Option(help="Replay only the first SECONDS of the trace.", metavar="SECONDS")]
 SloTable = Annotated[
-    str, typer.Option(help="SLO bounds per category: llama-3.1-8b, gemma-2-27b, annealing-paper or code-chat.")
+    str, typer.Option(help="SLO bounds per category: llama-3.1-8b, gemma-2-27b, annealing-paper, code-chat or agents.")
 ]
 SloScale = Annotated[float, typer.Option(help="Factor on every bound.")]
 Mix = Annotated[
     str | None, typer.Option(help="Weights of SLO categories, such as 1=3,6=1.", show_default="equal weights")
 ]
-MaxPrompt = Annotated[int | None, typer.Option(min=1, help="Maximum prompt length (tokens).")]
+MaxPrompt = Annotated[
+    int | None, typer.Option(min=1, help="Maximum prompt length (tokens); in sessions with the history.")
+]
 MaxOutput = Annotated[int | None, typer.Option(min=1, help="Maximum output length (tokens).")]
 
 _ARGUMENTS = {

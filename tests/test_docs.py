@@ -35,6 +35,8 @@ CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "server": schema.ServerConfig,
+    "cors": schema.CorsConfig,
+    "body_fields": schema.BodyFieldsConfig,
     "kind: vllm": schema.VllmEngineConfig,
     "kind: http": schema.HttpEngineConfig,
     "kind: simulated": schema.SimulatedEngineConfig,
@@ -118,6 +120,8 @@ def as_documented(value: Any) -> str:
     """A default as the tables write it."""
     if value is None or isinstance(value, bool):
         return f"`{str(value).lower()}`".replace("none", "null")
+    if isinstance(value, BaseModel):
+        return "`{}`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 

@@ -24,6 +24,7 @@ LAYERS = {
         "scheduling",
         "prediction",
         "policies",
+        "prompts",
         "requests",
     ],
     "engine_adapter": [

@@ -41,7 +41,7 @@ def random_problem(seed: int, requests: int, batch: int, latency: Latency) -> Pr
     uniform = random.Random(f"{seed} {requests}").uniform
     jobs = []
     for is_code, prompt, output in zip(code.tolist(), prompts.tolist(), outputs.tolist(), strict=True):
-        prefill, decode = latency.lines(prompt, output)
+        prefill, decode = latency.lines(prompt, output, prompt)
         alone = sum(prefill) + sum(decode)
         total_s = alone * requests / batch  # approximate duration of the whole set
         waited = uniform(0.0, 0.5)

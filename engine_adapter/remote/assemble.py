@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine_adapter.remote.sse import event_data, parse_event
+from engine_adapter.remote.sse import event_fields, parse_data
+from engine_adapter.remote.tool_calls import ToolCalls, UnreadableStream, merged_function
+from engine_adapter.remote.upstream_error import error_in, error_status
 
 Json = dict[str, Any]
 
@@ -29,7 +31,12 @@ NOT_REBUILDABLE = frozenset(
 )
 """Request fields for which the response cannot be rebuilt from a stream."""
 
-_OBJECTS = {"chat.completion.chunk": "chat.completion"}
+MAX_RESPONSE_BYTES = 64 << 20
+"""Largest stream in bytes that is assembled. Bounds the memory for one response; convention."""
+
+_INDEX_LIMIT = 1 << 31
+_MAX_CHOICES = 4096
+"""Most choices that are assembled. Bounds the memory for choices that the request did not ask for; convention."""
 
 
 def can_rebuild(body: Json) -> bool:
@@ -45,31 +52,36 @@ class Assembler:
     """Merges the events of one stream, in order, into one response body.
 
     Per choice index, it concatenates text, content, reasoning, refusal and the arguments of function and tool calls
-    (tool calls by their own index). It extends logprob lists and keeps finish and stop reasons. Unknown fields
-    are merged by type: strings are concatenated, lists are extended, other values are replaced.
+    (see `ToolCalls`). It extends logprob lists and keeps finish and stop reasons. Unknown fields are merged by type:
+    strings are concatenated, lists are extended, other values are replaced.
     """
 
     def __init__(self) -> None:
         self._top: Json = {}
         self._choices: dict[int, Json] = {}
+        self._tool_calls: dict[int, ToolCalls] = {}
         self._error: Json | None = None
         self._done = False
+        self._bytes = 0
 
     def add(self, event: bytes) -> None:
-        """Merge one raw event. Comments and events without valid JSON are skipped."""
-        chunk = parse_event(event)
-        if chunk is None:
-            self._done |= event_data(event).strip() == b"[DONE]"
-            return
-        if chunk.get("error"):
-            self._error = {"error": chunk["error"]}
-            return
-        for key, value in chunk.items():
-            if key == "choices":
-                for choice in value or ():
-                    self._add_choice(choice)
-            elif value is not None:
-                self._top[key] = value
+        """Merge one raw event. Comments and events without valid JSON are skipped. Raises `UnreadableStream`."""
+        self._bytes += len(event)
+        if self._bytes > MAX_RESPONSE_BYTES:
+            raise UnreadableStream(f"the response is larger than {MAX_RESPONSE_BYTES >> 20} MiB")
+        name, data = event_fields(event)
+        chunk = parse_data(data)
+        error = error_in(name, data, chunk)
+        if error is not None:
+            self._error = error
+        elif chunk is None:
+            self._done |= data.startswith(b"[DONE]")
+        else:
+            try:
+                self._add_chunk(chunk)
+            except (TypeError, ValueError, AttributeError) as wrong:
+                # Not its text, which may quote the answer.
+                raise UnreadableStream("an event has a field of the wrong type") from wrong
 
     @property
     def complete(self) -> bool:
@@ -79,29 +91,45 @@ class Assembler:
         return bool(self._choices) and all(c.get("finish_reason") for c in self._choices.values())
 
     def response(self) -> tuple[int, Json]:
-        """HTTP status and body. An error event sets the status to its code, or to 500 if that is not 400 to 599."""
+        """HTTP status and body. An error event sets the status to its code, or to 500 if that is not 400 to 599.
+
+        Raises `UnreadableStream` if there was no choice.
+        """
         if self._error is not None:
-            code = self._error["error"].get("code") if isinstance(self._error["error"], dict) else None
-            return (code if isinstance(code, int) and 400 <= code <= 599 else 500), self._error
+            return error_status(self._error), {"error": self._error}
+        if not self._choices:
+            raise UnreadableStream("the stream has no choices")
+        for index, calls in self._tool_calls.items():
+            self._choices[index]["message"]["tool_calls"] = calls.assembled()
         body = dict(self._top)
-        body["object"] = _OBJECTS.get(body.get("object", ""), body.get("object"))
+        if body.get("object") == "chat.completion.chunk":
+            body["object"] = "chat.completion"
         body["choices"] = [self._choices[index] for index in sorted(self._choices)]
         # OpenAI's field order: usage follows the choices.
         if "usage" in body:
             body["usage"] = body.pop("usage")
         return 200, body
 
+    def _add_chunk(self, chunk: Json) -> None:
+        for key, value in chunk.items():
+            if key == "choices":
+                for choice in value or ():
+                    self._add_choice(choice)
+            elif value is not None:
+                self._top[key] = value
+
     def _add_choice(self, chunk: Json) -> None:
-        index = chunk.get("index", 0)
+        index = int(chunk.get("index") or 0)
+        if not 0 <= index < _INDEX_LIMIT:
+            raise UnreadableStream("the index of a choice is negative or too large")
         choice = self._choices.get(index)
         if choice is None:
-            choice = self._choices[index] = {"index": index}
-            if "delta" in chunk:
-                choice["message"] = {"role": "assistant", "content": None, "refusal": None}
-            choice |= {"logprobs": None, "finish_reason": None}
+            if len(self._choices) >= _MAX_CHOICES:
+                raise UnreadableStream(f"the stream has more than {_MAX_CHOICES} choices")
+            choice = self._choices[index] = {"index": index, "logprobs": None, "finish_reason": None}
         for key, value in chunk.items():
             if key == "delta":
-                _merge_message(choice["message"], value or {})
+                self._add_delta(index, choice, value or {})
             elif key == "logprobs":
                 choice["logprobs"] = _merged(choice["logprobs"], value)
             elif key == "text":
@@ -109,43 +137,28 @@ class Assembler:
             elif key != "index" and (value is not None or key not in choice):
                 choice[key] = value
 
-
-def _merge_message(message: Json, delta: Json) -> None:
-    for key, value in delta.items():
-        if key == "tool_calls":
-            if value:
-                _merge_tool_calls(message.setdefault("tool_calls", []), value)
-        elif key == "function_call":
-            if value:
-                message[key] = _merge_function(message.get(key) or {}, value)
-        elif key == "role":
-            message["role"] = value or message["role"]
-        else:
-            message[key] = _merged(message.get(key), value)
-    # A role chunk has empty content; a message with tool calls has null instead.
-    if message.get("tool_calls") and not message["content"]:
-        message["content"] = None
-
-
-def _merge_tool_calls(calls: list[Json], deltas: list[Json]) -> None:
-    for delta in deltas:
-        position = delta.get("index", len(calls))
-        while len(calls) <= position:
-            calls.append({})
-        call = calls[position]
+    def _add_delta(self, index: int, choice: Json, delta: Json) -> None:
+        message = choice.get("message")
+        if message is None:
+            message = {"role": "assistant", "content": None, "refusal": None}
+            # OpenAI's field order: the message follows the index.
+            rest = {key: choice.pop(key) for key in list(choice) if key != "index"}
+            choice |= {"message": message, **rest}
         for key, value in delta.items():
-            if key == "function":
-                call["function"] = _merge_function(call.get("function") or {}, value or {})
-            elif key != "index" and value is not None:
-                # Ids and types are never split; some servers repeat them in every delta.
-                call[key] = value
-
-
-def _merge_function(function: Json, delta: Json) -> Json:
-    if delta.get("name"):
-        function["name"] = delta["name"]
-    function["arguments"] = function.get("arguments", "") + (delta.get("arguments") or "")
-    return function
+            if key == "tool_calls":
+                if value:
+                    message.setdefault("tool_calls", None)
+                    self._tool_calls.setdefault(index, ToolCalls()).add(value)
+            elif key == "function_call":
+                if value:
+                    message[key] = merged_function(message.get(key) or {}, value)
+            elif key == "role":
+                message["role"] = value or message["role"]
+            else:
+                message[key] = _merged(message.get(key), value)
+        # A role chunk has empty content; a message with tool calls has null instead.
+        if "tool_calls" in message and not message["content"]:
+            message["content"] = None
 
 
 def _merged(old: Any, new: Any) -> Any:

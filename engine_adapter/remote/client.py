@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,6 +36,10 @@ _CLOSE_TIMEOUT_S = 1.0
 """Seconds that connections get for an orderly close."""
 
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+_COMPRESSED = frozenset(("gzip", "x-gzip", "deflate"))
+READABLE_ENCODINGS = _COMPRESSED | {"identity", ""}
+"""Values of ``content-encoding`` whose bodies `plain_chunks` returns as they were before."""
+
 _CONNECT_ERRORS = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _SKIPPED_AUTO_HEADERS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 """Headers that aiohttp adds by default. The proxy sends only what the client sent."""
@@ -61,7 +65,8 @@ class Upstream:
         self._base = base_url
         self._connections = connections
         self._timeout = aiohttp.ClientTimeout(sock_connect=connect_timeout_s, sock_read=read_timeout_s)
-        self._head_timeout_s = connect_timeout_s + 2 * read_timeout_s
+        self.head_timeout_s = connect_timeout_s + 2 * read_timeout_s
+        """Seconds within which a response must begin."""
         self._session: aiohttp.ClientSession | None = None
         self._pending: set[asyncio.Task[aiohttp.ClientResponse]] = set()
         self._responses: set[aiohttp.ClientResponse] = set()
@@ -107,14 +112,22 @@ class Upstream:
         """Close every connection; requests in flight get `EngineLost`. Idempotent."""
         self._closed = True
         # Closing an aiohttp session does not end waits for a connection or for the next bytes.
-        for task in list(self._pending):
-            task.cancel()
-        for response in list(self._responses):
-            response.close()
+        self.end_requests("the engine was stopped")
         if self._session is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                     await self._session.close()
+
+    def end_requests(self, reason: str) -> int:
+        """End every request in flight with `EngineLost`. Returns their number."""
+        ended = len(self._pending) + len(self._responses)
+        for task in list(self._pending):
+            task.cancel()
+        for response in list(self._responses):
+            # NOTE: closing it does not wake its reader while the connection has bytes to send.
+            _fail(response.content, reason)
+            response.close()
+        return ended
 
     async def _request(
         self, method: str, path: bytes, headers: Headers, content: bytes, limits: aiohttp.ClientTimeout
@@ -124,7 +137,7 @@ class Upstream:
         The request runs in its own task, so that a timeout or `close` can end it.
         """
         if self._closed:
-            raise EngineLost(f"{self.where} was stopped")
+            raise EngineLost(f"{self.where}: the engine was stopped")
         if self._session is None:
             self._session = self._open_session()
         url = URL(f"{self._base}{'' if path.startswith(b'/') else '/'}{_escape(path)}", encoded=True)
@@ -136,7 +149,7 @@ class Upstream:
         task = asyncio.ensure_future(request)
         self._pending.add(task)
         try:
-            await asyncio.wait({task}, timeout=self._head_timeout_s)
+            await asyncio.wait({task}, timeout=self.head_timeout_s)
         except asyncio.CancelledError:
             await _cancel(task)
             raise
@@ -144,9 +157,9 @@ class Upstream:
             self._pending.discard(task)
         if not task.done():
             await _cancel(task)
-            raise EngineLost(f"{self.where}: no response began within {self._head_timeout_s:.0f} s")
+            raise EngineLost(f"{self.where}: no response began within {self.head_timeout_s:.0f} s")
         if task.cancelled():
-            raise EngineLost(f"{self.where} was stopped")
+            raise EngineLost(f"{self.where}: {'the engine was stopped' if self._closed else 'it is down'}")
         return task.result()
 
     def _open_session(self) -> aiohttp.ClientSession:
@@ -164,10 +177,24 @@ class Upstream:
 
     def _describe(self, error: aiohttp.ClientError) -> str:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return f"{self.where}: {reason}"
+        cause = _cause(error)
+        return f"{self.where}: {cause} ({reason})" if cause else f"{self.where}: {reason}"
 
 
-def plain_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+def _cause(error: aiohttp.ClientError) -> str:
+    """What an operator calls this error; empty if there is no common name."""
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "TLS error"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "DNS error: the host is unknown"
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return "no connection in time"
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, ConnectionRefusedError):
+        return "connection refused"
+    return ""
+
+
+def plain_chunks(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
     """The response body, decompressed if it is gzip or deflate; other encodings pass unchanged.
 
     A server may compress although the request asks for ``identity``.
@@ -176,11 +203,26 @@ def plain_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         aiohttp.ClientPayloadError: the body does not have the encoding that its header names.
     """
     encoding = response.headers.get("content-encoding", "").lower()
-    chunks = response.content.iter_any()
-    return _decompress(chunks, encoding) if encoding in ("gzip", "x-gzip", "deflate") else chunks
+    chunks = _chunks(response.content)
+    return _decompress(chunks, encoding) if encoding in _COMPRESSED else chunks
 
 
-async def _decompress(chunks: AsyncIterator[bytes], encoding: str) -> AsyncIterator[bytes]:
+async def _chunks(body: aiohttp.StreamReader) -> AsyncGenerator[bytes, None]:
+    """The chunks of ``body``, also those that arrived before its connection broke.
+
+    NOTE: aiohttp (3.14) raises as soon as the connection is lost, although unread chunks may hold the whole response.
+    """
+    try:
+        while chunk := await body.readany():
+            yield chunk
+    except aiohttp.ClientError:
+        unread = b"".join(getattr(body, "_buffer", ()))[getattr(body, "_buffer_offset", 0) :]
+        if unread:
+            yield unread
+        raise
+
+
+async def _decompress(chunks: AsyncIterator[bytes], encoding: str) -> AsyncGenerator[bytes, None]:
     decompressor = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
         async for chunk in chunks:
@@ -233,10 +275,10 @@ class ConnectionLossMonitor:
             _fail(body)
 
 
-def _fail(body: aiohttp.StreamReader) -> None:
+def _fail(body: aiohttp.StreamReader, reason: str = "the connection closed before the response was complete") -> None:
     """Make reads of an incomplete body raise."""
     if not body.is_eof() and body.exception() is None:
-        body.set_exception(aiohttp.ClientPayloadError("the connection closed before the response was complete"))
+        body.set_exception(aiohttp.ClientPayloadError(reason))
 
 
 def _escape(path: bytes) -> str:

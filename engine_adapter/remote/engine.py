@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Any, Literal
 
 import orjson
 from yarl import URL
 
-from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineStartError, EngineState
+from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineStartError, EngineState, RenderedPrompt
 from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.proxy import HttpProxy
 from engine_adapter.step_time.curve import StepCurve
@@ -26,10 +27,17 @@ PROBE_AGAIN_S = (0.25, 0.5, 1.0, 2.0, 5.0)
 PROBE_AT_ONCE_S = 0.05
 """Expected downtime (s) right after a failed connection. The next probe runs at once and may find the server up again,
 so requests wait that long before they are rejected."""
+PROBE_TIMEOUT_S = 2.0
+"""Seconds within which a probe must be answered."""
+DOWN_AFTER_PROBES, DOWN_AFTER_S = 3, 5.0
+"""So many failed probes in a row, over so many seconds, mean that the server is down. What is in flight on it ends."""
 BREAK_SETTLE_S = 0.05
 """Delay (s) between a broken connection and the probe: one probe then covers all connections that break together."""
 XARGS_OWNERS = ("vllm", "antares")
 """``owned_by`` of servers that accept ``vllm_xargs``. Other servers may reject a request with an unknown field."""
+
+PASS_THROUGH_CONNECTIONS = 256
+"""Connections for requests that are not scheduled, beside one per sequence; convention."""
 
 _SINGLE_REQUEST_STEPS = ((1, 0, 0), (0, 0, 512))
 """Steps of an engine with a single request: (decodes, decode context, prefill tokens)."""
@@ -54,8 +62,9 @@ class HttpEngine:
         step_times: initial step times; refined from the timing of the streams.
         connect_timeout_s: maximum time to establish a connection.
         read_timeout_s: maximum time between two reads.
-        max_connections: maximum requests in flight; further ones wait for a connection. Health probes use a separate
-            connection.
+        max_connections: maximum requests in flight, at least 2; further ones wait. By default one per sequence, and
+            `PASS_THROUGH_CONNECTIONS` for requests that generate no tokens. A smaller number lowers ``max_num_seqs``,
+            so that no policy admits a request that would wait for a connection. Health probes use a separate one.
         first_token: how the first token of a non-streaming completion is observed.
         send_slo: send ``x-slo-*`` headers and the ``antares_*`` members of ``vllm_xargs`` to the server.
 
@@ -75,13 +84,16 @@ class HttpEngine:
         step_times: StepTimes | None = None,
         connect_timeout_s: float = 5,
         read_timeout_s: float = 600,
-        max_connections: int = 1024,
+        max_connections: int | None = None,
         first_token: Literal["stream", "none"] = "stream",
         send_slo: bool = True,
     ) -> None:
         self.name = name
         self.base_url = _base_url(base_url)
         self._initial_times = step_times or StepTimes()
+        total = max_connections or max_num_seqs + PASS_THROUGH_CONNECTIONS
+        max_num_seqs = max(1, min(max_num_seqs, total - 1))
+        connections = (max_num_seqs, max(1, total - max_num_seqs))
         self.state = EngineState(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -91,22 +103,27 @@ class HttpEngine:
         self.takes_xargs = False
         self._api_key = api_key
         self._send_slo = send_slo
-        self._connect_timeout_s = connect_timeout_s
-        self._upstream = Upstream(name, self.base_url, max_connections, connect_timeout_s, read_timeout_s)
+        self._probe_timeout_s = min(connect_timeout_s, PROBE_TIMEOUT_S)
+        self._upstream = Upstream(name, self.base_url, sum(connections), connect_timeout_s, read_timeout_s)
         # A separate pool: a probe that waits for a request's connection would report a busy server as dead.
         self._probe_upstream = Upstream(name, self.base_url, 1, connect_timeout_s, read_timeout_s)
         self._probe_now = asyncio.Event()
         self._proxy = HttpProxy(
             upstream=self._upstream,
+            name=name,
             state=self.state,
             api_key=api_key,
+            connections=connections,
             see_first_token=first_token == "stream",
             send_slo=send_slo,
             on_unreachable=self._on_unreachable,
             on_broken=self._on_broken,
+            on_unauthorized=self._on_unauthorized,
         )
         self._events = EngineEvents()
         self._health_path = "/health"
+        self._key_is_checked = False
+        self._why_down = ""
         self._watcher: asyncio.Task[None] | None = None
 
     @property
@@ -121,9 +138,13 @@ class HttpEngine:
         False until it answers. Raises `EngineStartError` if the server rejects the key.
         """
         self._events = self._proxy.events = events
-        await self._probe()
+        try:
+            await self._probe()
+        except EngineStartError:
+            await self.stop()
+            raise
         if not self.state.alive:
-            log.warning("engine %s: no response from %s yet; waiting for it", self.name, self.base_url)
+            log.warning("engine %s is not ready, waiting for it: %s", self.name, self._why_down)
         self._watcher = asyncio.create_task(self._watch(), name=f"{self.name}-health")
 
     async def stop(self) -> None:
@@ -136,7 +157,7 @@ class HttpEngine:
         self.state.alive = False
         await asyncio.gather(self._upstream.close(), self._probe_upstream.close())
 
-    def count_tokens(self, text: str) -> int | None:
+    async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
         """Returns None: only the server has the tokenizer."""
         return None
 
@@ -167,8 +188,13 @@ class HttpEngine:
         if self.state.alive:
             self._probe_now.set()
 
+    def _on_unauthorized(self) -> None:
+        """Have the next probe check the key, because a request was rejected for it."""
+        self._key_is_checked = False
+
     async def _watch(self) -> None:
         failures = 0 if self.state.alive else 1
+        failing_since = time.monotonic()
         while True:
             pause = PROBE_AGAIN_S[min(failures, len(PROBE_AGAIN_S)) - 1] if failures else PROBE_EVERY_S
             self.state.ready_in_s = pause if failures else 0.0
@@ -177,46 +203,89 @@ class HttpEngine:
                 if self.state.alive:
                     await asyncio.sleep(BREAK_SETTLE_S)
             self._probe_now.clear()
+            if not failures:
+                failing_since = time.monotonic()
+            was_alive, reason = self.state.alive, self._why_down
             try:
                 await self._probe()
             except EngineStartError as error:
-                log.warning("engine %s: %s", self.name, error)
+                self._why_down = str(error)
                 self._set_alive(False)
+            if not self.state.alive and (was_alive or self._why_down != reason):
+                log.warning("engine %s is not ready: %s", self.name, self._why_down)
             failures = 0 if self.state.alive else failures + 1
+            if failures >= DOWN_AFTER_PROBES and time.monotonic() - failing_since >= DOWN_AFTER_S:
+                self._end_requests(failing_since)
+
+    def _end_requests(self, failing_since: float) -> None:
+        """End what is in flight on a server that is down since ``failing_since`` (monotonic s).
+
+        A server that still sends tokens is not down: it may be stopping, and accept no more connections.
+        """
+        if self._proxy.last_data_at < failing_since:
+            ended = self._upstream.end_requests(f"it is down: {self._why_down}")
+            if ended:
+                log.warning("engine %s is down: ended %d requests in flight", self.name, ended)
 
     async def _probe(self) -> None:
-        """Check the server's health. Read its model card if it has just come up."""
+        """Check the server's health. Read its model card, and so check the key, if it has just come up.
+
+        Raises `EngineStartError` if the server rejects the key. NOTE: many servers want no key for ``/health``.
+        """
+        began = time.monotonic()
         status = await self._status(self._health_path)
         if status in (404, 405, 501) and self._health_path == "/health":
             # Not vLLM. Every OpenAI-compatible server lists its models.
             self._health_path = "/v1/models"
             status = await self._status(self._health_path)
-        if status in (401, 403):
-            raise EngineStartError(
-                f"{self.base_url} returned {status}: set this engine's api_key to the server's own key"
-            )
+        self._check_key(self._health_path, status)
+        if status is None and self.state.alive and self._proxy.last_data_at > began:
+            # It was too busy to answer, but sent data to others meanwhile.
+            return
         alive = status == 200
-        if alive and not self.state.alive:
-            await self._read_model_card()
+        if alive and not (self.state.alive and self._key_is_checked):
+            await self._read_models()
         self._set_alive(alive)
 
-    async def _status(self, path: str) -> int | None:
-        try:
-            return (await self._get(path))[0]
-        except (EngineLost, TimeoutError):
-            return None
+    def _check_key(self, path: str, status: int | None) -> None:
+        if status in (401, 403):
+            fix = "check the key in the variable that its api_key_env names"
+            if not self._api_key:
+                fix = "set its api_key_env to the name of the environment variable with the server's key"
+            raise EngineStartError(f"engine {self.name} at {self.base_url}: {path} returned {status}: {fix}")
 
-    async def _get(self, path: str) -> tuple[int, bytes]:
-        """Status and body of a GET over a new connection. A probe also tests that the server accepts connections."""
+    async def _status(self, path: str) -> int | None:
+        answer = await self._get(path)
+        if answer is not None and answer[0] != 200:
+            self._why_down = f"{self.base_url}{path} returned {answer[0]}"
+        return None if answer is None else answer[0]
+
+    async def _get(self, path: str) -> tuple[int, bytes] | None:
+        """Status and body of a GET, or None if there is no answer.
+
+        It uses a new connection, because a probe also tests that the server accepts connections.
+        """
         headers = [(b"connection", b"close")]
         if self._api_key:
             headers.append((b"authorization", f"Bearer {self._api_key}".encode()))
-        async with self._probe_upstream.answer("GET", path.encode(), headers, b"", self._connect_timeout_s) as response:
-            return response.status, await response.read()
+        try:
+            async with self._probe_upstream.answer("GET", path.encode(), headers, b"", self._probe_timeout_s) as answer:
+                return answer.status, await answer.read()
+        except EngineLost as error:
+            self._why_down = str(error)
+        except TimeoutError:
+            self._why_down = f"{self.base_url}{path}: no answer within {self._probe_timeout_s:g} s"
+        return None
 
-    async def _read_model_card(self) -> None:
-        with contextlib.suppress(EngineLost, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
-            card = orjson.loads((await self._get("/v1/models"))[1])["data"][0]
+    async def _read_models(self) -> None:
+        """Check the key at ``/v1/models``, and read the model's card there if the server has one."""
+        answer = await self._get("/v1/models")
+        if answer is None:
+            return
+        self._check_key("/v1/models", answer[0])
+        self._key_is_checked = True
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            card = orjson.loads(answer[1])["data"][0]
             self.state.model = str(card["id"])
             self.takes_xargs = self._send_slo and card.get("owned_by") in XARGS_OWNERS
             limit = card.get("max_model_len")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote
 
@@ -22,82 +24,109 @@ from engine_adapter.engine import (
     Receive,
     Scope,
     Send,
-    TokenObserver,
 )
 from engine_adapter.remote.assemble import Assembler
-from engine_adapter.remote.client import Upstream, plain_chunks
+from engine_adapter.remote.client import READABLE_ENCODINGS, Upstream, plain_chunks
+from engine_adapter.remote.client_request import USUAL_DONE, ClientRequest
+from engine_adapter.remote.counting import CompletionCounter, EventKind, TokenCounter, counter_for
 from engine_adapter.remote.request import (
-    COMPLETION_PATHS,
     CompletionPlan,
     downstream_headers,
     parse_completion,
     upstream_headers,
 )
-from engine_adapter.remote.sse import EventKind, SSESplitter, TokenCounter
+from engine_adapter.remote.sse import MAX_EVENT_BYTES, EventTooLarge, SSESplitter, parse_data
 from engine_adapter.remote.step_samples import StepSampler, StreamTiming
+from engine_adapter.remote.tool_calls import UnreadableStream
+from engine_adapter.remote.upstream_error import error_status
+
+log = logging.getLogger("antares.engine.http")
 
 BYTES_PER_TOKEN = 4
 """Bytes of request body per prompt token: an estimate that holds until the server reports its usage."""
 LARGEST_PARSED = 8 << 20
 """Largest non-streaming response (bytes) that is parsed for its usage. Bounds the memory of the copy."""
+LAST_BYTES_S = 0.02
+"""Seconds that a server has to end a response after its last event. Its connection is closed otherwise.
+
+The client has its answer by then. Most servers send both at once."""
 
 
 class _NullObserver:
     def on_prompt(self, sequence: str, tokens: int) -> None: ...
+
+    def on_cached(self, sequence: str, tokens: int) -> None: ...
 
     def on_tokens(self, sequence: str, count: int, at: float) -> None: ...
 
     def on_unobserved(self) -> None: ...
 
 
-@dataclass(slots=True)
-class _ClientRequest:
-    """One client request and the channel for its response. ``plan`` is None unless it is a completion."""
+_Events = AsyncIterator[list[tuple[EventKind, bytes]]]
 
-    scope: Scope
-    plan: CompletionPlan | None
-    observer: TokenObserver
-    send: Send
 
-    async def send_head(self, response: aiohttp.ClientResponse, altered: bool) -> None:
-        headers = downstream_headers(response.raw_headers, altered)
-        await self.send({"type": "http.response.start", "status": response.status, "headers": headers})
-
-    async def send_body(self, data: bytes, more: bool) -> None:
-        await self.send({"type": "http.response.body", "body": data, "more_body": more})
+class BadUpstreamError(Exception):
+    """The server's response is a failure although its status is not an error. The message says why."""
 
 
 class HttpProxy:
     """ASGI app over an `Upstream`.
 
-    It forwards every server response, whatever its status, except a 5xx without a body. That one comes from a dying
-    server, or from a load balancer in front of a dead one. It always forwards 429 and 503: the server is alive
-    and asks the client to retry later.
+    It forwards every server response, whatever its status, except these:
+
+    * A 5xx without a body comes from a dying server, or from a load balancer in front of a dead one: `EngineLost`.
+      429 and 503 are always forwarded: the server is alive and asks the client to retry later.
+    * A redirect, an HTML page with status 200, and a completion that cannot be read become 502, naming the engine.
+
+    Inside a stream, an error of the server is sent with `FAILED_KEY`. In a completion it always has the form
+    ``data: {"error": {...}}``, whatever form the server uses, because clients recognise no other.
+
+    Args:
+        upstream: the server.
+        name: the engine's name.
+        state: the engine's state; its running and waiting requests are counted here.
+        api_key: the server's own key.
+        connections: maximum requests in flight: (of those that generate tokens, of all others).
+        see_first_token: request non-streaming completions as streams.
+        send_slo: send the SLO to the server.
+        on_unreachable: called when no connection could be established.
+        on_broken: called when a connection broke.
+        on_unauthorized: called when the server rejected the key.
+
+    Attributes:
+        last_data_at: when the server last sent something (monotonic s).
 
     Raises:
         EngineUnreachable: no connection to the server was established. ``on_unreachable`` is called first.
-        EngineLost: the connection broke. ``on_broken`` is called first.
+        EngineLost: the connection broke, or the stream ended too early. ``on_broken`` is called first.
     """
 
     def __init__(
         self,
         *,
         upstream: Upstream,
+        name: str,
         state: EngineState,
         api_key: str | None,
+        connections: tuple[int, int],
         see_first_token: bool,
         send_slo: bool,
         on_unreachable: Callable[[], None],
         on_broken: Callable[[], None],
+        on_unauthorized: Callable[[], None],
     ) -> None:
         self.events = EngineEvents()
+        self.last_data_at = 0.0
         self._upstream = upstream
+        self._name = name
         self._state = state
         self._api_key = api_key
+        self._generating, self._others = map(asyncio.Semaphore, connections)
         self._see_first_token = see_first_token
         self._send_slo = send_slo
         self._on_unreachable = on_unreachable
         self._on_broken = on_broken
+        self._on_unauthorized = on_unauthorized
         self._sampler = StepSampler(state)
         self._usage_unsupported = False
 
@@ -109,19 +138,14 @@ class HttpProxy:
             document, raw = await read_document_or_body(scope, receive)
         except ClientDisconnected:
             return
-        self._state.engine_running += 1
-        try:
-            await run_until_disconnect(self._serve(scope, document, raw, send), receive)
-        finally:
-            self._state.engine_running -= 1
+        await run_until_disconnect(self._serve(scope, document, raw, send), receive)
 
     async def _serve(self, scope: Scope, document: dict[str, Any] | None, raw: bytes, send: Send) -> None:
-        plan = None
-        if scope["method"] == "POST" and scope["path"].endswith(COMPLETION_PATHS):
-            document = parse_completion(raw) if document is None else document
-            if document is not None:
-                plan = CompletionPlan.make(document, self._see_first_token, not self._usage_unsupported, self._send_slo)
-        request = _ClientRequest(scope, plan, scope.get(OBSERVER_KEY) or _NullObserver(), send)
+        plan = self._plan(scope, document, raw)
+        request = ClientRequest(scope, plan, scope.get(OBSERVER_KEY) or _NullObserver(), send)
+        connections = self._others if plan is None else self._generating
+        await self._wait_for(connections)
+        self._state.engine_running += 1
         try:
             if plan is None:
                 raw = raw if document is None else encode_json(document)
@@ -129,23 +153,56 @@ class HttpProxy:
                     await self._relay(request, response, response.content.iter_any())
             else:
                 await self._complete(request, plan)
+        except BadUpstreamError as error:
+            log.warning("%s %s", self._upstream.where, error)
+            counter = CompletionCounter if plan is None else plan.counter
+            message = f"The engine {self._name} {error}."
+            fields = {"message": message, "type": "engine_error", "param": None, "code": "bad_gateway"}
+            await request.send_json(502, orjson.dumps(counter.error_document(fields)))
         except EngineUnreachable:
             self._on_unreachable()
             raise
         except EngineLost:
             self._on_broken()
             raise
+        finally:
+            self._state.engine_running -= 1
+            connections.release()
 
-    async def _complete(self, request: _ClientRequest, plan: CompletionPlan) -> None:
+    def _plan(self, scope: Scope, document: dict[str, Any] | None, raw: bytes) -> CompletionPlan | None:
+        counter = counter_for(scope["path"]) if scope["method"] == "POST" else None
+        if counter is None:
+            return None
+        document = parse_completion(raw) if document is None else document
+        if document is None:
+            return None
+        ask_usage = not self._usage_unsupported
+        return CompletionPlan.make(document, self._see_first_token, ask_usage, self._send_slo, counter)
+
+    async def _wait_for(self, connections: asyncio.Semaphore) -> None:
+        """Acquire ``connections``. Meanwhile, the request counts as waiting."""
+        if not connections.locked():
+            await connections.acquire()
+            return
+        self._state.engine_waiting += 1
+        try:
+            async with asyncio.timeout(self._upstream.head_timeout_s):
+                await connections.acquire()
+        except TimeoutError:
+            raise EngineLost(f"{self._upstream.where}: no connection became free") from None
+        finally:
+            self._state.engine_waiting -= 1
+
+    async def _complete(self, request: ClientRequest, plan: CompletionPlan) -> None:
         content = plan.encoded()
         timing = self._sampler.sent(time.monotonic(), len(content) / BYTES_PER_TOKEN, plan.sequences, plan.tpot_ms)
-        usage: dict[str, Any] = {}
+        counter = plan.counter(request.observer, plan.sequences)
         if not plan.streams:
             request.observer.on_unobserved()
         try:
             async with self._open_response(request.scope, content) as response:
                 if not (plan.asked_usage and response.status in (400, 422)):
-                    usage = await self._forward_completion(request, plan, response, timing)
+                    await self._forward(request, plan, response, counter, timing)
                     return
                 error = await response.read()
                 if b"stream_options" not in error and b"include_usage" not in error:
@@ -154,84 +211,117 @@ class HttpProxy:
             plan.without_usage()
             async with self._open_response(request.scope, plan.encoded()) as response:
                 self._usage_unsupported |= response.status < 400
-                usage = await self._forward_completion(request, plan, response, timing)
+                await self._forward(request, plan, response, counter, timing)
         finally:
-            computed = _computed_prompt_tokens(usage) if plan.sequences == 1 else None
+            counter.settle()
+            computed = counter.usage.computed if counter.usage is not None and plan.sequences == 1 else None
             if self._sampler.finished(timing, computed):
                 self.events.on_step()
 
-    async def _forward_completion(
-        self, request: _ClientRequest, plan: CompletionPlan, response: aiohttp.ClientResponse, timing: StreamTiming
-    ) -> dict[str, Any]:
-        """Forward a completion's response to the client. Returns its usage; empty if the server reported none."""
-        is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-        if response.status != 200 or (plan.streams and not is_stream):
+    async def _forward(
+        self,
+        request: ClientRequest,
+        plan: CompletionPlan,
+        response: aiohttp.ClientResponse,
+        counter: TokenCounter,
+        timing: StreamTiming,
+    ) -> None:
+        """Forward the response to a request that generates tokens, and count them."""
+        if response.status != 200:
             await self._relay(request, response, response.content.iter_any())
-            return {}
-        if not plan.streams:
-            return await self._relay_plain(request, response)
-        counter = TokenCounter(request.observer, several=plan.sequences > 1)
+            return
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        if encoding not in READABLE_ENCODINGS:
+            raise BadUpstreamError(f"compressed its response ({encoding[:20]}), which the request does not accept")
+        if not _content_type(response).startswith("text/event-stream"):
+            # Also if a stream was asked for: some servers ignore that.
+            await self._relay_document(request, response, counter)
+            return
         events = self._events(response, counter, timing)
         try:
-            await (self._assemble if plan.rewritten else self._stream)(request, plan, response, events)
+            await (self._assemble if plan.rewritten else self._stream)(request, plan, response, events, counter)
         finally:
             # An open generator would stay the connection's reader until garbage collection.
             await events.aclose()
-            counter.settle()
-        return counter.usage or {}
+        await _finish_reading(response)
 
     async def _events(
         self, response: aiohttp.ClientResponse, counter: TokenCounter, timing: StreamTiming
     ) -> AsyncGenerator[list[tuple[EventKind, bytes]], None]:
-        """Yield the stream's events with their kinds, one list per network read, and count their tokens."""
+        """Yield the stream's events with their kinds, one list per network read, and count their tokens.
+
+        The last event ends it, although the server may keep the connection open. Raises `EngineLost` if the stream
+        ends before the response is complete.
+        """
         splitter = SSESplitter()
-        async for chunk in plain_chunks(response):
-            at, before = time.monotonic(), counter.total
-            events = [(counter.see(event, at), event) for event in splitter.feed(chunk)]
-            if self._sampler.tokens(timing, counter.total - before, at):
-                self.events.on_step()
-            if events:
-                yield events
-        if splitter.rest:
-            yield [(counter.see(splitter.rest, time.monotonic()), splitter.rest)]
+        try:
+            async with contextlib.aclosing(plain_chunks(response)) as chunks:
+                async for chunk in chunks:
+                    self.last_data_at = at = time.monotonic()
+                    before = counter.total
+                    batch = _counted(splitter.feed(chunk), counter, at)
+                    if counter.total > before:
+                        per_event = 1.0 if counter.settled else counter.tokens_per_event
+                        if self._sampler.tokens(timing, (counter.total - before) * per_event, at):
+                            self.events.on_step()
+                    if batch:
+                        yield batch
+                    if counter.ended:
+                        return
+            if rest := splitter.rest:
+                yield _counted([rest], counter, time.monotonic())
+        except EventTooLarge:
+            raise EngineLost(f"{self._upstream.where}: an event is larger than {MAX_EVENT_BYTES >> 20} MiB") from None
+        except aiohttp.ClientError:
+            if not counter.complete:
+                raise
+        if not counter.complete:
+            raise EngineLost(f"{self._upstream.where}: the stream ended before the response was complete")
 
     async def _stream(
         self,
-        request: _ClientRequest,
+        request: ClientRequest,
         plan: CompletionPlan,
         response: aiohttp.ClientResponse,
-        events: AsyncIterator[list[tuple[EventKind, bytes]]],
+        events: _Events,
+        counter: TokenCounter,
     ) -> None:
         await request.send_head(response, altered=True)
         async for batch in events:
+            last = batch.pop() if counter.ended else None
             kept = [event for kind, event in batch if not (plan.asked_usage and kind is EventKind.USAGE)]
+            if last is not None and last[1] in USUAL_DONE:
+                kept.append(last[1])
+                last = None
             if kept:
-                await request.send_body(b"".join(kept), more=True)
+                await request.send_body(kept[0] if len(kept) == 1 else b"".join(kept), more=True)
+            if last is not None:
+                await request.send_last(*last, counter)
         await request.send_body(b"", more=False)
 
     async def _assemble(
         self,
-        request: _ClientRequest,
+        request: ClientRequest,
         plan: CompletionPlan,
         response: aiohttp.ClientResponse,
-        events: AsyncIterator[list[tuple[EventKind, bytes]]],
+        events: _Events,
+        counter: TokenCounter,
     ) -> None:
         assembler = Assembler()
-        async for batch in events:
-            for _, event in batch:
-                assembler.add(event)
-        if not assembler.complete:
-            raise EngineLost(f"{self._upstream.where}: the stream ended before the response was complete")
-        status, body = assembler.response()
-        data = orjson.dumps(body)
-        headers = downstream_headers(response.raw_headers, altered=True)
-        headers = [(name, value) for name, value in headers if name != b"content-type"]
-        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
-        await request.send({"type": "http.response.start", "status": status, "headers": headers})
-        await request.send_body(data, more=False)
+        try:
+            async for batch in events:
+                for _, event in batch:
+                    assembler.add(event)
+            status, body = assembler.response()
+            data = orjson.dumps(body)
+        except UnreadableStream as error:
+            raise BadUpstreamError(f"sent a stream that cannot be assembled: {error}") from error
+        except orjson.JSONEncodeError as error:
+            raise BadUpstreamError("sent a stream that cannot be assembled: it nests too deeply") from error
+        await request.send_json(status, data, downstream_headers(response.raw_headers, altered=True))
 
     async def _relay(
-        self, request: _ClientRequest, response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes]
+        self, request: ClientRequest, response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes]
     ) -> None:
         """Forward a response unchanged."""
         first = b""
@@ -243,29 +333,92 @@ class HttpProxy:
         if first:
             await request.send_body(first, more=True)
         async for chunk in chunks:
+            self.last_data_at = time.monotonic()
             await request.send_body(chunk, more=True)
         await request.send_body(b"", more=False)
 
-    async def _relay_plain(self, request: _ClientRequest, response: aiohttp.ClientResponse) -> dict[str, Any]:
-        """Forward a non-streaming completion. Reports its tokens once it is complete. Returns its usage."""
-        await request.send_head(response, altered=False)
-        copy = bytearray()
-        async for chunk in response.content.iter_any():
-            if len(copy) < LARGEST_PARSED:
-                copy += chunk
-            await request.send_body(chunk, more=True)
-        usage = _plain_usage(bytes(copy))
-        if isinstance(usage.get("prompt_tokens"), int):
-            request.observer.on_prompt("0", usage["prompt_tokens"])
-        if isinstance(usage.get("completion_tokens"), int) and usage["completion_tokens"] > 0:
-            request.observer.on_tokens("0", usage["completion_tokens"], time.monotonic())
-        await request.send_body(b"", more=False)
-        return usage
+    async def _relay_document(
+        self, request: ClientRequest, response: aiohttp.ClientResponse, counter: TokenCounter
+    ) -> None:
+        """Forward a JSON response unchanged once it is complete, and count its tokens.
 
-    def _open_response(self, scope: Scope, content: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """The upstream response with an unread body. Leaving the context closes it, which stops its generation."""
+        An error in a document with status 200 gets an error status. A response object that says that it failed keeps
+        its status, because the client can read that there.
+        """
+        chunks = plain_chunks(response)
+        data = bytearray()
+        async for chunk in chunks:
+            self.last_data_at = time.monotonic()
+            data += chunk
+            if len(data) > LARGEST_PARSED:
+                break
+        else:
+            await self._send_document(request, response, bytes(data), counter)
+            return
+        await request.send_head(response, altered=True)
+        await request.send_body(bytes(data), more=True)
+        async for chunk in chunks:
+            await request.send_body(chunk, more=True)
+        await request.send_body(b"", more=False)
+
+    async def _send_document(
+        self, request: ClientRequest, response: aiohttp.ClientResponse, data: bytes, counter: TokenCounter
+    ) -> None:
+        document = parse_data(data)
+        if document is None:
+            raise BadUpstreamError("answered with status 200 and a body that is not a JSON object")
+        counter.see_document(document, time.monotonic())
+        headers = downstream_headers(response.raw_headers, altered=True)
+        if counter.error is None:
+            await request.send_json(200, data, headers)
+        elif document.get("object") == "response":
+            kept = [*headers, (b"content-length", b"%d" % len(data))]
+            await request.send({"type": "http.response.start", "status": 200, "headers": kept})
+            await request.send_failure(data, more=False)
+        else:
+            status, body = error_status(counter.error), counter.error_document(counter.error)
+            await request.send_json(status, data if "error" in document else orjson.dumps(body), headers)
+
+    @asynccontextmanager
+    async def _open_response(self, scope: Scope, content: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The upstream response with an unread body. Leaving the context closes it, which stops its generation.
+
+        Raises `BadUpstreamError` for a redirect and for an HTML page that claims success.
+        """
         headers = upstream_headers(scope["headers"], self._api_key, self._send_slo)
-        return self._upstream.answer(scope["method"], _target(scope), headers, content)
+        async with self._upstream.answer(scope["method"], _target(scope), headers, content) as response:
+            self.last_data_at = time.monotonic()
+            if 300 <= response.status < 400 and response.status != 304:
+                raise BadUpstreamError(f"answered with a redirect ({response.status}): set its base_url to the target")
+            if response.status == 200 and _content_type(response).startswith("text/html"):
+                raise BadUpstreamError("answered with an HTML page: check its base_url")
+            if response.status in (401, 403):
+                self._on_unauthorized()
+            yield response
+
+
+def _counted(events: list[bytes], counter: TokenCounter, at: float) -> list[tuple[EventKind, bytes]]:
+    """The events with their kinds, up to the one that ends the stream."""
+    if len(events) == 1:
+        return [(counter.see(events[0], at), events[0])]
+    counted: list[tuple[EventKind, bytes]] = []
+    for event in events:
+        counted.append((counter.see(event, at), event))
+        if counter.ended:
+            break
+    return counted
+
+
+async def _finish_reading(response: aiohttp.ClientResponse) -> None:
+    """Read the end of a body whose last event has arrived, so that its connection can be used again."""
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(LAST_BYTES_S):
+            async for _ in response.content.iter_any():
+                pass
+
+
+def _content_type(response: aiohttp.ClientResponse) -> str:
+    return response.headers.get("content-type", "").lower()
 
 
 def _target(scope: Scope) -> bytes:
@@ -278,18 +431,3 @@ def _target(scope: Scope) -> bytes:
 
 async def _single_chunk(data: bytes) -> AsyncIterator[bytes]:
     yield data
-
-
-def _computed_prompt_tokens(usage: dict[str, Any]) -> int | None:
-    """Prompt tokens that the server computed, that is, without prefix-cache hits."""
-    prompt, details = usage.get("prompt_tokens"), usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return prompt - (cached or 0) if isinstance(prompt, int) else None
-
-
-def _plain_usage(body: bytes) -> dict[str, Any]:
-    try:
-        usage = orjson.loads(body).get("usage")
-    except (orjson.JSONDecodeError, AttributeError):
-        return {}
-    return usage if isinstance(usage, dict) else {}

@@ -11,10 +11,10 @@ import orjson
 from engine_adapter.asgi import encode_json
 from engine_adapter.engine import GATE_XARG, TPOT_XARG
 from engine_adapter.remote.assemble import can_rebuild
+from engine_adapter.remote.counting import CompletionCounter, TokenCounter
 
 Headers = list[tuple[bytes, bytes]]
 
-COMPLETION_PATHS = ("/chat/completions", "/completions")
 _HOP_BY_HOP = frozenset(
     (
         b"connection",
@@ -32,6 +32,8 @@ _CREDENTIALS = frozenset((b"authorization", b"proxy-authorization", b"x-api-key"
 # Set by this proxy. Compression is disabled because the proxy reads the response bytes.
 _REPLACED = frozenset((b"host", b"content-length", b"accept-encoding", b"expect"))
 _SLO_PREFIXES = (b"x-slo-", b"x-llm-d-slo-")
+# The gateway's own server sets them, so the client would get two.
+_SERVERS_OWN = frozenset((b"date", b"server"))
 
 
 def upstream_headers(headers: Iterable[tuple[bytes, bytes]], api_key: str | None, send_slo: bool) -> Headers:
@@ -52,13 +54,14 @@ def upstream_headers(headers: Iterable[tuple[bytes, bytes]], api_key: str | None
 
 
 def downstream_headers(headers: Iterable[tuple[bytes, bytes]], altered: bool) -> Headers:
-    """Response headers for the client.
+    """Response headers for the client, without those that the gateway's server sets itself.
 
     ``altered``: the proxy changes the body, so headers that describe its exact bytes are dropped.
     """
     body_headers = (b"content-length", b"content-encoding", b"content-md5", b"etag")
     received = [(raw.lower(), value) for raw, value in headers]
-    dropped = _HOP_BY_HOP | _connection_options(received) | (frozenset(body_headers) if altered else frozenset())
+    dropped = _HOP_BY_HOP | _SERVERS_OWN | _connection_options(received)
+    dropped |= frozenset(body_headers) if altered else frozenset()
     return [(name, value) for name, value in received if name not in dropped]
 
 
@@ -70,9 +73,10 @@ def _connection_options(headers: Headers) -> frozenset[bytes]:
 
 @dataclass(slots=True)
 class CompletionPlan:
-    """How to send one completion request upstream.
+    """How to send one request that generates tokens upstream, and how to count them.
 
     Attributes:
+        counter: counts the tokens of the response; chosen by the route.
         body: the parsed request body to send.
         streams: the upstream response is an event stream.
         rewritten: the client wants one JSON body, but the upstream request asks for a stream.
@@ -80,6 +84,7 @@ class CompletionPlan:
         sequences: number of sequences that the request generates.
     """
 
+    counter: type[TokenCounter]
     body: dict[str, Any]
     streams: bool
     rewritten: bool
@@ -87,26 +92,36 @@ class CompletionPlan:
     sequences: int
 
     @classmethod
-    def make(cls, document: dict[str, Any], rewrite: bool, ask_usage: bool, send_slo: bool) -> CompletionPlan:
-        """Return the plan for a request body.
+    def make(
+        cls,
+        document: dict[str, Any],
+        rewrite: bool,
+        ask_usage: bool,
+        send_slo: bool,
+        counter: type[TokenCounter] = CompletionCounter,
+    ) -> CompletionPlan:
+        """Return the plan for a request body. Only a completion is ever rewritten or asked for usage.
 
         Args:
             document: the client's request body, which stays unchanged.
             rewrite: request a stream instead of a JSON body where the response can be rebuilt from the stream.
             ask_usage: the upstream supports ``stream_options``.
             send_slo: keep the ``antares_*`` members of ``vllm_xargs``.
+            counter: counts the tokens of the response; see `counting.counter_for`.
         """
         body = dict(document)
         streams = body.get("stream") is True
-        rewritten = rewrite and not body.get("stream") and can_rebuild(body)
+        is_completion = counter is CompletionCounter
+        rewritten = is_completion and rewrite and not body.get("stream") and can_rebuild(body)
         options = body.get("stream_options") or {}
-        can_add_usage = isinstance(options, dict) and not options.get("include_usage")
+        can_add_usage = is_completion and isinstance(options, dict) and not options.get("include_usage")
         plan = cls(
+            counter=counter,
             body=body,
             streams=streams or rewritten,
             rewritten=rewritten,
             asked_usage=ask_usage and (streams or rewritten) and can_add_usage,
-            sequences=_sequence_count(body),
+            sequences=_sequence_count(body) if is_completion else 1,
         )
         if rewritten:
             body["stream"] = True

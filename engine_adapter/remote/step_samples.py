@@ -36,10 +36,10 @@ class StreamTiming:
     first_at: float | None = None
     batch_at_first: float = 0.0
     context_at_first: float = 0.0
-    tokens: int = 0
+    tokens: float = 0.0
     _last_at: float = 0.0
     _gaps: list[float] = field(default_factory=list)
-    _since_sample: int = 0
+    _since_sample: float = 0.0
 
     @property
     def context(self) -> float:
@@ -74,8 +74,11 @@ class StepSampler:
         self._streams.add(stream)
         return stream
 
-    def tokens(self, stream: StreamTiming, count: int, at: float) -> bool:
-        """Record that ``count`` tokens of ``stream`` arrived at ``at``. Returns whether the model got a sample."""
+    def tokens(self, stream: StreamTiming, count: float, at: float) -> bool:
+        """Record that ``count`` tokens of ``stream`` arrived at ``at``. Returns whether the model got a sample.
+
+        ``count`` may be an estimate.
+        """
         if count <= 0:
             return False
         stream.tokens += count
@@ -92,7 +95,7 @@ class StepSampler:
         # The model needs decode-only steps. The median ignores steps lengthened by a prefill.
         step = median(stream._gaps)
         stream._gaps.clear()
-        stream._since_sample = 0
+        stream._since_sample = 0.0
         if stream.tpot_ms is not None and stream.tpot_ms > self._strictest():
             return False  # the request skips steps, so its gaps span several steps
         batch, context = self._decoding()

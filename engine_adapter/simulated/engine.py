@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from engine_adapter.engine import ASGIApp, EngineEvents, EngineState, EngineUnreachable, GateReport
+from engine_adapter.engine import ASGIApp, EngineEvents, EngineState, EngineUnreachable, GateReport, RenderedPrompt
 from engine_adapter.gates.composite import Gates
 from engine_adapter.simulated.app import SimulatedApp
 from engine_adapter.simulated.scheduler import SimulatedScheduler, Step
@@ -137,9 +137,9 @@ class SimulatedEngine:
         self._restart_task = asyncio.create_task(self._restart(), name=f"{self.name}-restart")
         self._events.on_alive(False)
 
-    def count_tokens(self, text: str) -> int | None:
-        """Number of words separated by white space: this engine's tokens."""
-        return len(text.split())
+    async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
+        """Returns None."""
+        return None
 
     async def probe(self) -> None:
         """Reset the step-time model to the simulated step times, which never change."""

@@ -3,6 +3,10 @@
 It has no clock: `engine_adapter.simulated.engine` runs its steps in real time, the simulator in virtual time.
 There are two step modes. ``chunked`` is today's vLLM: decodes first, then prompts, which may be split, up to the token
 budget. ``prefill-first`` is vLLM 0.6 without chunked prefill: whole prompts, and no decodes while a prompt fits.
+
+Prefix caching works as in vLLM (`engine_adapter.simulated.kv_blocks`). A prompt takes the longest run of its leading
+blocks that is cached, but never its last token, which is computed to sample the first output token. Blocks are cached
+in the step that fills them, so a prompt admitted later in that step finds them.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from itertools import chain
 from engine_adapter.gates.base import OpenGate, StepGate
 from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Capacity, Member
 from engine_adapter.service_kind import ServiceKind
+from engine_adapter.simulated.kv_blocks import KvBlocks
 from engine_adapter.simulated.sequence import SimulatedSequence
 
 BLOCK_TOKENS = 16
@@ -51,7 +56,8 @@ class Finished:
 class SimulatedScheduler:
     """The queue, the batch and the KV memory of one engine.
 
-    Call `plan` and `finish` in turn. Limits as in vLLM; sizes in tokens.
+    Call `plan` and `finish` in turn. Limits as in vLLM; sizes in tokens. ``prefix_caching``: whether sequences share
+    the blocks whose hashes they give.
 
     Raises:
         ValueError: the step mode is unknown, or the KV memory does not hold one sequence of ``max_model_len``.
@@ -66,6 +72,7 @@ class SimulatedScheduler:
         kv_tokens: int,
         gate: StepGate | None = None,
         step_mode: str = "chunked",
+        prefix_caching: bool = True,
     ) -> None:
         if step_mode not in STEP_MODES:
             raise ValueError(f"unknown step mode {step_mode!r}: use one of {', '.join(STEP_MODES)}")
@@ -77,13 +84,14 @@ class SimulatedScheduler:
         self.preemptions = self.best_effort_preemptions = 0
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
-        self._blocks = self._free_blocks = -(-kv_tokens // BLOCK_TOKENS)
+        self._kv = KvBlocks(-(-kv_tokens // BLOCK_TOKENS))
+        self._prefix_caching = prefix_caching
         self._prefill_first = step_mode == "prefill-first"
         self._waiting: deque[SimulatedSequence] = deque()
         self._waiting_tokens = 0
         self._prefilling: list[SimulatedSequence] = []
         self._decoding: list[SimulatedSequence] = []
-        self._preemption = BestEffortPreemption(Capacity(max_num_seqs, self._blocks))
+        self._preemption = BestEffortPreemption(Capacity(max_num_seqs, self._kv.total))
         self._preemptible = 0
         """Number of sequences here that may be preempted for others."""
 
@@ -106,8 +114,8 @@ class SimulatedScheduler:
 
     @property
     def kv_usage(self) -> float:
-        """Share of the KV blocks that is in use."""
-        return 1 - self._free_blocks / self._blocks
+        """Share of the KV blocks that sequences hold; a shared block counts once, a cached free one does not."""
+        return 1 - self._kv.free / self._kv.total
 
     def sequences(self) -> Iterable[SimulatedSequence]:
         """Return all sequences in the engine: decoding, prefilling, waiting."""
@@ -120,7 +128,7 @@ class SimulatedScheduler:
         sequence.preemptible = self.gate.preemptible(sequence)
         self._preemptible += sequence.preemptible
         self._waiting.append(sequence)
-        self._waiting_tokens += sequence.to_prefill
+        self._count_backlog(sequence)
 
     def drop_abandoned(self) -> None:
         """Remove abandoned sequences and free their memory."""
@@ -131,7 +139,7 @@ class SimulatedScheduler:
             self._decoding = [s for s in self._decoding if not s.abandoned]
             self._prefilling = [s for s in self._prefilling if not s.abandoned]
             self._waiting = deque(s for s in self._waiting if not s.abandoned)
-            self._waiting_tokens = sum([s.to_prefill for s in self._waiting])
+            self._waiting_tokens = sum([s.backlog for s in self._waiting])
 
     def clear(self) -> list[SimulatedSequence]:
         """Remove all sequences, as a crash does, and return them."""
@@ -139,7 +147,7 @@ class SimulatedScheduler:
         self._decoding, self._prefilling = [], []
         self._waiting.clear()
         self._waiting_tokens = self._preemptible = 0
-        self._free_blocks = self._blocks
+        self._kv.clear()
         return lost
 
     # --- steps ------------------------------------------------------------------------------------------------------
@@ -171,12 +179,12 @@ class SimulatedScheduler:
             if not preempted:
                 self._admit_prompts(step, budget, whole=False)
         self._waiting.extend(held)
-        self._waiting_tokens += sum([s.to_prefill for s in held])
+        self._waiting_tokens += sum([s.backlog for s in held])
         return step
 
     def _preempt_best_effort(self, now: float) -> list[SimulatedSequence]:
         """Apply best-effort preemption; return the sequences that are held out of the queue for this step."""
-        free = Capacity(self._max_num_seqs - self.running, self._free_blocks)
+        free = Capacity(self._max_num_seqs - self.running, self._kv.free)
         running: list[Member] = []
         waiting: list[Member] = []
         if self._preemptible:
@@ -191,7 +199,7 @@ class SimulatedScheduler:
             self._decoding.remove(sequence)
             self._preempt(sequence)
         self._waiting = deque([*plan.front, *(s for s in self._waiting if not s.preemptible), *plan.back])
-        self._waiting_tokens = sum([s.to_prefill for s in self._waiting])
+        self._waiting_tokens = sum([s.backlog for s in self._waiting])
         return plan.held
 
     def _select_decodes(self, step: Step) -> bool:
@@ -211,12 +219,13 @@ class SimulatedScheduler:
 
     def _grow(self, sequence: SimulatedSequence) -> bool:
         """Allocate a block for ``sequence``, if necessary by preempting the newest; return False if that is itself."""
-        while not self._free_blocks:
+        while not self._kv.free:
             victim = self._prefilling.pop() if self._prefilling else self._decoding.pop()
             self._preempt(victim)
             if victim is sequence:
                 return False
-        self._free_blocks -= 1
+        self._publish(sequence, sequence.capacity)
+        self._kv.allocate(1)
         sequence.capacity += BLOCK_TOKENS
         return True
 
@@ -227,7 +236,7 @@ class SimulatedScheduler:
         victim.preemptions += 1
         self.preemptions += 1
         self._waiting.appendleft(victim)
-        self._waiting_tokens += victim.to_prefill
+        self._count_backlog(victim)
 
     def _continue_prompts(self, step: Step, budget: int) -> int:
         """Add chunks of the prompts that are already in the batch; return the budget that is left."""
@@ -244,25 +253,61 @@ class SimulatedScheduler:
         """
         while self._waiting and budget > 0 and self.running < self._max_num_seqs:
             sequence = self._waiting[0]
-            if whole and sequence.to_prefill > budget and step.chunks:
+            hit, idle = self._hit(sequence)
+            uncached = sequence.to_prefill - hit * BLOCK_TOKENS
+            if whole and uncached > budget and step.chunks:
                 break
             blocks = -(-sequence.to_prefill // BLOCK_TOKENS)
-            if blocks > self._free_blocks:
+            if blocks - hit + idle > self._kv.free:
                 break
             self._waiting.popleft()
-            self._waiting_tokens -= sequence.to_prefill
-            self._free_blocks -= blocks
-            sequence.capacity = blocks * BLOCK_TOKENS
+            self._waiting_tokens -= sequence.backlog
+            self._allocate(sequence, blocks, hit)
             self._prefilling.append(sequence)
-            budget -= self._add_chunk(step, sequence, sequence.to_prefill if whole else budget)
+            budget -= self._add_chunk(step, sequence, uncached if whole else budget)
 
-    @staticmethod
-    def _add_chunk(step: Step, sequence: SimulatedSequence, max_tokens: int) -> int:
+    def _hit(self, sequence: SimulatedSequence) -> tuple[int, int]:
+        """Return how many leading blocks of ``sequence`` are cached, and how many of these no sequence holds."""
+        if not (self._prefix_caching and sequence.blocks):
+            return 0, 0
+        return self._kv.hit(sequence.blocks, (sequence.to_prefill - 1) // BLOCK_TOKENS)
+
+    def _count_backlog(self, sequence: SimulatedSequence) -> None:
+        """Count the tokens that a queued ``sequence`` would compute if it were admitted now."""
+        sequence.backlog = sequence.to_prefill - self._hit(sequence)[0] * BLOCK_TOKENS
+        self._waiting_tokens += sequence.backlog
+
+    def _allocate(self, sequence: SimulatedSequence, blocks: int, hit: int) -> None:
+        """Give ``blocks`` blocks to an admitted ``sequence``; the first ``hit`` of them are cached."""
+        # NOTE: the cached blocks must be held first, or the allocation might evict them.
+        if hit:
+            sequence.held_hashes = list(sequence.blocks[:hit])
+            self._kv.hold(sequence.held_hashes)
+        self._kv.allocate(blocks - hit)
+        sequence.capacity = blocks * BLOCK_TOKENS
+        sequence.full_blocks = hit
+        sequence.prefilled = hit * BLOCK_TOKENS
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.prefilled
+            sequence.on_cached(sequence.prefilled)
+
+    def _add_chunk(self, step: Step, sequence: SimulatedSequence, max_tokens: int) -> int:
         chunk = min(sequence.to_prefill - sequence.prefilled, max_tokens)
         step.chunks.append((sequence, chunk))
         step.prefill_tokens += chunk
         step.prefill_context += sequence.prefilled
+        self._publish(sequence, sequence.prefilled + chunk)
         return chunk
+
+    def _publish(self, sequence: SimulatedSequence, tokens: int) -> None:
+        """Cache the blocks of ``sequence`` that its first ``tokens`` tokens fill."""
+        if not (self._prefix_caching and sequence.blocks):
+            return
+        full = min(tokens // BLOCK_TOKENS, len(sequence.blocks))
+        for block_hash in sequence.blocks[sequence.full_blocks : full]:
+            if self._kv.publish(block_hash):
+                sequence.held_hashes.append(block_hash)
+        sequence.full_blocks = max(full, sequence.full_blocks)
 
     def finish(self, step: Step) -> Finished:
         """Apply the result of ``step``."""
@@ -297,8 +342,13 @@ class SimulatedScheduler:
         self._preemptible -= sequence.preemptible
 
     def _release(self, sequence: SimulatedSequence) -> None:
-        self._free_blocks += sequence.capacity // BLOCK_TOKENS
-        sequence.capacity = 0
+        if sequence.blocks and sequence.prefilled >= sequence.to_prefill:
+            # The last token was sampled, but not computed.
+            self._publish(sequence, min(sequence.length - 1, sequence.capacity))
+        hashes = sequence.held_hashes
+        self._kv.release(hashes, sequence.capacity // BLOCK_TOKENS - len(hashes))
+        sequence.held_hashes = []
+        sequence.capacity = sequence.full_blocks = 0
 
 
 def _member(sequence: SimulatedSequence, *, prefilling: bool = False) -> Member:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine_adapter.service_kind import ServiceKind, default_kind
@@ -19,13 +19,20 @@ class SimulatedSequence:
     Attributes:
         kind, pace_s, gate: as in `gates.base.GatedRequest`.
         on_token: ``on_token(generated, at)``, called by the real-time engine after each step that produced a token.
+        on_cached: ``on_cached(tokens)``, called once, when the scheduler first admits the prompt: its prefix-cache hit.
         on_lost: called if the real-time engine dies.
+        blocks: chained hashes of the token blocks of the prompt and the answer, from the first block on. Tokens after
+            the last hash are never shared.
         abandoned: set by the app once the sequence is aborted.
         length: the context, that is, the prompt and the generated tokens.
         final_length: ``length`` of the finished sequence.
         to_prefill: tokens to compute before the sequence decodes; all of ``length`` again after a preemption.
-        prefilled: the part of ``to_prefill`` that is computed.
+        backlog: tokens to compute, by the prefix cache at the time the sequence was queued.
+        prefilled: the part of ``to_prefill`` that is computed or was found in the prefix cache.
+        cached_tokens: prefix-cache hit of the prompt (tokens); None until the scheduler first admits it.
         capacity: tokens that fit in the KV blocks of the sequence.
+        held_hashes: the cached blocks among them.
+        full_blocks: leading blocks that are full and were offered to the prefix cache.
         preemptible: whether paced and deadline-only requests may preempt it (`gates.best_effort_preemption`).
     """
 
@@ -37,14 +44,20 @@ class SimulatedSequence:
     kind: ServiceKind = None  # type: ignore[assignment]  # from the pace, in __post_init__
     on_token: Callable[[int, float], None] = _ignore
     on_lost: Callable[[], None] = _ignore
+    on_cached: Callable[[int], None] = _ignore
+    blocks: Sequence[int] = ()
     abandoned: bool = False
     length: int = field(init=False)
     final_length: int = field(init=False)
     to_prefill: int = field(init=False)
+    backlog: int = 0
     prefilled: int = 0
     capacity: int = 0
     preemptions: int = 0
     preemptible: bool = False
+    cached_tokens: int | None = None
+    held_hashes: list[int] = field(default_factory=list)
+    full_blocks: int = 0
 
     def __post_init__(self) -> None:
         if self.kind is None:

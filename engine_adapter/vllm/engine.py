@@ -17,6 +17,7 @@ from typing import Any
 
 from engine_adapter.engine import (
     OBSERVER_KEY,
+    RENDERING_KEY,
     XARGS_KEY,
     ASGIApp,
     EngineEvents,
@@ -27,6 +28,7 @@ from engine_adapter.engine import (
     GateReport,
     Message,
     Receive,
+    RenderedPrompt,
     Scope,
     Send,
     StepReport,
@@ -37,6 +39,7 @@ from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.vllm.gate_channel import GateListener
 from engine_adapter.vllm.launch import command_line, create_llm, prepare_environment
+from engine_adapter.vllm.rendering import PromptRenderer, current_rendering, reuse_renderings
 from engine_adapter.vllm.token_observation import current_observer, current_xargs, observe_outputs
 
 log = logging.getLogger("antares.engine.vllm")
@@ -90,6 +93,7 @@ class VllmEngine:
         self._listener: GateListener | None = None
         self._llm: Any = None
         self._vllm_app: ASGIApp | None = None
+        self._renderer: PromptRenderer | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._sequences: dict[str, TokenObserver] = {}
         self._on_cpu = False
@@ -161,6 +165,8 @@ class VllmEngine:
         self._vllm_app = vllm_app
         observe_outputs(self._llm.output_processor, self._sequences)
         self._read_limits()
+        reuse_renderings(vllm_app.state.online_renderer.renderer)
+        self._renderer = PromptRenderer(vllm_app.state, self._llm.vllm_config.cache_config.block_size)
         if self._calibrate:
             await warm_up(self._run_synthetic, self.state.step_time)
             await calibrate(self._run_synthetic, self.state.step_time, self.state.max_num_seqs)
@@ -177,7 +183,7 @@ class VllmEngine:
 
     async def _tear_down(self) -> None:
         self.state.alive = False
-        llm, self._llm, self._vllm_app = self._llm, None, None
+        llm, self._llm, self._vllm_app, self._renderer = self._llm, None, None, None
         if llm is not None:
             from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -251,12 +257,9 @@ class VllmEngine:
 
     # --- queries --------------------------------------------------------------------------------------------------
 
-    def count_tokens(self, text: str) -> int | None:
-        """Number of tokens in ``text`` by the model's tokenizer; None while the engine is down."""
-        if self._llm is None:
-            return None
-        tokenizer = self._llm.get_tokenizer()
-        return len(tokenizer.encode(text, add_special_tokens=False))
+    async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
+        """Return the prompt of ``document`` as vLLM renders it; None while the engine is down."""
+        return None if self._renderer is None else await self._renderer.render(path, document)
 
     def unsupported_reason(self, body: dict[str, Any]) -> str | None:
         """Reason to reject a per-request seed on CPU; None for every other request.
@@ -296,7 +299,7 @@ class VllmEngine:
                 return
             await send(message)
 
-        token = current_observer.set(observer)
+        token, rendering = current_observer.set(observer), current_rendering.set(scope.get(RENDERING_KEY))
         xargs_token = current_xargs.set(scope.get(XARGS_KEY))
         try:
             await vllm_app(scope, receive, send_unless_dead)
@@ -307,6 +310,7 @@ class VllmEngine:
             raise
         finally:
             current_observer.reset(token)
+            current_rendering.reset(rendering)
             current_xargs.reset(xargs_token)
             if observer is not None:
                 await self._abort_unfinished(observer, llm)

@@ -236,9 +236,20 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         return decoding, context, any_gated
 
     def _prefill_backlog(self) -> int:
-        """Return the tokens left to prefill in the engine, including what preempted requests compute again."""
+        """Return the tokens left to compute in the engine, including what preempted requests compute again."""
         running = sum([r.num_tokens - r.num_computed_tokens for r in self.running if _is_prefilling(r)])
-        return int(running + sum([r.num_tokens for r in self.waiting]))
+        return int(running + sum([r.num_tokens - self._cached_tokens(r) for r in self.waiting]))
+
+    def _cached_tokens(self, request: Request) -> int:
+        """Return the tokens of a waiting request that are in the prefix cache.
+
+        NOTE: `get_computed_blocks` would count the lookup in vLLM's own statistics, once per step.
+        """
+        if not self.kv_cache_manager.enable_caching or not request.block_hashes:
+            return 0
+        return int(
+            self.kv_cache_manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)[1]
+        )
 
     def _gated_request(self, request: Request) -> _Gated:
         """Return what the gate knows of the request, read from its xargs the first time."""

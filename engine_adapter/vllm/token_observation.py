@@ -43,6 +43,8 @@ def observe_outputs(processor: Any, sequences: dict[str, TokenObserver]) -> None
             observer = sequences.get(output.request_id)
             if observer is None:
                 continue
+            if output.prefill_stats is not None:
+                observer.on_cached(output.request_id, output.prefill_stats.num_cached_tokens)
             if output.new_token_ids:
                 observer.on_tokens(output.request_id, len(output.new_token_ids), now)
             if output.finish_reason is not None:

@@ -1,4 +1,7 @@
-"""API keys and their rights. Keys are stored as SHA-256 digests and compared in constant time."""
+"""API keys and their rights. Keys are stored as SHA-256 digests and compared in constant time.
+
+A client sends its key as ``Authorization: Bearer``, as OpenAI's clients do, or as ``x-api-key``, as Anthropic's do.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,18 @@ from gateway.api.errors import ApiError
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """One key's rights. ``least_bounds`` maps a bound (ttft, tpot, e2e) to the strictest value (s) that it may set."""
+    """One key's rights.
+
+    ``least_bounds`` maps a bound (ttft, tpot, e2e) to the strictest value (s) that it may set. ``allowed_fields``: the
+    guarded body fields that it may send (`gateway.api.body_fields`). ``sha256`` is empty for anonymous requests.
+    """
 
     tenant: str
     default_class: str
     sha256: str = ""
     allowed_classes: frozenset[str] | None = None
     least_bounds: dict[str, float] = field(default_factory=dict)
+    allowed_fields: frozenset[str] = frozenset()
 
 
 def hash_key(key: str) -> str:
@@ -36,24 +44,34 @@ class KeyRing:
         self._keys = tuple(keys)
         self._anonymous = anonymous
 
-    def authenticate(self, authorization: str | None) -> ApiKey:
-        """Return the key in the ``Authorization`` header. Raises `ApiError` 401 for a missing or unknown key."""
+    def authenticate(self, authorization: str | None, x_api_key: str | None = None) -> ApiKey:
+        """Return the key in the ``Authorization`` or ``x-api-key`` header.
+
+        Raises `ApiError` 401 for a missing or unknown key, and for two different keys.
+        """
         if not self._keys:
             return self._anonymous
-        scheme, _, presented = (authorization or "").partition(" ")
-        if scheme.lower() == "bearer" and presented:
-            digest = hash_key(presented.strip())
-            found = None
-            # Compare with every key, so that the time taken does not depend on which one matches.
-            for key in self._keys:
-                if hmac.compare_digest(digest, key.sha256):
-                    found = key
-            if found is not None:
-                return found
-        raise ApiError(
-            401,
-            "Missing or unknown API key. Send 'Authorization: Bearer <key>'.",
-            "authentication_error",
-            "invalid_api_key",
-            headers=[(b"www-authenticate", b"Bearer")],
-        )
+        presented, other = _bearer_token(authorization), (x_api_key or "").strip()
+        if presented and other and not hmac.compare_digest(presented.encode(), other.encode()):
+            raise _unauthorized(
+                "The headers 'authorization' and 'x-api-key' hold different API keys. Send one of them."
+            )
+        digest = hash_key(presented or other)
+        found = None
+        # Compare with every key, so that the time taken does not depend on which one matches.
+        for key in self._keys:
+            if hmac.compare_digest(digest, key.sha256):
+                found = key
+        if found is None or not (presented or other):
+            raise _unauthorized("Missing or unknown API key. Send 'Authorization: Bearer <key>' or 'x-api-key: <key>'.")
+        return found
+
+
+def _bearer_token(authorization: str | None) -> str:
+    """Return the key in an ``Authorization`` header; "" for another scheme."""
+    scheme, _, token = (authorization or "").strip().partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, "authentication_error", "invalid_api_key", headers=[(b"www-authenticate", b"Bearer")])

@@ -47,6 +47,18 @@ def bad_request(message: str, param: str | None, code: str = "invalid_value", st
     return ApiError(status, message, "invalid_request_error", code, param)
 
 
+def not_found(message: str) -> ApiError:
+    """404: the gateway has no such path."""
+    return ApiError(404, message, "invalid_request_error", "not_found")
+
+
+def method_not_allowed(method: str, path: str, allowed: str) -> ApiError:
+    """405: ``allowed`` is the value of the ``Allow`` header."""
+    message = f"{method} is not supported by {path}. Use {allowed}."
+    headers = [(b"allow", allowed.encode())]
+    return ApiError(405, message, "invalid_request_error", "method_not_allowed", headers=headers)
+
+
 def retry_headers(retry_after_s: float, should_retry: bool = True) -> Headers:
     """Return ``Retry-After`` (whole seconds, at least 1) and ``x-should-retry``, which OpenAI's clients obey."""
     seconds = max(1, math.ceil(min(retry_after_s, 86_400)))

@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.engine import Message, Receive, Scope, Send
+from gateway.api.errors import Headers
 from gateway.api.routes.table import Route
 
 _REQUEST_ID = b"x-request-id"
+_STREAM_TYPE = b"text/event-stream"
+STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+"""Headers of every event stream: caches must not store it, and nginx must not hold its events back."""
+
 LARGEST_ADAPTED = 64 << 10
 """Largest error document of an engine (bytes) that is changed to the format of the API. Larger ones pass unchanged."""
 
@@ -49,7 +54,7 @@ class HttpRequest:
         """Send ``message`` to the client, and note the response's status."""
         if message["type"] == "http.response.start":
             self.status, self.response_started = message["status"], True
-            headers = [(name, value) for name, value in message.get("headers", ()) if name.lower() != _REQUEST_ID]
+            headers = client_headers(message.get("headers", ()))
             self.streaming = is_event_stream(headers)
             message = {**message, "headers": [*headers, (_REQUEST_ID, self.request_id)]}
             if self.status >= 400 and self.route.errors.adapted is not None and not self.streaming:
@@ -80,11 +85,30 @@ class HttpRequest:
 
 def is_event_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Whether a response with ``headers`` is an event stream."""
-    return any(value.startswith(b"text/event-stream") for name, value in headers if name.lower() == b"content-type")
+    return any(value.startswith(_STREAM_TYPE) for name, value in headers if name.lower() == b"content-type")
+
+
+def client_headers(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Return response headers for the client: those of a stream get `STREAM_HEADERS`.
+
+    An engine's cross-origin rules and its request id are dropped: the gateway has its own.
+    """
+    kept: Headers = []
+    streams, names = False, set()
+    for name, value in headers:
+        lower = name.lower()
+        if lower != _REQUEST_ID and not lower.startswith(b"access-control-"):
+            kept.append((name, value))
+            names.add(lower)
+            streams |= lower == b"content-type" and value.startswith(_STREAM_TYPE)
+    if streams:
+        kept += [(name, value) for name, value in STREAM_HEADERS if name not in names]
+    return kept
 
 
 def _request_id(given: str | None) -> bytes:
     """Return the client's own id if its characters are safe in headers and logs, else a new one."""
-    if given is not None and _SAFE_ID.fullmatch(given):
+    given = (given or "").strip()
+    if _SAFE_ID.fullmatch(given):
         return given.encode()
     return uuid.uuid4().hex.encode()

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+from urllib.parse import parse_qsl
 
 from prometheus_client import Gauge
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.asgi import BodyTooDeep, ClientConnection, ClientDisconnected, encode_json
 from engine_adapter.engine import Engine, Scope
+from gateway.api.auth import ApiKey
+from gateway.api.body_fields import GUARDED_FIELDS, FieldGuard
 from gateway.api.errors import bad_request
 from gateway.api.http_request import HttpRequest
 from gateway.api.rejections import queue_full
@@ -21,11 +24,14 @@ from gateway.api.request_body import check_with_engine, document_for_engine, eng
 WAIT_S = 60.0
 """Longest wait of a call (s) for its turn at an engine. Convention."""
 
-_CHECKED_FIELDS = frozenset(("seed", "vllm_xargs"))
+_CHECKED_FIELDS = GUARDED_FIELDS | {"seed", "vllm_xargs"}
 """Fields that an engine may read on any route, and that a client may not set freely."""
 
-# A form field with a checked name. `name*` and `name*0` may encode any name (RFC 2231).
-_CHECKED_FORM_FIELD = re.compile(rb';[ \t]*(?i:name)[ \t]*(?:=[ \t]*"?(seed|vllm_xargs)\b|(\*))')
+# A form field and its name. `name*` and `name*0` may encode any name (RFC 2231).
+_FORM_FIELD = re.compile(rb';[ \t]*(?i:name)[ \t]*(?:=[ \t]*"?([A-Za-z_]+)\b|(\*))')
+_MAX_FORM_FIELDS = 1000
+"""Limit on the fields of an url-encoded form. Convention."""
+
 _NOT_UTF8 = re.compile(r';[ \t]*charset(?!="?utf-?8"?[ \t]*(?:;|$))', re.IGNORECASE)
 
 
@@ -40,15 +46,15 @@ class PassThrough:
         self._serving = serving
         self._slots: dict[str, asyncio.Semaphore] = {}
 
-    async def serve(self, http: HttpRequest, body: bytes, engine: Engine) -> None:
-        """Have ``engine`` answer the request, in its turn.
+    async def serve(self, http: HttpRequest, body: bytes, engine: Engine, key: ApiKey, guard: FieldGuard) -> None:
+        """Have ``engine`` answer the request, in its turn. ``guard`` applies the rights of ``key`` to the body.
 
         Raises:
             ApiError: 400 for a field that no engine may receive; 429 after `WAIT_S` without a turn.
             ClientDisconnected: the client disconnected before a response started.
             EngineLost: the engine died, or was down already.
         """
-        body = checked_body(http.scope, http.headers, body, engine)
+        body = checked_body(http.scope, http.headers, body, engine, key, guard)
         slots = self._slots.setdefault(engine.name, asyncio.Semaphore(self._limit))
         client = ClientConnection(http.receive)
         try:
@@ -84,8 +90,10 @@ class PassThrough:
         raise queue_full("The engine serves too many calls that are not scheduled.", self._limit, 1.0)
 
 
-def checked_body(scope: Scope, headers: HeaderView, body: bytes, engine: Engine) -> bytes:
-    """Return ``body`` as it is, or without the members that only the gateway may set.
+def checked_body(
+    scope: Scope, headers: HeaderView, body: bytes, engine: Engine, key: ApiKey, guard: FieldGuard
+) -> bytes:
+    """Return ``body`` as it is, or without the members that only the gateway may set or that ``key`` may not send.
 
     Raises `ApiError` 400 for a body that an engine might read differently from the gateway. That is JSON which is not
     strictly JSON, but which Python's parser accepts: a byte order mark, UTF-16, ``NaN``, half a surrogate pair. It is
@@ -95,13 +103,17 @@ def checked_body(scope: Scope, headers: HeaderView, body: bytes, engine: Engine)
         return body
     # An engine may use any one of several content-type headers, or read JSON without one.
     content_types = headers.getlist("content-type") or [""]
-    if any(_media_type(given).startswith("multipart/") for given in content_types):
-        _check_form(content_types, body, engine)
+    media_types = {_media_type(given) for given in content_types}
+    if any(given.startswith("multipart/") for given in media_types):
+        _check_form(content_types, {name or star for name, star in _FORM_FIELD.findall(body)}, engine, key, guard)
+    if "application/x-www-form-urlencoded" in media_types:
+        _check_form(content_types, _urlencoded_names(body), engine, key, guard)
     if not any(_is_read_as_json(given) for given in content_types):
         return body
     document = parse_json(body)
-    if not isinstance(document, dict) or not _CHECKED_FIELDS & document.keys():
+    if not isinstance(document, dict) or _CHECKED_FIELDS.isdisjoint(document):
         return body
+    guard.apply(document, key)
     check_with_engine(document, engine)
     try:
         return encode_json(document_for_engine(document))
@@ -119,9 +131,20 @@ def _is_read_as_json(content_type: str) -> bool:
     return media_type in ("", "application/json") or re.fullmatch(r"application/.*\+json", media_type) is not None
 
 
-def _check_form(content_types: list[str], body: bytes, engine: Engine) -> None:
-    """Raise `ApiError` 400 for a form with ``vllm_xargs``, which vLLM's transcriptions read, or an unsafe ``seed``."""
-    names = {field or star for field, star in _CHECKED_FORM_FIELD.findall(body)}
+def _urlencoded_names(body: bytes) -> set[bytes]:
+    """Return the names of an url-encoded form's fields. Raises `ApiError` 400 for too many fields."""
+    try:
+        fields = parse_qsl(body, keep_blank_values=True, max_num_fields=_MAX_FORM_FIELDS)
+    except ValueError:
+        raise bad_request(f"A form has at most {_MAX_FORM_FIELDS} fields.", None) from None
+    return {name for name, _ in fields}
+
+
+def _check_form(content_types: list[str], names: set[bytes], engine: Engine, key: ApiKey, guard: FieldGuard) -> None:
+    """Raise `ApiError` 400 for a form with a field that ``key`` may not send, ``vllm_xargs``, or an unsafe ``seed``.
+
+    vLLM's transcriptions read ``vllm_xargs``.
+    """
     # Another charset can spell the same field name with other bytes.
     if any(map(_NOT_UTF8.search, content_types)):
         raise bad_request("content-type: a form must be in UTF-8.", "content-type", "unsupported_parameter")
@@ -131,5 +154,6 @@ def _check_form(content_types: list[str], body: bytes, engine: Engine) -> None:
             "vllm_xargs",
             "unsupported_parameter",
         )
+    guard.check_form((name.decode("latin-1") for name in names), key)
     if b"seed" in names:
         check_with_engine({"seed": 1}, engine)

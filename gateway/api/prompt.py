@@ -1,21 +1,17 @@
-"""Read from a request's body what scheduling needs: prompt text and length, number of sequences, output length limits.
+"""Read from a request's body what scheduling needs: the prompt, the number of sequences, output length limits.
 
 Only the shape of these fields is checked here. The engine checks everything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from gateway.api.errors import bad_request
-
-CountTokens = Callable[[str], int | None]
-"""A tokenizer: the number of tokens in a text, or None if it is not available."""
-
-SAMPLE_CHARS = 4096
-"""Characters of a prompt that are tokenised. A longer prompt's count is scaled up: scheduling needs only its length."""
+from gateway.prompts.content import Floats, Part, PromptContent
+from gateway.prompts.reader import last_text, read_message, read_parts, read_tools
 
 MAX_SEQUENCES = 256
 """Limit on the sequences of one request: ``n`` times its number of prompts. As many as an engine runs by default."""
@@ -23,125 +19,208 @@ MAX_SEQUENCES = 256
 DEFAULT_COMPLETION_TOKENS = 16
 """The OpenAI API's own default of ``max_tokens`` for text completions."""
 
-_TEMPLATE_TOKENS = 4
-"""Tokens that a chat template adds to each message, approximately."""
 
-_CHARS_PER_TOKEN = 4.0
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompt:
     """The scheduling-relevant part of a body. Lengths in tokens, per sequence.
 
-    ``text`` is what the length predictor sees: a text prompt, or the last user message of a chat. ``sample`` is the
-    start of the text to be tokenised, which has ``chars`` characters. ``known_tokens`` need no tokenizer: prompts given
-    as token ids, and the chat template.
+    ``text`` is what the length predictor sees: a text prompt, or the last user message. ``content`` is the whole
+    prompt; of several, the longest.
     """
 
     text: str
-    sample: str
-    chars: int
-    known_tokens: int
-    sequences: int
-    max_tokens: int | None
-    min_tokens: int
+    content: PromptContent
+    sequences: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
 
-    def tokens(self, count_tokens: CountTokens) -> int:
-        """Return the prompt length in tokens, at least 1, with ``count_tokens`` applied to `sample`."""
-        if not self.sample:
-            return max(1, self.known_tokens)
-        counted = count_tokens(self.sample)
-        if counted is None:
-            return max(1, self.known_tokens + round(self.chars / _CHARS_PER_TOKEN))
-        return max(1, self.known_tokens + round(counted * self.chars / len(self.sample)))
-
-    @property
-    def estimated_tokens(self) -> int:
-        """The prompt length in tokens at four characters a token, while no engine and so no tokenizer is chosen."""
-        return self.tokens(lambda text: None)
+    @cached_property
+    def features(self) -> Floats:
+        """The features that the prompt's size is estimated from."""
+        return self.content.features()
 
 
-def read_prompt(body: dict[str, Any], chat: bool) -> Prompt:
-    """Read the body of a chat (``messages``) or text (``prompt``) completion. Raises `ApiError` 400."""
-    if not isinstance(body.get("model", ""), str):
-        raise bad_request("model: must be a string.", "model", "invalid_type")
-    if not isinstance(body.get("stream") or False, bool):
-        raise bad_request("stream: must be true or false.", "stream", "invalid_type")
-    n = _whole_number(body, "n", 1) or 1
-    given = _read_chat(body) if chat else _read_completion(body)
-    sequences = n * given.prompts
-    if sequences > MAX_SEQUENCES:
-        raise bad_request(f"n: at most {MAX_SEQUENCES} sequences per request; this one has {sequences}.", "n")
+def read_chat(body: dict[str, Any]) -> Prompt:
+    """Read the body of `/v1/chat/completions`. Raises `ApiError` 400."""
+    n = _read_common(body)
+    content = PromptContent()
+    read_tools(body.get("tools") or body.get("functions"), content)
+    text = _read_messages(body, content)
+    read_parts(body.get("documents"), content)
+    _read_schema(body, content)
+    newer = _whole_number(body, "max_completion_tokens", 0)
+    limit = _whole_number(body, "max_tokens", 0) if newer is None else newer
+    return Prompt(text, content, n, limit, _whole_number(body, "min_tokens", 0) or 0)
+
+
+def read_completion(body: dict[str, Any]) -> Prompt:
+    """Read the body of `/v1/completions`. Raises `ApiError` 400."""
+    n = _read_common(body)
+    content = PromptContent()
+    text, prompts = _read_text_prompts(body.get("prompt"), content)
+    limit = _whole_number(body, "max_tokens", 0)
     return Prompt(
-        text=given.text,
-        sample=given.to_tokenise[:SAMPLE_CHARS],
-        chars=len(given.to_tokenise),
-        known_tokens=given.known_tokens,
-        sequences=sequences,
-        max_tokens=_read_max_tokens(body, chat),
-        min_tokens=_whole_number(body, "min_tokens", 0) or 0,
+        text,
+        content,
+        _checked_sequences(n * prompts),
+        DEFAULT_COMPLETION_TOKENS if limit is None else limit,
+        _whole_number(body, "min_tokens", 0) or 0,
     )
 
 
-class _Given(NamedTuple):
-    """A body's prompts: the predictor's text, the text to tokenise, tokens that need no tokenizer, their number."""
-
-    text: str
-    to_tokenise: str
-    known_tokens: int
-    prompts: int = 1
-
-
-def _read_max_tokens(body: dict[str, Any], chat: bool) -> int | None:
-    newer = _whole_number(body, "max_completion_tokens", 0) if chat else None
-    limit = _whole_number(body, "max_tokens", 0) if newer is None else newer
-    return DEFAULT_COMPLETION_TOKENS if limit is None and not chat else limit
+def read_batch(body: dict[str, Any]) -> Prompt:
+    """Read a batch of chats, each of which is one sequence. Of several prompts, the longest counts."""
+    chats = body.get("messages")
+    if not isinstance(chats, list) or not chats:
+        raise bad_request("messages: must be a non-empty list of conversations.", "messages", "invalid_type")
+    if len(chats) > MAX_SEQUENCES:
+        raise bad_request(f"messages: at most {MAX_SEQUENCES} conversations; this one has {len(chats)}.", "messages")
+    if body.get("n") not in (None, 1):
+        raise bad_request("n: a batch generates one choice for each conversation. Remove `n`.", "n")
+    prompts = [read_chat({**body, "messages": chat}) for chat in chats]
+    return replace(max(prompts, key=lambda prompt: prompt.content.size_bytes), sequences=len(chats))
 
 
-def _read_chat(body: dict[str, Any]) -> _Given:
+def read_messages(body: dict[str, Any]) -> Prompt:
+    """Read the body of Anthropic's `/v1/messages`. Raises `ApiError` 400."""
+    _read_common(body)
+    content = PromptContent()
+    read_tools(body.get("tools"), content)
+    _read_instructions(body, "system", content)
+    text = _read_messages(body, content)
+    config = body.get("output_config")
+    content.add_json(config.get("format") if isinstance(config, dict) else None, Part.SCHEMA)
+    return Prompt(text, content, max_tokens=_whole_number(body, "max_tokens", 1))
+
+
+def read_responses(body: dict[str, Any]) -> Prompt:
+    """Read the body of `/v1/responses`. Raises `ApiError` 400.
+
+    A background response outlives its HTTP request, so its end could not be observed.
+    """
+    _read_common(body)
+    if body.get("background") not in (None, False):
+        raise bad_request(
+            "background: not supported, because the response would outlive its request. Send the request without it, "
+            "and read the response as a stream.",
+            "background",
+            "unsupported_parameter",
+        )
+    content = PromptContent()
+    read_tools(body.get("tools"), content)
+    _read_instructions(body, "instructions", content)
+    text = _read_input(body.get("input"), content)
+    form = body.get("text")
+    content.add_json(form.get("format") if isinstance(form, dict) else None, Part.SCHEMA)
+    return Prompt(text, content, max_tokens=_whole_number(body, "max_output_tokens", 1))
+
+
+def _read_common(body: dict[str, Any]) -> int:
+    """Check the fields that all bodies have, and return the number of sequences for each prompt."""
+    if not isinstance(body.get("model") or "", str):
+        raise bad_request("model: must be a string.", "model", "invalid_type")
+    if not isinstance(body.get("stream") or False, bool):
+        raise bad_request("stream: must be true or false.", "stream", "invalid_type")
+    # An engine that knows `best_of` generates that many and returns `n`. A beam search has `n` beams.
+    return _checked_sequences(max(_whole_number(body, "n", 1) or 1, _whole_number(body, "best_of", 1) or 1))
+
+
+def _checked_sequences(sequences: int) -> int:
+    if sequences > MAX_SEQUENCES:
+        raise bad_request(f"n: at most {MAX_SEQUENCES} sequences per request; this one has {sequences}.", "n")
+    return sequences
+
+
+def _read_instructions(body: dict[str, Any], field: str, content: PromptContent) -> None:
+    """Add the system message in ``field``, if there is one: text, or a list of parts."""
+    given = body.get(field)
+    if given is None:
+        return
+    if not isinstance(given, str | list):
+        raise bad_request(f"{field}: must be a string or a list of parts.", field, "invalid_type")
+    content.add_message("system")
+    read_parts(given, content)
+
+
+def _read_messages(body: dict[str, Any], content: PromptContent) -> str:
+    """Add the messages to ``content``, and return the text of the user's last one."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages: must be a non-empty list of messages.", "messages", "invalid_type")
-    contents: list[str] = []
-    last_user_content = ""
+    last = ""
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise bad_request(f"messages[{index}]: must be an object.", f"messages[{index}]", "invalid_type")
-        content = _message_text(message.get("content"), index)
-        if content is not None:
-            contents.append(content)
-            if message.get("role") == "user":
-                last_user_content = content
-    return _Given(last_user_content, "\n".join(contents), _TEMPLATE_TOKENS * len(messages))
+        given = _checked_content(message, f"messages[{index}].content")
+        read_message(message, content)
+        if message.get("role") == "user":
+            last = last_text(given) or last
+    return last
 
 
-def _message_text(content: Any, index: int) -> str | None:
-    """Return the text of a message's ``content``: a string, or a list of parts of which some hold text."""
-    if content is None or isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "\n".join(p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str))
-    where = f"messages[{index}].content"
-    raise bad_request(f"{where}: must be a string or a list of parts.", where, "invalid_type")
+def _checked_content(message: dict[str, Any], where: str) -> Any:
+    """Return the message's content: None, a string, or a list of parts."""
+    given = message.get("content")
+    if given is not None and not isinstance(given, str | list):
+        raise bad_request(f"{where}: must be a string or a list of parts.", where, "invalid_type")
+    return given
 
 
-def _read_completion(body: dict[str, Any]) -> _Given:
-    """Of several prompts, the longest one is measured."""
-    prompt = body.get("prompt")
+def _read_input(given: Any, content: PromptContent) -> str:
+    """Add the ``input`` of the Responses API, and return the text of the user's last message."""
+    if isinstance(given, str):
+        content.add_message("user")
+        content.add_text(given)
+        return given
+    if not isinstance(given, list):
+        raise bad_request("input: must be a string or a list of items.", "input", "invalid_type")
+    last = ""
+    for index, item in enumerate(given):
+        if not isinstance(item, dict):
+            raise bad_request(f"input[{index}]: must be an object.", f"input[{index}]", "invalid_type")
+        if "role" in item:
+            text = last_text(_checked_content(item, f"input[{index}].content"))
+            read_message(item, content)
+            if item["role"] == "user":
+                last = text or last
+        else:
+            content.add_message(str(item.get("type", "")))
+            read_parts([item], content)
+    return last
+
+
+def _read_text_prompts(prompt: Any, content: PromptContent) -> tuple[str, int]:
+    """Add the longest prompt to ``content``. Return the first one's text, and the number of prompts."""
     if isinstance(prompt, str):
-        return _Given(prompt, prompt, 0)
+        content.add_text(prompt)
+        return prompt, 1
     if isinstance(prompt, list) and prompt:
-        if all(isinstance(p, int) for p in prompt):
-            return _Given("", "", len(prompt))
+        if _are_tokens(prompt):
+            content.token_ids = prompt
+            return "", 1
         if all(isinstance(p, str) for p in prompt):
-            return _Given(prompt[0], max(prompt, key=len), 0, len(prompt))
-        if all(isinstance(p, list) and all(isinstance(t, int) for t in p) for p in prompt):
-            return _Given("", "", max(len(p) for p in prompt), len(prompt))
+            content.add_text(max(prompt, key=len))
+            return prompt[0], len(prompt)
+        if all(isinstance(p, list) and _are_tokens(p) for p in prompt):
+            content.token_ids = max(prompt, key=len)
+            return "", len(prompt)
     raise bad_request(
         "prompt: must be a string, a list of strings, a list of token ids, or a list of such lists.",
         "prompt",
         "invalid_type",
     )
+
+
+def _are_tokens(ids: list[Any]) -> bool:
+    return all(type(one) is int and 0 <= one < 1 << 32 for one in ids)
+
+
+def _read_schema(body: dict[str, Any], content: PromptContent) -> None:
+    """Add what constrains the output: some servers render it into the prompt."""
+    form = body.get("response_format")
+    if isinstance(form, dict) and form.get("type") not in ("text", None):
+        content.add_json(form, Part.SCHEMA)
+    content.add_json(body.get("guided_json") or body.get("structured_outputs"), Part.SCHEMA)
 
 
 def _whole_number(body: dict[str, Any], field: str, minimum: int) -> int | None:

@@ -12,22 +12,38 @@ response). `_conclude` or `_fail` closes the ledger entry. The body is parsed on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from engine_adapter.asgi import BODY_KEY, BodyTooDeep, ClientConnection, ClientDisconnected, JsonBody
-from engine_adapter.engine import OBSERVER_KEY, XARGS_KEY, Engine, EngineLost, EngineUnreachable, Receive, Scope, Send
+from engine_adapter.engine import (
+    OBSERVER_KEY,
+    RENDERING_KEY,
+    XARGS_KEY,
+    Engine,
+    EngineLost,
+    EngineUnreachable,
+    Receive,
+    Scope,
+    Send,
+)
 from gateway.api.auth import ApiKey, KeyRing
+from gateway.api.body_fields import FieldGuard
 from gateway.api.engine_call import call_engine
 from gateway.api.errors import ApiError, bad_request, draining, unavailable
 from gateway.api.http_request import HttpRequest
+from gateway.api.keep_alive import KeepAlive
 from gateway.api.pass_through import PassThrough
+from gateway.api.paths import check_path
 from gateway.api.prompt import Prompt
+from gateway.api.prompt_size import PromptSize, PromptSizer
 from gateway.api.rejections import answer_to, queue_full
 from gateway.api.request_body import (
     check_with_engine,
@@ -41,7 +57,7 @@ from gateway.api.request_body import (
 from gateway.api.response_relay import ResponseRelay, send_error
 from gateway.api.routes.generation import GenerationRoute
 from gateway.api.routes.table import RouteTable
-from gateway.api.slo_headers import read_slo
+from gateway.api.slo_headers import read_output_tokens, read_slo
 from gateway.api.slo_report import REPORT_HEADER
 from gateway.observability.ledger import Entry, Ledger, Outcome
 from gateway.observability.metrics import Metrics
@@ -70,20 +86,27 @@ LEAVE_GRACE_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A scheduled request on its way through the pipeline. ``engine``: the last one that it was judged with."""
+    """A scheduled request on its way through the pipeline.
+
+    ``engine``: the last one that it was judged with. ``output_tokens``: the length that the client expects.
+    """
 
     http: HttpRequest
     route: GenerationRoute
     document: dict[str, Any]
     prompt: Prompt
     request: Request
+    size: PromptSize
+    output_tokens: int | None = None
     engine: Engine | None = None
 
 
 class Proxy:
     """Schedules the requests of generation routes, and passes those of other known routes on to an engine.
 
-    ``draining``: every new request is answered with 503. ``in_flight``: requests that have no complete response yet.
+    ``draining``: every new request is answered with 503. ``stopping``: the engines stop, so a request that loses its
+    engine is answered likewise. ``in_flight``: requests that have no complete response yet. ``classes``, ``keys`` and
+    ``guard`` may be replaced while requests are served; each request keeps what it was judged with.
     """
 
     def __init__(
@@ -99,13 +122,15 @@ class Proxy:
         max_open_requests: int = 4096,
         max_pass_through: int = 32,
         routes: RouteTable | None = None,
+        keep_alive_s: float | None = None,
+        guard: FieldGuard | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.draining = False
+        self.draining = self.stopping = False
         self.in_flight = 0
         self._router = router
-        self._classes = classes
-        self._keys = keys
+        self.classes = classes
+        self.keys = keys
         self._predictor = predictor
         self._ledger = ledger
         self._metrics = metrics
@@ -113,7 +138,10 @@ class Proxy:
         self._max_open_requests = max_open_requests
         self._unscheduled = PassThrough(max_pass_through, metrics.pass_through)
         self._routes = routes or RouteTable()
+        self._keep_alive_s = keep_alive_s
+        self.guard = guard or FieldGuard()
         self._clock = clock
+        self._sizer = PromptSizer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -129,12 +157,13 @@ class Proxy:
         """Serve ``http``, and answer with an error response if that fails."""
         try:
             key = self._authenticate(http)
-            http.route.check(http.scope["method"])
             # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for every open request.
             if http.route.generation is not None:
-                await self._schedule(self._read(http, key, http.route.generation, await self._receive_body(http)))
+                call = self._read(http, key, http.route.generation, await self._receive_body(http))
+                with self._keep_alive(call):
+                    await self._schedule(call)
             else:
-                await self._pass_through(http, await self._receive_body(http))
+                await self._pass_through(http, key, await self._receive_body(http))
         except ApiError as error:
             await send_error(http.send, error, http.request_id, http.route.errors)
         except ClientDisconnected:
@@ -150,10 +179,15 @@ class Proxy:
     # --- the pipeline, in order ---------------------------------------------------------------------------------------
 
     def _authenticate(self, http: HttpRequest) -> ApiKey:
-        """Return the request's API key. Raises `ApiError` 401, 431 for too many headers, or 503 while draining."""
+        """Return the request's API key.
+
+        Raises `ApiError` 404, 405 or 501 for its route, 401, 431 for too many headers, or 503 while draining.
+        """
         if len(http.headers.raw) > MAX_HEADERS:
             raise bad_request(f"More than {MAX_HEADERS} headers.", None, "too_many_headers", 431)
-        key = self._keys.authenticate(http.headers.get("authorization"))
+        check_path(http.scope)
+        http.route.check(http.scope["method"], http.scope["path"])
+        key = self.keys.authenticate(http.headers.get("authorization"), http.headers.get("x-api-key"))
         if self.draining:
             raise draining()
         return key
@@ -164,27 +198,38 @@ class Proxy:
     def _read(self, http: HttpRequest, key: ApiKey, route: GenerationRoute, body: bytes) -> Call:
         """Parse the body, read the SLO, estimate the prompt size. Nothing here depends on an engine."""
         document = parse_document(body)
-        slo_class, slo = read_slo(http.headers, key, self._classes)
+        output_tokens = read_output_tokens(http.headers, document)
+        self.guard.apply(document, key)
+        slo_class, slo = read_slo(http.headers, key, self.classes)
         prompt = route.read_prompt(document)
         request = Request(
             id=uuid.uuid4().hex,
             slo_class=slo_class.name,
             arrival_s=http.arrival_s,
             slo=slo,
-            prompt_tokens=prompt.estimated_tokens,
+            prompt_tokens=1,
             predicted_tokens=1.0,
             sequences=prompt.sequences,
             tenant=key.tenant,
             max_tokens=math.inf if prompt.max_tokens is None else prompt.max_tokens,
         )
-        return Call(http, route, document, prompt, request)
+        size = self._sizer.estimate(request, prompt, document, document.get("model") or "")
+        return Call(http, route, document, prompt, request, size, output_tokens)
+
+    def _keep_alive(self, call: Call) -> contextlib.AbstractContextManager[object]:
+        """Return what keeps the connection of a stream alive until its answer begins; nothing by default."""
+        if self._keep_alive_s is None or call.document.get("stream") is not True:
+            return contextlib.nullcontext()
+        return KeepAlive(call.http, self._keep_alive_s)
 
     async def _schedule(self, call: Call) -> None:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
-        self._place(call)
+        await self._place(call)
         entry = self._open_entry(call.request)
         client = ClientConnection(call.http.receive)
         try:
+            if call.size.invalid and await self._forward(call, entry, await self._place(call), client):
+                return
             await self._predict(call, entry)
             await self._serve(call, entry, client)
         except BaseException as error:
@@ -194,17 +239,18 @@ class Proxy:
         finally:
             client.close()
 
-    def _place(self, call: Call) -> EngineQueue:
-        """Place the request on an engine. Raises `ApiError` 400 if that engine cannot serve it.
+    async def _place(self, call: Call) -> EngineQueue:
+        """Place the request on an engine and measure its prompt there. Raises `ApiError` 400 if it cannot serve it.
 
-        The prompt is counted again for every new engine, since tokenizers differ.
+        The prompt is measured again for every new engine, since tokenizers differ.
         """
         engine_queue = self._router.place(call.request)
         engine = engine_queue.engine
         if engine is not call.engine:
             call.engine = engine
-            call.request.prompt_tokens = call.prompt.tokens(engine.count_tokens)
             _check_limits(call, engine)
+            path: str = call.http.scope["path"]
+            call.size = await self._sizer.measure(call.request, call.prompt, path, call.document, engine)
         call.request.model = engine.state.model
         return engine_queue
 
@@ -216,18 +262,25 @@ class Proxy:
         return entry
 
     async def _predict(self, call: Call, entry: Entry) -> None:
-        """Predict the output length. `LengthPredictor` bounds the time that this takes."""
+        """Predict the output length, unless the client states it. `LengthPredictor` bounds the time that this takes."""
         started, request, prompt = self._clock(), call.request, call.prompt
-        prediction = entry.prediction = await self._predictor.predict(
-            prompt.text,
-            request.prompt_tokens,
-            request.slo_class,
-            prompt.max_tokens,
-            prompt.min_tokens,
-            model=request.model,
-            request_id=request.id,
-        )
-        request.predict(prediction.tokens, prediction.p90)
+        if call.output_tokens is not None:
+            limit = request.max_tokens
+            if call.engine is not None:
+                limit = min(limit, call.engine.state.max_model_len - request.prompt_tokens)
+            prediction = self._predictor.from_hint(call.output_tokens, request.slo_class, limit, prompt.min_tokens)
+        else:
+            prediction = await self._predictor.predict(
+                prompt.text,
+                request.prompt_tokens,
+                request.slo_class,
+                prompt.max_tokens,
+                prompt.min_tokens,
+                model=request.model,
+                request_id=request.id,
+            )
+        entry.prediction = prediction
+        request.predict(prediction.tokens, prediction.p90, prediction.beyond)
         self._metrics.predictions.labels(prediction.source).inc()
         self._metrics.prediction_seconds.observe(self._clock() - started)
 
@@ -250,7 +303,7 @@ class Proxy:
         """
         outcome: QueueOutcome = Reroute()
         while isinstance(outcome, Reroute):
-            engine_queue = self._place(call)
+            engine_queue = await self._place(call)
             entry.engine = engine_queue.engine.name
             outcome = await _wait_in_queue(call.request, engine_queue, client)
         entry.queue_s = self._clock() - call.request.arrival_s
@@ -264,8 +317,10 @@ class Proxy:
         request, http, engine = call.request, call.http, engine_queue.engine
         # An engine that was down when the request was placed knows its limits only now.
         _check_limits(call, engine)
-        progress = Progress(request, on_first_token=engine_queue.on_first_token)
-        report = http.headers.get(REPORT_HEADER) == "1"
+        progress = Progress(request, engine_queue.on_first_token, partial(engine_queue.on_cache_hit, request))
+        entry.estimated_prompt_tokens = request.prompt_tokens if call.size.estimated else None
+        entry.predicted_cached_tokens = request.cached_tokens
+        report = http.headers.get(REPORT_HEADER, "").strip() == "1"
         relay = ResponseRelay(entry, progress, http.send, http.request_id, call.route, report=report, clock=self._clock)
         gate = engine_queue.policy.gate if engine_queue.policy.gate != UNGATED else ""
         xargs = gate_xargs(request.kind, request.pace_s, gate)
@@ -273,11 +328,15 @@ class Proxy:
         body = JsonBody(document_for_engine(call.document, xargs if in_body else None))
         scope = engine_scope(http.scope, http.request_id)
         scope[BODY_KEY], scope[OBSERVER_KEY], scope[XARGS_KEY] = body, progress, xargs
+        scope[RENDERING_KEY] = call.size.handle
         error = await call_engine(engine.app, scope, body, relay, client, STALL_S, LEAVE_GRACE_S)
         if isinstance(error, EngineUnreachable):
             request.wait_again()
             return False
         relay.measure(self._clock())
+        entry.cached_tokens = progress.cached_tokens
+        if call.size.estimated and progress.prompt_tokens:
+            self._sizer.learn(call.prompt, engine.state.model, progress.prompt_tokens)
         if relay.complete:
             await self._conclude(entry, relay, engine)
         else:
@@ -298,7 +357,7 @@ class Proxy:
         if isinstance(error, BodyTooDeep):
             raise self._closed(entry, "rejected", "invalid_json", too_deep())
         if isinstance(error, EngineLost):
-            self._ledger.close(entry, "failed", "draining" if self.draining else "engine_lost")
+            self._ledger.close(entry, "failed", "draining" if self.stopping else "engine_lost")
             answer = self._engine_lost(engine_queue)
         else:
             log.error(
@@ -322,16 +381,18 @@ class Proxy:
 
     # --- other routes, and errors -------------------------------------------------------------------------------------
 
-    async def _pass_through(self, http: HttpRequest, body: bytes) -> None:
+    async def _pass_through(self, http: HttpRequest, key: ApiKey, body: bytes) -> None:
         """Have the first engine that is alive answer the request."""
         alive = [queue for queue in self._router.engine_queues if queue.engine.state.alive]
+        if not alive and self.stopping:
+            raise draining()
         if not alive:
             retry_after_s = self._router.engine_queues[0].back_in_s(self._clock())
             raise unavailable("No engine is alive.", "engine_unavailable", retry_after_s)
         if self.in_flight > self._max_open_requests:
             raise self._gateway_full()
         try:
-            await self._unscheduled.serve(http, body, alive[0].engine)
+            await self._unscheduled.serve(http, body, alive[0].engine, key, self.guard)
         except EngineLost as error:
             await _end_lost(http, self._engine_lost(alive[0]), error)
 
@@ -344,7 +405,7 @@ class Proxy:
         return queue_full("The gateway has too many open requests.", self._max_open_requests, 1.0)
 
     def _engine_lost(self, engine_queue: EngineQueue) -> ApiError:
-        if self.draining:
+        if self.stopping:
             return draining()
         retry_after_s = engine_queue.back_in_s(self._clock())
         return unavailable("The engine died while it served this request. Send it again.", "engine_lost", retry_after_s)

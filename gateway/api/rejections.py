@@ -26,8 +26,11 @@ def answer_to(outcome: Rejection | QueueFull | EngineDown | Draining) -> tuple[s
 
 def unattainable(rejection: Rejection) -> ApiError:
     """429: the policy rejected the request. The message and the error object state the bound that could be met."""
-    slo = rejection.request.slo
+    request, slo = rejection.request, rejection.request.slo
     bound_s = {"ttft": slo.ttft_s, "tpot": slo.tpot_s, "e2e": slo.e2e_s}[rejection.bound] or 0.0
+    origin = ""
+    if rejection.bound in slo.from_class:
+        origin = f" (the default of SLO class {request.slo_class!r}; {HEADER[rejection.bound]} overrides it)"
     advice = (
         "An idle engine cannot meet it either; set a looser bound."
         if rejection.infeasible
@@ -35,7 +38,7 @@ def unattainable(rejection: Rejection) -> ApiError:
     )
     return ApiError(
         429,
-        f"{_BOUND_NAMES[rejection.bound]} of {bound_s * 1000:g} ms cannot be met: "
+        f"{_BOUND_NAMES[rejection.bound]} of {bound_s * 1000:g} ms{origin} cannot be met: "
         f"{rejection.predicted_s * 1000:.0f} ms is predicted, {rejection.attainable_s * 1000:.0f} ms is attainable. "
         f"{advice}",
         "slo_unattainable",

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers as HeaderView
 from engine_adapter.asgi import BodyTooLarge, read_body
 from engine_adapter.engine import GATE_XARG, KIND_XARG, TPOT_XARG, Engine, Receive, Scope
 from engine_adapter.service_kind import ServiceKind, default_kind
+from gateway.api.content_encoding import TooLarge, content_coding, decompress
 from gateway.api.errors import ApiError, Headers, bad_request
 
 BODY_TIMEOUT_S, BODY_BYTES_PER_S = 60.0, 1 << 20
@@ -22,19 +23,29 @@ OWN_XARGS_PREFIX = "antares_"
 _MAX_LENGTH_DIGITS = 20
 """Digits of a content-length that are parsed; any longer number is above every limit."""
 
-# Hop-by-hop headers, headers that the gateway sets itself, and the client's credentials.
-_NOT_FORWARDED = frozenset(
-    (b"authorization", b"content-length", b"transfer-encoding", b"connection", b"x-request-id", b"expect")
+_CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key", b"cookie", b"proxy-authorization"))
+# The gateway answers cross-origin requests itself, and decompresses bodies.
+_ANSWERED_HERE = frozenset((b"origin", b"content-encoding"))
+# vLLM reads these as it reads the body fields `priority`, `session_id` and `data_parallel_rank`.
+_GUARDED = frozenset((b"x-vllm-priority", b"x-session-id", b"x-data-parallel-rank"))
+_NOT_FORWARDED = (
+    frozenset((b"content-length", b"transfer-encoding", b"connection", b"x-request-id", b"expect"))
+    | _CREDENTIALS
+    | _ANSWERED_HERE
+    | _GUARDED
 )
+"""Request headers that no engine receives."""
 
 
 async def read_limited_body(headers: HeaderView, receive: Receive, max_bytes: int) -> bytes:
-    """Return the whole body.
+    """Return the whole body, decompressed.
 
     Raises:
-        ApiError: 413 above ``max_bytes``; 408 after `BODY_TIMEOUT_S` plus the time for ``max_bytes``.
+        ApiError: 413 above ``max_bytes``, before or after decompression; 415 for an unsupported ``content-encoding``;
+            400 for invalid compressed data; 408 after `BODY_TIMEOUT_S` plus the time for ``max_bytes``.
         ClientDisconnected: the client disconnected first.
     """
+    coding = content_coding(headers)
     declared = headers.get("content-length", "0")
     is_number = declared.isascii() and declared.isdigit() and len(declared) <= _MAX_LENGTH_DIGITS
     if not is_number or int(declared) > max_bytes:
@@ -42,8 +53,9 @@ async def read_limited_body(headers: HeaderView, receive: Receive, max_bytes: in
     timeout_s = BODY_TIMEOUT_S + max_bytes / BODY_BYTES_PER_S
     try:
         async with asyncio.timeout(timeout_s):
-            return await read_body(receive, max_bytes)
-    except BodyTooLarge:
+            body = await read_body(receive, max_bytes)
+        return await decompress(body, coding, max_bytes) if coding and body else body
+    except (BodyTooLarge, TooLarge):
         raise _too_large(max_bytes) from None
     except TimeoutError:
         raise _too_slow(timeout_s) from None

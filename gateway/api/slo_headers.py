@@ -1,14 +1,15 @@
-"""Read a request's SLO from `x-slo-class`, `x-slo-ttft-ms`, `x-slo-tpot-ms` and `x-slo-e2e-ms`."""
+"""Read a request's SLO and length hint from the `x-slo-*` headers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from gateway.api.auth import ApiKey
 from gateway.api.errors import ApiError, bad_request
 from gateway.requests.request import E2E_MOST_FOR_TTFT
-from gateway.requests.slo import Slo, SloClass
+from gateway.requests.slo import Bound, Slo, SloClass
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "ttft": ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms"),
@@ -22,6 +23,37 @@ SHORTEST_MS, LONGEST_MS = 1e-3, 24 * 3600 * 1000.0
 """Limits of a bound (ms): one microsecond, because policies divide by bounds, to one day."""
 
 
+LENGTH_HEADER, LENGTH_FIELD = "x-slo-output-tokens", "nvext.agent_hints.osl"
+"""Where a client may state the output length that it expects, in tokens per sequence. The header comes first."""
+
+LONGEST_OUTPUT = 10_000_000
+"""Largest output length that a client may state, in tokens: beyond every context length."""
+
+
+def read_output_tokens(headers: Mapping[str, str], document: Mapping[str, Any]) -> int | None:
+    """Return the output length (tokens per sequence) that the client expects; None if it does not say.
+
+    Raises `ApiError` 400 for one that is not a whole number from 1 to `LONGEST_OUTPUT`.
+    """
+    text = headers.get(LENGTH_HEADER)
+    if text is not None:
+        text = text.strip()
+        is_number = text.isascii() and text.isdigit() and len(text) <= len(str(LONGEST_OUTPUT))
+        return _checked_length(int(text) if is_number else text, LENGTH_HEADER)
+    extension = document.get("nvext")
+    hints = extension.get("agent_hints") if isinstance(extension, dict) else None
+    length = hints.get("osl") if isinstance(hints, dict) else None
+    return None if length is None else _checked_length(length, LENGTH_FIELD)
+
+
+def _checked_length(value: Any, name: str) -> int:
+    # NOTE: bool is a subclass of int, but JSON's true is not a number.
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LONGEST_OUTPUT:
+        return value
+    shown = repr(value)[:32] if isinstance(value, int | float | str) else "that"
+    raise bad_request(f"{name}: must be a whole number of tokens, 1 to {LONGEST_OUTPUT}, not {shown}.", name)
+
+
 def read_slo(headers: Mapping[str, str], key: ApiKey, classes: Mapping[str, SloClass]) -> tuple[SloClass, Slo]:
     """Return the request's SLO class and its bounds. A header overrides the bound of the same kind in the class.
 
@@ -29,7 +61,7 @@ def read_slo(headers: Mapping[str, str], key: ApiKey, classes: Mapping[str, SloC
     use. The bounds of a class are not compared with those of the key, because the operator configures both, and which
     key may use which class (``allowed_classes``).
     """
-    name = headers.get("x-slo-class", key.default_class)
+    name = headers.get("x-slo-class", key.default_class).strip()
     if name not in classes:
         raise bad_request(
             f"x-slo-class: unknown class {name[:64]!r}; choose one of {', '.join(sorted(classes))}.",
@@ -43,10 +75,12 @@ def read_slo(headers: Mapping[str, str], key: ApiKey, classes: Mapping[str, SloC
     _check_rights(bounds, key)
     base = slo_class.slo
     ttft, tpot, e2e = bounds["ttft"], bounds["tpot"], bounds["e2e"]
+    defaults: dict[Bound, bool] = {"ttft": ttft is None, "tpot": tpot is None, "e2e": e2e is None}
     return slo_class, Slo(
         ttft_s=base.ttft_s if ttft is None else ttft,
         tpot_s=base.tpot_s if tpot is None else tpot,
         e2e_s=base.e2e_s if e2e is None else e2e,
+        from_class=frozenset(bound for bound, unset in defaults.items() if unset),
     )
 
 

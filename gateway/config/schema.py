@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.profile import load_profile
 from gateway.api.auth import ApiKey
+from gateway.api.body_fields import DEFAULT_ALLOWED, GUARDED_FIELDS, FieldGuard
 from gateway.api.slo_headers import LONGEST_MS, SHORTEST_MS
 from gateway.policies.base import Policy
 from gateway.policies.registry import OPTION_ALIASES, make_policy
@@ -29,6 +30,47 @@ class Section(BaseModel):
     """A mapping in the file. Unknown keys are mistakes."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s*?#]+")
+
+
+class CorsConfig(Section):
+    """Which web pages may call the API from a browser. No page by default."""
+
+    allow_origins: list[str] = Field(min_length=1, max_length=256)
+    allow_headers: list[str] = Field(default_factory=lambda: ["*"], max_length=128)
+    max_age_s: int = Field(600, ge=0, le=86_400, description="How long a browser may reuse a preflight's answer.")
+
+    @field_validator("allow_origins")
+    @classmethod
+    def _are_origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin[:64]!r} is not an origin; write scheme://host[:port] in lower case without a path, or '*'"
+                )
+        if "*" in value and len(value) > 1:
+            raise ValueError("'*' allows every origin, so it must be the only entry")
+        return value
+
+
+def _guarded(names: list[str] | None) -> list[str] | None:
+    """Check that each name is a guarded field."""
+    for name in names or ():
+        if name not in GUARDED_FIELDS:
+            guarded = ", ".join(sorted(GUARDED_FIELDS))
+            raise ValueError(f"{name[:64]!r} is not a guarded field; guarded fields: {guarded}")
+    return names
+
+
+class BodyFieldsConfig(Section):
+    """Body fields that reach beyond their own request: which ones pass, and what happens to the others."""
+
+    allow: list[str] = Field(default_factory=lambda: list(DEFAULT_ALLOWED), max_length=64)
+    on_denied: Literal["strip", "reject"] = "strip"
+
+    _are_guarded = field_validator("allow")(_guarded)
 
 
 class ServerConfig(Section):
@@ -47,6 +89,11 @@ class ServerConfig(Section):
     pass_through_routes: list[Annotated[str, Field(pattern=r"^/v1/[A-Za-z0-9._/-]+$")]] = Field(
         default_factory=list, description="More paths under /v1 that reach an engine without scheduling."
     )
+    cors: CorsConfig | None = Field(None, description="Cross-origin requests of browsers; null denies them.")
+    sse_keep_alive_s: float | None = Field(
+        None, ge=0.1, le=3600, description="Silence after which a stream that waits gets a comment; null sends none."
+    )
+    body_fields: BodyFieldsConfig = Field(default_factory=BodyFieldsConfig)
     drain_s: float = Field(30.0, ge=0, le=3600, description="Time that SIGTERM allows for open requests to finish.")
 
 
@@ -91,6 +138,7 @@ class HttpEngineConfig(Section):
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=1)
     max_model_len: int = Field(8192, ge=1)
+    max_connections: int | None = Field(None, ge=2, description="Maximum requests in flight on the server.")
     first_token: Literal["stream", "none"] = "stream"
     send_slo: bool = Field(True, description="Send SLO headers, and paces as vllm_xargs; the server must be vLLM.")
     step_times: StepTimesConfig | None = None
@@ -209,6 +257,9 @@ class KeyConfig(Section):
     min_ttft_ms: PositiveMs | None = None
     min_tpot_ms: PositiveMs | None = None
     min_e2e_ms: PositiveMs | None = None
+    allowed_fields: list[str] | None = Field(None, max_length=64)
+
+    _are_guarded = field_validator("allowed_fields")(_guarded)
 
     @field_validator("sha256")
     @classmethod
@@ -223,6 +274,10 @@ class LoggingConfig(Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
+
+
+RELOADABLE = ("classes", "default_class", "keys")
+"""Top-level keys that SIGHUP reloads. It also reloads ``server.body_fields``, which are part of a key's rights."""
 
 
 class GatewayConfig(Section):
@@ -241,6 +296,7 @@ class GatewayConfig(Section):
     @model_validator(mode="after")
     def _is_consistent(self) -> GatewayConfig:
         self._require_class(self.default_class, "default_class")
+        digests: set[str] = set()
         for index, key in enumerate(self.keys):
             for name in [key.default_class, *(key.allowed_classes or [])]:
                 if name is not None:
@@ -248,8 +304,9 @@ class GatewayConfig(Section):
             default = key.default_class or self.default_class
             if key.allowed_classes is not None and default not in key.allowed_classes:
                 raise ValueError(f"keys[{index}]: default class {default!r} is not in allowed_classes")
-            if any(key.sha256 == other.sha256 for other in self.keys[:index]):
+            if key.sha256 in digests:
                 raise ValueError(f"keys[{index}]: another key has the same digest")
+            digests.add(key.sha256)
         labels = [shadow.label or shadow.name for shadow in self.shadow]
         for index, label in enumerate(labels):
             if label in labels[:index]:
@@ -302,8 +359,40 @@ class GatewayConfig(Section):
                     for bound, ms in (("ttft", k.min_ttft_ms), ("tpot", k.min_tpot_ms), ("e2e", k.min_e2e_ms))
                     if ms is not None
                 },
+                allowed_fields=self._allowed_fields(k.allowed_fields),
             )
             for k in self.keys
+        ]
+
+    def anonymous_key(self) -> ApiKey:
+        """Return the rights of all requests if no keys are configured."""
+        return ApiKey("anonymous", self.default_class, allowed_fields=self._allowed_fields(None))
+
+    def field_guard(self) -> FieldGuard:
+        """Return what applies a key's rights to the fields of a body."""
+        return FieldGuard(rejects=self.server.body_fields.on_denied == "reject")
+
+    def _allowed_fields(self, of_key: list[str] | None) -> frozenset[str]:
+        return frozenset(self.server.body_fields.allow if of_key is None else of_key)
+
+    def reloaded(self, new: GatewayConfig) -> GatewayConfig:
+        """Return this configuration with the reloadable parts of ``new``: classes, keys and the guarded fields.
+
+        Raises pydantic's ValidationError if these do not fit what stays.
+        """
+        document = self.model_dump()
+        document |= {name: value for name, value in new.model_dump().items() if name in RELOADABLE}
+        document["server"]["body_fields"] = new.server.body_fields.model_dump()
+        return parse(document)
+
+    def needs_restart(self, new: GatewayConfig) -> list[str]:
+        """Return the names of the changed keys of ``new`` that take effect only at a restart, such as ``engines``."""
+        old_values, new_values = self.model_dump(), new.model_dump()
+        server = {f"server.{key}": value for key, value in old_values.pop("server").items() if key != "body_fields"}
+        new_server = new_values.pop("server")
+        changed = [name for name, value in server.items() if new_server[name.removeprefix("server.")] != value]
+        return changed + [
+            name for name, value in old_values.items() if name not in RELOADABLE and new_values[name] != value
         ]
 
 

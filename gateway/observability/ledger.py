@@ -23,6 +23,10 @@ class LedgerError(RuntimeError):
 class Entry:
     """One accepted request. ``prediction``: its predicted output length, None until predicted.
 
+    ``estimated_prompt_tokens``: the prompt size that was scheduled with, None if the engine counted it before.
+    ``predicted_cached_tokens``: of these, predicted to be in the prefix cache. ``cached_tokens``: what the engine found
+    there, None if it does not report that.
+
     Set when the entry closes: ``outcome``, ``reason`` (one of a bounded set), the measured ``ttft_s`` (None if no token
     was observed), ``tpot_s``, ``e2e_s`` and the ``violated`` bounds. Times are in seconds.
     """
@@ -37,6 +41,9 @@ class Entry:
     e2e_s: float = 0.0
     queue_s: float = 0.0
     predicted_ttft_s: float | None = None
+    estimated_prompt_tokens: int | None = None
+    predicted_cached_tokens: int = 0
+    cached_tokens: int | None = None
     violated: tuple[Bound, ...] = ()
 
     @property

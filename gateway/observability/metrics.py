@@ -21,6 +21,7 @@ _REQUEST = ("slo_class", "model", "engine")
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60, 120)
 _TPOT_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
 _SHORT_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1)
+_RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
@@ -62,6 +63,15 @@ class Metrics:
         self.output_tokens = Counter(
             "antares_output_tokens_total", "Output tokens of requests that reached an engine.",
             (*_REQUEST, "tenant"), registry=registry,
+        )  # fmt: skip
+        self.prompt_size_error = Histogram(
+            "antares_prompt_size_error_ratio", "Relative error of estimated prompt sizes.", ("model",),
+            buckets=_RATIOS, registry=registry,
+        )  # fmt: skip
+        self.prefix_tokens = Counter(
+            "antares_prefix_cache_tokens_total",
+            "Tokens of prompts whose prefix-cache hit the engine reported: all, predicted to be cached, cached.",
+            ("model", "engine", "kind"), registry=registry,
         )  # fmt: skip
         self.prediction_error = Histogram(
             "antares_prediction_error_tokens", "Absolute error of the predicted output length.",
@@ -115,12 +125,23 @@ class Metrics:
             self.queue.labels(*labels).observe(entry.queue_s)
             self.prompt_tokens.labels(*labels, request.tenant).inc(request.prompt_tokens)
             self.output_tokens.labels(*labels, request.tenant).inc(request.generated)
+        self._count_prompt(entry)
         if entry.outcome == "finished":
             if entry.ttft_s is not None:
                 self.ttft.labels(*labels).observe(entry.ttft_s)
             self.tpot.labels(*labels).observe(entry.tpot_s)
             self.e2e.labels(*labels).observe(entry.e2e_s)
             self.prediction_error.observe(abs(request.generated / request.sequences - request.predicted_at_arrival))
+
+    def _count_prompt(self, entry: Entry) -> None:
+        request = entry.request
+        if entry.estimated_prompt_tokens is not None and request.first_token_s is not None:
+            error = abs(entry.estimated_prompt_tokens / request.prompt_tokens - 1)
+            self.prompt_size_error.labels(request.model).observe(error)
+        if entry.cached_tokens is not None:
+            tokens = (request.prompt_tokens, entry.predicted_cached_tokens, entry.cached_tokens)
+            for kind, count in zip(("prompt", "predicted", "cached"), tokens, strict=True):
+                self.prefix_tokens.labels(request.model, entry.engine, kind).inc(count)
 
     def watch(self, engine_queues: Sequence[EngineQueue], ledger: Ledger) -> None:
         """Export the state of ``engine_queues`` and ``ledger``, read at each scrape."""

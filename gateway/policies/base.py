@@ -108,9 +108,9 @@ class Policy(Protocol):
 
 
 def prefill_seconds(requests: Iterable[Request], engine: EngineState) -> float:
-    """Return the seconds of prefill work in ``requests``: the sum of t(p) (SCORPIO eq. 6)."""
+    """Return the seconds of prefill work in ``requests``: the sum of t(p) of uncached tokens (SCORPIO eq. 6)."""
     prefill = engine.step_time.prefill
-    return sum(prefill(r.prompt_tokens) for r in requests)
+    return sum(prefill(r.uncached_tokens) for r in requests)
 
 
 def prefill_backlog(running: Collection[Request], engine: EngineState) -> float:
@@ -120,7 +120,7 @@ def prefill_backlog(running: Collection[Request], engine: EngineState) -> float:
 
 @dataclass(slots=True)
 class PrefillLookahead:
-    """Bounds the prompt tokens that wait inside the engine, because order is decided in the gateway.
+    """Bounds the uncached prompt tokens that wait inside the engine, because order is decided in the gateway.
 
     ``tokens`` are there now, ``limit`` may be. A prompt longer than the limit enters when no other one is there.
     """
@@ -131,7 +131,7 @@ class PrefillLookahead:
     @classmethod
     def of(cls, running: Collection[Request], limit: float) -> PrefillLookahead:
         """Return the lookahead of an engine that has admitted ``running``, with a limit in prompt tokens."""
-        return cls(sum([r.prompt_tokens for r in running if r.first_token_s is None and not r.unobserved]), limit)
+        return cls(sum([r.uncached_tokens for r in running if r.first_token_s is None and not r.unobserved]), limit)
 
     @property
     def lookahead_left(self) -> float:
@@ -140,8 +140,8 @@ class PrefillLookahead:
 
     def fits(self, request: Request) -> bool:
         """Whether the request's prompt may enter now."""
-        return request.prompt_tokens <= self.lookahead_left
+        return request.uncached_tokens <= self.lookahead_left
 
     def add(self, request: Request) -> None:
         """Count an admitted request's prompt."""
-        self.tokens += request.prompt_tokens
+        self.tokens += request.uncached_tokens

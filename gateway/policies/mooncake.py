@@ -45,7 +45,7 @@ class Mooncake:
         sequences = sum([r.sequences for r in running])
         tokens = sum([r.prompt_tokens * r.sequences + r.generated for r in running])
         for request in waiting:
-            prefill_s = engine.step_time.prefill(request.prompt_tokens)
+            prefill_s = engine.step_time.prefill(request.uncached_tokens)
             ttft_s = now - request.arrival_s + backlog_s + prefill_s
             batch = sequences + request.sequences
             mean_length = (tokens + request.length * request.sequences) / batch

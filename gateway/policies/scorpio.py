@@ -100,7 +100,7 @@ class Scorpio:
         est, slack, prefill_time = backlog_s, self.slack_s, engine.step_time.prefill
         least_margin = math.inf
         for request in queue:
-            prefill = prefill_time(request.prompt_tokens)
+            prefill = prefill_time(request.uncached_tokens)
             late_by = now + est + prefill + slack - request.deadline_s
             if late_by > 0:
                 predicted_s = now - request.arrival_s + est + prefill

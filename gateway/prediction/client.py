@@ -26,11 +26,17 @@ HEAD_CHARS, TAIL_CHARS = 15_360, 1024
 """Characters sent from the start and the end of a longer prompt. The predictor reads fewer characters than these, and
 its length features do not distinguish longer prompts."""
 
+HINT_P90 = 1.25
+"""Ratio of the p90 to a length that a client states. Convention: a client knows its length better than a predictor,
+whose p90 is about twice its p50."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Predicted output tokens of one sequence, their 0.9 quantile, and the source (``service`` or ``fallback``).
+    """Predicted output tokens of one sequence, their 0.9 quantile, and the source.
 
+    ``source`` is ``service``, ``fallback``, or ``hint``: the length that the client stated. ``beyond``: the p50 and p90
+    that apply if the output becomes longer than ``p90``; None if those of this prediction do.
     ``raw``: the service's p50 and p90 before its online correction. The report of the actual length returns them to it.
     """
 
@@ -38,6 +44,7 @@ class Prediction:
     p90: float
     source: str
     raw: tuple[float, float] | None = None
+    beyond: tuple[float, float] | None = None
 
 
 @dataclass(slots=True)
@@ -169,6 +176,21 @@ class LengthPredictor:
             p90=max(1.0, min_tokens, min(prediction.p90, high)),
             source=prediction.source,
             raw=prediction.raw,
+        )
+
+    def from_hint(self, hint: int, slo_class: str, limit: float, min_tokens: int = 0) -> Prediction:
+        """Return the prediction for a client that expects ``hint`` output tokens per sequence.
+
+        It is at most ``limit`` and at least ``min_tokens`` and 1. An output that becomes longer than the hint's p90
+        proves the hint wrong, so the recent lengths of the class count from there on.
+        """
+        usual = self._statistics.predict(slo_class)
+        least = max(1.0, min_tokens)
+        return Prediction(
+            tokens=max(least, min(hint, limit)),
+            p90=max(least, min(hint * HINT_P90, limit)),
+            source="hint",
+            beyond=(usual.tokens, max(usual.p90, 2 * usual.tokens)),
         )
 
     async def warm_up(self, max_wait_s: float = 5.0) -> bool:

@@ -19,18 +19,28 @@ class _Sequence:
 class Progress:
     """A `engine_adapter.engine.TokenObserver` that updates ``request``. ``on_first_token`` is called once.
 
-    NOTE: this is on the hot path: one call per sequence and engine step.
+    ``on_cache_hit`` is called with the predicted and the actual prefix-cache hit (tokens), once the engine reports it.
+    NOTE: `on_tokens` is on the hot path: one call per sequence and engine step.
     """
 
     request: Request
     on_first_token: Callable[[], None]
+    on_cache_hit: Callable[[int, int], None] = lambda predicted, actual: None
     prompt_tokens: int = 0
+    cached_tokens: int | None = None
     _sequences: dict[str, _Sequence] = field(default_factory=dict)
 
     def on_prompt(self, sequence: str, tokens: int) -> None:
         """Replace the estimated prompt size by the engine's count."""
         self.prompt_tokens = max(self.prompt_tokens, tokens)
         self.request.prompt_tokens = self.prompt_tokens
+
+    def on_cached(self, sequence: str, tokens: int) -> None:
+        """Replace the predicted prefix-cache hit by the engine's count. Only the first sequence's is a prediction."""
+        if self.cached_tokens is None:
+            self.cached_tokens = tokens
+            self.on_cache_hit(self.request.cached_tokens, tokens)
+            self.request.cached_tokens = tokens
 
     def on_unobserved(self) -> None:
         """Note that no token is reported before the answer is complete, so the prompt does not count as unprefilled."""

@@ -32,6 +32,10 @@ class Request:
 
     Attributes:
         slo: the bounds that the client or its class asked for.
+        cached_tokens: of the prompt, predicted to be in the engine's prefix cache; the engine's own count once it is
+            known. ``uncached_tokens``: the others, which the engine must compute.
+        shared_tokens: of the prompt, in KV memory for a running request already. Only while this one waits.
+        blocks: hashes of the prompt's blocks (`gateway.requests.prefix_index`), of ``block_tokens`` tokens each.
         predicted_tokens: y_i of the papers, the output length per sequence that is expected now. A request that
             outlives its prediction gets the length of the responses that do (`advance`).
         predicted_p90: its 90th percentile; 0 when unknown. Both are at most ``max_tokens``.
@@ -58,6 +62,10 @@ class Request:
     tenant: str = "anonymous"
     model: str = ""
     max_tokens: float = math.inf
+    blocks: tuple[int, ...] = ()
+    block_tokens: float = 0.0
+    cached_tokens: int = 0
+    shared_tokens: int = 0
     bounds_waived: bool = False
     admitted_s: float | None = None
     first_token_s: float | None = None
@@ -70,6 +78,7 @@ class Request:
     predicted_at_arrival: float = field(init=False)
     variance: float = field(init=False)
     _p90_at_arrival: float = field(init=False)
+    _beyond: tuple[float, float] | None = field(init=False, default=None)
     _revise_at: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,12 +90,31 @@ class Request:
         return self.first_token_s is None and not self.unobserved
 
     @property
+    def uncached_tokens(self) -> int:
+        """Prompt tokens that the engine must compute, at least 1: the last one is never taken from the cache."""
+        return max(1, self.prompt_tokens - self.cached_tokens)
+
+    @property
     def length(self) -> float:
         """Tokens of context per sequence: the prompt and what was generated so far."""
         return self.prompt_tokens + self.generated / self.sequences
 
-    def predict(self, tokens: float, p90: float) -> None:
-        """Set the predicted output length (tokens per sequence), before the first token."""
+    @property
+    def remaining_tokens(self) -> float:
+        """Output tokens per sequence that are still expected, at least 1."""
+        return max(self.predicted_tokens - self.generated / self.sequences, 1.0)
+
+    def mean_tpot_s(self, now: float) -> float:
+        """Return the mean seconds per output token so far; 0 before the second token."""
+        later = self.generated / self.sequences - 1
+        return (now - self.first_token_s) / later if self.first_token_s is not None and later > 0 else 0.0
+
+    def predict(self, tokens: float, p90: float, beyond: tuple[float, float] | None = None) -> None:
+        """Set the predicted output length (tokens per sequence), before the first token.
+
+        ``beyond``: the p50 and p90 to use instead if the response becomes longer than ``p90``.
+        """
+        self._beyond = beyond
         self.predicted_tokens, self.predicted_p90 = tokens, p90
         self.predicted_at_arrival, self._p90_at_arrival = tokens, p90
         self._revise_at = tokens * self.sequences
@@ -138,6 +166,8 @@ class Request:
     def _revise_prediction(self) -> None:
         each = self.generated / self.sequences
         p50, p90, most = self.predicted_at_arrival, self._p90_at_arrival, self.max_tokens
+        if self._beyond is not None and each >= p90:
+            p50, p90 = self._beyond
         self.predicted_tokens = min(surviving_quantile(0.5, each, p50, p90), most)
         self.predicted_p90 = max(min(surviving_quantile(0.9, each, p50, p90), most), self.predicted_tokens)
         ahead = max((self.predicted_tokens - each) / 2, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Bound = Literal["ttft", "tpot", "e2e"]
@@ -13,12 +13,13 @@ class Slo:
     """Upper bounds in seconds; None leaves that quantity unbounded.
 
     ``ttft_s``: arrival to first output token. ``tpot_s``: mean time per output token after the first.
-    ``e2e_s``: arrival to last token.
+    ``e2e_s``: arrival to last token. ``from_class``: the bounds that the request did not set, but its class did.
     """
 
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
+    from_class: frozenset[Bound] = field(default=frozenset(), compare=False)
 
     def violated(self, ttft_s: float | None, tpot_s: float, e2e_s: float) -> tuple[Bound, ...]:
         """Return the bounds that a finished request violated. An unobserved first token violates a TTFT bound."""

@@ -30,7 +30,8 @@ class WaitingArrays(NamedTuple):
     pace: s per token of a paced request (`Request.pace_s`); infinite for the other kinds.
     tpot_bound: s per token, the client's own TPOT bound.
     kind: a `ServiceKind`.
-    prompt, output: tokens per sequence; the output is predicted.
+    prompt, uncached, output: tokens per sequence; what of the prompt must be computed; the predicted output.
+    shared: tokens of the prompt that are in KV memory for a running request.
     variance: tokens^2, of all sequences together.
     """
 
@@ -42,6 +43,8 @@ class WaitingArrays(NamedTuple):
     kind: Floats
     sequences: Floats
     prompt: Floats
+    uncached: Floats
+    shared: Floats
     output: Floats
     variance: Floats
 
@@ -66,6 +69,8 @@ def _row(request: Request) -> tuple[float, ...]:
         request.kind,
         request.sequences,
         request.prompt_tokens,
+        request.uncached_tokens,
+        request.shared_tokens,
         request.predicted_tokens,
         request.variance,
     )

@@ -10,10 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine_adapter.engine import EngineState
-from gateway.policies.base import Decision, Policy, prefill_seconds
+from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Policy, prefill_seconds
+from gateway.requests.prefix_index import PrefixIndex
 from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.decision_schedule import DecisionSchedule
+
+DECISION_GRACE_S = 2 * MAX_DECISION_INTERVAL_S
+"""A request that has waited for longer was kept waiting by at least one decision."""
 
 
 @dataclass(slots=True, eq=False)
@@ -23,11 +27,13 @@ class AdmissionController:
     INVARIANT: a submitted request is in ``waiting``, in ``running``, or has been rejected or withdrawn or has left.
 
     ``serves_best_effort`` says of a request that cannot attain its SLO whether its class serves it without bounds.
+    ``prefixes`` predicts the prefix-cache hits of the requests.
     """
 
     policy: Policy
     engine: EngineState
     serves_best_effort: Callable[[Request], bool] = lambda request: False
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     waiting: WaitingQueue = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
     schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
@@ -42,18 +48,21 @@ class AdmissionController:
 
     def submit(self, request: Request) -> None:
         """Queue ``request``."""
+        self.prefixes.wait(request)
         self.waiting.add(request)
         self.schedule.on_change(self.busy and len(self.waiting) > 1)
 
     def withdraw(self, request: Request) -> bool:
         """Remove a waiting request; return False when it does not wait."""
         removed = self.waiting.remove(request)
+        self.prefixes.withdraw(request)
         self.capacity_changed()
         return removed
 
     def leave(self, request: Request) -> bool:
         """Remove an admitted request that has ended in any way; return False when it does not run."""
         ran = self.running.pop(request.id, None) is not None
+        self.prefixes.release(request)
         self.capacity_changed()
         return ran
 
@@ -71,12 +80,14 @@ class AdmissionController:
         A rejected request whose class serves best effort keeps waiting without its bounds. It is then not among the
         rejections of the decision that is returned, and ``recheck_at`` is ``now``.
         """
+        self._update_prefix_hits()
         decision = self.policy.decide(now, self.waiting, self.running.values(), self.engine)
         for request in decision.admit:
             self.waiting.remove(request)
             request.admitted_s = now
             request.pace_s = decision.paces.get(request.id, request.pace_s)
             self.running[request.id] = request
+            self.prefixes.admit(request)
         rejected = []
         for rejection in decision.reject:
             request = rejection.request
@@ -86,15 +97,42 @@ class AdmissionController:
                 decision.recheck_at = now
             else:
                 self.waiting.remove(request)
+                self.prefixes.withdraw(request)
                 rejected.append(rejection)
         waived = len(rejected) < len(decision.reject)
         decision.reject = rejected
         self.schedule.on_decision(now, decision, self.busy and not waived)
         return decision
 
+    def _update_prefix_hits(self) -> None:
+        for request in self.prefixes.update_waiting():
+            self.waiting.reorder(request)
+        self.engine.shared_tokens = int(self.prefixes.shared_tokens)
+
     def queued_prefill_s(self) -> float:
         """Return the seconds of prefill work that wait."""
         return prefill_seconds(self.waiting, self.engine)
+
+    def next_admission_in_s(self, now: float) -> float:
+        """Return the expected seconds until a waiting request leaves the queue, of a queue that is full.
+
+        The prompts ahead must be prefilled. If a request has waited for longer than that explains, it waits for the
+        running requests, so the first of them must end too.
+        """
+        work, _ = self.load()
+        oldest_s = max((now - request.arrival_s for request in self.waiting), default=0.0)
+        free = self.engine.max_num_seqs - sum(request.sequences for request in self.running.values())
+        if not self.running or (free > 0 and oldest_s < max(work, DECISION_GRACE_S)):
+            return work
+        return work + self._first_end_in_s(now)
+
+    def _first_end_in_s(self, now: float) -> float:
+        """Return the expected seconds until the first running request ends."""
+        running = self.running.values()
+        sequences = sum(request.sequences for request in running)
+        context = sum(request.length * request.sequences for request in running)
+        step_s = self.engine.step_time.curve.step_s(sequences, context)
+        return min(request.remaining_tokens * max(step_s, request.mean_tpot_s(now)) for request in running)
 
     def load(self) -> tuple[float, int]:
         """Return what is ahead of an arriving request, to compare engines: seconds of prefill work, then requests."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from engine_adapter.engine import Engine
 from gateway.policies.base import UNGATED, Decision, Policy, Rejection, prefill_backlog
+from gateway.requests.prefix_index import DEFAULT_CAPACITY_TOKENS
 from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
 from gateway.requests.waiting_queue import WaitingQueue
@@ -144,8 +145,7 @@ class EngineQueue:
         limit = self.classes[request.slo_class].max_waiting
         if self.waiting.by_class[request.slo_class] >= limit:
             self.shadows.rejected(request)
-            # Once the waiting prompts are prefilled, a slot in the queue is certainly free.
-            outcome.set_result(QueueFull(limit, retry_after_s=max(1.0, self.admission.queued_prefill_s())))
+            outcome.set_result(QueueFull(limit, max(1.0, self.admission.next_admission_in_s(self._clock()))))
             return outcome
         self.admission.submit(request)
         self._outcomes[request.id] = outcome
@@ -171,6 +171,11 @@ class EngineQueue:
     def on_alive(self, alive: bool) -> None:
         """Note that the engine came up or went down."""
         self._down_since = None if alive else self._clock()
+        prefixes = self.admission.prefixes
+        if alive:
+            prefixes.capacity_tokens = self.engine.state.kv_tokens or DEFAULT_CAPACITY_TOKENS
+        else:
+            prefixes.clear()
         if not alive:
             self.shadows.engine_lost()
         self.admission.capacity_changed()
@@ -180,6 +185,10 @@ class EngineQueue:
         """Note that a response began, so its prompt is prefilled."""
         self.admission.capacity_changed()
         self.wake()
+
+    def on_cache_hit(self, request: Request, predicted: int, actual: int) -> None:
+        """Note that the engine found ``actual`` prompt tokens in its prefix cache; ``predicted`` were expected."""
+        self.admission.prefixes.learn(request, predicted, actual)
 
     def wake(self) -> None:
         """Decide in this iteration of the event loop, once, if a decision is due."""
@@ -233,7 +242,7 @@ class EngineQueue:
         if decision.reject and len(self.running) == len(decision.admit):
             self._probe_idle_engine(now)
         for request in decision.admit:
-            backlog_s += self.engine.state.step_time.prefill(request.prompt_tokens)
+            backlog_s += self.engine.state.step_time.prefill(request.uncached_tokens)
             # Without a gate other prompts may overtake this one, so only a bound makes the prediction worth stating.
             stated = self.policy.gate != UNGATED or request.slo.ttft_s
             predicted_s = now - request.arrival_s + backlog_s if stated else None

@@ -16,8 +16,8 @@ the mean of the predicted log-normal distribution, exp(mu + sigma^2/2) (`gateway
 median would ignore the few long requests, which hold their slots for the longest time.
 
 *Not modelled.* All sequences decode in every step, whatever the step gate of the shadow's policy. There is no
-preemption for lack of KV memory, no prefix cache and no client retries. The shadow decides at every update, so
-`Decision.hold_s` has no effect.
+preemption for lack of KV memory and no client retries. Prefix-cache hits are those predicted for the real request. The
+shadow decides at every update, so `Decision.hold_s` has no effect.
 
 A shadow has no clock and no event loop: `gateway.scheduling.shadow_runner` drives it.
 """
@@ -152,6 +152,7 @@ class Shadow:
             admitted_s=None,
             first_token_s=None,
             generated=0,
+            blocks=(),
         )
         tracked = self._tracked[request.id] = _Tracked(request, copy, mean_tokens=_mean_tokens(request))
         if self._admission.waiting.by_class[name] >= self._classes[name].max_waiting:
@@ -219,7 +220,7 @@ class Shadow:
         copy = tracked.copy
         self.outcomes[copy.slo_class, "admitted", "best_effort" if copy.bounds_waived else ""] += 1
         tracked.shadow = "admitted"
-        tracked.prefill_left_s = self._engine.step_time.prefill(tracked.real.prompt_tokens)
+        tracked.prefill_left_s = self._engine.step_time.prefill(tracked.real.uncached_tokens)
         self._compare(tracked)
 
     def _rejected(self, tracked: _Tracked, reason: str) -> None:

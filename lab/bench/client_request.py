@@ -1,6 +1,6 @@
 """One request of the load client: send it, time its stream, and determine its outcome.
 
-Tokens in an event stream are counted as in the gateway (`engine_adapter.remote.sse`).
+Tokens in an event stream are counted as in the gateway (`engine_adapter.remote.counting`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import aiohttp
 import orjson
 
-from engine_adapter.remote.sse import EventKind, SSESplitter, TokenCounter, parse_event
+from engine_adapter.remote.counting import CompletionCounter, EventKind
+from engine_adapter.remote.sse import EventTooLarge, SSESplitter
 from gateway.requests.progress import tpot
 from lab.records.run_record import Outcome
 from lab.workload import WorkloadRequest
@@ -51,11 +52,14 @@ class _Stream:
         self.last = 0.0
         self.done = False
         self.error: str | None = None
-        self.counter = TokenCounter(self)
+        self.counter = CompletionCounter(self)
         self._events = SSESplitter()
 
     def on_prompt(self, sequence: str, tokens: int) -> None:
         """Ignored: the client does not need the prompt size."""
+
+    def on_cached(self, sequence: str, tokens: int) -> None:
+        """Ignored: the client does not need the cache hit."""
 
     def on_tokens(self, sequence: str, count: int, at: float) -> None:
         """Record the time of new tokens."""
@@ -72,10 +76,8 @@ class _Stream:
             kind = self.counter.see(event, at)
             if kind is EventKind.DONE:
                 self.done = True
-            elif kind is EventKind.OTHER and b'"error"' in event:
-                chunk = parse_event(event)
-                if chunk is not None and chunk.get("error"):
-                    self.error = _message(chunk)
+            elif kind is EventKind.ERROR:
+                self.error = _message({"error": self.counter.error})
 
 
 async def send_request(
@@ -110,6 +112,8 @@ async def send_request(
         result.reason = f"{UNREACHABLE}: connection timed out"
     except TimeoutError:
         result.reason = "timed out"
+    except EventTooLarge:
+        result.reason = "the answer has an event that never ends"
     except (aiohttp.ClientError, OSError) as error:
         result.reason = f"connection lost: {type(error).__name__}"
     _record_stream(stream, result, request, due, exact_length)
@@ -141,13 +145,13 @@ def _record_stream(
 ) -> None:
     """Fill in ``result`` from a stream that has ended."""
     if stream.first is not None:
-        usage = stream.counter.usage or {}
-        stated = usage.get("completion_tokens")
-        result.from_usage = isinstance(stated, int)
+        usage = stream.counter.usage
+        stated = None if usage is None else usage.completion
+        result.from_usage = stated is not None
         # Without usage, the number of events is only a lower bound on the tokens, since an event may hold several. An
         # exact length that the request asked for is a better estimate.
         estimated = request.output_tokens if exact_length and stream.done else stream.counter.total
-        result.tokens = stated if isinstance(stated, int) else estimated
+        result.tokens = estimated if stated is None else stated
         result.ttft_s = stream.first - due
         result.tpot_s = tpot(stream.first, stream.last, result.tokens)
     if result.reason:

@@ -23,6 +23,7 @@ import orjson
 from lab.bench.client_request import ClientResult, send_request
 from lab.records.run_record import RequestResult, quantile
 from lab.workload import WorkloadRequest
+from lab.workload.sessions import BLOCK_TOKENS
 
 OnProgress = Callable[[int, int], None]
 """Called with the number of requests sent and the number of requests that have ended."""
@@ -75,7 +76,12 @@ class Target:
         return {"content-type": "application/json", **key}
 
     def body(self, request: WorkloadRequest, random: np.random.Generator) -> bytes:
-        """Return the body for ``request``. The prompt is random, so that a prefix cache has no effect."""
+        """Return the body for ``request``.
+
+        Prompts with equal leading `WorkloadRequest.blocks` begin with the same tokens. The prompt of a request without
+        blocks is random, so that a prefix cache has no effect. The answers in the history of a session are random too,
+        not those of the server.
+        """
         fields: dict[str, Any] = {
             "model": self.model,
             "max_tokens": request.output_tokens,
@@ -87,16 +93,44 @@ class Target:
         if self.temperature is not None:
             fields["temperature"] = self.temperature
         if self.endpoint == "chat":
-            fields["messages"] = [{"role": "user", "content": self._text(request.prompt_tokens, random)}]
+            words = _content(request, random, 0, len(_WORDS))
+            sizes = request.messages if sum(request.messages) == request.prompt_tokens else (request.prompt_tokens,)
+            fields["messages"] = _messages(words, sizes)
         elif self.prompt_style == "ids":
-            fields["prompt"] = random.integers(100, 4000, request.prompt_tokens).tolist()
+            fields["prompt"] = _content(request, random, 100, 4000)
         else:
-            fields["prompt"] = self._text(request.prompt_tokens, random)
+            fields["prompt"] = _text(_content(request, random, 0, len(_WORDS)))
         return orjson.dumps(fields)
 
-    @staticmethod
-    def _text(tokens: int, random: np.random.Generator) -> str:
-        return " ".join(_WORDS[i] for i in random.integers(0, len(_WORDS), tokens).tolist())
+
+def _text(words: list[int]) -> str:
+    return " ".join([_WORDS[i] for i in words])
+
+
+def _messages(words: list[int], sizes: Sequence[int]) -> list[dict[str, str]]:
+    """Return chat messages of ``sizes`` words: one of the user, or a system prompt and then user and assistant."""
+    roles = ["user"] if len(sizes) == 1 else ["system", *(("user", "assistant") * len(sizes))]
+    messages, start = [], 0
+    for role, size in zip(roles, sizes, strict=False):
+        messages.append({"role": role, "content": _text(words[start : start + size])})
+        start += size
+    return messages
+
+
+def _content(request: WorkloadRequest, random: np.random.Generator, low: int, high: int) -> list[int]:
+    """Return a number in [low, high) for each token of the prompt, random or determined by the request's blocks."""
+    tokens = request.prompt_tokens
+    if not request.blocks:
+        drawn: list[int] = random.integers(low, high, tokens).tolist()
+        return drawn
+    blocks = np.array(request.blocks[: -(-tokens // BLOCK_TOKENS)], dtype=np.uint64)
+    # SplitMix64 of the block's hash and the token's place in the block.
+    x = blocks[:, None] + np.arange(1, BLOCK_TOKENS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    numbers: list[int] = (low + x.ravel()[:tokens] % np.uint64(high - low)).tolist()
+    return numbers
 
 
 @dataclass(slots=True)
@@ -126,12 +160,15 @@ class LoadResult:
         - ``client_lateness_p99_s``: 99th percentile of the client's lateness (s).
         - ``output_tokens``: total over finished answers.
         - ``lengths_from_usage``: share of finished answers whose length is from the server's ``usage``.
+        - ``hit_rate``: share of the prompt tokens that the server took from its prefix cache, by its ``usage``; None if
+          it does not say.
         - ``short_answers``: share of finished answers shorter than requested, if exact lengths were requested.
         - ``reasons``: number of rejected and failed requests by reason, the ten most frequent.
         """
         pairs = zip(self.workload, self.answers, strict=True)
         finished = [(request, a) for request, a in pairs if a.outcome == "finished"]
         short = sum(a.tokens < request.output_tokens for request, a in finished) if self.target.ignore_eos else 0
+        cached = sum(a.cached_tokens for a in self.answers)
         reasons: dict[str, int] = {}
         for answer in self.answers:
             if answer.reason:
@@ -140,6 +177,7 @@ class LoadResult:
             "client_lateness_p99_s": quantile([a.late_s for a in self.answers], 0.99),
             "output_tokens": sum(a.tokens for _, a in finished),
             "lengths_from_usage": round(sum(a.from_usage for _, a in finished) / max(len(finished), 1), 4),
+            "hit_rate": round(cached / sum(a.prompt_tokens for a in self.answers), 4) if cached else None,
             "short_answers": round(short / max(len(finished), 1), 4),
             "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])[:10]),
         }
@@ -243,7 +281,7 @@ def main() -> None:
     """Read a job from stdin; write progress and then the results to stdout, one JSON object per line."""
     job = orjson.loads(sys.stdin.buffer.read())
     # NOTE: JSON has no infinity; the parent writes a missing bound as null.
-    workload = [WorkloadRequest(*map(_or_infinite, row)) for row in job["workload"]]
+    workload = [WorkloadRequest(*map(_decoded, row)) for row in job["workload"]]
 
     def write(message: dict[str, Any]) -> None:
         sys.stdout.buffer.write(orjson.dumps(message) + b"\n")
@@ -262,7 +300,9 @@ def main() -> None:
     write({"answers": [astuple(answer) for answer in result.answers], "duration_s": result.duration_s})
 
 
-def _or_infinite(value: Any) -> Any:
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
     return math.inf if value is None else value
 
 

@@ -168,10 +168,10 @@ async def run_sweep(
 def _body(engine: Engine, prompt_tokens: int, output_tokens: int, random: np.random.Generator) -> dict[str, Any]:
     """Return a request body with a random prompt, so that a prefix cache has no effect.
 
-    The prompt has token ids, or words if the engine cannot count tokens.
+    The prompt has token ids, or words for a server that may be anything.
     """
     prompt: list[int] | str = random.integers(100, 4000, prompt_tokens).tolist()
-    if engine.count_tokens("a") is None:
+    if not engine.takes_xargs:
         prompt = " ".join(random.choice(_WORDS, prompt_tokens).tolist())
     return {
         "model": engine.state.model,

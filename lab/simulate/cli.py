@@ -40,6 +40,21 @@ console = Console(stderr=True, highlight=False)
 _WALL_CLOCK = ("scheduling_s", "wall_s", "setup_s")
 """Keys of a run record that differ between two runs of the same command."""
 
+_COLUMNS = {
+    "goodput": "goodput /s",
+    "slo_adherence": "adherence",
+    "rejected": "rejected",
+    "ttft_violations": "TTFT viol.",
+    "tpot_violations": "TPOT viol.",
+    "ttft_p50_s": "TTFT p50 s",
+    "tpot_p50_s": "TPOT p50 s",
+    "count_bound": "count bound",
+    "fair_bound": "fair bound",
+}
+"""Key of the run record to header of the table."""
+
+_PREFIX_COLUMNS = {"predicted_hit_rate": "predicted hits", "hit_rate": "hits"}
+"""Columns of a workload with shared prefixes: shares of the prompt tokens."""
 
 _FROM_PROFILE = "from the profile"
 
@@ -88,6 +103,23 @@ def simulate(
     kv_tokens: Annotated[
         int | None, typer.Option(min=1, help="KV cache size (tokens).", show_default=_FROM_PROFILE)
     ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Context length (tokens).", show_default=_FROM_PROFILE)
+    ] = None,
+    prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-caching/--no-prefix-caching",
+            help="Prefix caching in the engine. Only multi-turn and agents share prefixes.",
+        ),
+    ] = True,
+    prefix_index: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-index/--no-prefix-index",
+            help="Prediction of prefix-cache hits in the gateway. Without, policies plan with whole prompts.",
+        ),
+    ] = True,
     learn: Annotated[
         bool, typer.Option("--learn/--no-learn", help="Learn step times during the run, as a live gateway does.")
     ] = True,
@@ -127,7 +159,12 @@ def simulate(
 
     seeds, policies = list(dict.fromkeys(seed or [0])), list(dict.fromkeys(policy or ["fcfs", "scorpio"]))
     rates: list[float | None] = [*qps] if qps else [None if arrivals == "trace" else 20.0]
-    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "kv_tokens": kv_tokens}
+    limits = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "kv_tokens": kv_tokens,
+        "max_model_len": max_model_len,
+    }
     try:
         experiment = Experiment(
             profile=profile,
@@ -137,6 +174,8 @@ def simulate(
             replicas=replicas,
             learn=learn,
             colocated_gateway=_resolve_alias(colocated_gateway, apart),
+            prefix_caching=prefix_caching,
+            prefix_index=prefix_index,
             limits={name: limit for name, limit in limits.items() if limit is not None},
         )
         if hold is not None:
@@ -290,15 +329,14 @@ def _print(document: dict[str, Any], experiment: Experiment, hold: float | None)
         return
     runs = document["runs"]
     table = Table(title=f"{experiment.profile}, {experiment.workload['name']}, {experiment.step_mode} steps")
-    headers = ("policy", "offered /s", "goodput /s", "adherence", "rejected", "TTFT viol.", "TPOT viol.", "TTFT p50 s",
-               "TPOT p50 s", "count bound", "fair bound")  # fmt: skip
-    for header in headers:
+    columns = dict(_COLUMNS)
+    if any(run["hit_rate"] is not None for run in runs):
+        columns |= _PREFIX_COLUMNS
+    for header in ("policy", "offered /s", *columns.values()):
         table.add_column(header, justify="left" if header == "policy" else "right")
     for policy, rate in dict.fromkeys((run["policy"], run["qps"]) for run in runs):
         over_seeds = [run for run in runs if (run["policy"], run["qps"]) == (policy, rate)]
-        keys = ("goodput", "slo_adherence", "rejected", "ttft_violations", "tpot_violations", "ttft_p50_s",
-                "tpot_p50_s", "count_bound", "fair_bound")  # fmt: skip
-        table.add_row(policy, f"{rate:g}", *(_mean([run[key] for run in over_seeds]) for key in keys))
+        table.add_row(policy, f"{rate:g}", *(_mean([run[key] for run in over_seeds]) for key in columns))
     out.print(table)
     if len({run["seed"] for run in runs}) > 1:
         out.print("Means over seeds; --json prints each run.")

@@ -35,7 +35,8 @@ class Experiment:
         workload: arguments of `make_workload`, without rate and seed.
         predictor: see `lab.simulate.predictions`.
         limits: engine limits that replace those of the profile, by field name.
-        step_mode, replicas, learn, colocated_gateway, step_jitter: see `lab.simulate.simulator.simulate`.
+        step_mode, replicas, learn, colocated_gateway, step_jitter, prefix_caching, prefix_index: see
+            `lab.simulate.simulator.simulate`.
     """
 
     profile: str = "a100-llama3.1-8b"
@@ -47,6 +48,8 @@ class Experiment:
     colocated_gateway: bool = False
     limits: dict[str, Any] = field(default_factory=dict)
     step_jitter: StepJitter | None = None
+    prefix_caching: bool = True
+    prefix_index: bool = True
 
     def engine(self) -> Profile:
         """Return the profile with ``limits`` applied.
@@ -135,11 +138,14 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         learn=experiment.learn,
         colocated_gateway=experiment.colocated_gateway,
         step_jitter=experiment.step_jitter,
+        prefix_caching=experiment.prefix_caching,
+        prefix_index=experiment.prefix_index,
         seed=run.seed,
         on_ended=on_ended,
     )
     wall_s = time.perf_counter() - started
     costs = token_costs(profile)
+    shares_prefixes = any(request.blocks for request in workload)
     capacity_s = result.duration_s * experiment.replicas
     return run_record(
         run.policy,
@@ -153,6 +159,8 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         steps=result.steps,
         decisions=result.decisions,
         preemptions=result.preemptions,
+        hit_rate=round(result.hit_rate, 4) if shares_prefixes else None,
+        predicted_hit_rate=round(result.predicted_hit_rate, 4) if shares_prefixes else None,
         utilisation=round(result.busy_s / capacity_s, 4) if capacity_s else 0.0,
         setup_s=round(started - setup_started, 3),
     )

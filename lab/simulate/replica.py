@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 from engine_adapter.engine import EngineState, GateReport
@@ -16,6 +18,7 @@ from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.step_time.profile import Profile
 from gateway.policies.base import UNGATED, Decision, Policy
+from gateway.requests.prefix_index import PrefixIndex
 from gateway.requests.request import Request
 from gateway.scheduling.admission import AdmissionController
 from lab.simulate.step_jitter import StepFactors
@@ -34,6 +37,15 @@ class ReplicaSequence(SimulatedSequence):
     request: Request = field(kw_only=True)
 
 
+@dataclass(slots=True)
+class PrefixHits:
+    """Tokens of all prompts that an engine started: in total, and predicted and found in its prefix cache."""
+
+    prompt_tokens: int = 0
+    predicted_tokens: int = 0
+    cached_tokens: int = 0
+
+
 class Replica:
     """An engine in virtual time. While it is idle, ``step`` is None and ``step_ends_s`` is infinite.
 
@@ -45,6 +57,8 @@ class Replica:
         learn: whether the step-time model learns from the steps of the run.
         step_factors: factors on the times of successive steps.
         best_effort: whether requests that cannot attain their SLO are served as best-effort requests.
+        prefix_caching: whether the engine shares the KV blocks of equal prefixes.
+        prefix_index: whether the gateway predicts the hits and learns from them. Without, it plans with whole prompts.
     """
 
     def __init__(
@@ -57,6 +71,8 @@ class Replica:
         learn: bool = True,
         step_factors: StepFactors | None = None,
         best_effort: bool = False,
+        prefix_caching: bool = True,
+        prefix_index: bool = True,
     ) -> None:
         self.state = EngineState(
             alive=True,
@@ -69,7 +85,9 @@ class Replica:
             gate=GateReport(preemptible=step_mode == "chunked" and GATES[policy.gate] is SlackGate),
             step_time=StepTimeModel(times=times or profile.step_times(), learn=learn),
         )
-        self.admission = AdmissionController(policy, self.state, lambda request: best_effort)
+        self.admission = AdmissionController(
+            policy, self.state, lambda request: best_effort, PrefixIndex(profile.kv_tokens)
+        )
         self.scheduler = SimulatedScheduler(
             max_num_seqs=profile.max_num_seqs,
             max_num_batched_tokens=profile.max_num_batched_tokens,
@@ -77,13 +95,16 @@ class Replica:
             kv_tokens=profile.kv_tokens,
             gate=GATES[policy.gate](),
             step_mode=step_mode,
+            prefix_caching=prefix_caching,
         )
+        self.prefix_hits = PrefixHits()
         self.step: Step | None = None
         self.step_ends_s = math.inf
         self.recheck_at_s = math.inf
         self.scheduling_s = 0.0
         self.decisions = self.steps = 0
         self.busy_s = 0.0
+        self._prefix_index = prefix_index
         self._gated = policy.gate != UNGATED
         self._profile = profile
         self._step_factors = step_factors
@@ -114,17 +135,32 @@ class Replica:
             self.recheck_at_s = max(now + _RECHECK_AFTER_S, decision.recheck_at)
         return decision
 
-    def send(self, request: Request, output_tokens: int) -> None:
-        """Send an admitted ``request`` to the engine, which generates ``output_tokens`` for it."""
+    def send(self, request: Request, output_tokens: int, blocks: Sequence[int] = ()) -> None:
+        """Send an admitted ``request`` to the engine, which generates ``output_tokens`` for it.
+
+        ``blocks``: hashes of the blocks of the prompt and the answer, for the engine's prefix cache.
+        """
         sequence = ReplicaSequence(
             request_id=request.id,
             prompt_tokens=request.prompt_tokens,
             output_tokens=output_tokens,
             pace_s=request.pace_s if self._gated else None,
             kind=request.kind,
+            blocks=blocks,
+            on_cached=partial(self._on_cached, request),
             request=request,
         )
         self.scheduler.submit(sequence)
+
+    def _on_cached(self, request: Request, tokens: int) -> None:
+        """Record the prefix-cache hit of ``request``, and report it to the gateway."""
+        hits, predicted = self.prefix_hits, request.cached_tokens
+        hits.prompt_tokens += request.prompt_tokens
+        hits.predicted_tokens += predicted
+        hits.cached_tokens += tokens
+        if self._prefix_index:
+            self.admission.prefixes.learn(request, predicted, tokens)
+            request.cached_tokens = tokens
 
     def start_step(self, now: float) -> None:
         """Start the next step, unless the engine has no sequences."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from engine_adapter.simulated.scheduler import BLOCK_TOKENS
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.profile import Profile
 from gateway.policies.base import Policy
@@ -37,6 +38,8 @@ class SimulationResult:
         steps: number of engine steps.
         busy_s: time that engines spent in steps, summed over engines.
         preemptions: number of preempted sequences.
+        hit_rate, predicted_hit_rate: share of the prompt tokens sent to engines that the engines found in their prefix
+            caches, and that the gateway predicted at admission; 0 without prompts.
     """
 
     results: list[RequestResult]
@@ -46,6 +49,8 @@ class SimulationResult:
     steps: int
     busy_s: float
     preemptions: int
+    hit_rate: float
+    predicted_hit_rate: float
 
 
 def simulate(
@@ -62,6 +67,8 @@ def simulate(
     best_effort: bool = False,
     tenants: Sequence[str] | None = None,
     step_jitter: StepJitter | None = None,
+    prefix_caching: bool = True,
+    prefix_index: bool = True,
     seed: int = 0,
     on_ended: Callable[[int], None] = lambda ended: None,
 ) -> SimulationResult:
@@ -81,6 +88,8 @@ def simulate(
         best_effort: whether requests that cannot attain their SLO are served as best-effort requests.
         tenants: the tenant of each request; by default all requests belong to one tenant.
         step_jitter: random variation of the step times; none by default.
+        prefix_caching: whether engines share the KV blocks of equal prefixes (`WorkloadRequest.blocks`).
+        prefix_index: whether the gateway predicts prefix-cache hits. Without, it plans with whole prompts.
         seed: seed of ``step_jitter``.
         on_ended: called now and then with the number of requests that have ended.
 
@@ -104,6 +113,8 @@ def simulate(
             learn=learn,
             step_factors=factors,
             best_effort=best_effort,
+            prefix_caching=prefix_caching,
+            prefix_index=prefix_index,
         )
         for factors in step_factors
     ]
@@ -119,7 +130,10 @@ def simulate(
             if len(engines) > 1:
                 engine = min(engines, key=_load)
             tenant = tenants[arrived] if tenants else "anonymous"
-            engine.admission.submit(_request(arrived, workload[arrived], predictions[arrived], tenant))
+            request = _request(arrived, workload[arrived], predictions[arrived], tenant)
+            if prefix_index:
+                request.blocks, request.block_tokens = _prompt_blocks(workload[arrived]), BLOCK_TOKENS
+            engine.admission.submit(request)
             arrived += 1
         else:
             now = engine.next_event_s
@@ -129,11 +143,13 @@ def simulate(
                     engine.start_step(now)
         decision = engine.decide(now)
         for request in decision.admit:
-            engine.send(request, workload[int(request.id)].output_tokens)
+            sent = workload[int(request.id)]
+            engine.send(request, sent.output_tokens, sent.blocks)
         for rejection in decision.reject:
             results.reject(rejection.request, f"{rejection.bound}_unattainable")
         if engine.step is None:
             engine.start_step(now)
+    prompt_tokens = max(1, sum(e.prefix_hits.prompt_tokens for e in engines))
     return SimulationResult(
         results=results.all(),
         duration_s=now,
@@ -142,6 +158,8 @@ def simulate(
         steps=sum(e.steps for e in engines),
         busy_s=sum(e.busy_s for e in engines),
         preemptions=sum(e.scheduler.preemptions for e in engines),
+        hit_rate=sum(e.prefix_hits.cached_tokens for e in engines) / prompt_tokens,
+        predicted_hit_rate=sum(e.prefix_hits.predicted_tokens for e in engines) / prompt_tokens,
     )
 
 
@@ -196,7 +214,13 @@ def _load(engine: Replica) -> tuple[float, int]:
 def slo_of(request: WorkloadRequest) -> Slo:
     """Return the gateway's form of the bounds of ``request``: an infinite bound becomes None."""
     bounds = (request.ttft_slo_s, request.tpot_slo_s, request.e2e_slo_s)
-    return Slo(*(bound if bound < math.inf else None for bound in bounds))
+    ttft_s, tpot_s, e2e_s = (bound if bound < math.inf else None for bound in bounds)
+    return Slo(ttft_s, tpot_s, e2e_s)
+
+
+def _prompt_blocks(request: WorkloadRequest) -> tuple[int, ...]:
+    """Return the hashes of the whole blocks of the prompt."""
+    return request.blocks[: request.prompt_tokens // BLOCK_TOKENS]
 
 
 def _request(index: int, request: WorkloadRequest, predicted: PredictedLength, tenant: str) -> Request:

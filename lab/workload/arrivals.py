@@ -19,19 +19,20 @@ def renewal(
     """
     if duration_s is None:
         assert requests is not None
-        return np.cumsum(_unit_gaps(random, cv, requests)) / qps
+        return np.cumsum(unit_gaps(random, cv, requests)) / qps
     expected = qps * duration_s
     chunk = int(expected + 6 * cv * np.sqrt(expected)) + 64
     if requests is not None:
         chunk = min(chunk, requests)
-    gaps = _unit_gaps(random, cv, chunk)
+    gaps = unit_gaps(random, cv, chunk)
     while gaps.sum() < expected and (requests is None or len(gaps) < requests):
-        gaps = np.concatenate([gaps, _unit_gaps(random, cv, chunk)])
+        gaps = np.concatenate([gaps, unit_gaps(random, cv, chunk)])
     times = np.cumsum(gaps)[:requests] / qps
     return times[times < duration_s]
 
 
-def _unit_gaps(random: np.random.Generator, cv: float, n: int) -> Floats:
+def unit_gaps(random: np.random.Generator, cv: float, n: int) -> Floats:
+    """Return ``n`` gaps with mean 1 and coefficient of variation ``cv``."""
     if cv == 1:
         return random.standard_exponential(n)
     return random.standard_gamma(1 / cv**2, n) * cv**2

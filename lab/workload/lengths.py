@@ -103,7 +103,9 @@ def _azure(name: str) -> Draw:
     return draw
 
 
-def _lognormal(prompts: Lengths, outputs: Lengths) -> Draw:
+def lognormal(prompts: Lengths, outputs: Lengths) -> Draw:
+    """Return a function that draws independent log-normal lengths."""
+
     def draw(random: np.random.Generator, n: int, max_prompt: int | None, max_output: int | None) -> tuple[Ints, Ints]:
         # Separate streams, so that the first requests do not depend on the number of requests.
         first, second = random.spawn(2)
@@ -119,11 +121,11 @@ def truncate(lengths: Ints, max_tokens: int | None) -> Ints:
 
 WORKLOADS: dict[str, Draw] = {
     "sharegpt": _sharegpt,
-    "lmsys-like": _lognormal(LMSYS_PROMPTS, LMSYS_OUTPUTS),
+    "lmsys-like": lognormal(LMSYS_PROMPTS, LMSYS_OUTPUTS),
     "azure-conv": _azure("azure-conv"),
     "azure-code": _azure("azure-code"),
     "code-chat": code_chat.draw_alternating,
-    "small": _lognormal(SMALL_PROMPTS, SMALL_OUTPUTS),
+    "small": lognormal(SMALL_PROMPTS, SMALL_OUTPUTS),
 }
 
 TRACES = ("azure-conv", "azure-code")

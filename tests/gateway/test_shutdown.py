@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
-import httpx
 import pytest
 
+from engine_adapter.engine import EngineEvents, EngineLost
+from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.step_time.linear_forms import StepTimes
-from tests.fixtures.live_gateway import CHAT, chat, fast_engine, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_gateway import CHAT, Live, chat, events, fast_engine, live
+from tests.fixtures.live_server import eventually, serve
+from tests.fixtures.served_process import served
 
 CONFIG = """\
 server: {port: 0, drain_s: 5}
@@ -59,28 +62,94 @@ async def test_stream_open_after_the_drain_ends_with_an_error_event(path: str, b
         assert re.search(r'antares_requests_total\{.*outcome="failed",reason="draining".*\} 1\.0', text)
 
 
+@pytest.fixture(params=["simulated", "http"])
+async def busy(request: pytest.FixtureRequest) -> AsyncIterator[Live]:
+    """A gateway with one slot, in front of an engine in its process or of a server."""
+    engine = fast_engine(times=StepTimes(d=0.05), max_num_seqs=1)
+    if request.param == "simulated":
+        async with live(engine) as antares:
+            yield antares
+        return
+    await engine.start(EngineEvents())
+    async with serve(engine.app) as url, live(HttpEngine("remote", url, max_num_seqs=1)) as antares:
+        yield antares
+    await engine.stop()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_requests_that_stop_cuts_get_draining(busy: Live, stream: bool) -> None:
+    body = chat(max_tokens=4000, ignore_eos=True, stream=stream)
+    tasks = [asyncio.create_task(busy.ask(body, x_slo_class="free")) for _ in range(3)]
+    queue = busy.gateway.engine_queues[0]
+    await eventually(lambda: len(queue.waiting) == 2 and any(r.generated for r in queue.running.values()))
+    await busy.gateway.drain(0.0)
+    await busy.gateway.stop()
+    answers = [await task for task in tasks]
+    begun = [answer for answer in answers if answer.status_code == 200]
+    assert len(begun) == stream
+    for answer in answers:
+        error = events(answer.text)[-1]["error"] if answer in begun else answer.json()["error"]
+        assert error["code"] == "draining"
+        assert answer in begun or (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert busy.gateway.ledger.open_count == 0
+
+
+async def test_passed_through_request_that_stop_cuts_gets_draining() -> None:
+    async with live() as antares:
+
+        async def loses_its_engine(scope: Any, receive: Any, send: Any) -> None:
+            await eventually(lambda: antares.gateway.proxy.stopping)
+            raise EngineLost("stopped")
+
+        antares.engine.stub = loses_its_engine
+        task = asyncio.create_task(antares.ask({"input": "a"}, "/v1/embeddings"))
+        await eventually(lambda: antares.gateway.proxy.in_flight == 1)
+        await antares.gateway.stop()
+        assert (await task).json()["error"]["code"] == "draining"
+
+
+async def test_engine_that_dies_without_a_drain_is_still_named() -> None:
+    async with live(fast_engine(times=StepTimes(d=0.05))) as antares:
+        task = asyncio.create_task(antares.ask(chat(max_tokens=400, ignore_eos=True)))
+        await eventually(lambda: antares.engine.state.engine_running)
+        antares.engine.crash()
+        assert (await task).json()["error"]["code"] == "engine_lost"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
+@pytest.mark.parametrize(("drain_s", "signals"), [(0, 1), (30, 2)])
+async def test_serve_answers_every_request_that_it_does_not_finish(tmp_path: Path, drain_s: int, signals: int) -> None:
+    config = CONFIG.replace("drain_s: 5", f"drain_s: {drain_s}").replace("simulated,", "simulated, max_num_seqs: 4,")
+    async with served(tmp_path, config) as (process, http):
+        body = {"max_tokens": 2000, "ignore_eos": True}
+        streams = [asyncio.create_task(http.post(CHAT, json=chat(**body, stream=True))) for _ in range(4)]
+        waiting = [asyncio.create_task(http.post(CHAT, json=chat(**body))) for _ in range(8)]
+        while "antares_ledger_open 12.0" not in (await http.get("/metrics")).text:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.2)
+        answers = await asyncio.gather(*streams, *waiting)
+        for answer in answers:
+            error = events(answer.text)[-1]["error"] if answer.status_code == 200 else answer.json()["error"]
+            assert error["code"] == "draining"
+        assert [answer.status_code for answer in answers[4:]] == [503] * 8
+        assert process.stderr is not None
+        log = (await process.stderr.read()).decode()
+        assert await process.wait() == 0
+        assert "Traceback" not in log
+        assert "12 requests are still open" in log
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
 async def test_serve_finishes_open_requests_on_sigterm_and_exits_0(tmp_path: Path) -> None:
-    (tmp_path / "antares.yaml").write_text(CONFIG)
-    code = "import sys; sys.argv[0] = 'antares'; from gateway.cli import main; main()"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, "serve", "-c", str(tmp_path / "antares.yaml"),
-        stderr=asyncio.subprocess.PIPE, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
-    assert process.stderr is not None
-    try:
-        async with asyncio.timeout(15):
-            while not (found := re.search(rb"is ready at (http://\S+)", await process.stderr.readline())):
-                assert process.returncode is None
-            async with httpx.AsyncClient(base_url=found[1].decode(), verify=False, timeout=10) as http:
-                task = asyncio.create_task(http.post(CHAT, json=chat(max_tokens=8, ignore_eos=True)))
-                while "antares_ledger_open 1.0" not in (await http.get("/metrics")).text:
-                    await asyncio.sleep(0.01)
-                process.send_signal(signal.SIGTERM)
-                assert (await task).status_code == 200
-            await process.stderr.read()
-            assert await process.wait() == 0
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+    async with served(tmp_path, CONFIG) as (process, http):
+        task = asyncio.create_task(http.post(CHAT, json=chat(max_tokens=8, ignore_eos=True)))
+        while "antares_ledger_open 1.0" not in (await http.get("/metrics")).text:
+            await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert (await task).status_code == 200
+        assert process.stderr is not None
+        await process.stderr.read()
+        assert await process.wait() == 0

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gateway.api.errors import ApiError, bad_request
+from gateway.api.errors import bad_request, method_not_allowed
+from gateway.api.paths import unknown_path
 from gateway.api.routes import error_shape
 from gateway.api.routes.error_shape import ErrorShape
 from gateway.api.routes.generation import GENERATION_ROUTES, GenerationRoute
@@ -55,36 +56,27 @@ _DOT_SEGMENT = re.compile(r"(?:^|/)\.{1,2}(?:/|$)")
 class Route:
     """One route under ``/v1``. ``label``: its name in metrics. ``generation``: None unless it is scheduled.
 
-    ``refusal``: the error of a route that the gateway does not serve.
+    ``refusal``: why the gateway does not serve the route. ``methods``: empty for a path that it does not know.
     """
 
     label: str
     methods: tuple[str, ...] = _POST
     errors: ErrorShape = error_shape.OPENAI
     generation: GenerationRoute | None = None
-    refusal: tuple[int, str, str] | None = None
+    refusal: str | None = None
 
-    def check(self, method: str) -> None:
+    def check(self, method: str, path: str) -> None:
         """Raise `ApiError` 404 or 501 if the route is not served, 405 for a wrong method."""
         if self.refusal is not None:
-            status, code, message = self.refusal
-            raise bad_request(message, None, code, status)
+            raise bad_request(self.refusal, None, "not_implemented", 501)
+        if not self.methods:
+            raise unknown_path(path)
         if method not in self.methods:
-            allowed = ", ".join(self.methods)
-            raise ApiError(
-                405,
-                f"{self.label} does not support {method[:16]}. Use {allowed}.",
-                "invalid_request_error",
-                "method_not_allowed",
-                headers=[(b"allow", allowed.encode())],
-            )
+            raise method_not_allowed(method, self.label, ", ".join(self.methods))
 
 
-UNKNOWN = Route(
-    "/v1/*",
-    refusal=(404, "unknown_route", "The gateway does not serve this route. See docs/api.md for the routes."),
-)
-_UNKNOWN_MESSAGES_ROUTE = Route("/v1/*", errors=error_shape.ANTHROPIC, refusal=UNKNOWN.refusal)
+UNKNOWN = Route("/v1/*", methods=())
+_UNKNOWN_MESSAGES_ROUTE = Route("/v1/*", methods=(), errors=error_shape.ANTHROPIC)
 
 
 class RouteTable:
@@ -97,7 +89,7 @@ class RouteTable:
         }
         for path in _REFUSED:
             message = f"{path} generates tokens and is not supported by the gateway, because it cannot schedule it."
-            self._exact[path] = Route(path, _ANY, refusal=(501, "not_implemented", message))
+            self._exact[path] = Route(path, _ANY, refusal=message)
         self._patterns: list[tuple[re.Pattern[str], Route]] = []
         for path in more:
             self._exact.setdefault(path, Route(path, _ANY))

@@ -61,15 +61,15 @@ class Latency:
         prefill = np.array([_prefill_seconds(profile, b, n) for b, n in pairs])
         return cls(fit_itl(batch, length, prefill), fit_itl(batch, length, decode))
 
-    def lines(self, prompt: float, output: float) -> tuple[Linear, Linear]:
+    def lines(self, prompt: float, output: float, uncached: float) -> tuple[Linear, Linear]:
         """Return the prefill time and the summed decode time of a request, linear in the batch size.
 
-        ``prompt`` is l and ``output`` is o, in tokens.
+        ``prompt`` is l and ``output`` is o, in tokens. ``uncached`` of the prompt must be computed.
         """
         p_bl, p_b, p_l, p_0 = self.prefill
         d_bl, d_b, d_l, d_0 = self.decode
         contexts = output * prompt + output * (output + 1) / 2
-        prefill = (p_bl * prompt + p_b, p_l * prompt + p_0)
+        prefill = (p_bl * uncached + p_b, p_l * uncached + p_0)
         decode = (d_bl * contexts + (d_b + self.prefill_s_per_token) * output, d_l * contexts + d_0 * output)
         return prefill, decode
 

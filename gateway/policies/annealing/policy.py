@@ -114,7 +114,8 @@ class Annealing:
         queue = queue[: max(1, int(self.horizon))]
         lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
         reserved = sum(
-            [(r.prompt_tokens + max(r.predicted_tokens, r.length - r.prompt_tokens)) * r.sequences for r in running]
+            [(r.prompt_tokens + max(r.predicted_tokens, r.length - r.prompt_tokens)) * r.sequences for r in running],
+            start=-engine.shared_tokens,
         )
         limits = Limits(
             slots=self._max_slots(engine),
@@ -142,7 +143,7 @@ class Annealing:
         if self.length_quantile != 0.5:
             tokens = surviving_quantile(self.length_quantile, 0.0, tokens, request.predicted_p90)
         tokens = max(1.0, min(tokens, request.max_tokens))
-        prefill, decode = latency.lines(request.prompt_tokens, tokens)
+        prefill, decode = latency.lines(request.prompt_tokens, tokens, request.uncached_tokens)
         waited = now - request.arrival_s
         slo, bounded = request.slo, not request.bounds_waived
         return Job(
@@ -152,15 +153,15 @@ class Annealing:
             ttft_left=slo.ttft_s - waited if slo.ttft_s is not None and bounded else math.inf,
             e2e_left=slo.e2e_s - waited if slo.e2e_s is not None and bounded else math.inf,
             decode_s=slo.tpot_s * tokens if slo.tpot_s is not None and bounded else math.inf,
-            kv=(request.prompt_tokens + max(tokens, request.predicted_p90)) * request.sequences,
-            prompt=request.prompt_tokens,
+            kv=(request.prompt_tokens + max(tokens, request.predicted_p90)) * request.sequences - request.shared_tokens,
+            prompt=request.uncached_tokens,
             slots=request.sequences,
         )
 
     def _latency(self, waiting: Sequence[Request], running: Collection[Request], engine: EngineState) -> Latency:
         """Return the learned forms; beside a running set with the prefill time per decoded token."""
         requests = [*running, *waiting[: int(self.horizon)]]
-        prompts, outputs = sum([r.prompt_tokens for r in requests]), sum([r.predicted_tokens for r in requests])
+        prompts, outputs = sum([r.uncached_tokens for r in requests]), sum([r.predicted_tokens for r in requests])
         times = engine.step_time.times
         return Latency.of_times(times, times.alpha * prompts / max(outputs, 1.0) if running else 0.0)
 
@@ -172,7 +173,7 @@ class Annealing:
         least_margin = math.inf
         p_bl, p_b, p_l, p_0 = latency.prefill
         for request in waiting:
-            prefill_s = (p_bl + p_l) * request.prompt_tokens + p_b + p_0
+            prefill_s = (p_bl + p_l) * request.uncached_tokens + p_b + p_0
             late_by = now + prefill_s - request.deadline_s
             if late_by > 0:
                 predicted_s = request.ttft_slo_s + late_by

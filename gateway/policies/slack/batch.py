@@ -29,7 +29,7 @@ class RunningBatch:
         decoding, context: sequences in a step and their tokens; without a pace they count by their share of steps.
         strictest_s: P*, the strictest pace (s per token).
         memory, preemptible_memory, variance: tokens that R will reach, the unprotected best-effort part, the variance.
-        backlog: prompt tokens that are not prefilled yet.
+        backlog: uncached prompt tokens that are not prefilled yet.
         step_s: T(R), seconds of a step in which all of R decode; 0 when R is empty.
     """
 
@@ -51,7 +51,7 @@ class RunningBatch:
     @classmethod
     def of(cls, running: Collection[Request], engine: EngineState, memory_z: float = 0.0) -> RunningBatch:
         """Return the sums over ``running``, oldest first."""
-        batch = cls(engine, memory_z, reserved_slots(engine.max_num_seqs))
+        batch = cls(engine, memory_z, reserved_slots(engine.max_num_seqs), memory=-engine.shared_tokens)
         batch.add(running)
         return batch
 
@@ -84,7 +84,7 @@ class RunningBatch:
             context += length * weight
             variance += request.variance
             if request.first_token_s is None and not request.unobserved:
-                backlog += request.prompt_tokens
+                backlog += request.uncached_tokens
         self.slots, self.best_effort_slots = slots, best_effort_slots
         self.decoding, self.context, self.strictest_s = decoding, context, strictest_s
         self.memory, self.preemptible_memory = memory, preemptible_memory
@@ -100,7 +100,7 @@ class RunningBatch:
     def has_capacity_for(self, request: Request) -> bool:
         """Whether slots and KV memory suffice for ``request`` too, without preempting any."""
         memory = self.memory + (request.prompt_tokens + max(request.predicted_tokens, 1.0)) * request.sequences
-        memory += self.memory_z * math.sqrt(self.variance + request.variance)
+        memory += self.memory_z * math.sqrt(self.variance + request.variance) - request.shared_tokens
         has_memory = self.engine.kv_tokens <= 0 or memory <= self.engine.kv_tokens
         return has_memory and self.slots + request.sequences <= self.engine.max_num_seqs
 
@@ -145,7 +145,7 @@ class WaitingBatch:
         ends = np.flatnonzero(arrays.end < math.inf)
         if len(ends):
             of = arrays.take(ends)
-            first_s = now + batch.step_s + batch.prefill_token_s * (batch.backlog + of.prompt) / batch.prefill_share
+            first_s = now + batch.step_s + batch.prefill_token_s * (batch.backlog + of.uncached) / batch.prefill_share
             left_s = np.maximum(of.end - np.minimum(first_s, of.deadline), 0.0) / np.maximum(of.output, 1.0)
             pace_s[ends] = fraction * np.minimum(left_s, of.tpot_bound)
         return cls(requests, arrays, pace_s)
@@ -165,29 +165,29 @@ class WaitingBatch:
         of, curve, token_s = self.arrays, batch.engine.step_time.curve, batch.prefill_token_s
         # A decode costs what a prompt token does, without the discount that prefill tokens may have.
         decode_s = token_s + max(-curve.e, 0.0) + curve.a * (of.prompt + of.output / 2)
-        return token_s * of.prompt + decode_s * of.sequences * of.output
+        return token_s * of.uncached + decode_s * of.sequences * of.output
 
     def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Return whether each request ``at`` can be admitted beside ``batch`` at ``now`` (s).
 
             slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
-            T(R + r) <= P*(R + r),   now + wait + mu * (backlog + p_r) / (1 - T(R + r)/P*) <= d_r,
+            T(R + r) <= P*(R + r),   now + wait + mu * (backlog + uncached p_r) / (1 - T(R + r)/P*) <= d_r,
 
         where the step under way must end first, and takes up to P* while other prompts wait.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
         weight = np.where(of.kind[at] == float(_PACED), sequences, _UNPACED_SHARE * sequences)
-        strictest_s = np.minimum(self.pace_s[at], batch.strictest_s)
-        decoding = batch.decoding + weight
+        strictest_s, decoding = np.minimum(self.pace_s[at], batch.strictest_s), batch.decoding + weight
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
-        others = batch.backlog + of.prompt.sum() - prompt
+        others = batch.backlog + of.uncached.sum() - of.uncached[at]
         wait_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * others))
-        first_s = wait_s + token_s * (batch.backlog + prompt) / np.maximum(1 - step_s / strictest_s, 1e-12)
+        first_s = wait_s + token_s * (batch.backlog + of.uncached[at]) / np.maximum(1 - step_s / strictest_s, 1e-12)
         fits = (sequences <= batch.free_slots) & (step_s <= strictest_s)
         fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
             memory = batch.memory - batch.preemptible_memory + sequences * (prompt + np.maximum(output, 1.0))
-            fits &= memory + batch.memory_z * np.sqrt(batch.variance + of.variance[at]) <= engine.kv_tokens
+            memory += batch.memory_z * np.sqrt(batch.variance + of.variance[at]) - of.shared[at]
+            fits &= memory <= engine.kv_tokens
         return np.asarray(fits, dtype=np.bool_)

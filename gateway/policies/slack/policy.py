@@ -7,7 +7,7 @@ the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
     2 in deadline order, reject r if now + T(R)/2 + step + mu * (own + queue_discount * ahead) / share > deadline,
       where T(R)/2 is the rest of the step under way, and ahead the backlog and the prompts queued before r  (late)
     3 order the rest by deadline + cost_weight * w, overdue ones and groups below their minimum share first, where
-      w = mu * p + (decode + a * mean length) * y is the engine time of a request with p prompt and y output tokens
+      w = mu * p + (decode + a * mean length) * y is the engine time of a request with p uncached and y output tokens
     4 admit r if slots and KV memory suffice and R + r keeps its strictest pace, T(R + r) <= P*(R + r),
     5   its own prefill ends before its deadline, and the prefill lookahead has tokens left for it
     6 a request that does not fit never blocks the next one
@@ -56,6 +56,7 @@ class _Round:
 
     def admit(self, request: Request, pace_s: float) -> None:
         self.batch.add((request,), pace_s)
+        self.batch.memory -= request.shared_tokens
         self.decision.admit.append(request)
         if request.kind is ServiceKind.PACED and pace_s != request.pace_s:
             self.decision.paces[request.id] = pace_s
@@ -140,7 +141,7 @@ class Slack:
         # The step under way must end, and the one that brings the first token takes what any step takes.
         step_s = max(batch.step_s, curve.step_s(1, 0))
         fixed_s = this.now + batch.step_s / 2 + step_s + curve.h
-        ahead_s, own_s = batch.prefill_token_s * batch.backlog, batch.prefill_token_s * queue.arrays.prompt
+        ahead_s, own_s = batch.prefill_token_s * batch.backlog, batch.prefill_token_s * queue.arrays.uncached
         first_s = fixed_s + ahead_stretch * (ahead_s + np.cumsum(own_s) - own_s) + stretch * own_s
         late = first_s > queue.arrays.deadline
         if not late.any():
@@ -157,7 +158,7 @@ class Slack:
             predicted_s = request.ttft_slo_s + late_s
             # A second try is promised without discount, and with a step in reserve.
             attainable_s = predicted_s + (stretch - ahead_stretch) * ahead_s + step_s
-            infeasible = idle_s + idle_token_s * request.prompt_tokens > request.ttft_slo_s
+            infeasible = idle_s + idle_token_s * request.uncached_tokens > request.ttft_slo_s
             this.decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_s, infeasible))
         return queue.only(~late)
 
@@ -171,13 +172,13 @@ class Slack:
             # Most candidates pass, so test them one at a time and re-filter only after a failure.
             at, order = order[:1], order[1:]
             request = queue.requests[at[0]]
-            in_lookahead = at[0] == claim or request.prompt_tokens <= this.lookahead_left
+            in_lookahead = at[0] == claim or request.uncached_tokens <= this.lookahead_left
             if not batch.slots or (in_lookahead and queue.fit(batch, this.now, at)[0]):
                 tpot_s = math.inf if request.slo.tpot_s is None else self.tpot_target_fraction * request.slo.tpot_s
                 this.admit(request, min(SLACK.e2e_pace_factor * float(queue.pace_s[at[0]]), tpot_s))
                 admitted += 1
             else:
-                order = order[queue.arrays.prompt[order] <= this.lookahead_left]
+                order = order[queue.arrays.uncached[order] <= this.lookahead_left]
                 order = order[queue.fit(batch, this.now, order)]
         return admitted < len(queue.requests)
 
@@ -191,7 +192,7 @@ class Slack:
         if behind:
             claims |= np.array(behind)
         key = due_s + self.cost_weight * queue.cost_s(this.batch)
-        order = np.flatnonzero(queue.arrays.prompt <= this.lookahead_left)
+        order = np.flatnonzero(queue.arrays.uncached <= this.lookahead_left)
         order = order[np.lexsort((key[order], ~claims[order]))]
         if not claims.any() or this.lookahead_left < 0:
             return order, None
@@ -203,7 +204,7 @@ class Slack:
         batch, blocks, most = this.batch, this.batch.best_effort_slots > 0, this.batch.engine.max_num_seqs
         for request in [r for r in requests[:most] if r not in this.decision.admit]:
             full = batch.best_effort_slots and batch.best_effort_slots + request.sequences > slots
-            if full or batch.slots >= most or this.lookahead_left < (0 if overdue else request.prompt_tokens):
+            if full or batch.slots >= most or this.lookahead_left < (0 if overdue else request.uncached_tokens):
                 break
             if not batch.slots or batch.has_capacity_for(request):
                 this.admit(request, math.inf)

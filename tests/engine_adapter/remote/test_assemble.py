@@ -130,7 +130,9 @@ def test_error_event_becomes_the_response() -> None:
     assert assembled(delta(content="a"), {"error": error}) == (500, {"error": error})
     assert assembled({"error": {"message": "bad", "code": 400}})[0] == 400
     assert assembled({"error": {"message": "odd", "code": "server_error"}})[0] == 500
-    assert assembled({"error": "just text"}) == (500, {"error": "just text"})
+    assert assembled({"error": {"message": "slow down", "code": "429"}})[0] == 429
+    status, body = assembled({"error": "just text"})
+    assert (status, body["error"]["message"]) == (500, "just text")
 
 
 def test_truncated_stream_is_not_complete() -> None:

@@ -306,7 +306,3 @@ async def test_models_route_reports_the_context_length() -> None:
 def test_unknown_gate_error_lists_known_gates() -> None:
     with pytest.raises(ValueError, match="open, credit"):
         SimulatedEngine(gate="nope")
-
-
-def test_count_tokens_counts_words() -> None:
-    assert SimulatedEngine().count_tokens(" two  words ") == 2

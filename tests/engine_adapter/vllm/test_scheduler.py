@@ -27,6 +27,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 Make = Callable[..., "SteppedScheduler"]
 
+BLOCK_TOKENS = 16
+"""As in `SteppedScheduler`."""
+
 TIMES = StepTimes(a=0.0, b=1e-3, c=0.0, d=0.01, alpha=2e-4, beta=0.0)
 """A step takes 10 ms, 1 ms per decode and 0.2 ms per prompt token."""
 
@@ -293,3 +296,21 @@ def test_unknown_gate_in_the_environment_is_rejected(make: Make, monkeypatch: py
     monkeypatch.setenv("ANTARES_GATE", "nope")
     with pytest.raises(ValueError, match="ANTARES_GATE: 'nope' is not a step gate"):
         make(seqs=4, blocks=100)
+
+
+def test_backlog_leaves_out_what_the_prefix_cache_holds(make: Make) -> None:
+    stepped = make(seqs=4, blocks=64, caching=True)
+    stepped.add("first", 200, 1)
+    assert stepped.scheduler._prefill_backlog() == 200
+    stepped.drain()
+    stepped.add("same beginning", 230, 1)
+    assert stepped.scheduler._prefill_backlog() == 230 - 200 // BLOCK_TOKENS * BLOCK_TOKENS
+    assert stepped.step()["same beginning"] == 230 - 200 // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def test_backlog_without_a_prefix_cache_is_all_waiting_tokens(make: Make) -> None:
+    stepped = make(seqs=4, blocks=64)
+    stepped.add("first", 200, 1)
+    stepped.drain()
+    stepped.add("same beginning", 230, 1)
+    assert stepped.scheduler._prefill_backlog() == 230

@@ -39,6 +39,41 @@ def test_key_ring_accepts_any_case_and_spacing_of_the_scheme(header: str) -> Non
     assert ring.authenticate(header).tenant == "alice"
 
 
+@pytest.mark.parametrize(
+    ("authorization", "x_api_key"),
+    [
+        (None, ALICE),
+        (None, f" {ALICE}\t"),
+        ("", ALICE),
+        ("Bearer", ALICE),
+        ("Basic dXNlcg==", ALICE),
+        (f"Bearer {ALICE}", ""),
+        (f"Bearer {ALICE}", "  "),
+        (f"bearer {ALICE}", ALICE),
+    ],
+)
+def test_key_ring_accepts_x_api_key(authorization: str | None, x_api_key: str) -> None:
+    ring = KeyRing([ApiKey("alice", "chat", hash_key(ALICE))], ApiKey("anonymous", "chat"))
+    assert ring.authenticate(authorization, x_api_key).tenant == "alice"
+
+
+@pytest.mark.parametrize("x_api_key", ["", " ", "wrong", f"Bearer {ALICE}", f"{ALICE}, {ALICE}", "\xff"])
+def test_key_ring_rejects_an_unknown_x_api_key(x_api_key: str) -> None:
+    ring = KeyRing([ApiKey("alice", "chat", hash_key(ALICE))], ApiKey("anonymous", "chat"))
+    with pytest.raises(ApiError) as raised:
+        ring.authenticate(None, x_api_key)
+    assert (raised.value.status, "x-api-key" in raised.value.message) == (401, True)
+
+
+@pytest.mark.parametrize("other", [BOB, "unknown"])
+def test_key_ring_rejects_two_different_keys(other: str) -> None:
+    ring = KeyRing([ApiKey("a", "chat", hash_key(ALICE)), ApiKey("b", "chat", hash_key(BOB))], ApiKey("-", "chat"))
+    with pytest.raises(ApiError, match="different API keys") as raised:
+        ring.authenticate(f"Bearer {ALICE}", other)
+    assert raised.value.status == 401
+    assert ALICE not in raised.value.message
+
+
 def test_key_ring_without_keys_returns_the_anonymous_key() -> None:
     assert KeyRing([], ApiKey("anonymous", "chat")).authenticate("Bearer whatever").tenant == "anonymous"
 
@@ -82,10 +117,43 @@ async def test_request_gets_default_class_and_tenant_of_its_key() -> None:
 
 async def test_v1_routes_require_a_key_and_operator_routes_do_not() -> None:
     async with live(keys=KEYS) as antares:
-        for path in ("/v1/models", "/v1/anything"):
+        for path in ("/v1/models", "/v1/responses/resp_1"):
             assert (await antares.http.get(path)).status_code == 401
         for path in ("/health", "/ready", "/metrics", "/status"):
             assert (await antares.http.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/embeddings"])
+async def test_x_api_key_is_accepted_on_every_route(path: str) -> None:
+    async with live(keys=KEYS) as antares:
+        body = {**chat(), "prompt": "a", "max_tokens": 1}
+        assert (await antares.ask(body, path, x_api_key=BOB)).status_code != 401
+        assert (await antares.ask(body, path, x_api_key=BOB, authorization=f"Bearer {ALICE}")).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings"])
+async def test_credentials_and_guarded_headers_are_not_sent_to_the_engine(path: str) -> None:
+    async with live(keys=KEYS) as antares:
+        seen: list[bytes] = []
+        inner = antares.engine.app
+
+        async def spy(scope: Any, receive: Any, send: Any) -> None:
+            seen.extend(name for name, _ in scope["headers"])
+            await inner(scope, receive, send)
+
+        antares.engine.stub = spy
+        dropped = {
+            **{"x-api-key": ALICE, "api-key": "other", "cookie": "a=b", "proxy-authorization": "Basic eA=="},
+            **{
+                "x-vllm-priority": "-9",
+                "x-data-parallel-rank": "1",
+                "x-session-id": "s",
+                "origin": "https://a.example",
+            },
+        }
+        await antares.http.post(path, json=chat(), headers={**dropped, "x-mine": "kept"})
+        assert b"x-mine" in seen
+        assert not {name.encode() for name in dropped} & set(seen)
 
 
 async def test_client_key_is_not_sent_to_the_engine() -> None:

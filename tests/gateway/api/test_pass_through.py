@@ -202,7 +202,7 @@ async def test_stream_of_an_engine_that_dies_ends_with_an_error_event(antares: L
 @pytest.mark.parametrize("is_draining", [False, True])
 async def test_answer_of_an_engine_that_dies_before_it_is_503(antares: Live, is_draining: bool) -> None:
     async def dies(scope: Scope, receive: Receive, send: Send) -> None:
-        antares.gateway.proxy.draining = is_draining
+        antares.gateway.proxy.stopping = is_draining
         raise EngineLost("gone")
 
     antares.engine.stub = dies

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from engine_adapter.engine import EngineUnreachable, Receive, Scope, Send
+from engine_adapter.engine import EngineUnreachable, Receive, RenderedPrompt, Scope, Send
 from engine_adapter.remote.engine import HttpEngine
 from gateway.prediction.client import Prediction
 from tests.fixtures.live_gateway import CHAT, AdmitNothing, Live, chat, fast_engine, live, serving
@@ -115,8 +115,15 @@ async def test_sequences_are_limited_by_the_engine_placed_on(crashed: str, statu
 
 async def test_prompt_is_counted_by_the_engine_placed_on() -> None:
     first, second = fast_engine(name="first", restart_s=30), fast_engine(name="second")
-    first.count_tokens = lambda text: 1000  # type: ignore[method-assign]
-    second.count_tokens = lambda text: 20  # type: ignore[method-assign]
+
+    async def render_first(path: str, document: object) -> RenderedPrompt:
+        return RenderedPrompt([7] * 1000, 16)
+
+    async def render_second(path: str, document: object) -> RenderedPrompt:
+        return RenderedPrompt([7] * 24, 16)
+
+    first.render = render_first  # type: ignore[method-assign]
+    second.render = render_second  # type: ignore[method-assign]
     async with live(first, more_engines=[second]) as antares:
         queue = antares.gateway.engine_queues[1]
         queue.admission.policy = AdmitNothing()

@@ -1,71 +1,263 @@
-"""Prompt text, prompt length and limits, as read from a request's body."""
+"""Prompt text, size, limits and number of sequences, as read from a request's body."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from gateway.api.prompt import SAMPLE_CHARS, Prompt, read_prompt
+from gateway.api.errors import ApiError
+from gateway.api.prompt import Prompt, read_chat, read_completion, read_messages, read_responses
+from gateway.prompts.size_model import PromptSizeModel
 
 
-def count_words(text: str) -> int:
-    return len(text.split())
+def tokens(prompt: Prompt) -> int:
+    """Return the estimated size of ``prompt``."""
+    return PromptSizeModel().tokens(prompt.features)
 
 
-def read_chat(content: Any, **fields: Any) -> Prompt:
-    return read_prompt({"messages": [{"role": "user", "content": content}], **fields}, chat=True)
-
-
-def read_text(prompt: Any, **fields: Any) -> Prompt:
-    return read_prompt({"prompt": prompt, **fields}, chat=False)
-
-
-@pytest.mark.parametrize(
-    ("content", "text", "tokens"),
-    [
-        ("one two", "one two", 2),
-        (None, "", 0),
-        ([{"type": "text", "text": "one two"}, {"type": "image_url"}, "odd", {"text": 3}], "one two", 2),
-    ],
-)
-def test_chat_tokens_are_its_text_plus_four_per_message(content: Any, text: str, tokens: int) -> None:
-    prompt = read_chat(content)
-    assert (prompt.text, prompt.tokens(count_words), prompt.max_tokens) == (text, tokens + 4, None)
+def a_chat(content: Any, **fields: Any) -> Prompt:
+    return read_chat({"messages": [{"role": "user", "content": content}], **fields})
 
 
 @pytest.mark.parametrize(
-    ("prompt", "tokens", "sequences"),
+    ("content", "text"),
     [
-        ("one two", 2, 1),
-        ("", 1, 1),
-        (["one", "one two three"], 3, 2),
-        ([5, 6, 7], 3, 1),
-        ([[5], [6, 7]], 2, 2),
-        ([[]], 1, 1),
+        ("one two", "one two"),
+        (None, ""),
+        ([{"type": "text", "text": "one two"}, {"type": "image_url"}, "odd", {"text": 3}], "one two"),
     ],
 )
-def test_text_prompt_of_every_form_is_counted(prompt: Any, tokens: int, sequences: int) -> None:
-    read = read_text(prompt, n=2)
-    assert (read.tokens(count_words), read.sequences, read.max_tokens) == (tokens, 2 * sequences, 16)
+def test_chat_text_for_the_predictor_is_that_of_the_last_user_message(content: Any, text: str) -> None:
+    prompt = a_chat(content)
+    assert (prompt.text, prompt.max_tokens, prompt.content.messages) == (text, None, 1)
+
+
+def test_chat_text_skips_tool_results_and_messages_of_the_model() -> None:
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "first"},
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "tool", "content": "result", "tool_call_id": "1"},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]},
+    ]
+    assert read_chat({"messages": messages}).text == "question"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids", "sequences"),
+    [
+        ("one two", None, 1),
+        ("", None, 1),
+        (["one", "one two three"], None, 2),
+        ([5, 6, 7], [5, 6, 7], 1),
+        ([[5], [6, 7]], [6, 7], 2),
+        ([[]], [], 1),
+    ],
+)
+def test_text_prompt_of_every_form_is_read(prompt: Any, ids: list[int] | None, sequences: int) -> None:
+    read = read_completion({"prompt": prompt, "n": 2})
+    assert (read.content.token_ids, read.sequences, read.max_tokens) == (ids, 2 * sequences, 16)
+
+
+@pytest.mark.parametrize("prompt", [None, [], 5, [1, "a"], [True], [[1], ["a"]], [-1], [1 << 40], {"a": 1}])
+def test_text_prompt_of_another_form_is_a_bad_request(prompt: Any) -> None:
+    with pytest.raises(ApiError) as error:
+        read_completion({"prompt": prompt})
+    assert (error.value.status, error.value.param) == (400, "prompt")
 
 
 def test_max_completion_tokens_has_precedence_over_max_tokens() -> None:
-    assert read_chat("hi", max_completion_tokens=7, max_tokens=9).max_tokens == 7
-    assert read_chat("hi", max_tokens=9).max_tokens == 9
+    assert a_chat("hi", max_completion_tokens=7, max_tokens=9).max_tokens == 7
+    assert a_chat("hi", max_tokens=9).max_tokens == 9
 
 
-def test_long_prompt_is_counted_by_a_sample() -> None:
-    lengths: list[int] = []
-
-    def count(text: str) -> int:
-        lengths.append(len(text))
-        return len(text) // 4
-
-    assert read_text("x" * 10 * SAMPLE_CHARS).tokens(count) == 10 * SAMPLE_CHARS // 4
-    assert lengths == [SAMPLE_CHARS]
+TOOL = {"type": "function", "function": {"name": "search", "description": "word " * 900, "parameters": {}}}
+LONG = "word " * 900
+PNG_64 = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAABAAAAAQACAIAAADwf7zU"
 
 
-def test_prompt_without_tokenizer_counts_four_characters_per_token() -> None:
-    prompt = read_text("x" * 100)
-    assert prompt.tokens(lambda text: None) == prompt.estimated_tokens == 25
+@pytest.mark.parametrize(
+    ("read", "body", "low", "high"),
+    [
+        (read_chat, {"messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]}, 900, 1300),
+        (read_chat, {"messages": [{"role": "user", "content": "hi"}], "functions": [TOOL["function"]]}, 900, 1300),
+        (
+            read_chat,
+            {
+                "messages": [
+                    {"role": "user", "content": "hi"},
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": LONG}}],
+                    },
+                ]
+            },
+            900,
+            1200,
+        ),
+        (
+            read_chat,
+            {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": LONG}}]},
+            900,
+            1200,
+        ),
+        (read_chat, {"messages": [{"role": "assistant", "content": "", "reasoning_content": LONG}]}, 900, 1200),
+        (read_chat, {"messages": [{"role": "tool", "tool_call_id": "1", "content": LONG}]}, 900, 1200),
+        (
+            read_chat,
+            {
+                "messages": [{"role": "user", "content": "hi"}],
+                "response_format": {"type": "json_schema", "json_schema": {"schema": {"description": LONG}}},
+            },
+            900,
+            1200,
+        ),
+        (read_chat, {"messages": [{"role": "user", "content": "hi"}], "documents": [{"text": LONG}]}, 900, 1200),
+        (
+            read_chat,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": PNG_64}}]}]},
+            1300,
+            1400,
+        ),
+        (
+            read_chat,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "http://x/y.jpg"}]}]},
+            800,
+            1200,
+        ),
+        (
+            read_chat,
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "input_audio", "input_audio": {"data": "A" * 426_667, "format": "wav"}}],
+                    }
+                ]
+            },
+            240,
+            280,
+        ),
+        (read_messages, {"system": LONG, "messages": [{"role": "user", "content": "hi"}]}, 900, 1200),
+        (
+            read_messages,
+            {"system": [{"type": "text", "text": LONG}], "messages": [{"role": "user", "content": "hi"}]},
+            900,
+            1200,
+        ),
+        (
+            read_messages,
+            {
+                "messages": [
+                    {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {"q": LONG}}]},
+                    {"role": "user", "content": [{"type": "tool_result", "content": [{"type": "text", "text": "x"}]}]},
+                ]
+            },
+            900,
+            1200,
+        ),
+        (
+            read_messages,
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": LONG}]}]},
+            900,
+            1200,
+        ),
+        (
+            read_messages,
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {
+                                "type": "image",
+                                "source": {"type": "base64", "media_type": "image/png", "data": PNG_64.split(",")[1]},
+                            }
+                        ],
+                    }
+                ]
+            },
+            1300,
+            1400,
+        ),
+        (read_responses, {"input": LONG}, 900, 1200),
+        (read_responses, {"input": "hi", "instructions": LONG}, 900, 1200),
+        (read_responses, {"input": "hi", "tools": [{"type": "function", "name": "f", "description": LONG}]}, 900, 1300),
+        (read_responses, {"input": [{"role": "user", "content": [{"type": "input_text", "text": LONG}]}]}, 900, 1200),
+        (read_responses, {"input": [{"type": "function_call", "name": "f", "arguments": LONG}]}, 900, 1200),
+        (read_responses, {"input": [{"type": "function_call_output", "call_id": "1", "output": LONG}]}, 900, 1200),
+        (
+            read_responses,
+            {"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": LONG}]}]},
+            900,
+            1200,
+        ),
+        (
+            read_responses,
+            {"input": "hi", "text": {"format": {"type": "json_schema", "schema": {"description": LONG}}}},
+            900,
+            1200,
+        ),
+    ],
+)
+def test_every_piece_of_a_prompt_is_counted(
+    read: Callable[[dict[str, Any]], Prompt], body: dict[str, Any], low: int, high: int
+) -> None:
+    assert low <= tokens(read(body)) <= high
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high"),
+    [
+        ("你好世界" * 1000, 3500, 4500),
+        ("こんにちは" * 800, 3500, 4500),
+        ("a" * 4096 + " w" * 6000, 5000, 7000),
+        ("1234567890" * 100, 300, 1000),
+        ("{}[]();" * 300, 300, 2100),
+    ],
+)
+def test_size_follows_the_script_of_the_text(text: str, low: int, high: int) -> None:
+    assert low <= tokens(a_chat(text)) <= high
+
+
+@pytest.mark.parametrize(
+    ("read", "body", "param"),
+    [
+        (read_chat, {}, "messages"),
+        (read_chat, {"messages": ["hi"]}, "messages[0]"),
+        (read_chat, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        (read_messages, {"messages": []}, "messages"),
+        (read_messages, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 0}, "max_tokens"),
+        (read_responses, {}, "input"),
+        (read_responses, {"input": [5]}, "input[0]"),
+        (read_responses, {"input": "hi", "max_output_tokens": "many"}, "max_output_tokens"),
+        (read_responses, {"input": "hi", "stream": "yes"}, "stream"),
+        (read_chat, {"messages": [{"role": "user", "content": "hi"}], "n": 257}, "n"),
+    ],
+)
+def test_malformed_bodies_name_the_field(
+    read: Callable[[dict[str, Any]], Prompt], body: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(ApiError) as error:
+        read(body)
+    assert (error.value.status, error.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "image_url", "image_url": None}],
+        [{"type": "image", "source": "x"}],
+        [{"type": "input_audio", "input_audio": "x"}],
+        [{"type": "video_url", "video_url": {}}],
+        [{"type": "tool_use"}],
+        [{"type": "reasoning", "summary": 5}],
+        [{"type": {}}, 5, None, [[[[[["deep"]]]]]]],
+        "half a surrogate pair \ud83d",
+    ],
+)
+def test_odd_parts_are_left_to_the_engine(content: Any) -> None:
+    assert tokens(a_chat(content)) >= 1

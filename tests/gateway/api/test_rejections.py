@@ -83,6 +83,24 @@ async def test_full_class_queue_gets_429_queue_full() -> None:
         await eventually(antares.is_idle)
 
 
+async def test_queue_full_states_when_the_busy_engine_has_a_slot() -> None:
+    # The engine has one slot, which is taken for 80 steps of 0.1 s.
+    engine = fast_engine(times=StepTimes(d=0.1, alpha=1e-6), max_num_seqs=1)
+    async with live(engine, classes={**CLASSES, "free": {"max_waiting": 1}}) as antares:
+        body = chat(max_tokens=80, ignore_eos=True)
+        queue = antares.gateway.engine_queues[0]
+        ahead = []
+        for busy in (lambda: antares.engine.state.engine_running, lambda: queue.waiting):
+            ahead.append(asyncio.create_task(antares.ask(body, x_slo_class="free", x_slo_output_tokens="80")))
+            await eventually(busy)
+        answer = await antares.ask(x_slo_class="free")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        assert 6 <= int(answer.headers["retry-after"]) <= 10
+        for task in ahead:
+            task.cancel()
+        await eventually(antares.is_idle)
+
+
 async def test_too_many_open_requests_get_429_queue_full() -> None:
     async with live(server={"max_open_requests": 1}) as antares:
         antares.gateway.engine_queues[0].admission.policy = AdmitNothing()

@@ -34,7 +34,7 @@ def problems(draw: st.DrawFn, max_jobs: int = 8) -> Problem:
     jobs = []
     for _ in range(draw(st.integers(1, max_jobs))):
         prompt, output = draw(st.integers(1, 500)), draw(st.integers(1, 500))
-        prefill, decode = LATENCY.lines(prompt, output)
+        prefill, decode = LATENCY.lines(prompt, output, prompt)
         waited = draw(st.floats(0, 2))
         bounds = (draw(BOUNDS), draw(BOUNDS), draw(BOUNDS))
         jobs.append(Job(prefill, decode, waited, *bounds, kv=prompt + output, prompt=prompt))
@@ -128,7 +128,7 @@ def test_plan_latency_follows_from_its_batches(problem: Problem) -> None:
 
 
 def test_anneal_falls_back_to_deadline_order_without_budget() -> None:
-    prefill, decode = LATENCY.lines(50, 50)
+    prefill, decode = LATENCY.lines(50, 50, 50)
     jobs = [Job(prefill, decode, ttft_left=left) for left in (9.0, 1.0, 5.0, 3.0)]
     plan = anneal(Problem(jobs, Limits(1)), 1)
     assert (plan.finished, [i for batch in plan.batches for i in batch]) == (False, deadline_order(jobs))
@@ -136,7 +136,7 @@ def test_anneal_falls_back_to_deadline_order_without_budget() -> None:
 
 
 def test_anneal_spends_at_most_120_percent_of_its_budget() -> None:
-    prefill, decode = LATENCY.lines(100, 100)
+    prefill, decode = LATENCY.lines(100, 100, 100)
     jobs = [Job(prefill, decode, ttft_left=0.5 * i, waited=0.1 * i) for i in range(40)]
     for budget in (4000, 20_000):
         problem = Problem(jobs, Limits(4))
@@ -146,7 +146,7 @@ def test_anneal_spends_at_most_120_percent_of_its_budget() -> None:
 
 @given(st.integers(1, 8), st.integers(1, 1000), st.integers(1, 100))
 def test_latency_lines_equal_the_sum_over_tokens(batch: int, prompt: int, output: int) -> None:
-    prefill, decode = LATENCY.lines(prompt, output)
+    prefill, decode = LATENCY.lines(prompt, output, prompt)
     assert prefill[0] * batch + prefill[1] == pytest.approx(1e-4 * batch * prompt + 5e-3)
     steps = sum(LATENCY.step_s(batch, prompt + k) for k in range(1, output + 1))
     assert decode[0] * batch + decode[1] == pytest.approx(steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from gateway.policies.fcfs import Fcfs
 from gateway.policies.registry import POLICIES, make_policy
 from gateway.requests.request import Request
 from gateway.scheduling.admission import AdmissionController
-from tests.fixtures.policy_builders import NOW, admitted, engine, make_request, rejected
+from tests.fixtures.policy_builders import NOW, admitted, engine, make_request, rejected, running
 
 Action = Callable[[Request], str]
 
@@ -260,3 +261,43 @@ def test_request_waits_runs_or_is_gone_under_every_policy(
         assert len(set(gone)) == len(gone)
         assert len(set(admissions)) == len(admissions)
         assert set(admissions) == {r.id for r in submitted if r.admitted_s is not None}
+
+
+# --- when a request leaves a full queue -------------------------------------------------------------------------------
+
+
+def full_queue(waited_s: float, *old: Request, **engine_changes: Any) -> float:
+    """Seconds until a request leaves the queue of three prompts of 0.1 s beside ``old``."""
+    admission = AdmissionController(Scripted(), engine(**engine_changes))
+    admission.running.update({request.id: request for request in old})
+    for index in range(3):
+        admission.submit(make_request(str(index), at=NOW - waited_s))
+    return admission.next_admission_in_s(NOW)
+
+
+def test_next_admission_at_an_idle_engine_takes_the_prefill_work() -> None:
+    assert full_queue(0.0) == pytest.approx(0.3)
+
+
+def test_next_admission_without_a_free_slot_takes_the_first_end_too() -> None:
+    # Steps took 50 ms each so far; 40 and 90 tokens are left.
+    old = [running("a", generated=11, output=51), running("b", generated=11, output=101)]
+    assert full_queue(0.0, *old, max_num_seqs=2) == pytest.approx(0.3 + 40 * 0.05, rel=0.01)
+
+
+def test_next_admission_counts_unfinished_prefills_of_running_requests() -> None:
+    prefilling = make_request("a", prompt=2000, output=10, admitted_s=NOW)
+    seconds = full_queue(0.0, prefilling, max_num_seqs=1)
+    assert 2.3 + 10 * 0.01 < seconds < 2.3 + 10 * 0.02
+
+
+@pytest.mark.parametrize(("waited_s", "expected_s"), [(0.0, 0.3), (0.25, 0.3), (0.4, 2.3)])
+def test_next_admission_with_free_slots_waits_for_an_end_only_if_the_policy_does(
+    waited_s: float, expected_s: float
+) -> None:
+    assert full_queue(waited_s, running("a", generated=11, output=51)) == pytest.approx(expected_s, rel=0.01)
+
+
+def test_next_admission_after_the_predicted_length_is_one_token_away() -> None:
+    overdue = running("a", generated=11, output=5)
+    assert full_queue(0.0, overdue, max_num_seqs=1) == pytest.approx(0.3 + 0.05, rel=0.02)

@@ -15,10 +15,10 @@ from tests.fixtures.live_gateway import CHAT, Live, live
 )
 def test_generation_route_is_scheduled(path: str) -> None:
     route = RouteTable().find(path)
-    route.check("POST")
+    route.check("POST", "/v1/x")
     assert (route.label, route.generation is not None) == (path, True)
     with pytest.raises(ApiError) as caught:
-        route.check("GET")
+        route.check("GET", "/v1/x")
     assert (caught.value.status, caught.value.headers) == (405, [(b"allow", b"POST")])
 
 
@@ -38,7 +38,7 @@ def test_generation_route_is_scheduled(path: str) -> None:
 )
 def test_known_route_passes_through(path: str, method: str, label: str) -> None:
     route = RouteTable().find(path)
-    route.check(method)
+    route.check(method, path)
     assert (route.label, route.generation) == (label, None)
 
 
@@ -71,23 +71,23 @@ def test_known_route_passes_through(path: str, method: str, label: str) -> None:
 def test_unknown_route_gets_404(path: str, method: str) -> None:
     route = RouteTable().find(path)
     with pytest.raises(ApiError) as caught:
-        route.check(method)
-    assert (caught.value.status, caught.value.code, route.label) == (404, "unknown_route", "/v1/*")
+        route.check(method, path)
+    assert (caught.value.status, caught.value.code, route.label) == (404, "not_found", "/v1/*")
 
 
 @pytest.mark.parametrize("path", ["/v1/systemone", "/v1/realtime"])
 def test_generation_route_that_cannot_be_scheduled_gets_501(path: str) -> None:
     with pytest.raises(ApiError) as caught:
-        RouteTable().find(path).check("POST")
+        RouteTable().find(path).check("POST", path)
     assert (caught.value.status, caught.value.code) == (501, "not_implemented")
 
 
 def test_configured_route_passes_through_but_never_a_generation_route() -> None:
     table = RouteTable(["/v1/images/generations", "/v1/responses", "/v1/systemone"])
-    table.find("/v1/images/generations").check("POST")
+    table.find("/v1/images/generations").check("POST", "/v1/x")
     assert table.find("/v1/responses").generation is not None
     with pytest.raises(ApiError):
-        table.find("/v1/systemone").check("POST")
+        table.find("/v1/systemone").check("POST", "/v1/x")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Measures a prompt with the engine that a request was placed on: its size, its blocks, and whether it fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine_adapter.engine import Engine, RenderedPrompt
+from gateway.api.prompt import Prompt
+from gateway.prompts.size_model import PromptSizes
+from gateway.requests.prefix_index import hash_prompt
+from gateway.requests.request import Request
+
+
+@dataclass(slots=True)
+class PromptSize:
+    """How the size of one request's prompt was found.
+
+    Attributes:
+        rendered: the prompt as the engine computes it; None if the engine cannot tell before it serves the request.
+        estimated: the size is an estimate, from which `PromptSizer.learn` learns.
+    """
+
+    rendered: RenderedPrompt | None = None
+    estimated: bool = False
+
+    @property
+    def invalid(self) -> bool:
+        """Whether the engine will answer with an error, whatever the load is."""
+        return self.rendered is not None and self.rendered.invalid
+
+    @property
+    def handle(self) -> object:
+        """What the engine kept of its rendering."""
+        return None if self.rendered is None else self.rendered.handle
+
+
+@dataclass(slots=True)
+class PromptSizer:
+    """Measures prompts. Learns, for each model, the size of those that engines cannot tell."""
+
+    sizes: PromptSizes = field(default_factory=PromptSizes)
+
+    def estimate(self, request: Request, prompt: Prompt, document: dict[str, Any], model: str) -> PromptSize:
+        """Set the size and the blocks of ``request`` without its engine."""
+        content = prompt.content
+        estimated = content.token_ids is None
+        request.prompt_tokens = (
+            self.sizes.of(model).tokens(prompt.features)
+            if content.token_ids is None
+            else max(1, len(content.token_ids))
+        )
+        request.blocks, share = content.blocks(_root(document))
+        request.block_tokens = share * request.prompt_tokens
+        return PromptSize(estimated=estimated)
+
+    async def measure(
+        self, request: Request, prompt: Prompt, path: str, document: dict[str, Any], engine: Engine
+    ) -> PromptSize:
+        """Set the size and the blocks of ``request``, which was placed on ``engine``.
+
+        If only an estimate says that the prompt exceeds the context length, the request is served without its bounds.
+        It gets the engine's own error, or its answer if it fits: rejecting it for its SLO would hide that error.
+        """
+        rendered = await engine.render(path, document)
+        if rendered is not None:
+            if rendered.token_ids:
+                request.prompt_tokens = len(rendered.token_ids)
+                request.blocks = hash_prompt(_root(document), rendered)
+                request.block_tokens = rendered.block_size
+            return PromptSize(rendered)
+        size = self.estimate(request, prompt, document, engine.state.model)
+        if request.prompt_tokens >= engine.state.max_model_len and not request.bounds_waived:
+            request.serve_at_best_effort()
+        return size
+
+    def learn(self, prompt: Prompt, model: str, tokens: int) -> None:
+        """Learn that the engine counted ``tokens`` tokens in ``prompt``."""
+        self.sizes.of(model).learn(prompt.features, tokens)
+
+
+def _root(document: dict[str, Any]) -> int:
+    """Return a hash of what else cached blocks depend on: the model or adapter, and the salt that isolates a client."""
+    model, salt = document.get("model"), document.get("cache_salt")
+    return hash((model, salt if isinstance(salt, str) else None))

@@ -1,0 +1,208 @@
+"""What a request's prompt consists of, piece by piece in the order in which a chat template renders it.
+
+The pieces serve two purposes: `PromptContent.features` are what `gateway.prompts.size_model` counts tokens from, and
+`PromptContent.blocks` are what `gateway.requests.prefix_index` recognises a repeated beginning by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from gateway.prompts.media import TOKENS_PER_AUDIO_S, Image
+from gateway.requests.prefix_index import hash_bytes, hash_tokens
+
+Floats = NDArray[np.float64]
+
+BLOCK_BYTES = 256
+"""Bytes of text in one block of the prefix index: about 64 tokens of English."""
+
+TOKEN_BLOCK = 64
+"""Tokens in one block of a prompt that is given as token ids."""
+
+_BYTES_PER_TOKEN = 4
+"""Weight of an image or of audio among the blocks of a prompt, in bytes of text for each of its tokens."""
+
+_MAX_OPAQUE_TOKENS = 1 << 16
+"""Bounds the blocks of one image or one piece of audio."""
+
+_CLASSES = ("lower", "upper", "digit", "space", "line", "punctuation", "two_bytes", "cjk", "other")
+"""Kinds of character. Tokenizers differ most by script: one token covers a word, or one character, or less."""
+
+_TEXT = len(_CLASSES)
+_CONTINUATION = _TEXT
+
+
+def _class_table() -> NDArray[np.uint8]:
+    """Return the kind of character for each first byte of a UTF-8 sequence; `_CONTINUATION` for the other bytes."""
+    table = np.full(256, _CONTINUATION, dtype=np.uint8)
+    for byte in range(128):
+        character = chr(byte)
+        if character.isalpha():
+            table[byte] = 0 if character.islower() else 1
+        elif character.isdigit():
+            table[byte] = 2
+        else:
+            table[byte] = 3 if character == " " else 4 if character in "\n\r\t" else 5
+    table[0xC2:0xE0] = 6  # Latin with accents, Greek, Cyrillic, Hebrew, Arabic
+    table[0xE0:0xE3] = 8  # Indic scripts, Thai, symbols
+    table[0xE3:0xEE] = 7  # Kana, Han, Hangul
+    table[0xEE:0xF8] = 8  # private use, full-width forms, emoji
+    return table
+
+
+_CLASS_OF = _class_table()
+
+
+class Part(IntEnum):
+    """What a piece of text is. Templates and servers differ in whether and how they render the parts after `TEXT`."""
+
+    TEXT = 0
+    TOOLS = 1
+    CALLS = 2
+    SCHEMA = 3
+    REASONING = 4
+
+
+class Feature(IntEnum):
+    """Positions of a prompt's features after its character counts and runs; the unit of each is in `size_model`."""
+
+    REQUEST = 2 * _TEXT
+    MESSAGES = REQUEST + 1
+    TOOLS = REQUEST + 2
+    IMAGES = REQUEST + 3
+    IMAGE_PATCHES = REQUEST + 4
+    AUDIO_S = REQUEST + 5
+    PART = REQUEST + 6
+    """The first of one feature for each `Part` after `TEXT`: its text, counted a second time."""
+
+
+FEATURES = Feature.PART + len(Part) - 1
+
+
+def text_features(data: bytes) -> Floats:
+    """Return the number of characters of each kind in ``data`` (UTF-8), then the number of runs of each kind.
+
+    A run is a sequence of characters of one kind, so a run of letters is a word. Takes about 5 ns per byte.
+    """
+    kinds = _CLASS_OF[np.frombuffer(data, dtype=np.uint8)]
+    kinds = kinds[kinds != _CONTINUATION]
+    features = np.empty(2 * _TEXT)
+    features[:_TEXT] = np.bincount(kinds, minlength=_TEXT)
+    starts = kinds[1:][kinds[1:] != kinds[:-1]]
+    features[_TEXT:] = np.bincount(starts, minlength=_TEXT)
+    if len(kinds):
+        features[_TEXT + kinds[0]] += 1
+    return features
+
+
+class PromptContent:
+    """The pieces of one prompt. Add them in the order in which a template renders them.
+
+    Attributes:
+        token_ids: the whole prompt, where the client gave it as token ids; the size is then known.
+        images, audio_s, messages, tools: how many there are, and seconds of audio.
+    """
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] | None = None
+        self.messages = 0
+        self.tools = 0
+        self.images: list[Image] = []
+        self.audio_s = 0.0
+        self._text: list[bytes] = []
+        self._other: dict[Part, list[bytes]] = {}
+        self._rendered: list[bytes] = []
+
+    # --- pieces -----------------------------------------------------------------------------------------------------
+
+    def add_message(self, role: str) -> None:
+        """Begin a message."""
+        self.messages += 1
+        self._rendered.append(role[:32].encode(errors="replace"))
+
+    def add_text(self, text: str, part: Part = Part.TEXT) -> None:
+        """Add a piece of text."""
+        # NOTE: JSON may hold half a surrogate pair, which is not UTF-8.
+        self._add(text.encode("utf-8", "surrogatepass"), part)
+
+    def add_json(self, value: Any, part: Part) -> None:
+        """Add a JSON value as text."""
+        if isinstance(value, str):
+            self.add_text(value, part)
+        elif value is not None:
+            # A value that nests too deeply counts as nothing: encoding the body for the engine fails, with a 400.
+            with contextlib.suppress(orjson.JSONEncodeError):
+                self._add(orjson.dumps(value), part)
+
+    def add_tool(self, schema: Any) -> None:
+        """Add one tool that the model may call."""
+        self.tools += 1
+        self.add_json(schema, Part.TOOLS)
+
+    def add_image(self, image: Image) -> None:
+        """Add an image."""
+        self.images.append(image)
+        self._add_opaque(image.source, image.patches)
+
+    def add_audio(self, source: str, seconds: float) -> None:
+        """Add a piece of audio or video."""
+        self.audio_s += seconds
+        self._add_opaque(source, seconds * TOKENS_PER_AUDIO_S)
+
+    def _add(self, data: bytes, part: Part) -> None:
+        if part is Part.TEXT:
+            self._text.append(data)
+        else:
+            self._other.setdefault(part, []).append(data)
+        # A template does not render the schema of a response.
+        if part is not Part.SCHEMA:
+            self._rendered.append(data)
+
+    def _add_opaque(self, source: str, tokens: float) -> None:
+        digest = hashlib.blake2b(source.encode("utf-8", "surrogatepass"), digest_size=32).digest()
+        count = round(min(tokens, _MAX_OPAQUE_TOKENS) * _BYTES_PER_TOKEN / len(digest))
+        self._rendered.append(digest * max(1, count))
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of the prompt's text, to compare prompts by."""
+        return sum(map(len, self._rendered))
+
+    # --- results ----------------------------------------------------------------------------------------------------
+
+    def features(self) -> Floats:
+        """Return the features, of shape (`FEATURES`,)."""
+        features = np.zeros(FEATURES)
+        features[: 2 * _TEXT] = text_features(b"\n".join(self._text))
+        for part, pieces in self._other.items():
+            counted = text_features(b"\n".join(pieces))
+            features[: 2 * _TEXT] += counted
+            features[Feature.PART + part - 1] = counted @ _TOKENS_OF_PART
+        features[Feature.REQUEST] = 1
+        features[Feature.MESSAGES] = self.messages
+        features[Feature.TOOLS] = self.tools
+        features[Feature.IMAGES] = len(self.images)
+        features[Feature.IMAGE_PATCHES] = sum(image.patches for image in self.images)
+        features[Feature.AUDIO_S] = self.audio_s
+        return features
+
+    def blocks(self, root: int) -> tuple[tuple[int, ...], float]:
+        """Return the hashes of the prompt's blocks, and the share of the prompt that one block is.
+
+        ``root`` stands for whatever else a cached block depends on: the model, the adapter and the cache salt.
+        """
+        if self.token_ids is not None:
+            return hash_tokens(root, self.token_ids, TOKEN_BLOCK), TOKEN_BLOCK / max(1, len(self.token_ids))
+        data = b"\x00".join(self._rendered)
+        return hash_bytes(root, data, BLOCK_BYTES), BLOCK_BYTES / max(1, len(data))
+
+
+_TOKENS_OF_PART = np.concatenate([np.full(_TEXT, 0.1), np.full(_TEXT, 0.5)])
+"""Rough tokens of a text: the unit of the features for parts, chosen only to be near one token."""

@@ -1,0 +1,121 @@
+"""Estimates how many tokens a prompt has where no tokenizer is at hand, and learns from the engine's own counts.
+
+The estimate is linear in the features x of a prompt (`gateway.prompts.content`): tokens = theta . x. For each model,
+theta is refined by recursive least squares (Haykin, Adaptive Filter Theory, ch. 9) on relative errors, so that short
+prompts count as much as long ones. For a prompt that the engine counted as y tokens, with z = x / y and noise s:
+
+    k = P z / (s^2 + z . P z),    theta += k (1 - theta . z),    P += Q - k (P z)^T
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+
+from gateway.prompts.content import FEATURES, Floats
+from gateway.prompts.media import TOKENS_PER_AUDIO_S
+
+NOISE = 0.05
+"""Relative error (standard deviation) of one count around the best linear estimate, measured on text of one kind."""
+
+DRIFT = 1e-3
+"""Share of the prior variance that returns with each count, so that the estimate follows traffic that changes."""
+
+MAX_MODELS = 256
+"""Bounds the memory of `PromptSizes`: 10 KB for each model. The least recently used one is forgotten."""
+
+
+class _Prior(NamedTuple):
+    """Tokens for one unit of a feature before anything is learned, and how uncertain that is (standard deviation)."""
+
+    tokens: float
+    deviation: float
+
+
+_TEXT_PRIORS = (
+    # Characters. Fitted to the tokenizers of Mistral NeMo, Mistral v3 and SmolLM2 on prose, code, JSON, tables and
+    # base64, with room for long words.
+    _Prior(0.05, 0.05),  # lower-case letters
+    _Prior(0.16, 0.1),  # upper-case letters
+    _Prior(0.7, 0.3),  # digits: one to three to a token
+    _Prior(0.01, 0.05),  # spaces
+    _Prior(0.05, 0.1),  # line ends and tabs
+    _Prior(0.22, 0.15),  # punctuation
+    _Prior(0.35, 0.3),  # two-byte characters
+    _Prior(1.0, 0.5),  # Kana, Han, Hangul
+    _Prior(0.6, 0.6),  # other characters
+    # Runs of them.
+    _Prior(0.85, 0.2),
+    _Prior(0.85, 0.3),
+    _Prior(0.7, 0.4),
+    _Prior(0.0, 0.2),
+    _Prior(1.3, 0.4),
+    _Prior(0.42, 0.2),
+    _Prior(0.0, 0.5),
+    _Prior(0.0, 0.5),
+    _Prior(0.9, 0.9),
+)
+_PRIORS = np.array(
+    [
+        *_TEXT_PRIORS,
+        _Prior(4.0, 20.0),  # a request: what the template adds once
+        _Prior(4.0, 2.0),  # a message: its role and its delimiters
+        _Prior(4.0, 8.0),  # a tool
+        _Prior(2.0, 50.0),  # an image: its delimiters, or all of it
+        _Prior(1.0, 0.7),  # a patch of an image
+        _Prior(TOKENS_PER_AUDIO_S, 15.0),  # a second of audio
+        _Prior(0.1, 0.3),  # text of tools again: templates indent JSON
+        _Prior(0.0, 0.2),  # text of tool calls again
+        _Prior(0.0, 0.6),  # text of a response schema again: some servers do not render it
+        _Prior(0.0, 0.6),  # reasoning again: many templates drop it from the history
+    ]
+)
+
+
+class PromptSizeModel:
+    """The estimate of one model. ``counts``: prompts that it has learned from."""
+
+    def __init__(self) -> None:
+        self.counts = 0
+        self._theta: Floats = _PRIORS[:, 0].copy()
+        self._prior_variance: Floats = _PRIORS[:, 1] ** 2
+        self._covariance: Floats = np.diag(self._prior_variance)
+
+    def tokens(self, features: Floats) -> int:
+        """Return the estimated size of a prompt, at least 1."""
+        return max(1, round(float(self._theta @ features)))
+
+    def learn(self, features: Floats, tokens: int) -> None:
+        """Learn that the engine counted ``tokens`` tokens in a prompt."""
+        z = features / tokens
+        gain = self._covariance @ z
+        scale = NOISE**2 + float(z @ gain)
+        self._theta += gain * ((1.0 - float(self._theta @ z)) / scale)
+        self._covariance -= np.outer(gain, gain) / scale
+        # Only where something was learned: uncertainty must not grow beyond the prior.
+        diagonal = np.einsum("ii->i", self._covariance)
+        diagonal += DRIFT * np.clip(self._prior_variance - diagonal, 0.0, None)
+        self.counts += 1
+
+
+class PromptSizes:
+    """One `PromptSizeModel` for each model name."""
+
+    def __init__(self) -> None:
+        self._models: OrderedDict[str, PromptSizeModel] = OrderedDict()
+
+    def of(self, model: str) -> PromptSizeModel:
+        """Return the estimate for ``model``."""
+        found = self._models.get(model)
+        if found is None:
+            found = self._models[model] = PromptSizeModel()
+            if len(self._models) > MAX_MODELS:
+                self._models.popitem(last=False)
+        else:
+            self._models.move_to_end(model)
+        return found
+
+
+assert len(_PRIORS) == FEATURES

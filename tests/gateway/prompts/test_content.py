@@ -1,0 +1,97 @@
+"""`PromptContent`: character counts, and blocks that equal prompts share."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.prompts.content import BLOCK_BYTES, Feature, Part, PromptContent, text_features
+from gateway.prompts.media import Image
+from gateway.prompts.reader import read_message
+
+
+def a_prompt(*texts: str) -> PromptContent:
+    content = PromptContent()
+    for text in texts:
+        content.add_message("user")
+        content.add_text(text)
+    return content
+
+
+def test_text_features_count_characters_and_runs() -> None:
+    features = text_features("Ab 12  é漢字!!\n".encode()).tolist()
+    #                 lower upper digit space line punctuation two cjk other
+    assert features == [1, 1, 2, 3, 1, 2, 1, 2, 0, 1, 1, 1, 2, 1, 1, 1, 1, 0]
+    assert text_features(b"").tolist() == [0] * 18
+
+
+@given(st.text(max_size=300))
+def test_text_features_count_every_character_once(text: str) -> None:
+    data = text.encode("utf-8", "surrogatepass")
+    features = text_features(data)
+    assert features[:9].sum() == len(text)
+    assert (features[9:] <= features[:9]).all()
+
+
+def test_features_count_parts_twice_and_what_is_not_text_once() -> None:
+    content = a_prompt("hello")
+    content.add_tool({"name": "f"})
+    content.add_image(Image("http://x", 100.0))
+    content.add_audio("abc", 3.0)
+    content.add_text("thought", Part.REASONING)
+    features = content.features()
+    assert features[Feature.MESSAGES] == features[Feature.TOOLS] == features[Feature.IMAGES] == 1
+    assert (features[Feature.IMAGE_PATCHES], features[Feature.AUDIO_S]) == (100.0, 3.0)
+    assert features[Feature.PART + Part.TOOLS - 1] > 0
+    assert features[Feature.PART + Part.REASONING - 1] > 0
+    assert features[Feature.PART + Part.CALLS - 1] == 0
+
+
+def test_blocks_of_a_longer_chat_begin_with_those_of_a_shorter_one() -> None:
+    first, second = a_prompt("x" * 1000), a_prompt("x" * 1000, "y" * 1000)
+    (short, _), (long, share) = first.blocks(1), second.blocks(1)
+    assert len(short) == 1000 // BLOCK_BYTES
+    assert long[: len(short)] == short
+    assert share == pytest.approx(BLOCK_BYTES / 2011)
+    assert not set(first.blocks(2)[0]) & set(short)
+
+
+def test_blocks_differ_by_image_and_by_tool() -> None:
+    def blocks(url: str, tool: str) -> tuple[int, ...]:
+        content = PromptContent()
+        content.add_tool({"name": tool, "description": "d" * 300})
+        content.add_image(Image(url, 1000.0))
+        content.add_text("x" * 600)
+        return content.blocks(0)[0]
+
+    one, other_image, other_tool = blocks("a", "f"), blocks("b", "f"), blocks("a", "g")
+    assert one == blocks("a", "f")
+    assert len(one) > 1000 * 4 // BLOCK_BYTES
+    assert one[0] == other_image[0]
+    assert not set(one[2:]) & set(other_image[2:])
+    assert not set(one) & set(other_tool)
+
+
+def test_blocks_of_token_ids_need_no_text() -> None:
+    content = PromptContent()
+    content.token_ids = list(range(200))
+    blocks, share = content.blocks(0)
+    assert (len(blocks), share) == (3, 64 / 200)
+
+
+def test_schema_of_the_response_does_not_change_the_blocks() -> None:
+    plain, constrained = a_prompt("x" * 600), a_prompt("x" * 600)
+    constrained.add_json({"type": "json_schema", "schema": "y" * 900}, Part.SCHEMA)
+    assert plain.blocks(0)[0] == constrained.blocks(0)[0]
+
+
+def test_history_of_tool_calls_changes_the_blocks() -> None:
+    def blocks(arguments: str) -> tuple[int, ...]:
+        content = PromptContent()
+        read_message(
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}, content
+        )
+        return content.blocks(0)[0]
+
+    assert blocks("a" * 600) == blocks("a" * 600) != blocks("b" * 600)
