@@ -151,6 +151,7 @@ class Gateway:
         await asyncio.gather(
             *(engine_queue.engine.stop() for engine_queue in self.engine_queues), return_exceptions=True
         )
+        await self.proxy.cut()
 
     def _on_close(self, entry: Entry) -> None:
         self.metrics.on_close(entry)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from gateway.api.body_fields import GUARDED_FIELDS
 from gateway.config import schema
 from gateway.observability import metrics
 from gateway.policies.registry import OPTION_ALIASES, POLICIES
@@ -134,6 +135,11 @@ def test_configuration_page_lists_keys_and_defaults(heading: str) -> None:
         for name, field in fields.items()
     }
     assert documented == defaults
+
+
+def test_configuration_page_lists_guarded_fields() -> None:
+    rows = table_below("body_fields", CONFIGURATION, "guarded fields")
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[0])} == GUARDED_FIELDS
 
 
 def test_configuration_page_lists_policies_and_options() -> None:

@@ -6,16 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import aiohttp
-import orjson
 
 from engine_adapter.engine import FAILED_KEY, Scope, Send, TokenObserver
-from engine_adapter.remote.counting import EventKind, TokenCounter
+from engine_adapter.remote.counting import CompletionCounter, EventKind, TokenCounter
 from engine_adapter.remote.request import CompletionPlan, downstream_headers
 
-_DONE = b"data: [DONE]\n\n"
-USUAL_DONE = (_DONE, b"data: [DONE]\r\n\r\n")
+USUAL_DONE = (CompletionCounter.done, b"data: [DONE]\r\n\r\n")
 """Forms of a completion's last event that the gateway recognises behind other events."""
-_USUAL_ERROR = b'data: {"error"'
 
 
 @dataclass(slots=True)
@@ -50,13 +47,9 @@ class ClientRequest:
     async def send_last(self, kind: EventKind, event: bytes, counter: TokenCounter) -> None:
         """Send the event that ends a stream, in a message of its own so that the gateway recognises it.
 
-        In a completion it gets the form that clients recognise, if the server uses another one.
+        It gets the form that clients recognise, if the server uses another one.
         """
         if kind is EventKind.ERROR:
-            if counter.errors_are_chunks and not event.startswith(_USUAL_ERROR):
-                event = b"data: %b\n\n" % orjson.dumps(counter.error_document(counter.error or {}))
-            await self.send_failure(event, more=True)
-        elif not counter.errors_are_chunks:
-            await self.send_body(event, more=True)
-        if counter.errors_are_chunks:
-            await self.send_body(_DONE, more=True)
+            await self.send_failure(counter.error_event(event), more=True)
+        if counter.done or kind is not EventKind.ERROR:
+            await self.send_body(counter.done or event, more=True)

@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from enum import Enum, auto
 from typing import Any, ClassVar
 
+import orjson
+
 from engine_adapter.engine import TokenObserver
 from engine_adapter.remote.sse import event_fields, parse_data
 from engine_adapter.remote.token_estimate import estimated_tokens
@@ -64,8 +66,10 @@ class TokenCounter(ABC):
         tokens_per_event: estimated tokens per event: 1, or the mean of the sampled texts if that is obviously more.
     """
 
-    errors_are_chunks: ClassVar[bool] = False
-    """An error event is a chunk ``{"error": ...}``, followed by ``[DONE]``."""
+    done: ClassVar[bytes] = b""
+    """The usual form of the event that also follows an error; empty if none does."""
+    _error_starts: ClassVar[tuple[bytes, ...]]
+    """How an error event starts in the forms that clients and the gateway recognise."""
 
     def __init__(self, observer: TokenObserver, sequences: int = 1) -> None:
         self._observer = observer
@@ -130,10 +134,18 @@ class TokenCounter(ABC):
             if missing := round(events * more):
                 self._report(sequence, missing, self._last_at[sequence])
 
+    def error_event(self, event: bytes) -> bytes:
+        """An error event as it is, or in the form that clients and the gateway recognise."""
+        return event if event.startswith(self._error_starts) else self._usual_error(event)
+
     @staticmethod
     @abstractmethod
     def error_document(error: Json) -> Json:
         """The body of an error response in the shape of this API. ``error``: as in OpenAI's errors."""
+
+    def _usual_error(self, event: bytes) -> bytes:
+        """An error event with the type ``error``."""
+        return b"event: error\ndata: " + event_fields(event)[1].replace(b"\n", b"\ndata: ") + b"\n\n"
 
     @abstractmethod
     def _read_usage(self, raw: Json) -> Usage:
@@ -189,7 +201,8 @@ class CompletionCounter(TokenCounter):
       end-of-sequence token this way. The count of such an event is deferred to the usage chunk.
     """
 
-    errors_are_chunks = True
+    done = b"data: [DONE]\n\n"
+    _error_starts = (b'data: {"error"',)
 
     def __init__(self, observer: TokenObserver, sequences: int = 1) -> None:
         super().__init__(observer, sequences)
@@ -220,6 +233,9 @@ class CompletionCounter(TokenCounter):
     def error_document(error: Json) -> Json:
         """An error response of the OpenAI API."""
         return {"error": error}
+
+    def _usual_error(self, event: bytes) -> bytes:
+        return b"data: " + orjson.dumps(self.error_document(self.error or {})) + b"\n\n"
 
     def _see_parsed(self, event: bytes, at: float) -> EventKind:
         name, data = event_fields(event)
@@ -284,8 +300,14 @@ class CompletionCounter(TokenCounter):
         return "".join(output_text(c) for c in choices if isinstance(c, dict)) if isinstance(choices, list) else ""
 
 
+class BatchCounter(CompletionCounter):
+    """Counts ``/chat/completions/batch``: one document with the choices of several chats, and never a stream."""
+
+
 class ResponsesCounter(TokenCounter):
     """Counts ``/responses``: its ``*.delta`` events are tokens, and its last event has the usage."""
+
+    _error_starts = (b"event: error", b"event: response.failed")
 
     def see(self, event: bytes, at: float) -> EventKind:
         """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
@@ -330,6 +352,8 @@ class ResponsesCounter(TokenCounter):
 
 class MessagesCounter(TokenCounter):
     """Counts Anthropic's ``/messages``: its ``content_block_delta`` events are tokens."""
+
+    _error_starts = (b"event: error",)
 
     def __init__(self, observer: TokenObserver, sequences: int = 1) -> None:
         super().__init__(observer, sequences)
@@ -382,6 +406,7 @@ _MESSAGES_USAGE = ("input_tokens", "output_tokens", "cache_read_input_tokens", "
 
 _COUNTERS: tuple[tuple[str, type[TokenCounter]], ...] = (
     ("/completions", CompletionCounter),
+    ("/chat/completions/batch", BatchCounter),
     ("/v1/responses", ResponsesCounter),
     ("/v1/messages", MessagesCounter),
 )

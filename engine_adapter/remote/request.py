@@ -121,7 +121,7 @@ class CompletionPlan:
             streams=streams or rewritten,
             rewritten=rewritten,
             asked_usage=ask_usage and (streams or rewritten) and can_add_usage,
-            sequences=_sequence_count(body) if is_completion else 1,
+            sequences=_sequence_count(body) if issubclass(counter, CompletionCounter) else 1,
         )
         if rewritten:
             body["stream"] = True
@@ -163,7 +163,9 @@ def parse_completion(raw: bytes) -> dict[str, Any] | None:
 
 def _sequence_count(body: dict[str, Any]) -> int:
     n = body.get("n")
-    prompt = body.get("prompt")
+    messages, prompt = body.get("messages"), body.get("prompt")
+    if isinstance(messages, list) and messages and isinstance(messages[0], list):
+        prompt = messages  # a batch of chats
     prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else 1
     return prompts * (n if isinstance(n, int) and n > 0 else 1)
 

@@ -45,6 +45,12 @@ GUARDED_FIELDS = _PROMPT_FIELDS | {
     "extra_key",
     "lora_path",
     "custom_logit_processor",
+    # TensorRT-LLM, llama.cpp, LMDeploy: the same.
+    "disaggregated_params",
+    "lora_request",
+    "id_slot",
+    "slot_id",
+    "migration_request",
     # Dynamo: priority and routing hints. The gateway itself reads the length hint from it.
     "nvext",
 }

@@ -54,7 +54,7 @@ from gateway.api.request_body import (
     read_limited_body,
     too_deep,
 )
-from gateway.api.response_relay import ResponseRelay, send_error
+from gateway.api.response_relay import LAST_WORDS_S, ResponseRelay, send_error
 from gateway.api.routes.generation import GenerationRoute
 from gateway.api.routes.table import RouteTable
 from gateway.api.slo_headers import read_output_tokens, read_slo
@@ -127,6 +127,7 @@ class Proxy:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = self.stopping = False
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.in_flight = 0
         self._router = router
         self.classes = classes
@@ -146,11 +147,15 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         http = HttpRequest(scope, receive, send, self._clock(), self._routes.find(scope["path"]))
+        task = asyncio.current_task()
+        assert task is not None
         self.in_flight += 1
+        self._tasks.add(task)
         try:
             await self._answer(http)
         finally:
             self.in_flight -= 1
+            self._tasks.discard(task)
             self._metrics.http_requests.labels(http.route.label, http.status).inc()
 
     async def _answer(self, http: HttpRequest) -> None:
@@ -165,9 +170,13 @@ class Proxy:
             else:
                 await self._pass_through(http, key, await self._receive_body(http))
         except ApiError as error:
-            await send_error(http.send, error, http.request_id, http.route.errors)
+            await _end_with(http, error)
         except ClientDisconnected:
             http.status = 499
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
+            await _end_with(http, draining())
         except Exception as error:
             # NOTE: an exception's text may quote the request, so only its type is logged above debug level.
             debugging = log.isEnabledFor(logging.DEBUG)
@@ -175,6 +184,18 @@ class Proxy:
             if not http.response_started:
                 internal = ApiError(500, "The gateway failed on this request.", "internal_error", "internal_error")
                 await send_error(http.send, internal, http.request_id, http.route.errors)
+
+    async def cut(self) -> None:
+        """Answer the requests that are still open although the engines have stopped, such as one without its body."""
+        tasks = self._tasks - {asyncio.current_task()}
+        if not tasks:
+            return
+        # What ran on an engine ends by itself.
+        _, unfinished = await asyncio.wait(tasks, timeout=LEAVE_GRACE_S)
+        for task in unfinished:
+            task.cancel()
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=LAST_WORDS_S)
 
     # --- the pipeline, in order ---------------------------------------------------------------------------------------
 
@@ -394,7 +415,13 @@ class Proxy:
         try:
             await self._unscheduled.serve(http, body, alive[0].engine, key, self.guard)
         except EngineLost as error:
-            await _end_lost(http, self._engine_lost(alive[0]), error)
+            answer = self._engine_lost(alive[0])
+            if http.response_started:
+                http.status = answer.status
+                if not http.streaming:
+                    # A partial document cannot be repaired. The server closes its connection, so the client notices.
+                    return
+            raise answer from error
 
     def _closed(self, entry: Entry, outcome: Outcome, reason: str, error: ApiError) -> ApiError:
         """Close ``entry`` and return ``error``, for the caller to raise."""
@@ -402,7 +429,10 @@ class Proxy:
         return error
 
     def _gateway_full(self) -> ApiError:
-        return queue_full("The gateway has too many open requests.", self._max_open_requests, 1.0)
+        now = self._clock()
+        ends = [queue.admission.first_end_in_s(now) for queue in self._router.engine_queues if queue.running]
+        retry_after_s = max(1.0, min(ends, default=1.0))
+        return queue_full("The gateway has too many open requests.", self._max_open_requests, retry_after_s)
 
     def _engine_lost(self, engine_queue: EngineQueue) -> ApiError:
         if self.stopping:
@@ -411,16 +441,17 @@ class Proxy:
         return unavailable("The engine died while it served this request. Send it again.", "engine_lost", retry_after_s)
 
 
-async def _end_lost(http: HttpRequest, answer: ApiError, error: EngineLost) -> None:
-    """End a request that passed through to an engine that died. Raises ``answer`` if no response has started."""
+async def _end_with(http: HttpRequest, error: ApiError) -> None:
+    """Answer with ``error``, or make it the last event of a stream that has begun."""
     if not http.response_started:
-        raise answer from error
-    http.status = answer.status
-    if http.streaming:
-        # The engine may have died within an event, which a blank line ends.
-        event = b"\n\n" + http.route.errors.event(answer, http.request_id, 0)
-        await http.send({"type": "http.response.body", "body": event})
-    # NOTE: a partial document cannot be repaired. The server closes its connection, so the client notices.
+        await send_error(http.send, error, http.request_id, http.route.errors)
+    elif http.streaming:
+        # A server raises if the stream has ended already.
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                # The engine may have died within an event, which a blank line ends.
+                event = b"\n\n" + http.route.errors.event(error, http.request_id, 0)
+                await http.send({"type": "http.response.body", "body": event})
 
 
 def _outcome_of(error: BaseException) -> tuple[Outcome, str]:

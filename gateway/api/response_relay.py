@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
-from engine_adapter.engine import Message, Send
+from engine_adapter.engine import FAILED_KEY, Message, Send
 from gateway.api.errors import ApiError, Headers
 from gateway.api.http_request import is_event_stream
 from gateway.api.routes import error_shape
@@ -117,6 +117,7 @@ class ResponseRelay:
 
     async def _send_document(self, message: Message) -> None:
         last = not message.get("more_body")
+        self.failed_in_stream |= FAILED_KEY in message
         if self._report and self.status == 200:
             self._buffered.append(message.get("body", b""))
             if not last:

@@ -124,18 +124,29 @@ class AdmissionController:
         free = self.engine.max_num_seqs - sum(request.sequences for request in self.running.values())
         if not self.running or (free > 0 and oldest_s < max(work, DECISION_GRACE_S)):
             return work
-        return work + self._first_end_in_s(now)
+        return work + self.first_end_in_s(now)
 
-    def _first_end_in_s(self, now: float) -> float:
-        """Return the expected seconds until the first running request ends."""
+    def first_end_in_s(self, now: float) -> float:
+        """Return the expected seconds until the first running request ends; 0 if none runs."""
         running = self.running.values()
+        if not running:
+            return 0.0
         sequences = sum(request.sequences for request in running)
         context = sum(request.length * request.sequences for request in running)
         step_s = self.engine.step_time.curve.step_s(sequences, context)
-        return min(request.remaining_tokens * max(step_s, request.mean_tpot_s(now)) for request in running)
+        return min(_remaining_s(request, step_s, now) for request in running)
 
     def load(self) -> tuple[float, int]:
         """Return what is ahead of an arriving request, to compare engines: seconds of prefill work, then requests."""
         unfinished = [r for r in self.running.values() if r.prefilling]
         work = self.queued_prefill_s() + prefill_seconds(unfinished, self.engine)
         return work, len(self.running) + len(self.waiting)
+
+
+def _remaining_s(request: Request, step_s: float, now: float) -> float:
+    """Return the expected seconds until a running request ends, in steps of ``step_s`` s or as slow as until now."""
+    seconds = request.remaining_tokens * max(step_s, request.mean_tpot_s(now))
+    if request.unobserved and request.admitted_s is not None:
+        # Its tokens are not counted, but its time is.
+        return max(seconds - (now - request.admitted_s), step_s)
+    return seconds

@@ -15,6 +15,7 @@ import orjson
 
 from engine_adapter.remote.counting import CompletionCounter, EventKind
 from engine_adapter.remote.sse import EventTooLarge, SSESplitter
+from engine_adapter.remote.usage import Usage
 from gateway.requests.progress import tpot
 from lab.records.run_record import Outcome
 from lab.workload import WorkloadRequest
@@ -32,6 +33,7 @@ class ClientResult:
     Attributes:
         tokens: output tokens of the answer.
         from_usage: whether ``tokens`` is from the server's ``usage``.
+        prompt_tokens, cached_tokens: the prompt and its prefix-cache hit, by the server's ``usage``; 0 if unknown.
     """
 
     outcome: Outcome = "failed"
@@ -42,6 +44,8 @@ class ClientResult:
     e2e_s: float | None = None
     tokens: int = 0
     from_usage: bool = False
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class _Stream:
@@ -145,10 +149,11 @@ def _record_stream(
 ) -> None:
     """Fill in ``result`` from a stream that has ended."""
     if stream.first is not None:
-        usage = stream.counter.usage
-        stated = None if usage is None else usage.completion
+        usage = stream.counter.usage or Usage()
+        stated = usage.completion
+        result.prompt_tokens, result.cached_tokens = usage.prompt or 0, usage.cached or 0
         result.from_usage = stated is not None
-        # Without usage, the number of events is only a lower bound on the tokens, since an event may hold several. An
+        # Without usage, the total is the number of events, or an estimate from the text if they hold several tokens. An
         # exact length that the request asked for is a better estimate.
         estimated = request.output_tokens if exact_length and stream.done else stream.counter.total
         result.tokens = estimated if stated is None else stated

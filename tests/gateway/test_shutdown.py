@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from engine_adapter.engine import EngineEvents, EngineLost
@@ -106,6 +107,37 @@ async def test_passed_through_request_that_stop_cuts_gets_draining() -> None:
         await eventually(lambda: antares.gateway.proxy.in_flight == 1)
         await antares.gateway.stop()
         assert (await task).json()["error"]["code"] == "draining"
+
+
+async def test_passed_through_stream_that_stop_cuts_ends_with_draining() -> None:
+    async with live() as antares:
+
+        async def endless(scope: Any, receive: Any, send: Any) -> None:
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+            await asyncio.sleep(60)
+
+        antares.engine.stub = endless
+        task = asyncio.create_task(antares.ask({"input": "a"}, "/v1/audio/speech"))
+        await eventually(lambda: antares.gateway.proxy.in_flight == 1)
+        await asyncio.sleep(0.1)
+        await antares.gateway.stop()
+        assert events((await task).text)[-1]["error"]["code"] == "draining"
+
+
+async def test_request_without_its_whole_body_gets_draining() -> None:
+    async with live() as antares:
+        url = httpx.URL(antares.url)
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-length: 500\r\n\r\n{{".encode())
+        await eventually(lambda: antares.gateway.proxy.in_flight == 1)
+        await antares.gateway.stop()
+        answer = await asyncio.wait_for(reader.readuntil(b"}}"), 5)
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"code":"draining"' in answer
+        assert antares.gateway.proxy.in_flight == 0
 
 
 async def test_engine_that_dies_without_a_drain_is_still_named() -> None:

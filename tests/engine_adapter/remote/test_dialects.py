@@ -9,7 +9,14 @@ import orjson
 import pytest
 
 from engine_adapter.engine import FAILED_KEY, EngineLost, Message
-from engine_adapter.remote.counting import MessagesCounter, ResponsesCounter, TokenCounter, counter_for
+from engine_adapter.remote.counting import (
+    BatchCounter,
+    CompletionCounter,
+    MessagesCounter,
+    ResponsesCounter,
+    TokenCounter,
+    counter_for,
+)
 from engine_adapter.remote.engine import HttpEngine
 from tests.fixtures.live_server import Recorder, serve
 from tests.fixtures.scripted_server import BREAK, Scripted, ScriptedStream, proxied
@@ -73,7 +80,8 @@ def test_counter_is_chosen_by_the_route() -> None:
     assert counter_for("/v1/messages") is MessagesCounter
     for path in ("/v1/messages/count_tokens", "/v1/threads/t/messages", "/v1/responses/r1", "/v1/embeddings"):
         assert counter_for(path) is None
-    assert counter_for("/v1/completions") is counter_for("/v1/chat/completions") is not None
+    assert counter_for("/v1/completions") is counter_for("/v1/chat/completions") is CompletionCounter
+    assert counter_for("/v1/chat/completions/batch") is BatchCounter
 
 
 @pytest.mark.parametrize(("path", "stream"), STREAMS, ids=IDS)
@@ -135,7 +143,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("path", "failure"), FAILURES)
-async def test_error_passes_unchanged_and_is_marked(path: str, failure: bytes) -> None:
+async def test_error_passes_in_the_form_that_clients_know_and_is_marked(path: str, failure: bytes) -> None:
     sent: list[Message] = []
     first = text_delta("a") if path == RESPONSES else block_delta("a")
     async with serve(ScriptedStream([first, failure, 5.0])) as url:
@@ -150,9 +158,12 @@ async def test_error_passes_unchanged_and_is_marked(path: str, failure: bytes) -
             await app(scope, receive, recorded)
 
         async with httpx.AsyncClient(transport=httpx.ASGITransport(recording), base_url="http://e") as client:
-            assert (await client.post(path, json={"stream": True})).content == first + failure
+            await client.post(path, json={"stream": True})
         await engine.stop()
-    assert [message["body"] for message in sent if message.get(FAILED_KEY)] == [failure]
+    # An event without the type that clients look for gets it.
+    expected = failure if failure.startswith(b"event: ") else b"event: error\n" + failure
+    assert [message["body"] for message in sent[1:]] == [first, expected, b""]
+    assert [FAILED_KEY in message for message in sent] == [False, False, True, False]
 
 
 MESSAGE = {
@@ -175,6 +186,16 @@ async def test_document_passes_unchanged_and_is_counted(path: str, document: dic
     assert (recorder.count(), recorder.prompts, recorder.cached) == (7, {"0": 50}, {"0": 32})
     assert recorder.unobserved is not stream
     assert upstream.bodies == [{"stream": stream, "input": "x"}], "never turned into a stream"
+
+
+async def test_batch_of_chats_is_counted_and_never_turned_into_a_stream() -> None:
+    recorder, body = Recorder(), {"messages": [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]}
+    data = orjson.dumps({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 12}})
+    upstream = Scripted(lambda _: (200, b"application/json", data))
+    async with proxied(upstream, recorder) as (_, client):
+        assert (await client.post("/v1/chat/completions/batch", json=body)).content == data
+    assert upstream.bodies == [body]
+    assert (recorder.count(), recorder.prompts) == (12, {}), "the prompt tokens are of both chats"
 
 
 async def test_failed_response_document_passes_and_is_marked() -> None:

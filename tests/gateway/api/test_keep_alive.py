@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from openai import APIError, AsyncOpenAI
 
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.api.http_request import HttpRequest
@@ -137,6 +138,18 @@ async def test_other_answer_of_the_engine_becomes_an_event(
         assert answer.text.startswith(": keep-alive")
         assert expected in answer.text
         assert len(answer.content) < 2000
+
+
+async def test_openai_client_reads_past_comments_and_raises_at_the_error_event() -> None:
+    async with live(fast_engine(times=SLOW_PREFILL), server=SOON) as antares:
+        client = AsyncOpenAI(base_url=f"{antares.url}/v1", api_key="none", max_retries=0)
+        stream = await client.chat.completions.create(**chat("one two three"), stream=True)
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        waiting_first(antares)
+        asyncio.get_running_loop().call_later(0.3, antares.gateway.router.close)
+        with pytest.raises(APIError, match="shutting down"):
+            async for _ in await client.chat.completions.create(**chat(), stream=True):
+                pass
 
 
 async def test_engine_lost_while_comments_are_sent_is_an_error_event() -> None:

@@ -83,7 +83,8 @@ async def test_full_class_queue_gets_429_queue_full() -> None:
         await eventually(antares.is_idle)
 
 
-async def test_queue_full_states_when_the_busy_engine_has_a_slot() -> None:
+@pytest.mark.parametrize("limit", [2, 4096])
+async def test_queue_full_states_when_the_busy_engine_has_a_slot(limit: int) -> None:
     # The engine has one slot, which is taken for 80 steps of 0.1 s.
     engine = fast_engine(times=StepTimes(d=0.1, alpha=1e-6), max_num_seqs=1)
     async with live(engine, classes={**CLASSES, "free": {"max_waiting": 1}}) as antares:
@@ -93,6 +94,7 @@ async def test_queue_full_states_when_the_busy_engine_has_a_slot() -> None:
         for busy in (lambda: antares.engine.state.engine_running, lambda: queue.waiting):
             ahead.append(asyncio.create_task(antares.ask(body, x_slo_class="free", x_slo_output_tokens="80")))
             await eventually(busy)
+        antares.gateway.proxy._max_open_requests = limit
         answer = await antares.ask(x_slo_class="free")
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         assert 6 <= int(answer.headers["retry-after"]) <= 10

@@ -301,3 +301,13 @@ def test_next_admission_with_free_slots_waits_for_an_end_only_if_the_policy_does
 def test_next_admission_after_the_predicted_length_is_one_token_away() -> None:
     overdue = running("a", generated=11, output=5)
     assert full_queue(0.0, overdue, max_num_seqs=1) == pytest.approx(0.3 + 0.05, rel=0.02)
+
+
+def test_first_end_of_unobserved_requests_counts_their_time() -> None:
+    # 150 steps of about 10 ms, of which a second has passed.
+    late = make_request("a", at=NOW - 9, output=150, admitted_s=NOW - 1, unobserved=True)
+    admission = AdmissionController(Scripted(), engine())
+    assert admission.first_end_in_s(NOW) == 0.0
+    admission.running["a"] = late
+    assert 0.4 < admission.first_end_in_s(NOW) < 0.7
+    assert admission.first_end_in_s(NOW + 99) < 0.02
