@@ -137,7 +137,7 @@ class Proxy:
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._max_open_requests = max_open_requests
-        self._unscheduled = PassThrough(max_pass_through, metrics.pass_through)
+        self._unscheduled = PassThrough(max_pass_through, STALL_S, metrics.pass_through)
         self._routes = routes or RouteTable()
         self._keep_alive_s = keep_alive_s
         self.guard = guard or FieldGuard()
