@@ -149,7 +149,7 @@ class Proxy:
         self._max_open_requests = max_open_requests
         self._retries = retries or RetryBudget()
         self._first_token_timeout_s = first_token_timeout_s
-        pass_through = PassThrough(max_pass_through, metrics.pass_through)
+        pass_through = PassThrough(max_pass_through, STALL_S, metrics.pass_through)
         self._unscheduled = Unscheduled(router, pass_through, self._retries, metrics, clock)
         self._routes = routes or RouteTable()
         self._keep_alive_s = keep_alive_s
