@@ -144,7 +144,7 @@ class GateReport:
         steps: steps planned.
         gated_steps: steps in which at least one request sat out.
         gate_seconds: time spent in the gate.
-        eligible: decode opportunities per pace. Keys are the pace in milliseconds, as text.
+        eligible: decode opportunities per pace. Keys are from `gates.pace_labels`.
         batched: the opportunities among ``eligible`` in which the request decoded.
         best_effort_preemptions: best-effort requests preempted for paced and deadline-only ones.
         preemptible: whether this engine supports best-effort preemption.

@@ -169,6 +169,7 @@ class SimulatedEngineConfig(Section):
     max_num_batched_tokens: int | None = Field(None, ge=1)
     max_model_len: int | None = Field(None, ge=1)
     kv_tokens: int | None = Field(None, ge=1)
+    prefix_caching: bool = Field(True, description="Prompts share the KV memory of equal beginnings.")
     gate: Literal["credit", "slack", "open"] = Field("credit", description="Step gate of requests that name none.")
     step_times: StepTimesConfig | None = Field(None, description="Step times to use instead of a profile's.")
 

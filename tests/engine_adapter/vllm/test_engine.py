@@ -29,7 +29,8 @@ class StubLlm:
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=512, async_scheduling=True),
             model_config=SimpleNamespace(max_model_len=1024),
-            cache_config=SimpleNamespace(num_gpu_blocks=10, block_size=16),
+            cache_config=SimpleNamespace(num_gpu_blocks=10, block_size=16, enable_prefix_caching=True),
+            kv_events_config=None,
             device_config=SimpleNamespace(device_type="cpu"),
         )
 
@@ -45,9 +46,13 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> StubLlm:
 
     async def init_app_state(*arguments: Any) -> None: ...
 
+    def build_app(*arguments: Any) -> SimpleNamespace:
+        renderer = SimpleNamespace(render_chat_async=None, render_cmpl_async=None)
+        return SimpleNamespace(state=SimpleNamespace(online_renderer=SimpleNamespace(renderer=renderer)))
+
     stubs = {
         "vllm.entrypoints.launchers.api_server.app_state": {"init_app_state": init_app_state},
-        "vllm.entrypoints.launchers.app": {"build_app": lambda *arguments: SimpleNamespace(state=SimpleNamespace())},
+        "vllm.entrypoints.launchers.app": {"build_app": build_app},
         "vllm.v1.engine.exceptions": {"EngineDeadError": RuntimeError},
     }
     for name, members in stubs.items():
