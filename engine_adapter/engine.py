@@ -29,6 +29,9 @@ FAILED_KEY = "antares.failed"
 RENDERING_KEY = "antares.rendering"
 """ASGI scope key under which the gateway passes `RenderedPrompt.handle` back to the engine that rendered the prompt."""
 
+UNKNOWN_MODEL_LEN = 1 << 30
+"""Context length (tokens) of an engine that does not state it: no prompt is too long for it."""
+
 XARGS_KEY = "antares.xargs"
 """ASGI scope key under which the gateway passes the members for the step gate to an in-process engine."""
 
@@ -132,6 +135,7 @@ class EngineState:
         alive: False while the engine is down or restarting.
         model: the name under which the engine serves its model; "" if unknown.
         ready_in_s: expected wait until the engine is up again, while ``alive`` is False.
+        prefix_caching: the engine takes the beginning of a prompt from its KV memory if it is still there.
         shared_tokens: prompt tokens that several running requests share in KV memory, beyond the first copy.
         plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
     """
@@ -144,6 +148,7 @@ class EngineState:
     max_num_batched_tokens: int = 2048
     max_model_len: int = 8192
     kv_tokens: int = 0
+    prefix_caching: bool = True
     shared_tokens: int = 0
     plans_ahead: bool = False
     kv_usage: float = 0.0

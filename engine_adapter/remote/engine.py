@@ -11,7 +11,15 @@ from typing import Any, Literal
 import orjson
 from yarl import URL
 
-from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineStartError, EngineState, RenderedPrompt
+from engine_adapter.engine import (
+    UNKNOWN_MODEL_LEN,
+    ASGIApp,
+    EngineEvents,
+    EngineLost,
+    EngineStartError,
+    EngineState,
+    RenderedPrompt,
+)
 from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.proxy import HttpProxy
 from engine_adapter.step_time.curve import StepCurve
@@ -30,7 +38,7 @@ so requests wait that long before they are rejected."""
 PROBE_TIMEOUT_S = 2.0
 """Seconds within which a probe must be answered."""
 DOWN_AFTER_PROBES, DOWN_AFTER_S = 3, 5.0
-"""So many failed probes in a row, over so many seconds, mean that the server is down. What is in flight on it ends."""
+"""Failed probes in a row, and the seconds that they span, after which the server is down and its requests end."""
 BREAK_SETTLE_S = 0.05
 """Delay (s) between a broken connection and the probe: one probe then covers all connections that break together."""
 XARGS_OWNERS = ("vllm", "antares")
@@ -58,7 +66,8 @@ class HttpEngine:
         base_url: the server's URL; a trailing ``/v1`` is removed.
         api_key: the server's own key, sent as a bearer token.
         max_num_seqs, max_num_batched_tokens: the server's limits. OpenAI-compatible servers do not report them.
-        max_model_len: the server's context length, unless ``/v1/models`` reports it.
+        max_model_len: the server's context length, unless ``/v1/models`` reports it. None: not known.
+        prefix_caching: the server has a prefix cache, as vLLM has by default.
         step_times: initial step times; refined from the timing of the streams.
         connect_timeout_s: maximum time to establish a connection.
         read_timeout_s: maximum time between two reads.
@@ -80,7 +89,8 @@ class HttpEngine:
         *,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
-        max_model_len: int = 8192,
+        max_model_len: int | None = None,
+        prefix_caching: bool = True,
         step_times: StepTimes | None = None,
         connect_timeout_s: float = 5,
         read_timeout_s: float = 600,
@@ -97,7 +107,8 @@ class HttpEngine:
         self.state = EngineState(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
+            max_model_len=max_model_len or UNKNOWN_MODEL_LEN,
+            prefix_caching=prefix_caching,
             step_time=StepTimeModel(times=self._initial_times),
         )
         self.takes_xargs = False

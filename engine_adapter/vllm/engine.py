@@ -236,6 +236,7 @@ class VllmEngine:
         blocks = config.cache_config.num_gpu_blocks or 0
         state.kv_tokens = blocks * (config.cache_config.block_size or 0)
         self._on_cpu = config.device_config.device_type == "cpu"
+        state.prefix_caching = bool(config.cache_config.enable_prefix_caching)
         state.plans_ahead = bool(config.scheduler_config.async_scheduling)
 
     async def _run_synthetic(self, prompt_tokens: int, output_tokens: int, salt: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from engine_adapter.engine import Engine, RenderedPrompt
 from gateway.api.prompt import Prompt
 from gateway.prompts.size_model import PromptSizes
-from gateway.requests.prefix_index import hash_prompt
+from gateway.requests.prefix_index import TOKEN_BYTES, hash_blocks, prompt_bytes
 from gateway.requests.request import Request
 
 
@@ -50,8 +50,8 @@ class PromptSizer:
             if content.token_ids is None
             else max(1, len(content.token_ids))
         )
-        request.blocks, share = content.blocks(_root(document))
-        request.block_tokens = share * request.prompt_tokens
+        data, block_bytes = content.rendered()
+        _set_blocks(request, data, block_bytes, document)
         return PromptSize(estimated=estimated)
 
     async def measure(
@@ -66,8 +66,7 @@ class PromptSizer:
         if rendered is not None:
             if rendered.token_ids:
                 request.prompt_tokens = len(rendered.token_ids)
-                request.blocks = hash_prompt(_root(document), rendered)
-                request.block_tokens = rendered.block_size
+                _set_blocks(request, prompt_bytes(rendered), rendered.block_size * TOKEN_BYTES, document)
             return PromptSize(rendered)
         size = self.estimate(request, prompt, document, engine.state.model)
         if request.prompt_tokens >= engine.state.max_model_len and not request.bounds_waived:
@@ -77,6 +76,12 @@ class PromptSizer:
     def learn(self, prompt: Prompt, model: str, tokens: int) -> None:
         """Learn that the engine counted ``tokens`` tokens in ``prompt``."""
         self.sizes.of(model).learn(prompt.features, tokens)
+
+
+def _set_blocks(request: Request, data: bytes, block_bytes: int, document: dict[str, Any]) -> None:
+    request.content, request.block_bytes = data, block_bytes
+    request.blocks = hash_blocks(_root(document), data, block_bytes)
+    request.block_tokens = block_bytes / max(1, len(data)) * request.prompt_tokens
 
 
 def _root(document: dict[str, Any]) -> int:

@@ -288,7 +288,7 @@ class Proxy:
         if call.output_tokens is not None:
             limit = request.max_tokens
             if call.engine is not None:
-                limit = min(limit, call.engine.state.max_model_len - request.prompt_tokens)
+                limit = max(1.0, min(limit, call.engine.state.max_model_len - request.prompt_tokens))
             prediction = self._predictor.from_hint(call.output_tokens, request.slo_class, limit, prompt.min_tokens)
         else:
             prediction = await self._predictor.predict(

@@ -137,7 +137,8 @@ class HttpEngineConfig(Section):
     api_key_env: str | None = Field(None, description="Environment variable that holds the server's API key.")
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=1)
-    max_model_len: int = Field(8192, ge=1)
+    max_model_len: int | None = Field(None, ge=1, description="Context length, unless the server states it.")
+    prefix_caching: bool = Field(True, description="The server has a prefix cache. False: no prompt is expected in it.")
     max_connections: int | None = Field(None, ge=2, description="Maximum requests in flight on the server.")
     first_token: Literal["stream", "none"] = "stream"
     send_slo: bool = Field(True, description="Send SLO headers, and paces as vllm_xargs; the server must be vLLM.")

@@ -36,6 +36,7 @@ class Request:
             known. ``uncached_tokens``: the others, which the engine must compute.
         shared_tokens: of the prompt, in KV memory for a running request already. Only while this one waits.
         blocks: hashes of the prompt's blocks (`gateway.requests.prefix_index`), of ``block_tokens`` tokens each.
+        content: what the blocks are hashes of, ``block_bytes`` bytes each; empty if it is not known.
         predicted_tokens: y_i of the papers, the output length per sequence that is expected now. A request that
             outlives its prediction gets the length of the responses that do (`advance`).
         predicted_p90: its 90th percentile; 0 when unknown. Both are at most ``max_tokens``.
@@ -64,6 +65,8 @@ class Request:
     max_tokens: float = math.inf
     blocks: tuple[int, ...] = ()
     block_tokens: float = 0.0
+    content: bytes = b""
+    block_bytes: int = 0
     cached_tokens: int = 0
     shared_tokens: int = 0
     bounds_waived: bool = False

@@ -48,6 +48,8 @@ class AdmissionController:
 
     def submit(self, request: Request) -> None:
         """Queue ``request``."""
+        if not self.engine.prefix_caching:
+            request.blocks = ()
         self.prefixes.wait(request)
         self.waiting.add(request)
         self.schedule.on_change(self.busy and len(self.waiting) > 1)
