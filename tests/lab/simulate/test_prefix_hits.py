@@ -46,7 +46,6 @@ def test_hits_shorten_prefill_and_are_counted() -> None:
     result = run([turn(0, 160, 20), turn(5, 320), turn(10, 330)])
     assert [r.ttft_s for r in result.results] == pytest.approx([0.17, 0.01 + 0.144, 0.01 + 0.010])
     assert result.hit_rate == pytest.approx((176 + 320) / (160 + 320 + 330))
-    # The gateway does not know the answer of turn one, so it predicts ten blocks of the second prompt.
     # What follows the first prompt of 160 tokens, its answer, was in the cache too.
     assert result.predicted_hit_rate == pytest.approx((176 + 320) / (160 + 320 + 330))
 
