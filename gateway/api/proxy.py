@@ -345,13 +345,19 @@ class Proxy:
         """Queue the request and send it to the engine that admits it, and to another one if that engine fails it."""
         self._retries.on_request(self._clock())
         served = False
-        while not served:
-            engine_queue = await self._admit(call, entry, client)
-            try:
-                served = await self._forward(call, entry, engine_queue, client)
-            finally:
-                engine_queue.leave(call.request)
-                self._router.on_ended(engine_queue, call.request)
+        try:
+            while not served:
+                engine_queue = await self._admit(call, entry, client)
+                try:
+                    served = await self._forward(call, entry, engine_queue, client)
+                finally:
+                    engine_queue.leave(call.request)
+                    if all(queue is not engine_queue for queue, _, _ in call.suspects):
+                        self._router.on_ended(engine_queue, call.request)
+        finally:
+            # No other engine has served the request, so it tells nothing about these.
+            for queue, _, _ in call.suspects:
+                self._router.on_ended(queue, call.request)
 
     async def _admit(self, call: Call, entry: Entry, client: ClientConnection) -> EngineQueue:
         """Queue the request until a policy admits it, and return that engine's queue. Raises `ApiError` if none does.
