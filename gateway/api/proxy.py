@@ -279,7 +279,7 @@ class Proxy:
         entry = self._open_entry(call.request)
         client = ClientConnection(call.http.receive)
         try:
-            if call.size.invalid and await self._forward(call, entry, await self._place(call), client):
+            if call.size.invalid and await self._refused(call, entry, client):
                 return
             await self._predict(call, entry)
             await self._serve(call, entry, client)
@@ -289,6 +289,12 @@ class Proxy:
             raise
         finally:
             client.close()
+
+    async def _refused(self, call: Call, entry: Entry, client: ClientConnection) -> bool:
+        """Have the engine answer a request that it will refuse, without any wait. Returns False if it was down."""
+        engine_queue = await self._place(call)
+        entry.engine = engine_queue.engine.name
+        return await self._forward(call, entry, engine_queue, client)
 
     async def _place(self, call: Call) -> EngineQueue:
         """Place the request on an engine and measure its prompt there.
