@@ -142,7 +142,7 @@ class SimulatedApp:
 
     def _blocks(self, request: Completion, prompt: SimulatedPrompt, choice: Choice) -> tuple[int, ...]:
         """Return the hashes of the blocks of a prompt and its answer, as the next turn of a chat will repeat it."""
-        if not self._engine.prefix_caching:
+        if not self._engine.state.prefix_caching:
             return ()
         tokens = list(prompt.tokens)
         if request.chat:

@@ -19,7 +19,8 @@ from engine_adapter.gates.composite import Gates
 from engine_adapter.gates.pace_labels import PaceLabels
 from engine_adapter.model_card import ModelCard
 from engine_adapter.simulated.app import SimulatedApp
-from engine_adapter.simulated.scheduler import SimulatedScheduler, Step
+from engine_adapter.simulated.request import BadRequest, Completion
+from engine_adapter.simulated.scheduler import BLOCK_TOKENS, SimulatedScheduler, Step
 from engine_adapter.simulated.sequence import SimulatedSequence
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
@@ -28,6 +29,7 @@ from engine_adapter.step_time.profile import Profile
 MAX_LAG_S = 0.25
 """Largest lag (s) of the step loop behind its schedule. Beyond it the schedule restarts from the current time."""
 _MIN_STEP_S = 1e-4
+_TOKEN_MASK = 0xFFFFFFFF  # token ids have 32 bits
 _DEFAULT_LIMITS = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_model_len": 8192, "kv_tokens": 200_000}
 
 
@@ -102,7 +104,7 @@ class SimulatedEngine:
         limit = self.state.max_model_len
         self.state.set_models([ModelCard(name, limit, "antares") for name in dict.fromkeys((model, *models))])
         self.output_tokens = output_tokens
-        self.prefix_caching = prefix_caching
+        self.state.prefix_caching = prefix_caching
         self._time_scale = time_scale
         self._restart_s = restart_s
         self._gate_name = gate
@@ -150,8 +152,16 @@ class SimulatedEngine:
         self._events.on_alive(False)
 
     async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
-        """Returns None."""
-        return None
+        """Return the prompt of a chat or a text completion, with a number for each of its tokens."""
+        if path not in ("/v1/chat/completions", "/v1/completions"):
+            return None
+        try:
+            prompts = Completion.of(document, path == "/v1/chat/completions").prompts
+        except BadRequest:
+            return RenderedPrompt((), 0, invalid=True)
+        longest = max(prompts, key=lambda prompt: prompt.size)
+        too_long = longest.size >= self.state.max_model_len
+        return RenderedPrompt([hash(token) & _TOKEN_MASK for token in longest.tokens], BLOCK_TOKENS, invalid=too_long)
 
     async def probe(self) -> None:
         """Reset the step-time model to the simulated step times, which never change."""

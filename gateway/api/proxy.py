@@ -149,7 +149,7 @@ class Proxy:
         self._max_open_requests = max_open_requests
         self._retries = retries or RetryBudget()
         self._first_token_timeout_s = first_token_timeout_s
-        pass_through = PassThrough(max_pass_through, metrics.pass_through)
+        pass_through = PassThrough(max_pass_through, STALL_S, metrics.pass_through)
         self._unscheduled = Unscheduled(router, pass_through, self._retries, metrics, clock)
         self._routes = routes or RouteTable()
         self._keep_alive_s = keep_alive_s
@@ -279,7 +279,7 @@ class Proxy:
         entry = self._open_entry(call.request)
         client = ClientConnection(call.http.receive)
         try:
-            if call.size.invalid and await self._forward(call, entry, await self._place(call), client):
+            if call.size.invalid and await self._refused(call, entry, client):
                 return
             await self._predict(call, entry)
             await self._serve(call, entry, client)
@@ -289,6 +289,12 @@ class Proxy:
             raise
         finally:
             client.close()
+
+    async def _refused(self, call: Call, entry: Entry, client: ClientConnection) -> bool:
+        """Have the engine answer a request that it will refuse, without any wait. Returns False if it was down."""
+        engine_queue = await self._place(call)
+        entry.engine = engine_queue.engine.name
+        return await self._forward(call, entry, engine_queue, client)
 
     async def _place(self, call: Call) -> EngineQueue:
         """Place the request on an engine and measure its prompt there.
@@ -345,13 +351,19 @@ class Proxy:
         """Queue the request and send it to the engine that admits it, and to another one if that engine fails it."""
         self._retries.on_request(self._clock())
         served = False
-        while not served:
-            engine_queue = await self._admit(call, entry, client)
-            try:
-                served = await self._forward(call, entry, engine_queue, client)
-            finally:
-                engine_queue.leave(call.request)
-                self._router.on_ended(engine_queue, call.request)
+        try:
+            while not served:
+                engine_queue = await self._admit(call, entry, client)
+                try:
+                    served = await self._forward(call, entry, engine_queue, client)
+                finally:
+                    engine_queue.leave(call.request)
+                    if all(queue is not engine_queue for queue, _, _ in call.suspects):
+                        self._router.on_ended(engine_queue, call.request)
+        finally:
+            # No other engine has served the request, so it tells nothing about these.
+            for queue, _, _ in call.suspects:
+                self._router.on_ended(queue, call.request)
 
     async def _admit(self, call: Call, entry: Entry, client: ClientConnection) -> EngineQueue:
         """Queue the request until a policy admits it, and return that engine's queue. Raises `ApiError` if none does.

@@ -158,6 +158,7 @@ class PrefixIndex:
             self._drop_tail(blocks[-1])
             self._tails[blocks[-1]] = _Tail(rest, tokens)
             self.tokens += tokens
+        request.content = b""
         self._evict(self.capacity_tokens)
 
     def learn(self, request: Request, predicted: int, actual: int) -> None:

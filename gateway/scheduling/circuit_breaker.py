@@ -120,7 +120,7 @@ class CircuitBreaker:
         """Note that the engine began its response to a request sent at ``sent_at``. Return whether it ended a rest."""
         self._in_a_row = 0
         self._rate -= self._rate / RATE_MEMORY
-        if self.state in ("open", "half_open") and sent_at >= self._since:
+        if self.state in ("open", "half_open") and sent_at > self._since:
             self.state, self._since, self._rate = "recovering", now, 0.0
             return True
         if self.current(now) == "closed":

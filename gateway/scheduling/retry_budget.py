@@ -30,7 +30,7 @@ class RetryBudget:
     def available(self, now: float) -> bool:
         """Whether a retry is within the budget."""
         self._advance(now)
-        return self._earned + self._reserve >= 1
+        return self._earned + self._reserve >= 1 - 1e-9
 
     def spend(self, now: float) -> bool:
         """Take one retry from the budget. Return False if it is exhausted."""
