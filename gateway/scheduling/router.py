@@ -1,4 +1,4 @@
-"""Routing: choosing the engine for a request, among those that serve its model and can be expected to answer."""
+"""Routing: choosing the engine for a request, among those that serve its model and do not rest."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class Router:
     def place(self, request: Request) -> EngineQueue:
         """Return the queue for ``request``: of the engines in its pool that can serve it now, the least loaded.
 
-        Engines that failed the request come last; before them those that are down, and before these those that rest.
         An engine whose rest is over comes first: the request probes it, and is sent to another engine if that fails.
+        Engines that rest come after the others, then engines that are down, then those that failed the request.
         Raises `UnknownModel`.
         """
         pool = self._candidates(request)
