@@ -114,7 +114,9 @@ class Gateway:
             group.create_task(self.predictor.warm_up())
             for engine_queue in self.engine_queues:
                 group.create_task(
-                    engine_queue.engine.start(EngineEvents(on_step=engine_queue.wake, on_alive=engine_queue.on_alive))
+                    engine_queue.engine.start(
+                        EngineEvents(engine_queue.wake, engine_queue.on_alive, engine_queue.on_prefix_cache)
+                    )
                 )
 
     def reload(self, config: GatewayConfig) -> list[str]:

@@ -12,7 +12,15 @@ from typing import Any, Literal
 import orjson
 from yarl import URL
 
-from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineStartError, EngineState, RenderedPrompt
+from engine_adapter.engine import (
+    UNKNOWN_MODEL_LEN,
+    ASGIApp,
+    EngineEvents,
+    EngineLost,
+    EngineStartError,
+    EngineState,
+    RenderedPrompt,
+)
 from engine_adapter.model_card import ModelCard, read_cards
 from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.proxy import HttpProxy
@@ -65,7 +73,8 @@ class HttpEngine:
         aliases: names that clients of the gateway may use, each with the server's own name of that model.
         any_model: send the server requests for models that no engine lists.
         max_num_seqs, max_num_batched_tokens: the server's limits. OpenAI-compatible servers do not report them.
-        max_model_len: the server's context length, unless ``/v1/models`` reports it.
+        max_model_len: the server's context length, unless ``/v1/models`` reports it. None: not known.
+        prefix_caching: the server has a prefix cache, as vLLM has by default.
         step_times: initial step times; refined from the timing of the streams.
         connect_timeout_s: maximum time to establish a connection.
         read_timeout_s: maximum time between two reads.
@@ -90,7 +99,8 @@ class HttpEngine:
         any_model: bool = False,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
-        max_model_len: int = 8192,
+        max_model_len: int | None = None,
+        prefix_caching: bool = True,
         step_times: StepTimes | None = None,
         connect_timeout_s: float = 5,
         read_timeout_s: float = 600,
@@ -109,7 +119,8 @@ class HttpEngine:
             any_model=any_model,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
+            max_model_len=max_model_len or UNKNOWN_MODEL_LEN,
+            prefix_caching=prefix_caching,
             step_time=StepTimeModel(times=self._initial_times),
         )
         self.takes_xargs = False

@@ -40,6 +40,7 @@ from engine_adapter.step_time.calibration import PROBE_S, calibrate, warm_up
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.vllm.gate_channel import GateListener
+from engine_adapter.vllm.kv_events import receive_events, subscription
 from engine_adapter.vllm.launch import command_line, create_llm, prepare_environment
 from engine_adapter.vllm.rendering import PromptRenderer, current_rendering, reuse_renderings
 from engine_adapter.vllm.token_observation import current_observer, current_xargs, observe_outputs
@@ -108,6 +109,7 @@ class VllmEngine:
         self._vllm_app: Any = None
         self._renderer: PromptRenderer | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._kv_events: asyncio.Task[None] | None = None
         self._sequences: dict[str, TokenObserver] = {}
         self._on_cpu = False
         self._older_children: set[Any] = set()
@@ -180,6 +182,7 @@ class VllmEngine:
         self._read_limits()
         await self._read_models()
         reuse_renderings(vllm_app.state.online_renderer.renderer)
+        self._subscribe(self._llm.vllm_config.kv_events_config)
         self._renderer = PromptRenderer(vllm_app.state, self._llm.vllm_config.cache_config.block_size)
         if self._calibrate:
             await warm_up(self._run_synthetic, self.state.step_time)
@@ -195,8 +198,18 @@ class VllmEngine:
             arguments = command_line(self._model, self._served_model_names, self._flags)
             return create_llm(arguments, self._on_scheduler_stats, stopped=lambda: self._listener is None)
 
+    def _subscribe(self, config: Any) -> None:
+        """Receive the events of the prefix cache, if vLLM publishes them."""
+        where = subscription(config)
+        if where is not None:
+            receiving = receive_events(*where, self._events.on_prefix_cache)
+            self._kv_events = asyncio.create_task(receiving, name=f"{self.name}-kv-events")
+
     async def _tear_down(self) -> None:
         self.state.alive = False
+        if self._kv_events is not None:
+            self._kv_events.cancel()
+            self._kv_events = None
         llm, self._llm, self._vllm_app, self._renderer = self._llm, None, None, None
         if llm is not None:
             from vllm.v1.engine.exceptions import EngineDeadError
@@ -256,6 +269,7 @@ class VllmEngine:
         blocks = config.cache_config.num_gpu_blocks or 0
         state.kv_tokens = blocks * (config.cache_config.block_size or 0)
         self._on_cpu = config.device_config.device_type == "cpu"
+        state.prefix_caching = bool(config.cache_config.enable_prefix_caching)
         state.plans_ahead = bool(config.scheduler_config.async_scheduling)
 
     async def _run_synthetic(self, prompt_tokens: int, output_tokens: int, salt: int) -> None:

@@ -149,7 +149,7 @@ class Proxy:
         self._max_open_requests = max_open_requests
         self._retries = retries or RetryBudget()
         self._first_token_timeout_s = first_token_timeout_s
-        pass_through = PassThrough(max_pass_through, metrics.pass_through)
+        pass_through = PassThrough(max_pass_through, STALL_S, metrics.pass_through)
         self._unscheduled = Unscheduled(router, pass_through, self._retries, metrics, clock)
         self._routes = routes or RouteTable()
         self._keep_alive_s = keep_alive_s
@@ -251,7 +251,11 @@ class Proxy:
             requested_model=model,
             pinned_to=self._router.owner_of(previous) if isinstance(previous, str) else "",
         )
-        size = self._sizer.estimate(request, prompt, document, document.get("model") or "")
+        pool = self._router.pool(model)
+        # To choose among engines, the router must know the prompt. A single one measures it itself.
+        size = PromptSize()
+        if len(pool) > 1:
+            size = self._sizer.estimate(request, prompt, document, pool[0].engine.state)
         return Call(http, route, document, prompt, request, size, output_tokens)
 
     def _keep_alive(self, call: Call) -> contextlib.AbstractContextManager[object]:
@@ -320,7 +324,7 @@ class Proxy:
         if call.output_tokens is not None:
             limit = request.max_tokens
             if call.engine is not None:
-                limit = min(limit, call.engine.state.max_model_len - request.prompt_tokens)
+                limit = max(1.0, min(limit, call.engine.state.max_model_len - request.prompt_tokens))
             prediction = self._predictor.from_hint(call.output_tokens, request.slo_class, limit, prompt.min_tokens)
         else:
             prediction = await self._predictor.predict(

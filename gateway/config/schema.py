@@ -148,7 +148,8 @@ class HttpEngineConfig(Section):
     any_model: bool = Field(False, description="Also serve models that no engine lists.")
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=1)
-    max_model_len: int = Field(8192, ge=1)
+    max_model_len: int | None = Field(None, ge=1, description="Context length, unless the server states it.")
+    prefix_caching: bool = Field(True, description="The server has a prefix cache. False: no prompt is expected in it.")
     max_connections: int | None = Field(None, ge=2, description="Maximum requests in flight on the server.")
     first_token: Literal["stream", "none"] = "stream"
     send_slo: bool = Field(True, description="Send SLO headers, and paces as vllm_xargs; the server must be vLLM.")
@@ -168,6 +169,7 @@ class SimulatedEngineConfig(Section):
     max_num_batched_tokens: int | None = Field(None, ge=1)
     max_model_len: int | None = Field(None, ge=1)
     kv_tokens: int | None = Field(None, ge=1)
+    prefix_caching: bool = Field(True, description="Prompts share the KV memory of equal beginnings.")
     gate: Literal["credit", "slack", "open"] = Field("credit", description="Step gate of requests that name none.")
     step_times: StepTimesConfig | None = Field(None, description="Step times to use instead of a profile's.")
 

@@ -10,11 +10,12 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from engine_adapter.engine import Engine
+from engine_adapter.engine import Engine, PrefixCacheEvent
 from gateway.policies.base import UNGATED, Decision, Policy, Rejection, prefill_backlog
+from gateway.requests.prefix_events import PrefixEvents
 from gateway.requests.prefix_index import DEFAULT_CAPACITY_TOKENS
 from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
@@ -119,6 +120,7 @@ class EngineQueue:
         self._probed_at = -math.inf
         self._last_curve, self._learned_at = engine.state.step_time.curve, -math.inf
         self._probe: asyncio.Task[None] | None = None
+        self._prefix_events = PrefixEvents(self.admission.prefixes)
         self._closed = False
 
     @property
@@ -178,7 +180,7 @@ class EngineQueue:
         if alive:
             prefixes.capacity_tokens = self.engine.state.kv_tokens or DEFAULT_CAPACITY_TOKENS
         else:
-            prefixes.clear()
+            self._prefix_events.clear()
         if not alive:
             self.shadows.engine_lost()
         self.admission.capacity_changed()
@@ -192,6 +194,11 @@ class EngineQueue:
     def on_cache_hit(self, request: Request, predicted: int, actual: int) -> None:
         """Note that the engine found ``actual`` prompt tokens in its prefix cache; ``predicted`` were expected."""
         self.admission.prefixes.learn(request, predicted, actual)
+
+    def on_prefix_cache(self, events: Sequence[PrefixCacheEvent]) -> None:
+        """Note what the engine's prefix cache stored and removed."""
+        self._prefix_events.apply(events)
+        self.wake()
 
     def wake(self) -> None:
         """Decide in this iteration of the event loop, once, if a decision is due."""

@@ -2,7 +2,7 @@
 
 Under `annealing` the next request goes to the engine with the most KV memory left (arXiv 2504.14966, algorithm 2). The
 paper assigns a batch of requests to its engines; here requests are assigned one by one as they arrive. Under other
-policies the load is seconds of prefill work.
+policies the load is seconds of prefill work, its own included.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from gateway.requests.request import Request
 from gateway.scheduling.admission import AdmissionController
 
 
-def load(admission: AdmissionController) -> tuple[float, int]:
-    """Return the load of one engine: KV memory (tokens, negative while some is left) or prefill work (s); requests."""
+def load(admission: AdmissionController, request: Request) -> tuple[float, int]:
+    """Return the load of an engine that would get ``request`` too: prefill work (s), and the number of requests.
+
+    Under `annealing` the first is KV memory (tokens, negative while some is left). What the engine has of the prompt in
+    its prefix cache is no work, so a chat returns to the engine that knows it, unless the others have less to do.
+    """
     if not isinstance(admission.policy, Annealing):
-        return admission.load()
+        work_s, count = admission.load()
+        return work_s + admission.prefill_s(request), count
     requests = [*admission.running.values(), *admission.waiting]
-    return sum([kv_tokens(request) for request in requests]) - admission.engine.kv_tokens, len(requests)
+    return sum([kv_tokens(other) for other in requests]) - admission.engine.kv_tokens, len(requests)
 
 
 def kv_tokens(request: Request) -> float:

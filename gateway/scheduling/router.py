@@ -97,14 +97,14 @@ class Router:
         now = self._clock()
         alive = [queue for queue in pool if queue.engine.state.alive]
         if not alive:
-            return min(pool, key=lambda queue: load(queue.admission))
+            return min(pool, key=lambda queue: load(queue.admission, request))
         ready = [queue for queue in alive if queue.circuit.admits(now)]
         if not ready:
-            return min(alive, key=lambda queue: (queue.circuit.back_at, *load(queue.admission)))
+            return min(alive, key=lambda queue: (queue.circuit.back_at, *load(queue.admission, request)))
         due = [queue for queue in ready if queue.circuit.due_for_probe(now)]
         if 0 < len(due) < len(alive) and not request.failed_on:
             return due[0]
-        ready.sort(key=lambda queue: (queue in due, queue.circuit.suspected(now), *load(queue.admission)))
+        ready.sort(key=lambda queue: (queue in due, queue.circuit.suspected(now), *load(queue.admission, request)))
         return next((queue for queue in ready if keeps_share(request, queue.circuit.share(now))), ready[0])
 
     def others(self, request: Request) -> list[EngineQueue]:
