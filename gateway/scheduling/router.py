@@ -136,10 +136,10 @@ class Router:
         return [queue for queue in pool if queue.engine.name not in request.failed_on] or pool
 
     def _can_move(self, engine_queue: EngineQueue, request: Request) -> bool:
-        """Whether an engine other than that of ``engine_queue`` is alive and does not rest."""
-        now = self._clock()
+        """Whether an engine other than that of ``engine_queue`` is alive. It must not rest, unless this one is down."""
+        now, is_down = self._clock(), not engine_queue.engine.state.alive
         others = (queue for queue in self.others(request) if queue is not engine_queue)
-        return any(queue.circuit.state != "open" or queue.circuit.admits(now) for queue in others)
+        return any(is_down or queue.circuit.state != "open" or queue.circuit.admits(now) for queue in others)
 
     # --- outcomes -----------------------------------------------------------------------------------------------------
 
