@@ -27,8 +27,9 @@ FAULTS = (
     "random_close",
     "slow",
 )
-"""An HTTP status; the connection closed before or within the response; no response; a 500 or a closed connection for
-30% of the requests; and a first token that takes `SLOW_S`, less with every request."""
+"""Number: that status. ``close``, ``cut``: the connection closes before or within the response. ``hang``: no response.
+``random``, ``random_close``: a 500 or a closed connection for 30% of the requests. ``slow``: the first token takes
+`SLOW_S`, and less with every request."""
 
 RANDOM_SHARE, SLOW_S, SLOW_REQUESTS = 0.3, 2.0, 20
 

@@ -1,4 +1,4 @@
-"""Routing: choosing the engine for a request, among those that serve its model and can be expected to answer."""
+"""Routing: choosing the engine for a request, among those that serve its model and do not rest."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class Router:
     def place(self, request: Request) -> EngineQueue:
         """Return the queue for ``request``: of the engines in its pool that can serve it now, the least loaded.
 
-        Engines that failed the request come last; before them those that are down, and before these those that rest.
         An engine whose rest is over comes first: the request probes it, and is sent to another engine if that fails.
+        Engines that rest come after the others, then engines that are down, then those that failed the request.
         Raises `UnknownModel`.
         """
         pool = self._candidates(request)
@@ -136,10 +136,10 @@ class Router:
         return [queue for queue in pool if queue.engine.name not in request.failed_on] or pool
 
     def _can_move(self, engine_queue: EngineQueue, request: Request) -> bool:
-        """Whether an engine other than that of ``engine_queue`` is alive and does not rest."""
-        now = self._clock()
+        """Whether an engine other than that of ``engine_queue`` is alive. It must not rest, unless this one is down."""
+        now, is_down = self._clock(), not engine_queue.engine.state.alive
         others = (queue for queue in self.others(request) if queue is not engine_queue)
-        return any(queue.circuit.state != "open" or queue.circuit.admits(now) for queue in others)
+        return any(is_down or queue.circuit.state != "open" or queue.circuit.admits(now) for queue in others)
 
     # --- outcomes -----------------------------------------------------------------------------------------------------
 
