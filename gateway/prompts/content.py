@@ -6,6 +6,7 @@ The pieces serve two purposes: `PromptContent.features` are what `gateway.prompt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from enum import IntEnum
 from typing import Any
@@ -136,10 +137,9 @@ class PromptContent:
         if isinstance(value, str):
             self.add_text(value, part)
         elif value is not None:
-            try:
+            # A value that nests too deeply counts as nothing: encoding the body for the engine fails, with a 400.
+            with contextlib.suppress(orjson.JSONEncodeError):
                 self._add(orjson.dumps(value), part)
-            except orjson.JSONEncodeError:  # nested too deeply; encoding the body for the engine fails too
-                self.add_text(repr(value), part)
 
     def add_tool(self, schema: Any) -> None:
         """Add one tool that the model may call."""

@@ -33,6 +33,11 @@ TOKEN_BYTES = array("I").itemsize
 """Bytes of a token id in a prompt's content."""
 
 
+def prefix_root(adapter: str, salt: str) -> int:
+    """Return a hash of what cached blocks depend on besides their content: the LoRA adapter, and the cache salt."""
+    return hash((adapter, salt))
+
+
 def token_bytes(token_ids: Sequence[int]) -> bytes:
     """Return token ids as the content of a prompt."""
     return array("I", token_ids).tobytes()
@@ -153,6 +158,7 @@ class PrefixIndex:
             self._drop_tail(blocks[-1])
             self._tails[blocks[-1]] = _Tail(rest, tokens)
             self.tokens += tokens
+        request.content = b""
         self._evict(self.capacity_tokens)
 
     def learn(self, request: Request, predicted: int, actual: int) -> None:
@@ -216,7 +222,8 @@ class PrefixIndex:
         tokens = blocks * request.block_tokens
         tail = self._tails.get(request.blocks[blocks - 1]) if 0 < blocks < len(request.blocks) else None
         if tail is not None and request.content.startswith(tail.rest, blocks * request.block_bytes):
-            tokens += tail.tokens
+            # An engine caches whole blocks only.
+            tokens += tail.tokens // request.block_tokens * request.block_tokens
         return max(0, min(int(tokens * self.reliability), request.prompt_tokens - 1))
 
     def _predict(self, name: str) -> bool:

@@ -29,7 +29,8 @@ class StubLlm:
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=512, async_scheduling=True),
             model_config=SimpleNamespace(max_model_len=1024),
-            cache_config=SimpleNamespace(num_gpu_blocks=10, block_size=16),
+            cache_config=SimpleNamespace(num_gpu_blocks=10, block_size=16, enable_prefix_caching=True),
+            kv_events_config=None,
             device_config=SimpleNamespace(device_type="cpu"),
         )
 
@@ -39,6 +40,13 @@ class StubLlm:
     def shutdown(self) -> None: ...
 
 
+class StubModels:
+    """The part of vLLM's `OpenAIServingModels` that `VllmEngine` uses."""
+
+    async def show_available_models(self) -> SimpleNamespace:
+        return SimpleNamespace(model_dump=lambda: {"data": [{"id": "m", "max_model_len": 1024}]})
+
+
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch) -> StubLlm:
     """Makes every `VllmEngine` start this stub, without vLLM and without changes to the environment."""
@@ -46,7 +54,7 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> StubLlm:
     async def init_app_state(*arguments: Any) -> None: ...
 
     renderer = SimpleNamespace(render_chat_async=None, render_cmpl_async=None)
-    state = SimpleNamespace(online_renderer=SimpleNamespace(renderer=renderer))
+    state = SimpleNamespace(online_renderer=SimpleNamespace(renderer=renderer), openai_serving_models=StubModels())
     stubs = {
         "vllm.entrypoints.launchers.api_server.app_state": {"init_app_state": init_app_state},
         "vllm.entrypoints.launchers.app": {"build_app": lambda *arguments: SimpleNamespace(state=state)},

@@ -215,7 +215,7 @@ def test_index_predicts_the_answer_of_a_chat_that_goes_on() -> None:
     request.generated = len(answer)
     index.release(request)
     assert index.tokens == 70
-    assert index.cached_tokens(a_request("next turn", [*first, *answer, *range(50)])) == 70
+    assert index.cached_tokens(a_request("next turn", [*first, *answer, *range(50)])) == 64
     # The same whole blocks, but another end of the prompt: the answer to that one is of no use.
     assert index.cached_tokens(a_request("other", [*first[:35], *range(500, 600)])) == 32
     # The same prompt again: its last token must be computed.
