@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import io
 import json
 import re
 import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import anthropic
 import openai
 import pytest
-import yaml
 from pydantic import BaseModel
 
-from tests.fixtures.served import Served, serve
+from tests.fixtures.served import Served
+from tests.fixtures.tools_gateway import CONTEXT, KEY, MODEL, ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
-MODEL = "smollm2-135m-instruct"
-KEY = "sk-of-the-test"
 QUESTION = "What is the capital of France?"
-TOO_LONG = "word " * 3000
+TOO_LONG = "word " * 9000
+COUNTER = "antares_http_requests_total"
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 CITY = {
@@ -67,21 +63,6 @@ class City(BaseModel):
     """A city."""
 
     city: Literal["Paris", "Rome"]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
-    config["engines"][0]["flags"] |= {
-        "enable-auto-tool-choice": True,
-        "tool-call-parser": "hermes",
-        "chat-template": str(ROOT / "tests" / "fixtures" / "chatml_tools.jinja"),
-    }
-    config["engines"][0]["env"]["VLLM_ENABLE_RESPONSES_API_STORE"] = 1
-    config["keys"] = [{"sha256": hashlib.sha256(KEY.encode()).hexdigest(), "tenant": "sdks"}]
-    running = serve(tmp_path_factory.mktemp("sdks"), config)
-    yield running
-    running.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -141,14 +122,20 @@ def slo(tpot_ms: int) -> dict[str, str]:
 
 def paced(served: Served, tpot_ms: int) -> bool:
     """Whether the engine received this pace, so that the SDK sent its SLO headers."""
-    return served.metric("antares_gate_eligible_total", tpot_ms=str(tpot_ms)) > 0
+    return served.count("antares_gate_eligible_total", 1, tpot_ms=str(tpot_ms)) > 0
+
+
+def prompt_of(message: anthropic.types.Message) -> int:
+    """Tokens of the prompt. Anthropic's API counts those read from the cache and written to it apart."""
+    usage = message.usage
+    return usage.input_tokens + (usage.cache_read_input_tokens or 0) + (usage.cache_creation_input_tokens or 0)
 
 
 def result_of(name: str, city: str) -> str:
     return f"It is sunny in {city}." if name == "get_weather" else f"It is 14:05 in {city}."
 
 
-# --- openai -------------------------------------------------------------------------------------------------------------
+# --- openai -----------------------------------------------------------------------------------------------------------
 
 
 def test_openai_chat_streams_and_reports(client: openai.OpenAI) -> None:
@@ -166,7 +153,12 @@ def test_openai_chat_streams_and_reports(client: openai.OpenAI) -> None:
     chunks = list(raw.parse())
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == completion.choices[0].message.content
-    assert chunks[-1].usage == completion.usage
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (
+        completion.usage.prompt_tokens,
+        completion.usage.completion_tokens,
+    )
     assert float(raw.headers["x-antares-predicted-ttft-ms"]) > 0
 
 
@@ -278,7 +270,7 @@ def test_openai_structured_output_is_parsed(client: openai.OpenAI) -> None:
     assert response.output_parsed == City(city="Paris")
 
 
-# --- anthropic ------------------------------------------------------------------------------------------------------------
+# --- anthropic --------------------------------------------------------------------------------------------------------
 
 
 def test_anthropic_messages_stream_and_count(served: Served, claude: anthropic.Anthropic) -> None:
@@ -291,7 +283,7 @@ def test_anthropic_messages_stream_and_count(served: Served, claude: anthropic.A
     with claude.messages.stream(**conversation, **options, extra_headers=slo(4007)) as stream:
         assert "".join(stream.text_stream) == message.content[0].text
         assert stream.get_final_message().usage.output_tokens == message.usage.output_tokens
-    assert claude.messages.count_tokens(**conversation).input_tokens == message.usage.input_tokens
+    assert claude.messages.count_tokens(**conversation).input_tokens == prompt_of(message)
     assert paced(served, 4007)
 
 
@@ -322,11 +314,10 @@ def test_anthropic_tool_loop_with_parallel_calls_in_the_history(claude: anthropi
     answer = claude.messages.create(messages=messages, **options)
     counted = claude.messages.count_tokens(model=MODEL, tools=tools, messages=messages)
     assert answer.content
-    assert answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0) == counted.input_tokens
-    assert counted.input_tokens > plain.usage.input_tokens + plain.usage.output_tokens
+    assert prompt_of(answer) == counted.input_tokens > prompt_of(plain) + plain.usage.output_tokens
 
 
-# --- litellm --------------------------------------------------------------------------------------------------------------
+# --- litellm ----------------------------------------------------------------------------------------------------------
 
 
 def test_litellm_chat_through_both_apis(served: Served, litellm: Any) -> None:
@@ -349,7 +340,7 @@ def test_litellm_returns_the_slo_report_and_tool_calls(served: Served, litellm: 
     City.model_validate_json(call.function.arguments)
 
 
-# --- langchain ------------------------------------------------------------------------------------------------------------
+# --- langchain --------------------------------------------------------------------------------------------------------
 
 
 def test_langchain_invokes_streams_and_structures(served: Served) -> None:
@@ -370,11 +361,11 @@ def test_langchain_invokes_streams_and_structures(served: Served) -> None:
     assert paced(served, 4010)
 
 
-# --- an agent framework ---------------------------------------------------------------------------------------------------
+# --- an agent framework -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("api", ["chat", "responses"])
-def test_agent_calls_its_tool_and_answers(served: Served, api: str) -> None:
+async def test_agent_calls_its_tool_and_answers(served: Served, api: str) -> None:
     import agents
 
     agents.set_tracing_disabled(True)
@@ -399,14 +390,15 @@ def test_agent_calls_its_tool_and_answers(served: Served, api: str) -> None:
             temperature=0, max_tokens=60, tool_choice="required", extra_headers=slo(tpot_ms)
         ),
     )
-    result = asyncio.run(agents.Runner.run(agent, "How is the weather in Paris?", max_turns=6))
+    async with client:
+        result = await agents.Runner.run(agent, "How is the weather in Paris?", max_turns=6)
     assert asked
     assert result.final_output
     assert len(result.raw_responses) == len(asked) + 1
     assert paced(served, tpot_ms)
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 Call = Callable[[str, str, dict[str, str], str], object]
 """Sends one request: address of the gateway, key, headers, text. Every SDK keeps its default number of retries."""
@@ -463,14 +455,14 @@ def _langchain(base: str, key: str, headers: dict[str, str], text: str) -> objec
 def _agent(base: str, key: str, headers: dict[str, str], text: str) -> object:
     import agents
 
+    async def run() -> object:
+        async with openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=key) as client:
+            model = agents.OpenAIChatCompletionsModel(model=MODEL, openai_client=client)
+            settings = agents.ModelSettings(max_tokens=4, extra_headers=headers)
+            return await agents.Runner.run(agents.Agent(name="agent", model=model, model_settings=settings), text)
+
     agents.set_tracing_disabled(True)
-    client = openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=key)
-    agent = agents.Agent(
-        name="agent",
-        model=agents.OpenAIChatCompletionsModel(model=MODEL, openai_client=client),
-        model_settings=agents.ModelSettings(max_tokens=4, extra_headers=headers),
-    )
-    return asyncio.run(agents.Runner.run(agent, text))
+    return asyncio.run(run())
 
 
 CALLS: list[Call] = [
@@ -486,10 +478,6 @@ CALLS: list[Call] = [
 ]
 
 
-def requests(served: Served, status: int) -> float:
-    return served.metric("antares_http_requests_total", status=str(status))
-
-
 def raised(call: Call, name: str) -> type[Exception]:
     """The SDK's exception. Those of litellm, langchain and the agents are subclasses of openai's."""
     return getattr(anthropic if call is _anthropic_message else openai, name)  # type: ignore[no-any-return]
@@ -501,12 +489,14 @@ def name_of(call: object) -> str:
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
 def test_rejection_is_a_rate_limit_error_and_not_retried(served: Served, litellm: Any, call: Call) -> None:
-    before = requests(served, 429)
+    before = served.metric(COUNTER, status="429")
     with pytest.raises(raised(call, "RateLimitError")) as caught:
         call(served.base, KEY, {"x-slo-ttft-ms": "1"}, QUESTION)
     # litellm has no body for the Anthropic API, but quotes it.
     assert "ttft_unattainable" in f"{caught.value} {getattr(caught.value, 'body', None)}"
-    assert requests(served, 429) == before + 1, "x-should-retry is false, so the SDK does not try again"
+    assert served.count(COUNTER, before + 1, status="429") == before + 1, (
+        "x-should-retry is false, so the SDK does not try again"
+    )
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
@@ -514,19 +504,19 @@ def test_rejection_is_a_rate_limit_error_and_not_retried(served: Served, litellm
 def test_too_long_prompt_is_a_bad_request_error(
     served: Served, litellm: Any, call: Call, headers: dict[str, str]
 ) -> None:
-    with pytest.raises(raised(call, "BadRequestError"), match="maximum context length is 2048 tokens"):
+    with pytest.raises(raised(call, "BadRequestError"), match=f"maximum context length is {CONTEXT} tokens"):
         call(served.base, KEY, headers, TOO_LONG)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
 def test_wrong_key_is_an_authentication_error(served: Served, litellm: Any, call: Call) -> None:
-    before = requests(served, 401)
+    before = served.metric(COUNTER, status="401")
     with pytest.raises(raised(call, "AuthenticationError")):
         call(served.base, "sk-wrong", {}, QUESTION)
-    assert requests(served, 401) == before + 1
+    assert served.count(COUNTER, before + 1, status="401") == before + 1
 
 
-# --- documentation --------------------------------------------------------------------------------------------------------
+# --- documentation ----------------------------------------------------------------------------------------------------
 
 EXAMPLES = re.findall(
     r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```",
