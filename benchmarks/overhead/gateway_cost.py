@@ -121,7 +121,7 @@ async def server(name: str, case: Case, folder: Path) -> AsyncIterator[Server]:
         if name == "around":
             yield await _antares(stack, simulated, folder)
             return
-        port = _free_port()
+        port = free_port()
         command = [
             "-m",
             "benchmarks.overhead.gateway_cost",
@@ -130,8 +130,8 @@ async def server(name: str, case: Case, folder: Path) -> AsyncIterator[Server]:
             "--step-ms",
             str(case.step_ms),
         ]
-        alone = Server(f"http://127.0.0.1:{port}", await _process(stack, command))
-        await _until_up(alone, "/health")
+        alone = Server(f"http://127.0.0.1:{port}", await start_process(stack, command))
+        await until_up(alone, "/health")
         if name == "alone":
             yield alone
             return
@@ -140,18 +140,24 @@ async def server(name: str, case: Case, folder: Path) -> AsyncIterator[Server]:
 
 
 async def _antares(stack: contextlib.AsyncExitStack, engine: dict[str, Any], folder: Path) -> Server:
-    port = _free_port()
+    port = free_port()
     config = folder / f"{engine['kind']}.yaml"
     config.write_text(yaml.safe_dump(gateway_config(engine, port)), encoding="utf-8")
-    process = await _process(stack, ["-c", "from gateway.cli import main; main()", "serve", "--config", str(config)])
+    process = await start_process(stack, ["-c", "from gateway.cli import main; main()", "serve", "--config", str(config)])
     serving = Server(f"http://127.0.0.1:{port}", process)
-    await _until_up(serving, "/ready")
+    await until_up(serving, "/ready")
     return serving
 
 
-async def _process(stack: contextlib.AsyncExitStack, arguments: list[str]) -> asyncio.subprocess.Process:
+async def start_process(
+    stack: contextlib.AsyncExitStack, arguments: list[str], tree: Path | None = None
+) -> asyncio.subprocess.Process:
+    """Start Python with the code of ``tree``, a checkout of the project. ``stack`` ends the process."""
     quiet = asyncio.subprocess.DEVNULL
-    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdout=quiet, stderr=quiet)
+    env = os.environ if tree is None else {**os.environ, "PYTHONPATH": str(tree)}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *arguments, stdout=quiet, stderr=quiet, cwd=tree, env=env
+    )
     stack.push_async_callback(_end, process)
     return process
 
@@ -166,7 +172,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             await process.wait()
 
 
-async def _until_up(starting: Server, path: str) -> None:
+async def until_up(starting: Server, path: str) -> None:
     """Wait for status 200 at ``path``. Raises `RuntimeError` if the process ends first or `_START_S` passes."""
     deadline = time.monotonic() + _START_S
     async with aiohttp.ClientSession() as session:
@@ -179,7 +185,8 @@ async def _until_up(starting: Server, path: str) -> None:
     raise RuntimeError(f"{starting.url} did not start")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
