@@ -155,7 +155,9 @@ def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def token_differences(runs: list[dict[str, Any]], one: Shape = SHAPES[1], many: Shape = SHAPES[3]) -> list[dict[str, Any]]:
+def token_differences(
+    runs: list[dict[str, Any]], one: Shape = SHAPES[1], many: Shape = SHAPES[3]
+) -> list[dict[str, Any]]:
     """Return a row for each kind: the cost per token of a stream, beyond its first token."""
     by_run = {(run["kind"], run["shape"], run["tree"], run["round"]): run["cpu_us"] for run in runs}
     rows = []

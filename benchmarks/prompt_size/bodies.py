@@ -163,8 +163,17 @@ def _result(rng: random.Random, sources: Texts) -> str:
     if kind == 0:
         return sources.piece(rng, sources.code, 2500)
     if kind == 1:
-        rows = [{"id": rng.randrange(10**6), "ok": rng.random() < 0.9, "ms": round(rng.random() * 900, 2)} for _ in range(rng.randint(1, 12))]
+        rows = [
+            {"id": rng.randrange(10**6), "ok": rng.random() < 0.9, "ms": round(rng.random() * 900, 2)}
+            for _ in range(rng.randint(1, 12))
+        ]
         return json.dumps({"rows": rows, "next": None})
     if kind == 2:
-        return "\n".join(f"-rw-r--r-- 1 app app {rng.randrange(90_000):>6} Nov {rng.randint(1, 28):>2} module_{rng.randrange(300)}.py" for _ in range(rng.randint(2, 25)))
-    return "\n".join(f"2026-11-{rng.randint(1, 28):02d}T{rng.randrange(24):02d}:{rng.randrange(60):02d}:07Z INFO worker-{rng.randrange(8)} took {rng.randrange(2000)} ms" for _ in range(rng.randint(2, 25)))
+        return "\n".join(
+            f"-rw-r--r-- 1 app app {rng.randrange(90_000):>6} Nov {rng.randint(1, 28):>2} module_{rng.randrange(300)}.py"
+            for _ in range(rng.randint(2, 25))
+        )
+    return "\n".join(
+        f"2026-11-{rng.randint(1, 28):02d}T{rng.randrange(24):02d}:{rng.randrange(60):02d}:07Z INFO worker-{rng.randrange(8)} took {rng.randrange(2000)} ms"
+        for _ in range(rng.randint(2, 25))
+    )

@@ -47,7 +47,9 @@ def counters(names: tuple[str, ...] = ("nemo", "mistral-v3", "smollm2")) -> dict
     """Return the functions that count the tokens of a body."""
     makers: dict[str, Callable[[], Count]] = {
         "nemo": lambda: _mistral("tekken_240911.json", pixtral_tokens),
-        "mistral-v3": lambda: _mistral("mistral_instruct_tokenizer_240323.model.v3", lambda width, height: LLAVA_TOKENS),
+        "mistral-v3": lambda: _mistral(
+            "mistral_instruct_tokenizer_240323.model.v3", lambda width, height: LLAVA_TOKENS
+        ),
         "smollm2": _smollm2,
     }
     return {name: makers[name]() for name in names}
