@@ -31,17 +31,19 @@ install: $(STAMPS)/run ## create .venv with vLLM on CPU and the gateway
 serve: install ## start the gateway with vLLM on CPU and a small model
 	@exec $(BIN)/antares serve --config $(CONFIG) $(ARGS)
 
-test: $(STAMPS)/dev ## run all tests: of the product, of the studies, then with a real vLLM
-	@unit=0; study=0; engine=0; export HF_HUB_OFFLINE=1; \
+test: $(STAMPS)/dev ## run all tests: of the product, with processes, of the studies, then with a real vLLM
+	@unit=0; process=0; study=0; engine=0; export HF_HUB_OFFLINE=1; \
 	parallel="-n logical --maxprocesses 4 --dist loadfile"; \
 	echo "==> tests of the product, without an engine"; \
-	$(BIN)/python -m pytest -m "not engine and not study" $$parallel $(PYTEST_ARGS) || unit=$$?; \
+	$(BIN)/python -m pytest -m "not engine and not study and not process" $$parallel $(PYTEST_ARGS) || unit=$$?; \
+	echo "==> tests of the product with processes and in real time"; \
+	$(BIN)/python -m pytest -m "process and not engine and not study" $$parallel $(PYTEST_ARGS) || process=$$?; \
 	echo "==> tests of the studies in benchmarks/"; \
 	$(BIN)/python -m pytest -m "study and not engine" $$parallel $(PYTEST_ARGS) || study=$$?; \
 	echo "==> tests with a real vLLM"; \
 	$(BIN)/python -m pytest -m engine $(PYTEST_ARGS) || engine=$$?; \
-	echo "==> exit codes: product $$unit, studies $$study, with a real vLLM $$engine"; \
-	test $$unit -eq 0 && test $$study -eq 0 && test $$engine -eq 0
+	echo "==> exit codes: product $$unit, with processes $$process, studies $$study, with a real vLLM $$engine"; \
+	test $$unit -eq 0 && test $$process -eq 0 && test $$study -eq 0 && test $$engine -eq 0
 
 coverage: $(STAMPS)/dev ## run the tests without an engine and report line and branch coverage (minutes)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not engine" -n logical --maxprocesses 4 --dist loadfile \

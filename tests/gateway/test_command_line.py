@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from gateway.api.auth import hash_key
 from gateway.cli import app
 
+pytestmark = pytest.mark.process
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 HEAVY = ("vllm", "torch", "transformers", "ray", "fastapi", "uvicorn", "httpx", "aiohttp", "scipy", "lightgbm", "lab")
 RUNNER = CliRunner()
@@ -24,6 +26,7 @@ RUN_MAIN_AND_REPORT = f"""
 import sys, time
 sys.argv[0] = "antares"
 from gateway.cli import main
+
 try:
     main()
 finally:

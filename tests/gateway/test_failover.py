@@ -20,6 +20,8 @@ from gateway.scheduling.retry_budget import RetryBudget
 from tests.fixtures.live_gateway import Live, fast_engine, live, serving
 from tests.fixtures.live_server import eventually
 
+pytestmark = pytest.mark.process
+
 FAST_FAULTS = ["429", "500", "502", "503", "504", "401", "403", "404", "close"]
 CLASSES = {
     "chat": {"ttft_ms": 60_000},

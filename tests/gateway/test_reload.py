@@ -20,6 +20,8 @@ from tests.fixtures.live_gateway import CHAT, CLASSES, chat, fast_engine, gatewa
 from tests.fixtures.live_server import eventually
 from tests.fixtures.served_process import served
 
+pytestmark = pytest.mark.process
+
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
 
 

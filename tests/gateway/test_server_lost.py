@@ -22,7 +22,7 @@ from gateway.prediction.supervisor import Supervisor
 from tests.fixtures.live_gateway import CHAT, Live, Load, chat, events, gateway_config, live, serving
 from tests.fixtures.live_server import eventually
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
 LOOSE = {"chat": {"ttft_ms": 60_000, "tpot_ms": 1000}}
 """Bounds that leave the server time to restart on a busy machine."""

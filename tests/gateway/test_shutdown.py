@@ -21,6 +21,8 @@ from tests.fixtures.live_gateway import CHAT, Live, chat, events, fast_engine, l
 from tests.fixtures.live_server import eventually, serve
 from tests.fixtures.served_process import served
 
+pytestmark = pytest.mark.process
+
 CONFIG = """\
 server: {port: 0, drain_s: 5}
 engines: [{kind: simulated, step_times: {d: 0.05}}]

@@ -20,6 +20,8 @@ from predictor_service.training.evaluate import REPORTED_METRICS
 from predictor_service.training.fit import Recipe
 from predictor_service.training.sharegpt import Turn
 
+pytestmark = pytest.mark.process
+
 SECRET = "xyzzy-private-prompt"
 
 

@@ -24,6 +24,8 @@ from gateway.config.schema import HttpEngineConfig
 from tests.fixtures.live_server import eventually, serve
 from tests.fixtures.scripted_server import CHAT, DONE, Scripted, ScriptedStream, ask, chunk, proxied
 
+pytestmark = pytest.mark.process
+
 LONG_RESPONSE_S = 30.0
 
 
@@ -307,6 +309,7 @@ async def test_date_and_server_of_the_upstream_are_dropped(path: str, stream: bo
 
 STOPPABLE = """
 import asyncio, sys, uvicorn
+
 async def app(scope, receive, send):
     await receive()
     kind = b"text/event-stream" if scope["method"] == "POST" else b"application/json"

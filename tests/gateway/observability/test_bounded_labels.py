@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tests.fixtures.live_gateway import chat, fast_engine, live
+
+pytestmark = pytest.mark.process
 
 
 async def test_distinct_tpot_bounds_do_not_grow_metrics() -> None:

@@ -20,7 +20,7 @@ from gateway.prediction.supervisor import Supervisor
 from tests.fixtures.live_gateway import Live, Load, live
 from tests.fixtures.live_server import eventually
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
 TIMEOUT_S = 0.1
 TOKENS = 8

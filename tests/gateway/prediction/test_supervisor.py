@@ -10,10 +10,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from gateway.prediction.supervisor import Supervisor
 from gateway.serve import supervised_predictor
 from tests.fixtures.live_gateway import gateway_config
 from tests.fixtures.live_server import eventually
+
+pytestmark = pytest.mark.process
 
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 IGNORES_SIGTERM = [

@@ -21,6 +21,8 @@ from lab.records.table import runs_table
 from lab.workload import slo_table_names, workload_names
 from tests.fixtures.live_gateway import fast_engine, live
 
+pytestmark = pytest.mark.process
+
 APP = typer.Typer()
 APP.command()(bench)
 RUNNER = CliRunner()

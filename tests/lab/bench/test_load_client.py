@@ -19,6 +19,8 @@ from lab.workload import WorkloadRequest, make_workload
 from tests.fixtures.live_gateway import fast_engine, live
 from tests.fixtures.live_server import serve
 
+pytestmark = pytest.mark.process
+
 EASY = WorkloadRequest(at_s=0.0, prompt_tokens=5, output_tokens=6, ttft_slo_s=5.0, tpot_slo_s=1.0, category=1)
 
 Put = Callable[[Any], Awaitable[None]]
