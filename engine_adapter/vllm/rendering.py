@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from engine_adapter.asgi import encode_json
+from engine_adapter.asgi import BodyTooDeep, encode_json
 from engine_adapter.engine import RenderedPrompt
 
 log = logging.getLogger("antares.engine.vllm")
@@ -22,11 +22,24 @@ log = logging.getLogger("antares.engine.vllm")
 
 @dataclass(slots=True, eq=False)
 class Rendering:
-    """The result of one call of vLLM's renderer: empty, then kept, then used by the handler."""
+    """The result of one call of vLLM's renderer: empty, then kept, then used by the handler.
+
+    ``error``: what the renderer raised. ``refused``: the request was invalid when it was rendered ahead, so it was not
+    scheduled, and vLLM must not serve it.
+    """
 
     result: Any = None
     rendered: bool = False
     used: bool = False
+    error: Exception | None = None
+    refused: bool = False
+
+    def check(self) -> None:
+        """Raise ``error``, or `ValueError` if the request is refused: vLLM answers either with a 400."""
+        if self.error is not None:
+            raise self.error
+        if self.refused:
+            raise ValueError("The prompt was invalid when the request arrived, and is valid now. Send it again.")
 
 
 current_rendering: contextvars.ContextVar[Rendering | None] = contextvars.ContextVar("antares_rendering", default=None)
@@ -48,10 +61,16 @@ def _reusing(render: Any) -> Any:
             kept.used = True
             result, kept.result = kept.result, None
             return result
+        # A second try may succeed where the first failed, for example to download an image.
+        kept.check()
         # NOTE: vLLM's processor cache for images must stay in step with that of its EngineCore. A request that is
         # rejected never reaches the EngineCore, so its rendering must not touch the cache.
         kwargs["skip_mm_cache"] = True
-        kept.result, kept.rendered = await render(*args, **kwargs), True
+        try:
+            kept.result, kept.rendered = await render(*args, **kwargs), True
+        except Exception as error:
+            kept.error = error
+            raise
         return kept.result
 
     return reusing
@@ -73,7 +92,8 @@ class PromptRenderer:
     async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
         """Return the prompt of ``document``, sent to ``path``; None for a path whose prompts are not rendered ahead.
 
-        An invalid body gives `RenderedPrompt.invalid`: vLLM will answer it with an error.
+        None too if vLLM could not render it just now. An invalid body gives `RenderedPrompt.invalid`: vLLM will answer
+        it with an error, and `Rendering.check` sees to that.
         """
         render = self._by_path.get(path)
         if render is None:
@@ -83,26 +103,32 @@ class PromptRenderer:
         try:
             # NOTE: vLLM's request classes change what they validate, for example tool calls into objects of their own.
             # The gateway still sends the document to an engine, so they get a copy. This copies faster than deepcopy.
-            valid = await render(orjson.loads(encode_json(document)))
+            status = _status(await render(orjson.loads(encode_json(document))))
         except Exception as error:
             # NOTE: the message quotes the request. vLLM's handler raises the same again and turns it into a response.
             log.debug("a prompt was not rendered: %s", type(error).__name__)
-            valid = False
+            status = 400 if isinstance(error, BodyTooDeep) else _status_of_error(error)
         finally:
             current_rendering.reset(token)
-        if not valid or not kept.rendered:
-            return RenderedPrompt((), 0, invalid=not valid)
+        if status >= 500:
+            # The engine is full or dead, or the renderer failed. This says nothing about the prompt.
+            return None
+        if status >= 400:
+            kept.result, kept.refused = None, True
+            return RenderedPrompt((), 0, handle=kept, invalid=True)
+        if not kept.rendered:
+            return None
         engine_inputs = kept.result[1] if path != "/v1/completions" else kept.result
         longest = max(engine_inputs, key=lambda one: len(_token_ids(one)))
         return RenderedPrompt(_token_ids(longest), self._block_size, media=_media(longest), handle=kept)
 
-    async def _render_chat(self, document: dict[str, Any]) -> bool:
+    async def _render_chat(self, document: dict[str, Any]) -> Any:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
         request = ChatCompletionRequest.model_validate(document)
-        return _is_valid(await self._state.openai_serving_chat.render_chat_request(request))
+        return await self._state.openai_serving_chat.render_chat_request(request)
 
-    async def _render_messages(self, document: dict[str, Any]) -> bool:
+    async def _render_messages(self, document: dict[str, Any]) -> Any:
         from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
         serving = self._state.anthropic_serving_messages
@@ -110,15 +136,15 @@ class PromptRenderer:
             AnthropicMessagesRequest.model_validate(document),
             merge_inline_system=self._state.serving_render._merge_inline_system,
         )
-        return _is_valid(await serving.render_chat_request(request))
+        return await serving.render_chat_request(request)
 
-    async def _render_completion(self, document: dict[str, Any]) -> bool:
+    async def _render_completion(self, document: dict[str, Any]) -> Any:
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
         request = CompletionRequest.model_validate(document)
-        return _is_valid(await self._state.openai_serving_completion.render_completion_request(request))
+        return await self._state.openai_serving_completion.render_completion_request(request)
 
-    async def _render_responses(self, document: dict[str, Any]) -> bool:
+    async def _render_responses(self, document: dict[str, Any]) -> Any:
         from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
         serving, request = self._state.openai_serving_responses, ResponsesRequest.model_validate(document)
@@ -126,14 +152,22 @@ class PromptRenderer:
         if request.previous_response_id is not None:
             previous = serving.response_store.get(request.previous_response_id)
             if previous is None:
-                return False
-        return _is_valid(await serving._render_resolved_response_inputs(request, previous))
+                raise ValueError("unknown previous_response_id")
+        return await serving._render_resolved_response_inputs(request, previous)
 
 
-def _is_valid(result: Any) -> bool:
+def _status(result: Any) -> int:
+    """Return the HTTP status of what a serving class returned: 200, or that of an error."""
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-    return not isinstance(result, ErrorResponse)
+    return int(result.error.code) if isinstance(result, ErrorResponse) else 200
+
+
+def _status_of_error(error: Exception) -> int:
+    """Return the HTTP status with which vLLM answers an exception."""
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    return int(create_error_response(error).error.code)
 
 
 def _token_ids(engine_input: Any) -> list[int]:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from engine_adapter.engine import TokenObserver
+from engine_adapter.vllm.rendering import current_rendering
 
 current_observer: contextvars.ContextVar[TokenObserver | None] = contextvars.ContextVar(
     "antares_observer", default=None
@@ -30,6 +31,9 @@ def observe_outputs(processor: Any, sequences: dict[str, TokenObserver]) -> None
     add_request, process_outputs = processor.add_request, processor.process_outputs
 
     def observed_add_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+        rendering = current_rendering.get()
+        if rendering is not None:
+            rendering.check()
         observer = current_observer.get()
         if observer is not None:
             sequences[request.request_id] = observer

@@ -77,8 +77,8 @@ def read_batch(body: dict[str, Any]) -> Prompt:
         raise bad_request(f"messages: at most {MAX_SEQUENCES} conversations; this one has {len(chats)}.", "messages")
     if body.get("n") not in (None, 1):
         raise bad_request("n: a batch generates one choice for each conversation. Remove `n`.", "n")
-    prompts = [read_chat({**body, "messages": chat}) for chat in chats]
-    return replace(max(prompts, key=lambda prompt: prompt.content.size_bytes), sequences=len(chats))
+    longest = max(chats, key=_size_of_messages)
+    return replace(read_chat({**body, "messages": longest}), sequences=len(chats))
 
 
 def read_messages(body: dict[str, Any]) -> Prompt:
@@ -156,6 +156,13 @@ def _read_messages(body: dict[str, Any], content: PromptContent) -> str:
         if message.get("role") == "user":
             last = last_text(given) or last
     return last
+
+
+def _size_of_messages(messages: Any) -> int:
+    """Return the size of a chat in bytes, to compare chats by. The rest of a batch's body is the same for all."""
+    content = PromptContent()
+    _read_messages({"messages": messages}, content)
+    return content.size_bytes
 
 
 def _checked_content(message: dict[str, Any], where: str) -> Any:

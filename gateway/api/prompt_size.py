@@ -7,6 +7,7 @@ from typing import Any
 
 from engine_adapter.engine import Engine, EngineState, RenderedPrompt
 from gateway.api.prompt import Prompt
+from gateway.api.request_body import document_for_engine
 from gateway.prompts.size_model import PromptSizes
 from gateway.requests.prefix_index import TOKEN_BYTES, hash_blocks, prefix_root, prompt_bytes
 from gateway.requests.request import Request
@@ -61,13 +62,16 @@ class PromptSizer:
         If only an estimate says that the prompt exceeds the context length, the request is served without its bounds.
         It gets the engine's own error, or its answer if it fits: rejecting it for its SLO would hide that error.
         """
-        rendered = await engine.render(path, document)
-        if rendered is not None:
-            if rendered.token_ids:
-                request.prompt_tokens = len(rendered.token_ids)
-                _set_blocks(request, prompt_bytes(rendered), rendered.block_size * TOKEN_BYTES, document, engine.state)
+        # INVARIANT: this is what the engine will be sent. A prompt that is invalid is not scheduled, so the engine must
+        # refuse it too.
+        rendered = await engine.render(path, document_for_engine(document))
+        if rendered is not None and rendered.token_ids:
+            request.prompt_tokens = len(rendered.token_ids)
+            _set_blocks(request, prompt_bytes(rendered), rendered.block_size * TOKEN_BYTES, document, engine.state)
             return PromptSize(rendered)
         size = self.estimate(request, prompt, document, engine.state)
+        if rendered is not None and rendered.invalid:
+            return PromptSize(rendered)
         if request.prompt_tokens >= engine.state.max_model_len and not request.bounds_waived:
             request.serve_at_best_effort()
         return size

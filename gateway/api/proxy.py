@@ -291,10 +291,16 @@ class Proxy:
             client.close()
 
     async def _refused(self, call: Call, entry: Entry, client: ClientConnection) -> bool:
-        """Have the engine answer a request that it will refuse, without any wait. Returns False if it was down."""
+        """Have the engine answer a request that it will refuse, without any wait. Returns False if it did not."""
         engine_queue = await self._place(call)
+        if not call.size.invalid:
+            # It is placed on another engine now, which can serve it.
+            return False
         entry.engine = engine_queue.engine.name
-        return await self._forward(call, entry, engine_queue, client)
+        answered = await self._forward(call, entry, engine_queue, client)
+        # The next engine, which may be this one after a restart, may find it valid.
+        call.engine = None
+        return answered
 
     async def _place(self, call: Call) -> EngineQueue:
         """Place the request on an engine and measure its prompt there.

@@ -29,8 +29,9 @@ TOKEN_BLOCK = 64
 _BYTES_PER_TOKEN = 4
 """Weight of an image or of audio among the blocks of a prompt, in bytes of text for each of its tokens."""
 
-_MAX_OPAQUE_TOKENS = 1 << 16
-"""Bounds the blocks of one image or one piece of audio."""
+_MAX_OPAQUE_BYTES = 4 << 20
+"""Bounds the blocks of all images and audio of a prompt, to a million tokens. Without it, 100 bytes of a body that
+claim a large image would take 65 KB."""
 
 _CLASSES = ("lower", "upper", "digit", "space", "line", "punctuation", "two_bytes", "cjk", "other")
 """Kinds of character. Tokenizers differ most by script: one token covers a word, or one character, or less."""
@@ -119,6 +120,7 @@ class PromptContent:
         self._text: list[bytes] = []
         self._other: dict[Part, list[bytes]] = {}
         self._rendered: list[bytes] = []
+        self._opaque_left = _MAX_OPAQUE_BYTES
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
@@ -167,8 +169,9 @@ class PromptContent:
 
     def _add_opaque(self, source: str, tokens: float) -> None:
         digest = hashlib.blake2b(source.encode("utf-8", "surrogatepass"), digest_size=32).digest()
-        count = round(min(tokens, _MAX_OPAQUE_TOKENS) * _BYTES_PER_TOKEN / len(digest))
-        self._rendered.append(digest * max(1, count))
+        size = min(round(tokens * _BYTES_PER_TOKEN), self._opaque_left)
+        self._opaque_left -= size
+        self._rendered.append(digest * max(1, size // len(digest)))
 
     @property
     def size_bytes(self) -> int:

@@ -289,16 +289,17 @@ class EngineQueue:
         self._resolve(request, outcome)
 
     def _fail_all_waiting(self, error: Exception) -> None:
-        """Fail all waiting requests: after a bug in a policy none may wait without limit or cause it again."""
+        """Fail all requests without an outcome: after a bug in a policy none may wait for ever, or cause it again."""
         log.error("policy %s failed: %s", self.policy.name, type(error).__name__, exc_info=error)
-        outcomes = list(self._outcomes.values())
-        self._outcomes.clear()
-        for request in self.waiting:
-            self.shadows.withdrawn(request)
-        self.waiting.clear()
-        for outcome in outcomes:
+        outcomes, self._outcomes = self._outcomes, {}
+        for outcome in outcomes.values():
             if not outcome.done():
                 outcome.set_exception(error)
+        # The decision may have admitted some of them, but nothing was told so.
+        for request in [*self.waiting, *(r for r in self.running.values() if r.id in outcomes)]:
+            self.shadows.withdrawn(request)
+            self.admission.withdraw(request)
+            self.admission.leave(request)
 
     # --- while the engine is down, or its step times may be out of date -----------------------------------------------
 

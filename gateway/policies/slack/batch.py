@@ -184,10 +184,10 @@ class WaitingBatch:
         others = batch.backlog + of.uncached.sum() - of.uncached[at]
         wait_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * others))
         first_s = wait_s + token_s * (batch.backlog + of.uncached[at]) / np.maximum(1 - step_s / strictest_s, 1e-12)
-        fits = (sequences <= batch.free_slots) & (step_s <= strictest_s)
-        fits &= now + first_s <= of.deadline[at]
+        fits = (sequences <= batch.free_slots) & (step_s <= strictest_s) & (now + first_s <= of.deadline[at])
         if engine.kv_tokens > 0:
-            memory = batch.memory - batch.preemptible_memory + sequences * (prompt + np.maximum(output, 1.0))
-            memory += batch.memory_z * np.sqrt(batch.variance + of.variance[at]) - of.shared[at]
-            fits &= memory <= engine.kv_tokens
+            # What is preempted may hold all shared tokens, which the others then need for themselves.
+            others = np.minimum(-of.shared[at], engine.shared_tokens - batch.preemptible_memory)
+            memory = batch.memory + others + sequences * (prompt + np.maximum(output, 1.0))
+            fits &= memory + batch.memory_z * np.sqrt(batch.variance + of.variance[at]) <= engine.kv_tokens
         return np.asarray(fits, dtype=np.bool_)

@@ -25,6 +25,14 @@ BLOCK = 16
 class ErrorResponse:
     """vLLM's serving classes return one for an invalid request."""
 
+    def __init__(self, code: int = 400) -> None:
+        self.error = SimpleNamespace(code=code)
+
+
+def create_error_response(error: Exception) -> ErrorResponse:
+    """Return the response to an exception, as vLLM does: other exceptions are the server's fault."""
+    return ErrorResponse(400 if isinstance(error, ValueError | TypeError) else 503)
+
 
 @dataclass
 class ScriptedRenderer:
@@ -32,6 +40,7 @@ class ScriptedRenderer:
 
     calls: list[dict[str, Any]] = field(default_factory=list)
     images: bool = False
+    fails: list[Exception] = field(default_factory=list)
 
     async def render_chat_async(self, text: str, **options: Any) -> tuple[list[str], list[dict[str, Any]]]:
         return [text], await self.render_cmpl_async(text, **options)
@@ -39,6 +48,8 @@ class ScriptedRenderer:
     async def render_cmpl_async(self, text: str, **options: Any) -> list[dict[str, Any]]:
         self.calls.append(options)
         await asyncio.sleep(0)
+        if self.fails:
+            raise self.fails.pop()
         engine_input: dict[str, Any] = {"prompt_token_ids": [ord(character) for character in text]}
         if self.images:
             place = SimpleNamespace(offset=2, length=3)
@@ -68,6 +79,8 @@ class ScriptedServing:
 
     async def render_chat_request(self, request: ChangingRequest) -> Any:
         self._check(request)
+        if request.text == "harmony":
+            return ["harmony"], [{"prompt_token_ids": [1, 2, 3]}]
         return ErrorResponse() if request.text == "invalid" else await self._renderer.render_chat_async(request.text)
 
     async def render_completion_request(self, request: ChangingRequest) -> Any:
@@ -84,6 +97,8 @@ class ScriptedServing:
     def _check(self, request: ChangingRequest) -> None:
         if request.text == "broken":
             raise ValueError(request.text)
+        if request.text == "full":
+            raise RuntimeError(request.text)
 
 
 @pytest.fixture
@@ -103,6 +118,9 @@ def prompts(renderer: ScriptedRenderer, monkeypatch: pytest.MonkeyPatch) -> Prom
             "vllm.entrypoints.openai.responses.protocol": {"ResponsesRequest": ChangingRequest},
             "vllm.entrypoints.anthropic.protocol": {"AnthropicMessagesRequest": ChangingRequest},
             "vllm.entrypoints.serve.engine.protocol": {"ErrorResponse": ErrorResponse},
+            "vllm.entrypoints.serve.exception_handling.error_response": {
+                "create_error_response": create_error_response
+            },
         },
     )
     serving = ScriptedServing(renderer)
@@ -208,11 +226,43 @@ async def test_render_leaves_the_document_unchanged(prompts: PromptRenderer, pat
 
 @pytest.mark.parametrize("text", ["invalid", "broken"])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, MESSAGES, RESPONSES])
-async def test_invalid_request_is_reported_and_not_reused(prompts: PromptRenderer, path: str, text: str) -> None:
+async def test_invalid_request_is_reported_and_never_served(
+    prompts: PromptRenderer, renderer: ScriptedRenderer, path: str, text: str
+) -> None:
+    """It is not scheduled. If vLLM accepted it later, it would take the engine from requests that are."""
     rendered = await prompts.render(path, ask(text))
     assert rendered is not None
-    assert (rendered.invalid, rendered.token_ids, rendered.handle) == (True, (), None)
+    assert (rendered.invalid, rendered.token_ids) == (True, ())
     assert current_rendering.get() is None
+    with pytest.raises(ValueError, match="Send it again"):
+        await serve(renderer, "hello", rendered.handle)
+    assert renderer.calls == []
+
+
+async def test_prompt_that_fails_once_fails_again_when_it_is_served(
+    prompts: PromptRenderer, renderer: ScriptedRenderer
+) -> None:
+    """A client could name an image that its server has only at the second download."""
+    renderer.fails.append(ValueError("no such image"))
+    rendered = await prompts.render(CHAT, ask("hello"))
+    assert rendered is not None
+    assert rendered.invalid
+    with pytest.raises(ValueError, match="no such image"):
+        await serve(renderer, "hello", rendered.handle)
+    assert len(renderer.calls) == 1
+
+
+async def test_engine_that_is_full_says_nothing_about_the_prompt(
+    prompts: PromptRenderer, renderer: ScriptedRenderer
+) -> None:
+    assert await prompts.render(CHAT, ask("full")) is None
+    renderer.fails.append(RuntimeError("the pool of threads is closed"))
+    assert await prompts.render(CHAT, ask("hello")) is None
+
+
+async def test_prompt_that_did_not_pass_the_renderer_is_not_known(prompts: PromptRenderer) -> None:
+    """vLLM renders the prompts of gpt-oss elsewhere. They counted as one token."""
+    assert await prompts.render(CHAT, ask("harmony")) is None
 
 
 async def test_unknown_previous_response_is_invalid(prompts: PromptRenderer) -> None:

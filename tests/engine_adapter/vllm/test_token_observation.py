@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine_adapter.vllm.rendering import Rendering, current_rendering
 from engine_adapter.vllm.token_observation import current_observer, current_xargs, observe_outputs
 from tests.fixtures.live_server import Recorder
 
@@ -63,3 +64,16 @@ def test_sequence_outside_a_scheduled_request_has_no_gate_members() -> None:
     observe_outputs(processor, {})
     processor.add_request(a_request({"mine": 1, "antares_gate": "open"}))
     assert processor.added[0].sampling_params.extra_args == {"mine": 1}
+
+
+def test_sequence_of_a_request_that_was_not_scheduled_is_refused() -> None:
+    """Whatever way its prompt took through vLLM."""
+    processor = StubProcessor()
+    observe_outputs(processor, {})
+    token = current_rendering.set(Rendering(refused=True))
+    try:
+        with pytest.raises(ValueError, match="Send it again"):
+            processor.add_request(a_request(None))
+    finally:
+        current_rendering.reset(token)
+    assert processor.added == []

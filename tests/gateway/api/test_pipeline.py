@@ -198,3 +198,49 @@ async def test_request_gets_503_after_three_unreachable_engines(antares: Live) -
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
     assert calls == 3
     assert antares.outcomes["failed"] == 1
+
+
+async def test_prompt_is_rendered_from_what_the_engine_is_sent(antares: Live) -> None:
+    """Members of ``vllm_xargs`` that the gateway drops could otherwise make a prompt invalid for the rendering only."""
+    rendered: list[Any] = []
+
+    async def render(path: str, document: Any) -> RenderedPrompt:
+        rendered.append(document)
+        return RenderedPrompt((), 0, invalid=True)
+
+    antares.engine.render = render  # type: ignore[method-assign]
+    await antares.ask(chat(vllm_xargs={"antares_gate": {"not": "allowed"}, "a": 1}))
+    assert [document["vllm_xargs"] for document in rendered] == [{"a": 1}]
+
+
+async def test_invalid_prompt_that_another_engine_accepts_waits_for_its_turn() -> None:
+    """The load changes while the prompt is rendered, so the request may be placed on another engine next."""
+    first, second = fast_engine(name="first", restart_s=30), fast_engine(name="second")
+
+    async def render(path: str, document: object) -> RenderedPrompt:
+        first.crash()
+        return RenderedPrompt((), 0, invalid=True)
+
+    first.render = render  # type: ignore[method-assign]
+    async with live(first, more_engines=[second]) as antares:
+        queue = antares.gateway.engine_queues[1]
+        queue.admission.policy = AdmitNothing()
+        pending = asyncio.create_task(antares.ask())
+        await eventually(lambda: queue.waiting or pending.done())
+        assert not pending.done()
+        pending.cancel()
+        await eventually(antares.is_idle)
+
+
+async def test_prompt_that_is_not_known_before_it_is_served_counts_by_its_estimate(antares: Live) -> None:
+    async def render(path: str, document: object) -> RenderedPrompt:
+        return RenderedPrompt((), 0)
+
+    antares.engine.render = render  # type: ignore[method-assign]
+    queue = antares.gateway.engine_queues[0]
+    queue.admission.policy = AdmitNothing()
+    pending = asyncio.create_task(antares.ask(chat("word " * 500)))
+    await eventually(lambda: queue.waiting)
+    assert 400 < queue.waiting[0].prompt_tokens < 1000
+    pending.cancel()
+    await eventually(antares.is_idle)

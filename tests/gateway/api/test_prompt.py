@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from gateway.api.errors import ApiError
-from gateway.api.prompt import Prompt, read_chat, read_completion, read_messages, read_responses
+from gateway.api.prompt import Prompt, read_batch, read_chat, read_completion, read_messages, read_responses
+from gateway.prompts.content import PromptContent
 from gateway.prompts.size_model import PromptSizeModel
 
 
@@ -261,3 +262,12 @@ def test_malformed_bodies_name_the_field(
 )
 def test_odd_parts_are_left_to_the_engine(content: Any) -> None:
     assert tokens(a_chat(content)) >= 1
+
+
+def test_tools_of_a_batch_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them for each of 256 chats took 256 times the memory of the body."""
+    read: list[object] = []
+    monkeypatch.setattr(PromptContent, "add_tool", lambda content, tool: read.append(tool))
+    chats = [[{"role": "user", "content": "x" * n}] for n in range(1, 256)]
+    prompt = read_batch({"tools": [{"name": "f"}], "messages": chats})
+    assert (len(read), prompt.sequences, prompt.text) == (1, 255, "x" * 255)

@@ -102,6 +102,23 @@ def test_deadline_only_request_keeps_its_slot_but_has_no_pace() -> None:
     assert batch.decoding == pytest.approx(41 * SLACK.best_effort_share)
 
 
+@pytest.mark.parametrize(
+    ("shared", "kv_tokens", "fits"),
+    [(0, 13_250, True), (0, 13_249, False), (19_000, 12_100, True), (19_000, 11_000, False)],
+)
+def test_preemption_does_not_free_memory_that_is_shared(shared: int, kv_tokens: int, fits: bool) -> None:
+    """Twenty best-effort requests of 1,050 tokens may share a prompt of 1,000. All but three may be preempted.
+
+    The rest then needs 9,050 + 1,000 + 3 * 50 tokens, and the new request 1,050: more than 11,000.
+    """
+    best_effort = [running(f"{i}", prompt=1000) for i in range(20)]
+    state = engine(max_num_seqs=60, kv_tokens=kv_tokens, gate=GateReport(preemptible=True), shared_tokens=shared)
+    batch = RunningBatch.of([running("paced", tpot=1.0, prompt=9000), *best_effort], state)
+    assert batch.preemptible_memory == 17 * 1050
+    request = make_request(ttft=100.0, tpot=1.0, prompt=1000)
+    assert waiting_batch([request], batch).fit(batch, NOW, np.array([0])).tolist() == [fits]
+
+
 def test_sequences_of_one_request_share_a_prompt() -> None:
     one, four = (RunningBatch.of([running(tpot=0.1, prompt=400, sequences=n)], engine()) for n in (1, 4))
     assert four.decoding == 4 * one.decoding

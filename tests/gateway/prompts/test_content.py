@@ -98,3 +98,24 @@ def test_history_of_tool_calls_changes_the_blocks() -> None:
         return blocks_of(content)
 
     assert blocks("a" * 600) == blocks("a" * 600) != blocks("b" * 600)
+
+
+def test_images_of_a_prompt_take_little_memory_whatever_size_they_claim() -> None:
+    """A body of 8 MB has room for 80,000 images that each claim 16,384 patches: it took 7 GB."""
+    content = PromptContent()
+    for number in range(5000):
+        content.add_image(Image(str(number), 16_384.0))
+        content.add_audio(str(number), 1e6)
+    data, _ = content.rendered()
+    assert len(data) < 6 << 20
+    assert content.features()[Feature.IMAGE_PATCHES] == 5000 * 16_384
+
+
+def test_images_beyond_the_limit_are_still_told_apart() -> None:
+    def of(last: str) -> bytes:
+        content = PromptContent()
+        content.add_audio("long", 1e9)
+        content.add_image(Image(last, 100.0))
+        return content.rendered()[0]
+
+    assert of("a") != of("b")

@@ -258,3 +258,50 @@ async def test_closed_queue_answers_waiting_and_later_requests_with_draining() -
     later = engine_queue.submit(make_request("later", at=time.monotonic()))
     assert [waiting.result(), later.result()] == [Draining(), Draining()]
     assert not engine_queue.waiting
+
+
+# --- a policy that raises ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Raises(Closed):
+    """Raises, once."""
+
+    raised: bool = False
+
+    def decide(
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
+    ) -> Decision:
+        if not self.raised:
+            self.raised = True
+            raise ZeroDivisionError
+        return super().decide(now, waiting, running, engine)
+
+
+async def test_requests_that_a_policy_failed_on_leave_the_prefix_index() -> None:
+    """It kept them, with their prompts, for ever."""
+    engine_queue = queue_of(Raises(opens=True))
+    prefixes = engine_queue.admission.prefixes
+    request = make_request("a", at=0.0)
+    request.blocks, request.block_tokens, request.content = (1, 2), 16.0, b"x" * 128
+    with pytest.raises(ZeroDivisionError):
+        await engine_queue.submit(request)
+    prefixes.stored((1,), 16.0)
+    assert prefixes.update_waiting() == []
+    assert not engine_queue.waiting
+
+
+async def test_requests_that_were_being_admitted_when_a_decision_failed_do_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine_queue = queue_of(Closed(opens=True))
+
+    def fail(request: Request) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine_queue.shadows, "admitted", fail)
+    outcomes = [engine_queue.submit(make_request(name, at=0.0)) for name in "ab"]
+    assert isinstance(await outcomes[0], Admitted)
+    with pytest.raises(ZeroDivisionError):
+        await outcomes[1]
+    assert list(engine_queue.running) == ["a"], "its caller has its outcome, and removes it"
