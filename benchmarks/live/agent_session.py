@@ -7,9 +7,9 @@ An agent sends 40 requests. Each resends the whole history: tools, parallel tool
 a fixed length, and the history is scripted, so that all runs serve the same requests. A nonce at the start of a session
 keeps its blocks apart from those of other sessions.
 
-1. *Calibration*: stock vLLM (`fcfs`, which sends no pace) serves the sessions. The TTFT bound of turn i is a multiple of a
-   straight line through its TTFTs; that of the first turn, which has nothing cached, a multiple of the measured one.
-   The TPOT bound is the same multiple of the median TPOT.
+1. *Calibration*: stock vLLM (`fcfs`, which sends no pace) serves the sessions. The TTFT bound of turn i is a multiple
+   of a straight line through its TTFTs; that of the first turn, which has nothing cached, a multiple of the measured
+   one. The TPOT bound is the same multiple of the median TPOT.
 2. *Rounds*: `fcfs` and `slack` take turns to serve new sessions under these bounds, on the same engine.
 
 A rejection is *wrong* if stock vLLM met the bounds at that turn in the same round.
@@ -24,7 +24,6 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,7 +112,9 @@ def tools() -> list[dict[str, Any]]:
     """Return the agent's tools."""
     found = []
     for name, (description, arguments) in _TOOLS.items():
-        properties = {a: {"type": "string", "description": f"The {a.replace('_', ' ')} of the call."} for a in arguments}
+        properties = {
+            a: {"type": "string", "description": f"The {a.replace('_', ' ')} of the call."} for a in arguments
+        }
         parameters = {"type": "object", "properties": properties, "required": list(arguments)}
         function = {"name": name, "description": description, "parameters": parameters}
         found.append({"type": "function", "function": function})
@@ -125,7 +126,10 @@ def session(turns: int, seed: int, nonce: str) -> list[list[dict[str, Any]]]:
     rng = random.Random(seed)
     messages: list[dict[str, Any]] = [
         {"role": "system", "content": f"Session {nonce}. You are a coding agent. Use the tools; answer briefly."},
-        {"role": "user", "content": "The test suite of the service fails since this morning. Find the cause and fix it."},
+        {
+            "role": "user",
+            "content": "The test suite of the service fails since this morning. Find the cause and fix it.",
+        },
     ]
     found = [list(messages)]
     for turn in range(1, turns):
@@ -147,7 +151,10 @@ def _result(rng: random.Random) -> str:
     return " ".join(rng.choice(_WORDS) for _ in range(rng.randint(4, 30)))
 
 
-_WORDS = "error test module value line file path retry queue timeout config worker request response passed failed".split()
+_WORDS = (
+    *("error", "test", "module", "value", "line", "file", "path", "retry", "queue", "timeout", "config"),
+    *("worker", "request", "response", "passed", "failed"),
+)
 
 
 # --- one session ------------------------------------------------------------------------------------------------------
@@ -219,7 +226,7 @@ async def _send(
     }
 
 
-async def _read_stream(lines: AsyncIterator[bytes]) -> tuple[dict[str, Any], dict[str, Any]]:
+async def _read_stream(lines: aiohttp.StreamReader) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the SLO report and the usage of a stream. Raises `RuntimeError` if one is missing."""
     report: dict[str, Any] = {}
     usage: dict[str, Any] = {}
@@ -306,7 +313,7 @@ def prediction_errors(records: list[dict[str, Any]]) -> list[float]:
 
 def adherence(records: list[dict[str, Any]]) -> float:
     """Return the share of requests that attained their bounds; rejected ones did not."""
-    return sum(r.get("attained", False) for r in records) / len(records)
+    return sum(r.get("attained") is True for r in records) / len(records)
 
 
 def line(run: dict[str, Any]) -> str:

@@ -143,7 +143,9 @@ async def _antares(stack: contextlib.AsyncExitStack, engine: dict[str, Any], fol
     port = free_port()
     config = folder / f"{engine['kind']}.yaml"
     config.write_text(yaml.safe_dump(gateway_config(engine, port)), encoding="utf-8")
-    process = await start_process(stack, ["-c", "from gateway.cli import main; main()", "serve", "--config", str(config)])
+    process = await start_process(
+        stack, ["-c", "from gateway.cli import main; main()", "serve", "--config", str(config)]
+    )
     serving = Server(f"http://127.0.0.1:{port}", process)
     await until_up(serving, "/ready")
     return serving

@@ -20,7 +20,18 @@ from typing import Any
 HALVES = (0, 1)
 """Learned from, and evaluated on."""
 
-_MODULES = ("subprocess", "shutil", "json", "os.path", "sqlite3", "tempfile", "zipfile", "smtplib", "statistics", "textwrap")
+_MODULES = (
+    "subprocess",
+    "shutil",
+    "json",
+    "os.path",
+    "sqlite3",
+    "tempfile",
+    "zipfile",
+    "smtplib",
+    "statistics",
+    "textwrap",
+)
 """Modules of the standard library whose functions become tools."""
 
 _SENTENCES = {

@@ -1,10 +1,11 @@
 """True prompt sizes: chat templates and tokenizers of three model families that are installed with the project.
 
-| name | tokenizer | template | images |
-|---|---|---|---|
-| `nemo` | Mistral NeMo's (tekken, byte-level BPE, 131k) | Mistral's own, with tools and calls | Mistral Small 3.1: patches of 28 pixels |
-| `mistral-v3` | Mistral 7B v0.3's (SentencePiece, 32k) | Mistral's own, with tools and calls | LLaVA 1.5: 576 tokens |
-| `smollm2` | SmolLM2's (byte-level BPE, 49k) | ChatML with Hermes' tool format | Qwen2-VL: patches of 28 pixels |
+- `nemo`: the tokenizer of Mistral NeMo (tekken, byte-level BPE, 131k) and Mistral's own template with tools and calls;
+  images as in Mistral Small 3.1 (patches of 28 pixels).
+- `mistral-v3`: the tokenizer of Mistral 7B v0.3 (SentencePiece, 32k) and Mistral's own template; images as in LLaVA 1.5
+  (576 tokens each).
+- `smollm2`: the tokenizer of SmolLM2 (byte-level BPE, 49k) and ChatML with Hermes' format of tools; images as in
+  Qwen2-VL (patches of 28 pixels).
 
 Only the template of `smollm2` renders the schema of a response, as prompts for Hermes' JSON mode do. Images are counted
 by the models' own formulas; the rest of the prompt is really tokenised.
@@ -49,7 +50,9 @@ def counters(names: tuple[str, ...] = ("nemo", "mistral-v3", "smollm2")) -> dict
     """Return the functions that count the tokens of a body."""
     makers: dict[str, Callable[[], Count]] = {
         "nemo": lambda: _mistral("tekken_240911.json", mistral_tokens),
-        "mistral-v3": lambda: _mistral("mistral_instruct_tokenizer_240323.model.v3", lambda width, height: LLAVA_TOKENS),
+        "mistral-v3": lambda: _mistral(
+            "mistral_instruct_tokenizer_240323.model.v3", lambda width, height: LLAVA_TOKENS
+        ),
         "smollm2": _smollm2,
     }
     return {name: makers[name]() for name in names}
