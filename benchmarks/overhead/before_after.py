@@ -229,7 +229,7 @@ async def _commit(tree: Path) -> str:
 
 async def compared(before: Path, rounds: int) -> dict[str, Any]:
     """Return the JSON document of the study."""
-    trees = {"before": before.resolve(), "after": Path.cwd()}
+    trees = {"before": before, "after": Path.cwd()}
     commits = {name: await _commit(tree) for name, tree in trees.items()}
     runs = await measure(trees, rounds)
     return {**commits, "rounds": rounds, "cpus": os.cpu_count(), "shapes": [asdict(s) for s in SHAPES], "runs": runs}
@@ -249,7 +249,7 @@ def main(
         return
     if before is None:
         raise typer.BadParameter("the other checkout is required", param_hint="--before")
-    found = asyncio.run(compared(before, rounds))
+    found = asyncio.run(compared(before.resolve(), rounds))
     sys.stdout.write(results_json.dumps(found) if as_json else page(found))
 
 

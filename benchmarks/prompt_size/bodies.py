@@ -43,8 +43,7 @@ def png(width: int, height: int) -> str:
 def _chat(rng: random.Random, sources: Texts) -> Body:
     messages = _system(rng)
     for _ in range(rng.randint(0, 4)):
-        messages.append(_user(sources.piece(rng, sources.prose, 400)))
-        messages.append({"role": "assistant", "content": sources.piece(rng, sources.prose, 1500)})
+        messages += [_user(sources.piece(rng, sources.prose, 400)), _assistant(sources.piece(rng, sources.prose, 1500))]
     return {"messages": [*messages, _user(sources.piece(rng, sources.prose, 1500))]}
 
 
@@ -92,8 +91,8 @@ def _response_format(rng: random.Random, sources: Texts) -> Body:
 
 def _images(rng: random.Random, sources: Texts) -> Body:
     parts: list[dict[str, Any]] = [{"type": "text", "text": sources.piece(rng, sources.prose, 400)}]
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        parts.append({"type": "image_url", "image_url": {"url": png(*rng.choice(_IMAGE_SIZES))}})
+    sizes = [rng.choice(_IMAGE_SIZES) for _ in range(rng.choice((1, 1, 1, 2, 4)))]
+    parts += [{"type": "image_url", "image_url": {"url": png(*size)}} for size in sizes]
     return {"messages": [*_system(rng), {"role": "user", "content": parts}]}
 
 
@@ -119,11 +118,14 @@ def _user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
+def _assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
 def _conversation(rng: random.Random, sources: Texts, languages: tuple[str, ...]) -> Body:
     messages = _system(rng)
     for _ in range(rng.randint(0, 3)):
-        messages.append(_user(sources.paragraph(rng, languages)))
-        messages.append({"role": "assistant", "content": sources.paragraph(rng, languages)})
+        messages += [_user(sources.paragraph(rng, languages)), _assistant(sources.paragraph(rng, languages))]
     return {"messages": [*messages, _user(sources.paragraph(rng, languages))]}
 
 
@@ -159,21 +161,19 @@ def _argument(rng: random.Random, sources: Texts) -> Any:
 
 def _result(rng: random.Random, sources: Texts) -> str:
     """Return what a tool printed: a file, JSON, a listing, or a log."""
+    lines = range(rng.randint(2, 25))
     kind = rng.randrange(4)
     if kind == 0:
         return sources.piece(rng, sources.code, 2500)
     if kind == 1:
         rows = [
-            {"id": rng.randrange(10**6), "ok": rng.random() < 0.9, "ms": round(rng.random() * 900, 2)}
-            for _ in range(rng.randint(1, 12))
+            {"id": rng.randrange(10**6), "ok": rng.random() < 0.9, "ms": round(rng.random() * 900, 2)} for _ in lines
         ]
         return json.dumps({"rows": rows, "next": None})
     if kind == 2:
-        return "\n".join(
-            f"-rw-r--r-- 1 app app {rng.randrange(90_000):>6} Nov {rng.randint(1, 28):>2} module_{rng.randrange(300)}.py"
-            for _ in range(rng.randint(2, 25))
-        )
+        sizes = ((rng.randrange(90_000), rng.randint(1, 28), rng.randrange(300)) for _ in lines)
+        return "\n".join(f"-rw-r--r-- 1 app app {size:>6} Nov {day:>2} module_{n}.py" for size, day, n in sizes)
+    events = ((rng.randrange(24), rng.randrange(60), rng.randrange(8), rng.randrange(2000)) for _ in lines)
     return "\n".join(
-        f"2026-11-{rng.randint(1, 28):02d}T{rng.randrange(24):02d}:{rng.randrange(60):02d}:07Z INFO worker-{rng.randrange(8)} took {rng.randrange(2000)} ms"
-        for _ in range(rng.randint(2, 25))
+        f"2026-11-28T{hour:02d}:{minute:02d}:07Z INFO worker-{n} took {ms} ms" for hour, minute, n, ms in events
     )

@@ -1,10 +1,11 @@
 """True prompt sizes: chat templates and tokenizers of three model families that are installed with the project.
 
-| name | tokenizer | template | images |
-|---|---|---|---|
-| `nemo` | Mistral NeMo's (tekken, byte-level BPE, 131k) | Mistral's own, with tools and calls | Pixtral: patches of 16 pixels |
-| `mistral-v3` | Mistral 7B v0.3's (SentencePiece, 32k) | Mistral's own, with tools and calls | LLaVA 1.5: 576 tokens |
-| `smollm2` | SmolLM2's (byte-level BPE, 49k) | ChatML with Hermes' tool format | Qwen2-VL: patches of 28 pixels |
+- `nemo`: the tokenizer of Mistral NeMo (tekken, byte-level BPE, 131k) and Mistral's own template with tools and calls;
+  images as in Mistral Small 3.1 (patches of 28 pixels).
+- `mistral-v3`: the tokenizer of Mistral 7B v0.3 (SentencePiece, 32k) and Mistral's own template; images as in LLaVA 1.5
+  (576 tokens each).
+- `smollm2`: the tokenizer of SmolLM2 (byte-level BPE, 49k) and ChatML with Hermes' format of tools; images as in
+  Qwen2-VL (patches of 28 pixels).
 
 Only the template of `smollm2` renders the schema of a response, as prompts for Hermes' JSON mode do. Images are counted
 by the models' own formulas; the rest of the prompt is really tokenised.
@@ -25,15 +26,17 @@ Body = dict[str, Any]
 Count = Callable[[Body], int]
 
 LLAVA_TOKENS = 576
-_PIXTRAL_PATCH, _PIXTRAL_SIDE = 16, 1024
 _QWEN_PATCH = 28
 _QWEN_MIN, _QWEN_MAX = 56 * 56, 12_845_056
 
 
-def pixtral_tokens(width: float, height: float) -> int:
-    """Return the tokens of an image in Pixtral: one for each patch of 16 pixels, and one at the end of each row."""
-    scale = max(width, height, _PIXTRAL_SIDE) / _PIXTRAL_SIDE
-    columns, rows = (math.ceil(round(side / scale) / _PIXTRAL_PATCH) for side in (width, height))
+def mistral_tokens(width: float, height: float, patch: int = 28, side: int = 1540) -> int:
+    """Return the tokens of an image in Mistral's models: one for each patch, and one at the end of each row.
+
+    Images are scaled down to ``side`` pixels. Mistral Small 3.1 by default; Pixtral has 16 and 1024.
+    """
+    scale = max(width, height, side) / side
+    columns, rows = (math.ceil(round(length / scale) / patch) for length in (width, height))
     return (columns + 1) * rows
 
 
@@ -46,7 +49,7 @@ def qwen_tokens(width: float, height: float) -> int:
 def counters(names: tuple[str, ...] = ("nemo", "mistral-v3", "smollm2")) -> dict[str, Count]:
     """Return the functions that count the tokens of a body."""
     makers: dict[str, Callable[[], Count]] = {
-        "nemo": lambda: _mistral("tekken_240911.json", pixtral_tokens),
+        "nemo": lambda: _mistral("tekken_240911.json", mistral_tokens),
         "mistral-v3": lambda: _mistral(
             "mistral_instruct_tokenizer_240323.model.v3", lambda width, height: LLAVA_TOKENS
         ),

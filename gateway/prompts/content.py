@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from gateway.prompts.media import TOKENS_PER_AUDIO_S, Image
+from gateway.prompts.media import LARGE_IMAGE_PATCHES, TOKENS_PER_AUDIO_S, Image
 from gateway.requests.prefix_index import TOKEN_BYTES, token_bytes
 
 Floats = NDArray[np.float64]
@@ -33,16 +33,18 @@ _MAX_OPAQUE_BYTES = 4 << 20
 """Bounds the blocks of all images and audio of a prompt, to a million tokens. Without it, 100 bytes of a body that
 claim a large image would take 65 KB."""
 
-_CLASSES = ("lower", "upper", "digit", "space", "line", "punctuation", "two_bytes", "cjk", "other")
+_CLASSES = (
+    *("lower", "upper", "digit", "space", "line", "punctuation"),
+    *("accented", "greek_cyrillic", "hebrew_arabic", "kana", "han", "hangul", "other"),
+)
 """Kinds of character. Tokenizers differ most by script: one token covers a word, or one character, or less."""
 
 _TEXT = len(_CLASSES)
-_CONTINUATION = _TEXT
 
 
-def _class_table() -> NDArray[np.uint8]:
-    """Return the kind of character for each first byte of a UTF-8 sequence; `_CONTINUATION` for the other bytes."""
-    table = np.full(256, _CONTINUATION, dtype=np.uint8)
+def _class_table() -> bytes:
+    """Return the kind of character for each first byte of a UTF-8 sequence; `_TEXT` for the other bytes."""
+    table = bytearray([_TEXT]) * 256
     for byte in range(128):
         character = chr(byte)
         if character.isalpha():
@@ -51,14 +53,23 @@ def _class_table() -> NDArray[np.uint8]:
             table[byte] = 2
         else:
             table[byte] = 3 if character == " " else 4 if character in "\n\r\t" else 5
-    table[0xC2:0xE0] = 6  # Latin with accents, Greek, Cyrillic, Hebrew, Arabic
-    table[0xE0:0xE3] = 8  # Indic scripts, Thai, symbols
-    table[0xE3:0xEE] = 7  # Kana, Han, Hangul
-    table[0xEE:0xF8] = 8  # private use, full-width forms, emoji
-    return table
+    # NOTE: first bytes do not divide scripts exactly. Kana come with punctuation, "other" has Thai, Hindi and emoji.
+    for first, last, name in (
+        (0xC2, 0xCC, "accented"),
+        (0xCD, 0xD4, "greek_cyrillic"),
+        (0xD5, 0xDF, "hebrew_arabic"),
+        (0xE0, 0xE2, "other"),
+        (0xE3, 0xE3, "kana"),
+        (0xE4, 0xE9, "han"),
+        (0xEA, 0xED, "hangul"),
+        (0xEE, 0xF7, "other"),
+    ):
+        table[first : last + 1] = bytes([_CLASSES.index(name)]) * (last + 1 - first)
+    return bytes(table)
 
 
 _CLASS_OF = _class_table()
+_CONTINUATIONS = bytes(byte for byte in range(256) if _CLASS_OF[byte] == _TEXT)
 
 
 class Part(IntEnum):
@@ -77,10 +88,13 @@ class Feature(IntEnum):
     REQUEST = 2 * _TEXT
     MESSAGES = REQUEST + 1
     TOOLS = REQUEST + 2
-    IMAGES = REQUEST + 3
-    IMAGE_PATCHES = REQUEST + 4
-    AUDIO_S = REQUEST + 5
-    PART = REQUEST + 6
+    CALLS = REQUEST + 3
+    IMAGES = REQUEST + 4
+    IMAGE_PATCHES = REQUEST + 5
+    LARGE_PATCHES = REQUEST + 6
+    """The patches of each image beyond `LARGE_IMAGE_PATCHES`: servers scale large images down, to different sizes."""
+    AUDIO_S = REQUEST + 7
+    PART = REQUEST + 8
     """The first of one feature for each `Part` after `TEXT`: its text, counted a second time."""
 
 
@@ -92,13 +106,11 @@ def text_features(data: bytes) -> Floats:
 
     A run is a sequence of characters of one kind, so a run of letters is a word. Takes about 5 ns per byte.
     """
-    kinds = _CLASS_OF[np.frombuffer(data, dtype=np.uint8)]
-    kinds = kinds[kinds != _CONTINUATION]
-    features = np.empty(2 * _TEXT)
-    features[:_TEXT] = np.bincount(kinds, minlength=_TEXT)
-    starts = kinds[1:][kinds[1:] != kinds[:-1]]
-    features[_TEXT:] = np.bincount(starts, minlength=_TEXT)
+    kinds = np.frombuffer(data.translate(_CLASS_OF, _CONTINUATIONS), dtype=np.uint8)
+    features = np.zeros(2 * _TEXT)
     if len(kinds):
+        features[:_TEXT] = np.bincount(kinds, minlength=_TEXT)
+        features[_TEXT:] = np.bincount(kinds[1:][kinds[1:] != kinds[:-1]], minlength=_TEXT)
         features[_TEXT + kinds[0]] += 1
     return features
 
@@ -108,13 +120,13 @@ class PromptContent:
 
     Attributes:
         token_ids: the whole prompt, where the client gave it as token ids; the size is then known.
-        images, audio_s, messages, tools: how many there are, and seconds of audio.
+        images, audio_s, messages, tools, calls: how many there are, and seconds of audio.
     """
 
     def __init__(self) -> None:
         self.token_ids: list[int] | None = None
         self.messages = 0
-        self.tools = 0
+        self.tools = self.calls = 0
         self.images: list[Image] = []
         self.audio_s = 0.0
         self._text: list[bytes] = []
@@ -147,6 +159,12 @@ class PromptContent:
         """Add one tool that the model may call."""
         self.tools += 1
         self.add_json(schema, Part.TOOLS)
+
+    def add_call(self, name: Any, arguments: Any) -> None:
+        """Add one call of a tool."""
+        self.calls += 1
+        self.add_json(name, Part.CALLS)
+        self.add_json(arguments, Part.CALLS)
 
     def add_image(self, image: Image) -> None:
         """Add an image."""
@@ -191,8 +209,10 @@ class PromptContent:
         features[Feature.REQUEST] = 1
         features[Feature.MESSAGES] = self.messages
         features[Feature.TOOLS] = self.tools
+        features[Feature.CALLS] = self.calls
         features[Feature.IMAGES] = len(self.images)
         features[Feature.IMAGE_PATCHES] = sum(image.patches for image in self.images)
+        features[Feature.LARGE_PATCHES] = sum(max(0.0, i.patches - LARGE_IMAGE_PATCHES) for i in self.images)
         features[Feature.AUDIO_S] = self.audio_s
         return features
 

@@ -124,11 +124,10 @@ def _read_reasoning(part: dict[str, Any], content: PromptContent, nesting: int) 
 
 def _read_call(call: Any, content: PromptContent) -> None:
     """Add a call of a tool: ``arguments`` (OpenAI) or ``input`` (Anthropic), as text or as an object."""
-    if not isinstance(call, dict):
-        content.add_json(call, Part.CALLS)
-        return
-    content.add_json(call.get("name"), Part.CALLS)
-    content.add_json(call.get("arguments", call.get("input")), Part.CALLS)
+    if isinstance(call, dict):
+        content.add_call(call.get("name"), call.get("arguments", call.get("input")))
+    else:
+        content.add_call(None, call)
 
 
 _READERS: dict[str, Callable[[dict[str, Any], PromptContent, int], None]] = {

@@ -9,6 +9,7 @@ prompts count as much as long ones. For a prompt that the engine counted as y to
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ DRIFT = 1e-3
 """Share of the prior variance that returns with each count, so that the estimate follows traffic that changes."""
 
 MAX_MODELS = 256
-"""Bounds the memory of `PromptSizes`: 10 KB for each model. The least recently used one is forgotten."""
+"""Bounds the memory of `PromptSizes`: 15 KB for each model. The least recently used one is forgotten."""
 
 
 class _Prior(NamedTuple):
@@ -38,21 +39,29 @@ _TEXT_PRIORS = (
     # Characters. Fitted to the tokenizers of Mistral NeMo, Mistral v3 and SmolLM2 on prose, code, JSON, tables and
     # base64, with room for long words.
     _Prior(0.05, 0.05),  # lower-case letters
-    _Prior(0.16, 0.1),  # upper-case letters
-    _Prior(0.7, 0.3),  # digits: one to three to a token
+    _Prior(0.2, 0.1),  # upper-case letters
+    _Prior(0.8, 0.3),  # digits: one to three to a token
     _Prior(0.01, 0.05),  # spaces
     _Prior(0.05, 0.1),  # line ends and tabs
     _Prior(0.22, 0.15),  # punctuation
-    _Prior(0.35, 0.3),  # two-byte characters
-    _Prior(1.0, 0.5),  # Kana, Han, Hangul
+    _Prior(0.6, 0.6),  # letters with accents
+    _Prior(0.4, 0.3),  # Greek, Cyrillic
+    _Prior(0.5, 0.4),  # Hebrew, Arabic
+    _Prior(1.0, 0.5),  # Kana
+    _Prior(1.0, 0.5),  # Han
+    _Prior(1.0, 0.5),  # Hangul
     _Prior(0.6, 0.6),  # other characters
     # Runs of them.
     _Prior(0.85, 0.2),
-    _Prior(0.85, 0.3),
-    _Prior(0.7, 0.4),
+    _Prior(0.7, 0.3),
+    _Prior(0.5, 0.4),
     _Prior(0.0, 0.2),
-    _Prior(1.3, 0.4),
-    _Prior(0.42, 0.2),
+    _Prior(1.1, 0.4),
+    _Prior(0.5, 0.2),
+    _Prior(0.7, 1.5),
+    _Prior(0.1, 0.5),
+    _Prior(0.1, 0.5),
+    _Prior(0.0, 0.5),
     _Prior(0.0, 0.5),
     _Prior(0.0, 0.5),
     _Prior(0.9, 0.9),
@@ -63,13 +72,15 @@ _PRIORS = np.array(
         _Prior(4.0, 20.0),  # a request: what the template adds once
         _Prior(4.0, 2.0),  # a message: its role and its delimiters
         _Prior(4.0, 8.0),  # a tool
-        _Prior(2.0, 50.0),  # an image: its delimiters, or all of it
+        _Prior(20.0, 15.0),  # a call of a tool: its delimiters, its id, and those of its result
+        _Prior(2.0, 300.0),  # an image: its delimiters, or all of it
         _Prior(1.0, 0.7),  # a patch of an image
+        _Prior(0.0, 0.5),  # a patch of a large image again
         _Prior(TOKENS_PER_AUDIO_S, 15.0),  # a second of audio
         _Prior(0.1, 0.3),  # text of tools again: templates indent JSON
         _Prior(0.0, 0.2),  # text of tool calls again
-        _Prior(0.0, 0.6),  # text of a response schema again: some servers do not render it
-        _Prior(0.0, 0.6),  # reasoning again: many templates drop it from the history
+        _Prior(0.0, 1.5),  # text of a response schema again: some servers do not render it
+        _Prior(0.0, 1.0),  # reasoning again: many templates drop it from the history
     ]
 )
 
@@ -82,6 +93,7 @@ class PromptSizeModel:
         self._theta: Floats = _PRIORS[:, 0].copy()
         self._prior_variance: Floats = _PRIORS[:, 1] ** 2
         self._covariance: Floats = np.diag(self._prior_variance)
+        self._variance = self._covariance.reshape(-1)[:: FEATURES + 1]  # a view of the diagonal
 
     def tokens(self, features: Floats) -> int:
         """Return the estimated size of a prompt, at least 1."""
@@ -93,10 +105,10 @@ class PromptSizeModel:
         gain = self._covariance @ z
         scale = NOISE**2 + float(z @ gain)
         self._theta += gain * ((1.0 - float(self._theta @ z)) / scale)
-        self._covariance -= np.outer(gain, gain) / scale
-        # Only where something was learned: uncertainty must not grow beyond the prior.
-        diagonal = np.einsum("ii->i", self._covariance)
-        diagonal += DRIFT * np.clip(self._prior_variance - diagonal, 0.0, None)
+        gain /= math.sqrt(scale)
+        self._covariance -= gain[:, None] * gain
+        # Where nothing was learned this adds nothing: uncertainty never exceeds the prior.
+        self._variance += DRIFT * (self._prior_variance - self._variance)
         self.counts += 1
 
 

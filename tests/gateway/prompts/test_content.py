@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,17 +26,27 @@ def a_prompt(*texts: str) -> PromptContent:
 
 def test_text_features_count_characters_and_runs() -> None:
     features = text_features("Ab 12  é漢字!!\n".encode()).tolist()
-    #                 lower upper digit space line punctuation two cjk other
-    assert features == [1, 1, 2, 3, 1, 2, 1, 2, 0, 1, 1, 1, 2, 1, 1, 1, 1, 0]
-    assert text_features(b"").tolist() == [0] * 18
+    #           lower upper digit space line punctuation accented greek hebrew kana han hangul other
+    characters = [1, 1, 2, 3, 1, 2, 1, 0, 0, 0, 2, 0, 0]
+    runs = [1, 1, 1, 2, 1, 1, 1, 0, 0, 0, 1, 0, 0]
+    assert features == characters + runs
+    assert text_features(b"").tolist() == [0] * 26
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("éü", 6), ("αЖя", 7), ("שلغ", 8), ("ひらカナ、。", 9), ("漢字", 10), ("한국", 11), ("ไทยहि€🙂", 12)],
+)
+def test_text_features_distinguish_scripts(text: str, kind: int) -> None:
+    assert text_features(text.encode())[kind] == len(text)
 
 
 @given(st.text(max_size=300))
 def test_text_features_count_every_character_once(text: str) -> None:
     data = text.encode("utf-8", "surrogatepass")
     features = text_features(data)
-    assert features[:9].sum() == len(text)
-    assert (features[9:] <= features[:9]).all()
+    assert features[:13].sum() == len(text)
+    assert (features[13:] <= features[:13]).all()
 
 
 def test_features_count_parts_twice_and_what_is_not_text_once() -> None:
