@@ -152,9 +152,13 @@ class PrefixIndex:
         blocks = self._running.pop(request.id, ())
         for key in reversed(blocks):
             self._let_go(key)
-        if blocks and request.sequences == 1 and request.generated and blocks[-1] not in self._held:
+        one_answer = request.sequences == 1 and request.generated > 0
+        # The content of a request that was queued again is not known any more.
+        forgotten = request.block_bytes > 0 and not request.content
+        if blocks and one_answer and not forgotten and blocks[-1] not in self._held:
             rest = request.content[len(blocks) * request.block_bytes :]
-            tokens = request.prompt_tokens - len(blocks) * request.block_tokens + request.generated
+            # The blocks have estimated sizes, but the prompt has the engine's count now.
+            tokens = max(0.0, request.prompt_tokens - len(blocks) * request.block_tokens) + request.generated
             self._drop_tail(blocks[-1])
             self._tails[blocks[-1]] = _Tail(rest, tokens)
             self.tokens += tokens
