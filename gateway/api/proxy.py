@@ -473,7 +473,7 @@ class Proxy:
         request, router = call.request, self._router
         failure = None if relay.complete and relay.held.error is None else failure_of(error, relay.held)
         if failure is None:
-            if relay.failed_in_stream:
+            if relay.failed_in_stream and not relay.refused_in_stream:
                 router.on_failure(engine_queue, "cut", sent_at, begun=True)
             elif relay.complete and relay.status < 400:
                 router.on_completed(engine_queue)
