@@ -77,8 +77,9 @@ class PromptSizer:
         return size
 
     def learn(self, prompt: Prompt, model: str, tokens: int) -> None:
-        """Learn that the engine counted ``tokens`` tokens in ``prompt``."""
-        self.sizes.of(model).learn(prompt.features, tokens)
+        """Learn that the engine counted ``tokens`` tokens in ``prompt``, if it was all in the body."""
+        if prompt.whole:
+            self.sizes.of(model).learn(prompt.features, tokens)
 
 
 def _set_blocks(request: Request, data: bytes, block_bytes: int, document: dict[str, Any], state: EngineState) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.api.prompt import read_chat, read_completion
+from gateway.api.prompt import Prompt, read_batch, read_chat, read_completion, read_responses
 from gateway.api.prompt_size import PromptSizer
 from tests.fixtures.policy_builders import engine, make_request
 
@@ -38,3 +38,29 @@ def test_prompt_whose_log_probabilities_are_asked_for_is_not_expected_in_the_cac
     request, document = make_request(), {"prompt": TEXT, **fields}
     PromptSizer().estimate(request, read_completion(document), document, engine())
     assert bool(request.blocks) == reads_cache
+
+
+CHAT = {"messages": [{"role": "user", "content": TEXT}]}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    [
+        (read_completion({"prompt": TEXT, "truncate_prompt_tokens": 1}), 1),
+        (read_chat({**CHAT, "truncate_prompt_tokens": 1}), 1),
+        (read_chat({**CHAT, "chat_template": "x"}), 1),
+        (read_completion({"prompt": [TEXT] * 100}), 50_000),
+        (read_batch({"messages": [CHAT["messages"]] * 100}), 50_000),
+        (read_responses({"input": "go on", "previous_response_id": "resp_1"}), 50_000),
+        (read_responses({"input": "go on", "conversation": {"id": "c"}}), 50_000),
+        (read_responses({"input": "go on", "prompt": {"id": "p"}}), 50_000),
+    ],
+)
+def test_count_of_a_prompt_that_is_not_all_in_the_body_teaches_nothing(prompt: Prompt, tokens: int) -> None:
+    """Any client could otherwise change the sizes that are estimated for all others."""
+    sizer, usual = PromptSizer(), read_chat(CHAT)
+    before = sizer.sizes.of("m").tokens(usual.features)
+    sizer.learn(prompt, "m", tokens)
+    assert sizer.sizes.of("m").tokens(usual.features) == before
+    sizer.learn(usual, "m", 2 * before)
+    assert sizer.sizes.of("m").tokens(usual.features) > 1.5 * before
