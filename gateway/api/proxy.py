@@ -317,6 +317,7 @@ class Proxy:
         request.model = engine.state.own_name(request.requested_model) or engine.state.model
         if engine is not call.engine:
             call.engine = engine
+            request.restore_bounds()
             _check_limits(call, engine)
             path: str = call.http.scope["path"]
             document = for_engine(call.document, request.requested_model, engine.state)
