@@ -260,3 +260,24 @@ def test_request_whose_content_is_not_known_any_more_leaves_no_answer() -> None:
     request.generated = 4 * BLOCK
     index.release(request)
     assert index.cached_tokens(a_request("b", [*range(4 * BLOCK), *range(900, 1000)])) == 4 * BLOCK
+
+
+def test_waiting_requests_are_predicted_again_only_after_a_relevant_change_of_reliability() -> None:
+    index = PrefixIndex()
+    known = a_request("a", list(range(100 * BLOCK)))
+    index.admit(known)
+    waiting = a_request("b", list(range(100 * BLOCK)))
+    index.wait(waiting)
+    index.update_waiting()
+    index.learn(known, 100 * BLOCK, 90 * BLOCK)
+    assert index.update_waiting() == [], "2% less"
+    updates = 0
+    for _ in range(5):
+        index.learn(known, 1000, 0)
+        updates += len(index.update_waiting())
+    assert updates == 5
+    for _ in range(100):
+        index.learn(known, 1000, 1000)
+        updates += len(index.update_waiting())
+    assert index.reliability > 0.999
+    assert updates < 20
