@@ -13,6 +13,17 @@ from gateway.api.errors import bad_request
 from gateway.prompts.content import Floats, Part, PromptContent
 from gateway.prompts.reader import last_text, read_message, read_parts, read_tools
 
+_ELSEWHERE = (
+    "truncate_prompt_tokens",
+    "previous_response_id",
+    "conversation",
+    "prompt_embeds",
+    "input_embeds",
+    "chat_template",
+    "context_management",
+)
+"""Fields that cut the prompt, replace its template, or name a part of it that the server has."""
+
 MAX_SEQUENCES = 256
 """Limit on the sequences of one request: ``n`` times its number of prompts. As many as an engine runs by default."""
 
@@ -25,7 +36,7 @@ class Prompt:
     """The scheduling-relevant part of a body. Lengths in tokens, per sequence.
 
     ``text`` is what the length predictor sees: a text prompt, or the last user message. ``content`` is the whole
-    prompt; of several, the longest.
+    prompt; of several, the longest. ``whole``: the engine counts the tokens of ``content`` and of nothing else.
     """
 
     text: str
@@ -33,6 +44,7 @@ class Prompt:
     sequences: int = 1
     max_tokens: int | None = None
     min_tokens: int = 0
+    whole: bool = True
 
     @cached_property
     def features(self) -> Floats:
@@ -50,7 +62,7 @@ def read_chat(body: dict[str, Any]) -> Prompt:
     _read_schema(body, content)
     newer = _whole_number(body, "max_completion_tokens", 0)
     limit = _whole_number(body, "max_tokens", 0) if newer is None else newer
-    return Prompt(text, content, n, limit, _whole_number(body, "min_tokens", 0) or 0)
+    return Prompt(text, content, n, limit, _whole_number(body, "min_tokens", 0) or 0, _is_whole(body))
 
 
 def read_completion(body: dict[str, Any]) -> Prompt:
@@ -65,6 +77,7 @@ def read_completion(body: dict[str, Any]) -> Prompt:
         _checked_sequences(n * prompts),
         DEFAULT_COMPLETION_TOKENS if limit is None else limit,
         _whole_number(body, "min_tokens", 0) or 0,
+        prompts == 1 and _is_whole(body),
     )
 
 
@@ -78,7 +91,7 @@ def read_batch(body: dict[str, Any]) -> Prompt:
     if body.get("n") not in (None, 1):
         raise bad_request("n: a batch generates one choice for each conversation. Remove `n`.", "n")
     longest = max(chats, key=_size_of_messages)
-    return replace(read_chat({**body, "messages": longest}), sequences=len(chats))
+    return replace(read_chat({**body, "messages": longest}), sequences=len(chats), whole=len(chats) == 1)
 
 
 def read_messages(body: dict[str, Any]) -> Prompt:
@@ -90,7 +103,7 @@ def read_messages(body: dict[str, Any]) -> Prompt:
     text = _read_messages(body, content)
     config = body.get("output_config")
     content.add_json(config.get("format") if isinstance(config, dict) else None, Part.SCHEMA)
-    return Prompt(text, content, max_tokens=_whole_number(body, "max_tokens", 1))
+    return Prompt(text, content, max_tokens=_whole_number(body, "max_tokens", 1), whole=_is_whole(body))
 
 
 def read_responses(body: dict[str, Any]) -> Prompt:
@@ -112,7 +125,12 @@ def read_responses(body: dict[str, Any]) -> Prompt:
     text = _read_input(body.get("input"), content)
     form = body.get("text")
     content.add_json(form.get("format") if isinstance(form, dict) else None, Part.SCHEMA)
-    return Prompt(text, content, max_tokens=_whole_number(body, "max_output_tokens", 1))
+    return Prompt(text, content, max_tokens=_whole_number(body, "max_output_tokens", 1), whole=_is_whole(body))
+
+
+def _is_whole(body: dict[str, Any]) -> bool:
+    """Whether a body holds its whole prompt, so that the engine's count of tokens belongs to it."""
+    return all(body.get(field) is None for field in _ELSEWHERE) and not isinstance(body.get("prompt"), dict)
 
 
 def _read_common(body: dict[str, Any]) -> int:

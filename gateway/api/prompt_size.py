@@ -77,14 +77,30 @@ class PromptSizer:
         return size
 
     def learn(self, prompt: Prompt, model: str, tokens: int) -> None:
-        """Learn that the engine counted ``tokens`` tokens in ``prompt``."""
-        self.sizes.of(model).learn(prompt.features, tokens)
+        """Learn that the engine counted ``tokens`` tokens in ``prompt``, if it was all in the body."""
+        if prompt.whole:
+            self.sizes.of(model).learn(prompt.features, tokens)
 
 
 def _set_blocks(request: Request, data: bytes, block_bytes: int, document: dict[str, Any], state: EngineState) -> None:
     salt, model = document.get("cache_salt"), document.get("model")
     own_name = state.own_name(model) if isinstance(model, str) else None
     adapter = "" if own_name is None else state.adapter(own_name)
+    # What another engine had in its cache means nothing here.
+    request.cached_tokens = request.shared_tokens = 0
+    if _skips_prefix_cache(document):
+        data = b""
     request.content, request.block_bytes = data, block_bytes
     request.blocks = hash_blocks(prefix_root(adapter, salt if isinstance(salt, str) else ""), data, block_bytes)
     request.block_tokens = block_bytes / max(1, len(data)) * request.prompt_tokens
+
+
+def _skips_prefix_cache(document: dict[str, Any]) -> bool:
+    """Whether the engine computes the whole prompt, because its log probabilities are part of the answer.
+
+    NOTE: a hit predicted for such a request would be missed, and would count against the index.
+    """
+    if document.get("prompt_logprobs") is not None:
+        return True
+    counted = document.get("logprobs") is not None or document.get("top_logprobs") is not None
+    return bool(document.get("echo")) and counted

@@ -5,7 +5,7 @@
       -> engine -> ResponseRelay -> ledger
 
 `Proxy._authenticate`, `_receive_body` and `_read` run up to the prompt size. `_schedule` runs the rest: `_place`,
-`_open_entry`, `_predict` and `_serve`. `_serve` calls `_admit` (place again and wait) and `_forward` (encode, engine,
+`_predict` and `_serve`. `_serve` calls `_admit` (place again and wait) and `_forward` (encode, engine,
 response). `_conclude` or `_fail` closes the ledger entry. The body is parsed once and encoded once.
 """
 
@@ -253,9 +253,10 @@ class Proxy:
         )
         pool = self._router.pool(model)
         # To choose among engines, the router must know the prompt. A single one measures it itself.
-        size = PromptSize()
+        size, state = PromptSize(), pool[0].engine.state
+        request.model = state.own_name(model) or state.model
         if len(pool) > 1:
-            size = self._sizer.estimate(request, prompt, document, pool[0].engine.state)
+            size = self._sizer.estimate(request, prompt, document, state)
         return Call(http, route, document, prompt, request, size, output_tokens)
 
     def _keep_alive(self, call: Call) -> contextlib.AbstractContextManager[object]:
@@ -275,8 +276,11 @@ class Proxy:
 
     async def _schedule(self, call: Call) -> None:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
+        # NOTE: before the prompt is measured, which takes an engine's tokenizer. `in_flight` counts this request.
+        if self.in_flight > self._max_open_requests:
+            raise self._closed(self._ledger.open(call.request), "rejected", "gateway_full", self._gateway_full())
         await self._place(call)
-        entry = self._open_entry(call.request)
+        entry = self._ledger.open(call.request)
         client = ClientConnection(call.http.receive)
         try:
             if call.size.invalid and await self._refused(call, entry, client):
@@ -317,18 +321,12 @@ class Proxy:
         request.model = engine.state.own_name(request.requested_model) or engine.state.model
         if engine is not call.engine:
             call.engine = engine
+            request.restore_bounds()
             _check_limits(call, engine)
             path: str = call.http.scope["path"]
             document = for_engine(call.document, request.requested_model, engine.state)
             call.size = await self._sizer.measure(request, call.prompt, path, document, engine)
         return engine_queue
-
-    def _open_entry(self, request: Request) -> Entry:
-        """Open the ledger entry. Raises `ApiError` 429, and closes the entry, if too many requests are open."""
-        entry = self._ledger.open(request)
-        if self.in_flight > self._max_open_requests:
-            raise self._closed(entry, "rejected", "gateway_full", self._gateway_full())
-        return entry
 
     async def _predict(self, call: Call, entry: Entry) -> None:
         """Predict the output length, unless the client states it. `LengthPredictor` bounds the time that this takes."""
@@ -473,7 +471,7 @@ class Proxy:
         request, router = call.request, self._router
         failure = None if relay.complete and relay.held.error is None else failure_of(error, relay.held)
         if failure is None:
-            if relay.failed_in_stream:
+            if relay.failed_in_stream and not relay.refused_in_stream:
                 router.on_failure(engine_queue, "cut", sent_at, begun=True)
             elif relay.complete and relay.status < 400:
                 router.on_completed(engine_queue)

@@ -33,8 +33,9 @@ class ResponseRelay:
     """Wraps the client's ``send`` for one call to an engine's app.
 
     ``status`` is the response's status, 0 before it starts. ``failed_in_stream``: the engine reported an error inside a
-    stream that started with 200. ``complete``: the client was sent the whole response. A stream is complete at its
-    last event, where many clients disconnect, although the engine's app may take longer to end it.
+    stream that started with 200. ``refused_in_stream``: it was the first event, and the client's fault. ``complete``:
+    the client was sent the whole response. A stream is complete at its last event, where many clients disconnect,
+    although the engine's app may take longer to end it.
 
     ``held``: holds an error response, also an error event at the start of a stream, until it is known whether another
     engine serves the request. If none does, `release` sends it.
@@ -53,7 +54,7 @@ class ResponseRelay:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.status = 0
-        self.failed_in_stream = False
+        self.failed_in_stream = self.refused_in_stream = False
         self.complete = False
         self.held = held or HeldResponse()
         self._entry = entry
@@ -94,7 +95,8 @@ class ResponseRelay:
             if not body and message.get("more_body"):
                 return
             has_error = self._format.has_error(body, may_hold_several_events(body))
-            if has_error and self.held.begin(self._pending_start, in_stream=True):
+            self.refused_in_stream = has_error and self._format.refuses(body)
+            if has_error and not self.refused_in_stream and self.held.begin(self._pending_start, in_stream=True):
                 self.held.add(message)
                 self._streaming = False
                 return
@@ -186,6 +188,8 @@ class ResponseRelay:
     @property
     def outcome(self) -> tuple[Outcome, str]:
         """Outcome and reason of a complete response, for the ledger."""
+        if self.refused_in_stream:
+            return "rejected", "engine_refused"
         if self.failed_in_stream or self.status >= 500:
             return "failed", "engine_error"
         if self.status >= 400:

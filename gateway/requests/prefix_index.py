@@ -28,6 +28,10 @@ MAX_BLOCKS = 1 << 18
 LEARNING_RATE = 0.2
 """Weight of the newest request in `PrefixIndex.reliability`. Convention: a few requests decide."""
 
+RELIABILITY_STEP = 0.05
+"""Change of the reliability after which the hits of all waiting requests are predicted again. It changes a little with
+each request, and a thousand long prompts take 15 ms."""
+
 
 TOKEN_BYTES = array("I").itemsize
 """Bytes of a token id in a prompt's content."""
@@ -98,7 +102,7 @@ class PrefixIndex:
     def __init__(self, capacity_tokens: float = DEFAULT_CAPACITY_TOKENS) -> None:
         self.capacity_tokens = capacity_tokens
         self.tokens = self.shared_tokens = 0.0
-        self.reliability = 1.0
+        self.reliability = self._applied_reliability = 1.0
         self._held: dict[int, _Held] = {}
         self._free: OrderedDict[int, float] = OrderedDict()
         self._running: dict[str, tuple[int, ...]] = {}
@@ -152,9 +156,13 @@ class PrefixIndex:
         blocks = self._running.pop(request.id, ())
         for key in reversed(blocks):
             self._let_go(key)
-        if blocks and request.sequences == 1 and request.generated and blocks[-1] not in self._held:
+        one_answer = request.sequences == 1 and request.generated > 0
+        # The content of a request that was queued again is not known any more.
+        forgotten = request.block_bytes > 0 and not request.content
+        if blocks and one_answer and not forgotten and blocks[-1] not in self._held:
             rest = request.content[len(blocks) * request.block_bytes :]
-            tokens = request.prompt_tokens - len(blocks) * request.block_tokens + request.generated
+            # The blocks have estimated sizes, but the prompt has the engine's count now.
+            tokens = max(0.0, request.prompt_tokens - len(blocks) * request.block_tokens) + request.generated
             self._drop_tail(blocks[-1])
             self._tails[blocks[-1]] = _Tail(rest, tokens)
             self.tokens += tokens
@@ -171,9 +179,9 @@ class PrefixIndex:
             return
         missing = predicted - actual
         confirmed = 1.0 if missing <= 2 * request.block_tokens else actual / predicted
-        before = self.reliability
         self.reliability += LEARNING_RATE * (confirmed - self.reliability)
-        if self.reliability != before:
+        if abs(self.reliability - self._applied_reliability) >= RELIABILITY_STEP:
+            self._applied_reliability = self.reliability
             self._outdated.update(self._waiting)
         if confirmed < 1.0:
             self._evict(self.tokens - missing)

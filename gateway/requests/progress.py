@@ -28,16 +28,21 @@ class Progress:
     on_cache_hit: Callable[[int, int], None] = lambda predicted, actual: None
     prompt_tokens: int = 0
     cached_tokens: int | None = None
+    _longest: str | None = None
     _sequences: dict[str, _Sequence] = field(default_factory=dict)
 
     def on_prompt(self, sequence: str, tokens: int) -> None:
         """Replace the estimated prompt size by the engine's count."""
-        self.prompt_tokens = max(self.prompt_tokens, tokens)
+        if tokens > self.prompt_tokens:
+            self._longest, self.prompt_tokens = sequence, tokens
         self.request.prompt_tokens = self.prompt_tokens
 
     def on_cached(self, sequence: str, tokens: int) -> None:
-        """Replace the predicted prefix-cache hit by the engine's count. Only the first sequence's is a prediction."""
-        if self.cached_tokens is None:
+        """Replace the predicted prefix-cache hit by the engine's count, of the first sequence of the longest prompt.
+
+        The prediction is for that prompt, and its other sequences find it in the cache.
+        """
+        if self.cached_tokens is None and self._longest in (sequence, None):
             self.cached_tokens = tokens
             self.on_cache_hit(self.request.cached_tokens, tokens)
             self.request.cached_tokens = tokens

@@ -145,7 +145,13 @@ class Request:
         """Return to the queue: the engine that admitted this request did not serve it."""
         self.admitted_s = self.first_token_s = None
         self.unobserved, self.generated = False, 0
-        self.predict(self.predicted_at_arrival, self._p90_at_arrival)
+        self.predict(self.predicted_at_arrival, self._p90_at_arrival, self._beyond)
+
+    def restore_bounds(self) -> None:
+        """Ask for the bounds again: the request waits for another engine, which may meet them."""
+        if self.bounds_waived:
+            self.bounds_waived = False
+            self._set_bounds()
 
     def serve_at_best_effort(self) -> None:
         """Waive the bounds: they cannot be met, and the request's class serves it as best-effort."""

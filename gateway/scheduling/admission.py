@@ -50,6 +50,7 @@ class AdmissionController:
         """Queue ``request``."""
         if not self.engine.prefix_caching:
             request.blocks = ()
+            request.cached_tokens = request.shared_tokens = 0
         self.prefixes.wait(request)
         self.waiting.add(request)
         self.schedule.on_change(self.busy and len(self.waiting) > 1)

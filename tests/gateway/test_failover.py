@@ -354,6 +354,41 @@ async def test_error_event_before_the_first_token_moves_the_request() -> None:
         assert antares.outcomes == {"finished": 1, "rejected": 0, "failed": 1, "cancelled": 0}
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        b'{"error": {"message": "bad \\"code\\": 500", "type": "BadRequestError", "param": null, "code": 400}}',
+        b'{"error":{"message":"m","type":"invalid_request_error","code":"x"}}',
+        b'{"error":{"message":"m","code":404}}',
+    ],
+)
+async def test_error_event_about_the_request_blames_no_engine(error: bytes) -> None:
+    """vLLM checks parts of a streamed request only after its 200. Three such requests made every engine rest."""
+    asked: list[str] = []
+
+    async def refuses(scope: Scope, receive: Receive, send: Send) -> None:
+        asked.append(scope["path"])
+        await receive()
+        head = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": b"data: " + error + b"\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    engines = [fast_engine(name=name) for name in ("left", "right")]
+    async with live(engines[0], more_engines=engines[1:]) as antares:
+        for engine in engines:
+            engine.stub = refuses
+        body = {"model": "simulated", "messages": [{"role": "user", "content": "x"}], "stream": True}
+        answers = [await antares.ask(body) for _ in range(8)]
+        assert all(error in answer.content for answer in answers)
+        assert len(asked) == 8
+        queues = antares.gateway.engine_queues
+        assert [queue.circuit.state for queue in queues] == ["closed", "closed"]
+        assert [queue.circuit.share(time.monotonic()) for queue in queues] == [1.0, 1.0]
+        await eventually(antares.is_idle)
+        assert antares.outcomes == {"finished": 0, "rejected": 8, "failed": 0, "cancelled": 0}
+
+
 # --- requests that are not scheduled ----------------------------------------------------------------------------------
 
 

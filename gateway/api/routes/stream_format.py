@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 _EVENT_END = b"\n\n"
+
+# NOTE: text of the client in the message cannot match, because JSON escapes its quotes.
+_CLIENT_ERROR = re.compile(
+    rb'"code": ?"?4(?!29)\d\d\b|"(?:type|code)": ?"(?:BadRequestError|invalid_request_error|invalid_prompt)"'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,10 @@ class StreamFormat:
         if body.startswith(self.errors):
             return True
         return several and any(marker in body for marker in self._later_errors)
+
+    def refuses(self, body: bytes) -> bool:
+        """Whether the failure that ``body`` reports is the client's: a status of 4xx, except 429, or such a type."""
+        return _CLIENT_ERROR.search(body) is not None
 
     def end_in(self, body: bytes, several: bool) -> int:
         """Return where in ``body`` the event starts that ends the stream; -1 if there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -244,3 +245,22 @@ async def test_prompt_that_is_not_known_before_it_is_served_counts_by_its_estima
     assert 400 < queue.waiting[0].prompt_tokens < 1000
     pending.cancel()
     await eventually(antares.is_idle)
+
+
+async def test_waiver_of_one_engine_does_not_hold_for_another() -> None:
+    """The bounds cannot be met by the first engine. The second could meet them, but served it as best-effort."""
+    first, second = fast_engine(name="first", restart_s=30), fast_engine(name="second")
+    async with live(first, more_engines=[second]) as antares:
+        queues = antares.gateway.engine_queues
+        for queue in queues:
+            queue.admission.policy = AdmitNothing()
+        pending = asyncio.create_task(antares.ask(x_slo_class="batch"))
+        await eventually(lambda: queues[0].waiting)
+        request = queues[0].waiting[0]
+        request.serve_at_best_effort()
+        first.crash()
+        await eventually(lambda: queues[1].waiting)
+        assert not request.bounds_waived
+        assert request.deadline_s < math.inf
+        pending.cancel()
+        await eventually(antares.is_idle)

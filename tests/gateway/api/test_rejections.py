@@ -108,8 +108,11 @@ async def test_too_many_open_requests_get_429_queue_full() -> None:
         antares.gateway.engine_queues[0].admission.policy = AdmitNothing()
         waiting = asyncio.create_task(antares.ask())
         await eventually(lambda: antares.gateway.ledger.open_count == 1)
+        antares.engine.render = None  # type: ignore[assignment,method-assign]  # a full gateway tokenises nothing
         answer = await antares.ask()
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        metrics = (await antares.http.get("/metrics")).text
+        assert 'model="simulated",outcome="rejected",reason="gateway_full"' in metrics
         waiting.cancel()
         await eventually(antares.is_idle)
 

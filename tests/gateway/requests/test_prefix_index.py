@@ -234,3 +234,50 @@ def test_index_forgets_an_answer_with_the_block_before_it() -> None:
     serve(index, a_request("b", list(range(1000, 1064))))
     assert index.tokens <= 100
     assert index.cached_tokens(a_request("c", [*range(40), *range(900, 1000)])) == 16
+
+
+def test_answer_of_a_prompt_that_was_estimated_too_long_is_still_cached() -> None:
+    index = PrefixIndex()
+    request = a_request("a", list(range(4 * BLOCK)))
+    index.wait(request)
+    index.admit(request)
+    request.prompt_tokens, request.generated = BLOCK, 2 * BLOCK  # the engine's counts
+    index.release(request)
+    longer = a_request("b", list(range(8 * BLOCK)))
+    assert index.cached_tokens(longer) == 6 * BLOCK
+    assert index.tokens == 6 * BLOCK
+
+
+def test_request_whose_content_is_not_known_any_more_leaves_no_answer() -> None:
+    """It is served by the same engine after a failed attempt. Any longer prompt would seem to continue its answer."""
+    index = PrefixIndex()
+    request = a_request("a", list(range(4 * BLOCK + 8)))
+    index.wait(request)
+    index.admit(request)
+    index.release(request)
+    index.wait(request)
+    index.admit(request)
+    request.generated = 4 * BLOCK
+    index.release(request)
+    assert index.cached_tokens(a_request("b", [*range(4 * BLOCK), *range(900, 1000)])) == 4 * BLOCK
+
+
+def test_waiting_requests_are_predicted_again_only_after_a_relevant_change_of_reliability() -> None:
+    index = PrefixIndex()
+    known = a_request("a", list(range(100 * BLOCK)))
+    index.admit(known)
+    waiting = a_request("b", list(range(100 * BLOCK)))
+    index.wait(waiting)
+    index.update_waiting()
+    index.learn(known, 100 * BLOCK, 90 * BLOCK)
+    assert index.update_waiting() == [], "2% less"
+    updates = 0
+    for _ in range(5):
+        index.learn(known, 1000, 0)
+        updates += len(index.update_waiting())
+    assert updates == 5
+    for _ in range(100):
+        index.learn(known, 1000, 1000)
+        updates += len(index.update_waiting())
+    assert index.reliability > 0.999
+    assert updates < 20

@@ -64,3 +64,20 @@ def test_new_prediction_changes_the_implied_pace() -> None:
     assert request.pace_s == pytest.approx(0.03)
     assert request.deadline_s == pytest.approx(NOW + 10.0)
     assert request.variance == pytest.approx((100 / 1.2815515655446004) ** 2)
+
+
+def test_request_that_waits_again_keeps_what_was_predicted_beyond_its_p90() -> None:
+    request = make_request()
+    request.predict(10, 20, (400.0, 500.0))
+    request.wait_again()
+    request.advance(20)
+    assert request.predicted_tokens > 300
+
+
+def test_restored_bounds_are_those_that_were_waived() -> None:
+    request = make_request(ttft=1.0, tpot=0.1)
+    before = (request.kind, request.pace_s, request.deadline_s)
+    request.serve_at_best_effort()
+    assert (request.kind, request.pace_s, request.deadline_s) != before
+    request.restore_bounds()
+    assert (request.kind, request.pace_s, request.deadline_s) == before

@@ -311,3 +311,11 @@ def test_first_end_of_unobserved_requests_counts_their_time() -> None:
     admission.running["a"] = late
     assert 0.4 < admission.first_end_in_s(NOW) < 0.7
     assert admission.first_end_in_s(NOW + 99) < 0.02
+
+
+def test_request_from_another_engine_has_nothing_cached_on_one_without_a_prefix_cache() -> None:
+    admission = controller()
+    admission.engine.prefix_caching = False
+    request = make_request(prompt=1000, cached_tokens=900, shared_tokens=800)
+    admission.submit(request)
+    assert (request.uncached_tokens, request.shared_tokens) == (1000, 0)
