@@ -106,7 +106,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         sat_out: set[str] = set()
         budget: int = self.max_num_scheduled_tokens
         if gated:
-            plan = self._gate.plan(time.monotonic(), decoding, min(self._prefill_backlog(), budget))
+            plan = self._gate.plan(time.monotonic(), decoding, self._prefill_backlog(budget))
             sat_out = plan.sit_out
             if plan.max_prefill_tokens is not None:
                 # NOTE: cap the step's budget, not long_prefill_token_threshold, which caps each request.
@@ -233,10 +233,15 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             any_gated = any_gated or gated.pace_s is not None
         return decoding, context, any_gated
 
-    def _prefill_backlog(self) -> int:
-        """Return the tokens left to compute in the engine, including what preempted requests compute again."""
-        running = sum([r.num_tokens - r.num_computed_tokens for r in self.running if _is_prefilling(r)])
-        return int(running + sum([r.num_tokens - self._cached_tokens(r) for r in self.waiting]))
+    def _prefill_backlog(self, limit: int) -> int:
+        """Return the tokens left to compute, at most ``limit``, including what preempted requests compute again."""
+        tokens = sum([r.num_tokens - r.num_computed_tokens for r in self.running if _is_prefilling(r)])
+        for request in self.waiting:
+            # Each lookup in the prefix cache takes time, in every step.
+            if tokens >= limit:
+                break
+            tokens += request.num_tokens - self._cached_tokens(request)
+        return min(int(tokens), limit)
 
     def _cached_tokens(self, request: Request) -> int:
         """Return the tokens of a waiting request that are in the prefix cache.

@@ -84,8 +84,10 @@ class PromptSizer:
 
 def _set_blocks(request: Request, data: bytes, block_bytes: int, document: dict[str, Any], state: EngineState) -> None:
     salt, model = document.get("cache_salt"), document.get("model")
-    own_name = state.own_name(model) if isinstance(model, str) else None
-    adapter = "" if own_name is None else state.adapter(own_name)
+    adapter = ""
+    if isinstance(model, str) and model:
+        # A server of any model may have several that no engine lists.
+        adapter = state.adapter(state.own_name(model) or model)
     # What another engine had in its cache means nothing here.
     request.cached_tokens = request.shared_tokens = 0
     if _skips_prefix_cache(document):

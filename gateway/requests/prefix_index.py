@@ -80,10 +80,11 @@ class _Tail:
 
 @dataclass(slots=True)
 class _Held:
-    """A block that ``holders`` running requests use, and its size in tokens."""
+    """A block that ``holders`` running requests use, and its size in tokens. ``stored``: the engine says it has it."""
 
     tokens: float
     holders: int = 0
+    stored: bool = False
 
 
 class PrefixIndex:
@@ -105,7 +106,8 @@ class PrefixIndex:
         self.reliability = self._applied_reliability = 1.0
         self._held: dict[int, _Held] = {}
         self._free: OrderedDict[int, float] = OrderedDict()
-        self._running: dict[str, tuple[int, ...]] = {}
+        # The blocks of each running request, and how many of them were there before it.
+        self._running: dict[str, tuple[tuple[int, ...], int]] = {}
         # By the hash of the block before. A chat continues with the answer, which the engine has in its cache too.
         self._tails: dict[int, _Tail] = {}
         self._waiting: dict[str, tuple[Request, set[int]]] = {}
@@ -146,16 +148,20 @@ class PrefixIndex:
         self.withdraw(request)
         if not request.blocks:
             return
-        self._running[request.id] = request.blocks
+        self._running[request.id] = request.blocks, self._leading(request.blocks)[0]
         for key in request.blocks:
             self._hold(key, request.block_tokens)
         self._evict(self.capacity_tokens)
 
     def release(self, request: Request) -> None:
-        """Note that ``request`` ended. Its blocks stay cached."""
-        blocks = self._running.pop(request.id, ())
-        for key in reversed(blocks):
-            self._let_go(key)
+        """Note that ``request`` ended. Its blocks stay cached, unless it ended before the engine computed them."""
+        blocks, before = self._running.pop(request.id, ((), 0))
+        kept = before if request.prefilling and not request.generated else len(blocks)
+        for at in range(len(blocks) - 1, -1, -1):
+            block = self._held.get(blocks[at])
+            self._let_go(blocks[at])
+            if at >= kept and block is not None and not block.stored:
+                self._remove(blocks[at])
         one_answer = request.sequences == 1 and request.generated > 0
         # The content of a request that was queued again is not known any more.
         forgotten = request.block_bytes > 0 and not request.content
@@ -201,8 +207,11 @@ class PrefixIndex:
     def stored(self, keys: Iterable[int], block_tokens: float) -> None:
         """Note that the engine stored the blocks ``keys``, first to last, of ``block_tokens`` tokens each."""
         for key in reversed(list(keys)):
-            if key not in self._held:
+            block = self._held.get(key)
+            if block is None:
                 self._add_free(key, block_tokens)
+            else:
+                block.stored = True
         self._evict(self.capacity_tokens)
 
     def removed(self, keys: Iterable[int]) -> None:

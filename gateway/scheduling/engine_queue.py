@@ -146,13 +146,15 @@ class EngineQueue:
         if self._closed:
             outcome.set_result(Draining())
             return outcome
-        self.shadows.submitted(request)
         limit = self.classes[request.slo_class].max_waiting
         if self.waiting.by_class[request.slo_class] >= limit:
+            self.shadows.submitted(request)
             self.shadows.rejected(request)
             outcome.set_result(QueueFull(limit, max(1.0, self.admission.next_admission_in_s(self._clock()))))
             return outcome
         self.admission.submit(request)
+        # After its prefix-cache hit is predicted, which the shadows copy.
+        self.shadows.submitted(request)
         self._outcomes[request.id] = outcome
         self.wake()
         return outcome

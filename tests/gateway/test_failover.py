@@ -359,7 +359,7 @@ async def test_error_event_before_the_first_token_moves_the_request() -> None:
     [
         b'{"error": {"message": "bad \\"code\\": 500", "type": "BadRequestError", "param": null, "code": 400}}',
         b'{"error":{"message":"m","type":"invalid_request_error","code":"x"}}',
-        b'{"error":{"message":"m","code":404}}',
+        b'{"error":{"message":"m","code":422}}',
     ],
 )
 async def test_error_event_about_the_request_blames_no_engine(error: bytes) -> None:

@@ -10,7 +10,7 @@ _EVENT_END = b"\n\n"
 
 # NOTE: text of the client in the message cannot match, because JSON escapes its quotes.
 _CLIENT_ERROR = re.compile(
-    rb'"code": ?"?4(?!29)\d\d\b|"(?:type|code)": ?"(?:BadRequestError|invalid_request_error|invalid_prompt)"'
+    rb'"code": ?"?4(?!01|03|04|29)\d\d\b|"(?:type|code)": ?"(?:BadRequestError|invalid_request_error|invalid_prompt)"'
 )
 
 
@@ -46,7 +46,7 @@ class StreamFormat:
         return several and any(marker in body for marker in self._later_errors)
 
     def refuses(self, body: bytes) -> bool:
-        """Whether the failure that ``body`` reports is the client's: a status of 4xx, except 429, or such a type."""
+        """Whether the failure that ``body`` reports is the client's: such a type, or a status that no engine causes."""
         return _CLIENT_ERROR.search(body) is not None
 
     def end_in(self, body: bytes, several: bool) -> int:

@@ -346,10 +346,11 @@ def test_unknown_gate_in_the_environment_is_rejected(make: Make, monkeypatch: py
 def test_backlog_leaves_out_what_the_prefix_cache_holds(make: Make) -> None:
     stepped = make(seqs=4, blocks=64, caching=True)
     stepped.add("first", 200, 1)
-    assert stepped.scheduler._prefill_backlog() == 200
+    assert stepped.scheduler._prefill_backlog(10_000) == 200
+    assert stepped.scheduler._prefill_backlog(150) == 150
     stepped.drain()
     stepped.add("same beginning", 230, 1)
-    assert stepped.scheduler._prefill_backlog() == 230 - 200 // BLOCK_TOKENS * BLOCK_TOKENS
+    assert stepped.scheduler._prefill_backlog(10_000) == 230 - 200 // BLOCK_TOKENS * BLOCK_TOKENS
     assert stepped.step()["same beginning"] == 230 - 200 // BLOCK_TOKENS * BLOCK_TOKENS
 
 
@@ -358,4 +359,4 @@ def test_backlog_without_a_prefix_cache_is_all_waiting_tokens(make: Make) -> Non
     stepped.add("first", 200, 1)
     stepped.drain()
     stepped.add("same beginning", 230, 1)
-    assert stepped.scheduler._prefill_backlog() == 230
+    assert stepped.scheduler._prefill_backlog(10_000) == 230

@@ -64,3 +64,15 @@ def test_count_of_a_prompt_that_is_not_all_in_the_body_teaches_nothing(prompt: P
     assert sizer.sizes.of("m").tokens(usual.features) == before
     sizer.learn(usual, "m", 2 * before)
     assert sizer.sizes.of("m").tokens(usual.features) > 1.5 * before
+
+
+def test_models_that_the_server_does_not_list_share_no_blocks() -> None:
+    state = engine(model="m", any_model=True)
+
+    def blocks(**fields: Any) -> tuple[int, ...]:
+        request, document = make_request(), {"prompt": TEXT, **fields}
+        PromptSizer().estimate(request, read_completion(document), document, state)
+        return request.blocks
+
+    assert blocks() == blocks(model="m") == blocks(model="")
+    assert len({blocks(model=name) for name in ("m", "a", "b")}) == 3

@@ -32,6 +32,7 @@ def serve(index: PrefixIndex, request: Request) -> int:
     index.wait(request)
     index.update_waiting()
     index.admit(request)
+    request.first_token_s = 1.0
     index.release(request)
     return request.cached_tokens
 
@@ -101,6 +102,7 @@ def test_index_updates_waiting_requests_when_a_prompt_is_admitted_or_ends() -> N
     assert index.update_waiting() == [second]
     assert (second.cached_tokens, second.shared_tokens) == (10 * BLOCK, 10 * BLOCK)
     assert index.update_waiting() == []
+    first.first_token_s = 1.0
     index.release(first)
     assert index.update_waiting() == [second]
     assert (second.cached_tokens, second.shared_tokens) == (10 * BLOCK, 0)
@@ -281,3 +283,24 @@ def test_waiting_requests_are_predicted_again_only_after_a_relevant_change_of_re
         updates += len(index.update_waiting())
     assert index.reliability > 0.999
     assert updates < 20
+
+
+def test_prompt_that_ended_before_its_first_token_is_not_cached() -> None:
+    """A client that gives up and asks again would be promised the time of a cached prompt."""
+    index = PrefixIndex()
+    serve(index, a_request("a", list(range(4 * BLOCK))))
+    left, other = (a_request(name, list(range(8 * BLOCK))) for name in "bc")
+    index.admit(left)
+    index.admit(other)
+    index.stored(left.blocks[:6], BLOCK)
+    index.release(left)
+    assert index.cached_tokens(a_request("d", list(range(9 * BLOCK)))) == 8 * BLOCK, "the other one holds them"
+    other.blocks = ()
+    index.release(other)
+    index.admit(again := a_request("e", list(range(20 * BLOCK))))
+    index.release(again)
+    assert index.cached_tokens(a_request("f", list(range(20 * BLOCK)))) == 8 * BLOCK
+    index.admit(stored := a_request("g", list(range(100, 100 + 4 * BLOCK))))
+    index.stored(stored.blocks[:2], BLOCK)
+    index.release(stored)
+    assert index.cached_tokens(a_request("h", list(range(100, 100 + 4 * BLOCK)))) == 2 * BLOCK

@@ -19,6 +19,7 @@ from gateway.requests.request import Request
 from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling.decision_schedule import MAX_DECIDING_SHARE
 from gateway.scheduling.engine_queue import PROBE_INTERVAL_S, Admitted, Clock, Draining, EngineDown, EngineQueue
+from tests.fixtures.live_server import eventually
 from tests.fixtures.policy_builders import make_request
 
 NOW = 1000.0
@@ -305,3 +306,26 @@ async def test_requests_that_were_being_admitted_when_a_decision_failed_do_not_r
     with pytest.raises(ZeroDivisionError):
         await outcomes[1]
     assert list(engine_queue.running) == ["a"], "its caller has its outcome, and removes it"
+
+
+async def test_shadow_sees_the_hit_that_is_predicted_for_a_request() -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Records(Closed):
+        def decide(
+            self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
+        ) -> Decision:
+            seen.extend((request.prompt_tokens, request.uncached_tokens) for request in waiting)
+            return Decision()
+
+    engine = SimulatedEngine()
+    engine.state.alive = True
+    classes = {"chat": SloClass("chat", Slo())}
+    engine_queue = EngineQueue(engine, Closed(), classes, shadow={"other": Records(name="other")})
+    engine_queue.admission.prefixes.stored((1, 2), 16.0)
+    request = make_request("a", prompt=100)
+    request.blocks, request.block_tokens = (1, 2, 3), 16.0
+    engine_queue.submit(request)
+    await eventually(lambda: seen)
+    assert seen[0] == (100, 68)
+    engine_queue.close()
