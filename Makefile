@@ -91,6 +91,6 @@ $(STAMPS)/run: pyproject.toml $(STAMPS)/engine
 	@touch $@
 
 $(STAMPS)/dev: pyproject.toml $(STAMPS)/engine
-	@echo "==> installing the gateway and the development tools (about 20 s)"
+	@echo "==> installing the gateway and the development tools (about a minute)"
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@ $(STAMPS)/run

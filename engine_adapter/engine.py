@@ -7,10 +7,11 @@ reports prompts and tokens to it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from engine_adapter.model_card import ModelCard
 from engine_adapter.step_time.model import StepTimeModel
 
 Scope = MutableMapping[str, Any]
@@ -28,6 +29,9 @@ FAILED_KEY = "antares.failed"
 
 RENDERING_KEY = "antares.rendering"
 """ASGI scope key under which the gateway passes `RenderedPrompt.handle` back to the engine that rendered the prompt."""
+
+UNKNOWN_MODEL_LEN = 1 << 30
+"""Context length (tokens) of an engine that does not state it: no prompt is too long for it."""
 
 XARGS_KEY = "antares.xargs"
 """ASGI scope key under which the gateway passes the members for the step gate to an in-process engine."""
@@ -85,6 +89,37 @@ class RenderedPrompt:
 
 
 @dataclass(slots=True, frozen=True)
+class BlocksStored:
+    """The engine stored prompt blocks of ``block_size`` tokens in its prefix cache.
+
+    ``names`` are the engine's own names of them, in order, and ``parent`` that of the block before (None for the first
+    of a prompt). ``adapter``: the LoRA adapter, "" for none. ``salt``: the prompt's cache salt, "" for none.
+    """
+
+    names: tuple[Hashable, ...]
+    parent: Hashable | None
+    token_ids: Sequence[int]
+    block_size: int
+    adapter: str = ""
+    salt: str = ""
+
+
+@dataclass(slots=True, frozen=True)
+class BlocksRemoved:
+    """The engine removed blocks from its prefix cache."""
+
+    names: tuple[Hashable, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class PrefixCacheCleared:
+    """The engine's prefix cache is empty, or what it holds is not known any more."""
+
+
+PrefixCacheEvent = BlocksStored | BlocksRemoved | PrefixCacheCleared
+
+
+@dataclass(slots=True, frozen=True)
 class StepReport:
     """One forward pass of the engine: a sample for the step-time model.
 
@@ -109,7 +144,7 @@ class GateReport:
         steps: steps planned.
         gated_steps: steps in which at least one request sat out.
         gate_seconds: time spent in the gate.
-        eligible: decode opportunities per pace. Keys are the pace in milliseconds, as text.
+        eligible: decode opportunities per pace. Keys are from `gates.pace_labels`.
         batched: the opportunities among ``eligible`` in which the request decoded.
         best_effort_preemptions: best-effort requests preempted for paced and deadline-only ones.
         preemptible: whether this engine supports best-effort preemption.
@@ -130,20 +165,29 @@ class EngineState:
 
     Attributes:
         alive: False while the engine is down or restarting.
-        model: the name under which the engine serves its model; "" if unknown.
+        model: the name of the engine's default model, its first; "" if unknown.
+        models: the models that the engine serves by name, LoRA adapters included. None until they are known. Empty if
+            the engine does not list its models. A dead engine keeps them.
+        aliases: names that clients may use, each with the engine's own name of that model.
+        any_model: the engine also serves models that it does not list.
         ready_in_s: expected wait until the engine is up again, while ``alive`` is False.
+        prefix_caching: the engine takes the beginning of a prompt from its KV memory if it is still there.
         shared_tokens: prompt tokens that several running requests share in KV memory, beyond the first copy.
         plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
     """
 
     alive: bool = False
     model: str = ""
+    models: dict[str, ModelCard] | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    any_model: bool = False
     ready_in_s: float = 30.0
     restarts: int = 0
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int = 8192
     kv_tokens: int = 0
+    prefix_caching: bool = True
     shared_tokens: int = 0
     plans_ahead: bool = False
     kv_usage: float = 0.0
@@ -151,6 +195,27 @@ class EngineState:
     engine_waiting: int = 0
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     gate: GateReport = field(default_factory=GateReport)
+
+    def set_models(self, cards: Iterable[ModelCard]) -> None:
+        """Set the models that the engine serves. The first is its default."""
+        self.models = {card.id: card for card in cards}
+        self.model = next(iter(self.models), self.model)
+
+    def own_name(self, model: str) -> str | None:
+        """Return the engine's own name of the model that clients call ``model``; None if it does not list it."""
+        own = self.aliases.get(model)
+        if own is not None:
+            return own if not self.models or own in self.models or self.any_model else None
+        return model if self.models and model in self.models else None
+
+    def adapter(self, own_name: str) -> str:
+        """Return "" for the engine's default model, else the name: models and LoRA adapters share no cached prompts."""
+        return "" if own_name == self.model else own_name
+
+    @property
+    def serves_any_model(self) -> bool:
+        """Whether a request for a model that no engine lists may go to this engine."""
+        return self.any_model or self.models == {}
 
 
 @dataclass(slots=True)
@@ -161,6 +226,8 @@ class EngineEvents:
     """A step ended and the step-time model was updated."""
     on_alive: Callable[[bool], None] = lambda alive: None
     """The engine came up (True) or went down (False)."""
+    on_prefix_cache: Callable[[Sequence[PrefixCacheEvent]], None] = lambda events: None
+    """What the engine's prefix cache holds has changed. Only for an engine that reports it."""
 
 
 class Engine(Protocol):

@@ -28,6 +28,7 @@ from gateway.observability.status import Status
 from gateway.policies.registry import make_policy
 from gateway.prediction.client import LengthPredictor, LengthStatistics
 from gateway.scheduling.engine_queue import EngineQueue
+from gateway.scheduling.retry_budget import RetryBudget
 from gateway.scheduling.router import Router
 
 
@@ -58,6 +59,8 @@ class Gateway:
             )
             for engine in engines
         ]
+        for engine_queue in self.engine_queues:
+            engine_queue.circuit.max_rest_s = config.failover.max_rest_s
         self.router = Router(self.engine_queues)
         self.ledger = Ledger(on_close=self._on_close)
         self.status = Status(self.engine_queues, self.ledger)
@@ -77,6 +80,8 @@ class Gateway:
             self.metrics,
             max_body_bytes=config.server.max_body_bytes,
             max_open_requests=config.server.max_open_requests,
+            retries=RetryBudget(config.failover.retry_ratio, config.failover.min_retries_per_s),
+            first_token_timeout_s=config.failover.first_token_timeout_s,
             max_pass_through=config.server.max_pass_through,
             routes=RouteTable(config.server.pass_through_routes),
             keep_alive_s=config.server.sse_keep_alive_s,
@@ -109,7 +114,9 @@ class Gateway:
             group.create_task(self.predictor.warm_up())
             for engine_queue in self.engine_queues:
                 group.create_task(
-                    engine_queue.engine.start(EngineEvents(on_step=engine_queue.wake, on_alive=engine_queue.on_alive))
+                    engine_queue.engine.start(
+                        EngineEvents(engine_queue.wake, engine_queue.on_alive, engine_queue.on_prefix_cache)
+                    )
                 )
 
     def reload(self, config: GatewayConfig) -> list[str]:

@@ -35,9 +35,9 @@ A policy that does not prefer cheap requests exceeds it only by chance. A policy
 Both bounds exclude a request that cannot attain its SLO on an idle engine: the shortest decode step exceeds its TPOT
 bound, or its prefill exceeds its TTFT bound.
 
-*Prefix cache.* A leading block of the prompt of i may be in the cache if another request that has it arrives before the
-first token of i is due. At best it is never evicted. All other prompt tokens of an attained i, and always the last one,
-are computed for i (`uncached_tokens`).
+*Prefix cache.* The cache may hold a leading block of the prompt of i if another request with this block arrives before
+the first token of i is due. At best it is never evicted. All other prompt tokens of an attained i, and always the last
+one, are computed for i (`uncached_tokens`).
 
 The bounds assume that a step produces one token per sequence. The scheduler must keep the limits given to
 `token_costs`. A preempted sequence gets one token from its recomputation, which is counted as a decode here.

@@ -42,6 +42,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "kind: http": schema.HttpEngineConfig,
     "kind: simulated": schema.SimulatedEngineConfig,
     "step_times": schema.StepTimesConfig,
+    "failover": schema.FailoverConfig,
     "predictor": schema.PredictorConfig,
     "SLO classes": schema.SloClassConfig,
     "API keys": schema.KeyConfig,

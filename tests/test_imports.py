@@ -36,6 +36,7 @@ LAYERS = {
         "asgi",
         "gates",
         "engine",
+        "model_card",
         "step_time",
         "service_kind",
     ],

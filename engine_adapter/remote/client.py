@@ -208,7 +208,7 @@ def plain_chunks(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None
 
 
 async def _chunks(body: aiohttp.StreamReader) -> AsyncGenerator[bytes, None]:
-    """The chunks of ``body``, also those that arrived before its connection broke.
+    """The chunks of ``body``. If its connection broke, the chunks that arrived before come first.
 
     NOTE: aiohttp (3.14) raises as soon as the connection is lost, although unread chunks may hold the whole response.
     """

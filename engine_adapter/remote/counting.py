@@ -193,8 +193,9 @@ def _is_unfinished(event: bytes) -> bool:
 class CompletionCounter(TokenCounter):
     """Counts ``/chat/completions`` and ``/completions``.
 
-    Two byte searches classify an event with a token. Parsed are the first events, a sample of the others, those that
-    end a sequence, and those with usage. With several sequences, every event is parsed for its choice index.
+    A few byte searches recognise an event with a token. The counter parses the first events, one in `SAMPLED_EVERY` of
+    the others, and events with a finish reason or usage. With several sequences, it parses every event for its choice
+    index.
 
     * NOTE: the role chunk is not a token.
     * NOTE: an empty event that ends its sequence is a token for some servers and not for others. vLLM sends the
@@ -215,7 +216,7 @@ class CompletionCounter(TokenCounter):
             self.total < self._next_sample
             # Only one line of data: the searches below do not see JSON that continues on another line.
             and event.find(b"\n") >= len(event) - 3
-            # Most servers write this, near the end. The other searches are for those that do not.
+            # Most servers write `_UNFINISHED`, near the end of an event. Other spellings need slower searches.
             and (event.rfind(_UNFINISHED) > 0 or _is_unfinished(event))
             and b'"error"' not in event
         ):

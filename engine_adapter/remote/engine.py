@@ -6,12 +6,22 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import orjson
 from yarl import URL
 
-from engine_adapter.engine import ASGIApp, EngineEvents, EngineLost, EngineStartError, EngineState, RenderedPrompt
+from engine_adapter.engine import (
+    UNKNOWN_MODEL_LEN,
+    ASGIApp,
+    EngineEvents,
+    EngineLost,
+    EngineStartError,
+    EngineState,
+    RenderedPrompt,
+)
+from engine_adapter.model_card import ModelCard, read_cards
 from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.proxy import HttpProxy
 from engine_adapter.step_time.curve import StepCurve
@@ -30,9 +40,11 @@ so requests wait that long before they are rejected."""
 PROBE_TIMEOUT_S = 2.0
 """Seconds within which a probe must be answered."""
 DOWN_AFTER_PROBES, DOWN_AFTER_S = 3, 5.0
-"""So many failed probes in a row, over so many seconds, mean that the server is down. What is in flight on it ends."""
+"""Failed probes in a row, and the seconds that they span, after which the server is down and its requests end."""
 BREAK_SETTLE_S = 0.05
 """Delay (s) between a broken connection and the probe: one probe then covers all connections that break together."""
+MODELS_EVERY_S = 30.0
+"""Seconds between two readings of the server's models. LoRA adapters can be loaded at run time."""
 XARGS_OWNERS = ("vllm", "antares")
 """``owned_by`` of servers that accept ``vllm_xargs``. Other servers may reject a request with an unknown field."""
 
@@ -57,8 +69,12 @@ class HttpEngine:
         name: the engine's name in metrics.
         base_url: the server's URL; a trailing ``/v1`` is removed.
         api_key: the server's own key, sent as a bearer token.
+        models: the models that the server serves; by default those in its ``/v1/models``.
+        aliases: names that clients of the gateway may use, each with the server's own name of that model.
+        any_model: send the server requests for models that no engine lists.
         max_num_seqs, max_num_batched_tokens: the server's limits. OpenAI-compatible servers do not report them.
-        max_model_len: the server's context length, unless ``/v1/models`` reports it.
+        max_model_len: the server's context length, unless ``/v1/models`` reports it. None: not known.
+        prefix_caching: the server has a prefix cache, as vLLM has by default.
         step_times: initial step times; refined from the timing of the streams.
         connect_timeout_s: maximum time to establish a connection.
         read_timeout_s: maximum time between two reads.
@@ -78,9 +94,13 @@ class HttpEngine:
         base_url: str,
         api_key: str | None = None,
         *,
+        models: Sequence[str] = (),
+        aliases: Mapping[str, str] | None = None,
+        any_model: bool = False,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
-        max_model_len: int = 8192,
+        max_model_len: int | None = None,
+        prefix_caching: bool = True,
         step_times: StepTimes | None = None,
         connect_timeout_s: float = 5,
         read_timeout_s: float = 600,
@@ -95,9 +115,12 @@ class HttpEngine:
         max_num_seqs = max(1, min(max_num_seqs, total - 1))
         connections = (max_num_seqs, max(1, total - max_num_seqs))
         self.state = EngineState(
+            aliases=dict(aliases or {}),
+            any_model=any_model,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
+            max_model_len=max_model_len or UNKNOWN_MODEL_LEN,
+            prefix_caching=prefix_caching,
             step_time=StepTimeModel(times=self._initial_times),
         )
         self.takes_xargs = False
@@ -122,6 +145,8 @@ class HttpEngine:
         )
         self._events = EngineEvents()
         self._health_path = "/health"
+        self._models = tuple(models)
+        self._models_due_s = 0.0
         self._key_is_checked = False
         self._why_down = ""
         self._watcher: asyncio.Task[None] | None = None
@@ -228,7 +253,7 @@ class HttpEngine:
                 log.warning("engine %s is down: ended %d requests in flight", self.name, ended)
 
     async def _probe(self) -> None:
-        """Check the server's health. Read its model card, and so check the key, if it has just come up.
+        """Check the server's health. Read its models, and so check the key, if it has just come up or at times.
 
         Raises `EngineStartError` if the server rejects the key. NOTE: many servers want no key for ``/health``.
         """
@@ -243,7 +268,7 @@ class HttpEngine:
             # It was too busy to answer, but sent data to others meanwhile.
             return
         alive = status == 200
-        if alive and not (self.state.alive and self._key_is_checked):
+        if alive and not (self.state.alive and self._key_is_checked and began < self._models_due_s):
             await self._read_models()
         self._set_alive(alive)
 
@@ -278,19 +303,24 @@ class HttpEngine:
         return None
 
     async def _read_models(self) -> None:
-        """Check the key at ``/v1/models``, and read the model's card there if the server has one."""
+        """Check the key at ``/v1/models``, and read the models there if the server lists them."""
+        self._models_due_s = time.monotonic() + MODELS_EVERY_S
         answer = await self._get("/v1/models")
-        if answer is None:
-            return
-        self._check_key("/v1/models", answer[0])
-        self._key_is_checked = True
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-            card = orjson.loads(answer[1])["data"][0]
-            self.state.model = str(card["id"])
-            self.takes_xargs = self._send_slo and card.get("owned_by") in XARGS_OWNERS
-            limit = card.get("max_model_len")
-            if isinstance(limit, int) and limit > 0:
-                self.state.max_model_len = limit
+        if answer is not None:
+            self._check_key("/v1/models", answer[0])
+            self._key_is_checked = True
+            with contextlib.suppress(ValueError):
+                self._set_models(read_cards(orjson.loads(answer[1])))
+        if self.state.models is None:
+            self._set_models([])
+
+    def _set_models(self, listed: list[ModelCard]) -> None:
+        """Set the models of the configuration, or else those that the server lists."""
+        by_name = {card.id: card for card in listed}
+        self.state.set_models([by_name.get(name, ModelCard(name)) for name in self._models] or listed)
+        if listed:
+            self.takes_xargs = self._send_slo and listed[0].owned_by in XARGS_OWNERS
+            self.state.max_model_len = listed[0].max_model_len or self.state.max_model_len
 
     def _set_alive(self, alive: bool, ready_in_s: float = PROBE_AGAIN_S[0]) -> None:
         if alive == self.state.alive:

@@ -86,7 +86,7 @@ class HttpProxy:
         name: the engine's name.
         state: the engine's state; its running and waiting requests are counted here.
         api_key: the server's own key.
-        connections: maximum requests in flight: (of those that generate tokens, of all others).
+        connections: maximum requests in flight: (requests that generate tokens, all other requests).
         see_first_token: request non-streaming completions as streams.
         send_slo: send the SLO to the server.
         on_unreachable: called when no connection could be established.
@@ -390,7 +390,9 @@ class HttpProxy:
             self.last_data_at = time.monotonic()
             if 300 <= response.status < 400 and response.status != 304:
                 raise BadUpstreamError(f"answered with a redirect ({response.status}): set its base_url to the target")
-            if response.status == 200 and _content_type(response).startswith("text/html"):
+            # A file that a GET asks for may be a page.
+            is_page = scope["method"] == "POST" and _content_type(response).startswith("text/html")
+            if is_page and response.status == 200:
                 raise BadUpstreamError("answered with an HTML page: check its base_url")
             if response.status in (401, 403):
                 self._on_unauthorized()

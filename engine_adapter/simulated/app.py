@@ -7,7 +7,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import orjson
 from engine_adapter.asgi import ClientDisconnected, read_body, run_until_disconnect
 from engine_adapter.engine import OBSERVER_KEY, EngineLost, EngineUnreachable, Receive, Scope, Send
 from engine_adapter.simulated.messages_api import MessagesResponse, count_tokens, parse_messages
+from engine_adapter.simulated.prompt import SimulatedPrompt, block_hashes, message_tokens
 from engine_adapter.simulated.request import BadRequest, Completion
 from engine_adapter.simulated.responses_api import ResponsesResponse, parse_responses
 from engine_adapter.simulated.sequence import SimulatedSequence
@@ -43,13 +44,18 @@ _ROUTES = {
 
 @dataclass(slots=True, frozen=True)
 class Choice:
-    """A planned sequence. ``stops``: it ends with an end-of-sequence token, which has no text."""
+    """A planned sequence. ``stops``: it ends with an end-of-sequence token, which has no text.
+
+    ``prompt``: the number of its prompt in the request. ``blocks``: hashes of the blocks of prompt and answer.
+    """
 
     index: int
+    prompt: int
     prompt_tokens: int
     output_tokens: int
     stops: bool
     seed: int
+    blocks: tuple[int, ...] = ()
 
     def text(self, token: int) -> str:
         """Text of output token number ``token``, counted from 1."""
@@ -90,9 +96,7 @@ class SimulatedApp:
             await self._complete(scope, receive, send)
 
     def _models(self) -> dict[str, Any]:
-        limit = self._engine.state.max_model_len
-        card = {"id": self._engine.model, "object": "model", "created": 0, "owned_by": "antares"}
-        return {"object": "list", "data": [card | {"max_model_len": limit}]}
+        return {"object": "list", "data": [card.document() for card in (self._engine.state.models or {}).values()]}
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -110,23 +114,19 @@ class SimulatedApp:
                 details = {"type": "BadRequestError", "message": str(error)}
                 await _json(send, 400, {"type": "error", "error": details})
             else:
-                await _error(send, 400, "BadRequestError", str(error))
+                await _error(send, 400, "BadRequestError", str(error), param=error.param)
             return
-        response = _RESPONSES.get(path, _Response)(request, choices, self._engine.model)
+        model = request.model if request.model in (self._engine.state.models or {}) else self._engine.model
+        response = _RESPONSES.get(path, _Response)(request, choices, model)
         await run_until_disconnect(self._generate(scope, response, send), receive)
 
     def _choices(self, request: Completion) -> list[Choice]:
         """Plan the request's sequences. Raises `BadRequest` if the context is too long."""
         max_context = min(self._engine.state.max_model_len, self._engine.state.kv_tokens)
         choices: list[Choice] = []
-        for text, prompt_tokens in request.prompts:
-            requested = request.max_tokens or 0
-            if prompt_tokens + max(requested, 1) > max_context:
-                raise BadRequest(
-                    f"This model's maximum context length is {max_context} tokens. However, you requested {requested} "
-                    f"output tokens and your prompt contains {prompt_tokens} input tokens. "
-                    "Please reduce the length of the input prompt or the number of requested output tokens."
-                )
+        for number, prompt in enumerate(request.prompts):
+            text, prompt_tokens = prompt.text, prompt.size
+            _check_context(max_context, prompt_tokens, request.max_tokens or 0)
             limit = request.max_tokens or max_context - prompt_tokens
             seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
             # Output tokens up to the end-of-sequence token, before the limit applies.
@@ -135,8 +135,20 @@ class SimulatedApp:
                 eos_at = limit + 1
             for _ in range(request.n):
                 index = len(choices)
-                choices.append(Choice(index, prompt_tokens, min(eos_at, limit), eos_at <= limit, seed=seed + 7 * index))
+                length, stops = min(eos_at, limit), eos_at <= limit
+                choice = Choice(index, number, prompt_tokens, length, stops, seed=seed + 7 * index)
+                choices.append(replace(choice, blocks=self._blocks(request, prompt, choice)))
         return choices
+
+    def _blocks(self, request: Completion, prompt: SimulatedPrompt, choice: Choice) -> tuple[int, ...]:
+        """Return the hashes of the blocks of a prompt and its answer, as the next turn of a chat will repeat it."""
+        if not self._engine.state.prefix_caching:
+            return ()
+        tokens = list(prompt.tokens)
+        if request.chat:
+            words = [choice.text(token).strip() for token in range(1, choice.output_tokens + 1 - choice.stops)]
+            tokens += message_tokens("assistant", words)
+        return block_hashes((request.model or self._engine.model, request.cache_salt), tokens)
 
     def _default_length(self, text: str, seed: int) -> int:
         default = self._engine.output_tokens
@@ -155,6 +167,11 @@ class SimulatedApp:
                 observer.on_tokens(str(choice.index), 1, at)
             produced.put_nowait((choice, generated))
 
+        def on_cached(choice: Choice, tokens: int) -> None:
+            request.cached_tokens.setdefault(choice.prompt, tokens)
+            if observer is not None:
+                observer.on_cached(str(choice.index), tokens)
+
         def on_lost() -> None:
             produced.put_nowait(None)
 
@@ -168,6 +185,8 @@ class SimulatedApp:
                 gate=request.gate,
                 on_token=partial(on_token, choice),
                 on_lost=on_lost,
+                on_cached=partial(on_cached, choice),
+                blocks=choice.blocks,
             )
             for choice in choices
         ]
@@ -268,10 +287,15 @@ class _Response:
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         return _data(self._head | {"choices": [choice]})
 
-    def _usage(self) -> dict[str, int]:
-        prompt = sum(tokens for _, tokens in self.request.prompts)
+    def _usage(self) -> dict[str, Any]:
+        prompt = sum(prompt.size for prompt in self.request.prompts)
         completion = sum(choice.output_tokens for choice in self.choices)
-        return {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
+        return {
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + completion,
+            "completion_tokens": completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self.request.cached_tokens.values())},
+        }
 
 
 AnyResponse = _Response | ResponsesResponse | MessagesResponse
@@ -286,6 +310,25 @@ _RESPONSES: dict[str, Callable[[Completion, list[Choice], str], AnyResponse]] = 
     "/v1/responses": ResponsesResponse,
     "/v1/messages": MessagesResponse,
 }
+
+
+def _check_context(max_context: int, prompt_tokens: int, output_tokens: int) -> None:
+    """Raise vLLM's error if a prompt and its requested output exceed the context length."""
+    limit = f"This model's maximum context length is {max_context} tokens. However, "
+    value = f"(parameter=input_tokens, value={prompt_tokens})"
+    if prompt_tokens + 1 > max_context:
+        raise BadRequest(
+            f"{limit}your prompt contains {prompt_tokens} input tokens, which exceeds this limit even without any "
+            f"output tokens. Please reduce the length of the input prompt. {value}",
+            "input_tokens",
+        )
+    if prompt_tokens + output_tokens > max_context:
+        raise BadRequest(
+            f"{limit}you requested {output_tokens} output tokens and your prompt contains {prompt_tokens} input "
+            f"tokens, for a total of {prompt_tokens + output_tokens} tokens. Please reduce the length of the input "
+            f"prompt or the number of requested output tokens. {value}",
+            "input_tokens",
+        )
 
 
 def _data(chunk: dict[str, Any]) -> bytes:
@@ -308,7 +351,12 @@ async def _json(
 
 
 async def _error(
-    send: Send, status: int, kind: str, message: str, headers: list[tuple[bytes, bytes]] | None = None
+    send: Send,
+    status: int,
+    kind: str,
+    message: str,
+    headers: list[tuple[bytes, bytes]] | None = None,
+    param: str | None = None,
 ) -> None:
-    error = {"message": message, "type": kind, "param": None, "code": status}
+    error = {"message": message, "type": kind, "param": param, "code": status}
     await _json(send, status, {"error": error}, headers)

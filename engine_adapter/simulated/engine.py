@@ -2,8 +2,8 @@
 
 For development and tests. No model runs: the output is fixed words, and every response has
 ``system_fingerprint: "antares-simulated"``. The scheduling is real (`engine_adapter.simulated.scheduler`). It has
-continuous batching with chunked prefill, a token budget per step, KV blocks with preemption, and the step gate.
-Decodes go first, and prompts are served first come, first served.
+continuous batching with chunked prefill, a token budget per step, KV blocks with prefix caching and preemption, and the
+step gate. Decodes go first, and prompts are served first come, first served.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from engine_adapter.engine import ASGIApp, EngineEvents, EngineState, EngineUnreachable, GateReport, RenderedPrompt
 from engine_adapter.gates.composite import Gates
+from engine_adapter.gates.pace_labels import PaceLabels
+from engine_adapter.model_card import ModelCard
 from engine_adapter.simulated.app import SimulatedApp
-from engine_adapter.simulated.scheduler import SimulatedScheduler, Step
+from engine_adapter.simulated.request import BadRequest, Completion
+from engine_adapter.simulated.scheduler import BLOCK_TOKENS, SimulatedScheduler, Step
 from engine_adapter.simulated.sequence import SimulatedSequence
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
@@ -26,6 +29,7 @@ from engine_adapter.step_time.profile import Profile
 MAX_LAG_S = 0.25
 """Largest lag (s) of the step loop behind its schedule. Beyond it the schedule restarts from the current time."""
 _MIN_STEP_S = 1e-4
+_TOKEN_MASK = 0xFFFFFFFF  # token ids have 32 bits
 _DEFAULT_LIMITS = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_model_len": 8192, "kv_tokens": 200_000}
 
 
@@ -40,7 +44,9 @@ class SimulatedEngine:
 
     Args:
         name: the engine's name in metrics.
-        model: the model name in responses and in ``/v1/models``. Requests for any model are served.
+        model: the name of the default model. It answers requests for models that the engine does not have.
+        models: names of further models. All behave alike.
+        aliases: names that clients of the gateway may use, each with the engine's own name of that model.
         times: a step takes ``ITL(B, L)`` if any sequence decodes, plus ``t(prefill tokens)`` if any prompt prefills.
         profile: step times from a profile, in place of ``times``.
         max_num_seqs, max_num_batched_tokens, max_model_len: vLLM's limits of the same names. Defaults: the profile's,
@@ -50,6 +56,7 @@ class SimulatedEngine:
         gate: gate for requests that name none; a name in `gates.composite.GATES`.
         output_tokens: output length of requests that do not set one: a number, a function of the prompt text, or None
             for 8 to 128 tokens by a stable hash of the prompt.
+        prefix_caching: whether prompts share the KV memory of equal beginnings, as vLLM's option of that name.
         time_scale: factor on every step's duration.
         restart_s: downtime after `crash`, in seconds.
 
@@ -62,6 +69,8 @@ class SimulatedEngine:
         name: str = "simulated",
         model: str = "simulated",
         *,
+        models: Sequence[str] = (),
+        aliases: Mapping[str, str] | None = None,
         times: StepTimes | None = None,
         profile: Profile | None = None,
         max_num_seqs: int | None = None,
@@ -70,6 +79,7 @@ class SimulatedEngine:
         kv_tokens: int | None = None,
         gate: str = "credit",
         output_tokens: int | Callable[[str], int] | None = None,
+        prefix_caching: bool = True,
         time_scale: float = 1.0,
         restart_s: float = 0.5,
     ) -> None:
@@ -87,16 +97,20 @@ class SimulatedEngine:
         self.times = times or (StepTimes() if profile is None else profile.step_times())
         self.takes_xargs = True
         self.state = EngineState(
-            model=model,
+            aliases=dict(aliases or {}),
             step_time=StepTimeModel(times=self.times),
             **limits,
         )
+        limit = self.state.max_model_len
+        self.state.set_models([ModelCard(name, limit, "antares") for name in dict.fromkeys((model, *models))])
         self.output_tokens = output_tokens
+        self.state.prefix_caching = prefix_caching
         self._time_scale = time_scale
         self._restart_s = restart_s
         self._gate_name = gate
         self._profile = profile
-        self._scheduler = SimulatedScheduler(**limits, gate=Gates(gate))
+        self._scheduler = SimulatedScheduler(**limits, gate=Gates(gate), prefix_caching=prefix_caching)
+        self._pace_labels = PaceLabels()
         self._wake = asyncio.Event()
         self._events = EngineEvents()
         self._loop_task: asyncio.Task[None] | None = None
@@ -138,8 +152,16 @@ class SimulatedEngine:
         self._events.on_alive(False)
 
     async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
-        """Returns None."""
-        return None
+        """Return the prompt of a chat or a text completion, with a number for each of its tokens."""
+        if path not in ("/v1/chat/completions", "/v1/completions"):
+            return None
+        try:
+            prompts = Completion.of(document, path == "/v1/chat/completions").prompts
+        except BadRequest:
+            return RenderedPrompt((), 0, invalid=True)
+        longest = max(prompts, key=lambda prompt: prompt.size)
+        too_long = longest.size >= self.state.max_model_len
+        return RenderedPrompt([hash(token) & _TOKEN_MASK for token in longest.tokens], BLOCK_TOKENS, invalid=too_long)
 
     async def probe(self) -> None:
         """Reset the step-time model to the simulated step times, which never change."""
@@ -170,6 +192,7 @@ class SimulatedEngine:
 
     def _bring_up(self) -> None:
         self._scheduler.gate = Gates(self._gate_name)
+        self._pace_labels = PaceLabels()
         self.state.gate = GateReport(preemptible=True)
         self.state.ready_in_s = 0.0
         self.state.alive = True
@@ -244,9 +267,9 @@ class SimulatedEngine:
         for sequence in self._scheduler.decoding:
             if sequence.pace_s is None:
                 continue
-            bound = f"{sequence.pace_s * 1000:g}"
-            report.eligible[bound] = report.eligible.get(bound, 0) + 1
-            report.batched[bound] = report.batched.get(bound, 0) + (sequence.request_id not in step.sat_out)
+            label = self._pace_labels.of(sequence.pace_s * 1000)
+            report.eligible[label] = report.eligible.get(label, 0) + 1
+            report.batched[label] = report.batched.get(label, 0) + (sequence.request_id not in step.sat_out)
 
     def _publish_load(self) -> None:
         self.state.engine_running = self._scheduler.running

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+_KEPT = ("model", "max_tokens", "stream", "ignore_eos", "vllm_xargs", "tools", "cache_salt")
+
 
 def parse_messages(raw: bytes) -> Completion:
     """Parse a Messages body. Raises `BadRequest` naming the field."""
@@ -25,8 +27,8 @@ def parse_messages(raw: bytes) -> Completion:
 
 def count_tokens(raw: bytes) -> Json:
     """Return the answer to ``count_tokens``. Raises `BadRequest` naming the field."""
-    ((_, tokens),) = Completion.of(_chat(read_object(raw)), True).prompts
-    return {"input_tokens": tokens}
+    (prompt,) = Completion.of(_chat(read_object(raw)), True).prompts
+    return {"input_tokens": prompt.size}
 
 
 def _chat(body: Json) -> Json:
@@ -34,7 +36,7 @@ def _chat(body: Json) -> Json:
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list with at least one message")
     system = [{"role": "system", "content": body["system"]}] if body.get("system") else []
-    kept: Json = {name: body[name] for name in ("max_tokens", "stream", "ignore_eos", "vllm_xargs") if name in body}
+    kept: Json = {name: body[name] for name in _KEPT if name in body}
     return {"messages": [*system, *messages], **kept}
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 from engine_adapter.engine import GATE_XARG, KIND_XARG, TPOT_XARG
 from engine_adapter.service_kind import KINDS_BY_LABEL, ServiceKind, default_kind
+from engine_adapter.simulated.prompt import SimulatedPrompt, chat_prompt, text_tokens
+
+MAX_SALT_CHARS = 1024
+"""Longest ``cache_salt``, as in vLLM."""
 
 
 class BadRequest(Exception):  # noqa: N818 - named after the HTTP status
-    """The request is invalid. The client gets a 400 with the message."""
+    """The request is invalid. The client gets a 400 with the message, and with ``param`` if vLLM names one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 @dataclass(slots=True, frozen=True)
@@ -20,13 +28,17 @@ class Completion:
     """The parts of a completion request that the simulated engine supports. Lengths are in tokens.
 
     Attributes:
-        prompts: text and length of each prompt.
+        model: the name that the client asked for; "" if it named none.
+        cache_salt: requests with different salts share no blocks of the prefix cache.
         gate: the step gate that the request names; "" for the engine's default.
+        cached_tokens: prefix-cache hit of each prompt by its number, once the engine has scheduled it.
         fixed_output: output length, if ``vllm_xargs.simulated_output_tokens`` sets it.
     """
 
     chat: bool
-    prompts: list[tuple[str, int]]
+    model: str
+    cache_salt: str
+    prompts: list[SimulatedPrompt]
     n: int
     stream: bool
     include_usage: bool
@@ -36,6 +48,7 @@ class Completion:
     kind: ServiceKind
     gate: str
     fixed_output: int | None
+    cached_tokens: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, raw: bytes, chat: bool) -> Completion:
@@ -56,6 +69,8 @@ class Completion:
             raise BadRequest("stream_options can only be set when stream is true")
         return cls(
             chat=chat,
+            model=str(body.get("model") or ""),
+            cache_salt=_cache_salt(body),
             prompts=[_chat_prompt(body)] if chat else _text_prompts(body),
             n=_whole(body, "n") or 1,
             stream=stream,
@@ -80,36 +95,34 @@ def read_object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _chat_prompt(body: dict[str, Any]) -> tuple[str, int]:
+def _chat_prompt(body: dict[str, Any]) -> SimulatedPrompt:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list with at least one message")
-    texts: list[str] = []
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, str):
-            texts.append(content)
-        elif isinstance(content, list):
-            texts += [str(part.get("text", "")) for part in content if isinstance(part, dict)]
-    return _text_prompt("\n".join(texts))
+    return chat_prompt(body, messages)
 
 
-def _text_prompts(body: dict[str, Any]) -> list[tuple[str, int]]:
+def _text_prompts(body: dict[str, Any]) -> list[SimulatedPrompt]:
     prompt = body.get("prompt")
     if isinstance(prompt, str):
-        return [_text_prompt(prompt)]
+        return [SimulatedPrompt(prompt, text_tokens(prompt))]
     if isinstance(prompt, list) and prompt:
         if all(isinstance(part, str) for part in prompt):
-            return [_text_prompt(part) for part in prompt]
+            return [SimulatedPrompt(part, text_tokens(part)) for part in prompt]
         if all(isinstance(part, int) for part in prompt):
-            return [(str(prompt), len(prompt))]
-        if all(isinstance(part, list) for part in prompt):
-            return [(str(part), max(1, len(part))) for part in prompt]
+            return [SimulatedPrompt(str(prompt), prompt)]
+        if all(isinstance(part, list) and all(isinstance(token, int) for token in part) for part in prompt):
+            return [SimulatedPrompt(str(part), part) for part in prompt]
     raise BadRequest("prompt must be a string, a list of strings, or lists of token ids")
 
 
-def _text_prompt(text: str) -> tuple[str, int]:
-    return text, max(1, len(text.split()))
+def _cache_salt(body: dict[str, Any]) -> str:
+    salt = body.get("cache_salt")
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not 0 < len(salt) <= MAX_SALT_CHARS:
+        raise BadRequest(f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters")
+    return salt
 
 
 def _number(fields: dict[str, Any], name: str) -> float | None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+_KEPT = ("model", "stream", "ignore_eos", "vllm_xargs", "tools", "cache_salt")
+
 
 def parse_responses(raw: bytes) -> Completion:
     """Parse a Responses body. Raises `BadRequest` naming the field."""
@@ -28,7 +30,7 @@ def parse_responses(raw: bytes) -> Completion:
         raise BadRequest("input must be a string or a list of items")
     instructions = [{"role": "system", "content": body["instructions"]}] if body.get("instructions") else []
     chat = {"messages": [*instructions, *given], "max_tokens": body.get("max_output_tokens")}
-    return Completion.of({**chat, **{k: body[k] for k in ("stream", "ignore_eos", "vllm_xargs") if k in body}}, True)
+    return Completion.of({**chat, **{name: body[name] for name in _KEPT if name in body}}, True)
 
 
 class ResponsesResponse:
@@ -79,7 +81,7 @@ class ResponsesResponse:
         prompt, output = choice.prompt_tokens, choice.output_tokens
         usage = {
             "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": sum(self.request.cached_tokens.values())},
             "output_tokens": output,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": prompt + output,

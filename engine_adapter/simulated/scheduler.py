@@ -210,8 +210,11 @@ class SimulatedScheduler:
             at += 1
             if sat_out and sequence.request_id in sat_out:
                 continue
-            if sequence.length > sequence.capacity and not self._grow(sequence):
-                break  # it was the newest of the batch, and preempted itself
+            if sequence.length >= sequence.capacity:
+                if sequence.length == sequence.capacity:
+                    self._publish(sequence, sequence.length)
+                elif not self._grow(sequence):
+                    break  # it was the newest of the batch, and preempted itself
             decodes.append(sequence)
             context += sequence.length
         step.decode_context = context
@@ -224,7 +227,6 @@ class SimulatedScheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        self._publish(sequence, sequence.capacity)
         self._kv.allocate(1)
         sequence.capacity += BLOCK_TOKENS
         return True

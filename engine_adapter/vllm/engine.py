@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine_adapter.engine import (
@@ -34,10 +35,12 @@ from engine_adapter.engine import (
     StepReport,
     TokenObserver,
 )
+from engine_adapter.model_card import read_cards
 from engine_adapter.step_time.calibration import PROBE_S, calibrate, warm_up
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.vllm.gate_channel import GateListener
+from engine_adapter.vllm.kv_events import receive_events, subscription
 from engine_adapter.vllm.launch import command_line, create_llm, prepare_environment
 from engine_adapter.vllm.rendering import PromptRenderer, current_rendering, reuse_renderings
 from engine_adapter.vllm.token_observation import current_observer, current_xargs, observe_outputs
@@ -51,6 +54,9 @@ FIRST_ANSWERS_S = 180.0
 HEALTH_CHECK_S = 0.1
 """Seconds between checks whether the engine has died."""
 
+_LORA_PATHS = ("/load_lora_adapter", "/unload_lora_adapter")
+"""Routes that change which models vLLM serves."""
+
 _create_lock = threading.Lock()
 
 
@@ -61,7 +67,9 @@ class VllmEngine:
         name: the engine's name in metrics.
         model: a model folder, a hub id, or `models.BUILTIN`.
         flags: flags of `vllm serve`, without dashes (``{"max-model-len": 2048, "enforce-eager": True}``).
-        served_model_name: the model name for clients; default ``model``.
+        served_model_name: the model's name for clients, or several; default ``model``.
+        aliases: names that clients of the gateway may use, each with the engine's own name of that model.
+        any_model: serve requests for models that vLLM does not list.
         gate: gate for requests that name none; a name in `gates.composite.GATES`.
         step_times: initial coefficients of the step-time model.
         calibrate: run a few synthetic requests after each start, so that the model is fitted before traffic arrives.
@@ -75,26 +83,33 @@ class VllmEngine:
         model: str,
         flags: dict[str, Any] | None = None,
         *,
-        served_model_name: str | None = None,
+        served_model_name: str | Sequence[str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        any_model: bool = False,
         gate: str = "credit",
         step_times: StepTimes | None = None,
         calibrate: bool = True,
     ) -> None:
         self.name = name
+        names = [served_model_name] if isinstance(served_model_name, str) else list(served_model_name or ())
         self.state = EngineState(
-            model=served_model_name or model, step_time=StepTimeModel(times=step_times or StepTimes())
+            model=names[0] if names else model,
+            aliases=dict(aliases or {}),
+            any_model=any_model,
+            step_time=StepTimeModel(times=step_times or StepTimes()),
         )
         self._model = model
-        self._served_model_name = served_model_name
+        self._served_model_names = names
         self._flags = dict(flags or {})
         self._gate = gate
         self._calibrate = calibrate
         self._events = EngineEvents()
         self._listener: GateListener | None = None
         self._llm: Any = None
-        self._vllm_app: ASGIApp | None = None
+        self._vllm_app: Any = None
         self._renderer: PromptRenderer | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._kv_events: asyncio.Task[None] | None = None
         self._sequences: dict[str, TokenObserver] = {}
         self._on_cpu = False
         self._older_children: set[Any] = set()
@@ -165,7 +180,9 @@ class VllmEngine:
         self._vllm_app = vllm_app
         observe_outputs(self._llm.output_processor, self._sequences)
         self._read_limits()
+        await self._read_models()
         reuse_renderings(vllm_app.state.online_renderer.renderer)
+        self._subscribe(self._llm.vllm_config.kv_events_config)
         self._renderer = PromptRenderer(vllm_app.state, self._llm.vllm_config.cache_config.block_size)
         if self._calibrate:
             await warm_up(self._run_synthetic, self.state.step_time)
@@ -178,11 +195,21 @@ class VllmEngine:
             if self._listener is None:
                 raise EngineStartError("the engine was stopped during its start")
             prepare_environment(self._listener.path, self._gate)
-            arguments = command_line(self._model, self._served_model_name, self._flags)
+            arguments = command_line(self._model, self._served_model_names, self._flags)
             return create_llm(arguments, self._on_scheduler_stats, stopped=lambda: self._listener is None)
+
+    def _subscribe(self, config: Any) -> None:
+        """Receive the events of the prefix cache, if vLLM publishes them."""
+        where = subscription(config)
+        if where is not None:
+            receiving = receive_events(*where, self._events.on_prefix_cache)
+            self._kv_events = asyncio.create_task(receiving, name=f"{self.name}-kv-events")
 
     async def _tear_down(self) -> None:
         self.state.alive = False
+        if self._kv_events is not None:
+            self._kv_events.cancel()
+            self._kv_events = None
         llm, self._llm, self._vllm_app, self._renderer = self._llm, None, None, None
         if llm is not None:
             from vllm.v1.engine.exceptions import EngineDeadError
@@ -227,6 +254,12 @@ class VllmEngine:
             except EngineStartError as error:
                 log.error("restart of engine %s failed: %s", self.name, error)
 
+    async def _read_models(self) -> None:
+        """Read the models that vLLM serves: its base model's names, and the LoRA adapters that are loaded."""
+        if self._vllm_app is not None:
+            listing = await self._vllm_app.state.openai_serving_models.show_available_models()
+            self.state.set_models(read_cards(listing.model_dump()))
+
     def _read_limits(self) -> None:
         config = self._llm.vllm_config
         state = self.state
@@ -236,6 +269,7 @@ class VllmEngine:
         blocks = config.cache_config.num_gpu_blocks or 0
         state.kv_tokens = blocks * (config.cache_config.block_size or 0)
         self._on_cpu = config.device_config.device_type == "cpu"
+        state.prefix_caching = bool(config.cache_config.enable_prefix_caching)
         state.plans_ahead = bool(config.scheduler_config.async_scheduling)
 
     async def _run_synthetic(self, prompt_tokens: int, output_tokens: int, salt: int) -> None:
@@ -314,6 +348,8 @@ class VllmEngine:
             current_xargs.reset(xargs_token)
             if observer is not None:
                 await self._abort_unfinished(observer, llm)
+        if scope["path"].endswith(_LORA_PATHS):
+            await self._read_models()
         if lost:
             self._mark_dead(llm)
             raise EngineLost(f"engine {self.name} died")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -28,14 +28,14 @@ def prepare_environment(gate_socket: str, gate: str) -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
-def command_line(model: str, served_model_name: str | None, flags: dict[str, Any]) -> list[str]:
+def command_line(model: str, served_model_names: Sequence[str], flags: dict[str, Any]) -> list[str]:
     """Arguments of `vllm serve` for a configuration.
 
     ``flags`` are named without dashes. True becomes ``--flag``, False ``--no-flag``; None leaves the flag out.
     """
     all_flags: dict[str, Any] = {"scheduler-cls": SCHEDULER, **flags, "model": resolve_model(model)}
-    if served_model_name:
-        all_flags["served-model-name"] = served_model_name
+    if served_model_names:
+        all_flags["served-model-name"] = list(served_model_names)
     arguments: list[str] = []
     for flag, value in all_flags.items():
         if value is True:

@@ -12,6 +12,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
+from engine_adapter.asgi import encode_json
 from engine_adapter.engine import RenderedPrompt
 
 log = logging.getLogger("antares.engine.vllm")
@@ -78,7 +81,9 @@ class PromptRenderer:
         kept = Rendering()
         token = current_rendering.set(kept)
         try:
-            valid = await render(document)
+            # NOTE: vLLM's request classes change what they validate, for example tool calls into objects of their own.
+            # The gateway still sends the document to an engine, so they get a copy. This copies faster than deepcopy.
+            valid = await render(orjson.loads(encode_json(document)))
         except Exception as error:
             # NOTE: the message quotes the request. vLLM's handler raises the same again and turns it into a response.
             log.debug("a prompt was not rendered: %s", type(error).__name__)

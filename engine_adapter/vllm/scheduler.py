@@ -29,6 +29,7 @@ from vllm.v1.request import RequestStatus
 from engine_adapter.engine import GATE_XARG, KIND_XARG, TPOT_XARG
 from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Capacity, Member
 from engine_adapter.gates.composite import Gates
+from engine_adapter.gates.pace_labels import PaceLabels
 from engine_adapter.service_kind import KINDS_BY_LABEL, ServiceKind, default_kind
 from engine_adapter.vllm.gate_channel import GateReporter
 from engine_adapter.vllm.orphan import PARENT_ENV, exit_with_parent
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
 GATE_ENV = "ANTARES_GATE"
 _MIN_PACE_MS = 1.0
 """Milliseconds. No engine decodes faster, and a smaller pace would starve all others (TRP is relative to it)."""
-
-_MAX_LABELS = 32
-"""Paces that are counted apart. Clients choose paces freely, so the rest is counted as "other"."""
 
 _READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 """Statuses of requests that wait for a slot only; others wait for a grammar or for more input."""
@@ -88,7 +86,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         except ValueError as error:
             raise ValueError(f"{GATE_ENV}: {error}") from error
         self._gated: dict[str, _Gated] = {}
-        self._labels: set[str] = set()
+        self._labels = PaceLabels()
         self._preemption = self._best_effort_preemption()
         self._reporter = GateReporter.from_env()
         self._reporter.report.preemptible = self._preemption is not None
@@ -272,16 +270,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             kind=KINDS_BY_LABEL.get(str(xargs.get(KIND_XARG)), default_kind(pace_s)),
             pace_s=pace_s,
             gate=str(xargs.get(GATE_XARG, "")),
-            label=self._label("none" if pace_ms is None else f"{pace_ms:g}"),
+            label=self._labels.of(pace_ms),
         )
         return gated
-
-    def _label(self, label: str) -> str:
-        """Return the pace's name in the counters."""
-        if label not in self._labels and len(self._labels) >= _MAX_LABELS:
-            return "other"
-        self._labels.add(label)
-        return label
 
     def _count(self, output: SchedulerOutput, decoding: list[_Gated], context: float, sat_out: set[str]) -> None:
         scheduled = output.num_scheduled_tokens

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 
 from engine_adapter.asgi import ClientConnection, ClientDisconnected, JsonBody, cancel_and_wait
 from engine_adapter.engine import ASGIApp, Receive, Scope, Send
+from gateway.api.failover import EngineHung, HangWatch
 from gateway.api.response_relay import ResponseRelay
 
 
@@ -17,8 +20,10 @@ async def call_engine(
     client: ClientConnection,
     stall_s: float,
     grace_s: float,
+    watch: HangWatch | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> BaseException | None:
-    """Call an engine's app and return the exception that it raised, or None.
+    """Call an engine's app and return the exception that it raised, or None. `EngineHung` if ``watch`` says so.
 
     ``stall_s``: seconds (up to twice that) after which a client that accepts no data counts as disconnected.
     ``grace_s``: seconds that the app has to return after the disconnect, before it is cancelled.
@@ -27,13 +32,17 @@ async def call_engine(
     """
     call = asyncio.ensure_future(_run(app, scope, client.receive_for(body), relay.send))
     try:
-        stalled = False
-        while not (stalled or call.done() or client.disconnected.done()):
-            await asyncio.wait({call, client.disconnected}, timeout=stall_s, return_when=asyncio.FIRST_COMPLETED)
+        stalled = hung = False
+        while not (stalled or hung or call.done() or client.disconnected.done()):
+            timeout_s = stall_s if watch is None else min(stall_s, watch.wait_s(clock()))
+            await asyncio.wait({call, client.disconnected}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if watch is not None and timeout_s < stall_s:
+                hung = not (call.done() or client.disconnected.done()) and watch.is_hung(clock())
+                continue
             stalled = relay.stalled_since_last_check()
         # After a disconnect, vLLM's app may still send a response. Only what was sent before counts.
         disconnected = (client.disconnected.done() or stalled) and not relay.complete
-        if not call.done():
+        if not (call.done() or hung):
             await asyncio.wait({call}, timeout=grace_s)
     finally:
         await cancel_and_wait(call)
@@ -41,7 +50,7 @@ async def call_engine(
     error = None if call.cancelled() else call.exception()
     if disconnected:
         raise ClientDisconnected
-    return error
+    return EngineHung("no token arrived in time") if hung else error
 
 
 async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

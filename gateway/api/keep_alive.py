@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import orjson
 
@@ -74,7 +74,7 @@ class KeepAlive:
         else:
             self._answer += body
         if not message.get("more_body"):
-            events = last_events(self._http.scope["path"], self._answer)
+            events = self._http.route.errors.last_events(_as_object(self._answer), 0)
             await self._send({"type": "http.response.body", "body": events})
 
     def _arm(self) -> None:
@@ -102,28 +102,13 @@ class KeepAlive:
             self._arm()
 
 
-def last_events(path: str, answer: bytes | bytearray) -> bytes:
-    """Return a JSON answer as the last events of a stream, in the shape of the API at ``path``."""
-    document = _parsed(answer)
-    if path == "/v1/responses":
-        error = document.get("error")
-        fields = error if isinstance(error, dict) else {}
-        members = {name: fields.get(name) for name in ("code", "message", "param")}
-        return b"event: error\ndata: " + orjson.dumps({"type": "error", **members, "sequence_number": 0}) + b"\n\n"
-    if path.startswith("/v1/messages"):
-        return b"event: error\ndata: " + orjson.dumps(document) + b"\n\n"
-    return b"data: " + orjson.dumps(document) + b"\n\ndata: [DONE]\n\n"
-
-
-def _parsed(answer: bytes | bytearray) -> dict[str, Any]:
-    """Return the answer as a JSON object; an error object if it is something else, such as an HTML page."""
-    with contextlib.suppress(orjson.JSONDecodeError):
+def _as_object(answer: bytes | bytearray) -> bytes:
+    """Return the answer as a JSON object in one line; an error object if it is something else, such as an HTML page."""
+    with contextlib.suppress(orjson.JSONDecodeError, orjson.JSONEncodeError):
         document = orjson.loads(answer)
         if isinstance(document, dict):
-            return document
-    error = ApiError(502, "The engine's answer is neither a stream nor JSON.", "engine_error", "engine_error")
-    parsed: dict[str, Any] = orjson.loads(error.body())
-    return parsed
+            return orjson.dumps(document)
+    return ApiError(502, "The engine's answer is neither a stream nor JSON.", "engine_error", "engine_error").body()
 
 
 def _is_stream(start: Message) -> bool:

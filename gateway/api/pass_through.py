@@ -13,7 +13,7 @@ from prometheus_client import Gauge
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.asgi import BodyTooDeep, ClientConnection, ClientDisconnected, encode_json
-from engine_adapter.engine import Engine, Scope
+from engine_adapter.engine import Engine, Message, Scope, Send
 from gateway.api.auth import ApiKey
 from gateway.api.body_fields import GUARDED_FIELDS, FieldGuard
 from gateway.api.errors import bad_request
@@ -36,58 +36,83 @@ _NOT_UTF8 = re.compile(r';[ \t]*charset(?!="?utf-?8"?[ \t]*(?:;|$))', re.IGNOREC
 
 
 class PassThrough:
-    """Sends requests to engines past their queues. ``limit``: calls that one engine serves at a time; more wait.
+    """Sends requests to engines past their queues.
 
-    ``serving``: a gauge of these calls, with the label ``engine``.
+    Args:
+        limit: calls that one engine serves at a time; more wait. A GET only reads, so it is not limited.
+        stall_s: seconds after which a client that accepts no data counts as disconnected.
+        serving: a gauge of the limited calls that run, with the label ``engine``.
     """
 
-    def __init__(self, limit: int, serving: Gauge) -> None:
+    def __init__(self, limit: int, stall_s: float, serving: Gauge) -> None:
         self._limit = limit
+        self._stall_s = stall_s
         self._serving = serving
         self._slots: dict[str, asyncio.Semaphore] = {}
 
-    async def serve(self, http: HttpRequest, body: bytes, engine: Engine, key: ApiKey, guard: FieldGuard) -> None:
-        """Have ``engine`` answer the request, in its turn. ``guard`` applies the rights of ``key`` to the body.
+    async def serve(
+        self, http: HttpRequest, body: bytes, engine: Engine, send: Send, key: ApiKey, guard: FieldGuard
+    ) -> None:
+        """Have ``engine`` answer the request through ``send``, in its turn. ``guard`` applies the rights of ``key``.
 
         Raises:
             ApiError: 400 for a field that no engine may receive; 429 after `WAIT_S` without a turn.
-            ClientDisconnected: the client disconnected before a response started.
+            ClientDisconnected: the client disconnected before a response started, or stalled.
             EngineLost: the engine died, or was down already.
         """
         body = checked_body(http.scope, http.headers, body, engine, key, guard)
-        slots = self._slots.setdefault(engine.name, asyncio.Semaphore(self._limit))
         client = ClientConnection(http.receive)
         try:
+            if http.scope["method"] in ("GET", "HEAD"):
+                await self._call(http, body, engine, client, send)
+                return
+            slots = self._slots.setdefault(engine.name, asyncio.Semaphore(self._limit))
             await self._wait(slots, client)
             try:
                 with self._serving.labels(engine.name).track_inprogress():
-                    scope = engine_scope(http.scope, http.request_id, len(body))
-                    await engine.app(scope, client.receive_for(body), http.send)
+                    await self._call(http, body, engine, client, send)
             finally:
                 slots.release()
-            if not http.response_started and client.disconnected.done():
-                raise ClientDisconnected
         finally:
             client.close()
 
+    async def _call(self, http: HttpRequest, body: bytes, engine: Engine, client: ClientConnection, send: Send) -> None:
+        stalled = False
+
+        async def send_in_time(message: Message) -> None:
+            nonlocal stalled
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    await send(message)
+            except TimeoutError:
+                stalled = True
+                raise ClientDisconnected from None
+
+        try:
+            scope = engine_scope(http.scope, http.request_id, len(body))
+            await engine.app(scope, client.receive_for(body), send_in_time)
+        except Exception as error:
+            # An engine's app may wrap the exception of `send`.
+            if stalled:
+                raise ClientDisconnected from error
+            raise
+        if stalled or (not http.response_started and client.disconnected.done()):
+            raise ClientDisconnected
+
     async def _wait(self, slots: asyncio.Semaphore, client: ClientConnection) -> None:
         """Take a slot, in order of arrival."""
-        if not slots.locked():
-            await slots.acquire()
-            return
         turn = asyncio.ensure_future(slots.acquire())
         try:
             await asyncio.wait({turn, client.disconnected}, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
+            if client.disconnected.done():
+                raise ClientDisconnected
             if not turn.done():
-                turn.cancel()
-        if turn.done() and not client.disconnected.done():
-            return
-        if turn.done():
-            slots.release()
-        if client.disconnected.done():
-            raise ClientDisconnected
-        raise queue_full("The engine serves too many calls that are not scheduled.", self._limit, 1.0)
+                raise queue_full("The engine serves too many calls that are not scheduled.", self._limit, 1.0)
+        except BaseException:
+            if turn.done():
+                slots.release()
+            turn.cancel()
+            raise
 
 
 def checked_body(
@@ -99,7 +124,7 @@ def checked_body(
     strictly JSON, but which Python's parser accepts: a byte order mark, UTF-16, ``NaN``, half a surrogate pair. It is
     also a form that may contain a checked field.
     """
-    if scope["method"] != "POST" or not body:
+    if not body:
         return body
     # An engine may use any one of several content-type headers, or read JSON without one.
     content_types = headers.getlist("content-type") or [""]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine_adapter.engine import Engine, RenderedPrompt
+from engine_adapter.engine import Engine, EngineState, RenderedPrompt
 from gateway.api.prompt import Prompt
 from gateway.prompts.size_model import PromptSizes
-from gateway.requests.prefix_index import hash_prompt
+from gateway.requests.prefix_index import TOKEN_BYTES, hash_blocks, prefix_root, prompt_bytes
 from gateway.requests.request import Request
 
 
@@ -41,17 +41,16 @@ class PromptSizer:
 
     sizes: PromptSizes = field(default_factory=PromptSizes)
 
-    def estimate(self, request: Request, prompt: Prompt, document: dict[str, Any], model: str) -> PromptSize:
-        """Set the size and the blocks of ``request`` without its engine."""
+    def estimate(self, request: Request, prompt: Prompt, document: dict[str, Any], state: EngineState) -> PromptSize:
+        """Set the size and the blocks of ``request`` for an engine that cannot tell them."""
         content = prompt.content
         estimated = content.token_ids is None
-        request.prompt_tokens = (
-            self.sizes.of(model).tokens(prompt.features)
-            if content.token_ids is None
-            else max(1, len(content.token_ids))
-        )
-        request.blocks, share = content.blocks(_root(document))
-        request.block_tokens = share * request.prompt_tokens
+        if content.token_ids is None:
+            request.prompt_tokens = self.sizes.of(state.model).tokens(prompt.features)
+        else:
+            request.prompt_tokens = max(1, len(content.token_ids))
+        data, block_bytes = content.rendered()
+        _set_blocks(request, data, block_bytes, document, state)
         return PromptSize(estimated=estimated)
 
     async def measure(
@@ -66,10 +65,9 @@ class PromptSizer:
         if rendered is not None:
             if rendered.token_ids:
                 request.prompt_tokens = len(rendered.token_ids)
-                request.blocks = hash_prompt(_root(document), rendered)
-                request.block_tokens = rendered.block_size
+                _set_blocks(request, prompt_bytes(rendered), rendered.block_size * TOKEN_BYTES, document, engine.state)
             return PromptSize(rendered)
-        size = self.estimate(request, prompt, document, engine.state.model)
+        size = self.estimate(request, prompt, document, engine.state)
         if request.prompt_tokens >= engine.state.max_model_len and not request.bounds_waived:
             request.serve_at_best_effort()
         return size
@@ -79,7 +77,10 @@ class PromptSizer:
         self.sizes.of(model).learn(prompt.features, tokens)
 
 
-def _root(document: dict[str, Any]) -> int:
-    """Return a hash of what else cached blocks depend on: the model or adapter, and the salt that isolates a client."""
-    model, salt = document.get("model"), document.get("cache_salt")
-    return hash((model, salt if isinstance(salt, str) else None))
+def _set_blocks(request: Request, data: bytes, block_bytes: int, document: dict[str, Any], state: EngineState) -> None:
+    salt, model = document.get("cache_salt"), document.get("model")
+    own_name = state.own_name(model) if isinstance(model, str) else None
+    adapter = "" if own_name is None else state.adapter(own_name)
+    request.content, request.block_bytes = data, block_bytes
+    request.blocks = hash_blocks(prefix_root(adapter, salt if isinstance(salt, str) else ""), data, block_bytes)
+    request.block_tokens = block_bytes / max(1, len(data)) * request.prompt_tokens

@@ -18,7 +18,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,6 @@ from engine_adapter.engine import (
     XARGS_KEY,
     Engine,
     EngineLost,
-    EngineUnreachable,
     Receive,
     Scope,
     Send,
@@ -38,8 +37,10 @@ from gateway.api.auth import ApiKey, KeyRing
 from gateway.api.body_fields import FieldGuard
 from gateway.api.engine_call import call_engine
 from gateway.api.errors import ApiError, bad_request, draining, unavailable
+from gateway.api.failover import Failure, HangWatch, HeldResponse, failure_of, may_fail_over
 from gateway.api.http_request import HttpRequest
 from gateway.api.keep_alive import KeepAlive
+from gateway.api.models import asks_for_models, for_engine, model_not_found, requested_model, send_models
 from gateway.api.pass_through import PassThrough
 from gateway.api.paths import check_path
 from gateway.api.prompt import Prompt
@@ -59,6 +60,8 @@ from gateway.api.routes.generation import GenerationRoute
 from gateway.api.routes.table import RouteTable
 from gateway.api.slo_headers import read_output_tokens, read_slo
 from gateway.api.slo_report import REPORT_HEADER
+from gateway.api.stored_responses import RESPONSES_PATH, noting_id
+from gateway.api.unscheduled import EngineFailed, NoEngineAlive, Unscheduled
 from gateway.observability.ledger import Entry, Ledger, Outcome
 from gateway.observability.metrics import Metrics
 from gateway.policies.base import UNGATED
@@ -67,7 +70,8 @@ from gateway.requests.progress import Progress
 from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
 from gateway.scheduling.engine_queue import Admitted, EngineQueue, QueueOutcome, Reroute
-from gateway.scheduling.router import Router
+from gateway.scheduling.retry_budget import RetryBudget
+from gateway.scheduling.router import Router, UnknownModel
 
 log = logging.getLogger("antares.proxy")
 
@@ -89,6 +93,8 @@ class Call:
     """A scheduled request on its way through the pipeline.
 
     ``engine``: the last one that it was judged with. ``output_tokens``: the length that the client expects.
+    ``unsent``: attempts in which an engine was unreachable. ``suspects``: engines that are to blame if another engine
+    serves the request, with reason and time of the attempt.
     """
 
     http: HttpRequest
@@ -99,6 +105,8 @@ class Call:
     size: PromptSize
     output_tokens: int | None = None
     engine: Engine | None = None
+    unsent: int = 0
+    suspects: list[tuple[EngineQueue, str, float]] = field(default_factory=list)
 
 
 class Proxy:
@@ -120,6 +128,8 @@ class Proxy:
         *,
         max_body_bytes: int = 8 << 20,
         max_open_requests: int = 4096,
+        retries: RetryBudget | None = None,
+        first_token_timeout_s: float | None = 20.0,
         max_pass_through: int = 32,
         routes: RouteTable | None = None,
         keep_alive_s: float | None = None,
@@ -137,7 +147,10 @@ class Proxy:
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._max_open_requests = max_open_requests
-        self._unscheduled = PassThrough(max_pass_through, metrics.pass_through)
+        self._retries = retries or RetryBudget()
+        self._first_token_timeout_s = first_token_timeout_s
+        pass_through = PassThrough(max_pass_through, STALL_S, metrics.pass_through)
+        self._unscheduled = Unscheduled(router, pass_through, self._retries, metrics, clock)
         self._routes = routes or RouteTable()
         self._keep_alive_s = keep_alive_s
         self.guard = guard or FieldGuard()
@@ -221,6 +234,8 @@ class Proxy:
         document = parse_document(body)
         output_tokens = read_output_tokens(http.headers, document)
         self.guard.apply(document, key)
+        model = self._check_model(document)
+        previous = document.get("previous_response_id")
         slo_class, slo = read_slo(http.headers, key, self.classes)
         prompt = route.read_prompt(document)
         request = Request(
@@ -233,8 +248,14 @@ class Proxy:
             sequences=prompt.sequences,
             tenant=key.tenant,
             max_tokens=math.inf if prompt.max_tokens is None else prompt.max_tokens,
+            requested_model=model,
+            pinned_to=self._router.owner_of(previous) if isinstance(previous, str) else "",
         )
-        size = self._sizer.estimate(request, prompt, document, document.get("model") or "")
+        pool = self._router.pool(model)
+        # To choose among engines, the router must know the prompt. A single one measures it itself.
+        size = PromptSize()
+        if len(pool) > 1:
+            size = self._sizer.estimate(request, prompt, document, pool[0].engine.state)
         return Call(http, route, document, prompt, request, size, output_tokens)
 
     def _keep_alive(self, call: Call) -> contextlib.AbstractContextManager[object]:
@@ -243,13 +264,22 @@ class Proxy:
             return contextlib.nullcontext()
         return KeepAlive(call.http, self._keep_alive_s)
 
+    def _check_model(self, document: dict[str, Any]) -> str:
+        """Return the model that the request names, or the default. Raises `ApiError` 404 if no engine serves it."""
+        model = requested_model(document) or self._router.default_model
+        try:
+            self._router.pool(model)
+        except UnknownModel:
+            raise model_not_found(model) from None
+        return model
+
     async def _schedule(self, call: Call) -> None:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
         await self._place(call)
         entry = self._open_entry(call.request)
         client = ClientConnection(call.http.receive)
         try:
-            if call.size.invalid and await self._forward(call, entry, await self._place(call), client):
+            if call.size.invalid and await self._refused(call, entry, client):
                 return
             await self._predict(call, entry)
             await self._serve(call, entry, client)
@@ -260,19 +290,31 @@ class Proxy:
         finally:
             client.close()
 
-    async def _place(self, call: Call) -> EngineQueue:
-        """Place the request on an engine and measure its prompt there. Raises `ApiError` 400 if it cannot serve it.
+    async def _refused(self, call: Call, entry: Entry, client: ClientConnection) -> bool:
+        """Have the engine answer a request that it will refuse, without any wait. Returns False if it was down."""
+        engine_queue = await self._place(call)
+        entry.engine = engine_queue.engine.name
+        return await self._forward(call, entry, engine_queue, client)
 
-        The prompt is measured again for every new engine, since tokenizers differ.
+    async def _place(self, call: Call) -> EngineQueue:
+        """Place the request on an engine and measure its prompt there.
+
+        The prompt is measured again for every new engine, since tokenizers differ. Raises `ApiError` 404 if no engine
+        serves the model any more, or 400 if the engine cannot serve the request.
         """
-        engine_queue = self._router.place(call.request)
+        request = call.request
+        try:
+            engine_queue = self._router.place(request)
+        except UnknownModel:
+            raise model_not_found(request.requested_model) from None
         engine = engine_queue.engine
+        request.model = engine.state.own_name(request.requested_model) or engine.state.model
         if engine is not call.engine:
             call.engine = engine
             _check_limits(call, engine)
             path: str = call.http.scope["path"]
-            call.size = await self._sizer.measure(call.request, call.prompt, path, call.document, engine)
-        call.request.model = engine.state.model
+            document = for_engine(call.document, request.requested_model, engine.state)
+            call.size = await self._sizer.measure(request, call.prompt, path, document, engine)
         return engine_queue
 
     def _open_entry(self, request: Request) -> Entry:
@@ -288,7 +330,7 @@ class Proxy:
         if call.output_tokens is not None:
             limit = request.max_tokens
             if call.engine is not None:
-                limit = min(limit, call.engine.state.max_model_len - request.prompt_tokens)
+                limit = max(1.0, min(limit, call.engine.state.max_model_len - request.prompt_tokens))
             prediction = self._predictor.from_hint(call.output_tokens, request.slo_class, limit, prompt.min_tokens)
         else:
             prediction = await self._predictor.predict(
@@ -306,16 +348,22 @@ class Proxy:
         self._metrics.prediction_seconds.observe(self._clock() - started)
 
     async def _serve(self, call: Call, entry: Entry, client: ClientConnection) -> None:
-        """Queue the request and send it to the engine that admits it, up to `MAX_TRIES` times if it is unreachable."""
-        for _ in range(MAX_TRIES):
-            engine_queue = await self._admit(call, entry, client)
-            try:
-                if await self._forward(call, entry, engine_queue, client):
-                    return
-            finally:
-                engine_queue.leave(call.request)
-        error = unavailable("No engine accepted this request.", "engine_unavailable", 5.0)
-        raise self._closed(entry, "failed", "engine_lost", error)
+        """Queue the request and send it to the engine that admits it, and to another one if that engine fails it."""
+        self._retries.on_request(self._clock())
+        served = False
+        try:
+            while not served:
+                engine_queue = await self._admit(call, entry, client)
+                try:
+                    served = await self._forward(call, entry, engine_queue, client)
+                finally:
+                    engine_queue.leave(call.request)
+                    if all(queue is not engine_queue for queue, _, _ in call.suspects):
+                        self._router.on_ended(engine_queue, call.request)
+        finally:
+            # No other engine has served the request, so it tells nothing about these.
+            for queue, _, _ in call.suspects:
+                self._router.on_ended(queue, call.request)
 
     async def _admit(self, call: Call, entry: Entry, client: ClientConnection) -> EngineQueue:
         """Queue the request until a policy admits it, and return that engine's queue. Raises `ApiError` if none does.
@@ -326,7 +374,12 @@ class Proxy:
         while isinstance(outcome, Reroute):
             engine_queue = await self._place(call)
             entry.engine = engine_queue.engine.name
-            outcome = await _wait_in_queue(call.request, engine_queue, client)
+            self._router.on_sent(engine_queue, call.request)
+            try:
+                outcome = await _wait_in_queue(call.request, engine_queue, client)
+            finally:
+                if not isinstance(outcome, Admitted):
+                    self._router.on_ended(engine_queue, call.request)
         entry.queue_s = self._clock() - call.request.arrival_s
         if not isinstance(outcome, Admitted):
             raise self._closed(entry, "rejected", *answer_to(outcome))
@@ -334,25 +387,38 @@ class Proxy:
         return engine_queue
 
     async def _forward(self, call: Call, entry: Entry, engine_queue: EngineQueue, client: ClientConnection) -> bool:
-        """Have the engine serve the request. Returns False if it was unreachable; the request is then queued again."""
+        """Have the engine serve the request. Returns False if it failed and the request is to be queued again."""
         request, http, engine = call.request, call.http, engine_queue.engine
         # An engine that was down when the request was placed knows its limits only now.
         _check_limits(call, engine)
-        progress = Progress(request, engine_queue.on_first_token, partial(engine_queue.on_cache_hit, request))
+        sent_at = self._clock()
+        began = partial(self._on_first_token, call, engine_queue, sent_at)
+        progress = Progress(request, began, partial(engine_queue.on_cache_hit, request))
         entry.estimated_prompt_tokens = request.prompt_tokens if call.size.estimated else None
         entry.predicted_cached_tokens = request.cached_tokens
         report = http.headers.get(REPORT_HEADER, "").strip() == "1"
-        relay = ResponseRelay(entry, progress, http.send, http.request_id, call.route, report=report, clock=self._clock)
+        send: Send = http.send
+        if http.scope["path"] == RESPONSES_PATH:
+            send = noting_id(send, partial(self._router.remember_owner, engine_name=engine.name))
+        stored = bool(call.document.get("previous_response_id"))
+        held = HeldResponse(
+            partial(may_fail_over, scheduled=True, moves_on_404=not stored),
+            partial(self._has_others, call, engine_queue),
+        )
+        relay = ResponseRelay(
+            entry, progress, send, http.request_id, call.route, report=report, held=held, clock=self._clock
+        )
         gate = engine_queue.policy.gate if engine_queue.policy.gate != UNGATED else ""
         xargs = gate_xargs(request.kind, request.pace_s, gate)
         in_body = engine.takes_xargs and call.route.takes_xargs
-        body = JsonBody(document_for_engine(call.document, xargs if in_body else None))
+        document = for_engine(call.document, request.requested_model, engine.state)
+        body = JsonBody(document_for_engine(document, xargs if in_body else None))
         scope = engine_scope(http.scope, http.request_id)
         scope[BODY_KEY], scope[OBSERVER_KEY], scope[XARGS_KEY] = body, progress, xargs
         scope[RENDERING_KEY] = call.size.handle
-        error = await call_engine(engine.app, scope, body, relay, client, STALL_S, LEAVE_GRACE_S)
-        if isinstance(error, EngineUnreachable):
-            request.wait_again()
+        watch = self._hang_watch(call, engine_queue, relay, sent_at)
+        error = await call_engine(engine.app, scope, body, relay, client, STALL_S, LEAVE_GRACE_S, watch, self._clock)
+        if await self._fails_over(call, entry, engine_queue, relay, error, sent_at):
             return False
         relay.measure(self._clock())
         entry.cached_tokens = progress.cached_tokens
@@ -363,6 +429,98 @@ class Proxy:
         else:
             await self._fail(entry, relay, engine_queue, error)
         return True
+
+    def _hang_watch(
+        self, call: Call, engine_queue: EngineQueue, relay: ResponseRelay, sent_at: float
+    ) -> HangWatch | None:
+        """Return what notices that the engine hangs; None if no other engine could serve the request instead."""
+        request, timeout_s = call.request, self._first_token_timeout_s
+        if timeout_s is None or len(self._router.engine_queues) == 1:
+            return None
+
+        def can_move() -> bool:
+            return not relay.started and engine_queue.can_move(request) and self._denial(call, engine_queue) == ""
+
+        return HangWatch(request, engine_queue.running, engine_queue.engine.state, timeout_s, sent_at, can_move)
+
+    def _on_first_token(self, call: Call, engine_queue: EngineQueue, sent_at: float) -> None:
+        """Note that the engine serves the request. Engines that failed it before are to blame for that."""
+        engine_queue.on_first_token()
+        self._router.on_success(engine_queue, sent_at)
+        for suspect, reason, tried_at in call.suspects:
+            self._router.on_failure(suspect, reason, tried_at)
+        call.suspects.clear()
+
+    async def _fails_over(
+        self,
+        call: Call,
+        entry: Entry,
+        engine_queue: EngineQueue,
+        relay: ResponseRelay,
+        error: BaseException | None,
+        sent_at: float,
+    ) -> bool:
+        """Note how the engine did, and return whether the request is to be queued again for another one.
+
+        If not, the error response that was held back is sent. Raises `ApiError` 503 if no engine was reachable.
+        """
+        request, router = call.request, self._router
+        failure = None if relay.complete and relay.held.error is None else failure_of(error, relay.held)
+        if failure is None:
+            if relay.failed_in_stream:
+                router.on_failure(engine_queue, "cut", sent_at, begun=True)
+            elif relay.complete and relay.status < 400:
+                router.on_completed(engine_queue)
+            return False
+        if relay.started and relay.held.error is None:
+            router.on_failure(engine_queue, "cut", sent_at, begun=True)
+            return False
+        if failure.blameless:
+            router.suspect(engine_queue)
+            call.suspects.append((engine_queue, failure.reason, sent_at))
+        else:
+            router.on_failure(engine_queue, failure.reason, sent_at, failure.retry_after_s)
+        if not relay.started and self._has_retry(call, engine_queue, failure):
+            request.failed_on = (*request.failed_on, engine_queue.engine.name)
+            self._metrics.failovers.labels(engine_queue.engine.name, failure.reason).inc()
+            request.wait_again()
+            return True
+        if failure.unsent and not relay.started:
+            raise self._closed(
+                entry,
+                "failed",
+                "engine_lost",
+                unavailable("No engine accepted this request.", "engine_unavailable", 5.0),
+            )
+        if error is None:
+            await relay.release()
+        return False
+
+    def _has_retry(self, call: Call, engine_queue: EngineQueue, failure: Failure) -> bool:
+        """Whether the request may be queued again, and take the retry from the budget."""
+        if failure.unsent:
+            # It costs no engine any work, and the same engine may be up again.
+            call.unsent += 1
+            return call.unsent < max(MAX_TRIES, len(self._router.engine_queues))
+        if not self._has_others(call, engine_queue):
+            return False
+        denial = self._denial(call, engine_queue)
+        if denial:
+            self._metrics.failovers_denied.labels(denial).inc()
+            return False
+        return self._retries.spend(self._clock())
+
+    def _has_others(self, call: Call, engine_queue: EngineQueue) -> bool:
+        """Whether a live engine other than that of ``engine_queue`` serves the model and has not failed the request."""
+        return any(queue is not engine_queue for queue in self._router.others(call.request))
+
+    def _denial(self, call: Call, engine_queue: EngineQueue) -> str:
+        """Return why the request may not go to another engine: ``deadline`` or ``budget``; "" if it may."""
+        request, now = call.request, self._clock()
+        waives = engine_queue.classes[request.slo_class].on_unattainable == "best_effort"
+        if now > request.deadline_s and not waives:
+            return "deadline"
+        return "" if self._retries.available(now) else "budget"
 
     async def _conclude(self, entry: Entry, relay: ResponseRelay, engine: Engine) -> None:
         """Close the entry of a request whose response is complete."""
@@ -403,25 +561,26 @@ class Proxy:
     # --- other routes, and errors -------------------------------------------------------------------------------------
 
     async def _pass_through(self, http: HttpRequest, key: ApiKey, body: bytes) -> None:
-        """Have the first engine that is alive answer the request."""
-        alive = [queue for queue in self._router.engine_queues if queue.engine.state.alive]
-        if not alive and self.stopping:
-            raise draining()
-        if not alive:
-            retry_after_s = self._router.engine_queues[0].back_in_s(self._clock())
-            raise unavailable("No engine is alive.", "engine_unavailable", retry_after_s)
+        """Answer a request that is not scheduled."""
+        if asks_for_models(http):
+            await send_models(http, self._router)
+            return
         if self.in_flight > self._max_open_requests:
             raise self._gateway_full()
         try:
-            await self._unscheduled.serve(http, body, alive[0].engine, key, self.guard)
-        except EngineLost as error:
-            answer = self._engine_lost(alive[0])
+            await self._unscheduled.serve(http, body, key, self.guard)
+        except NoEngineAlive as error:
+            if self.stopping:
+                raise draining() from error
+            raise unavailable("No engine is alive.", "engine_unavailable", error.retry_after_s) from error
+        except EngineFailed as failed:
+            answer = self._engine_lost(failed.engine_queue)
             if http.response_started:
                 http.status = answer.status
                 if not http.streaming:
                     # A partial document cannot be repaired. The server closes its connection, so the client notices.
                     return
-            raise answer from error
+            raise answer from failed
 
     def _closed(self, entry: Entry, outcome: Outcome, reason: str, error: ApiError) -> ApiError:
         """Close ``entry`` and return ``error``, for the caller to raise."""
@@ -467,7 +626,10 @@ def _outcome_of(error: BaseException) -> tuple[Outcome, str]:
 
 
 def _check_limits(call: Call, engine: Engine) -> None:
-    """Raise `ApiError` 400 if ``engine`` cannot serve the request safely."""
+    """Raise `ApiError` 404 if ``engine`` does not serve the model, or 400 if it cannot serve the request safely."""
+    state, model = engine.state, call.request.requested_model
+    if model and state.models is not None and state.own_name(model) is None and not state.serves_any_model:
+        raise model_not_found(model)
     check_with_engine(call.document, engine)
     sequences, limit = call.prompt.sequences, engine.state.max_num_seqs
     if sequences > limit:

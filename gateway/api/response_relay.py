@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 
 from engine_adapter.engine import FAILED_KEY, Message, Send
 from gateway.api.errors import ApiError, Headers
+from gateway.api.failover import HeldResponse
 from gateway.api.http_request import is_event_stream
 from gateway.api.routes import error_shape
 from gateway.api.routes.error_shape import ErrorShape
@@ -34,6 +35,9 @@ class ResponseRelay:
     ``status`` is the response's status, 0 before it starts. ``failed_in_stream``: the engine reported an error inside a
     stream that started with 200. ``complete``: the client was sent the whole response. A stream is complete at its
     last event, where many clients disconnect, although the engine's app may take longer to end it.
+
+    ``held``: holds an error response, also an error event at the start of a stream, until it is known whether another
+    engine serves the request. If none does, `release` sends it.
     """
 
     def __init__(
@@ -45,11 +49,13 @@ class ResponseRelay:
         route: GenerationRoute,
         *,
         report: bool = False,
+        held: HeldResponse | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.status = 0
         self.failed_in_stream = False
         self.complete = False
+        self.held = held or HeldResponse()
         self._entry = entry
         self._progress = progress
         self._send = send
@@ -74,6 +80,8 @@ class ResponseRelay:
                 self._pending_start = message
                 self.status = message["status"]
                 self._streaming = is_event_stream(message.get("headers", ()))
+                if self.held.begin(message):
+                    self._streaming = False
             return
         if self._streaming:
             await self._send_event(message)
@@ -84,6 +92,11 @@ class ResponseRelay:
         body: bytes = message.get("body", b"")
         if self._pending_start is not None:
             if not body and message.get("more_body"):
+                return
+            has_error = self._format.has_error(body, may_hold_several_events(body))
+            if has_error and self.held.begin(self._pending_start, in_stream=True):
+                self.held.add(message)
+                self._streaming = False
                 return
             self._writes_begun += 1
             # A server may open the stream before its first token. Then no TTFT is known yet.
@@ -116,6 +129,9 @@ class ResponseRelay:
             self.complete = True
 
     async def _send_document(self, message: Message) -> None:
+        if self.held.active:
+            self.held.add(message)
+            return
         last = not message.get("more_body")
         self.failed_in_stream |= FAILED_KEY in message
         if self._report and self.status == 200:
@@ -146,6 +162,20 @@ class ResponseRelay:
         start, self._pending_start = {**self._pending_start, "headers": headers}, None
         self._started = True
         await self._send(start)
+
+    @property
+    def started(self) -> bool:
+        """Whether the client was sent any part of the response."""
+        return self._started
+
+    async def release(self) -> None:
+        """Send the client the response that was held."""
+        messages, self._streaming = self.held.release(), self.held.in_stream
+        if isinstance(messages, ApiError):
+            await self.fail(messages)
+            return
+        for message in messages:
+            await self.send(message)
 
     def stalled_since_last_check(self) -> bool:
         """Whether a write to the client is pending that was pending at the last call of this method too."""

@@ -121,7 +121,9 @@ def _mistake(error: Any, root: yaml.Node | None) -> Mistake:
     return Mistake(_line(root, path), _dotted(path), message)
 
 
-_UNION_MEMBERS = frozenset(("bool", "int", "float", "str", "list[str]", "[key]"))
+_UNION_MEMBERS = frozenset(
+    ("bool", "int", "float", "str", "list[str]", "constrained-str", "list[constrained-str]", "[key]")
+)
 """Last parts of an error's path that pydantic adds and the file does not have."""
 
 

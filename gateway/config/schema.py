@@ -114,13 +114,19 @@ class StepTimesConfig(Section):
         return StepTimes(**self.model_dump())
 
 
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+Aliases = Annotated[dict[ModelName, ModelName], Field(max_length=256)]
+
+
 class VllmEngineConfig(Section):
     """vLLM in this process, its EngineCore in a child process. ``flags``: those of `vllm serve` without the dashes."""
 
     kind: Literal["vllm"]
     name: Name = "local"
     model: str = Field(description="A folder, a Hugging Face model id, or 'builtin:smollm2-135m-instruct'.")
-    served_model_name: str | None = None
+    served_model_name: ModelName | list[ModelName] | None = None
+    aliases: Aliases = Field(default_factory=dict, description="Names for clients, each with the engine's own name.")
+    any_model: bool = Field(False, description="Also serve models that no engine lists.")
     flags: dict[str, bool | int | float | str | list[str] | None] = Field(default_factory=dict)
     env: dict[str, str | int | float] = Field(default_factory=dict, description="Set before vLLM is imported.")
     gate: Literal["credit", "slack", "open"] = Field("credit", description="Step gate of requests that name none.")
@@ -135,9 +141,15 @@ class HttpEngineConfig(Section):
     name: Name = "remote"
     base_url: str = Field(pattern=r"^https?://")
     api_key_env: str | None = Field(None, description="Environment variable that holds the server's API key.")
+    models: list[ModelName] = Field(
+        default_factory=list, max_length=4096, description="Models of a server that does not list its own."
+    )
+    aliases: Aliases = Field(default_factory=dict, description="Names for clients, each with the server's own name.")
+    any_model: bool = Field(False, description="Also serve models that no engine lists.")
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=1)
-    max_model_len: int = Field(8192, ge=1)
+    max_model_len: int | None = Field(None, ge=1, description="Context length, unless the server states it.")
+    prefix_caching: bool = Field(True, description="The server has a prefix cache. False: no prompt is expected in it.")
     max_connections: int | None = Field(None, ge=2, description="Maximum requests in flight on the server.")
     first_token: Literal["stream", "none"] = "stream"
     send_slo: bool = Field(True, description="Send SLO headers, and paces as vllm_xargs; the server must be vLLM.")
@@ -149,12 +161,15 @@ class SimulatedEngineConfig(Section):
 
     kind: Literal["simulated"]
     name: Name = "simulated"
-    model: str = "simulated"
+    model: ModelName = "simulated"
+    models: list[ModelName] = Field(default_factory=list, max_length=4096, description="Names of further models.")
+    aliases: Aliases = Field(default_factory=dict, description="Names for clients, each with the engine's own name.")
     profile: str | None = Field(None, description="A shipped profile or a .json file: step times and limits.")
     max_num_seqs: int | None = Field(None, ge=1)
     max_num_batched_tokens: int | None = Field(None, ge=1)
     max_model_len: int | None = Field(None, ge=1)
     kv_tokens: int | None = Field(None, ge=1)
+    prefix_caching: bool = Field(True, description="Prompts share the KV memory of equal beginnings.")
     gate: Literal["credit", "slack", "open"] = Field("credit", description="Step gate of requests that name none.")
     step_times: StepTimesConfig | None = Field(None, description="Step times to use instead of a profile's.")
 
@@ -168,6 +183,17 @@ class SimulatedEngineConfig(Section):
 
 
 EngineConfig = Annotated[VllmEngineConfig | HttpEngineConfig | SimulatedEngineConfig, Field(discriminator="kind")]
+
+
+class FailoverConfig(Section):
+    """When a request that an engine failed goes to another engine, and how long an engine that fails rests."""
+
+    retry_ratio: float = Field(0.2, ge=0, le=1, description="Retries per recent request that are allowed.")
+    min_retries_per_s: float = Field(10.0, ge=0, le=1e6, description="Retries per second that are always allowed.")
+    first_token_timeout_s: float | None = Field(
+        20.0, ge=0.1, le=3600, description="Shortest silence after which an engine counts as hung; null waits."
+    )
+    max_rest_s: float = Field(30.0, ge=1, le=3600, description="Longest rest of an engine between two probes.")
 
 
 class PredictorConfig(Section):
@@ -285,6 +311,7 @@ class GatewayConfig(Section):
 
     server: ServerConfig = Field(default_factory=ServerConfig)
     engines: list[EngineConfig] = Field(min_length=1, max_length=64)
+    failover: FailoverConfig = Field(default_factory=FailoverConfig)
     predictor: PredictorConfig = Field(default_factory=PredictorConfig)
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
     shadow: list[ShadowConfig] = Field(default_factory=list, max_length=8)

@@ -6,6 +6,7 @@ engine serves, never a value that a client sent.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -103,6 +104,16 @@ class Metrics:
             ("route", "status"),
             registry=registry,
         )
+        self.failovers = Counter(
+            "antares_failovers_total", "Requests that went to another engine because this one failed them.",
+            ("engine", "reason"), registry=registry,
+        )  # fmt: skip
+        self.failovers_denied = Counter(
+            "antares_failovers_denied_total", "Failed requests that stayed with their engine, by what forbade another.",
+            ("reason",), registry=registry,
+        )  # fmt: skip
+        for reason in ("budget", "deadline"):
+            self.failovers_denied.labels(reason)
         self.pass_through = Gauge(
             "antares_pass_through_requests",
             "Requests that an engine serves without scheduling.",
@@ -161,6 +172,10 @@ _LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str,
     "antares_waiting_requests": (GaugeMetricFamily, "Requests that wait for admission.", ("slo_class", "engine")),
     "antares_running_requests": (GaugeMetricFamily, "Requests that the engine serves.", ("slo_class", "engine")),
     "antares_engine_up": (GaugeMetricFamily, "1 while the engine can serve, else 0.", ("engine",)),
+    "antares_engine_circuit": (
+        GaugeMetricFamily, "1 for the state of the engine's circuit breaker, else 0.", ("engine", "state"),
+    ),
+    "antares_engine_rests_total": (CounterMetricFamily, "Times that the engine's circuit opened.", ("engine",)),
     "antares_engine_restarts_total": (CounterMetricFamily, "Restarts of the engine.", ("engine",)),
     "antares_engine_running_sequences": (GaugeMetricFamily, "Sequences that the engine runs.", ("engine",)),
     "antares_engine_waiting_sequences": (GaugeMetricFamily, "Sequences in the engine's own queue.", ("engine",)),
@@ -235,6 +250,7 @@ class _LiveState(Collector):
             if name in aliases:
                 aliases[name].add_metric(labels, value)
 
+        now = time.monotonic()
         put("antares_ledger_open", self._ledger.open_count)
         for engine_queue in self._engine_queues:
             engine, state = engine_queue.engine.name, engine_queue.engine.state
@@ -244,6 +260,9 @@ class _LiveState(Collector):
                 put("antares_running_requests", running, slo_class, engine)
             put("antares_engine_up", state.alive, engine)
             put("antares_engine_restarts_total", state.restarts, engine)
+            put("antares_engine_rests_total", engine_queue.circuit.opened, engine)
+            for name, is_current in engine_queue.circuit.states(now).items():
+                put("antares_engine_circuit", is_current, engine, name)
             put("antares_engine_running_sequences", state.engine_running, engine)
             put("antares_engine_waiting_sequences", state.engine_waiting, engine)
             put("antares_engine_kv_usage_ratio", state.kv_usage, engine)

@@ -17,6 +17,9 @@ WINDOW_S = 300.0
 _MAX_OUTCOMES = 4096
 """Outcomes kept in memory. At more than 13 requests per second they cover less than `WINDOW_S`."""
 
+_MAX_MODELS = 64
+"""Models of one engine that `/status` lists."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
@@ -93,10 +96,15 @@ class Status:
 def _engine(engine_queue: EngineQueue) -> dict[str, Any]:
     state = engine_queue.engine.state
     times = state.step_time.times
+    circuit, now = engine_queue.circuit, time.monotonic()
     return {
         "name": engine_queue.engine.name,
         "alive": state.alive,
         "model": state.model,
+        "models": list(state.models or ())[:_MAX_MODELS],
+        "circuit": circuit.current(now),
+        "circuit_reason": circuit.reason,
+        "rests_for_s": round(max(0.0, circuit.back_at - now), 1) if circuit.state == "open" else 0.0,
         "policy": engine_queue.policy.name,
         "restarts": state.restarts,
         "running": len(engine_queue.running),

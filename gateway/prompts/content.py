@@ -1,11 +1,12 @@
 """What a request's prompt consists of, piece by piece in the order in which a chat template renders it.
 
 The pieces serve two purposes: `PromptContent.features` are what `gateway.prompts.size_model` counts tokens from, and
-`PromptContent.blocks` are what `gateway.requests.prefix_index` recognises a repeated beginning by.
+`PromptContent.rendered` is what `gateway.requests.prefix_index` recognises a repeated beginning by.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from enum import IntEnum
 from typing import Any
@@ -15,7 +16,7 @@ import orjson
 from numpy.typing import NDArray
 
 from gateway.prompts.media import LARGE_IMAGE_PATCHES, TOKENS_PER_AUDIO_S, Image
-from gateway.requests.prefix_index import hash_bytes, hash_tokens
+from gateway.requests.prefix_index import TOKEN_BYTES, token_bytes
 
 Floats = NDArray[np.float64]
 
@@ -148,10 +149,9 @@ class PromptContent:
         if isinstance(value, str):
             self.add_text(value, part)
         elif value is not None:
-            try:
+            # A value that nests too deeply counts as nothing: encoding the body for the engine fails, with a 400.
+            with contextlib.suppress(orjson.JSONEncodeError):
                 self._add(orjson.dumps(value), part)
-            except orjson.JSONEncodeError:  # nested too deeply; encoding the body for the engine fails too
-                self.add_text(repr(value), part)
 
     def add_tool(self, schema: Any) -> None:
         """Add one tool that the model may call."""
@@ -213,15 +213,11 @@ class PromptContent:
         features[Feature.AUDIO_S] = self.audio_s
         return features
 
-    def blocks(self, root: int) -> tuple[tuple[int, ...], float]:
-        """Return the hashes of the prompt's blocks, and the share of the prompt that one block is.
-
-        ``root`` stands for whatever else a cached block depends on: the model, the adapter and the cache salt.
-        """
+    def rendered(self) -> tuple[bytes, int]:
+        """Return the whole prompt as bytes, and the size of a block. Only equal beginnings of them mean anything."""
         if self.token_ids is not None:
-            return hash_tokens(root, self.token_ids, TOKEN_BLOCK), TOKEN_BLOCK / max(1, len(self.token_ids))
-        data = b"\x00".join(self._rendered)
-        return hash_bytes(root, data, BLOCK_BYTES), BLOCK_BYTES / max(1, len(data))
+            return token_bytes(self.token_ids), TOKEN_BLOCK * TOKEN_BYTES
+        return b"\x00".join(self._rendered), BLOCK_BYTES
 
 
 _TOKENS_OF_PART = np.concatenate([np.full(_TEXT, 0.1), np.full(_TEXT, 0.5)])

@@ -17,7 +17,7 @@ LOW_DETAIL_PATCHES = 85.0
 """Patches at ``detail: low``: OpenAI's own price of such an image in tokens."""
 
 LARGE_IMAGE_PATCHES = 1024.0
-"""Patches of an image (0.8 megapixels) up to which models count all pixels. They scale larger ones down, each its way."""
+"""Patches of an image (0.8 megapixels) up to which models count all pixels. Larger ones are scaled down."""
 
 MAX_PATCHES = 16_384.0
 """Bounds what a forged header can claim. Servers scale larger images down."""

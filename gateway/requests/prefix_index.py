@@ -29,32 +29,49 @@ LEARNING_RATE = 0.2
 """Weight of the newest request in `PrefixIndex.reliability`. Convention: a few requests decide."""
 
 
-def hash_tokens(root: int, token_ids: Sequence[int], block_size: int) -> tuple[int, ...]:
-    """Return the chained hashes of the whole blocks of ``block_size`` tokens. ``root`` stands for what precedes them.
-
-    NOTE: the hashes are valid in this process only, because Python salts its hash of bytes.
-    """
-    data = array("I", token_ids)
-    return hash_bytes(root, data.tobytes(), block_size * data.itemsize)
+TOKEN_BYTES = array("I").itemsize
+"""Bytes of a token id in a prompt's content."""
 
 
-def hash_prompt(root: int, prompt: RenderedPrompt) -> tuple[int, ...]:
-    """Return the block hashes of a prompt. Images differ by their content, not by their placeholder tokens."""
+def prefix_root(adapter: str, salt: str) -> int:
+    """Return a hash of what cached blocks depend on besides their content: the LoRA adapter, and the cache salt."""
+    return hash((adapter, salt))
+
+
+def token_bytes(token_ids: Sequence[int]) -> bytes:
+    """Return token ids as the content of a prompt."""
+    return array("I", token_ids).tobytes()
+
+
+def prompt_bytes(prompt: RenderedPrompt) -> bytes:
+    """Return a prompt's content. Images differ by their own content, not by their placeholder tokens."""
     if not prompt.media:
-        return hash_tokens(root, prompt.token_ids, prompt.block_size)
+        return token_bytes(prompt.token_ids)
     token_ids = list(prompt.token_ids)
     for offset, content in prompt.media:
         token_ids[offset] = hash(content) & 0xFFFFFFFF
-    return hash_tokens(root, token_ids, prompt.block_size)
+    return token_bytes(token_ids)
 
 
-def hash_bytes(root: int, data: bytes, block_bytes: int) -> tuple[int, ...]:
-    """Return the chained hashes of the whole blocks of ``block_bytes`` bytes of ``data``."""
+def hash_blocks(root: int, data: bytes, block_bytes: int) -> tuple[int, ...]:
+    """Return the chained hashes of the whole blocks of ``block_bytes`` bytes of ``data``.
+
+    ``root`` stands for what precedes them. NOTE: the hashes are valid in this process only, because Python salts its
+    hash of bytes.
+    """
     hashes = []
     for start in range(0, len(data) - block_bytes + 1, block_bytes):
         root = hash((root, data[start : start + block_bytes]))
         hashes.append(root)
     return tuple(hashes)
+
+
+@dataclass(slots=True, frozen=True)
+class _Tail:
+    """What follows the last whole block of a prompt: the rest of the prompt, and the answer to it."""
+
+    rest: bytes
+    tokens: float
 
 
 @dataclass(slots=True)
@@ -68,7 +85,7 @@ class _Held:
 class PrefixIndex:
     """The prompt blocks that one engine probably has in its KV memory.
 
-    INVARIANT: ``tokens`` is the sum of all blocks: at most ``capacity_tokens``, unless the held ones alone exceed it.
+    INVARIANT: ``tokens`` is the sum of all blocks and tails: at most ``capacity_tokens``, unless held ones exceed it.
 
     Attributes:
         capacity_tokens: the engine's KV memory.
@@ -85,6 +102,8 @@ class PrefixIndex:
         self._held: dict[int, _Held] = {}
         self._free: OrderedDict[int, float] = OrderedDict()
         self._running: dict[str, tuple[int, ...]] = {}
+        # By the hash of the block before. A chat continues with the answer, which the engine has in its cache too.
+        self._tails: dict[int, _Tail] = {}
         self._waiting: dict[str, tuple[Request, set[int]]] = {}
         # The waiting requests to predict again once the state of a block changes, by the block's hash.
         self._watchers: dict[int, set[str]] = {}
@@ -130,8 +149,16 @@ class PrefixIndex:
 
     def release(self, request: Request) -> None:
         """Note that ``request`` ended. Its blocks stay cached."""
-        for key in reversed(self._running.pop(request.id, ())):
+        blocks = self._running.pop(request.id, ())
+        for key in reversed(blocks):
             self._let_go(key)
+        if blocks and request.sequences == 1 and request.generated and blocks[-1] not in self._held:
+            rest = request.content[len(blocks) * request.block_bytes :]
+            tokens = request.prompt_tokens - len(blocks) * request.block_tokens + request.generated
+            self._drop_tail(blocks[-1])
+            self._tails[blocks[-1]] = _Tail(rest, tokens)
+            self.tokens += tokens
+        request.content = b""
         self._evict(self.capacity_tokens)
 
     def learn(self, request: Request, predicted: int, actual: int) -> None:
@@ -157,6 +184,7 @@ class PrefixIndex:
             self._changed(key)
         self._held.clear()
         self._free.clear()
+        self._tails.clear()
         self._running.clear()
         self.tokens = self.shared_tokens = 0.0
 
@@ -172,8 +200,7 @@ class PrefixIndex:
     def removed(self, keys: Iterable[int]) -> None:
         """Note that the engine removed the blocks ``keys``."""
         for key in keys:
-            self.tokens -= self._free.pop(key, 0.0)
-            self._changed(key)
+            self._remove(key)
 
     # --- internals --------------------------------------------------------------------------------------------------
 
@@ -192,7 +219,12 @@ class PrefixIndex:
         return cached, cached if still_held is None else still_held
 
     def _hit(self, request: Request, blocks: int) -> int:
-        return max(0, min(int(blocks * request.block_tokens * self.reliability), request.prompt_tokens - 1))
+        tokens = blocks * request.block_tokens
+        tail = self._tails.get(request.blocks[blocks - 1]) if 0 < blocks < len(request.blocks) else None
+        if tail is not None and request.content.startswith(tail.rest, blocks * request.block_bytes):
+            # An engine caches whole blocks only.
+            tokens += tail.tokens // request.block_tokens * request.block_tokens
+        return max(0, min(int(tokens * self.reliability), request.prompt_tokens - 1))
 
     def _predict(self, name: str) -> bool:
         """Predict the hit of a waiting request and watch the blocks that limit it. Return whether the hit changed."""
@@ -205,7 +237,8 @@ class PrefixIndex:
         for key in watched:
             self._watchers.setdefault(key, set()).add(name)
         before = request.cached_tokens, request.shared_tokens
-        request.cached_tokens, request.shared_tokens = self._hit(request, cached), self._hit(request, held)
+        request.cached_tokens = self._hit(request, cached)
+        request.shared_tokens = min(int(held * request.block_tokens), request.cached_tokens)
         return before != (request.cached_tokens, request.shared_tokens)
 
     def _unwatch(self, name: str, watched: Iterable[int]) -> None:
@@ -255,6 +288,17 @@ class PrefixIndex:
     def _evict(self, limit: float) -> None:
         """Forget the least recently used blocks until at most ``limit`` tokens are left, or all others are held."""
         while self._free and (self.tokens > limit or len(self) > MAX_BLOCKS):
-            key, tokens = self._free.popitem(last=False)
+            self._remove(next(iter(self._free)))
+
+    def _remove(self, key: int) -> None:
+        """Forget an idle block, and what follows it."""
+        tokens = self._free.pop(key, None)
+        if tokens is not None:
             self.tokens -= tokens
+            self._drop_tail(key)
             self._changed(key)
+
+    def _drop_tail(self, key: int) -> None:
+        tail = self._tails.pop(key, None)
+        if tail is not None:
+            self.tokens -= tail.tokens

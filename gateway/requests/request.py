@@ -35,7 +35,11 @@ class Request:
         cached_tokens: of the prompt, predicted to be in the engine's prefix cache; the engine's own count once it is
             known. ``uncached_tokens``: the others, which the engine must compute.
         shared_tokens: of the prompt, in KV memory for a running request already. Only while this one waits.
+        requested_model: the model that the client asked for; "" for the default. ``model``: its engine's name for it.
+        pinned_to: name of the only engine that can serve the request; "" if any engine of the model can.
+        failed_on: names of the engines that have failed the request.
         blocks: hashes of the prompt's blocks (`gateway.requests.prefix_index`), of ``block_tokens`` tokens each.
+        content: what the blocks are hashes of, ``block_bytes`` bytes each; empty if it is not known.
         predicted_tokens: y_i of the papers, the output length per sequence that is expected now. A request that
             outlives its prediction gets the length of the responses that do (`advance`).
         predicted_p90: its 90th percentile; 0 when unknown. Both are at most ``max_tokens``.
@@ -61,9 +65,14 @@ class Request:
     sequences: int = 1
     tenant: str = "anonymous"
     model: str = ""
+    requested_model: str = ""
+    pinned_to: str = ""
+    failed_on: tuple[str, ...] = ()
     max_tokens: float = math.inf
     blocks: tuple[int, ...] = ()
     block_tokens: float = 0.0
+    content: bytes = b""
+    block_bytes: int = 0
     cached_tokens: int = 0
     shared_tokens: int = 0
     bounds_waived: bool = False
@@ -133,9 +142,10 @@ class Request:
             self._revise_prediction()
 
     def wait_again(self) -> None:
-        """Return to the queue: the engine that admitted this request never took it."""
-        self.admitted_s, self.unobserved = None, False
-        self._set_bounds()
+        """Return to the queue: the engine that admitted this request did not serve it."""
+        self.admitted_s = self.first_token_s = None
+        self.unobserved, self.generated = False, 0
+        self.predict(self.predicted_at_arrival, self._p90_at_arrival)
 
     def serve_at_best_effort(self) -> None:
         """Waive the bounds: they cannot be met, and the request's class serves it as best-effort."""

@@ -48,6 +48,8 @@ class AdmissionController:
 
     def submit(self, request: Request) -> None:
         """Queue ``request``."""
+        if not self.engine.prefix_caching:
+            request.blocks = ()
         self.prefixes.wait(request)
         self.waiting.add(request)
         self.schedule.on_change(self.busy and len(self.waiting) > 1)
@@ -135,6 +137,11 @@ class AdmissionController:
         context = sum(request.length * request.sequences for request in running)
         step_s = self.engine.step_time.curve.step_s(sequences, context)
         return min(_remaining_s(request, step_s, now) for request in running)
+
+    def prefill_s(self, request: Request) -> float:
+        """Return the seconds of prefill that ``request`` would take here, which depend on the prefix cache."""
+        cached = self.prefixes.cached_tokens(request) if self.engine.prefix_caching else 0
+        return self.engine.step_time.prefill(max(1, request.prompt_tokens - cached))
 
     def load(self) -> tuple[float, int]:
         """Return what is ahead of an arriving request, to compare engines: seconds of prefill work, then requests."""

@@ -10,16 +10,18 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from engine_adapter.engine import Engine
+from engine_adapter.engine import Engine, PrefixCacheEvent
 from gateway.policies.base import UNGATED, Decision, Policy, Rejection, prefill_backlog
+from gateway.requests.prefix_events import PrefixEvents
 from gateway.requests.prefix_index import DEFAULT_CAPACITY_TOKENS
 from gateway.requests.request import Request
 from gateway.requests.slo import SloClass
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.admission import AdmissionController
+from gateway.scheduling.circuit_breaker import CircuitBreaker
 from gateway.scheduling.shadow import Shadow
 from gateway.scheduling.shadow_runner import ShadowRunner
 
@@ -64,7 +66,7 @@ class Admitted:
 
 @dataclass(slots=True, frozen=True)
 class Reroute:
-    """This engine is down and another one is alive: place the request again."""
+    """This engine is down or rests, and another one can serve the request: place it again."""
 
 
 QueueOutcome = Reroute | Admitted | Rejection | EngineDown | Draining | QueueFull
@@ -104,7 +106,9 @@ class EngineQueue:
         self.shadows = ShadowRunner(shadows, engine.state, clock)
         self.decisions = 0
         self.deciding_s = 0.0
-        self.another_engine_alive: Callable[[], bool] = lambda: False
+        self.circuit = CircuitBreaker()
+        self.can_move: Callable[[Request], bool] = lambda request: False
+        """Whether another engine could serve a request that waits here. Set by the router."""
         self._clock = clock
         self._unbounded_wait_s = unbounded_wait_s
         self._on_decided = on_decided
@@ -116,6 +120,7 @@ class EngineQueue:
         self._probed_at = -math.inf
         self._last_curve, self._learned_at = engine.state.step_time.curve, -math.inf
         self._probe: asyncio.Task[None] | None = None
+        self._prefix_events = PrefixEvents(self.admission.prefixes)
         self._closed = False
 
     @property
@@ -175,7 +180,7 @@ class EngineQueue:
         if alive:
             prefixes.capacity_tokens = self.engine.state.kv_tokens or DEFAULT_CAPACITY_TOKENS
         else:
-            prefixes.clear()
+            self._prefix_events.clear()
         if not alive:
             self.shadows.engine_lost()
         self.admission.capacity_changed()
@@ -190,12 +195,23 @@ class EngineQueue:
         """Note that the engine found ``actual`` prompt tokens in its prefix cache; ``predicted`` were expected."""
         self.admission.prefixes.learn(request, predicted, actual)
 
+    def on_prefix_cache(self, events: Sequence[PrefixCacheEvent]) -> None:
+        """Note what the engine's prefix cache stored and removed."""
+        self._prefix_events.apply(events)
+        self.wake()
+
     def wake(self) -> None:
         """Decide in this iteration of the event loop, once, if a decision is due."""
         if not self._scheduled and self.waiting:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._decide)
         self.shadows.wake()
+
+    def reroute(self) -> None:
+        """Answer `Reroute` to the waiting requests that another engine can serve."""
+        for request in list(self.waiting):
+            if self.can_move(request):
+                self._remove(request, Reroute())
 
     def close(self) -> None:
         """Stop the timer and answer `Draining` to the waiting requests and to later ones: the gateway shuts down."""
@@ -288,10 +304,7 @@ class EngineQueue:
 
     def _answer_while_down(self, now: float) -> None:
         """Reroute the waiting requests, or answer those whose deadline ends before the engine is expected back."""
-        if self.another_engine_alive():
-            for request in list(self.waiting):
-                self._remove(request, Reroute())
-            return
+        self.reroute()
         expected_in_s = self._expected_in_s(now)
         for request in list(self.waiting):
             waits_until = min(request.deadline_s, request.arrival_s + self._unbounded_wait_s)

@@ -171,7 +171,7 @@ def _body(engine: Engine, prompt_tokens: int, output_tokens: int, random: np.ran
     The prompt has token ids, or words for a server that may be anything.
     """
     prompt: list[int] | str = random.integers(100, 4000, prompt_tokens).tolist()
-    if not engine.takes_xargs:
+    if not (engine.takes_xargs or engine.state.kv_tokens):
         prompt = " ".join(random.choice(_WORDS, prompt_tokens).tolist())
     return {
         "model": engine.state.model,

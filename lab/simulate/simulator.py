@@ -127,12 +127,12 @@ def simulate(
             if arrival_s == math.inf:
                 raise RuntimeError(f"{results.open} requests wait, but every engine is idle and the policy admits none")
             now = arrival_s
-            if len(engines) > 1:
-                engine = min(engines, key=_load)
             tenant = tenants[arrived] if tenants else "anonymous"
             request = _request(arrived, workload[arrived], predictions[arrived], tenant)
             if prefix_index:
                 request.blocks, request.block_tokens = _prompt_blocks(workload[arrived]), BLOCK_TOKENS
+            if len(engines) > 1:
+                engine = _least_loaded(engines, request)
             engine.admission.submit(request)
             arrived += 1
         else:
@@ -207,8 +207,8 @@ def _next_event_s(engine: Replica) -> float:
     return engine.next_event_s
 
 
-def _load(engine: Replica) -> tuple[float, int]:
-    return load(engine.admission)
+def _least_loaded(engines: Sequence[Replica], request: Request) -> Replica:
+    return min(engines, key=lambda engine: load(engine.admission, request))
 
 
 def slo_of(request: WorkloadRequest) -> Slo:

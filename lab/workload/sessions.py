@@ -3,9 +3,9 @@
 A session belongs to an application, whose system prompt (and tool schemas) begin every prompt. Each turn adds a message
 and then its answer to the history, and sends all of it. If the context is full, the next turn starts a new history.
 
-Arrival times are fixed in advance, so that all policies get the same workload. After a turn arrives, the next one
-arrives a nominal answer time (`ANSWER_S`, `TOKEN_S`) and a pause later, however long the real answer takes, and also if
-the turn was rejected. The history always holds the answer of the workload. Sessions start as a renewal process with
+Arrival times are fixed in advance, so that all policies get the same workload. The next turn arrives a nominal answer
+time (`ANSWER_S`, `TOKEN_S`) and a pause after the last one. It arrives even if the real answer takes longer, or if the
+last turn was rejected. The history always holds the answer of the workload. Sessions start as a renewal process with
 the given rate divided by the mean number of turns. To have that rate from the start, sessions may begin up to
 `WARMUP_S` before it. Their earlier turns are left out, of the history too.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.faults import study
 from benchmarks.figures import capacity
 from benchmarks.figures.page import index_text, load, page_text
 from benchmarks.live import fidelity_page, results_page
@@ -26,6 +27,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "policies": lambda found: policies_page.page(found, list(SETTINGS)),
     "decision_cost": decision_cost.page,
     "gateway_cost": gateway_cost.page,
+    "failover": study.page,
 }
 
 

@@ -27,6 +27,14 @@ MODEL = "smollm2-135m-instruct"
 QUESTION = "What is the capital of France?"
 RESPONSES, MESSAGES, BATCH = "/v1/responses", "/v1/messages", "/v1/chat/completions/batch"
 
+TASK = "Write a very long story about the sea, with many chapters."
+LONG: dict[str, dict[str, Any]] = {
+    RESPONSES: {"input": TASK, "max_output_tokens": 1500, "ignore_eos": True},
+    MESSAGES: {"messages": [{"role": "user", "content": TASK}], "max_tokens": 1500, "temperature": 0},
+    "/v1/completions": {"prompt": TASK, "max_tokens": 1500, "ignore_eos": True},
+}
+"""A long generation on each API. NOTE: vLLM's Messages API has no ``ignore_eos``."""
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
@@ -271,21 +279,28 @@ def test_many_responses_beside_a_chat_are_queued_and_counted(served: Served) -> 
     assert served.get("/status").json()["ledger"]["open"] == 0
 
 
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
+def test_client_that_disconnects_frees_the_engine(served: Served, path: str) -> None:
+    before = served.metric("antares_requests_total", outcome="cancelled")
+    body = {"model": MODEL, "stream": True, **LONG[path]}
+    with httpx.stream("POST", f"{served.base}{path}", json=body, headers={"x-slo-class": "batch"}) as response:
+        lines = response.iter_lines()
+        for _ in range(20):
+            next(lines)
+        assert served.metric("antares_engine_running_sequences") == 1
+    wait_until(lambda: served.metric("antares_engine_running_sequences") == 0)
+    wait_until(lambda: served.metric("antares_requests_total", outcome="cancelled") == before + 1)
+
+
 def test_streams_open_after_the_drain_end_with_error_events(served: Served) -> None:
     """Runs last, because it stops the gateway."""
-    task = "Write a very long story about the sea, with many chapters."
-    bodies: dict[str, dict[str, Any]] = {
-        RESPONSES: {"input": task, "max_output_tokens": 1500, "ignore_eos": True},
-        MESSAGES: {"messages": [{"role": "user", "content": task}], "max_tokens": 1500, "temperature": 0},
-        "/v1/completions": {"prompt": task, "max_tokens": 1500, "ignore_eos": True},
-    }
 
     def stream(path: str) -> str:
-        body = {"model": MODEL, "stream": True, **bodies[path]}
+        body = {"model": MODEL, "stream": True, **LONG[path]}
         headers = {"x-slo-class": "batch", "x-slo-report": "1"}
         return httpx.post(f"{served.base}{path}", json=body, headers=headers, timeout=120).text
 
-    paths = list(bodies)
+    paths = list(LONG)
     with ThreadPoolExecutor(len(paths)) as pool:
         answers = [pool.submit(stream, path) for path in paths]
         wait_until(lambda: served.metric("antares_running_requests") == len(paths), 60)

@@ -83,7 +83,8 @@ async def test_operator_routes_answer_while_the_engine_is_down() -> None:
         assert (await antares.http.get("/ready")).status_code == 503
         assert 'antares_engine_up{engine="simulated"} 0.0' in (await antares.http.get("/metrics")).text
         assert (await antares.http.get("/status")).json()["engines"][0]["alive"] is False
-        models = await antares.http.get("/v1/models")
+        assert (await antares.http.get("/v1/models")).json()["data"][0]["id"] == "simulated"
+        models = await antares.http.post("/v1/embeddings", json={"input": "a"})
         assert (models.status_code, models.json()["error"]["code"]) == (503, "engine_unavailable")
         await eventually(lambda: antares.engine.state.alive)
         assert (await antares.http.get("/ready")).status_code == 200

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from openai import APIError, AsyncOpenAI
 
 from engine_adapter.engine import ASGIApp
 from engine_adapter.remote.engine import HttpEngine
@@ -106,9 +107,80 @@ async def test_stream_with_its_end_finishes_with_a_report(line_end: bytes, after
     assert report_of(answer)["output_tokens"] == 2
 
 
+def named(kind: str, **fields: Any) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), orjson.dumps({"type": kind, **fields}))
+
+
+USAGE = {"input_tokens": 50, "output_tokens": 7}
+ENDS = [
+    ("/v1/responses", named("response.completed", response={"usage": USAGE}), "finished"),
+    ("/v1/responses", named("response.incomplete", response={"usage": USAGE}), "finished"),
+    ("/v1/responses", named("response.failed", response={"error": {"message": "boom"}}), "failed"),
+    ("/v1/responses", named("error", message="boom"), "failed"),
+    ("/v1/responses", b'data: {"error": {"message": "boom"}}\n\n', "failed"),
+    ("/v1/responses", b"", "failed"),
+    ("/v1/messages", named("message_delta", usage=USAGE) + named("message_stop"), "finished"),
+    ("/v1/messages", named("error", error={"message": "boom"}), "failed"),
+    ("/v1/messages", b'data: {"type": "error", "error": {"message": "boom"}}\n\n', "failed"),
+    ("/v1/messages", b"", "failed"),
+]
+
+
+@pytest.mark.parametrize(("path", "end", "outcome"), ENDS)
+async def test_other_apis_end_with_the_right_outcome(path: str, end: bytes, outcome: str) -> None:
+    tokens = [named("response.output_text.delta", delta="a")] * 3
+    if path == "/v1/messages":
+        tokens = [named("content_block_delta", delta={"type": "text_delta", "text": "a"})] * 3
+    async with gateway_before(ScriptedStream([*tokens, end])) as antares:
+        body = {"model": "m", "input": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 9}
+        answer = await antares.ask({**body, "stream": True}, path=path, x_slo_report="1")
+        await eventually(antares.is_idle)
+        assert antares.outcomes[outcome] == 1
+    assert answer.content.startswith(b"".join(tokens))
+    if outcome == "finished":
+        assert report_of(answer)["output_tokens"] == 7
+    elif end:
+        assert "boom" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("document", "outcome"),
+    [
+        ({"object": "response", "status": "completed", "usage": USAGE}, "finished"),
+        ({"object": "response", "status": "failed", "error": {"message": "boom"}, "usage": USAGE}, "failed"),
+    ],
+)
+async def test_response_document_has_the_right_outcome(document: dict[str, Any], outcome: str) -> None:
+    async with gateway_before(Scripted(lambda _: (200, b"application/json", orjson.dumps(document)))) as antares:
+        answer = await antares.ask({"model": "m", "input": "x"}, path="/v1/responses")
+        assert antares.outcomes[outcome] == 1
+    assert (answer.status_code, answer.json()) == (200, document)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_html_page_with_status_200_fails(stream: bool) -> None:
     answer, outcomes = await answer_of([b"<html>"], stream, b"text/html")
     assert answer.status_code == 502
     assert "remote" in answer.json()["error"]["message"]
     assert outcomes["failed"] == 1
+
+
+async def test_openai_client_sees_a_foreign_error_as_an_error() -> None:
+    """As the server sends it, the client would take it for a chunk."""
+    foreign = b'data: {"object": "error", "message": "boom"}\n\n'
+    async with gateway_before(ScriptedStream([chunk("a"), foreign])) as antares:
+        client = AsyncOpenAI(base_url=f"{antares.url}/v1", api_key="none", max_retries=0)
+        stream = await client.chat.completions.create(**chat(stream=True))
+        with pytest.raises(APIError, match="boom"):
+            _ = [event async for event in stream]
+
+
+async def test_anthropic_client_sees_a_foreign_error_as_an_error() -> None:
+    """As the server sends it, the client would ignore it."""
+    anthropic = pytest.importorskip("anthropic")
+    delta = named("content_block_delta", index=0, delta={"type": "text_delta", "text": "a"})
+    async with gateway_before(ScriptedStream([delta, b'data: {"type": "error", "message": "boom"}\n\n'])) as antares:
+        client = anthropic.AsyncAnthropic(base_url=antares.url, api_key="none", max_retries=0)
+        body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}], "stream": True}
+        with pytest.raises(anthropic.AnthropicError, match="boom"):
+            _ = [event async for event in await client.messages.create(**body)]

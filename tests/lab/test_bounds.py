@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_adapter.step_time.profile import Profile, Regime, load_profile, profile_names
-from lab.bounds import TokenCosts, bounds, token_costs
+from lab.bounds import TokenCosts, bounds, token_costs, uncached_tokens
 from lab.workload import WorkloadRequest, make_workload
 
 # Whole simulations are four times slower under a coverage tracer; unit tests cover the same code.
@@ -224,3 +224,54 @@ def test_bounds_need_requests_and_costs() -> None:
     for workload_, costs in (([], [TokenCosts(1e-5, 1e-5)]), (workload, [])):
         with pytest.raises(ValueError, match="at least one"):
             bounds(workload_, costs)
+
+
+# --- prefix caching ---------------------------------------------------------------------------------------------------
+
+
+def prefixed(at: float, prompt: int, *blocks: int, ttft: float = 1.0) -> WorkloadRequest:
+    return WorkloadRequest(at, prompt, 1, ttft, 1.0, 1, blocks=blocks)
+
+
+def test_uncached_tokens_are_those_that_no_earlier_request_has() -> None:
+    workload = [
+        prefixed(0.0, 40, 1, 2, 3),
+        prefixed(0.5, 60, 1, 2, 30, 40),  # arrives before the first token of the first is due
+        prefixed(9.0, 64, 1, 2, 3, 4, 5),  # its last token is computed at least
+        prefixed(9.0, 20, 7, 8),
+    ]
+    assert uncached_tokens(workload) == [40 - 32, 60 - 32, 64 - 48, 20]
+
+
+def test_request_that_arrives_too_late_provides_nothing() -> None:
+    workload = [prefixed(0.0, 40, 1, 2, 3, ttft=0.4), prefixed(0.5, 40, 1, 2, 3)]
+    assert uncached_tokens(workload) == [40, 8]
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 3), st.integers(0, 3), st.integers(1, 5), st.integers(0, 15), st.floats(0.1, 2)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_uncached_tokens_match_a_search_of_all_pairs(drawn: list[tuple[float, int, int, int, float]]) -> None:
+    """Requests of four conversations that all begin with the same two blocks."""
+    workload = [
+        prefixed(at, 16 * full + tail + 1, *((b if b < 2 else 100 * c + b) for b in range(full + 1)), ttft=ttft)
+        for at, c, full, tail, ttft in drawn
+    ]
+
+    def expected(request: WorkloadRequest) -> int:
+        others = [o for o in workload if o is not request and o.at_s <= request.at_s + request.ttft_slo_s]
+        longest = 0
+        for other in others:
+            shared = 0
+            for mine, theirs in zip(request.blocks, other.blocks, strict=False):
+                if mine != theirs:
+                    break
+                shared += 1
+            longest = max(longest, shared)
+        return request.prompt_tokens - 16 * min(longest, (request.prompt_tokens - 1) // 16)
+
+    assert uncached_tokens(workload) == [expected(request) for request in workload]

@@ -29,33 +29,42 @@ _ANTHROPIC_KINDS = {*_ANTHROPIC_TYPES.values(), "api_error"}
 class ErrorShape:
     """The error format of one API.
 
-    ``body(error, request_id)`` returns a JSON document. ``event(error, request_id, sent)`` returns the last events of a
-    stream; ``sent`` is the number of messages that the stream had so far. ``adapted(body, status, request_id)`` returns
-    an engine's error document in this format; None if engines always send this format.
+    ``body(error, request_id)`` returns a JSON document. ``last_events(body, sent)`` returns such a document as the last
+    events of a stream; ``sent`` is the number of messages that the stream had so far. ``adapted(body, status,
+    request_id)`` returns an engine's error document in this format; None if engines always send this format.
     """
 
     body: Callable[[ApiError, bytes], bytes]
-    event: Callable[[ApiError, bytes, int], bytes]
+    last_events: Callable[[bytes, int], bytes]
     adapted: Callable[[bytes, int, bytes], bytes] | None = None
+
+    def event(self, error: ApiError, request_id: bytes, sent: int) -> bytes:
+        """Return ``error`` as the last events of a stream."""
+        return self.last_events(self.body(error, request_id), sent)
 
 
 def _openai_body(error: ApiError, request_id: bytes) -> bytes:
     return error.body()
 
 
-def _openai_event(error: ApiError, request_id: bytes, sent: int) -> bytes:
-    return error.event()
+def _openai_events(body: bytes, sent: int) -> bytes:
+    return b"data: " + body + b"\n\ndata: [DONE]\n\n"
 
 
-def _responses_event(error: ApiError, request_id: bytes, sent: int) -> bytes:
+def _responses_events(body: bytes, sent: int) -> bytes:
     """Return an ``error`` event of the Responses API.
 
     Its schema has the members at the top. OpenAI's clients raise an exception only for an ``error`` object, which the
     API sends too. NOTE: ``sequence_number`` is exact if every message of the stream was one event.
     """
-    details = _details(error, error.type)
-    document = {"type": "error", "sequence_number": sent, **_without_type(details), "error": details}
-    return b"event: error\ndata: " + orjson.dumps(document) + b"\n\n"
+    error = orjson.loads(body).get("error")
+    details = error if isinstance(error, dict) else {}
+    members = {name: details.get(name) for name in ("code", "message", "param")}
+    return _error_event(orjson.dumps({"type": "error", **members, "sequence_number": sent, "error": error}))
+
+
+def _error_event(body: bytes, sent: int = 0) -> bytes:
+    return b"event: error\ndata: " + body + b"\n\n"
 
 
 def _anthropic_type(status: int) -> str:
@@ -68,10 +77,6 @@ def _anthropic_body(error: ApiError, request_id: bytes) -> bytes:
 
 def _anthropic_document(details: dict[str, Any], request_id: bytes) -> bytes:
     return orjson.dumps({"type": "error", "error": details, "request_id": request_id.decode()})
-
-
-def _anthropic_event(error: ApiError, request_id: bytes, sent: int) -> bytes:
-    return b"event: error\ndata: " + _anthropic_body(error, request_id) + b"\n\n"
 
 
 def _anthropic_adapted(body: bytes, status: int, request_id: bytes) -> bytes:
@@ -90,10 +95,6 @@ def _details(error: ApiError, kind: str) -> dict[str, Any]:
     return {"type": kind, "message": error.message, "param": error.param, "code": error.code, **error.extra}
 
 
-def _without_type(details: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in details.items() if name != "type"}
-
-
-OPENAI = ErrorShape(_openai_body, _openai_event)
-RESPONSES = ErrorShape(_openai_body, _responses_event)
-ANTHROPIC = ErrorShape(_anthropic_body, _anthropic_event, _anthropic_adapted)
+OPENAI = ErrorShape(_openai_body, _openai_events)
+RESPONSES = ErrorShape(_openai_body, _responses_events)
+ANTHROPIC = ErrorShape(_anthropic_body, _error_event, _anthropic_adapted)

@@ -323,10 +323,11 @@ async def test_page_that_claims_success_is_a_502_naming_the_engine(kind: bytes, 
     assert recorder.tokens == []
 
 
-async def test_html_page_on_any_route_is_a_502() -> None:
+async def test_html_page_as_the_answer_to_any_post_is_a_502() -> None:
     async with proxied(Scripted(lambda _: (200, b"text/html", b"<html>"))) as (_, client):
         assert (await client.post("/v1/embeddings", json={"input": "x"})).status_code == 502
         assert (await client.post("/v1/messages", json=ask())).json()["type"] == "error"
+        assert (await client.get("/v1/files/page/content")).text == "<html>", "a file may be a page"
 
 
 async def test_unreadable_compression_is_a_502() -> None:

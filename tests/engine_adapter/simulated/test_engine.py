@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from engine_adapter.engine import Engine, EngineEvents, EngineLost
+from engine_adapter.gates.pace_labels import MAX_LABELS
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
@@ -68,7 +69,8 @@ async def test_chat_stream_has_vllm_format() -> None:
     assert [t["choices"][0]["finish_reason"] for t in tokens] == [None, None, None, "length"]
     assert all(t["choices"][0]["delta"]["content"] for t in tokens)
     assert usage["choices"] == []
-    assert usage["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
+    counts = {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
+    assert usage["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
     assert {c["system_fingerprint"] for c in (role, *tokens, usage)} == {"antares-simulated"}
     assert {c["object"] for c in tokens} == {"chat.completion.chunk"}
 
@@ -91,7 +93,8 @@ async def test_text_completions_serve_several_prompts_and_n() -> None:
         streamed = chunks((await client.post("/v1/completions", json={**body, "stream": True})).text)
     assert [choice["index"] for choice in plain["choices"]] == [0, 1, 2, 3]
     assert plain["object"] == "text_completion"
-    assert plain["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    counts = {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    assert plain["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
     for index, choice in enumerate(plain["choices"]):
         own = [c["choices"][0] for c in streamed if c["choices"][0]["index"] == index]
         assert "".join(c["text"] for c in own) == choice["text"]
@@ -181,6 +184,17 @@ async def test_gate_gives_loose_requests_their_share_of_steps() -> None:
     assert report.batched["30"] == report.eligible["30"]
     assert report.batched["60"] / report.eligible["60"] == pytest.approx(0.5, abs=0.05)
     assert 0 < report.gated_steps < report.steps
+
+
+async def test_many_paces_share_a_bounded_number_of_labels() -> None:
+    async with running(times=StepTimes(b=0, d=1e-4, alpha=0)) as engine, client_of(engine) as client:
+        paces = [30 + number / 10 for number in range(200)]
+        calls = [client.post(CHAT, json=ask(max_tokens=3, vllm_xargs={"antares_tpot_ms": pace})) for pace in paces]
+        await asyncio.gather(*calls)
+    report = engine.state.gate
+    assert len(report.eligible) == MAX_LABELS + 1
+    assert set(report.batched) == set(report.eligible)
+    assert report.eligible["other"] > report.eligible["30"] > 0
 
 
 @pytest.mark.parametrize(

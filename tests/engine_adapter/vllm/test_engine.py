@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from engine_adapter.engine import EngineEvents
 from engine_adapter.vllm import engine as engine_module
 from engine_adapter.vllm.engine import VllmEngine
+from tests.fixtures.stub_modules import stub_modules
 
 
 class StubLlm:
@@ -29,7 +29,8 @@ class StubLlm:
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=512, async_scheduling=True),
             model_config=SimpleNamespace(max_model_len=1024),
-            cache_config=SimpleNamespace(num_gpu_blocks=10, block_size=16),
+            cache_config=SimpleNamespace(num_gpu_blocks=10, block_size=16, enable_prefix_caching=True),
+            kv_events_config=None,
             device_config=SimpleNamespace(device_type="cpu"),
         )
 
@@ -39,33 +40,31 @@ class StubLlm:
     def shutdown(self) -> None: ...
 
 
+class StubModels:
+    """The part of vLLM's `OpenAIServingModels` that `VllmEngine` uses."""
+
+    async def show_available_models(self) -> SimpleNamespace:
+        return SimpleNamespace(model_dump=lambda: {"data": [{"id": "m", "max_model_len": 1024}]})
+
+
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch) -> StubLlm:
     """Makes every `VllmEngine` start this stub, without vLLM and without changes to the environment."""
 
     async def init_app_state(*arguments: Any) -> None: ...
 
+    renderer = SimpleNamespace(render_chat_async=None, render_cmpl_async=None)
+    state = SimpleNamespace(online_renderer=SimpleNamespace(renderer=renderer), openai_serving_models=StubModels())
     stubs = {
         "vllm.entrypoints.launchers.api_server.app_state": {"init_app_state": init_app_state},
-        "vllm.entrypoints.launchers.app": {"build_app": lambda *arguments: SimpleNamespace(state=SimpleNamespace())},
+        "vllm.entrypoints.launchers.app": {"build_app": lambda *arguments: SimpleNamespace(state=state)},
         "vllm.v1.engine.exceptions": {"EngineDeadError": RuntimeError},
     }
-    for name, members in stubs.items():
-        module = ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
-        for parent in _parents(name):
-            if parent not in sys.modules:
-                monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    stub_modules(monkeypatch, stubs)
     stub = StubLlm()
     monkeypatch.setattr(engine_module, "prepare_environment", lambda socket, gate: None)
     monkeypatch.setattr(engine_module, "create_llm", lambda *arguments, **options: (stub, None))
     return stub
-
-
-def _parents(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 async def test_start_excludes_vllm_objects_from_garbage_collection(llm: StubLlm) -> None:

@@ -13,6 +13,7 @@ import pytest
 from engine_adapter.gates import composite
 from engine_adapter.gates.slack import SlackGate
 from engine_adapter.service_kind import ServiceKind, default_kind
+from engine_adapter.simulated.prompt import block_hashes
 from engine_adapter.simulated.scheduler import SimulatedScheduler
 from engine_adapter.simulated.sequence import SimulatedSequence
 from engine_adapter.step_time.linear_forms import StepTimes
@@ -27,7 +28,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 Make = Callable[..., "SteppedScheduler"]
 
-BLOCK_TOKENS = 16
+BLOCK_TOKENS, OUTPUT_TOKEN = 16, 7
 """As in `SteppedScheduler`."""
 
 TIMES = StepTimes(a=0.0, b=1e-3, c=0.0, d=0.01, alpha=2e-4, beta=0.0)
@@ -116,6 +117,50 @@ def test_steps_equal_simulated_scheduler_when_memory_is_short(make: Make) -> Non
     # vLLM allocates a prompt chunk by chunk, the simulated scheduler all of it, so only whole prompts are comparable.
     for seed in range(12):
         run_both(make, seed, ["open"], blocks=60, budgets=[4096])
+
+
+def run_both_with_caching(make: Make, seed: int, blocks: int, budget: int) -> int:
+    """Step both schedulers with prompts that share prefixes; return the cached tokens. Fails where steps differ."""
+    rng = random.Random(seed)
+    slots = rng.choice([2, 4, 8])
+    vllm = make(seqs=slots, blocks=blocks, budget=budget, overlap=False, caching=True)
+    simulated = SimulatedScheduler(
+        max_num_seqs=slots, max_num_batched_tokens=budget, max_model_len=300, kv_tokens=16 * (blocks - 1)
+    )
+    histories = [[rng.randint(10, 60) for _ in range(rng.randint(1, 90))] for _ in range(4)]
+    cached: list[int] = []
+    for number in range(500):
+        if number < 300 and rng.random() < 0.2:
+            history = rng.choice(histories)
+            prompt = history[: rng.choice([len(history), rng.randint(1, len(history))])]
+            prompt = prompt + [rng.randint(10, 60) for _ in range(rng.randint(0, 40))]
+            output = rng.randint(1, 40)
+            context = prompt + [OUTPUT_TOKEN] * output
+            if len(context) < 200:
+                histories[rng.randrange(4)] = context
+            vllm.add(f"r{number}", prompt, output, gate="open")
+            simulated.submit(
+                SimulatedSequence(
+                    f"r{number}", len(prompt), output, blocks=block_hashes(0, context), on_cached=cached.append
+                )
+            )
+        step = simulated.plan(vllm.clock.now)
+        scheduled = {s.request_id: 1 for s in step.decodes} | {s.request_id: tokens for s, tokens in step.chunks}
+        assert vllm.step() == scheduled, f"step {number}"
+        simulated.finish(step)
+    return sum(cached)
+
+
+@pytest.mark.parametrize("budget", [32, 512])
+def test_prefix_cache_hits_equal_simulated_scheduler(make: Make, budget: int) -> None:
+    assert sum(run_both_with_caching(make, seed, blocks=1000, budget=budget) for seed in range(12)) > 10_000
+
+
+def test_evictions_equal_simulated_scheduler_when_memory_is_short(make: Make) -> None:
+    cached = [
+        sum(run_both_with_caching(make, seed, blocks=blocks, budget=4096) for seed in range(8)) for blocks in (40, 80)
+    ]
+    assert 0 < cached[0] < cached[1], "less memory keeps fewer blocks"
 
 
 # --- tokens and memory ------------------------------------------------------------------------------------------------

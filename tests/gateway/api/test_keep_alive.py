@@ -11,7 +11,7 @@ from openai import APIError, AsyncOpenAI
 
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.api.http_request import HttpRequest
-from gateway.api.keep_alive import COMMENT, KeepAlive, last_events
+from gateway.api.keep_alive import COMMENT, KeepAlive
 from gateway.api.routes.table import RouteTable
 from tests.fixtures.live_gateway import CHAT, AdmitNothing, Live, chat, events, fast_engine, live
 from tests.fixtures.live_server import eventually
@@ -207,9 +207,10 @@ async def test_messages_are_not_interleaved_if_the_client_reads_slowly() -> None
         ("/v1/messages", b'event: error\ndata: {"error":{"code":"a","message":"b"}}\n\n'),
         (
             "/v1/responses",
-            b'event: error\ndata: {"type":"error","code":"a","message":"b","param":null,"sequence_number":0}\n\n',
+            b'event: error\ndata: {"type":"error","code":"a","message":"b","param":null,"sequence_number":0,'
+            b'"error":{"code":"a","message":"b"}}\n\n',
         ),
     ],
 )
 def test_error_event_has_the_shape_of_the_api(path: str, expected: bytes) -> None:
-    assert last_events(path, b'{"error": {"code": "a", "message": "b"}}') == expected
+    assert RouteTable().find(path).errors.last_events(b'{"error":{"code":"a","message":"b"}}', 0) == expected

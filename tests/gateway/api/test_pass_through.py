@@ -184,6 +184,44 @@ async def test_call_that_waits_too_long_gets_429(monkeypatch: pytest.MonkeyPatch
         assert (await antares.ask({}, "/v1/embeddings")).status_code == 200, "the turn of the second call is not lost"
 
 
+async def test_get_requests_do_not_wait_for_a_turn() -> None:
+    async with held(1) as (antares, app):
+        calls = [asyncio.create_task(antares.ask({}, "/v1/embeddings"))]
+        calls += [asyncio.create_task(antares.http.get("/v1/responses/resp_1")) for _ in range(3)]
+        await eventually(lambda: app.calls == 4)
+        app.finish.set()
+        assert [(await call).status_code for call in calls] == [200] * 4
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+async def test_client_that_stalls_gives_its_turn_back(wrapped: bool) -> None:
+    async def floods(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": b"x" * 1_000_000, "more_body": True})
+        except Exception as error:
+            if wrapped:
+                raise ExceptionGroup("of a task group", [error]) from None
+            raise
+
+    async with held(1) as (antares, _):
+        antares.gateway.proxy._unscheduled.pass_through._stall_s = 0.2
+        antares.engine.stub = floods
+        async with antares.http.stream("POST", "/v1/embeddings", json={}):
+            await eventually(lambda: antares.gateway.proxy.in_flight == 0)
+        assert 'antares_pass_through_requests{engine="simulated"} 0.0' in (await antares.http.get("/metrics")).text
+        assert 'route="/v1/embeddings",status="499"} 1.0' in (await antares.http.get("/metrics")).text
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+async def test_forged_xargs_are_removed_whatever_the_method(method: str) -> None:
+    async with live(server={"pass_through_routes": ["/v1/things"]}) as antares:
+        antares.echo_bodies()
+        answer = await antares.http.request(method, "/v1/things", json={"vllm_xargs": {"antares_kind": "paced"}})
+        assert answer.json() == {}
+
+
 async def test_stream_of_an_engine_that_dies_ends_with_an_error_event(antares: Live) -> None:
     async def dies(scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]

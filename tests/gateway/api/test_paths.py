@@ -139,7 +139,7 @@ async def test_header_values_are_trimmed(antares: Live, value: str) -> None:
 async def test_request_id_is_trimmed(antares: Live) -> None:
     url = httpx.URL(antares.url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
-    writer.write(b"GET /v1/models HTTP/1.0\r\nx-request-id: mine \r\n\r\n")
+    writer.write(b"GET /v1/responses/resp_1 HTTP/1.0\r\nx-request-id: mine \r\n\r\n")
     seen: list[bytes] = []
     inner = antares.engine.app
 

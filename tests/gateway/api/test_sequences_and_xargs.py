@@ -35,7 +35,7 @@ async def test_plain_response_has_ttft_and_tpot_of_the_engine() -> None:
     async with live(fast_engine(times=StepTimes(d=0.01, alpha=0.02))) as antares:
         slo_report = (await antares.ask(chat("a b"), x_slo_report="1")).json()["antares"]
         assert 39 < slo_report["ttft_ms"] < 80
-        assert 9 < slo_report["tpot_ms"] < 28  # a step takes 10 ms
+        assert 8 < slo_report["tpot_ms"] < 40  # a step takes 10 ms, and a busy machine shifts the first one
         assert slo_report["e2e_ms"] == pytest.approx(slo_report["ttft_ms"] + 7 * slo_report["tpot_ms"], rel=0.2)
 
 

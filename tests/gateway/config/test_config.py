@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from gateway.config.file import ConfigError, load
 from gateway.config.schema import GatewayConfig
+from tests.fixtures.live_gateway import gateway_config
 
 SHIPPED = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 VALID = """\
@@ -198,3 +200,37 @@ def test_load_reports_any_invalid_document_as_mistakes(tmp_path_factory: Any, do
     file = tmp_path_factory.getbasetemp() / "any.yaml"
     file.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8")
     assert mistakes(file)
+
+
+def test_models_and_failover_are_read() -> None:
+    engine = {
+        "kind": "http",
+        "base_url": "http://a",
+        "aliases": {"gpt": "llama"},
+        "models": ["llama"],
+        "any_model": True,
+    }
+    vllm = {"kind": "vllm", "model": "m", "served_model_name": ["a", "b"]}
+    config = gateway_config(engines=[engine, vllm], failover={"retry_ratio": 0.5, "first_token_timeout_s": None})
+    assert (config.engines[0].aliases, config.engines[1].served_model_name) == ({"gpt": "llama"}, ["a", "b"])
+    assert (config.failover.retry_ratio, config.failover.first_token_timeout_s) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("engine", "key"),
+    [
+        ({"aliases": {"": "x"}}, "aliases"),
+        ({"aliases": {"x": "y" * 300}}, "aliases"),
+        ({"aliases": ["x"]}, "aliases"),
+        ({"models": [""]}, "models"),
+    ],
+)
+def test_bad_model_names_are_mistakes(engine: dict[str, object], key: str) -> None:
+    with pytest.raises(ValidationError, match=key):
+        gateway_config(engines=[{"kind": "simulated", **engine}])
+
+
+@pytest.mark.parametrize("failover", [{"retry_ratio": 1.5}, {"max_rest_s": 0}, {"first_token_timeout_s": 0}, {"x": 1}])
+def test_bad_failover_settings_are_mistakes(failover: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        gateway_config(failover=failover)

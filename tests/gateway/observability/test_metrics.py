@@ -50,6 +50,7 @@ async def test_metric_names_list_exactly_the_exported_metrics(antares: Live) -> 
         "_sequences",
         "_up",
         "_open",
+        "_circuit",
         "_coefficient",
         "_r2",
     )

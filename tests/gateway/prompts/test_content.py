@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.prompts.content import BLOCK_BYTES, Feature, Part, PromptContent, text_features
 from gateway.prompts.media import Image
 from gateway.prompts.reader import read_message
+from gateway.requests.prefix_index import hash_blocks
+
+
+def blocks_of(content: PromptContent, root: int = 0) -> tuple[int, ...]:
+    return hash_blocks(root, *content.rendered())
 
 
 def a_prompt(*texts: str) -> PromptContent:
@@ -60,11 +64,10 @@ def test_features_count_parts_twice_and_what_is_not_text_once() -> None:
 
 def test_blocks_of_a_longer_chat_begin_with_those_of_a_shorter_one() -> None:
     first, second = a_prompt("x" * 1000), a_prompt("x" * 1000, "y" * 1000)
-    (short, _), (long, share) = first.blocks(1), second.blocks(1)
+    short, long = blocks_of(first, 1), blocks_of(second, 1)
     assert len(short) == 1000 // BLOCK_BYTES
     assert long[: len(short)] == short
-    assert share == pytest.approx(BLOCK_BYTES / 2011)
-    assert not set(first.blocks(2)[0]) & set(short)
+    assert not set(blocks_of(first, 2)) & set(short)
 
 
 def test_blocks_differ_by_image_and_by_tool() -> None:
@@ -73,7 +76,7 @@ def test_blocks_differ_by_image_and_by_tool() -> None:
         content.add_tool({"name": tool, "description": "d" * 300})
         content.add_image(Image(url, 1000.0))
         content.add_text("x" * 600)
-        return content.blocks(0)[0]
+        return blocks_of(content)
 
     one, other_image, other_tool = blocks("a", "f"), blocks("b", "f"), blocks("a", "g")
     assert one == blocks("a", "f")
@@ -86,14 +89,14 @@ def test_blocks_differ_by_image_and_by_tool() -> None:
 def test_blocks_of_token_ids_need_no_text() -> None:
     content = PromptContent()
     content.token_ids = list(range(200))
-    blocks, share = content.blocks(0)
-    assert (len(blocks), share) == (3, 64 / 200)
+    data, block_bytes = content.rendered()
+    assert (len(data), block_bytes, len(blocks_of(content))) == (800, 256, 3)
 
 
 def test_schema_of_the_response_does_not_change_the_blocks() -> None:
     plain, constrained = a_prompt("x" * 600), a_prompt("x" * 600)
     constrained.add_json({"type": "json_schema", "schema": "y" * 900}, Part.SCHEMA)
-    assert plain.blocks(0)[0] == constrained.blocks(0)[0]
+    assert blocks_of(plain) == blocks_of(constrained)
 
 
 def test_history_of_tool_calls_changes_the_blocks() -> None:
@@ -102,6 +105,6 @@ def test_history_of_tool_calls_changes_the_blocks() -> None:
         read_message(
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}, content
         )
-        return content.blocks(0)[0]
+        return blocks_of(content)
 
     assert blocks("a" * 600) == blocks("a" * 600) != blocks("b" * 600)

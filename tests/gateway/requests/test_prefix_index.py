@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.requests.prefix_index import PrefixIndex, hash_bytes, hash_tokens
+from gateway.requests.prefix_index import TOKEN_BYTES, PrefixIndex, hash_blocks, token_bytes
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
 
@@ -17,8 +17,14 @@ BLOCK = 16
 def a_request(name: str, tokens: list[int]) -> Request:
     """Return a request whose prompt is ``tokens``."""
     request = Request(name, "chat", 0.0, Slo(ttft_s=1.0), len(tokens), 10.0)
-    request.blocks, request.block_tokens = hash_tokens(0, tokens, BLOCK), BLOCK
+    request.content, request.block_tokens, request.block_bytes = token_bytes(tokens), BLOCK, BLOCK * TOKEN_BYTES
+    request.blocks = hash_tokens(0, tokens)
     return request
+
+
+def hash_tokens(root: int, tokens: list[int]) -> tuple[int, ...]:
+    """Return the block hashes of token ids."""
+    return hash_blocks(root, token_bytes(tokens), BLOCK * TOKEN_BYTES)
 
 
 def serve(index: PrefixIndex, request: Request) -> int:
@@ -145,13 +151,13 @@ def test_index_follows_the_engines_events() -> None:
 
 def test_hashes_depend_on_the_root_and_on_all_that_precedes() -> None:
     data = bytes(range(200))
-    hashes = hash_bytes(1, data, 50)
+    hashes = hash_blocks(1, data, 50)
     assert len(hashes) == 4
-    assert not set(hashes) & set(hash_bytes(2, data, 50))
-    changed = hash_bytes(1, b"x" + data[1:], 50)
+    assert not set(hashes) & set(hash_blocks(2, data, 50))
+    changed = hash_blocks(1, b"x" + data[1:], 50)
     assert not set(hashes) & set(changed)
-    assert hash_bytes(1, data[:149], 50) == hashes[:2]
-    assert hash_tokens(1, [70_000] * 33, 16) == hash_tokens(1, [70_000] * 40, 16)
+    assert hash_blocks(1, data[:149], 50) == hashes[:2]
+    assert hash_tokens(1, [70_000] * 33) == hash_tokens(1, [70_000] * 40)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.sampled_from("wardle")), max_size=60))
@@ -175,7 +181,7 @@ def test_index_keeps_its_sums(actions: list[tuple[int, int, str]]) -> None:
         elif action == "l" and admitted:
             index.learn(admitted[min(admitted)], 5 * BLOCK, length)
         elif action == "e":
-            index.removed(hash_tokens(0, list(range(100 * family, 100 * family + length * BLOCK)), BLOCK))
+            index.removed(hash_tokens(0, list(range(100 * family, 100 * family + length * BLOCK))))
         index.update_waiting()
         held = sum(len(set(r.blocks)) for r in admitted.values())
         distinct = len({key for r in admitted.values() for key in r.blocks})
@@ -198,3 +204,33 @@ def test_removed_block_ends_the_hit_of_longer_prompts() -> None:
     hits = [index.cached_tokens(request) for request in prompts]
     assert hits == [BLOCK] * 3
     assert all(first <= second for first, second in pairwise(hits))
+
+
+def test_index_predicts_the_answer_of_a_chat_that_goes_on() -> None:
+    index = PrefixIndex()
+    first, answer = list(range(40)), list(range(900, 930))
+    request = a_request("a", first)
+    index.wait(request)
+    index.admit(request)
+    request.generated = len(answer)
+    index.release(request)
+    assert index.tokens == 70
+    assert index.cached_tokens(a_request("next turn", [*first, *answer, *range(50)])) == 64
+    # The same whole blocks, but another end of the prompt: the answer to that one is of no use.
+    assert index.cached_tokens(a_request("other", [*first[:35], *range(500, 600)])) == 32
+    # The same prompt again: its last token must be computed.
+    assert index.cached_tokens(a_request("again", first)) == 32
+    index.removed(request.blocks)
+    assert index.tokens == 0
+
+
+def test_index_forgets_an_answer_with_the_block_before_it() -> None:
+    index = PrefixIndex(capacity_tokens=100)
+    old = a_request("a", list(range(40)))
+    index.wait(old)
+    index.admit(old)
+    old.generated = 30
+    index.release(old)
+    serve(index, a_request("b", list(range(1000, 1064))))
+    assert index.tokens <= 100
+    assert index.cached_tokens(a_request("c", [*range(40), *range(900, 1000)])) == 16

@@ -30,7 +30,7 @@ def load_with(policy: str, requests: list[Request], kv_tokens: int = 0) -> tuple
     admission = AdmissionController(make_policy(policy), engine(kv_tokens=kv_tokens))
     for request in requests:
         admission.submit(request)
-    return load(admission)
+    return load(admission, make_request("next"))
 
 
 @pytest.mark.parametrize(("policy", "busier"), [("annealing", "answer"), ("scorpio", "prompt")])
@@ -40,6 +40,22 @@ def test_load_counts_kv_memory_under_annealing_and_prefill_otherwise(policy: str
         "prompt": load_with(policy, [make_request("b", prompt=500, output=10)]),
     }
     assert max(loads, key=loads.__getitem__) == busier
+
+
+def test_chat_returns_to_the_engine_that_has_its_prompt_cached() -> None:
+    def queue_with(cached: bool, waiting: int) -> AdmissionController:
+        admission = AdmissionController(make_policy("slack"), engine())
+        if cached:
+            admission.prefixes.stored(range(60), 16)
+        for number in range(waiting):
+            admission.submit(make_request(f"{number}", prompt=900))
+        return admission
+
+    chat = make_request("chat", prompt=1000)
+    chat.blocks, chat.block_tokens = tuple(range(60)), 16
+    assert load(queue_with(cached=True, waiting=0), chat) < load(queue_with(cached=False, waiting=0), chat)
+    assert load(queue_with(cached=True, waiting=1), chat) < load(queue_with(cached=False, waiting=1), chat)
+    assert load(queue_with(cached=True, waiting=2), chat) > load(queue_with(cached=False, waiting=0), chat)
 
 
 @given(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
+from engine_adapter.model_card import ModelCard
 from engine_adapter.simulated.engine import SimulatedEngine
 from gateway.policies.registry import make_policy
 from gateway.requests.slo import Slo, SloClass
+from gateway.scheduling.circuit_breaker import FAILURES_TO_OPEN
 from gateway.scheduling.engine_queue import Admitted, Draining, EngineDown, EngineQueue, Reroute
-from gateway.scheduling.router import Router
+from gateway.scheduling.router import MAX_OWNED, Router
 from tests.fixtures.policy_builders import make_request
 
 
@@ -88,3 +91,77 @@ async def test_close_answers_the_waiting_requests_of_every_engine() -> None:
     outcomes = [engine_queue.submit(make_request()) for engine_queue in router.engine_queues]
     router.close()
     assert [type(await outcome) for outcome in outcomes] == [Draining, Draining]
+
+
+# --- engines that rest ------------------------------------------------------------------------------------------------
+
+
+def rest(router: Router, index: int) -> None:
+    now = time.monotonic()
+    for _ in range(FAILURES_TO_OPEN):
+        router.on_failure(router.engine_queues[index], "http_503", now)
+
+
+async def test_router_avoids_an_idle_engine_that_rests() -> None:
+    router = router_of(2)
+    router.engine_queues[1].submit(make_request("busy", prompt=5000))
+    assert placed(router) == 0
+    rest(router, 0)
+    assert placed(router) == 1
+    router.close()
+
+
+async def test_requests_waiting_for_an_engine_move_when_it_rests() -> None:
+    router = router_of(2)
+    first = router.engine_queues[0]
+    outcome = first.submit(make_request("waits"))
+    rest(router, 0)
+    assert isinstance(await asyncio.wait_for(outcome, 5), Reroute)
+    assert not first.waiting
+    router.close()
+
+
+async def test_pool_that_rests_gets_requests_where_the_rest_ends_first() -> None:
+    router = router_of(3)
+    for index in (2, 0, 1):
+        rest(router, index)
+    router.engine_queues[0].circuit.back_at += 5
+    assert placed(router) == 2
+    outcome = router.engine_queues[2].submit(make_request())
+    assert isinstance(await asyncio.wait_for(outcome, 5), Admitted), "they are not sent around in a circle"
+    router.close()
+
+
+async def test_request_of_a_dead_engine_moves_to_one_that_rests() -> None:
+    router = router_of(2)
+    rest(router, 1)
+    set_alive(router.engine_queues[0], False)
+    outcome = router.engine_queues[0].submit(make_request(at=time.monotonic()))
+    assert isinstance(await asyncio.wait_for(outcome, 5), Reroute)
+    assert placed(router) == 1
+    router.close()
+
+
+async def test_request_avoids_engines_that_failed_it_and_engines_of_other_models() -> None:
+    router = router_of(3)
+    router.engine_queues[1].engine.state.set_models([ModelCard("other")])
+    request = make_request(requested_model="simulated")
+    assert router.place(request) is router.engine_queues[0]
+    request.failed_on = ("0",)
+    assert router.place(request) is router.engine_queues[2]
+    assert router.others(request) == [router.engine_queues[2]]
+    request.failed_on = ("0", "2")
+    assert router.place(request) in (router.engine_queues[0], router.engine_queues[2])
+    assert router.others(request) == []
+    router.close()
+
+
+async def test_owners_of_stored_responses_are_bounded_and_pin_requests() -> None:
+    router = router_of(2)
+    for number in range(MAX_OWNED + 1):
+        router.remember_owner(f"resp_{number}", "1")
+    assert (router.owner_of("resp_0"), router.owner_of(f"resp_{MAX_OWNED}")) == ("", "1")
+    request = make_request(pinned_to="1")
+    assert router.place(request) is router.engine_queues[1]
+    assert router.others(request) == [router.engine_queues[1]]
+    router.close()

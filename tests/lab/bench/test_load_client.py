@@ -259,3 +259,45 @@ async def test_client_process_agrees_with_gateway_and_reports_progress() -> None
 async def test_failed_client_process_raises() -> None:
     with pytest.raises(RuntimeError, match="load client exited"):
         await send_from_another_process(Target("not a url", "m"), [EASY], seed=0)
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------------
+
+
+def session_bodies(endpoint: str, style: str) -> list[tuple[WorkloadRequest, dict[str, Any]]]:
+    target = Target("http://x", "m", endpoint, style)
+    workload = make_workload("multi-turn", qps=5, duration_s=60)
+    return [(r, orjson.loads(target.body(r, np.random.default_rng(i)))) for i, r in enumerate(workload)]
+
+
+def test_chat_turns_repeat_the_messages_of_their_session() -> None:
+    sent: set[bytes] = set()
+    repeated = 0
+    for request, body in session_bodies("chat", "words"):
+        messages = body["messages"]
+        assert [m["role"] for m in messages[:2]] == ["system", "user"]
+        assert messages[-1]["role"] == "user"
+        assert [len(m["content"].split()) for m in messages] == list(request.messages)
+        repeated += len(messages) > 2
+        assert len(messages) == 2 or orjson.dumps(messages[:-2]) in sent
+        sent.add(orjson.dumps(messages))
+    assert repeated > 100
+
+
+def test_token_ids_are_equal_exactly_as_far_as_blocks_are() -> None:
+    prompts = [(request.blocks, body["prompt"]) for request, body in session_bodies("completions", "ids")]
+    (blocks, ids), *others = prompts
+    for other_blocks, other_ids in others:
+        shared = sum(1 for a, b in zip(blocks, other_blocks, strict=False) if a == b) * 16
+        limit = min(shared, len(ids), len(other_ids))
+        assert ids[:limit] == other_ids[:limit]
+        assert ids[limit : limit + 16] != other_ids[limit : limit + 16] or limit == min(len(ids), len(other_ids))
+
+
+async def test_sessions_hit_the_prefix_cache_of_a_server() -> None:
+    workload = make_workload("multi-turn", qps=20, duration_s=3, max_output=40)
+    async with live(fast_engine(kv_tokens=400_000)) as gateway:
+        target = Target(gateway.url, "simulated", "chat", "words")
+        result = await send_from_another_process(target, workload, 0)
+    assert {answer.outcome for answer in result.answers} == {"finished"}
+    assert result.extras()["hit_rate"] > 0.5

@@ -94,7 +94,8 @@ def test_configured_route_passes_through_but_never_a_generation_route() -> None:
     ("method", "path", "status"),
     [
         ("GET", "/v1/models", 200),
-        ("GET", "/v1/models/simulated", 404),
+        ("GET", "/v1/models/simulated", 200),
+        ("GET", "/v1/models/other", 404),
         ("POST", "/v1/embeddings", 404),
         ("GET", "/v1/responses/resp_1", 404),
         ("GET", CHAT, 405),

@@ -1,0 +1,124 @@
+"""The models of all engines: the routes ``/v1/models`` and ``/v1/models/{id}``, and the ``model`` of a request."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+from starlette.datastructures import Headers as HeaderView
+
+from engine_adapter.asgi import BodyTooDeep, encode_json
+from engine_adapter.engine import EngineState
+from engine_adapter.model_card import MAX_NAME
+from gateway.api.errors import ApiError, bad_request, unavailable
+from gateway.api.http_request import HttpRequest
+from gateway.scheduling.router import Router
+
+MODELS_PATH = "/v1/models"
+
+_FORM_MODEL = re.compile(rb'name="?model"?[ \t]*(?:\r?\n[^\r\n]+)*\r?\n\r?\n([^\r\n]{1,256})\r?\n', re.IGNORECASE)
+"""The value of the field ``model`` in a form, as a group."""
+
+RETRY_UNKNOWN_S = 5.0
+"""``Retry-After`` (s) while no engine has reported its models. Convention."""
+
+
+def model_not_found(model: str) -> ApiError:
+    """404: no engine serves ``model``."""
+    name = "".join(c if c.isprintable() else "?" for c in model[:MAX_NAME])
+    return bad_request(
+        f"The model `{name}` does not exist. GET {MODELS_PATH} lists the models.", "model", "model_not_found", 404
+    )
+
+
+def requested_model(document: dict[str, Any]) -> str:
+    """Return the ``model`` of a request; "" if it names none. Raises `ApiError` 400 if it is not text."""
+    model = document.get("model")
+    if model is None:
+        return ""
+    if not isinstance(model, str):
+        raise bad_request("model: must be a string.", "model", "invalid_type")
+    return model
+
+
+def for_engine(document: dict[str, Any], model: str, engine: EngineState) -> dict[str, Any]:
+    """Return ``document`` with the engine's own name of ``model``: a copy if it differs from the client's."""
+    own = engine.own_name(model)
+    given = document.get("model")
+    if own is None or own == given or (not given and own == engine.model):
+        return document
+    return {**document, "model": own}
+
+
+# --- the model of a request that is not scheduled ---------------------------------------------------------------------
+
+
+def model_in_body(headers: HeaderView, body: bytes) -> str:
+    """Return the model that a JSON document or a form names; "" if it names none."""
+    if b"model" not in body:
+        return ""
+    if _is_form(headers):
+        found = _FORM_MODEL.search(body)
+        return "" if found is None else found.group(1).decode("utf-8", "replace").strip()
+    model = _member(body, "model")
+    return model if isinstance(model, str) else ""
+
+
+def member_of_body(headers: HeaderView, body: bytes, name: str) -> str:
+    """Return the text member ``name`` of a JSON document; "" if there is none."""
+    if name.encode() not in body or _is_form(headers):
+        return ""
+    value = _member(body, name)
+    return value if isinstance(value, str) else ""
+
+
+def body_with_model(headers: HeaderView, body: bytes, model: str) -> bytes:
+    """Return ``body`` with ``model`` in place of the model that `model_in_body` found."""
+    if _is_form(headers):
+        found = _FORM_MODEL.search(body)
+        return body if found is None else body[: found.start(1)] + model.encode() + body[found.end(1) :]
+    try:
+        return encode_json({**orjson.loads(body), "model": model})
+    except (orjson.JSONDecodeError, TypeError, BodyTooDeep):
+        return body
+
+
+def _is_form(headers: HeaderView) -> bool:
+    return headers.get("content-type", "").strip().lower().startswith("multipart/")
+
+
+def _member(body: bytes, name: str) -> Any:
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    return document.get(name) if isinstance(document, dict) else None
+
+
+# --- the routes -------------------------------------------------------------------------------------------------------
+
+
+def asks_for_models(http: HttpRequest) -> bool:
+    """Whether the request reads the list of models, or one of them."""
+    path: str = http.scope["path"]
+    return http.scope["method"] in ("GET", "HEAD") and (path == MODELS_PATH or path.startswith(MODELS_PATH + "/"))
+
+
+async def send_models(http: HttpRequest, router: Router) -> None:
+    """Answer with the models of all engines, or with the one that the path names.
+
+    Raises `ApiError` 404 if there is no such model, or 503 if no engine has reported its models yet.
+    """
+    if not router.knows_models:
+        raise unavailable("No engine has reported its models yet.", "engine_unavailable", RETRY_UNKNOWN_S)
+    cards, name = router.cards(), http.scope["path"][len(MODELS_PATH) + 1 :]
+    if name and name not in cards:
+        raise model_not_found(name)
+    document: dict[str, Any] = (
+        cards[name].document() if name else {"object": "list", "data": [card.document() for card in cards.values()]}
+    )
+    body = orjson.dumps(document)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await http.send({"type": "http.response.start", "status": 200, "headers": headers})
+    await http.send({"type": "http.response.body", "body": body})
