@@ -292,12 +292,12 @@ async def measure(agents: tuple[int, ...], turns: int, rounds: int, multiple: fl
     calls = sum(len(m.get("tool_calls") or ()) for m in session(turns, seed, "")[-1])
     return {
         "seed": seed, "turns": turns, "calls": calls, "rounds": rounds, "multiple": multiple,
-        "output_tokens": OUTPUT_TOKENS, "cpus": os.cpu_count(), "flags": flags_without_paths(), "groups": groups,
+        "output_tokens": OUTPUT_TOKENS, "cpus": os.cpu_count(), "flags": flags_text(), "groups": groups,
         "runs": runs,
     }  # fmt: skip
 
 
-def flags_without_paths() -> str:
+def flags_text() -> str:
     """Return the flags of vLLM as text, for the page."""
     with tempfile.TemporaryDirectory() as folder:
         shown = flags(Path(folder))

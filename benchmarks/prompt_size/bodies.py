@@ -91,7 +91,7 @@ def _response_format(rng: random.Random, sources: Texts) -> Body:
 
 def _images(rng: random.Random, sources: Texts) -> Body:
     parts: list[dict[str, Any]] = [{"type": "text", "text": sources.piece(rng, sources.prose, 400)}]
-    sizes = [rng.choice(_IMAGE_SIZES) for _ in range(rng.choice((1, 1, 1, 2, 4)))]
+    sizes = rng.choices(_IMAGE_SIZES, k=rng.choice((1, 1, 1, 2, 4)))
     parts += [{"type": "image_url", "image_url": {"url": png(*size)}} for size in sizes]
     return {"messages": [*_system(rng), {"role": "user", "content": parts}]}
 
