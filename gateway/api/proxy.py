@@ -169,7 +169,7 @@ class Proxy:
         finally:
             self.in_flight -= 1
             self._tasks.discard(task)
-            self._metrics.http_requests.labels(http.route.label, http.status).inc()
+            self._metrics.on_response(http.route.label, http.status)
 
     async def _answer(self, http: HttpRequest) -> None:
         """Serve ``http``, and answer with an error response if that fails."""
@@ -234,7 +234,7 @@ class Proxy:
         document = parse_document(body)
         output_tokens = read_output_tokens(http.headers, document)
         self.guard.apply(document, key)
-        model = self._check_model(document)
+        model, pool = self._model_of(document)
         previous = document.get("previous_response_id")
         slo_class, slo = read_slo(http.headers, key, self.classes)
         prompt = route.read_prompt(document)
@@ -251,7 +251,6 @@ class Proxy:
             requested_model=model,
             pinned_to=self._router.owner_of(previous) if isinstance(previous, str) else "",
         )
-        pool = self._router.pool(model)
         # To choose among engines, the router must know the prompt. A single one measures it itself.
         size, state = PromptSize(), pool[0].engine.state
         request.model = state.own_name(model) or state.model
@@ -265,14 +264,13 @@ class Proxy:
             return contextlib.nullcontext()
         return KeepAlive(call.http, self._keep_alive_s)
 
-    def _check_model(self, document: dict[str, Any]) -> str:
-        """Return the model that the request names, or the default. Raises `ApiError` 404 if no engine serves it."""
+    def _model_of(self, document: dict[str, Any]) -> tuple[str, list[EngineQueue]]:
+        """Return the model that the request names, or the default, and its pool. Raises `ApiError` 404 without one."""
         model = requested_model(document) or self._router.default_model
         try:
-            self._router.pool(model)
+            return model, self._router.pool(model)
         except UnknownModel:
             raise model_not_found(model) from None
-        return model
 
     async def _schedule(self, call: Call) -> None:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
@@ -348,8 +346,7 @@ class Proxy:
             )
         entry.prediction = prediction
         request.predict(prediction.tokens, prediction.p90, prediction.beyond)
-        self._metrics.predictions.labels(prediction.source).inc()
-        self._metrics.prediction_seconds.observe(self._clock() - started)
+        self._metrics.on_prediction(prediction.source, self._clock() - started)
 
     async def _serve(self, call: Call, entry: Entry, client: ClientConnection) -> None:
         """Queue the request and send it to the engine that admits it, and to another one if that engine fails it."""

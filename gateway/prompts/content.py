@@ -206,13 +206,11 @@ class PromptContent:
             counted = text_features(b"\n".join(pieces))
             features[: 2 * _TEXT] += counted
             features[Feature.PART + part - 1] = counted @ _TOKENS_OF_PART
-        features[Feature.REQUEST] = 1
-        features[Feature.MESSAGES] = self.messages
-        features[Feature.TOOLS] = self.tools
-        features[Feature.CALLS] = self.calls
-        features[Feature.IMAGES] = len(self.images)
-        features[Feature.IMAGE_PATCHES] = sum(image.patches for image in self.images)
-        features[Feature.LARGE_PATCHES] = sum(max(0.0, i.patches - LARGE_IMAGE_PATCHES) for i in self.images)
+        features[Feature.REQUEST : Feature.IMAGES] = 1, self.messages, self.tools, self.calls
+        if self.images:
+            features[Feature.IMAGES] = len(self.images)
+            features[Feature.IMAGE_PATCHES] = sum(image.patches for image in self.images)
+            features[Feature.LARGE_PATCHES] = sum(max(0.0, i.patches - LARGE_IMAGE_PATCHES) for i in self.images)
         features[Feature.AUDIO_S] = self.audio_s
         return features
 

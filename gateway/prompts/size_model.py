@@ -24,6 +24,9 @@ NOISE = 0.05
 DRIFT = 1e-3
 """Share of the prior variance that returns with each count, so that the estimate follows traffic that changes."""
 
+EARLY_COUNTS = 64
+"""Counts that are all learned from. Later ones are, if the estimate was off by more than half of `NOISE`."""
+
 MAX_MODELS = 256
 """Bounds the memory of `PromptSizes`: 15 KB for each model. The least recently used one is forgotten."""
 
@@ -101,15 +104,18 @@ class PromptSizeModel:
 
     def learn(self, features: Floats, tokens: int) -> None:
         """Learn that the engine counted ``tokens`` tokens in a prompt."""
+        self.counts += 1
         z = features / tokens
+        error = 1.0 - float(self._theta @ z)
+        if abs(error) < NOISE / 2 and self.counts > EARLY_COUNTS:
+            return  # Such a count teaches little, and traffic that repeats would cost 10 us a request.
         gain = self._covariance @ z
         scale = NOISE**2 + float(z @ gain)
-        self._theta += gain * ((1.0 - float(self._theta @ z)) / scale)
+        self._theta += gain * (error / scale)
         gain /= math.sqrt(scale)
         self._covariance -= gain[:, None] * gain
         # Where nothing was learned this adds nothing: uncertainty never exceeds the prior.
         self._variance += DRIFT * (self._prior_variance - self._variance)
-        self.counts += 1
 
 
 class PromptSizes:
