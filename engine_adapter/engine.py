@@ -259,6 +259,12 @@ class Engine(Protocol):
     async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
         """Return the prompt that ``document``, sent to ``path``, becomes; None if the engine cannot tell cheaply."""
 
+    async def count_tokens(self, document: dict[str, Any]) -> int | None:
+        """Return the size of the chat ``document`` in tokens, 0 if the engine refuses it; None if it cannot count.
+
+        Only for an engine that does not `render`, to learn its tokenizer before any traffic.
+        """
+
     async def probe(self) -> None:
         """Refresh the step-time model of an idle engine.
 

@@ -46,6 +46,7 @@ class Gateway:
         statistics: LengthStatistics | None = None,
     ) -> None:
         self._config = config
+        self._calibrations: set[asyncio.Task[None]] = set()
         # The engine queues share this dict. A reload changes it in place.
         self._queued_classes = classes = config.slo_classes()
         self.metrics = Metrics()
@@ -113,11 +114,21 @@ class Gateway:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.predictor.warm_up())
             for engine_queue in self.engine_queues:
-                group.create_task(
-                    engine_queue.engine.start(
-                        EngineEvents(engine_queue.wake, engine_queue.on_alive, engine_queue.on_prefix_cache)
-                    )
+                group.create_task(engine_queue.engine.start(self.events_of(engine_queue)))
+
+    def events_of(self, engine_queue: EngineQueue) -> EngineEvents:
+        """Return what the engine of ``engine_queue`` reports to."""
+
+        def on_alive(alive: bool) -> None:
+            engine_queue.on_alive(alive)
+            if alive:
+                task = asyncio.create_task(
+                    self.proxy.sizer.calibrate(engine_queue.engine), name="calibrate prompt sizes"
                 )
+                self._calibrations.add(task)
+                task.add_done_callback(self._calibrations.discard)
+
+        return EngineEvents(engine_queue.wake, on_alive, engine_queue.on_prefix_cache)
 
     def reload(self, config: GatewayConfig) -> list[str]:
         """Apply the keys, classes and guarded fields of ``config``, and return its changed keys that need a restart.
@@ -153,6 +164,8 @@ class Gateway:
         Requests that are still open get 503 ``draining``, or an error event if their response has begun.
         """
         self.proxy.draining = self.proxy.stopping = True
+        for task in self._calibrations:
+            task.cancel()
         self.router.close()
         await self.predictor.close()
         await asyncio.gather(

@@ -21,6 +21,7 @@ from benchmarks import results_json
 from benchmarks.prompt_size.bodies import KINDS, Body, make_bodies
 from benchmarks.prompt_size.tokenizers import Count, counters
 from gateway.api.prompt import read_chat
+from gateway.prompts.samples import sample_chats
 from gateway.prompts.size_model import PromptSizeModel
 
 LEARNED = (0, 10, 50, 500)
@@ -70,12 +71,20 @@ def by_kind(samples: Sequence[Sample], model: PromptSizeModel) -> list[dict[str,
     return [*rows, {"kind": "all", **summary([e for _, e in errors])}]
 
 
-def learning(name: str, train: Sequence[Sample], test: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Return the errors on ``test``, after as many samples of ``train`` as `LEARNED` says."""
+def learning(
+    name: str, train: Sequence[Sample], test: Sequence[Sample], calibration: Sequence[Sample] = ()
+) -> list[dict[str, Any]]:
+    """Return the errors on ``test``, after as many samples of ``train`` as `LEARNED` says.
+
+    ``calibration``: the sample chats that a vLLM server counts when it comes up; none for another server.
+    """
     model, rows = PromptSizeModel(), []
+    for sample in calibration:
+        model.learn(sample.features, sample.tokens)
+    given = {"tokenizer": name, "calibrated": bool(calibration)}
     for at in range(len(train) + 1):
         if at in LEARNED:
-            rows += [{"tokenizer": name, "learned": at, **row} for row in by_kind(test, model)]
+            rows += [{**given, "learned": at, **row} for row in by_kind(test, model)]
         if at < len(train):
             model.learn(train[at].features, train[at].tokens)
     return rows
@@ -108,7 +117,10 @@ def study(tokenizers: dict[str, Count], train: int, test: int, seed: int) -> dic
     for name, count in tokenizers.items():
         console.print(f"Tokenising for {name}…")
         test_samples = [Sample(kind, body, count) for kind, body in evaluate_on]
-        learned += learning(name, [Sample(kind, body, count) for kind, body in learn_from], test_samples)
+        train_samples = [Sample(kind, body, count) for kind, body in learn_from]
+        learned += learning(name, train_samples, test_samples)
+        calibration = [Sample("sample", chat, count) for chat in sample_chats()]
+        learned += learning(name, train_samples, test_samples, calibration)
         changed += changing(name, [[Sample(kind, body, count) for kind, body in phase] for phase in phases])
         tokens = [sample.tokens for sample in test_samples]
         p10, p50, p90 = (round(float(q)) for q in np.quantile(tokens, (0.1, 0.5, 0.9)))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import orjson
 from yarl import URL
 
+from engine_adapter.asgi import encode_json
 from engine_adapter.engine import (
     UNKNOWN_MODEL_LEN,
     ASGIApp,
@@ -123,7 +124,7 @@ class HttpEngine:
             prefix_caching=prefix_caching,
             step_time=StepTimeModel(times=self._initial_times),
         )
-        self.takes_xargs = False
+        self.takes_xargs = self._is_vllm = False
         self._api_key = api_key
         self._send_slo = send_slo
         self._probe_timeout_s = min(connect_timeout_s, PROBE_TIMEOUT_S)
@@ -185,6 +186,26 @@ class HttpEngine:
     async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
         """Returns None: only the server has the tokenizer."""
         return None
+
+    async def count_tokens(self, document: dict[str, Any]) -> int | None:
+        """Return the size of a chat as vLLM's ``/tokenize`` counts it. Other servers are not asked."""
+        if not self._is_vllm:
+            return None
+        body: dict[str, Any] = {"model": self.state.model, "messages": document["messages"]}
+        if "tools" in document:
+            body["tools"] = document["tools"]
+        headers = [(b"content-type", b"application/json")]
+        if self._api_key:
+            headers.append((b"authorization", f"Bearer {self._api_key}".encode()))
+        try:
+            upstream = self._upstream.answer("POST", b"/tokenize", headers, encode_json(body), self._probe_timeout_s)
+            async with upstream as answer:
+                if answer.status in (400, 422):
+                    return 0
+                count = orjson.loads(await answer.read())["count"] if answer.status == 200 else None
+        except (EngineLost, TimeoutError, ValueError, LookupError, TypeError):
+            return None
+        return count if isinstance(count, int) and count > 0 else None
 
     async def probe(self) -> None:
         """Reset the step-time model to the initial step times. A remote server gets no synthetic requests.
@@ -319,6 +340,7 @@ class HttpEngine:
         by_name = {card.id: card for card in listed}
         self.state.set_models([by_name.get(name, ModelCard(name)) for name in self._models] or listed)
         if listed:
+            self._is_vllm = listed[0].owned_by == "vllm"
             self.takes_xargs = self._send_slo and listed[0].owned_by in XARGS_OWNERS
             self.state.max_model_len = listed[0].max_model_len or self.state.max_model_len
 

@@ -163,6 +163,10 @@ class SimulatedEngine:
         too_long = longest.size >= self.state.max_model_len
         return RenderedPrompt([hash(token) & _TOKEN_MASK for token in longest.tokens], BLOCK_TOKENS, invalid=too_long)
 
+    async def count_tokens(self, document: dict[str, Any]) -> int | None:
+        """Return None: `render` tells the size of each prompt."""
+        return None
+
     async def probe(self) -> None:
         """Reset the step-time model to the simulated step times, which never change."""
         self.state.step_time.start_over(self.times)

@@ -281,6 +281,10 @@ class VllmEngine:
         async for _ in self._llm.generate(prompt, params, request_id=name):
             pass
 
+    async def count_tokens(self, document: dict[str, Any]) -> int | None:
+        """Return None: `render` tells the size of each prompt."""
+        return None
+
     async def probe(self) -> None:
         """Run synthetic requests for about `PROBE_S` seconds and refit the step-time model to them."""
         if not self.state.alive or self._sequences:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine_adapter.engine import Engine, EngineState, RenderedPrompt
-from gateway.api.prompt import Prompt
+from gateway.api.prompt import Prompt, read_chat
 from gateway.api.request_body import document_for_engine
+from gateway.prompts.samples import sample_chats
 from gateway.prompts.size_model import PromptSizes
 from gateway.requests.prefix_index import TOKEN_BYTES, hash_blocks, prefix_root, prompt_bytes
 from gateway.requests.request import Request
+
+log = logging.getLogger("antares.prompts")
 
 
 @dataclass(slots=True)
@@ -75,6 +79,19 @@ class PromptSizer:
         if request.prompt_tokens >= engine.state.max_model_len and not request.bounds_waived:
             request.serve_at_best_effort()
         return size
+
+    async def calibrate(self, engine: Engine) -> None:
+        """Learn the tokenizer of ``engine`` from sample chats that it counts, if it can."""
+        model = self.sizes.of(engine.state.model)
+        if model.counts:
+            return
+        for chat in sample_chats():
+            counted = await engine.count_tokens(chat)
+            if counted is None:
+                return
+            if counted:
+                model.learn(read_chat(chat).features, counted)
+        log.info("engine %s: prompt sizes of %s calibrated", engine.name, engine.state.model)
 
     def learn(self, prompt: Prompt, model: str, tokens: int) -> None:
         """Learn that the engine counted ``tokens`` tokens in ``prompt``, if it was all in the body."""

@@ -155,7 +155,7 @@ class Proxy:
         self._keep_alive_s = keep_alive_s
         self.guard = guard or FieldGuard()
         self._clock = clock
-        self._sizer = PromptSizer()
+        self.sizer = PromptSizer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -255,7 +255,7 @@ class Proxy:
         size, state = PromptSize(), pool[0].engine.state
         request.model = state.own_name(model) or state.model
         if len(pool) > 1:
-            size = self._sizer.estimate(request, prompt, document, state)
+            size = self.sizer.estimate(request, prompt, document, state)
         return Call(http, route, document, prompt, request, size, output_tokens)
 
     def _keep_alive(self, call: Call) -> contextlib.AbstractContextManager[object]:
@@ -323,7 +323,7 @@ class Proxy:
             _check_limits(call, engine)
             path: str = call.http.scope["path"]
             document = for_engine(call.document, request.requested_model, engine.state)
-            call.size = await self._sizer.measure(request, call.prompt, path, document, engine)
+            call.size = await self.sizer.measure(request, call.prompt, path, document, engine)
         return engine_queue
 
     async def _predict(self, call: Call, entry: Entry) -> None:
@@ -424,7 +424,7 @@ class Proxy:
         relay.measure(self._clock())
         entry.cached_tokens = progress.cached_tokens
         if call.size.estimated and progress.prompt_tokens:
-            self._sizer.learn(call.prompt, engine.state.model, progress.prompt_tokens)
+            self.sizer.learn(call.prompt, engine.state.model, progress.prompt_tokens)
         if relay.complete:
             await self._conclude(entry, relay, engine)
         else:

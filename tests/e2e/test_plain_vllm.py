@@ -103,6 +103,34 @@ async def test_gateway_observes_first_token_of_non_streaming_request(served: Ser
     assert 0 < report["ttft_ms"] < report["e2e_ms"]
 
 
+CHATS = (
+    "Write a friendly note to the neighbours about the street party next month, and ask who can bring chairs. " * 4,
+    "def area(width: float, height: float) -> float:\n    return width * height\n" * 6,
+    "老师让我们把昨天的实验结果写成一篇短文，下周一之前交。" * 5,
+    "Завтра утром мы поедем на дачу и посадим картошку, если не будет дождя. " * 4,
+)
+
+
+async def test_sizes_of_chats_are_estimated_well_from_the_first_one(served: Served) -> None:
+    """The server's own ``/tokenize`` counted the sample chats when the gateway found it."""
+
+    def errors(text: str, limit: str) -> float:
+        name = f'antares_prompt_size_error_ratio_bucket{{le="{limit}",model="small"}}'
+        return float(text.split(name)[1].split(maxsplit=1)[0]) if name in text else 0.0
+
+    async with httpx.AsyncClient(base_url=served.base, timeout=120, trust_env=False) as http:
+        before = (await http.get("/metrics")).text
+        for chat in CHATS:
+            message = {"role": "user", "content": chat}
+            answer = await http.post(
+                "/v1/chat/completions", json={"model": "small", "messages": [message], "max_tokens": 2}
+            )
+            assert answer.status_code == 200, answer.text
+        after = (await http.get("/metrics")).text
+    assert errors(after, "+Inf") - errors(before, "+Inf") == len(CHATS)
+    assert errors(after, "0.2") - errors(before, "0.2") >= len(CHATS) - 1
+
+
 def test_gateway_process_loads_neither_torch_nor_vllm(served: Served) -> None:
     maps = Path(f"/proc/{served.process.pid}/maps").read_text()
     assert "libtorch" not in maps

@@ -13,7 +13,7 @@ from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from tests.fixtures.counting_server import CountingServer
 from tests.fixtures.live_gateway import CLASSES, Live, live
-from tests.fixtures.live_server import serve
+from tests.fixtures.live_server import eventually, serve
 
 PREFILL_MS = 0.1
 """Milliseconds that a prompt token takes."""
@@ -180,7 +180,25 @@ async def test_estimate_learns_the_servers_tokenizer() -> None:
         for turn in range(20):
             await antares.ask(a_chat(words(33 + 17 * turn, turn)), x_slo_class="free")
         assert within_ten_percent(antares) - before == 20
-        assert antares.gateway.proxy._sizer.sizes.of("m").counts == len(server.prompts) == 70
+        assert antares.gateway.proxy.sizer.sizes.of("m").counts == len(server.prompts) == 70
+
+
+async def test_tokenizer_of_a_vllm_server_is_known_before_the_first_request() -> None:
+    server = CountingServer(tokens_of=lambda text: 2 * len(text) + 100, caches=False, owner="vllm")
+    async with in_front_of(server) as antares:
+        sizes = antares.gateway.proxy.sizer.sizes.of("m")
+        await eventually(lambda: sizes.counts > 60 and not antares.gateway._calibrations)
+        for turn in range(20):
+            await antares.ask(a_chat(words(33 + 17 * turn, turn)), x_slo_class="free")
+        assert within_ten_percent(antares) >= 18
+
+
+@pytest.mark.parametrize("owner", ["", "somebody"])
+async def test_servers_that_are_not_vllm_are_sent_no_samples(owner: str) -> None:
+    server = CountingServer(owner=owner)
+    async with in_front_of(server) as antares:
+        await antares.ask(a_chat("hi"))
+        assert server.counted == 0
 
 
 def within_ten_percent(antares: Live) -> float:
