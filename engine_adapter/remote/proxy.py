@@ -227,7 +227,7 @@ class HttpProxy:
         timing: StreamTiming,
     ) -> None:
         """Forward the response to a request that generates tokens, and count them."""
-        if response.status != 200:
+        if not 200 <= response.status < 300:
             await self._relay(request, response, response.content.iter_any())
             return
         encoding = response.headers.get("content-encoding", "identity").lower()
@@ -366,7 +366,7 @@ class HttpProxy:
     ) -> None:
         document = parse_data(data)
         if document is None:
-            raise BadUpstreamError("answered with status 200 and a body that is not a JSON object")
+            raise BadUpstreamError(f"answered with status {response.status} and a body that is not a JSON object")
         counter.see_document(document, time.monotonic())
         headers = downstream_headers(response.raw_headers, altered=True)
         if counter.error is None:
@@ -392,7 +392,7 @@ class HttpProxy:
                 raise BadUpstreamError(f"answered with a redirect ({response.status}): set its base_url to the target")
             # A file that a GET asks for may be a page.
             is_page = scope["method"] == "POST" and _content_type(response).startswith("text/html")
-            if is_page and response.status == 200:
+            if is_page and 200 <= response.status < 300:
                 raise BadUpstreamError("answered with an HTML page: check its base_url")
             if response.status in (401, 403):
                 self._on_unauthorized()

@@ -323,6 +323,25 @@ async def test_page_that_claims_success_is_a_502_naming_the_engine(kind: bytes, 
     assert recorder.tokens == []
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("status", [204, 205])
+async def test_success_without_a_body_is_a_502(status: int, stream: bool) -> None:
+    recorder = Recorder()
+    async with proxied(Scripted(lambda _: (status, b"", b"")), recorder) as (_, client):
+        response = await client.post(CHAT, json=ask(stream=stream))
+    assert response.status_code == 502
+    assert f"status {status}" in response.json()["error"]["message"]
+    assert recorder.tokens == []
+
+
+async def test_document_with_another_status_of_success_is_counted() -> None:
+    recorder = Recorder()
+    data = document(prompt_tokens=40, completion_tokens=12)
+    async with proxied(Scripted(lambda _: (201, b"application/json", data)), recorder) as (_, client):
+        response = await client.post(CHAT, json=ask())
+    assert (response.status_code, response.content, recorder.count()) == (200, data, 12)
+
+
 async def test_html_page_as_the_answer_to_any_post_is_a_502() -> None:
     async with proxied(Scripted(lambda _: (200, b"text/html", b"<html>"))) as (_, client):
         assert (await client.post("/v1/embeddings", json={"input": "x"})).status_code == 502

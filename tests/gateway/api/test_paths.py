@@ -119,12 +119,18 @@ def test_generation_route_takes_post_only(method: str, path: str) -> None:
 
 @pytest.mark.parametrize(
     ("path", "method", "allow"),
-    [(CHAT, "GET", "POST"), ("/v1/models", "OPTIONS", "GET, HEAD"), ("/metrics", "POST", "GET")],
+    [(CHAT, "GET", "POST"), ("/v1/models", "OPTIONS", "GET, HEAD"), ("/metrics", "POST", "GET, HEAD")],
 )
 async def test_wrong_method_gets_405_in_openai_shape(antares: Live, path: str, method: str, allow: str) -> None:
     answer = await antares.http.request(method, path)
     assert (answer.status_code, answer.headers["allow"]) == (405, allow)
     assert answer.json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/status", "/dashboard", "/docs", "/v1/models"])
+async def test_head_gets_the_status_of_get_without_its_body(antares: Live, path: str) -> None:
+    answer = await antares.http.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
 
 
 @pytest.mark.parametrize("value", ["free ", "free\t", "  free"])
