@@ -64,6 +64,14 @@ async def read(upstream: Upstream, content: bytes = b"{}") -> bytes:
 
 
 @pytest.mark.parametrize(
+    "interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"]
+)
+async def test_interim_response_is_skipped(interim: bytes) -> None:
+    async with upstream_of(sends(interim, interim, CHUNKED, b"0\r\n\r\n")) as upstream:
+        assert await read(upstream) == b"hello"
+
+
+@pytest.mark.parametrize(
     "script",
     [
         sends(CHUNKED, b"zz\r\nno chunk"),

@@ -117,6 +117,26 @@ async def test_long_event_within_the_bound_passes() -> None:
     assert len(content(await answer_of(chunk("x" * 3_000_000, "stop"), DONE))) == 3_000_000
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_usage_in_every_event_and_two_sequences_are_counted(stream: bool) -> None:
+    """As with ``continuous_usage_stats``."""
+    recorder = Recorder()
+    steps = []
+    for number, index in enumerate((0, 1, 0, 1), start=1):
+        finish = "stop" if number > 2 else None
+        choice = {"index": index, "delta": {"content": "ab"[index]}, "finish_reason": finish}
+        usage = {"prompt_tokens": 5, "completion_tokens": number, "total_tokens": 5 + number}
+        steps.append(b"data: %b\n\n" % orjson.dumps({"choices": [choice], "usage": usage}))
+    options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}} if stream else {}
+    response = await answer_of(*steps, usage_chunk(4), DONE, recorder=recorder, stream=stream, n=2, **options)
+    assert (recorder.count("0"), recorder.count("1")) == (2, 2)
+    if stream:
+        assert response.content == b"".join([*steps, usage_chunk(4), DONE])
+    else:
+        assert [c["message"]["content"] for c in response.json()["choices"]] == ["aa", "bb"]
+        assert response.json()["usage"]["completion_tokens"] == 4
+
+
 # --- the end of a stream ----------------------------------------------------------------------------------------------
 
 

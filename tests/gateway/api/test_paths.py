@@ -133,6 +133,26 @@ async def test_head_gets_the_status_of_get_without_its_body(antares: Live, path:
     assert (answer.status_code, answer.content) == (200, b"")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/v1/models", None),
+        ("GET", "/v1/models/simulated", None),
+        ("POST", "/v1/responses", {"model": "simulated", "input": "hi"}),
+        ("POST", "/v1/responses", {"model": "simulated", "input": "hi", "stream": True}),
+        ("POST", "/v1/messages", {**chat(), "max_tokens": 2}),
+        ("POST", "/v1/embeddings", {"model": "simulated", "input": "hi"}),
+        ("POST", CHAT, chat(stream=True)),
+    ],
+)
+async def test_every_route_returns_the_request_id(antares: Live, method: str, path: str, body: Any) -> None:
+    if path == "/v1/embeddings":
+        antares.echo_bodies()
+    answer = await antares.http.request(method, path, json=body, headers={"X-Request-Id": "mine"})
+    assert answer.status_code == 200
+    assert answer.headers.get_list("x-request-id") == ["mine"]
+
+
 @pytest.mark.parametrize("value", ["free ", "free\t", "  free"])
 async def test_header_values_are_trimmed(antares: Live, value: str) -> None:
     headers = [f"x-slo-class: {value}", "x-slo-report: 1 ", "x-slo-ttft-ms:  9000 ", "x-slo-output-tokens: 7 "]
