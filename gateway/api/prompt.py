@@ -228,6 +228,9 @@ def _whole_number(body: dict[str, Any], field: str, minimum: int) -> int | None:
     value = body.get(field)
     if value is None:
         return None
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
+        # JSON has one type of numbers: some clients write 16 as 16.0, and engines accept that.
+        value = int(value)
     # NOTE: bool is a subclass of int, but JSON's true is not a number.
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise bad_request(f"{field}: must be a whole number, at least {minimum}.", field)

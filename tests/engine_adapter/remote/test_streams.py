@@ -128,7 +128,7 @@ async def test_usage_in_every_event_and_two_sequences_are_counted(stream: bool) 
         usage = {"prompt_tokens": 5, "completion_tokens": number, "total_tokens": 5 + number}
         steps.append(b"data: %b\n\n" % orjson.dumps({"choices": [choice], "usage": usage}))
     options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}} if stream else {}
-    response = await answer_of(*steps, usage_chunk(4), DONE, recorder=recorder, stream=stream, n=2, **options)
+    response = await answer_of(*steps, usage_chunk(4), DONE, recorder=recorder, stream=stream, n=2.0, **options)
     assert (recorder.count("0"), recorder.count("1")) == (2, 2)
     if stream:
         assert response.content == b"".join([*steps, usage_chunk(4), DONE])

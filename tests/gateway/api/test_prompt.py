@@ -68,6 +68,20 @@ def test_text_prompt_of_another_form_is_a_bad_request(prompt: Any) -> None:
     assert (error.value.status, error.value.param) == (400, "prompt")
 
 
+@pytest.mark.parametrize("value", [16, 16.0, 1.6e1])
+def test_whole_number_may_be_written_as_a_float(value: Any) -> None:
+    prompt = a_chat("hi", max_tokens=value, min_tokens=value, n=value)
+    assert (prompt.max_tokens, prompt.min_tokens, prompt.sequences) == (16, 16, 16)
+    assert type(prompt.max_tokens) is int
+
+
+@pytest.mark.parametrize("value", [16.5, -1.0, 1e30, float("inf"), float("nan")])
+def test_float_that_is_no_whole_number_is_a_bad_request(value: float) -> None:
+    with pytest.raises(ApiError) as error:
+        a_chat("hi", max_tokens=value)
+    assert (error.value.status, error.value.param) == (400, "max_tokens")
+
+
 def test_max_completion_tokens_has_precedence_over_max_tokens() -> None:
     assert a_chat("hi", max_completion_tokens=7, max_tokens=9).max_tokens == 7
     assert a_chat("hi", max_tokens=9).max_tokens == 9
