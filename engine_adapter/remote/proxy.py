@@ -51,6 +51,9 @@ LAST_BYTES_S = 0.02
 
 The client has its answer by then. Most servers send both at once."""
 
+LOST_LOGGED_S = 10.0
+"""Shortest time between two log lines about lost responses, in seconds. A dying server loses many at once."""
+
 
 class _NullObserver:
     def on_prompt(self, sequence: str, tokens: int) -> None: ...
@@ -129,6 +132,7 @@ class HttpProxy:
         self._on_unauthorized = on_unauthorized
         self._sampler = StepSampler(state)
         self._usage_unsupported = False
+        self._log_lost_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -162,7 +166,10 @@ class HttpProxy:
         except EngineUnreachable:
             self._on_unreachable()
             raise
-        except EngineLost:
+        except EngineLost as error:
+            if time.monotonic() >= self._log_lost_at:
+                self._log_lost_at = time.monotonic() + LOST_LOGGED_S
+                log.warning("lost a response: %s", error)
             self._on_broken()
             raise
         finally:

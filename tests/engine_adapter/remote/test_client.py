@@ -91,6 +91,15 @@ async def test_upstream_raises_engine_lost_for_a_broken_response(script: Script)
         assert not isinstance(lost.value, EngineUnreachable), "the request may have been sent"
 
 
+@pytest.mark.parametrize("broken", [CHUNKED + b"secret\r\n", b"HTTP/1.1 secret\r\n\r\n", b"secret: secret\r\n\r\n"])
+async def test_error_does_not_quote_the_response(broken: bytes) -> None:
+    async with upstream_of(sends(broken)) as upstream:
+        with pytest.raises(EngineLost) as lost:
+            await read(upstream)
+        assert "Error" in str(lost.value) or "Message" in str(lost.value)
+        assert "secret" not in str(lost.value)
+
+
 @pytest.mark.parametrize("content", [b"{}", b"x" * 20_000_000], ids=["small request", "unread request"])
 async def test_upstream_gives_up_on_a_silent_server(content: bytes) -> None:
     async with upstream_of(sends(), read_timeout_s=0.1) as upstream:

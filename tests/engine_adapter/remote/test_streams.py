@@ -171,6 +171,20 @@ async def test_stream_without_an_end_is_a_failure(steps: tuple[bytes | float, ..
     await loss_of(*steps, stream=stream)
 
 
+async def test_log_names_the_cause_of_a_lost_response_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with serve(ScriptedStream([chunk("secret")])) as url:
+        engine = HttpEngine("remote", url)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+            for _ in range(3):
+                with pytest.raises(EngineLost):
+                    await client.post(CHAT, json=ask())
+        await engine.stop()
+    (line,) = [r.getMessage() for r in caplog.records if "lost" in r.getMessage()]
+    assert line.startswith("lost a response: engine remote at http")
+    assert line.endswith("the stream ended before the response was complete")
+    assert "secret" not in line
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_one_unfinished_choice_of_two_is_a_failure(stream: bool) -> None:
     await loss_of(chunk("a", "stop"), chunk("b", index=1), stream=stream, n=2)
