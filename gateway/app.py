@@ -100,8 +100,11 @@ class Gateway:
         # NOTE: the operator's routes need no key, so pages of other origins must not read them.
         if scope["type"] == "http" and scope["path"] not in self._operator_paths:
             await self._api(scope, receive, send)
-        else:
-            await self._operator(scope, receive, send)
+            return
+        if scope.get("method") == "HEAD":
+            # The server sends no body for HEAD.
+            scope = {**scope, "method": "GET"}
+        await self._operator(scope, receive, send)
 
     async def _serve_api(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(API_PREFIX):
@@ -183,7 +186,7 @@ def _operator_routes(gateway: Gateway) -> FastAPI:
 
     @app.exception_handler(405)
     async def wrong_method(request: HttpRequest, error: HTTPException) -> Response:
-        allowed = (error.headers or {}).get("Allow", "GET")
+        allowed = (error.headers or {}).get("Allow", "GET").replace("GET", "GET, HEAD")
         answer = method_not_allowed(request.method, request.url.path, allowed)
         return Response(answer.body(), answer.status, {"allow": allowed}, "application/json")
 

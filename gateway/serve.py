@@ -19,6 +19,7 @@ from rich.console import Console
 from engine_adapter.asgi import cancel_and_wait
 from engine_adapter.build import BUILDERS
 from engine_adapter.engine import Engine, EngineStartError
+from gateway.api.http_protocol import HttpProtocol
 from gateway.app import Gateway
 from gateway.config.file import ConfigError
 from gateway.config.schema import EngineConfig, GatewayConfig
@@ -71,6 +72,7 @@ async def serve(config: GatewayConfig, load: Callable[[], GatewayConfig] | None 
         server = _Server(
             uvicorn.Config(
                 gateway,
+                http=HttpProtocol,
                 lifespan="off",
                 access_log=False,
                 log_level="warning",

@@ -6,6 +6,7 @@ body here. This module does no I/O.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from engine_adapter.remote.sse import event_fields, parse_data
@@ -48,6 +49,10 @@ def can_rebuild(body: Json) -> bool:
     return not (body.get("echo") and body.get("logprobs") is not None)
 
 
+_BLANK_LINES = (b"\n\n", b"\r\r", b"\n\r", b"\n\r\n")
+"""How an event ends. One without it was cut off, which is a lost stream and not an unreadable one."""
+
+
 class Assembler:
     """Merges the events of one stream, in order, into one response body.
 
@@ -65,12 +70,14 @@ class Assembler:
         self._bytes = 0
 
     def add(self, event: bytes) -> None:
-        """Merge one raw event. Comments and events without valid JSON are skipped. Raises `UnreadableStream`."""
+        """Merge one raw event. Comments and events without a JSON object are skipped. Raises `UnreadableStream`."""
         self._bytes += len(event)
         if self._bytes > MAX_RESPONSE_BYTES:
             raise UnreadableStream(f"the response is larger than {MAX_RESPONSE_BYTES >> 20} MiB")
         name, data = event_fields(event)
         chunk = parse_data(data)
+        if chunk is None and data.lstrip().startswith(b"{") and event.endswith(_BLANK_LINES):
+            chunk = _parse_leniently(data)
         error = error_in(name, data, chunk)
         if error is not None:
             self._error = error
@@ -159,6 +166,19 @@ class Assembler:
         # A role chunk has empty content; a message with tool calls has null instead.
         if "tool_calls" in message and not message["content"]:
             message["content"] = None
+
+
+def _parse_leniently(data: bytes) -> Json:
+    """Parse an object with NaN, control characters or invalid UTF-8. Raises `UnreadableStream`.
+
+    Skipping the event would lose a part of the answer.
+    """
+    try:
+        parsed: Json = json.loads(data.decode(errors="replace"), strict=False)
+    except (ValueError, RecursionError):
+        # Without the cause, whose text may quote the answer.
+        raise UnreadableStream("an event is not valid JSON") from None
+    return parsed
 
 
 def _merged(old: Any, new: Any) -> Any:

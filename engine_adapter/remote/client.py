@@ -176,9 +176,15 @@ class Upstream:
         )
 
     def _describe(self, error: aiohttp.ClientError) -> str:
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        # NOTE: other errors may quote the response.
+        said = str(error) if isinstance(error, OSError | BodyLost) else ""
+        reason = f"{type(error).__name__}: {said}" if said else type(error).__name__
         cause = _cause(error)
         return f"{self.where}: {cause} ({reason})" if cause else f"{self.where}: {reason}"
+
+
+class BodyLost(aiohttp.ClientPayloadError):
+    """The rest of a response body will not be read. The message says why, without quoting it."""
 
 
 def _cause(error: aiohttp.ClientError) -> str:
@@ -228,7 +234,7 @@ async def _decompress(chunks: AsyncIterator[bytes], encoding: str) -> AsyncGener
         async for chunk in chunks:
             yield decompressor.decompress(chunk)
     except zlib.error as error:
-        raise aiohttp.ClientPayloadError(f"the response body is not valid {encoding}: {error}") from error
+        raise BodyLost(f"the response body is not valid {encoding}: {error}") from error
 
 
 async def _cancel(task: asyncio.Task[aiohttp.ClientResponse]) -> None:
@@ -278,7 +284,7 @@ class ConnectionLossMonitor:
 def _fail(body: aiohttp.StreamReader, reason: str = "the connection closed before the response was complete") -> None:
     """Make reads of an incomplete body raise."""
     if not body.is_eof() and body.exception() is None:
-        body.set_exception(aiohttp.ClientPayloadError(reason))
+        body.set_exception(BodyLost(reason))
 
 
 def _escape(path: bytes) -> str:

@@ -51,6 +51,9 @@ LAST_BYTES_S = 0.02
 
 The client has its answer by then. Most servers send both at once."""
 
+LOST_LOGGED_S = 10.0
+"""Shortest time between two log lines about lost responses, in seconds. A dying server loses many at once."""
+
 
 class _NullObserver:
     def on_prompt(self, sequence: str, tokens: int) -> None: ...
@@ -129,6 +132,7 @@ class HttpProxy:
         self._on_unauthorized = on_unauthorized
         self._sampler = StepSampler(state)
         self._usage_unsupported = False
+        self._log_lost_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -162,7 +166,10 @@ class HttpProxy:
         except EngineUnreachable:
             self._on_unreachable()
             raise
-        except EngineLost:
+        except EngineLost as error:
+            if time.monotonic() >= self._log_lost_at:
+                self._log_lost_at = time.monotonic() + LOST_LOGGED_S
+                log.warning("lost a response: %s", error)
             self._on_broken()
             raise
         finally:
@@ -227,7 +234,7 @@ class HttpProxy:
         timing: StreamTiming,
     ) -> None:
         """Forward the response to a request that generates tokens, and count them."""
-        if response.status != 200:
+        if not 200 <= response.status < 300:
             await self._relay(request, response, response.content.iter_any())
             return
         encoding = response.headers.get("content-encoding", "identity").lower()
@@ -366,7 +373,7 @@ class HttpProxy:
     ) -> None:
         document = parse_data(data)
         if document is None:
-            raise BadUpstreamError("answered with status 200 and a body that is not a JSON object")
+            raise BadUpstreamError(f"answered with status {response.status} and a body that is not a JSON object")
         counter.see_document(document, time.monotonic())
         headers = downstream_headers(response.raw_headers, altered=True)
         if counter.error is None:
@@ -392,7 +399,7 @@ class HttpProxy:
                 raise BadUpstreamError(f"answered with a redirect ({response.status}): set its base_url to the target")
             # A file that a GET asks for may be a page.
             is_page = scope["method"] == "POST" and _content_type(response).startswith("text/html")
-            if is_page and response.status == 200:
+            if is_page and 200 <= response.status < 300:
                 raise BadUpstreamError("answered with an HTML page: check its base_url")
             if response.status in (401, 403):
                 self._on_unauthorized()

@@ -167,7 +167,7 @@ def _sequence_count(body: dict[str, Any]) -> int:
     if isinstance(messages, list) and messages and isinstance(messages[0], list):
         prompt = messages  # a batch of chats
     prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else 1
-    return prompts * (n if isinstance(n, int) and n > 0 else 1)
+    return prompts * (int(n) if isinstance(n, int | float) and n >= 1 else 1)
 
 
 def _drop_slo(body: dict[str, Any]) -> None:

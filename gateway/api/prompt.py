@@ -140,12 +140,13 @@ def _read_common(body: dict[str, Any]) -> int:
     if not isinstance(body.get("stream") or False, bool):
         raise bad_request("stream: must be true or false.", "stream", "invalid_type")
     # An engine that knows `best_of` generates that many and returns `n`. A beam search has `n` beams.
-    return _checked_sequences(max(_whole_number(body, "n", 1) or 1, _whole_number(body, "best_of", 1) or 1))
+    n, best_of = _whole_number(body, "n", 1) or 1, _whole_number(body, "best_of", 1) or 1
+    return _checked_sequences(max(n, best_of), "best_of" if best_of > n else "n")
 
 
-def _checked_sequences(sequences: int) -> int:
+def _checked_sequences(sequences: int, field: str = "n") -> int:
     if sequences > MAX_SEQUENCES:
-        raise bad_request(f"n: at most {MAX_SEQUENCES} sequences per request; this one has {sequences}.", "n")
+        raise bad_request(f"{field}: at most {MAX_SEQUENCES} sequences per request; this one has {sequences}.", field)
     return sequences
 
 
@@ -252,6 +253,9 @@ def _whole_number(body: dict[str, Any], field: str, minimum: int) -> int | None:
     value = body.get(field)
     if value is None:
         return None
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
+        # JSON has one type of numbers: some clients write 16 as 16.0, and engines accept that.
+        value = int(value)
     # NOTE: bool is a subclass of int, but JSON's true is not a number.
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise bad_request(f"{field}: must be a whole number, at least {minimum}.", field)

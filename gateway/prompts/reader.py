@@ -5,6 +5,7 @@ Nothing here raises for an odd piece: the engine checks its request, and what is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,10 @@ _MAX_NESTING = 4
 """Lists of parts inside parts (a tool result with text and images) that are read. Anything deeper counts as text."""
 
 _TEXT_FIELDS = ("text", "refusal", "thinking", "transcript")
+_BINARY_CHARS = 1024
+"""Shortest string that can count as binary data, in characters; convention."""
+_BASE64_START = re.compile(r"data:[^,]{0,128};base64,|[A-Za-z0-9+/_-]{256}")
+"""How binary data begins. No text has a word of 256 characters without punctuation."""
 _VIDEO_S = 30.0
 """Assumed seconds of a video, for its share among the blocks; its tokens are learned."""
 
@@ -27,7 +32,7 @@ def read_message(message: dict[str, Any], content: PromptContent) -> None:
     read_parts(message.get("content"), content)
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else ():
-        _read_call(call.get("function") if isinstance(call, dict) else call, content)
+        _read_call((call.get("function") or call.get("custom")) if isinstance(call, dict) else call, content)
     if message.get("function_call") is not None:
         _read_call(message["function_call"], content)
     name = message.get("name")
@@ -48,8 +53,10 @@ def read_parts(value: Any, content: PromptContent, nesting: int = 0) -> None:
     elif isinstance(value, list) and nesting < _MAX_NESTING:
         for part in value:
             _read_part(part, content, nesting)
-    elif value is not None:
-        content.add_json(value, Part.TEXT)
+    elif isinstance(value, dict):
+        _read_part(value, content, nesting)
+    else:
+        _read_unknown(value, content)
 
 
 def last_text(value: Any) -> str:
@@ -63,7 +70,7 @@ def last_text(value: Any) -> str:
 
 def _read_part(part: Any, content: PromptContent, nesting: int) -> None:
     if not isinstance(part, dict):
-        content.add_json(part, Part.TEXT)
+        _read_unknown(part, content)
         return
     kind = part.get("type")
     reader = _READERS.get(kind) if isinstance(kind, str) else None
@@ -74,7 +81,26 @@ def _read_part(part: Any, content: PromptContent, nesting: int) -> None:
         if isinstance(part.get(name), str):
             content.add_text(part[name], Part.REASONING if name == "thinking" else Part.TEXT)
             return
-    content.add_json(part, Part.TEXT)
+    _read_unknown(part, content)
+
+
+def _read_unknown(value: Any, content: PromptContent) -> None:
+    """Add a value of a form that is not known: its text, and each piece of binary data as a file."""
+    content.add_json(_without_binary(value, content), Part.TEXT)
+
+
+def _without_binary(value: Any, content: PromptContent, nesting: int = 0) -> Any:
+    """Return ``value`` without its binary data, which is added to ``content``."""
+    if isinstance(value, str):
+        if len(value) < _BINARY_CHARS or not _BASE64_START.match(value):
+            return value
+        content.add_image(read_image(value))
+        return None
+    if nesting < _MAX_NESTING and isinstance(value, list):
+        return [_without_binary(item, content, nesting + 1) for item in value]
+    if nesting < _MAX_NESTING and isinstance(value, dict):
+        return {key: _without_binary(item, content, nesting + 1) for key, item in value.items()}
+    return value
 
 
 def _read_image_url(part: dict[str, Any], content: PromptContent, nesting: int) -> None:
@@ -94,6 +120,14 @@ def _read_source(part: dict[str, Any], content: PromptContent, nesting: int) -> 
         content.add_image(read_image(f"data:{source.get('media_type')};base64,{data}"))
     else:
         content.add_image(read_image(str(data)))
+
+
+def _read_file(part: dict[str, Any], content: PromptContent, nesting: int) -> None:
+    """Add a file: ``file`` of the chat API, or ``input_file`` of the Responses API. Its pages are not counted."""
+    nested = part.get("file")
+    given = nested if isinstance(nested, dict) else part
+    data = given.get("file_data") or given.get("file_url") or given.get("file_id") or ""
+    content.add_image(read_image(str(data)))
 
 
 def _read_audio(part: dict[str, Any], content: PromptContent, nesting: int) -> None:
@@ -135,6 +169,9 @@ _READERS: dict[str, Callable[[dict[str, Any], PromptContent, int], None]] = {
     "input_image": _read_image_url,
     "image": _read_source,
     "document": _read_source,
+    "file": _read_file,
+    "input_file": _read_file,
+    "computer_screenshot": _read_image_url,
     "input_audio": _read_audio,
     "audio_url": _read_audio,
     "video_url": _read_video,
@@ -144,5 +181,6 @@ _READERS: dict[str, Callable[[dict[str, Any], PromptContent, int], None]] = {
     "tool_result": _read_tool_result,
     "function_call_output": _read_tool_result,
     "custom_tool_call_output": _read_tool_result,
+    "computer_call_output": _read_tool_result,
     "reasoning": _read_reasoning,
 }

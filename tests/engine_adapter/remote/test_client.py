@@ -64,6 +64,14 @@ async def read(upstream: Upstream, content: bytes = b"{}") -> bytes:
 
 
 @pytest.mark.parametrize(
+    "interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"]
+)
+async def test_interim_response_is_skipped(interim: bytes) -> None:
+    async with upstream_of(sends(interim, interim, CHUNKED, b"0\r\n\r\n")) as upstream:
+        assert await read(upstream) == b"hello"
+
+
+@pytest.mark.parametrize(
     "script",
     [
         sends(CHUNKED, b"zz\r\nno chunk"),
@@ -81,6 +89,15 @@ async def test_upstream_raises_engine_lost_for_a_broken_response(script: Script)
         with pytest.raises(EngineLost) as lost:
             await read(upstream)
         assert not isinstance(lost.value, EngineUnreachable), "the request may have been sent"
+
+
+@pytest.mark.parametrize("broken", [CHUNKED + b"secret\r\n", b"HTTP/1.1 secret\r\n\r\n", b"secret: secret\r\n\r\n"])
+async def test_error_does_not_quote_the_response(broken: bytes) -> None:
+    async with upstream_of(sends(broken)) as upstream:
+        with pytest.raises(EngineLost) as lost:
+            await read(upstream)
+        assert "Error" in str(lost.value) or "Message" in str(lost.value)
+        assert "secret" not in str(lost.value)
 
 
 @pytest.mark.parametrize("content", [b"{}", b"x" * 20_000_000], ids=["small request", "unread request"])

@@ -117,6 +117,26 @@ async def test_long_event_within_the_bound_passes() -> None:
     assert len(content(await answer_of(chunk("x" * 3_000_000, "stop"), DONE))) == 3_000_000
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_usage_in_every_event_and_two_sequences_are_counted(stream: bool) -> None:
+    """As with ``continuous_usage_stats``."""
+    recorder = Recorder()
+    steps = []
+    for number, index in enumerate((0, 1, 0, 1), start=1):
+        finish = "stop" if number > 2 else None
+        choice = {"index": index, "delta": {"content": "ab"[index]}, "finish_reason": finish}
+        usage = {"prompt_tokens": 5, "completion_tokens": number, "total_tokens": 5 + number}
+        steps.append(b"data: %b\n\n" % orjson.dumps({"choices": [choice], "usage": usage}))
+    options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}} if stream else {}
+    response = await answer_of(*steps, usage_chunk(4), DONE, recorder=recorder, stream=stream, n=2.0, **options)
+    assert (recorder.count("0"), recorder.count("1")) == (2, 2)
+    if stream:
+        assert response.content == b"".join([*steps, usage_chunk(4), DONE])
+    else:
+        assert [c["message"]["content"] for c in response.json()["choices"]] == ["aa", "bb"]
+        assert response.json()["usage"]["completion_tokens"] == 4
+
+
 # --- the end of a stream ----------------------------------------------------------------------------------------------
 
 
@@ -149,6 +169,20 @@ async def test_answer_is_complete_at_done(after: float, stream: bool) -> None:
 )
 async def test_stream_without_an_end_is_a_failure(steps: tuple[bytes | float, ...], stream: bool) -> None:
     await loss_of(*steps, stream=stream)
+
+
+async def test_log_names_the_cause_of_a_lost_response_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with serve(ScriptedStream([chunk("secret")])) as url:
+        engine = HttpEngine("remote", url)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
+            for _ in range(3):
+                with pytest.raises(EngineLost):
+                    await client.post(CHAT, json=ask())
+        await engine.stop()
+    (line,) = [r.getMessage() for r in caplog.records if "lost" in r.getMessage()]
+    assert line.startswith("lost a response: engine remote at http")
+    assert line.endswith("the stream ended before the response was complete")
+    assert "secret" not in line
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -321,6 +355,25 @@ async def test_page_that_claims_success_is_a_502_naming_the_engine(kind: bytes, 
     assert response.status_code == 502
     assert "engine remote" in response.json()["error"]["message"]
     assert recorder.tokens == []
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("status", [204, 205])
+async def test_success_without_a_body_is_a_502(status: int, stream: bool) -> None:
+    recorder = Recorder()
+    async with proxied(Scripted(lambda _: (status, b"", b"")), recorder) as (_, client):
+        response = await client.post(CHAT, json=ask(stream=stream))
+    assert response.status_code == 502
+    assert f"status {status}" in response.json()["error"]["message"]
+    assert recorder.tokens == []
+
+
+async def test_document_with_another_status_of_success_is_counted() -> None:
+    recorder = Recorder()
+    data = document(prompt_tokens=40, completion_tokens=12)
+    async with proxied(Scripted(lambda _: (201, b"application/json", data)), recorder) as (_, client):
+        response = await client.post(CHAT, json=ask())
+    assert (response.status_code, response.content, recorder.count()) == (200, data, 12)
 
 
 async def test_html_page_as_the_answer_to_any_post_is_a_502() -> None:

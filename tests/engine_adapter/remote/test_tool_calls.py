@@ -138,6 +138,50 @@ async def test_tool_calls_are_whole_in_the_response_to_a_plain_request() -> None
     assert recorder.count() == 9
 
 
+F_CALL = {"function": {"arguments": '{"x":1}', "name": "f"}, "id": "a", "type": "function"}
+G_CALL = {"function": {"arguments": '{"y":2}', "name": "g"}, "id": "b", "type": "function"}
+
+
+@pytest.mark.parametrize(
+    ("deltas", "calls"),
+    [
+        (
+            [
+                [part('{"x":1}', index=0, id="a", type="function", name="f")],
+                [part('{"y":2}', index=0, id="b", type="function", name="g")],
+            ],
+            [F_CALL, G_CALL],
+        ),
+        (
+            [
+                [
+                    part(index=0, id="a", type="function", name="f"),
+                    part(index=1, id="b", type="function", name="g"),
+                ],
+                [part('{"y"', index=1), part('{"x"', index=0)],
+                [part(":1}", index=0)],
+                [part(":2}", index=1)],
+            ],
+            [F_CALL, G_CALL],
+        ),
+        ([[part({"x": 1}, index=0, id="a", type="function", name="f")]], [F_CALL]),
+        ([[part(index="0", id="a", type="function", name="f")], [part('{"x":1}', index="0")]], [F_CALL]),
+        ([[part(index=None, id="a", type="function", name="f")], [part('{"x":1}', index=None)]], [F_CALL]),
+        (
+            [[], [part(index=0, id="a", type="function", name="f")], [part('{"x":1}', index=0, id="", name="")], None],
+            [F_CALL],
+        ),
+    ],
+    ids=["same index", "interleaved", "object", "text index", "null index", "empty lists and names"],
+)
+async def test_odd_deltas_make_whole_calls_in_the_response_to_a_plain_request(deltas: Any, calls: Any) -> None:
+    stream = [chunk(tool_calls=delta) for delta in deltas]
+    async with proxied(ScriptedStream([*stream, chunk(finish="tool_calls"), usage_chunk(9), DONE])) as (_, client):
+        response = await client.post(CHAT, json=ask(tools=[{"type": "function"}]))
+    (choice,) = response.json()["choices"]
+    assert (choice["message"]["tool_calls"], choice["finish_reason"]) == (calls, "tool_calls")
+
+
 def event(**fields: Any) -> bytes:
     return b"data: %b\n\n" % orjson.dumps(fields)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import string
 from typing import Any
 
@@ -201,3 +202,27 @@ async def test_any_body_and_header_get_no_5xx_and_the_ledger_balances(antares: L
     assert antares.gateway.ledger.accepted == sum(antares.outcomes.values())
     assert antares.outcomes["finished"] > 0
     assert antares.outcomes["failed"] == 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n{bad",
+        b"POST /v1/nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 6\r\n\r\nunread",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nX-Slo-Ttft-Ms: soon\r\nContent-Length: 2\r\n\r\n{}",
+        b"GET /v1/chat/completions HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"HEAD /metrics HTTP/1.1\r\nHost: a\r\n\r\n",
+    ],
+)
+async def test_connection_is_usable_after_an_error(antares: Live, bad: bytes) -> None:
+    url = httpx.URL(antares.url)
+    body = json.dumps(chat()).encode()
+    good = b"POST %b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n" % CHAT.encode()
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    # Pipelined: the second request is in the buffer before the first one is answered.
+    writer.write(bad + good + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    answer = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    assert answer.count(b"HTTP/1.1 ") == 2
+    assert answer.split(b"HTTP/1.1 ")[2].startswith(b"200 OK")
+    assert b'"chat.completion"' in answer

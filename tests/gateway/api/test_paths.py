@@ -119,12 +119,38 @@ def test_generation_route_takes_post_only(method: str, path: str) -> None:
 
 @pytest.mark.parametrize(
     ("path", "method", "allow"),
-    [(CHAT, "GET", "POST"), ("/v1/models", "OPTIONS", "GET, HEAD"), ("/metrics", "POST", "GET")],
+    [(CHAT, "GET", "POST"), ("/v1/models", "OPTIONS", "GET, HEAD"), ("/metrics", "POST", "GET, HEAD")],
 )
 async def test_wrong_method_gets_405_in_openai_shape(antares: Live, path: str, method: str, allow: str) -> None:
     answer = await antares.http.request(method, path)
     assert (answer.status_code, answer.headers["allow"]) == (405, allow)
     assert answer.json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/status", "/dashboard", "/docs", "/v1/models"])
+async def test_head_gets_the_status_of_get_without_its_body(antares: Live, path: str) -> None:
+    answer = await antares.http.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/v1/models", None),
+        ("GET", "/v1/models/simulated", None),
+        ("POST", "/v1/responses", {"model": "simulated", "input": "hi"}),
+        ("POST", "/v1/responses", {"model": "simulated", "input": "hi", "stream": True}),
+        ("POST", "/v1/messages", {**chat(), "max_tokens": 2}),
+        ("POST", "/v1/embeddings", {"model": "simulated", "input": "hi"}),
+        ("POST", CHAT, chat(stream=True)),
+    ],
+)
+async def test_every_route_returns_the_request_id(antares: Live, method: str, path: str, body: Any) -> None:
+    if path == "/v1/embeddings":
+        antares.echo_bodies()
+    answer = await antares.http.request(method, path, json=body, headers={"X-Request-Id": "mine"})
+    assert answer.status_code == 200
+    assert answer.headers.get_list("x-request-id") == ["mine"]
 
 
 @pytest.mark.parametrize("value", ["free ", "free\t", "  free"])

@@ -69,6 +69,20 @@ def test_text_prompt_of_another_form_is_a_bad_request(prompt: Any) -> None:
     assert (error.value.status, error.value.param) == (400, "prompt")
 
 
+@pytest.mark.parametrize("value", [16, 16.0, 1.6e1])
+def test_whole_number_may_be_written_as_a_float(value: Any) -> None:
+    prompt = a_chat("hi", max_tokens=value, min_tokens=value, n=value)
+    assert (prompt.max_tokens, prompt.min_tokens, prompt.sequences) == (16, 16, 16)
+    assert type(prompt.max_tokens) is int
+
+
+@pytest.mark.parametrize("value", [16.5, -1.0, 1e30, float("inf"), float("nan")])
+def test_float_that_is_no_whole_number_is_a_bad_request(value: float) -> None:
+    with pytest.raises(ApiError) as error:
+        a_chat("hi", max_tokens=value)
+    assert (error.value.status, error.value.param) == (400, "max_tokens")
+
+
 def test_max_completion_tokens_has_precedence_over_max_tokens() -> None:
     assert a_chat("hi", max_completion_tokens=7, max_tokens=9).max_tokens == 7
     assert a_chat("hi", max_tokens=9).max_tokens == 9
@@ -102,6 +116,32 @@ PNG_64 = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAABAAAAAQACAIAAADwf7zU"
         (
             read_chat,
             {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": LONG}}]},
+            900,
+            1200,
+        ),
+        (
+            read_chat,
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "f", "input": LONG}}],
+                    }
+                ]
+            },
+            900,
+            1200,
+        ),
+        (
+            read_chat,
+            {"messages": [{"role": "developer", "content": LONG}, {"role": "user", "name": "ann", "content": []}]},
+            900,
+            1200,
+        ),
+        (
+            read_chat,
+            {"messages": [{"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": LONG}]}]},
             900,
             1200,
         ),
@@ -210,6 +250,51 @@ def test_every_piece_of_a_prompt_is_counted(
     assert low <= tokens(read(body)) <= high
 
 
+BASE64 = "JVBERi0xLjcK" * 25_000
+"""300 kB of binary data. Counted as text it would be more than 200,000 tokens."""
+
+
+@pytest.mark.parametrize(
+    ("read", "part"),
+    [
+        (
+            read_chat,
+            {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64," + BASE64}},
+        ),
+        (read_chat, {"type": "file", "file": {"filename": "a.pdf", "file_data": BASE64}}),
+        (read_chat, {"type": "image_embeds", "image_embeds": BASE64}),
+        (read_chat, {"type": "image_url", "image_url": "data:image/png;base64," + BASE64}),
+        (read_chat, {"image_url": {"url": "data:image/png;base64," + BASE64}}),
+        (read_messages, {"type": "redacted_thinking", "data": BASE64}),
+        (read_messages, {"type": "web_search_tool_result", "content": [{"title": "x", "encrypted_content": BASE64}]}),
+        (read_responses, {"type": "input_file", "filename": "a.pdf", "file_data": "data:a/b;base64," + BASE64}),
+        (read_responses, {"type": "input_image", "detail": "auto", "image_url": "data:image/png;base64," + BASE64}),
+    ],
+)
+def test_binary_data_of_a_part_is_not_counted_as_text(read: Callable[[dict[str, Any]], Prompt], part: Any) -> None:
+    message = {"role": "user", "content": [part, {"type": "text", "text": LONG}]}
+    assert 900 <= tokens(read({"messages": [message], "input": [message]})) <= 2500
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "computer_call_output", "output": {"type": "computer_screenshot", "image_url": "data:," + BASE64}},
+        {"type": "computer_call_output", "output": {"type": "input_image", "image_url": "data:i;base64," + BASE64}},
+        {"type": "function_call_output", "output": [{"type": "input_image", "image_url": "data:i;base64," + BASE64}]},
+        {"type": "image_generation_call", "id": "1", "result": BASE64},
+        {"type": "reasoning", "summary": [], "encrypted_content": BASE64},
+    ],
+)
+def test_binary_data_of_an_item_is_not_counted_as_text(item: dict[str, Any]) -> None:
+    assert tokens(read_responses({"input": [item]})) <= 1500
+
+
+def test_long_words_of_unknown_parts_are_text() -> None:
+    text = "a,b;" * 1000
+    assert tokens(a_chat([{"type": "unknown", "value": text}])) > 1000
+
+
 @pytest.mark.parametrize(
     ("text", "low", "high"),
     [
@@ -237,6 +322,8 @@ def test_size_follows_the_script_of_the_text(text: str, low: int, high: int) -> 
         (read_responses, {"input": "hi", "max_output_tokens": "many"}, "max_output_tokens"),
         (read_responses, {"input": "hi", "stream": "yes"}, "stream"),
         (read_chat, {"messages": [{"role": "user", "content": "hi"}], "n": 257}, "n"),
+        (read_chat, {"messages": [{"role": "user", "content": "hi"}], "best_of": 400}, "best_of"),
+        (read_completion, {"prompt": ["a", "b"], "n": 129}, "n"),
     ],
 )
 def test_malformed_bodies_name_the_field(

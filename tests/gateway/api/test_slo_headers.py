@@ -12,7 +12,7 @@ from gateway.api.auth import ApiKey
 from gateway.api.errors import ApiError
 from gateway.api.slo_headers import ALIASES, read_slo
 from gateway.requests.slo import Slo, SloClass
-from tests.fixtures.live_gateway import Live
+from tests.fixtures.live_gateway import CHAT, Live, chat
 
 CLASSES = {
     "chat": SloClass("chat", Slo(ttft_s=1.0, tpot_s=0.05)),
@@ -152,3 +152,10 @@ async def test_malformed_header_gets_an_openai_error_over_http(antares: Live) ->
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", "x-slo-ttft-ms")
     assert antares.gateway.ledger.accepted == 0
+
+
+async def test_first_of_two_equal_headers_counts(antares: Live) -> None:
+    headers = [("x-slo-ttft-ms", "9000"), ("x-slo-ttft-ms", "0.001"), ("X-SLO-Class", "free"), ("x-slo-class", "none")]
+    answer = await antares.http.post(CHAT, json=chat(), headers=[*headers, ("x-slo-report", "1")])
+    report = answer.json()["antares"]
+    assert (report["slo_ttft_ms"], report["slo_class"]) == (9000, "free")
