@@ -57,8 +57,8 @@ Images are counted by the models' formulas. All other tokens come from the token
 
 {table(("tokenizer", "server", "learned from", "p50", "p90", "bias"), _overall(remote["learning"]))}
 
-*vLLM*: the server counts the sample chats of `gateway/prompts/samples.py` when it comes up (`/tokenize`). They share no text
-with either half. *other*: no server counts anything before the first request. Bias is the median signed error.
+*vLLM*: the server counts the sample chats of `gateway/prompts/samples.py` when it comes up (`/tokenize`). They share no
+text with either half. *other*: no server counts anything before the first request. Bias is the median signed error.
 
 ### By kind
 
