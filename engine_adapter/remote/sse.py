@@ -81,6 +81,8 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 
     Both are empty for a comment. Other fields are ignored. A byte order mark may open the stream, so it is skipped.
     """
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+        return b"", event[6:-2]  # Most events are one line of data.
     name = b""
     data: list[bytes] = []
     for line in event.removeprefix(_BYTE_ORDER_MARK).splitlines():
