@@ -420,6 +420,8 @@ def _counted(events: list[bytes], counter: TokenCounter, at: float) -> list[tupl
 
 async def _finish_reading(response: aiohttp.ClientResponse) -> None:
     """Read the end of a body whose last event has arrived, so that its connection can be used again."""
+    if response.content.at_eof():
+        return
     with contextlib.suppress(TimeoutError, aiohttp.ClientError):
         async with asyncio.timeout(LAST_BYTES_S):
             async for _ in response.content.iter_any():
