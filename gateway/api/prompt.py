@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from gateway.api.errors import bad_request
-from gateway.prompts.content import Floats, Part, PromptContent
+from gateway.prompts.content import Features, Part, PromptContent
 from gateway.prompts.reader import last_text, read_message, read_parts, read_tools
 
 _ELSEWHERE = (
@@ -47,7 +47,7 @@ class Prompt:
     whole: bool = True
 
     @cached_property
-    def features(self) -> Floats:
+    def features(self) -> Features:
         """The features that the prompt's size is estimated from."""
         return self.content.features()
 

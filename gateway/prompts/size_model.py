@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gateway.prompts.content import FEATURES, Floats
+from gateway.prompts.content import FEATURES, Features
 from gateway.prompts.media import TOKENS_PER_AUDIO_S
 
 NOISE = 0.05
@@ -29,6 +31,9 @@ EARLY_COUNTS = 64
 
 MAX_MODELS = 256
 """Bounds the memory of `PromptSizes`: 15 KB for each model. The least recently used one is forgotten."""
+
+
+Floats = NDArray[np.float64]
 
 
 class _Prior(NamedTuple):
@@ -93,29 +98,32 @@ class PromptSizeModel:
 
     def __init__(self) -> None:
         self.counts = 0
-        self._theta: Floats = _PRIORS[:, 0].copy()
+        self._theta: list[float] = _PRIORS[:, 0].tolist()
         self._prior_variance: Floats = _PRIORS[:, 1] ** 2
         self._covariance: Floats = np.diag(self._prior_variance)
         self._variance = self._covariance.reshape(-1)[:: FEATURES + 1]  # a view of the diagonal
 
-    def tokens(self, features: Floats) -> int:
+    def tokens(self, features: Features) -> int:
         """Return the estimated size of a prompt, at least 1."""
-        return max(1, round(float(self._theta @ features)))
+        return max(1, round(self._estimate(features)))
 
-    def learn(self, features: Floats, tokens: int) -> None:
+    def learn(self, features: Features, tokens: int) -> None:
         """Learn that the engine counted ``tokens`` tokens in a prompt."""
         self.counts += 1
-        z = features / tokens
-        error = 1.0 - float(self._theta @ z)
+        error = 1.0 - self._estimate(features) / tokens
         if abs(error) < NOISE / 2 and self.counts > EARLY_COUNTS:
             return  # Such a count teaches little, and traffic that repeats would cost 10 us a request.
+        z = np.array(features) / tokens
         gain = self._covariance @ z
         scale = NOISE**2 + float(z @ gain)
-        self._theta += gain * (error / scale)
+        self._theta = (np.array(self._theta) + gain * (error / scale)).tolist()
         gain /= math.sqrt(scale)
         self._covariance -= gain[:, None] * gain
         # Where nothing was learned this adds nothing: uncertainty never exceeds the prior.
         self._variance += DRIFT * (self._prior_variance - self._variance)
+
+    def _estimate(self, features: Features) -> float:
+        return math.fsum(map(mul, self._theta, features))
 
 
 class PromptSizes:

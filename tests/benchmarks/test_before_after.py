@@ -32,12 +32,12 @@ def runs(per_token_us: float = 50.0) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def test_differences_are_medians_and_ranges_of_rounds() -> None:
+def test_differences_are_medians_and_quartiles_of_rounds() -> None:
     rows = {(row["kind"], row["shape"]): row for row in differences(runs())}
     assert len(rows) == len(KINDS) * len(SHAPES)
     row = rows["around", SHAPES[0].name]
     assert (row["before"], row["after"]) == (350.0, 362.0)
-    assert (row["added"], row["least"], row["most"]) == (12.0, 10.0, 14.0)
+    assert (row["added"], row["low"], row["high"]) == (12.0, 11.0, 13.0)
 
 
 def test_token_differences_leave_out_the_cost_of_the_request() -> None:
@@ -48,7 +48,7 @@ def test_token_differences_leave_out_the_cost_of_the_request() -> None:
 
 def test_page_has_rows_and_command() -> None:
     text = page({"before": "aaa1111", "after": "bbb2222", "rounds": 2, "runs": runs()})
-    assert f"| around | {SHAPES[0].name} | 350 | 362 | +12.0 (+10.0 to +14.0) |" in text
+    assert f"| around | {SHAPES[0].name} | 350 | 362 | +12.0 (+11.0 to +13.0) |" in text
     assert "| in front | per streamed token | 50.0 | 50.0 | +0.0 (+0.0 to +0.0) |" in text
     assert "git worktree add TREE aaa1111" in text
 

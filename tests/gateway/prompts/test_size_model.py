@@ -6,13 +6,13 @@ import random
 
 import numpy as np
 
-from gateway.prompts.content import Floats, PromptContent
+from gateway.prompts.content import Feature, Features, PromptContent
 from gateway.prompts.size_model import MAX_MODELS, PromptSizeModel, PromptSizes
 
 WORDS = ["the", "scheduling", "of", "requests", "under", "load", "is", "described", "with", "care", "and", "measured"]
 
 
-def a_prompt(choice: random.Random) -> Floats:
+def a_prompt(choice: random.Random) -> Features:
     """Return the features of a chat with some English and some Chinese."""
     content = PromptContent()
     for _ in range(choice.randrange(1, 5)):
@@ -22,9 +22,10 @@ def a_prompt(choice: random.Random) -> Floats:
     return content.features()
 
 
-def true_tokens(features: Floats) -> int:
+def true_tokens(features: Features) -> int:
     """Return the size by a tokenizer that needs two tokens for a Chinese character, and 40 for its template."""
-    return round(1.1 * features[9] + 2.0 * features[7] + 6 * features[19] + 40)
+    chinese, words = features[10], features[13]
+    return round(1.1 * words + 2.0 * chinese + 6 * features[Feature.MESSAGES] + 40)
 
 
 def test_model_learns_another_tokenizer_within_fifty_counts() -> None:
