@@ -213,7 +213,7 @@ class PromptContent:
         images = self.images
         return [
             *text,
-            1.0,
+            1.0 if self.messages else 0.0,  # a text completion has no template
             self.messages,
             self.tools,
             self.calls,

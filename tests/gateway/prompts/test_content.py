@@ -139,3 +139,10 @@ def test_images_beyond_the_limit_are_still_told_apart() -> None:
         return content.rendered()[0]
 
     assert of("a") != of("b")
+
+
+def test_text_completion_counts_no_template() -> None:
+    content = PromptContent()
+    content.add_text("one two three")
+    assert content.features()[Feature.REQUEST] == 0
+    assert a_prompt("one two three").features()[Feature.REQUEST] == 1
