@@ -95,7 +95,7 @@ class SimulatedEngine:
         self.name = name
         self.model = model
         self.times = times or (StepTimes() if profile is None else profile.step_times())
-        self.takes_xargs = True
+        self.takes_xargs = self.watches_disconnect = True
         self.state = EngineState(
             aliases=dict(aliases or {}),
             step_time=StepTimeModel(times=self.times),

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import gzip
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
+import httpx
 import pytest
 
 from engine_adapter.engine import EngineLost, EngineUnreachable
-from engine_adapter.remote.client import ConnectionLossMonitor, Upstream, plain_chunks
+from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.engine import HttpEngine
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -23,7 +22,7 @@ TEST_TIMEOUT_S = 5
 
 
 @asynccontextmanager
-async def upstream_of(script: Script, connections: int = 4, read_timeout_s: float = 60.0) -> AsyncIterator[Upstream]:
+async def upstream_of(script: Script, read_timeout_s: float = 60.0) -> AsyncIterator[Upstream]:
     """An `Upstream` whose server reads a request's head, then runs ``script``."""
     over = asyncio.Event()
 
@@ -38,7 +37,7 @@ async def upstream_of(script: Script, connections: int = 4, read_timeout_s: floa
             writer.transport.abort()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    upstream = Upstream("e", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", connections, 1.0, read_timeout_s)
+    upstream = Upstream("e", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", 1.0, read_timeout_s)
     yield upstream
     over.set()
     async with asyncio.timeout(TEST_TIMEOUT_S):
@@ -59,8 +58,12 @@ def sends(*parts: bytes, then_aborts: bool = False) -> Script:
 
 
 async def read(upstream: Upstream, content: bytes = b"{}") -> bytes:
-    async with asyncio.timeout(TEST_TIMEOUT_S), upstream.answer("POST", b"/x", [], content) as response:
-        return b"".join([chunk async for chunk in plain_chunks(response)])
+    async with asyncio.timeout(TEST_TIMEOUT_S):
+        with await upstream.send("POST", b"/x", [], content) as response:
+            parts = []
+            while part := await response.read_plain():
+                parts.append(part)
+            return b"".join(parts)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ async def test_upstream_gives_up_on_a_silent_server(content: bytes) -> None:
 
 @pytest.mark.parametrize("content", [b"{}", b"x" * 20_000_000], ids=["small request", "unread request"])
 async def test_close_ends_requests_that_wait_for_a_response_or_connection(content: bytes) -> None:
-    async with upstream_of(sends(), connections=1) as upstream:
+    async with upstream_of(sends()) as upstream:
         calls = [asyncio.create_task(read(upstream, content)) for _ in range(3)]
         await asyncio.sleep(0.1)
         async with asyncio.timeout(2):
@@ -129,7 +132,7 @@ async def test_cancelled_request_frees_its_connection() -> None:
             return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
-    async with upstream_of(script, connections=1) as upstream:
+    async with upstream_of(script) as upstream:
         waiting = asyncio.create_task(read(upstream))
         await first.wait()
         waiting.cancel()
@@ -151,32 +154,8 @@ async def test_upstream_reuses_connections() -> None:
         assert len(connections) == 1
 
 
-async def test_connection_loss_monitor_adds_one_callback_and_retrieves_the_exception() -> None:
-    class CountingFuture(asyncio.Future[None]):
-        callbacks = 0
-
-        def add_done_callback(self, *args: Any, **kwargs: Any) -> None:
-            self.callbacks += 1
-            super().add_done_callback(*args, **kwargs)
-
-    loop, unretrieved = asyncio.get_running_loop(), []
-    loop.set_exception_handler(lambda _, context: unretrieved.append(context))
-    monitor, closed = ConnectionLossMonitor(), CountingFuture()
-    body = SimpleNamespace(is_eof=lambda: True)
-    response: Any = SimpleNamespace(connection=SimpleNamespace(protocol=SimpleNamespace(closed=closed)), content=body)
-    for _ in range(5):
-        with monitor.propagate_to(response):
-            pass
-    assert closed.callbacks == 1, "one per connection, not per response"
-    closed.set_exception(ConnectionResetError())
-    await asyncio.sleep(0)
-    del closed, response
-    gc.collect()
-    assert unretrieved == []
-
-
 async def test_upstream_raises_engine_unreachable_without_a_server() -> None:
-    upstream = Upstream("e", "http://127.0.0.1:9", 4, 1.0, 1.0)
+    upstream = Upstream("e", "http://127.0.0.1:9", 1.0, 1.0)
     with pytest.raises(EngineUnreachable, match="engine e at "):
         await read(upstream)
     await upstream.close()
@@ -196,15 +175,15 @@ async def test_plain_chunks_decodes_known_encodings(encoding: str) -> None:
 async def test_upstream_verifies_certificates_for_any_spelling_of_https(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contexts: list[Any] = []
-    original = aiohttp.TCPConnector
+    contexts: list[ssl.SSLContext] = []
+    original = httpx.create_ssl_context
 
-    def connector(*, ssl: Any, **options: Any) -> aiohttp.TCPConnector:
-        contexts.append(ssl)
-        return original(ssl=ssl, **options)
+    def create(**options: Any) -> ssl.SSLContext:
+        contexts.append(original(**options))
+        return contexts[-1]
 
-    monkeypatch.setattr(aiohttp, "TCPConnector", connector)
-    upstream = Upstream("e", f"{scheme}://127.0.0.1:9", 4, 1.0, 1.0)
+    monkeypatch.setattr(httpx, "create_ssl_context", create)
+    upstream = Upstream("e", f"{scheme}://127.0.0.1:9", 1.0, 1.0)
     with pytest.raises(EngineUnreachable):
         await read(upstream)
     await upstream.close()
