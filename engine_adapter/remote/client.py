@@ -134,7 +134,8 @@ class Upstream:
         ended = len(self._connecting) + len(self._active)
         self._end_reason = reason
         for limit in self._connecting:
-            limit.reschedule(_AT_ONCE)
+            if not limit.expired():
+                limit.reschedule(_AT_ONCE)
         for response in list(self._active):
             response.fail(EngineLost(f"{self.where}: {reason}"))
         return ended
@@ -563,8 +564,9 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         """Take bytes of the body."""
-        if self._response is not None:
-            self._response.on_body(data)
+        response = self._response
+        if response is not None and not response.complete:
+            response.on_body(data)
 
     def on_message_complete(self) -> None:
         """Note that the response is complete."""
@@ -572,7 +574,7 @@ class _Connection(asyncio.Protocol):
             self._interim = False
             return
         response = self._response
-        if response is None:
+        if response is None or response.complete:
             return
         response.on_complete()
         if self._finishing is not None:

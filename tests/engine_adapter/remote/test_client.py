@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from engine_adapter.engine import EngineLost, EngineUnreachable
+from engine_adapter.remote import client
 from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.engine import HttpEngine
 
@@ -194,3 +195,171 @@ def test_base_url_with_credentials_is_rejected() -> None:
     with pytest.raises(ValueError, match="api_key") as raised:
         HttpEngine("remote", "http://user:secret@host:8000")
     assert "secret" not in str(raised.value)
+
+
+# --- what the client must not mix up ----------------------------------------------------------------------------------
+
+
+async def test_body_without_length_ends_with_the_connection() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\nhello")
+        await writer.drain()
+        writer.close()
+
+    async with upstream_of(script) as upstream:
+        assert await read(upstream) == b"hello"
+
+
+async def test_broken_connection_delivers_what_arrived_before() -> None:
+    async with upstream_of(sends(CHUNKED, then_aborts=True)) as upstream:
+        with await upstream.send("POST", b"/x", [], b"{}") as response:
+            await asyncio.sleep(0.1)
+            assert await response.read() == b"hello"
+            with pytest.raises(EngineLost):
+                await response.read()
+
+
+async def test_head_response_has_no_body() -> None:
+    async with upstream_of(sends(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n")) as upstream:
+        with await upstream.send("HEAD", b"/x", [], b"") as response:
+            assert (response.status, await response.read()) == (200, b"")
+
+
+@pytest.mark.parametrize("status", [204, 304])
+async def test_status_without_body_is_complete_at_its_head(status: int) -> None:
+    async with upstream_of(sends(b"HTTP/1.1 %d X\r\n\r\n" % status)) as upstream:
+        assert await read(upstream) == b""
+
+
+@pytest.mark.parametrize(
+    "extra", [b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", b"HTTP/1.1 200 OK\r\nContent-Le", b"junk"]
+)
+@pytest.mark.parametrize("pause_s", [0.0, 0.05])
+async def test_bytes_after_a_response_never_answer_the_next_request(extra: bytes, pause_s: float) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok" + (b"" if pause_s else extra))
+        await asyncio.sleep(pause_s)
+        if pause_s:
+            writer.write(extra)
+
+    async with upstream_of(script) as upstream:
+        assert await read(upstream) == b"ok"
+        await asyncio.sleep(0.1)
+        assert await read(upstream) == b"ok"
+
+
+@pytest.mark.parametrize("head", [b"x: " + b"a" * 300_000, b"x: y\r\n" * 60_000], ids=["long header", "many headers"])
+async def test_head_of_a_response_is_bounded(head: bytes) -> None:
+    async with upstream_of(sends(b"HTTP/1.1 200 OK\r\n" + head)) as upstream:
+        with pytest.raises(EngineLost):
+            await read(upstream)
+
+
+async def test_unread_body_makes_the_server_wait() -> None:
+    written = 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal written
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 80000000\r\n\r\n")
+        for _ in range(800):
+            writer.write(b"x" * 100_000)
+            await writer.drain()
+            written += 100_000
+
+    async with upstream_of(script) as upstream:
+        with await upstream.send("POST", b"/x", [], b"{}") as response:
+            await asyncio.sleep(0.3)
+            assert written < 40_000_000, "the sockets hold some of it"
+            size = 0
+            while data := await response.read():
+                size += len(data)
+            assert size == 80_000_000
+
+
+async def test_slow_reader_is_no_silent_server() -> None:
+    async with upstream_of(sends(CHUNKED, b"0\r\n\r\n"), read_timeout_s=0.1) as upstream:
+        with await upstream.send("POST", b"/x", [], b"{}") as response:
+            await asyncio.sleep(0.4)
+            assert await response.read() == b"hello"
+
+
+async def test_server_that_goes_silent_in_its_body_is_lost() -> None:
+    async with upstream_of(sends(CHUNKED), read_timeout_s=0.1) as upstream:
+        with await upstream.send("POST", b"/x", [], b"{}") as response:
+            assert await response.read() == b"hello"
+            with pytest.raises(EngineLost, match="no data"):
+                async with asyncio.timeout(TEST_TIMEOUT_S):
+                    await response.read()
+
+
+async def test_last_bytes_have_a_moment_to_arrive() -> None:
+    """The connection is used again if the response ends in time, and closed otherwise."""
+    connections: list[asyncio.StreamWriter] = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        for _ in range(2):
+            writer.write(CHUNKED)
+            await asyncio.sleep(0.005)
+            writer.write(b"0\r\n\r\n")
+            await reader.readuntil(b"{}POST /x HTTP/1.1\r\n")
+        writer.write(CHUNKED)
+
+    async with upstream_of(script) as upstream:
+        for _ in range(4):
+            with await upstream.send("POST", b"/x", [], b"{}") as response:
+                assert await response.read() == b"hello"
+                response.close_after_last_bytes()
+            await asyncio.sleep(0.1)
+    assert len(connections) == 2
+
+
+async def test_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "IDLE_CONNECTION_S", 0.05)
+    closed = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await reader.read()
+        closed.set()
+
+    async with upstream_of(script) as upstream:
+        assert await read(upstream) == b"ok"
+        async with asyncio.timeout(TEST_TIMEOUT_S):
+            await closed.wait()
+
+
+async def test_end_requests_gives_its_reason() -> None:
+    async with upstream_of(sends()) as upstream:
+        call = asyncio.create_task(read(upstream))
+        await asyncio.sleep(0.05)
+        assert upstream.end_requests("it is down") == 1
+        with pytest.raises(EngineLost, match="it is down"):
+            await call
+
+
+@pytest.mark.parametrize("value", [b"a\r\nx: y", b"a\nx: y", b"a\rx: y"])
+async def test_header_cannot_become_two(value: bytes) -> None:
+    async with upstream_of(sends(CHUNKED, b"0\r\n\r\n")) as upstream:
+        with pytest.raises(ValueError, match="line break"):
+            await upstream.send("POST", b"/x", [(b"a", value)], b"{}")
+
+
+@pytest.mark.parametrize(
+    ("path", "sent"), [(b"/a b", b"/a%20b"), (b"/\xc3\xa4?q=%20", b"/%C3%A4?q=%20"), (b"x\r\ny: z", b"/x%0D%0Ay:%20z")]
+)
+async def test_path_is_one_token(path: bytes, sent: bytes) -> None:
+    lines: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lines.append(await reader.readline())
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    upstream = Upstream("e", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/base", 1.0, 5.0)
+    with await upstream.send("GET", path, [], b"") as response:
+        assert await response.read() == b"ok"
+    await upstream.close()
+    server.close()
+    assert lines == [b"GET /base" + sent + b" HTTP/1.1\r\n"]
