@@ -235,8 +235,7 @@ class Engine(Protocol):
 
     ``app`` serves the OpenAI routes. If the engine dies during a request, ``app`` raises `EngineLost`, before or after
     the response started. If the engine never received the request, ``app`` raises `EngineUnreachable`. The caller
-    turns either into a response. Cancelling a call to ``app``, or delivering ``http.disconnect`` to its ``receive``,
-    frees all engine resources of the request.
+    turns either into a response. Cancelling a call to ``app`` frees all engine resources of the request.
     """
 
     name: str
@@ -245,6 +244,11 @@ class Engine(Protocol):
     """Whether a request's body takes its pace to the step gate, in ``vllm_xargs``.
 
     An engine in this process may read the same members from the scope instead (`XARGS_KEY`), for every route."""
+
+    watches_disconnect: bool
+    """Whether ``app`` ends a call by itself after ``http.disconnect``, which takes a moment.
+
+    If not, the caller cancels the call at once: watching takes two more tasks for each request."""
 
     @property
     def app(self) -> ASGIApp:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from engine_adapter.remote.sse import event_fields, parse_data
+from engine_adapter.remote.sse import ParsedEvent
 from engine_adapter.remote.tool_calls import ToolCalls, UnreadableStream, merged_function
 from engine_adapter.remote.upstream_error import error_in, error_status
 
@@ -69,16 +69,15 @@ class Assembler:
         self._done = False
         self._bytes = 0
 
-    def add(self, event: bytes) -> None:
-        """Merge one raw event. Comments and events without a JSON object are skipped. Raises `UnreadableStream`."""
-        self._bytes += len(event)
+    def add(self, event: ParsedEvent) -> None:
+        """Merge one event. Comments and events without a JSON object are skipped. Raises `UnreadableStream`."""
+        self._bytes += len(event.raw)
         if self._bytes > MAX_RESPONSE_BYTES:
             raise UnreadableStream(f"the response is larger than {MAX_RESPONSE_BYTES >> 20} MiB")
-        name, data = event_fields(event)
-        chunk = parse_data(data)
-        if chunk is None and data.lstrip().startswith(b"{") and event.endswith(_BLANK_LINES):
+        data, chunk = event.data, event.chunk
+        if chunk is None and data.lstrip().startswith(b"{") and event.raw.endswith(_BLANK_LINES):
             chunk = _parse_leniently(data)
-        error = error_in(name, data, chunk)
+        error = error_in(event.name, data, chunk)
         if error is not None:
             self._error = error
         elif chunk is None:

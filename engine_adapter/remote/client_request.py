@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import aiohttp
-
 from engine_adapter.engine import FAILED_KEY, Scope, Send, TokenObserver
+from engine_adapter.remote.client import Response
 from engine_adapter.remote.counting import CompletionCounter, EventKind, TokenCounter
 from engine_adapter.remote.request import CompletionPlan, downstream_headers
 
@@ -24,9 +23,9 @@ class ClientRequest:
     observer: TokenObserver
     send: Send
 
-    async def send_head(self, response: aiohttp.ClientResponse, altered: bool) -> None:
+    async def send_head(self, response: Response, altered: bool) -> None:
         """Send the status and the headers of the upstream response. ``altered``: as in `downstream_headers`."""
-        headers = downstream_headers(response.raw_headers, altered)
+        headers = downstream_headers(response.headers, altered)
         await self.send({"type": "http.response.start", "status": response.status, "headers": headers})
 
     async def send_body(self, data: bytes, more: bool) -> None:

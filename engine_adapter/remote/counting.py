@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import orjson
 
 from engine_adapter.engine import TokenObserver
-from engine_adapter.remote.sse import event_fields, parse_data
+from engine_adapter.remote.sse import ParsedEvent, event_fields, parse_data
 from engine_adapter.remote.token_estimate import estimated_tokens
 from engine_adapter.remote.upstream_error import error_in
 from engine_adapter.remote.usage import Usage, completions_usage, messages_usage, responses_usage
@@ -223,27 +223,14 @@ class CompletionCounter(TokenCounter):
             # Hot path: a token of the only sequence.
             self._report("0", 1, at)
             return EventKind.TOKEN
-        return self._see_parsed(event, at)
+        return self.see_parsed(ParsedEvent.of(event), at)
 
-    @property
-    def complete(self) -> bool:
-        """Whether the stream has ended, or every sequence has a finish reason. Some servers send no ``[DONE]``."""
-        return self.ended or len(self._finished) >= self._sequences
-
-    @staticmethod
-    def error_document(error: Json) -> Json:
-        """An error response of the OpenAI API."""
-        return {"error": error}
-
-    def _usual_error(self, event: bytes) -> bytes:
-        return b"data: " + orjson.dumps(self.error_document(self.error or {})) + b"\n\n"
-
-    def _see_parsed(self, event: bytes, at: float) -> EventKind:
-        name, data = event_fields(event)
-        if data.startswith(b"[DONE]"):
+    def see_parsed(self, event: ParsedEvent, at: float) -> EventKind:
+        """As `see`, for an event that is parsed for another reason."""
+        if event.data.startswith(b"[DONE]"):
             return self._end(EventKind.DONE)
-        chunk = parse_data(data)
-        self.error = error_in(name, data, chunk)
+        chunk = event.chunk
+        self.error = error_in(event.name, event.data, chunk)
         if self.error is not None:
             return self._end(EventKind.ERROR)
         if chunk is None or not isinstance(choices := chunk.get("choices"), list):
@@ -262,6 +249,19 @@ class CompletionCounter(TokenCounter):
                 kind = EventKind.TOKEN
         return kind
 
+    @property
+    def complete(self) -> bool:
+        """Whether the stream has ended, or every sequence has a finish reason. Some servers send no ``[DONE]``."""
+        return self.ended or len(self._finished) >= self._sequences
+
+    @staticmethod
+    def error_document(error: Json) -> Json:
+        """An error response of the OpenAI API."""
+        return {"error": error}
+
+    def _usual_error(self, event: bytes) -> bytes:
+        return b"data: " + orjson.dumps(self.error_document(self.error or {})) + b"\n\n"
+
     def _see_choice(self, choice: Json, at: float) -> bool:
         sequence = self._sequence_of(choice)
         finished = bool(choice.get("finish_reason"))
@@ -275,7 +275,8 @@ class CompletionCounter(TokenCounter):
             # A token without text (part of a character) still counts; a role chunk does not.
             if isinstance(delta, dict) and (not delta or "role" in delta):
                 return False
-        self._sample(output_text(choice))
+        if self.total >= self._next_sample:
+            self._sample(output_text(choice))
         if self._several:
             self._next_sample = 0
         self._report(sequence, 1, at)

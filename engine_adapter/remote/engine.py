@@ -125,12 +125,13 @@ class HttpEngine:
             step_time=StepTimeModel(times=self._initial_times),
         )
         self.takes_xargs = self._is_vllm = False
+        self.watches_disconnect = False
         self._api_key = api_key
         self._send_slo = send_slo
         self._probe_timeout_s = min(connect_timeout_s, PROBE_TIMEOUT_S)
-        self._upstream = Upstream(name, self.base_url, sum(connections), connect_timeout_s, read_timeout_s)
+        self._upstream = Upstream(name, self.base_url, connect_timeout_s, read_timeout_s)
         # A separate pool: a probe that waits for a request's connection would report a busy server as dead.
-        self._probe_upstream = Upstream(name, self.base_url, 1, connect_timeout_s, read_timeout_s)
+        self._probe_upstream = Upstream(name, self.base_url, connect_timeout_s, read_timeout_s, keep_alive=False)
         self._probe_now = asyncio.Event()
         self._proxy = HttpProxy(
             upstream=self._upstream,
@@ -198,11 +199,11 @@ class HttpEngine:
         if self._api_key:
             headers.append((b"authorization", f"Bearer {self._api_key}".encode()))
         try:
-            upstream = self._upstream.answer("POST", b"/tokenize", headers, encode_json(body), self._probe_timeout_s)
-            async with upstream as answer:
-                if answer.status in (400, 422):
-                    return 0
-                count = orjson.loads(await answer.read())["count"] if answer.status == 200 else None
+            async with asyncio.timeout(self._probe_timeout_s):
+                with await self._upstream.send("POST", b"/tokenize", headers, encode_json(body)) as answer:
+                    if answer.status in (400, 422):
+                        return 0
+                    count = orjson.loads(await answer.read_all())["count"] if answer.status == 200 else None
         except (EngineLost, TimeoutError, ValueError, LookupError, TypeError):
             return None
         return count if isinstance(count, int) and count > 0 else None
@@ -311,12 +312,13 @@ class HttpEngine:
 
         It uses a new connection, because a probe also tests that the server accepts connections.
         """
-        headers = [(b"connection", b"close")]
+        headers = []
         if self._api_key:
             headers.append((b"authorization", f"Bearer {self._api_key}".encode()))
         try:
-            async with self._probe_upstream.answer("GET", path.encode(), headers, b"", self._probe_timeout_s) as answer:
-                return answer.status, await answer.read()
+            async with asyncio.timeout(self._probe_timeout_s):
+                with await self._probe_upstream.send("GET", path.encode(), headers, b"") as answer:
+                    return answer.status, await answer.read_all()
         except EngineLost as error:
             self._why_down = str(error)
         except TimeoutError:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-import aiohttp
 import orjson
 
-from engine_adapter.asgi import ClientDisconnected, encode_json, read_document_or_body, run_until_disconnect
+from engine_adapter.asgi import (
+    BODY_KEY,
+    ClientDisconnected,
+    encode_json,
+    read_document_or_body,
+    run_until_disconnect,
+)
 from engine_adapter.engine import (
     OBSERVER_KEY,
     EngineEvents,
@@ -26,16 +30,17 @@ from engine_adapter.engine import (
     Send,
 )
 from engine_adapter.remote.assemble import Assembler
-from engine_adapter.remote.client import READABLE_ENCODINGS, Upstream, plain_chunks
+from engine_adapter.remote.client import READABLE_ENCODINGS, Response, Upstream
 from engine_adapter.remote.client_request import USUAL_DONE, ClientRequest
 from engine_adapter.remote.counting import CompletionCounter, EventKind, TokenCounter, counter_for
+from engine_adapter.remote.events import EventReader
 from engine_adapter.remote.request import (
     CompletionPlan,
     downstream_headers,
     parse_completion,
     upstream_headers,
 )
-from engine_adapter.remote.sse import MAX_EVENT_BYTES, EventTooLarge, SSESplitter, parse_data
+from engine_adapter.remote.sse import ParsedEvent, parse_data
 from engine_adapter.remote.step_samples import StepSampler, StreamTiming
 from engine_adapter.remote.tool_calls import UnreadableStream
 from engine_adapter.remote.upstream_error import error_status
@@ -46,11 +51,6 @@ BYTES_PER_TOKEN = 4
 """Bytes of request body per prompt token: an estimate that holds until the server reports its usage."""
 LARGEST_PARSED = 8 << 20
 """Largest non-streaming response (bytes) that is parsed for its usage. Bounds the memory of the copy."""
-LAST_BYTES_S = 0.02
-"""Seconds that a server has to end a response after its last event. Its connection is closed otherwise.
-
-The client has its answer by then. Most servers send both at once."""
-
 LOST_LOGGED_S = 10.0
 """Shortest time between two log lines about lost responses, in seconds. A dying server loses many at once."""
 
@@ -63,9 +63,6 @@ class _NullObserver:
     def on_tokens(self, sequence: str, count: int, at: float) -> None: ...
 
     def on_unobserved(self) -> None: ...
-
-
-_Events = AsyncIterator[list[tuple[EventKind, bytes]]]
 
 
 class BadUpstreamError(Exception):
@@ -135,14 +132,15 @@ class HttpProxy:
         self._log_lost_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Serve one request. A caller that passes a parsed body cancels this when the client disconnects."""
         if scope["type"] != "http":
             return
         try:
             document, raw = await read_document_or_body(scope, receive)
         except ClientDisconnected:
             return
-        await run_until_disconnect(self._serve(scope, document, raw, send), receive)
+        serving = self._serve(scope, document, raw, send)
+        await (serving if BODY_KEY in scope else run_until_disconnect(serving, receive))
 
     async def _serve(self, scope: Scope, document: dict[str, Any] | None, raw: bytes, send: Send) -> None:
         plan = self._plan(scope, document, raw)
@@ -153,8 +151,8 @@ class HttpProxy:
         try:
             if plan is None:
                 raw = raw if document is None else encode_json(document)
-                async with self._open_response(scope, raw) as response:
-                    await self._relay(request, response, response.content.iter_any())
+                with await self._response(scope, raw) as response:
+                    await self._relay(request, response)
             else:
                 await self._complete(request, plan)
         except BadUpstreamError as error:
@@ -207,16 +205,17 @@ class HttpProxy:
         if not plan.streams:
             request.observer.on_unobserved()
         try:
-            async with self._open_response(request.scope, content) as response:
+            with await self._response(request.scope, content) as response:
                 if not (plan.asked_usage and response.status in (400, 422)):
                     await self._forward(request, plan, response, counter, timing)
                     return
-                error = await response.read()
+                error = await response.read_all()
                 if b"stream_options" not in error and b"include_usage" not in error:
-                    await self._relay(request, response, _single_chunk(error))
+                    await request.send_head(response, altered=False)
+                    await request.send_body(error, more=False)
                     return
             plan.without_usage()
-            async with self._open_response(request.scope, plan.encoded()) as response:
+            with await self._response(request.scope, plan.encoded()) as response:
                 self._usage_unsupported |= response.status < 400
                 await self._forward(request, plan, response, counter, timing)
         finally:
@@ -229,72 +228,46 @@ class HttpProxy:
         self,
         request: ClientRequest,
         plan: CompletionPlan,
-        response: aiohttp.ClientResponse,
+        response: Response,
         counter: TokenCounter,
         timing: StreamTiming,
     ) -> None:
         """Forward the response to a request that generates tokens, and count them."""
         if not 200 <= response.status < 300:
-            await self._relay(request, response, response.content.iter_any())
+            await self._relay(request, response)
             return
-        encoding = response.headers.get("content-encoding", "identity").lower()
+        encoding = response.header(b"content-encoding")
         if encoding not in READABLE_ENCODINGS:
             raise BadUpstreamError(f"compressed its response ({encoding[:20]}), which the request does not accept")
-        if not _content_type(response).startswith("text/event-stream"):
+        if not response.header(b"content-type").startswith("text/event-stream"):
             # Also if a stream was asked for: some servers ignore that.
             await self._relay_document(request, response, counter)
             return
-        events = self._events(response, counter, timing)
-        try:
-            await (self._assemble if plan.rewritten else self._stream)(request, plan, response, events, counter)
-        finally:
-            # An open generator would stay the connection's reader until garbage collection.
-            await events.aclose()
-        await _finish_reading(response)
+        on_read = partial(self._on_read, response, counter, timing)
+        if plan.rewritten and isinstance(counter, CompletionCounter):
+            await self._assemble(request, response, counter, on_read)
+        else:
+            await self._stream(request, plan, response, counter, on_read)
+        response.close_after_last_bytes()
 
-    async def _events(
-        self, response: aiohttp.ClientResponse, counter: TokenCounter, timing: StreamTiming
-    ) -> AsyncGenerator[list[tuple[EventKind, bytes]], None]:
-        """Yield the stream's events with their kinds, one list per network read, and count their tokens.
-
-        The last event ends it, although the server may keep the connection open. Raises `EngineLost` if the stream
-        ends before the response is complete.
-        """
-        splitter = SSESplitter()
-        try:
-            async with contextlib.aclosing(plain_chunks(response)) as chunks:
-                async for chunk in chunks:
-                    self.last_data_at = at = time.monotonic()
-                    before = counter.total
-                    batch = _counted(splitter.feed(chunk), counter, at)
-                    if counter.total > before:
-                        per_event = 1.0 if counter.settled else counter.tokens_per_event
-                        if self._sampler.tokens(timing, (counter.total - before) * per_event, at):
-                            self.events.on_step()
-                    if batch:
-                        yield batch
-                    if counter.ended:
-                        return
-            if rest := splitter.rest:
-                yield _counted([rest], counter, time.monotonic())
-        except EventTooLarge:
-            raise EngineLost(f"{self._upstream.where}: an event is larger than {MAX_EVENT_BYTES >> 20} MiB") from None
-        except aiohttp.ClientError:
-            if not counter.complete:
-                raise
-        if not counter.complete:
-            raise EngineLost(f"{self._upstream.where}: the stream ended before the response was complete")
+    def _on_read(self, response: Response, counter: TokenCounter, timing: StreamTiming, tokens: int) -> None:
+        self.last_data_at = at = response.read_at
+        if tokens > 0:
+            per_event = 1.0 if counter.settled else counter.tokens_per_event
+            if self._sampler.tokens(timing, tokens * per_event, at):
+                self.events.on_step()
 
     async def _stream(
         self,
         request: ClientRequest,
         plan: CompletionPlan,
-        response: aiohttp.ClientResponse,
-        events: _Events,
+        response: Response,
         counter: TokenCounter,
+        on_read: Callable[[int], None],
     ) -> None:
         await request.send_head(response, altered=True)
-        async for batch in events:
+        reader = EventReader(response, counter, counter.see, on_read)
+        while batch := await reader.next():
             last = batch.pop() if counter.ended else None
             kept = [event for kind, event in batch if not (plan.asked_usage and kind is EventKind.USAGE)]
             if last is not None and last[1] in USUAL_DONE:
@@ -309,52 +282,56 @@ class HttpProxy:
     async def _assemble(
         self,
         request: ClientRequest,
-        plan: CompletionPlan,
-        response: aiohttp.ClientResponse,
-        events: _Events,
-        counter: TokenCounter,
+        response: Response,
+        counter: CompletionCounter,
+        on_read: Callable[[int], None],
     ) -> None:
         assembler = Assembler()
+
+        def see(event: bytes, at: float) -> EventKind:
+            parsed = ParsedEvent.of(event)
+            kind = counter.see_parsed(parsed, at)
+            assembler.add(parsed)
+            return kind
+
+        reader = EventReader(response, counter, see, on_read)
         try:
-            async for batch in events:
-                for _, event in batch:
-                    assembler.add(event)
+            while await reader.next():
+                pass
             status, body = assembler.response()
             data = orjson.dumps(body)
         except UnreadableStream as error:
             raise BadUpstreamError(f"sent a stream that cannot be assembled: {error}") from error
         except orjson.JSONEncodeError as error:
             raise BadUpstreamError("sent a stream that cannot be assembled: it nests too deeply") from error
-        await request.send_json(status, data, downstream_headers(response.raw_headers, altered=True))
+        await request.send_json(status, data, downstream_headers(response.headers, altered=True))
 
-    async def _relay(
-        self, request: ClientRequest, response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes]
-    ) -> None:
+    async def _relay(self, request: ClientRequest, response: Response) -> None:
         """Forward a response unchanged."""
         first = b""
         if response.status >= 500 and request.scope["method"] != "HEAD":
-            first = await anext(chunks, b"")
+            first = await response.read()
             if not first and response.status != 503:
                 raise EngineLost(f"{self._upstream.where}: {response.status} with no body")
         await request.send_head(response, altered=False)
         if first:
             await request.send_body(first, more=True)
-        async for chunk in chunks:
+        await self._send_rest(request, response.read)
+
+    async def _send_rest(self, request: ClientRequest, read: Callable[[], Awaitable[bytes]]) -> None:
+        while chunk := await read():
             self.last_data_at = time.monotonic()
             await request.send_body(chunk, more=True)
         await request.send_body(b"", more=False)
 
-    async def _relay_document(
-        self, request: ClientRequest, response: aiohttp.ClientResponse, counter: TokenCounter
-    ) -> None:
+    async def _relay_document(self, request: ClientRequest, response: Response, counter: TokenCounter) -> None:
         """Forward a JSON response unchanged once it is complete, and count its tokens.
 
         An error in a document with status 200 gets an error status. A response object that says that it failed keeps
         its status, because the client can read that there.
         """
-        chunks = plain_chunks(response)
         data = bytearray()
-        async for chunk in chunks:
+        while chunk := await response.read_plain():
             self.last_data_at = time.monotonic()
             data += chunk
             if len(data) > LARGEST_PARSED:
@@ -364,18 +341,16 @@ class HttpProxy:
             return
         await request.send_head(response, altered=True)
         await request.send_body(bytes(data), more=True)
-        async for chunk in chunks:
-            await request.send_body(chunk, more=True)
-        await request.send_body(b"", more=False)
+        await self._send_rest(request, response.read_plain)
 
     async def _send_document(
-        self, request: ClientRequest, response: aiohttp.ClientResponse, data: bytes, counter: TokenCounter
+        self, request: ClientRequest, response: Response, data: bytes, counter: TokenCounter
     ) -> None:
         document = parse_data(data)
         if document is None:
             raise BadUpstreamError(f"answered with status {response.status} and a body that is not a JSON object")
         counter.see_document(document, time.monotonic())
-        headers = downstream_headers(response.raw_headers, altered=True)
+        headers = downstream_headers(response.headers, altered=True)
         if counter.error is None:
             await request.send_json(200, data, headers)
         elif document.get("object") == "response":
@@ -386,50 +361,30 @@ class HttpProxy:
             status, body = error_status(counter.error), counter.error_document(counter.error)
             await request.send_json(status, data if "error" in document else orjson.dumps(body), headers)
 
-    @asynccontextmanager
-    async def _open_response(self, scope: Scope, content: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The upstream response with an unread body. Leaving the context closes it, which stops its generation.
+    async def _response(self, scope: Scope, content: bytes) -> Response:
+        """The upstream response with an unread body.
 
         Raises `BadUpstreamError` for a redirect and for an HTML page that claims success.
         """
         headers = upstream_headers(scope["headers"], self._api_key, self._send_slo)
-        async with self._upstream.answer(scope["method"], _target(scope), headers, content) as response:
-            self.last_data_at = time.monotonic()
-            if 300 <= response.status < 400 and response.status != 304:
-                raise BadUpstreamError(f"answered with a redirect ({response.status}): set its base_url to the target")
-            # A file that a GET asks for may be a page.
-            is_page = scope["method"] == "POST" and _content_type(response).startswith("text/html")
-            if is_page and 200 <= response.status < 300:
-                raise BadUpstreamError("answered with an HTML page: check its base_url")
-            if response.status in (401, 403):
-                self._on_unauthorized()
-            yield response
+        response = await self._upstream.send(scope["method"], _target(scope), headers, content)
+        self.last_data_at = response.read_at
+        try:
+            self._check(response, scope["method"])
+        except BaseException:
+            response.close()
+            raise
+        return response
 
-
-def _counted(events: list[bytes], counter: TokenCounter, at: float) -> list[tuple[EventKind, bytes]]:
-    """The events with their kinds, up to the one that ends the stream."""
-    if len(events) == 1:
-        return [(counter.see(events[0], at), events[0])]
-    counted: list[tuple[EventKind, bytes]] = []
-    for event in events:
-        counted.append((counter.see(event, at), event))
-        if counter.ended:
-            break
-    return counted
-
-
-async def _finish_reading(response: aiohttp.ClientResponse) -> None:
-    """Read the end of a body whose last event has arrived, so that its connection can be used again."""
-    if response.content.at_eof():
-        return
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError):
-        async with asyncio.timeout(LAST_BYTES_S):
-            async for _ in response.content.iter_any():
-                pass
-
-
-def _content_type(response: aiohttp.ClientResponse) -> str:
-    return response.headers.get("content-type", "").lower()
+    def _check(self, response: Response, method: str) -> None:
+        if 300 <= response.status < 400 and response.status != 304:
+            raise BadUpstreamError(f"answered with a redirect ({response.status}): set its base_url to the target")
+        # A file that a GET asks for may be a page.
+        is_page = method == "POST" and response.header(b"content-type").startswith("text/html")
+        if is_page and 200 <= response.status < 300:
+            raise BadUpstreamError("answered with an HTML page: check its base_url")
+        if response.status in (401, 403):
+            self._on_unauthorized()
 
 
 def _target(scope: Scope) -> bytes:
@@ -438,7 +393,3 @@ def _target(scope: Scope) -> bytes:
     query: bytes = scope["query_string"]
     path = path.removeprefix(scope.get("root_path", "").encode())
     return path + b"?" + query if query else path
-
-
-async def _single_chunk(data: bytes) -> AsyncIterator[bytes]:
-    yield data

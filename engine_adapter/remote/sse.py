@@ -6,6 +6,7 @@ The raw bytes of each event are kept, so that they can pass through unchanged. T
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -25,7 +26,7 @@ class EventTooLarge(Exception):  # noqa: N818 - it names an event of the protoco
 class SSESplitter:
     """Splits a byte stream into complete server-sent events, independent of network chunks.
 
-    INVARIANT: the raw bytes of all events plus `rest` are the bytes fed so far.
+    INVARIANT: the raw bytes of all events plus `take_rest` are the bytes fed so far.
 
     An event is complete at its blank line. If a chunk ends between the CR and the LF of a blank line, the event is
     returned at once, and the LF follows as an item of its own: a stream with lone CRs would be late by one event
@@ -70,10 +71,27 @@ class SSESplitter:
             raise EventTooLarge
         return events
 
-    @property
-    def rest(self) -> bytes:
-        """Bytes after the last complete event."""
-        return bytes(self._pending)
+    def take_rest(self) -> bytes:
+        """The bytes after the last complete event, once."""
+        rest = bytes(self._pending)
+        self._pending.clear()
+        return rest
+
+
+@dataclass(slots=True)
+class ParsedEvent:
+    """One event: its raw bytes, its type, its data, and the JSON object in its data (None without one)."""
+
+    raw: bytes
+    name: bytes
+    data: bytes
+    chunk: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, event: bytes) -> ParsedEvent:
+        """Parse one raw event."""
+        name, data = event_fields(event)
+        return cls(event, name, data, parse_data(data))
 
 
 def event_fields(event: bytes) -> tuple[bytes, bytes]:

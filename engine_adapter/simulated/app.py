@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from engine_adapter.asgi import ClientDisconnected, read_body, run_until_disconnect
-from engine_adapter.engine import OBSERVER_KEY, EngineLost, EngineUnreachable, Receive, Scope, Send
-from engine_adapter.simulated.messages_api import MessagesResponse, count_tokens, parse_messages
+from engine_adapter.engine import OBSERVER_KEY, RENDERING_KEY, EngineLost, EngineUnreachable, Receive, Scope, Send
+from engine_adapter.simulated.messages_api import MessagesResponse, count_tokens, read_messages
 from engine_adapter.simulated.prompt import SimulatedPrompt, block_hashes, message_tokens
-from engine_adapter.simulated.request import BadRequest, Completion
-from engine_adapter.simulated.responses_api import ResponsesResponse, parse_responses
+from engine_adapter.simulated.request import BadRequest, Completion, read_object
+from engine_adapter.simulated.responses_api import ResponsesResponse, read_responses
 from engine_adapter.simulated.sequence import SimulatedSequence
 
 if TYPE_CHECKING:
@@ -101,11 +101,13 @@ class SimulatedApp:
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
         try:
-            raw = await read_body(receive)
+            document = read_object(await read_body(receive))
             if path == "/v1/messages/count_tokens":
-                await _json(send, 200, count_tokens(raw))
+                await _json(send, 200, count_tokens(document))
                 return
-            request = _PARSERS[path](raw)
+            # Only chats and text completions are rendered.
+            prompts = scope.get(RENDERING_KEY)
+            request = _READERS[path](document) if prompts is None else _READERS[path](document, prompts=prompts)
             choices = self._choices(request)
         except ClientDisconnected:
             return
@@ -300,11 +302,11 @@ class _Response:
 
 AnyResponse = _Response | ResponsesResponse | MessagesResponse
 
-_PARSERS: dict[str, Callable[[bytes], Completion]] = {
-    "/v1/chat/completions": partial(Completion.parse, chat=True),
-    "/v1/completions": partial(Completion.parse, chat=False),
-    "/v1/responses": parse_responses,
-    "/v1/messages": parse_messages,
+_READERS: dict[str, Callable[..., Completion]] = {
+    "/v1/chat/completions": partial(Completion.of, chat=True),
+    "/v1/completions": partial(Completion.of, chat=False),
+    "/v1/responses": read_responses,
+    "/v1/messages": read_messages,
 }
 _RESPONSES: dict[str, Callable[[Completion, list[Choice], str], AnyResponse]] = {
     "/v1/responses": ResponsesResponse,

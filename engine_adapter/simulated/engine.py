@@ -95,7 +95,7 @@ class SimulatedEngine:
         self.name = name
         self.model = model
         self.times = times or (StepTimes() if profile is None else profile.step_times())
-        self.takes_xargs = True
+        self.takes_xargs = self.watches_disconnect = True
         self.state = EngineState(
             aliases=dict(aliases or {}),
             step_time=StepTimeModel(times=self.times),
@@ -161,7 +161,8 @@ class SimulatedEngine:
             return RenderedPrompt((), 0, invalid=True)
         longest = max(prompts, key=lambda prompt: prompt.size)
         too_long = longest.size >= self.state.max_model_len
-        return RenderedPrompt([hash(token) & _TOKEN_MASK for token in longest.tokens], BLOCK_TOKENS, invalid=too_long)
+        token_ids = [hash(token) & _TOKEN_MASK for token in longest.tokens]
+        return RenderedPrompt(token_ids, BLOCK_TOKENS, handle=prompts, invalid=too_long)
 
     async def count_tokens(self, document: dict[str, Any]) -> int | None:
         """Return None: `render` tells the size of each prompt."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from engine_adapter.simulated.request import BadRequest, Completion, read_object
+from engine_adapter.simulated.request import BadRequest, Completion
 
 if TYPE_CHECKING:
     from engine_adapter.simulated.app import Choice
@@ -17,17 +17,16 @@ Json = dict[str, Any]
 _KEPT = ("model", "max_tokens", "stream", "ignore_eos", "vllm_xargs", "tools", "cache_salt")
 
 
-def parse_messages(raw: bytes) -> Completion:
-    """Parse a Messages body. Raises `BadRequest` naming the field."""
-    body = read_object(raw)
+def read_messages(body: Json) -> Completion:
+    """Read a Messages body. Raises `BadRequest` naming the field."""
     if not isinstance(body.get("max_tokens"), int) or body["max_tokens"] < 1:
         raise BadRequest("max_tokens is required and must be a positive whole number")
     return Completion.of(_chat(body), True)
 
 
-def count_tokens(raw: bytes) -> Json:
+def count_tokens(body: Json) -> Json:
     """Return the answer to ``count_tokens``. Raises `BadRequest` naming the field."""
-    (prompt,) = Completion.of(_chat(read_object(raw)), True).prompts
+    (prompt,) = Completion.of(_chat(body), True).prompts
     return {"input_tokens": prompt.size}
 
 

@@ -51,13 +51,11 @@ class Completion:
     cached_tokens: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, raw: bytes, chat: bool) -> Completion:
-        """Parse an OpenAI request body. Raises `BadRequest` naming the field."""
-        return cls.of(read_object(raw), chat)
+    def of(cls, body: dict[str, Any], chat: bool, prompts: list[SimulatedPrompt] | None = None) -> Completion:
+        """Read a parsed OpenAI request body. Raises `BadRequest` naming the field.
 
-    @classmethod
-    def of(cls, body: dict[str, Any], chat: bool) -> Completion:
-        """Read a parsed OpenAI request body. Raises `BadRequest` naming the field."""
+        ``prompts``: those of the body, if they were read before.
+        """
         xargs = body.get("vllm_xargs") or {}
         if not isinstance(xargs, dict):
             raise BadRequest("vllm_xargs must be an object")
@@ -71,7 +69,7 @@ class Completion:
             chat=chat,
             model=str(body.get("model") or ""),
             cache_salt=_cache_salt(body),
-            prompts=[_chat_prompt(body)] if chat else _text_prompts(body),
+            prompts=prompts or ([_chat_prompt(body)] if chat else _text_prompts(body)),
             n=_whole(body, "n") or 1,
             stream=stream,
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),

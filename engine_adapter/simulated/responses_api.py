@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from engine_adapter.simulated.request import BadRequest, Completion, read_object
+from engine_adapter.simulated.request import BadRequest, Completion
 
 if TYPE_CHECKING:
     from engine_adapter.simulated.app import Choice
@@ -18,9 +18,8 @@ Json = dict[str, Any]
 _KEPT = ("model", "stream", "ignore_eos", "vllm_xargs", "tools", "cache_salt")
 
 
-def parse_responses(raw: bytes) -> Completion:
-    """Parse a Responses body. Raises `BadRequest` naming the field."""
-    body = read_object(raw)
+def read_responses(body: Json) -> Completion:
+    """Read a Responses body. Raises `BadRequest` naming the field."""
     if body.get("background"):
         raise BadRequest("background is not supported")
     given = body.get("input")

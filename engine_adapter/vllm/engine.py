@@ -75,6 +75,7 @@ class VllmEngine:
         calibrate: run a few synthetic requests after each start, so that the model is fitted before traffic arrives.
     """
 
+    watches_disconnect = True
     takes_xargs = False  # `_serve` reads them from the scope, so that every route has them
 
     def __init__(

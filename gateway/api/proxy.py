@@ -418,7 +418,8 @@ class Proxy:
         scope[BODY_KEY], scope[OBSERVER_KEY], scope[XARGS_KEY] = body, progress, xargs
         scope[RENDERING_KEY] = call.size.handle
         watch = self._hang_watch(call, engine_queue, relay, sent_at)
-        error = await call_engine(engine.app, scope, body, relay, client, STALL_S, LEAVE_GRACE_S, watch, self._clock)
+        grace_s = LEAVE_GRACE_S if engine.watches_disconnect else 0.0
+        error = await call_engine(engine.app, scope, body, relay, client, STALL_S, grace_s, watch, self._clock)
         if await self._fails_over(call, entry, engine_queue, relay, error, sent_at):
             return False
         relay.measure(self._clock())

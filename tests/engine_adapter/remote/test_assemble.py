@@ -6,6 +6,7 @@ import orjson
 import pytest
 
 from engine_adapter.remote.assemble import Assembler, can_rebuild
+from engine_adapter.remote.sse import ParsedEvent
 from engine_adapter.remote.tool_calls import UnreadableStream
 
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 7, "model": "m", "system_fingerprint": "f"}
@@ -14,8 +15,8 @@ HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 7, "mo
 def assembled(*chunks: dict[str, Any], head: dict[str, Any] = HEAD) -> tuple[int, dict[str, Any]]:
     assembler = Assembler()
     for chunk in chunks:
-        assembler.add(b"data: %b\n\n" % orjson.dumps(head | chunk))
-    assembler.add(b"data: [DONE]\n\n")
+        assembler.add(ParsedEvent.of(b"data: %b\n\n" % orjson.dumps(head | chunk)))
+    assembler.add(ParsedEvent.of(b"data: [DONE]\n\n"))
     assert assembler.complete
     return assembler.response()
 
@@ -139,9 +140,9 @@ def test_error_event_becomes_the_response() -> None:
 def test_truncated_stream_is_not_complete() -> None:
     assembler = Assembler()
     assert not assembler.complete
-    assembler.add(b"data: %b\n\n" % orjson.dumps(HEAD | delta(content="a")))
-    assembler.add(b": comment\n\n")
-    assembler.add(b"data: {broken\n")
+    assembler.add(ParsedEvent.of(b"data: %b\n\n" % orjson.dumps(HEAD | delta(content="a"))))
+    assembler.add(ParsedEvent.of(b": comment\n\n"))
+    assembler.add(ParsedEvent.of(b"data: {broken\n"))
     assert not assembler.complete
 
 
@@ -176,19 +177,19 @@ def test_can_rebuild_rejects_unsupported_fields(body: dict[str, Any], rebuildabl
 def test_event_that_only_a_lenient_parser_accepts_is_not_lost(event: bytes, text: str) -> None:
     assembler = Assembler()
     for part in (event, b"data: [DONE]\n\n"):
-        assembler.add(part)
+        assembler.add(ParsedEvent.of(part))
     assert assembler.response()[1]["choices"][0]["message"]["content"] == text
 
 
 @pytest.mark.parametrize("data", [b'{"choices": [', b'{"secret"}', b'{"a":' * 100_000])
 def test_event_that_is_not_json_raises_without_quoting_it(data: bytes) -> None:
     with pytest.raises(UnreadableStream, match=r"^an event is not valid JSON$"):
-        Assembler().add(b"data: " + data + b"\n\n")
+        Assembler().add(ParsedEvent.of(b"data: " + data + b"\n\n"))
 
 
 @pytest.mark.parametrize("event", [b"data: \0\n\n", b"data: ping\n\n", b"data:\n\n", b"retry: 3000\n\n"])
 def test_event_without_an_object_is_skipped(event: bytes) -> None:
     assembler = Assembler()
     for part in (event, b"data: %b\n\n" % orjson.dumps(HEAD | delta(content="a", finish="stop"))):
-        assembler.add(part)
+        assembler.add(ParsedEvent.of(part))
     assert assembler.response()[1]["choices"][0]["message"]["content"] == "a"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import gzip
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
+import httpx
 import pytest
 
 from engine_adapter.engine import EngineLost, EngineUnreachable
-from engine_adapter.remote.client import ConnectionLossMonitor, Upstream, plain_chunks
+from engine_adapter.remote import client
+from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.engine import HttpEngine
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -23,7 +23,7 @@ TEST_TIMEOUT_S = 5
 
 
 @asynccontextmanager
-async def upstream_of(script: Script, connections: int = 4, read_timeout_s: float = 60.0) -> AsyncIterator[Upstream]:
+async def upstream_of(script: Script, read_timeout_s: float = 60.0) -> AsyncIterator[Upstream]:
     """An `Upstream` whose server reads a request's head, then runs ``script``."""
     over = asyncio.Event()
 
@@ -38,7 +38,7 @@ async def upstream_of(script: Script, connections: int = 4, read_timeout_s: floa
             writer.transport.abort()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    upstream = Upstream("e", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", connections, 1.0, read_timeout_s)
+    upstream = Upstream("e", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", 1.0, read_timeout_s)
     yield upstream
     over.set()
     async with asyncio.timeout(TEST_TIMEOUT_S):
@@ -59,8 +59,12 @@ def sends(*parts: bytes, then_aborts: bool = False) -> Script:
 
 
 async def read(upstream: Upstream, content: bytes = b"{}") -> bytes:
-    async with asyncio.timeout(TEST_TIMEOUT_S), upstream.answer("POST", b"/x", [], content) as response:
-        return b"".join([chunk async for chunk in plain_chunks(response)])
+    async with asyncio.timeout(TEST_TIMEOUT_S):
+        with await upstream.send("POST", b"/x", [], content) as response:
+            parts = []
+            while part := await response.read_plain():
+                parts.append(part)
+            return b"".join(parts)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +113,7 @@ async def test_upstream_gives_up_on_a_silent_server(content: bytes) -> None:
 
 @pytest.mark.parametrize("content", [b"{}", b"x" * 20_000_000], ids=["small request", "unread request"])
 async def test_close_ends_requests_that_wait_for_a_response_or_connection(content: bytes) -> None:
-    async with upstream_of(sends(), connections=1) as upstream:
+    async with upstream_of(sends()) as upstream:
         calls = [asyncio.create_task(read(upstream, content)) for _ in range(3)]
         await asyncio.sleep(0.1)
         async with asyncio.timeout(2):
@@ -129,7 +133,7 @@ async def test_cancelled_request_frees_its_connection() -> None:
             return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
-    async with upstream_of(script, connections=1) as upstream:
+    async with upstream_of(script) as upstream:
         waiting = asyncio.create_task(read(upstream))
         await first.wait()
         waiting.cancel()
@@ -151,32 +155,8 @@ async def test_upstream_reuses_connections() -> None:
         assert len(connections) == 1
 
 
-async def test_connection_loss_monitor_adds_one_callback_and_retrieves_the_exception() -> None:
-    class CountingFuture(asyncio.Future[None]):
-        callbacks = 0
-
-        def add_done_callback(self, *args: Any, **kwargs: Any) -> None:
-            self.callbacks += 1
-            super().add_done_callback(*args, **kwargs)
-
-    loop, unretrieved = asyncio.get_running_loop(), []
-    loop.set_exception_handler(lambda _, context: unretrieved.append(context))
-    monitor, closed = ConnectionLossMonitor(), CountingFuture()
-    body = SimpleNamespace(is_eof=lambda: True)
-    response: Any = SimpleNamespace(connection=SimpleNamespace(protocol=SimpleNamespace(closed=closed)), content=body)
-    for _ in range(5):
-        with monitor.propagate_to(response):
-            pass
-    assert closed.callbacks == 1, "one per connection, not per response"
-    closed.set_exception(ConnectionResetError())
-    await asyncio.sleep(0)
-    del closed, response
-    gc.collect()
-    assert unretrieved == []
-
-
 async def test_upstream_raises_engine_unreachable_without_a_server() -> None:
-    upstream = Upstream("e", "http://127.0.0.1:9", 4, 1.0, 1.0)
+    upstream = Upstream("e", "http://127.0.0.1:9", 1.0, 1.0)
     with pytest.raises(EngineUnreachable, match="engine e at "):
         await read(upstream)
     await upstream.close()
@@ -196,15 +176,15 @@ async def test_plain_chunks_decodes_known_encodings(encoding: str) -> None:
 async def test_upstream_verifies_certificates_for_any_spelling_of_https(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contexts: list[Any] = []
-    original = aiohttp.TCPConnector
+    contexts: list[ssl.SSLContext] = []
+    original = httpx.create_ssl_context
 
-    def connector(*, ssl: Any, **options: Any) -> aiohttp.TCPConnector:
-        contexts.append(ssl)
-        return original(ssl=ssl, **options)
+    def create(**options: Any) -> ssl.SSLContext:
+        contexts.append(original(**options))
+        return contexts[-1]
 
-    monkeypatch.setattr(aiohttp, "TCPConnector", connector)
-    upstream = Upstream("e", f"{scheme}://127.0.0.1:9", 4, 1.0, 1.0)
+    monkeypatch.setattr(httpx, "create_ssl_context", create)
+    upstream = Upstream("e", f"{scheme}://127.0.0.1:9", 1.0, 1.0)
     with pytest.raises(EngineUnreachable):
         await read(upstream)
     await upstream.close()
@@ -215,3 +195,171 @@ def test_base_url_with_credentials_is_rejected() -> None:
     with pytest.raises(ValueError, match="api_key") as raised:
         HttpEngine("remote", "http://user:secret@host:8000")
     assert "secret" not in str(raised.value)
+
+
+# --- what the client must not mix up ----------------------------------------------------------------------------------
+
+
+async def test_body_without_length_ends_with_the_connection() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\nhello")
+        await writer.drain()
+        writer.close()
+
+    async with upstream_of(script) as upstream:
+        assert await read(upstream) == b"hello"
+
+
+async def test_broken_connection_delivers_what_arrived_before() -> None:
+    async with upstream_of(sends(CHUNKED, then_aborts=True)) as upstream:
+        with await upstream.send("POST", b"/x", [], b"{}") as response:
+            await asyncio.sleep(0.1)
+            assert await response.read() == b"hello"
+            with pytest.raises(EngineLost):
+                await response.read()
+
+
+async def test_head_response_has_no_body() -> None:
+    async with upstream_of(sends(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n")) as upstream:
+        with await upstream.send("HEAD", b"/x", [], b"") as response:
+            assert (response.status, await response.read()) == (200, b"")
+
+
+@pytest.mark.parametrize("status", [204, 304])
+async def test_status_without_body_is_complete_at_its_head(status: int) -> None:
+    async with upstream_of(sends(b"HTTP/1.1 %d X\r\n\r\n" % status)) as upstream:
+        assert await read(upstream) == b""
+
+
+@pytest.mark.parametrize(
+    "extra", [b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", b"HTTP/1.1 200 OK\r\nContent-Le", b"junk"]
+)
+@pytest.mark.parametrize("pause_s", [0.0, 0.05])
+async def test_bytes_after_a_response_never_answer_the_next_request(extra: bytes, pause_s: float) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok" + (b"" if pause_s else extra))
+        await asyncio.sleep(pause_s)
+        if pause_s:
+            writer.write(extra)
+
+    async with upstream_of(script) as upstream:
+        assert await read(upstream) == b"ok"
+        await asyncio.sleep(0.1)
+        assert await read(upstream) == b"ok"
+
+
+@pytest.mark.parametrize("head", [b"x: " + b"a" * 300_000, b"x: y\r\n" * 60_000], ids=["long header", "many headers"])
+async def test_head_of_a_response_is_bounded(head: bytes) -> None:
+    async with upstream_of(sends(b"HTTP/1.1 200 OK\r\n" + head)) as upstream:
+        with pytest.raises(EngineLost):
+            await read(upstream)
+
+
+async def test_unread_body_makes_the_server_wait() -> None:
+    written = 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal written
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 80000000\r\n\r\n")
+        for _ in range(800):
+            writer.write(b"x" * 100_000)
+            await writer.drain()
+            written += 100_000
+
+    async with upstream_of(script) as upstream:
+        with await upstream.send("POST", b"/x", [], b"{}") as response:
+            await asyncio.sleep(0.3)
+            assert written < 40_000_000, "the sockets hold some of it"
+            size = 0
+            while data := await response.read():
+                size += len(data)
+            assert size == 80_000_000
+
+
+async def test_slow_reader_is_no_silent_server() -> None:
+    async with upstream_of(sends(CHUNKED, b"0\r\n\r\n"), read_timeout_s=0.1) as upstream:
+        with await upstream.send("POST", b"/x", [], b"{}") as response:
+            await asyncio.sleep(0.4)
+            assert await response.read() == b"hello"
+
+
+async def test_server_that_goes_silent_in_its_body_is_lost() -> None:
+    async with upstream_of(sends(CHUNKED), read_timeout_s=0.1) as upstream:
+        with await upstream.send("POST", b"/x", [], b"{}") as response:
+            assert await response.read() == b"hello"
+            with pytest.raises(EngineLost, match="no data"):
+                async with asyncio.timeout(TEST_TIMEOUT_S):
+                    await response.read()
+
+
+async def test_last_bytes_have_a_moment_to_arrive() -> None:
+    """The connection is used again if the response ends in time, and closed otherwise."""
+    connections: list[asyncio.StreamWriter] = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        for _ in range(2):
+            writer.write(CHUNKED)
+            await asyncio.sleep(0.005)
+            writer.write(b"0\r\n\r\n")
+            await reader.readuntil(b"{}POST /x HTTP/1.1\r\n")
+        writer.write(CHUNKED)
+
+    async with upstream_of(script) as upstream:
+        for _ in range(4):
+            with await upstream.send("POST", b"/x", [], b"{}") as response:
+                assert await response.read() == b"hello"
+                response.close_after_last_bytes()
+            await asyncio.sleep(0.1)
+    assert len(connections) == 2
+
+
+async def test_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "IDLE_CONNECTION_S", 0.05)
+    closed = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await reader.read()
+        closed.set()
+
+    async with upstream_of(script) as upstream:
+        assert await read(upstream) == b"ok"
+        async with asyncio.timeout(TEST_TIMEOUT_S):
+            await closed.wait()
+
+
+async def test_end_requests_gives_its_reason() -> None:
+    async with upstream_of(sends()) as upstream:
+        call = asyncio.create_task(read(upstream))
+        await asyncio.sleep(0.05)
+        assert upstream.end_requests("it is down") == 1
+        with pytest.raises(EngineLost, match="it is down"):
+            await call
+
+
+@pytest.mark.parametrize("value", [b"a\r\nx: y", b"a\nx: y", b"a\rx: y"])
+async def test_header_cannot_become_two(value: bytes) -> None:
+    async with upstream_of(sends(CHUNKED, b"0\r\n\r\n")) as upstream:
+        with pytest.raises(ValueError, match="line break"):
+            await upstream.send("POST", b"/x", [(b"a", value)], b"{}")
+
+
+@pytest.mark.parametrize(
+    ("path", "sent"), [(b"/a b", b"/a%20b"), (b"/\xc3\xa4?q=%20", b"/%C3%A4?q=%20"), (b"x\r\ny: z", b"/x%0D%0Ay:%20z")]
+)
+async def test_path_is_one_token(path: bytes, sent: bytes) -> None:
+    lines: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lines.append(await reader.readline())
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    upstream = Upstream("e", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/base", 1.0, 5.0)
+    with await upstream.send("GET", path, [], b"") as response:
+        assert await response.read() == b"ok"
+    await upstream.close()
+    server.close()
+    assert lines == [b"GET /base" + sent + b" HTTP/1.1\r\n"]

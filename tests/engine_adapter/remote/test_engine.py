@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -21,7 +20,7 @@ from engine_adapter.engine import (
     Send,
 )
 from engine_adapter.remote import engine as engine_module
-from engine_adapter.remote.client import Upstream
+from engine_adapter.remote.client import Response, Upstream
 from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
@@ -181,7 +180,7 @@ async def test_missing_server_raises_engine_lost() -> None:
     engine = HttpEngine("remote", "http://127.0.0.1:9")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
         for path in (CHAT, "/v1/models"):
-            with pytest.raises(EngineLost, match="Cannot connect"):
+            with pytest.raises(EngineLost, match="connection refused"):
                 await client.post(path, json=ask())
         await engine.stop()
         with pytest.raises(EngineLost, match="stopped"):
@@ -267,17 +266,15 @@ async def test_server_is_up_again_at_once_after_a_momentary_outage(
 ) -> None:
     monkeypatch.setattr(engine_module, "PROBE_EVERY_S", 60.0)
     monkeypatch.setattr(engine_module, "PROBE_AGAIN_S", (60.0,))
-    answer, refused = Upstream.answer, []
+    send, refused = Upstream.send, []
 
-    @asynccontextmanager
-    async def refuse_first_post(upstream: Upstream, method: str, *arguments: Any) -> AsyncIterator[Any]:
+    async def refuse_first_post(upstream: Upstream, method: str, *arguments: Any) -> Response:
         if method == "POST" and not refused:
             refused.append(method)
             raise EngineUnreachable("connection refused")
-        async with answer(upstream, method, *arguments) as response:
-            yield response
+        return await send(upstream, method, *arguments)
 
-    monkeypatch.setattr(Upstream, "answer", refuse_first_post)
+    monkeypatch.setattr(Upstream, "send", refuse_first_post)
     async with serve(simulated.app) as url:
         engine = HttpEngine("remote", url)
         await engine.start(EngineEvents())

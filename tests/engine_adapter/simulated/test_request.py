@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
 import pytest
 
 from engine_adapter.service_kind import ServiceKind
@@ -12,7 +11,7 @@ from engine_adapter.simulated.request import BadRequest, Completion
 
 
 def parse(**xargs: Any) -> Completion:
-    return Completion.parse(orjson.dumps({"prompt": "two words", "vllm_xargs": xargs}), chat=False)
+    return Completion.of({"prompt": "two words", "vllm_xargs": xargs}, chat=False)
 
 
 @pytest.mark.parametrize(
@@ -47,4 +46,4 @@ def test_invalid_pace_error_names_the_field(pace: Any) -> None:
 
 def test_xargs_that_are_no_object_are_rejected() -> None:
     with pytest.raises(BadRequest, match="vllm_xargs must be an object"):
-        Completion.parse(b'{"prompt": "p", "vllm_xargs": [1]}', chat=False)
+        Completion.of({"prompt": "p", "vllm_xargs": [1]}, chat=False)

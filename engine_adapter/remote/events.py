@@ -1,0 +1,83 @@
+"""Reads the events of one upstream stream, and counts their tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from engine_adapter.engine import EngineLost
+from engine_adapter.remote.client import Response
+from engine_adapter.remote.counting import EventKind, TokenCounter
+from engine_adapter.remote.sse import MAX_EVENT_BYTES, EventTooLarge, SSESplitter
+
+Batch = list[tuple[EventKind, bytes]]
+
+
+class EventReader:
+    """The events of a stream with their kinds, one batch per network read.
+
+    Args:
+        response: the stream, whose head has arrived.
+        counter: knows when the response is complete.
+        see: has ``counter`` count one event that arrived at a time (monotonic s), and returns its kind.
+        on_read: called after each read with the number of new tokens.
+    """
+
+    def __init__(
+        self,
+        response: Response,
+        counter: TokenCounter,
+        see: Callable[[bytes, float], EventKind],
+        on_read: Callable[[int], None],
+    ) -> None:
+        self._response = response
+        self._counter = counter
+        self._see = see
+        self._on_read = on_read
+        self._splitter = SSESplitter()
+
+    async def next(self) -> Batch:
+        """The next events; none after the last one, although the server may keep the connection open.
+
+        Raises `EngineLost` if the stream ends before the response is complete.
+        """
+        counter, splitter = self._counter, self._splitter
+        while not counter.ended:
+            try:
+                chunk = await self._response.read_plain()
+                events = splitter.feed(chunk)
+            except EventTooLarge:
+                raise EngineLost(
+                    f"{self._response.where}: an event is larger than {MAX_EVENT_BYTES >> 20} MiB"
+                ) from None
+            except EngineLost:
+                if not counter.complete:
+                    raise
+                break
+            if not chunk:
+                return self._last()
+            before = counter.total
+            batch = self._count(events, self._response.read_at)
+            self._on_read(counter.total - before)
+            if batch:
+                return batch
+        return []
+
+    def _last(self) -> Batch:
+        """What follows the last blank line of a stream that has ended."""
+        rest = self._splitter.take_rest()
+        batch = self._count([rest], time.monotonic()) if rest else []
+        if not (batch or self._counter.complete):
+            raise EngineLost(f"{self._response.where}: the stream ended before the response was complete")
+        return batch
+
+    def _count(self, events: list[bytes], at: float) -> Batch:
+        """The events with their kinds, up to the one that ends the stream."""
+        if len(events) == 1:
+            return [(self._see(events[0], at), events[0])]
+        batch: Batch = []
+        for event in events:
+            batch.append((self._see(event, at), event))
+            if self._counter.ended:
+                break
+        return batch
