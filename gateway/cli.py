@@ -95,16 +95,17 @@ def serve(
         logging.getLogger("antares.config").warning("%s: %s", config, deprecation)
     try:
         if sys.platform == "win32":
-            asyncio.run(run(loaded))
+            code = asyncio.run(run(loaded))
         else:
             import uvloop
 
-            uvloop.run(run(loaded, lambda: load(config, overrides=overrides)))
+            code = uvloop.run(run(loaded, lambda: load(config, overrides=overrides), config))
     except ServeError as error:
         typer.echo(f"antares: {error}", err=True)
         raise typer.Exit(1) from error
     except (KeyboardInterrupt, asyncio.CancelledError):
         raise typer.Exit(130) from None
+    raise typer.Exit(code)
 
 
 @config_app.command("check")

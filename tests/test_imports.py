@@ -17,7 +17,10 @@ LAYERS = {
     "gateway": [
         "cli",
         "serve",
+        "sd_notify",
+        "reload",
         "app",
+        "engines",
         "config",
         "api",
         "observability",
