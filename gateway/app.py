@@ -38,9 +38,13 @@ from gateway.scheduling.router import Router
 
 @dataclass(slots=True)
 class Reloaded:
-    """What a reload did: the keys that it ``changed``, and those that ``needs_restart`` to take effect.
+    """What a reload did.
 
-    ``starting``: engines that were added and are not up yet. ``leaving``: engines that finish their last requests.
+    Attributes:
+        changed: keys of the configuration that changed and count now.
+        needs_restart: keys that changed and need a restart to take effect.
+        starting: engines that were added and are not up yet.
+        leaving: engines that finish their last requests.
     """
 
     changed: list[str]

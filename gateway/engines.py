@@ -99,7 +99,7 @@ class Engines:
 
     @property
     def queues(self) -> list[EngineQueue]:
-        """The queues of all engines: those that serve, start and leave."""
+        """The queues of all engines that serve, start or leave."""
         return [member.queue for member in (*self._members, *self._leaving)]
 
     @property

@@ -267,7 +267,7 @@ def _status(gateway: Gateway) -> str:
 
 async def _announce(gateway: Gateway, port: int, started: float) -> None:
     """Print that the gateway is ready, once it is. Before that, print why it is not, again for every other reason."""
-    # For systemd the service has started: it listens, answers /health and goes on trying.
+    # For systemd the service has started: it listens, answers /health and keeps trying.
     sd_notify.notify(READY=1, STATUS=_status(gateway))
     printed = ""
     while why := gateway.why_not_ready():

@@ -13,11 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
-from engine_adapter.engine import EngineStartError
+from engine_adapter.engine import EngineEvents, EngineStartError
+from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.engines import START_AGAIN_S
 from tests.fixtures.live_gateway import CHAT, Live, chat, fast_engine, gateway_config, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import eventually, serve
 from tests.fixtures.served import free_port
 from tests.fixtures.served_process import served
 
@@ -122,6 +123,62 @@ async def test_changed_engine_is_replaced_while_its_streams_go_on() -> None:
             assert antares.gateway.engine_queues[0].engine.state.max_num_seqs == 3
             assert antares.gateway.metrics.exposition().decode().count('antares_engine_up{engine="simulated"}') == 1
         await eventually(lambda: not old.state.alive)
+
+
+async def test_changed_address_of_a_server_moves_requests_and_keeps_streams() -> None:
+    old, new = fast_engine(times=StepTimes(d=0.02)), fast_engine()
+    for upstream in (old, new):
+        await upstream.start(EngineEvents())
+    async with serve(old.app) as first, serve(new.app) as second:
+        listed = [{"kind": "http", "name": "gpu", "base_url": first}]
+        async with live(HttpEngine("gpu", first), engines=listed) as antares:
+            async with streams(antares, 8):
+                await eventually(lambda: old.state.engine_running == 8)
+                antares.gateway.reload(gateway_config(engines=[{**listed[0], "base_url": second}]))
+                await eventually(lambda: antares.gateway.engine_queues[0].engine.state.alive)
+                await eventually(lambda: antares.gateway.engines.leaving == ["gpu"])
+                assert (await antares.ask()).status_code == 200
+                assert old.state.engine_running == 8
+            await eventually(lambda: antares.gateway.engines.leaving == [])
+    for upstream in (old, new):
+        await upstream.stop()
+
+
+async def test_passed_through_request_finishes_on_a_removed_engine() -> None:
+    slow = fast_engine(name="a")
+    config = [engine("a"), engine("b", model="other")]
+    async with live(slow, more_engines=[fast_engine(name="b", model="other")], engines=config) as antares:
+        goes_on = asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await goes_on.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"{}"})
+
+        slow.stub = app
+        task = asyncio.create_task(antares.ask({"model": "simulated", "input": "a"}, "/v1/embeddings"))
+        await eventually(lambda: antares.gateway.engine_queues[0].calls == 1)
+        antares.gateway.reload(gateway_config(engines=config[1:]))
+        await asyncio.sleep(0.2)
+        assert antares.gateway.engines.leaving == ["a"]
+        goes_on.set()
+        assert (await task).status_code == 200
+        await eventually(lambda: antares.gateway.engines.leaving == [])
+
+
+async def test_gateway_that_stops_during_a_reload_answers_draining() -> None:
+    slow = fast_engine(times=StepTimes(d=0.02), max_num_seqs=1)
+    async with live(slow) as antares:
+        body = chat(max_tokens=4000, ignore_eos=True)
+        tasks = [asyncio.create_task(antares.ask(body, x_slo_class="free")) for _ in range(3)]
+        await eventually(lambda: len(antares.gateway.engine_queues[0].waiting) == 2)
+        new = {"kind": "http", "name": "new", "base_url": f"http://127.0.0.1:{free_port()}"}
+        antares.gateway.reload(gateway_config(engines=[new]))
+        antares.gateway.reload(gateway_config(engines=[engine("b", model="other")]))
+        await eventually(lambda: antares.gateway.engines.leaving)
+        await antares.gateway.stop()
+        assert [(await task).json()["error"]["code"] for task in tasks] == ["draining"] * 3
+        assert antares.gateway.ledger.open_count == 0
 
 
 async def test_removed_engine_serves_until_the_added_one_is_up() -> None:
