@@ -23,7 +23,7 @@ from gateway.api.proxy import Proxy
 from gateway.api.reload_route import Reload, add_reload_route
 from gateway.api.response_relay import send_error
 from gateway.api.routes.table import RouteTable
-from gateway.config.schema import RELOADABLE, GatewayConfig
+from gateway.config.schema import RELOADABLE, ConfigChange, GatewayConfig
 from gateway.engines import Engines
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.metrics import Metrics
@@ -66,7 +66,7 @@ class Gateway:
         predictor_url: str | None = None,
         statistics: LengthStatistics | None = None,
     ) -> None:
-        self.config = config
+        self._config = config
         self.can_reload = asyncio.Event()
         """Set unless `start` is under way."""
         self.can_reload.set()
@@ -135,6 +135,11 @@ class Gateway:
         self.can_reload.set()
 
     @property
+    def config(self) -> GatewayConfig:
+        """The configuration that counts now."""
+        return self._config
+
+    @property
     def open_requests(self) -> int:
         """Accepted requests that have not ended, scheduled or not."""
         return self.ledger.open_count + sum(queue.calls for queue in self.engines.queues)
@@ -143,9 +148,7 @@ class Gateway:
         """Return why the gateway serves no requests now, with each engine's reason; "" if it does."""
         if self.proxy.draining:
             return "draining"
-        if self.router.alive:
-            return ""
-        return "; ".join(f"engine {q.engine.name}: {q.engine.state.why_down}" for q in self.engine_queues)
+        return "" if self.router.alive else self.router.why_down()
 
     def events_of(self, engine_queue: EngineQueue) -> EngineEvents:
         """Return what the engine of ``engine_queue`` reports to."""
@@ -167,10 +170,13 @@ class Gateway:
         Open requests keep the class and the rights that they were judged with. Nothing changes if this raises
         pydantic's ValidationError, or `gateway.engines.EngineConfigError`.
         """
-        changed = self.config.changed(config)
-        effective = self.config.reloaded(config)
+        return self.apply(self._config.change_to(config))
+
+    def apply(self, change: ConfigChange) -> Reloaded:
+        """Apply a change of the current configuration, as `reload` does."""
+        effective, changed = change.config, change.keys
         new_engines = self.engines.build_new(effective.engines) if "engines" in changed else {}
-        old, self.config = self.config, effective
+        old, self._config = self._config, effective
         # A removed class stays in the queues, because open requests may belong to it.
         self._queued_classes.update(effective.slo_classes())
         self.proxy.classes = effective.slo_classes()
@@ -200,7 +206,7 @@ class Gateway:
 
     def _apply_limits(self) -> None:
         """Apply the limits of the configuration. Requests that are open keep theirs."""
-        server, failover = self.config.server, self.config.failover
+        server, failover = self._config.server, self._config.failover
         self.proxy.set_limits(
             max_body_bytes=server.max_body_bytes,
             max_open_requests=server.max_open_requests,
@@ -210,7 +216,7 @@ class Gateway:
             routes=RouteTable(server.pass_through_routes),
         )
         self._retries.ratio, self._retries.per_second = failover.retry_ratio, failover.min_retries_per_s
-        self.predictor.timeout_s = self.config.predictor.timeout_ms / 1000
+        self.predictor.timeout_s = self._config.predictor.timeout_ms / 1000
         self.engines.drain_s = server.drain_s
         cors = server.cors
         self._api = self._serve_api
@@ -218,7 +224,7 @@ class Gateway:
             self._api = Cors(self._serve_api, cors.allow_origins, cors.allow_headers, cors.max_age_s)
 
     def _make_policy(self) -> Policy:
-        return make_policy(self.config.policy.name, dict(self.config.policy.options))
+        return make_policy(self._config.policy.name, dict(self._config.policy.options))
 
     def _make_queue(self, engine: Engine) -> EngineQueue:
         engine_queue = EngineQueue(
@@ -226,9 +232,9 @@ class Gateway:
             self._make_policy(),
             self._queued_classes,
             on_decided=self.metrics.scheduling.labels(engine.name).observe,
-            shadow=self.config.shadow_policies(),
+            shadow=self._config.shadow_policies(),
         )
-        engine_queue.circuit.max_rest_s = self.config.failover.max_rest_s
+        engine_queue.circuit.max_rest_s = self._config.failover.max_rest_s
         return engine_queue
 
     async def drain(self, timeout_s: float) -> bool:

@@ -104,7 +104,8 @@ class Reloader:
             # In a thread, because a file with thousands of keys takes seconds and streams must go on.
             config = await asyncio.to_thread(self._load)
             try:
-                done = self._gateway.reload(config)
+                change = await asyncio.to_thread(self._gateway.config.change_to, config)
+                done = self._gateway.apply(change)
             except (ValidationError, EngineConfigError) as error:
                 raise await asyncio.to_thread(located, self._file, _mistakes(error)) from error
         except ConfigError as error:

@@ -205,6 +205,11 @@ class Router:
         """Whether any engine can serve."""
         return any(engine_queue.engine.state.alive for engine_queue in self.engine_queues)
 
+    def why_down(self) -> str:
+        """Return each engine that is down, with the reason."""
+        down = [queue.engine for queue in self.engine_queues if not queue.engine.state.alive]
+        return "; ".join(f"engine {engine.name}: {engine.state.why_down}" for engine in down)
+
     def join(self, engine_queue: EngineQueue, replaced: EngineQueue | None = None) -> None:
         """Send requests to the engine from now on, in place of the ``replaced`` one if given."""
         engine_queue.can_move = partial(self._can_move, engine_queue)
