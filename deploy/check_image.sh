@@ -2,23 +2,25 @@
 # Builds the image and checks it: a non-root user, a read-only root filesystem, the health check, a served request, and a
 # drain on SIGTERM with exit code 0.
 #
-#   deploy/check_image.sh                        the image with ENGINE=none, and a simulated engine
-#   BASE=python:3.12-slim-bookworm deploy/check_image.sh      on a base image from a registry
+#   deploy/check_image.sh                                    the image with ENGINE=none, and a simulated engine
+#   ENGINE=cpu deploy/check_image.sh                         the image with vLLM and its own configuration
+#   BASE=python:3.12-slim-bookworm deploy/check_image.sh     on a base image from a registry
 #
-# Without BASE it makes a base image from Debian packages. Needs root, buildah, crun or runc, and mmdebstrap without
-# BASE. pip and apt in the build use this machine's configuration, if there is any. Prints what it checked.
+# Without BASE it makes a base image from Debian packages. Needs root, buildah, and mmdebstrap without BASE. pip in the
+# build uses this machine's configuration; MOUNTS are more folders that it needs. Prints what it checked.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-IMAGE=localhost/antares-check
+ENGINE=${ENGINE:-none}
+IMAGE=localhost/antares-check-$ENGINE
 work=$(mktemp -d)
 gateway=
 # shellcheck disable=SC2317
 finish() {
   [[ -z $gateway ]] || kill -KILL "$gateway" 2>/dev/null || true
-  mountpoint -q "$work/root/tmp" && umount "$work/root/tmp"
-  mountpoint -q "$work/root/proc" && umount "$work/root/proc"
-  mountpoint -q "$work/root" && umount "$work/root"
+  for mounted in tmp dev/shm proc antares/cache .; do
+    mountpoint -q "$work/root/$mounted" && umount "$work/root/$mounted"
+  done
   [[ ! -e $work/container ]] || buildah rm "$(cat "$work/container")" >/dev/null
   rm -rf "$work"
 }
@@ -46,10 +48,10 @@ if [[ -z ${BASE:-} ]]; then
   passed "base image of Debian packages"
 fi
 
-options=(--build-arg "BASE=$BASE" --build-arg ENGINE=none --network host)
+options=(--build-arg "BASE=$BASE" --build-arg "ENGINE=$ENGINE" --network host)
 # The package indexes and certificates of this machine.
-for file in /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
-  [[ ! -e $file ]] || options+=(--volume "$file:$file:ro")
+for path in /etc/pip.conf ~/.config/pip/pip.conf /etc/ssl/certs/ca-certificates.crt ${MOUNTS:-}; do
+  [[ ! -e $path ]] || options+=(--volume "$path:$path:ro")
 done
 started=$SECONDS
 buildah build --quiet --format docker "${options[@]}" --tag "$IMAGE" . >/dev/null
@@ -65,17 +67,22 @@ passed "its health check is $health"
 # Run it as a container engine does with --read-only --tmpfs /tmp --user: a read-only bind mount of its filesystem.
 buildah from --pull-never "$IMAGE" >"$work/container"
 root=$(buildah mount "$(cat "$work/container")")
-mkdir "$work/root"
+mkdir -p "$work/root" "$root/dev/shm"
 mount --bind "$root" "$work/root"
 mount -o remount,bind,ro "$work/root"
 mount -t proc proc "$work/root/proc"
-mount -t tmpfs -o mode=1777 tmpfs "$work/root/tmp"
-cat >"$work/root/tmp/antares.yaml" <<YAML
+for folder in tmp dev/shm; do mount -t tmpfs -o mode=1777 tmpfs "$work/root/$folder"; done
+mount --bind "$root/antares/cache" "$work/root/antares/cache"
+if [[ $ENGINE == cpu ]]; then
+  cp "$root/antares/configs/container.yaml" "$work/root/tmp/antares.yaml"
+else
+  cat >"$work/root/tmp/antares.yaml" <<YAML
 server: { allow_anonymous: true, drain_s: 20 }
 engines: [{ kind: simulated, step_times: { d: 0.02 } }]
 classes: { chat: {} }
 default_class: chat
 YAML
+fi
 
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 # chroot needs its capability, so the order is: chroot, then drop everything.
@@ -87,7 +94,7 @@ inside() {
 (inside antares serve --config /tmp/antares.yaml --host 127.0.0.1 --port "$port") >"$work/log" 2>&1 &
 gateway=$!
 check() { (inside antares health --url "http://127.0.0.1:$port" "$@") >/dev/null 2>&1; }
-for _ in $(seq 120); do
+for _ in $(seq 480); do
   check --ready && break
   kill -0 "$gateway" 2>/dev/null || { cat "$work/log"; fail "the gateway ended"; }
   sleep 0.5
@@ -104,7 +111,7 @@ passed "its root filesystem is read-only"
 cat >"$work/client.py" <<'PYTHON'
 import json, sys, urllib.request
 
-body = {"model": "simulated", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "stream": True}
+body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "stream": True}
 request = urllib.request.Request(
     f"http://127.0.0.1:{sys.argv[1]}/v1/chat/completions",
     json.dumps({**body, "ignore_eos": True}).encode(),
