@@ -18,7 +18,7 @@ gateway=
 # shellcheck disable=SC2317
 finish() {
   [[ -z $gateway ]] || kill -KILL "$gateway" 2>/dev/null || true
-  for mounted in tmp dev/shm proc antares/cache .; do
+  for mounted in tmp dev/shm sys proc antares/cache .; do
     mountpoint -q "$work/root/$mounted" && umount "$work/root/$mounted"
   done
   [[ ! -e $work/container ]] || buildah rm "$(cat "$work/container")" >/dev/null
@@ -71,6 +71,7 @@ mkdir -p "$work/root" "$root/dev/shm"
 mount --bind "$root" "$work/root"
 mount -o remount,bind,ro "$work/root"
 mount -t proc proc "$work/root/proc"
+mount --bind -o ro /sys "$work/root/sys"
 for folder in tmp dev/shm; do mount -t tmpfs -o mode=1777 tmpfs "$work/root/$folder"; done
 mount --bind "$root/antares/cache" "$work/root/antares/cache"
 if [[ $ENGINE == cpu ]]; then

@@ -191,11 +191,15 @@ def _build(config: EngineConfig) -> Engine:
 async def _start(config: GatewayConfig, gateway: Gateway) -> None:
     names = ", ".join(engine.name for engine in config.engines)
     slow = " (vLLM takes 30 to 90 s)" if any(engine.kind == "vllm" for engine in config.engines) else ""
+    failed: BaseExceptionGroup[EngineStartError] | None = None
     try:
         with console.status(f"Starting engine {names}{slow}…"):
             await gateway.start()
     except* EngineStartError as group:
-        raise ServeError("; ".join(str(error) for error in group.exceptions)) from group
+        # NOTE: what is raised here would be wrapped in another group.
+        failed = group
+    if failed is not None:
+        raise ServeError("; ".join(str(error) for error in failed.exceptions)) from failed
 
 
 async def _close(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:

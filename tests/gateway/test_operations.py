@@ -24,7 +24,7 @@ from gateway import sd_notify
 from gateway.api.auth import hash_key
 from gateway.serve import EXIT_CUT
 from tests.fixtures.live_gateway import CHAT, chat, fast_engine, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import eventually, serve
 from tests.fixtures.served import free_port
 from tests.fixtures.served_process import served
 
@@ -163,6 +163,20 @@ async def test_serve_says_that_it_is_not_ready_and_why_and_keeps_trying(tmp_path
         process.terminate()
         await process.stderr.read()
         assert await process.wait() == 0
+
+
+async def test_serve_exits_1_with_a_message_if_a_server_rejects_the_key(tmp_path: Path) -> None:
+    async def unauthorized(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with serve(unauthorized) as upstream:
+        (tmp_path / "antares.yaml").write_text(config(f"{{kind: http, name: gpu-1, base_url: '{upstream}'}}"))
+        code, _, err = await run_antares("serve", "-c", str(tmp_path / "antares.yaml"))
+    assert code == 1
+    assert "antares: engine gpu-1 at" in err
+    assert "set its api_key_env" in err
+    assert "Traceback" not in err
 
 
 async def test_start_names_the_engine_that_is_not_up(tmp_path: Path) -> None:
