@@ -54,7 +54,7 @@ for path in /etc/pip.conf ~/.config/pip/pip.conf /etc/ssl/certs/ca-certificates.
   [[ ! -e $path ]] || options+=(--volume "$path:$path:ro")
 done
 started=$SECONDS
-buildah build --quiet --format docker "${options[@]}" --tag "$IMAGE" . >/dev/null
+buildah build --quiet --layers --format docker "${options[@]}" --tag "$IMAGE" . >/dev/null
 passed "image built in $((SECONDS - started)) s"
 
 user=$(buildah inspect --type image --format '{{.OCIv1.Config.User}}' "$IMAGE")
