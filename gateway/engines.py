@@ -105,7 +105,7 @@ class Engines:
     @property
     def starting(self) -> list[str]:
         """Names of the engines that are not up yet since they were added."""
-        return [member.name for member in self._members if not member.joined]
+        return [m.name for m in self._members if not m.joined or (m.task is not None and not m.task.done())]
 
     @property
     def leaving(self) -> list[str]:

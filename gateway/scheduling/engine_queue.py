@@ -117,7 +117,7 @@ class EngineQueue:
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = math.inf
-        self._down_since: float | None = None
+        self._down_since: float | None = None if engine.state.alive else clock()
         self._probed_at = -math.inf
         self._last_curve, self._learned_at = engine.state.step_time.curve, -math.inf
         self._probe: asyncio.Task[None] | None = None

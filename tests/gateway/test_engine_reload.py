@@ -240,7 +240,8 @@ async def test_engines_that_cannot_coexist_are_replaced_one_after_the_other(monk
         monkeypatch.setattr(antares.gateway.engines, "_build", recording)
         async with streams(antares, 4, 20):
             await eventually(lambda: old.state.engine_running > 0)
-            antares.gateway.reload(gateway_config(engines=[engine(max_num_seqs=5)]))
+            done = antares.gateway.reload(gateway_config(engines=[engine(max_num_seqs=5)]))
+            assert (done.starting, done.leaving) == (["simulated"], ["simulated"])
             # The new one takes the place of the old one, so that requests wait for it.
             later = asyncio.create_task(antares.ask(x_slo_class="free"))
         assert (await later).status_code == 200
