@@ -2,10 +2,13 @@
 # docker build -t antares:gpu --build-arg ENGINE=gpu .     vLLM for NVIDIA GPUs
 # docker build -t antares:light --build-arg ENGINE=none .  the proxy and the predictor only, without torch
 #
-# docker run --rm --init -p 127.0.0.1:8100:8100 antares
+# docker run --rm --init --read-only --tmpfs /tmp -v antares-cache:/antares/cache -p 127.0.0.1:8100:8100 antares
+#
+# BASE: any Debian image with Python 3.11 or newer as `python`. deploy/check_image.sh makes one from Debian packages.
 ARG PYTHON_VERSION=3.12
+ARG BASE=python:${PYTHON_VERSION}-slim-bookworm
 
-FROM python:${PYTHON_VERSION}-slim-bookworm AS build
+FROM ${BASE} AS build
 ARG ENGINE=cpu
 # Package index for torch only, such as PyTorch's CPU index. The default index has a CUDA build of several GB.
 ARG TORCH_INDEX_URL=
@@ -37,7 +40,7 @@ RUN pip install . \
     && if [ "$ENGINE" = cpu ]; then XDG_CACHE_HOME=/antares/cache python -m engine_adapter.vllm.smollm2; fi
 
 
-FROM python:${PYTHON_VERSION}-slim-bookworm
+FROM ${BASE}
 ARG ENGINE=cpu
 # vLLM needs libnuma on CPU, and gcc on GPU, because Triton compiles its launchers at start.
 # hadolint ignore=DL3008
@@ -53,11 +56,12 @@ COPY --from=build /antares/venv venv
 COPY --from=build --chown=antares:antares /antares/cache cache
 COPY configs configs
 COPY deploy/gateway.yaml configs/container.yaml
-ENV PATH=/antares/venv/bin:$PATH PYTHONUNBUFFERED=1 XDG_CACHE_HOME=/antares/cache
+# The root filesystem may be read-only: only /tmp and /antares/cache are written to.
+ENV PATH=/antares/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp XDG_CACHE_HOME=/antares/cache
 USER 10001
 EXPOSE 8100
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8100/health', timeout=4)"]
+    CMD ["antares", "health", "--url", "http://127.0.0.1:8100"]
 ENTRYPOINT ["antares"]
 CMD ["serve", "--config", "configs/container.yaml", "--host", "0.0.0.0"]

@@ -170,6 +170,7 @@ class EngineState:
             the engine does not list its models. A dead engine keeps them.
         aliases: names that clients may use, each with the engine's own name of that model.
         any_model: the engine also serves models that it does not list.
+        why_down: why the engine does not serve, for operators. Only meaningful while ``alive`` is False.
         ready_in_s: expected wait until the engine is up again, while ``alive`` is False.
         prefix_caching: the engine takes the beginning of a prompt from its KV memory if it is still there.
         shared_tokens: prompt tokens that several running requests share in KV memory, beyond the first copy.
@@ -177,6 +178,7 @@ class EngineState:
     """
 
     alive: bool = False
+    why_down: str = "it is starting"
     model: str = ""
     models: dict[str, ModelCard] | None = None
     aliases: dict[str, str] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -19,17 +20,37 @@ from gateway.api.cors import Cors
 from gateway.api.errors import method_not_allowed
 from gateway.api.paths import API_PREFIX, unknown_path
 from gateway.api.proxy import Proxy
+from gateway.api.reload_route import Reload, add_reload_route
 from gateway.api.response_relay import send_error
 from gateway.api.routes.table import RouteTable
-from gateway.config.schema import GatewayConfig
+from gateway.config.schema import RELOADABLE, ConfigChange, GatewayConfig
+from gateway.engines import Engines
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.metrics import Metrics
 from gateway.observability.status import Status
+from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
 from gateway.prediction.client import LengthPredictor, LengthStatistics
 from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.retry_budget import RetryBudget
 from gateway.scheduling.router import Router
+
+
+@dataclass(slots=True)
+class Reloaded:
+    """What a reload did.
+
+    Attributes:
+        changed: keys of the configuration that changed and count now.
+        needs_restart: keys that changed and need a restart to take effect.
+        starting: engines that were added and are not up yet.
+        leaving: engines that finish their last requests.
+    """
+
+    changed: list[str]
+    needs_restart: list[str]
+    starting: list[str]
+    leaving: list[str]
 
 
 class Gateway:
@@ -46,23 +67,17 @@ class Gateway:
         statistics: LengthStatistics | None = None,
     ) -> None:
         self._config = config
+        self.can_reload = asyncio.Event()
+        """Set unless `start` is under way."""
+        self.can_reload.set()
         self._calibrations: set[asyncio.Task[None]] = set()
         # The engine queues share this dict. A reload changes it in place.
         self._queued_classes = classes = config.slo_classes()
         self.metrics = Metrics()
-        self.engine_queues = [
-            EngineQueue(
-                engine,
-                make_policy(config.policy.name, dict(config.policy.options)),
-                classes,
-                on_decided=self.metrics.scheduling.labels(engine.name).observe,
-                shadow=config.shadow_policies(),
-            )
-            for engine in engines
-        ]
-        for engine_queue in self.engine_queues:
-            engine_queue.circuit.max_rest_s = config.failover.max_rest_s
+        # The router, the metrics and the status share this list. A reload changes it in place.
+        self.engine_queues = [self._make_queue(engine) for engine in engines]
         self.router = Router(self.engine_queues)
+        self.engines = Engines(self.router, config.engines, self._make_queue, self.events_of)
         self.ledger = Ledger(on_close=self._on_close)
         self.status = Status(self.engine_queues, self.ledger)
         self.predictor = LengthPredictor(
@@ -72,6 +87,7 @@ class Gateway:
         )
         self.metrics.watch(self.engine_queues, self.ledger)
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
+        self._retries = RetryBudget()
         self.proxy = Proxy(
             self.router,
             dict(classes),
@@ -79,21 +95,16 @@ class Gateway:
             self.predictor,
             self.ledger,
             self.metrics,
-            max_body_bytes=config.server.max_body_bytes,
-            max_open_requests=config.server.max_open_requests,
-            retries=RetryBudget(config.failover.retry_ratio, config.failover.min_retries_per_s),
-            first_token_timeout_s=config.failover.first_token_timeout_s,
-            max_pass_through=config.server.max_pass_through,
-            routes=RouteTable(config.server.pass_through_routes),
-            keep_alive_s=config.server.sse_keep_alive_s,
+            retries=self._retries,
             guard=config.field_guard(),
         )
         self._operator = _operator_routes(self)
+        self.on_reload: Reload | None = None
+        """Reads the configuration file again, for `POST /reload`. None without a file."""
+        add_reload_route(self._operator, lambda: self.proxy.keys, self._reload_file)
         self._operator_paths = frozenset(route.path for route in self._operator.routes if isinstance(route, Route))
         self._api: ASGIApp = self._serve_api
-        cors = config.server.cors
-        if cors is not None:
-            self._api = Cors(self._serve_api, cors.allow_origins, cors.allow_headers, cors.max_age_s)
+        self._apply_limits()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -114,10 +125,30 @@ class Gateway:
 
     async def start(self) -> None:
         """Start every engine and return when all can serve. Raises `engine_adapter.engine.EngineStartError`."""
+        self.proxy.loading = True
+        self.can_reload.clear()
         async with asyncio.TaskGroup() as group:
             group.create_task(self.predictor.warm_up())
             for engine_queue in self.engine_queues:
                 group.create_task(engine_queue.engine.start(self.events_of(engine_queue)))
+        self.proxy.loading = False
+        self.can_reload.set()
+
+    @property
+    def config(self) -> GatewayConfig:
+        """The configuration that counts now."""
+        return self._config
+
+    @property
+    def open_requests(self) -> int:
+        """Accepted requests that have not ended, scheduled or not."""
+        return self.ledger.open_count + sum(queue.calls for queue in self.engines.queues)
+
+    def why_not_ready(self) -> str:
+        """Return why the gateway serves no requests now, with each engine's reason; "" if it does."""
+        if self.proxy.draining:
+            return "draining"
+        return "" if self.router.alive else self.router.why_down()
 
     def events_of(self, engine_queue: EngineQueue) -> EngineEvents:
         """Return what the engine of ``engine_queue`` reports to."""
@@ -133,22 +164,78 @@ class Gateway:
 
         return EngineEvents(engine_queue.wake, on_alive, engine_queue.on_prefix_cache)
 
-    def reload(self, config: GatewayConfig) -> list[str]:
-        """Apply the keys, classes and guarded fields of ``config``, and return its changed keys that need a restart.
+    def reload(self, config: GatewayConfig) -> Reloaded:
+        """Apply the keys of ``config`` that can change while the gateway serves (`RELOADABLE`).
 
         Open requests keep the class and the rights that they were judged with. Nothing changes if this raises
-        pydantic's ValidationError.
+        pydantic's ValidationError, or `gateway.engines.EngineConfigError`.
         """
-        effective = self._config.reloaded(config)
-        needs_restart = self._config.needs_restart(config)
-        self._config = effective
-        classes = effective.slo_classes()
+        return self.apply(self._config.change_to(config))
+
+    def apply(self, change: ConfigChange) -> Reloaded:
+        """Apply a change of the current configuration, as `reload` does."""
+        effective, changed = change.config, change.keys
+        new_engines = self.engines.build_new(effective.engines) if "engines" in changed else {}
+        old, self._config = self._config, effective
         # A removed class stays in the queues, because open requests may belong to it.
-        self._queued_classes.update(classes)
-        self.proxy.classes = classes
+        self._queued_classes.update(effective.slo_classes())
+        self.proxy.classes = effective.slo_classes()
         self.proxy.keys = KeyRing(effective.api_keys(), effective.anonymous_key())
         self.proxy.guard = effective.field_guard()
-        return needs_restart
+        self._apply_limits()
+        for engine_queue in self.engines.queues:
+            engine_queue.circuit.max_rest_s = effective.failover.max_rest_s
+            if "policy" in changed:
+                engine_queue.set_policy(self._make_policy())
+            if "shadow" in changed:
+                engine_queue.set_shadows(effective.shadow_policies(), effective.changed_shadows(old))
+        if "engines" in changed:
+            self.engines.change(effective.engines, new_engines)
+        return Reloaded(
+            [key for key in changed if key in RELOADABLE],
+            [key for key in changed if key not in RELOADABLE],
+            self.engines.starting,
+            self.engines.leaving,
+        )
+
+    async def _reload_file(self) -> dict[str, Any]:
+        if self.on_reload is None:
+            mistake = {"line": 1, "key": "", "reason": "the gateway was not started with a configuration file"}
+            return {"ok": False, "file": "", "mistakes": [mistake]}
+        return await self.on_reload()
+
+    def _apply_limits(self) -> None:
+        """Apply the limits of the configuration. Requests that are open keep theirs."""
+        server, failover = self._config.server, self._config.failover
+        self.proxy.set_limits(
+            max_body_bytes=server.max_body_bytes,
+            max_open_requests=server.max_open_requests,
+            max_pass_through=server.max_pass_through,
+            first_token_timeout_s=failover.first_token_timeout_s,
+            keep_alive_s=server.sse_keep_alive_s,
+            routes=RouteTable(server.pass_through_routes),
+        )
+        self._retries.ratio, self._retries.per_second = failover.retry_ratio, failover.min_retries_per_s
+        self.predictor.timeout_s = self._config.predictor.timeout_ms / 1000
+        self.engines.drain_s = server.drain_s
+        cors = server.cors
+        self._api = self._serve_api
+        if cors is not None:
+            self._api = Cors(self._serve_api, cors.allow_origins, cors.allow_headers, cors.max_age_s)
+
+    def _make_policy(self) -> Policy:
+        return make_policy(self._config.policy.name, dict(self._config.policy.options))
+
+    def _make_queue(self, engine: Engine) -> EngineQueue:
+        engine_queue = EngineQueue(
+            engine,
+            self._make_policy(),
+            self._queued_classes,
+            on_decided=self.metrics.scheduling.labels(engine.name).observe,
+            shadow=self._config.shadow_policies(),
+        )
+        engine_queue.circuit.max_rest_s = self._config.failover.max_rest_s
+        return engine_queue
 
     async def drain(self, timeout_s: float) -> bool:
         """Reject new requests and wait for the open ones. Returns False if some are still open after ``timeout_s``."""
@@ -171,9 +258,7 @@ class Gateway:
             task.cancel()
         self.router.close()
         await self.predictor.close()
-        await asyncio.gather(
-            *(engine_queue.engine.stop() for engine_queue in self.engine_queues), return_exceptions=True
-        )
+        await self.engines.stop()
         await self.proxy.cut()
 
     def _on_close(self, entry: Entry) -> None:
@@ -196,11 +281,8 @@ def _operator_routes(gateway: Gateway) -> FastAPI:
 
     @app.get("/ready", summary="Readiness: an engine can serve and the gateway accepts requests")
     async def ready() -> Response:
-        if gateway.proxy.draining:
-            return JSONResponse({"ready": False, "why": "draining"}, 503)
-        if not gateway.router.alive:
-            return JSONResponse({"ready": False, "why": "no engine is alive"}, 503)
-        return JSONResponse({"ready": True})
+        why = gateway.why_not_ready()
+        return JSONResponse({"ready": False, "why": why}, 503) if why else JSONResponse({"ready": True})
 
     @app.get("/metrics", summary="Prometheus metrics")
     async def metrics() -> Response:

@@ -55,7 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config_app = typer.Typer(help="Check configuration files and hash API keys.", no_args_is_help=True)
+config_app = typer.Typer(help="Check and reload configuration files, and hash API keys.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (YAML); see configs/.")]
@@ -95,16 +95,17 @@ def serve(
         logging.getLogger("antares.config").warning("%s: %s", config, deprecation)
     try:
         if sys.platform == "win32":
-            asyncio.run(run(loaded))
+            code = asyncio.run(run(loaded))
         else:
             import uvloop
 
-            uvloop.run(run(loaded, lambda: load(config, overrides=overrides)))
+            code = uvloop.run(run(loaded, lambda: load(config, overrides=overrides), config))
     except ServeError as error:
         typer.echo(f"antares: {error}", err=True)
         raise typer.Exit(1) from error
     except (KeyboardInterrupt, asyncio.CancelledError):
         raise typer.Exit(130) from None
+    raise typer.Exit(code)
 
 
 @config_app.command("check")
@@ -130,6 +131,76 @@ def config_check(
     for caution in [*deprecations, *cautions]:
         typer.echo(f"{file}: {caution}", err=True)
     typer.echo(orjson.dumps({"ok": True, "mistakes": []}).decode() if as_json else f"{file}: ok")
+
+
+@config_app.command("reload")
+def config_reload(
+    url: Annotated[str, typer.Option(help="Address of the gateway.")] = "http://127.0.0.1:8100",
+    pid: Annotated[
+        int | None, typer.Option(help="Send SIGHUP to this process instead; its log has the result.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the gateway's JSON document on stdout.")] = False,
+) -> None:
+    """Have a running gateway read its configuration file again, and print what changed.
+
+    With keys configured, ANTARES_OPERATOR_KEY must hold one with `operator: true`. Exit codes: 1 for mistakes in the
+    file, which change nothing; 2 if the gateway did not reload for another reason.
+    """
+    import orjson
+
+    from gateway.operator_client import Unreachable, call, reload_lines
+
+    if pid is not None:
+        _hang_up(pid)
+        return
+    try:
+        # The gateway waits for its engines, if they are starting.
+        status, document = call("POST", f"{url.rstrip('/')}/reload", timeout_s=300)
+    except Unreachable as error:
+        typer.echo(f"antares: {error}", err=True)
+        raise typer.Exit(2) from error
+    if not isinstance(document, dict) or "ok" not in document:
+        refusal = document.get("error") if isinstance(document, dict) else None
+        message = refusal.get("message", "") if isinstance(refusal, dict) else ""
+        typer.echo(f"antares: {url} answered {status}: {message or 'this is no gateway that can reload'}", err=True)
+        raise typer.Exit(2)
+    if as_json:
+        typer.echo(orjson.dumps(document).decode())
+    else:
+        for line in reload_lines(document):
+            typer.echo(line, err=not document["ok"])
+    raise typer.Exit(0 if document["ok"] else 1)
+
+
+def _hang_up(pid: int) -> None:
+    import os
+    import signal
+
+    try:
+        os.kill(pid, signal.SIGHUP)
+    except OSError as error:
+        typer.echo(f"antares: cannot signal process {pid}: {error.strerror}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"sent SIGHUP to process {pid}; its log says what changed")
+
+
+@app.command()
+def health(
+    url: Annotated[str, typer.Option(help="Address of the gateway.")] = "http://127.0.0.1:8100",
+    ready: Annotated[bool, typer.Option("--ready", help="Also require that an engine can serve.")] = False,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the answer.")] = 4.0,
+) -> None:
+    """Exit 0 if the gateway answers, else 1. For health checks of containers."""
+    from gateway.operator_client import Unreachable, call
+
+    try:
+        status, document = call("GET", f"{url.rstrip('/')}/{'ready' if ready else 'health'}", timeout_s)
+    except Unreachable as error:
+        typer.echo(f"antares: {error}", err=True)
+        raise typer.Exit(1) from error
+    why = document.get("why", "") if isinstance(document, dict) else ""
+    typer.echo("ok" if status == 200 else f"not ready: {why}" if why else f"status {status}", err=status != 200)
+    raise typer.Exit(0 if status == 200 else 1)
 
 
 @config_app.command("hash-key")

@@ -11,25 +11,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import uvicorn
-from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from engine_adapter.asgi import cancel_and_wait
-from engine_adapter.build import BUILDERS
 from engine_adapter.engine import Engine, EngineStartError
+from gateway import sd_notify
 from gateway.api.http_protocol import HttpProtocol
 from gateway.app import Gateway
-from gateway.config.file import ConfigError
 from gateway.config.schema import EngineConfig, GatewayConfig
+from gateway.engines import build_engine
 from gateway.prediction.supervisor import Supervisor
+from gateway.reload import Reloader, Report
 
 log = logging.getLogger("antares.serve")
 console = Console(stderr=True, highlight=False)
 
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 60, 15, 4
 """TCP keep-alive of client connections: two minutes without a response close the connection of a dead client."""
+
+
+EXIT_CUT = 3
+"""Exit code if requests were still open when the drain ended. 1 and 2 are failed starts."""
+
+NOT_READY_EVERY_S = 0.25
+"""Seconds between checks whether an engine is up, until one is."""
 
 
 class ServeError(Exception):
@@ -44,11 +53,15 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(config: GatewayConfig, load: Callable[[], GatewayConfig] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM, then drain and stop. Raises `ServeError` if the start fails.
+async def serve(
+    config: GatewayConfig, load: Callable[[], GatewayConfig] | None = None, file: Path | None = None
+) -> int:
+    """Serve until SIGINT or SIGTERM, then drain and stop. Returns the exit code: 0, or `EXIT_CUT` if requests were cut.
 
-    ``load`` reads the configuration file again on SIGHUP. It raises `gateway.config.file.ConfigError`.
+    ``load`` reads the configuration ``file`` again on SIGHUP. It raises `gateway.config.file.ConfigError`.
+    Raises `ServeError` if the start fails.
     """
+    cut = 0
     started = time.monotonic()
     if load is not None:
         # Until the gateway can reload.
@@ -65,6 +78,8 @@ async def serve(config: GatewayConfig, load: Callable[[], GatewayConfig] | None 
         if supervisor is not None:
             await supervisor.start()
             stack.push_async_callback(supervisor.stop)
+        watchdog = asyncio.create_task(sd_notify.keep_watchdog(), name="watchdog")
+        stack.push_async_callback(cancel_and_wait, watchdog)
         engines = [_build(engine) for engine in config.engines]
         gateway = Gateway(config, engines, predictor_url)
         if supervisor is not None:
@@ -86,22 +101,25 @@ async def serve(config: GatewayConfig, load: Callable[[], GatewayConfig] | None 
         stack.push_async_callback(gateway.stop)
         stop, hurry = _stop_on_signals()
         if load is not None:
-            stack.push_async_callback(_reload_on_signal(gateway, load))
+            stack.push_async_callback(_reload_on_signal(gateway, load, file))
         starting = asyncio.create_task(_start(config, gateway), name="start engines")
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            _announce(config, gateway, port, time.monotonic() - started)
+            announcing = asyncio.create_task(_announce(gateway, port, started), name="announce")
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
-            log.info("draining: %d open requests", gateway.ledger.open_count)
-            await _drain(gateway, config.server.drain_s, hurry)
+            await cancel_and_wait(announcing)
+            sd_notify.notify(STOPPING=1, STATUS="draining")
+            log.info("draining: %d open requests", gateway.open_requests)
+            cut = await _drain(gateway, gateway.config.server.drain_s, hurry)
         else:
             starting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await starting
         stopping.cancel()
     log.info("stopped")
+    return EXIT_CUT if cut else 0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -164,11 +182,8 @@ def _free_port() -> int:
 
 
 def _build(config: EngineConfig) -> Engine:
-    options = config.model_dump(exclude={"kind", "step_times"})
-    if config.step_times is not None:
-        options["step_times"] = config.step_times.times()
     try:
-        return BUILDERS[config.kind](**options)
+        return build_engine(config)
     except (EngineStartError, ValueError) as error:
         raise ServeError(f"engine {config.name}: {error}") from error
 
@@ -176,11 +191,15 @@ def _build(config: EngineConfig) -> Engine:
 async def _start(config: GatewayConfig, gateway: Gateway) -> None:
     names = ", ".join(engine.name for engine in config.engines)
     slow = " (vLLM takes 30 to 90 s)" if any(engine.kind == "vllm" for engine in config.engines) else ""
+    failed: BaseExceptionGroup[EngineStartError] | None = None
     try:
         with console.status(f"Starting engine {names}{slow}…"):
             await gateway.start()
     except* EngineStartError as group:
-        raise ServeError("; ".join(str(error) for error in group.exceptions)) from group
+        # NOTE: what is raised here would be wrapped in another group.
+        failed = group
+    if failed is not None:
+        raise ServeError("; ".join(str(error) for error in failed.exceptions)) from failed
 
 
 async def _close(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
@@ -192,15 +211,17 @@ async def _close(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
         server.force_exit = True
 
 
-async def _drain(gateway: Gateway, drain_s: float, hurry: asyncio.Event) -> None:
-    """Wait for the open requests, at most ``drain_s`` seconds and until ``hurry`` is set."""
+async def _drain(gateway: Gateway, drain_s: float, hurry: asyncio.Event) -> int:
+    """Wait for the open requests, at most ``drain_s`` seconds and until ``hurry`` is set. Return how many are left."""
     draining = asyncio.create_task(gateway.drain(drain_s))
     hurried = asyncio.create_task(hurry.wait())
     await asyncio.wait({draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
     for task in (draining, hurried):
         task.cancel()
-    if gateway.proxy.in_flight:
-        log.warning("%d requests are still open and are answered with 503 draining", gateway.proxy.in_flight)
+    left = gateway.open_requests
+    if left:
+        log.warning("%d requests are still open and are answered with 503 draining", left)
+    return left
 
 
 def _stop_on_signals() -> tuple[asyncio.Event, asyncio.Event]:
@@ -227,53 +248,62 @@ def _stop_on_signals() -> tuple[asyncio.Event, asyncio.Event]:
     return stop, hurry
 
 
-def _reload_on_signal(gateway: Gateway, load: Callable[[], GatewayConfig]) -> Callable[[], Awaitable[None]]:
-    """Reload the configuration on every SIGHUP, and return a function that ends that."""
-    again = asyncio.Event()
+def _reload_on_signal(
+    gateway: Gateway, load: Callable[[], GatewayConfig], file: Path | None
+) -> Callable[[], Awaitable[None]]:
+    """Reload the configuration on SIGHUP and on `POST /reload`, and return a function that ends that."""
 
-    async def reload_repeatedly() -> None:
-        while True:
-            await again.wait()
-            again.clear()
-            await _reload(gateway, load)
+    def on_end(report: Report) -> None:
+        failed = f"; the last reload failed: {report.mistakes[0]}" if report.mistakes else ""
+        sd_notify.notify(READY=1, STATUS=_status(gateway) + failed)
 
-    task = asyncio.create_task(reload_repeatedly(), name="reload")
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again.set)
-
-    async def end() -> None:
-        await cancel_and_wait(task)
-
-    return end
+    reloader = Reloader(gateway, load, file=file, on_begin=sd_notify.reloading, on_end=on_end)
+    gateway.on_reload = reloader.reload
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
+    return reloader.stop
 
 
-async def _reload(gateway: Gateway, load: Callable[[], GatewayConfig]) -> None:
-    """Apply the configuration file again. A file with mistakes changes nothing; each mistake is logged."""
-    try:
-        # In a thread, because a file with thousands of keys takes seconds and streams must go on.
-        config = await asyncio.to_thread(load)
-        needs_restart = gateway.reload(config)
-    except ConfigError as error:
-        for mistake in error.mistakes:
-            log.error("reload: nothing changed: %s: %s", error.path, mistake)
-    except ValidationError as error:
-        for detail in error.errors():
-            log.error("reload: nothing changed: %s", detail["msg"])
-    except Exception as error:
-        log.error("reload: nothing changed: %s", error, exc_info=error)
-    else:
-        log.info("reload: %d keys and %d classes are in use", len(config.keys), len(config.classes))
-        if needs_restart:
-            log.warning("reload: needs a restart to take effect: %s", ", ".join(needs_restart))
+def _status(gateway: Gateway) -> str:
+    """Return whether the gateway can serve, in one line."""
+    why = gateway.why_not_ready()
+    return f"not ready: {why}" if why else "ready"
 
 
-def _announce(config: GatewayConfig, gateway: Gateway, port: int, seconds: float) -> None:
+async def _announce(gateway: Gateway, port: int, started: float) -> None:
+    """Print that the gateway is ready, once it is. Before that, print why it is not, again for every other reason."""
+    # For systemd the service has started: it listens, answers /health and keeps trying.
+    sd_notify.notify(READY=1, STATUS=_status(gateway))
+    printed = ""
+    while why := gateway.why_not_ready():
+        if why != printed:
+            printed = why
+            console.print(
+                f"[bold yellow]Antares is not ready[/bold yellow]: {escape(why)}. It keeps trying.", soft_wrap=True
+            )
+            sd_notify.notify(STATUS=_status(gateway))
+        await asyncio.sleep(NOT_READY_EVERY_S)
+    if printed:
+        sd_notify.notify(STATUS=_status(gateway))
+    _print_ready(gateway, port, time.monotonic() - started)
+
+
+def _print_ready(gateway: Gateway, port: int, seconds: float) -> None:
+    config = gateway.config
+    for engine_queue in gateway.engine_queues:
+        engine = engine_queue.engine
+        if not engine.state.alive:
+            console.print(
+                f"engine {engine.name} is not up: {escape(engine.state.why_down)}. Antares keeps trying.",
+                soft_wrap=True,
+            )
     host = config.server.host if config.server.host not in ("0.0.0.0", "::") else "127.0.0.1"
     base = f"http://{host}:{port}"
-    model = gateway.engine_queues[0].engine.state.model or "MODEL"
+    model = gateway.router.default_model or "MODEL"
+    up = ", ".join(queue.engine.name for queue in gateway.engine_queues if queue.engine.state.alive)
     auth = ' -H "Authorization: Bearer $ANTARES_KEY"' if config.keys else ""
     console.print(
         f"""
-[bold green]Antares is ready[/bold green] at {base} after {seconds:.0f} s, policy {config.policy.name}. Ctrl-C stops it.
+[bold green]Antares is ready[/bold green] at {base} after {seconds:.0f} s, policy {config.policy.name}, engines {up}. Ctrl-C stops it.
 
   curl {base}/v1/chat/completions{auth} -H 'content-type: application/json' \\
     -H 'x-slo-ttft-ms: 2000' -H 'x-slo-tpot-ms: 200' -H 'x-slo-report: 1' \\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from engine_adapter.vllm import smollm2
+from gateway.cli import app
 from gateway.config.file import load
+from gateway.config.schema import ServerConfig
 from gateway.observability.metrics import METRIC_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,8 +152,66 @@ def test_dockerfile_copies_every_package_of_the_distribution():
 
 def test_dockerfile_sets_numeric_user_health_check_and_stop_signal():
     assert re.search(r"^USER \d+$", DOCKERFILE, re.MULTILINE)
-    assert "127.0.0.1:8100/health" in DOCKERFILE
+    assert '"antares", "health", "--url", "http://127.0.0.1:8100"' in DOCKERFILE
     assert "STOPSIGNAL SIGTERM" in DOCKERFILE
+
+
+@pytest.mark.parametrize("name", ["gateway", "predictor"])
+def test_compose_services_have_a_read_only_root_and_no_privileges(name: str):
+    service = SERVICES[name]
+    assert service["read_only"]
+    assert service["tmpfs"] == ["/tmp"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["healthcheck"]["test"][:3] == ["CMD", "antares", "health"]
+
+
+def test_prometheus_gets_the_operator_key_that_it_sends():
+    mounts = {config["source"]: config["target"] for config in SERVICES["prometheus"]["configs"]}
+    gateway = next(job for job in PROMETHEUS["scrape_configs"] if job["job_name"] == "antares")
+
+    assert gateway["authorization"]["credentials_file"] == mounts["operator_key"]
+    assert "ANTARES_OPERATOR_KEY" in COMPOSE["configs"]["operator_key"]["content"]
+
+
+def unit(section: str) -> dict[str, str]:
+    """Return the settings of a section of the systemd unit."""
+    text = (DEPLOY / "systemd" / "antares.service").read_text().split(f"[{section}]")[1].split("\n[")[0]
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
+
+
+def test_unit_stops_later_than_the_drain_ends():
+    assert float(unit("Service")["TimeoutStopSec"]) > ServerConfig().drain_s + 10
+
+
+def test_unit_uses_commands_that_exist():
+    service = unit("Service")
+    assert service["Type"] == "notify"
+    for setting in ("ExecStart", "ExecStartPre"):
+        command = service[setting].split()[1:]
+        arguments = [word for word in command if not word.startswith(("/", "-"))]
+        assert CliRunner().invoke(app, [*arguments, "--help"]).exit_code == 0
+
+
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_accepts_the_unit_and_finds_little_exposure(tmp_path: Path):
+    text = (DEPLOY / "systemd" / "antares.service").read_text()
+    file = tmp_path / "antares.service"
+    file.write_text(text.replace("/opt/antares/venv/bin/antares", "/bin/true"))
+
+    def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["systemd-analyze", *arguments, str(file)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+    verified = analyze("verify")
+    assert (verified.returncode, verified.stderr) == (0, "")
+    exposure = re.search(r"exposure level for antares\.service: ([0-9.]+)", analyze("security", "--offline=yes").stdout)
+    assert exposure is not None
+    assert float(exposure[1]) < 3
+
+
+def test_check_image_script_is_valid_bash():
+    subprocess.run(["bash", "-n", DEPLOY / "check_image.sh"], check=True)
 
 
 def test_container_configuration_matches_the_quickstart():

@@ -16,8 +16,12 @@ PRODUCT = ("gateway", "engine_adapter", "predictor_service", "lab")
 LAYERS = {
     "gateway": [
         "cli",
+        "operator_client",
         "serve",
+        "sd_notify",
+        "reload",
         "app",
+        "engines",
         "config",
         "api",
         "observability",

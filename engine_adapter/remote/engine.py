@@ -150,7 +150,6 @@ class HttpEngine:
         self._models = tuple(models)
         self._models_due_s = 0.0
         self._key_is_checked = False
-        self._why_down = ""
         self._watcher: asyncio.Task[None] | None = None
 
     @property
@@ -221,12 +220,21 @@ class HttpEngine:
         """Returns None: the server rejects what it does not support."""
         return None
 
+    @property
+    def _why_down(self) -> str:
+        return self.state.why_down
+
+    @_why_down.setter
+    def _why_down(self, why: str) -> None:
+        self.state.why_down = why
+
     def _on_unreachable(self) -> None:
         """Mark the server as down, so that new requests wait or go to another engine, and probe it at once.
 
         The outage may be momentary.
         """
         if self.state.alive:
+            self._why_down = f"no connection to {self.base_url}"
             self._set_alive(False, ready_in_s=PROBE_AT_ONCE_S)
             self._probe_now.set()
 

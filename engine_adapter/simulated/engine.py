@@ -143,7 +143,7 @@ class SimulatedEngine:
         """Simulate a crash: every request in flight gets `EngineLost`. The engine restarts after ``restart_s``."""
         if not self.state.alive:
             return
-        self.state.alive = False
+        self.state.alive, self.state.why_down = False, "it crashed and restarts"
         self.state.ready_in_s = self._restart_s
         if self._loop_task is not None:
             self._loop_task.cancel()

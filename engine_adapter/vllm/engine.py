@@ -239,7 +239,7 @@ class VllmEngine:
         """Report that ``llm`` died. Ignored for an earlier engine: its last requests may end after a restart."""
         if self.state.alive and llm is self._llm:
             log.error("engine %s died", self.name)
-            self.state.alive = False
+            self.state.alive, self.state.why_down = False, "it died and restarts"
             self._events.on_alive(False)
 
     async def _restart(self) -> None:
@@ -253,6 +253,7 @@ class VllmEngine:
                 await self._build()
                 return
             except EngineStartError as error:
+                self.state.why_down = f"its restart failed: {error}"
                 log.error("restart of engine %s failed: %s", self.name, error)
 
     async def _read_models(self) -> None:

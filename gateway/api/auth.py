@@ -18,7 +18,8 @@ class ApiKey:
     """One key's rights.
 
     ``least_bounds`` maps a bound (ttft, tpot, e2e) to the strictest value (s) that it may set. ``allowed_fields``: the
-    guarded body fields that it may send (`gateway.api.body_fields`). ``sha256`` is empty for anonymous requests.
+    guarded body fields that it may send (`gateway.api.body_fields`). ``operator``: it may reload the configuration.
+    ``sha256`` is empty for anonymous requests.
     """
 
     tenant: str
@@ -27,6 +28,7 @@ class ApiKey:
     allowed_classes: frozenset[str] | None = None
     least_bounds: dict[str, float] = field(default_factory=dict)
     allowed_fields: frozenset[str] = frozenset()
+    operator: bool = False
 
 
 def hash_key(key: str) -> str:

@@ -76,3 +76,13 @@ def unavailable(message: str, code: str, retry_after_s: float) -> ApiError:
 def draining() -> ApiError:
     """503: the gateway shuts down, and serves neither this request nor any later one."""
     return unavailable("The gateway is shutting down.", "draining", DRAINING_RETRY_S)
+
+
+def engine_removed() -> ApiError:
+    """503: the engine that served the request is no longer configured, and its time to finish is over."""
+    return unavailable("The engine that served this request was removed. Send it again.", "draining", 1.0)
+
+
+def loading(retry_after_s: float) -> ApiError:
+    """503: the gateway has started, but no engine yet."""
+    return unavailable("The engines are starting.", "engine_unavailable", retry_after_s)

@@ -50,6 +50,12 @@ class PassThrough:
         self._serving = serving
         self._slots: dict[str, asyncio.Semaphore] = {}
 
+    def set_limit(self, limit: int) -> None:
+        """Serve at most ``limit`` calls per engine from now on, besides those that run or wait already."""
+        if limit != self._limit:
+            self._limit = limit
+            self._slots.clear()
+
     async def serve(
         self, http: HttpRequest, body: bytes, engine: Engine, send: Send, key: ApiKey, guard: FieldGuard
     ) -> None:

@@ -36,7 +36,7 @@ from engine_adapter.engine import (
 from gateway.api.auth import ApiKey, KeyRing
 from gateway.api.body_fields import FieldGuard
 from gateway.api.engine_call import call_engine
-from gateway.api.errors import ApiError, bad_request, draining, unavailable
+from gateway.api.errors import ApiError, bad_request, draining, engine_removed, loading, unavailable
 from gateway.api.failover import Failure, HangWatch, HeldResponse, failure_of, may_fail_over
 from gateway.api.http_request import HttpRequest
 from gateway.api.keep_alive import KeepAlive
@@ -113,8 +113,10 @@ class Proxy:
     """Schedules the requests of generation routes, and passes those of other known routes on to an engine.
 
     ``draining``: every new request is answered with 503. ``stopping``: the engines stop, so a request that loses its
-    engine is answered likewise. ``in_flight``: requests that have no complete response yet. ``classes``, ``keys`` and
-    ``guard`` may be replaced while requests are served; each request keeps what it was judged with.
+    engine is answered likewise. ``loading``: the gateway starts, so requests are answered with 503 until an engine is
+    up. ``in_flight``: requests that have no complete response yet.
+    ``classes``, ``keys`` and ``guard`` may be replaced while requests are served, and `set_limits` may be called; each
+    request keeps what it was judged with.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class Proxy:
         guard: FieldGuard | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.draining = self.stopping = False
+        self.draining = self.stopping = self.loading = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self.in_flight = 0
         self._router = router
@@ -149,13 +151,28 @@ class Proxy:
         self._max_open_requests = max_open_requests
         self._retries = retries or RetryBudget()
         self._first_token_timeout_s = first_token_timeout_s
-        pass_through = PassThrough(max_pass_through, STALL_S, metrics.pass_through)
-        self._unscheduled = Unscheduled(router, pass_through, self._retries, metrics, clock)
+        self._passing = PassThrough(max_pass_through, STALL_S, metrics.pass_through)
+        self._unscheduled = Unscheduled(router, self._passing, self._retries, metrics, clock)
         self._routes = routes or RouteTable()
         self._keep_alive_s = keep_alive_s
         self.guard = guard or FieldGuard()
         self._clock = clock
         self.sizer = PromptSizer()
+
+    def set_limits(
+        self,
+        *,
+        max_body_bytes: int,
+        max_open_requests: int,
+        max_pass_through: int,
+        first_token_timeout_s: float | None,
+        keep_alive_s: float | None,
+        routes: RouteTable,
+    ) -> None:
+        """Replace the arguments of these names. Requests that wait for a turn at an engine keep their limit."""
+        self._max_body_bytes, self._max_open_requests = max_body_bytes, max_open_requests
+        self._first_token_timeout_s, self._keep_alive_s, self._routes = first_token_timeout_s, keep_alive_s, routes
+        self._passing.set_limit(max_pass_through)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -224,6 +241,8 @@ class Proxy:
         key = self.keys.authenticate(http.headers.get("authorization"), http.headers.get("x-api-key"))
         if self.draining:
             raise draining()
+        if self.loading and not self._router.alive:
+            raise loading(min(queue.back_in_s(self._clock()) for queue in self._router.engine_queues))
         return key
 
     async def _receive_body(self, http: HttpRequest) -> bytes:
@@ -538,7 +557,8 @@ class Proxy:
         if isinstance(error, BodyTooDeep):
             raise self._closed(entry, "rejected", "invalid_json", too_deep())
         if isinstance(error, EngineLost):
-            self._ledger.close(entry, "failed", "draining" if self.stopping else "engine_lost")
+            stops = self.stopping or engine_queue.retired
+            self._ledger.close(entry, "failed", "draining" if stops else "engine_lost")
             answer = self._engine_lost(engine_queue)
         else:
             log.error(
@@ -598,6 +618,8 @@ class Proxy:
     def _engine_lost(self, engine_queue: EngineQueue) -> ApiError:
         if self.stopping:
             return draining()
+        if engine_queue.retired:
+            return engine_removed()
         retry_after_s = engine_queue.back_in_s(self._clock())
         return unavailable("The engine died while it served this request. Send it again.", "engine_lost", retry_after_s)
 

@@ -118,12 +118,15 @@ class Unscheduled:
     ) -> EngineLost | None:
         """Have the engine answer through ``send``. Return the error if it died."""
         sent_at = self.clock()
+        queue.calls += 1
         try:
             await self.pass_through.serve(http, body, queue.engine, send, key, guard)
         except EngineLost as error:
             reason = "unreachable" if isinstance(error, EngineUnreachable) else "lost"
             self.router.on_failure(queue, reason, sent_at, begun=http.response_started)
             return error
+        finally:
+            queue.calls -= 1
         return None
 
     def _choose(self, target: _Target) -> EngineQueue | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,6 +88,22 @@ def load(path: Path, env: Mapping[str, str] = os.environ, overrides: Mapping[str
         raise ConfigError(path, mistakes) from invalid
 
 
+def located(path: Path | None, mistakes: Sequence[tuple[str, str]]) -> ConfigError:
+    """Return the error for ``mistakes`` (dotted key, reason) that a valid file at ``path`` has in this process."""
+    root = None
+    if path is not None:
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    found = [Mistake(_line(root, _path(key)), key, reason) for key, reason in mistakes]
+    return ConfigError(path or Path("the configuration"), found)
+
+
+def _path(dotted: str) -> list[str | int]:
+    """Return the parts of a key such as ``engines[0].model``."""
+    parts = dotted.replace("[", ".").replace("]", "").split(".") if dotted else []
+    return [int(part) if part.isdigit() else part for part in parts]
+
+
 def _override(document: dict[str, Any], values: Mapping[str, Any]) -> None:
     """Set dotted keys in ``document``. A section of the wrong type is left to the validation."""
     for dotted, value in values.items():
@@ -114,7 +131,7 @@ def _mistake(error: Any, root: yaml.Node | None) -> Mistake:
     elif not path and ": " in message:
         # Validators of the whole file start their message with the key.
         named, message = message.split(": ", 1)
-        path = [int(p) if p.isdigit() else p for p in named.replace("[", ".").replace("]", "").split(".")]
+        path = _path(named)
     elif path[-1:] and path[-1] in _UNION_MEMBERS:
         # pydantic reports one error per member of a union and appends the member's type to the path.
         path.pop()

@@ -125,7 +125,7 @@ class LengthPredictor:
 
     def __init__(self, url: str | None, timeout_s: float, statistics: LengthStatistics) -> None:
         self.url = url
-        self._timeout = timeout_s
+        self.timeout_s = timeout_s
         self._statistics = statistics
         self._breaker = CircuitBreaker()
         self._client: httpx.AsyncClient | None = None
@@ -238,7 +238,7 @@ class LengthPredictor:
         self._pending.append(pending)
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send(), name="call the predictor")
-        await asyncio.wait({pending.answer}, timeout=self._timeout)
+        await asyncio.wait({pending.answer}, timeout=self.timeout_s)
         if not pending.answer.done():
             pending.answer.cancel()
             self._count_failure()

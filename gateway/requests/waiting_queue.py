@@ -55,6 +55,15 @@ class WaitingQueue(Sequence[Request]):
         if request.id in self._key_of:
             self._insert(request, self._delete(request)[-1])
 
+    def set_order(self, order: Order) -> None:
+        """Sort by another key from now on. Equal keys stay in order of arrival."""
+        arrivals = [(request, key[-1]) for request, key in zip(self._requests, self._keys, strict=True)]
+        self._order = order
+        ordered = sorted((((*order(request), arrival), request) for request, arrival in arrivals), key=lambda e: e[0])
+        self._keys, self._requests = [key for key, _ in ordered], [request for _, request in ordered]
+        self._key_of = {request.id: key for key, request in ordered}
+        self._table = None
+
     def clear(self) -> None:
         """Remove all requests."""
         self._keys.clear()

@@ -46,6 +46,12 @@ class AdmissionController:
         """Whether requests wait and the engine has work."""
         return bool(self.waiting and self.running)
 
+    def set_policy(self, policy: Policy) -> None:
+        """Have ``policy`` decide from now on. Waiting requests get its order; running ones stay as they are."""
+        self.policy = policy
+        self.waiting.set_order(policy.order)
+        self.capacity_changed()
+
     def submit(self, request: Request) -> None:
         """Queue ``request``."""
         if not self.engine.prefix_caching:

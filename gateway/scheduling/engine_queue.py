@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine_adapter.engine import Engine, PrefixCacheEvent
@@ -99,11 +99,12 @@ class EngineQueue:
         self.engine = engine
         self.classes = classes
         self.admission = AdmissionController(policy, engine.state, self._serves_best_effort)
-        shadows = [
-            Shadow(name, policy, engine.state, classes, self._serves_best_effort)
-            for name, policy in (shadow or {}).items()
-        ]
+        shadows = [self._shadow(name, policy) for name, policy in (shadow or {}).items()]
         self.shadows = ShadowRunner(shadows, engine.state, clock)
+        self.calls = 0
+        """Calls of the engine's app outside scheduling that have not returned."""
+        self.retired = False
+        """Whether the engine is no longer configured: it finishes what it has and gets no new requests."""
         self.decisions = 0
         self.deciding_s = 0.0
         self.circuit = CircuitBreaker()
@@ -116,7 +117,7 @@ class EngineQueue:
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = math.inf
-        self._down_since: float | None = None
+        self._down_since: float | None = None if engine.state.alive else clock()
         self._probed_at = -math.inf
         self._last_curve, self._learned_at = engine.state.step_time.curve, -math.inf
         self._probe: asyncio.Task[None] | None = None
@@ -143,8 +144,8 @@ class EngineQueue:
     def submit(self, request: Request) -> asyncio.Future[QueueOutcome]:
         """Queue ``request`` and return its future outcome. A closed queue and a full class queue answer at once."""
         outcome: asyncio.Future[QueueOutcome] = asyncio.get_running_loop().create_future()
-        if self._closed:
-            outcome.set_result(Draining())
+        if self._closed or (self.retired and self.can_move(request)):
+            outcome.set_result(Reroute() if self.retired else Draining())
             return outcome
         limit = self.classes[request.slo_class].max_waiting
         if self.waiting.by_class[request.slo_class] >= limit:
@@ -215,14 +216,46 @@ class EngineQueue:
             if self.can_move(request):
                 self._remove(request, Reroute())
 
+    @property
+    def open_requests(self) -> int:
+        """Requests that wait here or that the engine serves, scheduled or not."""
+        return len(self.waiting) + len(self.running) + self.calls
+
+    def set_policy(self, policy: Policy) -> None:
+        """Have ``policy`` decide from now on. Requests keep waiting in its order, and running ones go on."""
+        self.admission.set_policy(policy)
+        self.wake()
+
+    def set_shadows(self, policies: Mapping[str, Policy], changed: Collection[str]) -> None:
+        """Run the shadow ``policies`` (by name). Those that are not ``changed`` go on with their requests and counts.
+
+        A new one sees the requests that arrive from now on.
+        """
+        running = {shadow.name: shadow for shadow in self.shadows.all if shadow.name not in changed}
+        self.shadows.replace([running.get(name) or self._shadow(name, policy) for name, policy in policies.items()])
+
+    def _shadow(self, name: str, policy: Policy) -> Shadow:
+        return Shadow(name, policy, self.engine.state, self.classes, self._serves_best_effort)
+
+    def retire(self) -> None:
+        """Answer `Reroute` to the waiting and to later requests that another engine can serve.
+
+        The engine still serves the others. Called once the router no longer knows this queue.
+        """
+        self.retired = True
+        self.reroute()
+
     def close(self) -> None:
-        """Stop the timer and answer `Draining` to the waiting requests and to later ones: the gateway shuts down."""
+        """Stop the timer, and answer `Draining` to the waiting requests and to later ones: the gateway shuts down.
+
+        If the queue is retired, they are placed again instead.
+        """
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         self.shadows.close()
         for request in list(self.waiting):
-            self._remove(request, Draining())
+            self._remove(request, Reroute() if self.retired else Draining())
 
     def back_in_s(self, now: float) -> float:
         """Return the seconds until an engine that is down is expected back, at least one, for `Retry-After`."""

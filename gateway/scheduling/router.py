@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from engine_adapter.model_card import ModelCard
@@ -24,13 +24,13 @@ class UnknownModel(Exception):  # noqa: N818 - named after its cause
 
 
 class Router:
-    """Holds one `EngineQueue` per engine; ``engine_queues`` must not be empty.
+    """Holds one `EngineQueue` per engine; ``engine_queues`` must not be empty. `join` and `leave` change the list.
 
     The *pool* of a model is the engines that serve it, dead ones included: they still own their models.
     """
 
-    def __init__(self, engine_queues: Sequence[EngineQueue], clock: Callable[[], float] = time.monotonic) -> None:
-        self.engine_queues = list(engine_queues)
+    def __init__(self, engine_queues: list[EngineQueue], clock: Callable[[], float] = time.monotonic) -> None:
+        self.engine_queues = engine_queues
         self._by_name = {engine_queue.engine.name: engine_queue for engine_queue in self.engine_queues}
         self._owners: OrderedDict[str, str] = OrderedDict()
         self._clock = clock
@@ -169,6 +169,8 @@ class Router:
         begun: bool = False,
     ) -> None:
         """Note that the engine failed a request. If it rests from now on, its waiting requests move elsewhere."""
+        if engine_queue.retired:
+            return
         now, circuit = self._clock(), engine_queue.circuit
         if reason == "http_429":
             rests = circuit.on_overload(sent_at, now, retry_after_s)
@@ -202,6 +204,29 @@ class Router:
     def alive(self) -> bool:
         """Whether any engine can serve."""
         return any(engine_queue.engine.state.alive for engine_queue in self.engine_queues)
+
+    def why_down(self) -> str:
+        """Return each engine that is down, with the reason."""
+        down = [queue.engine for queue in self.engine_queues if not queue.engine.state.alive]
+        return "; ".join(f"engine {engine.name}: {engine.state.why_down}" for engine in down)
+
+    def join(self, engine_queue: EngineQueue, replaced: EngineQueue | None = None) -> None:
+        """Send requests to the engine from now on, in place of the ``replaced`` one if given."""
+        engine_queue.can_move = partial(self._can_move, engine_queue)
+        if replaced is None:
+            self.engine_queues.append(engine_queue)
+        else:
+            self.engine_queues[self.engine_queues.index(replaced)] = engine_queue
+            self._by_name.pop(replaced.engine.name, None)
+        self._by_name[engine_queue.engine.name] = engine_queue
+        if replaced is not None:
+            replaced.retire()
+
+    def leave(self, engine_queue: EngineQueue) -> None:
+        """Send no more requests to the engine, and place those that wait for it again. It must not be the last one."""
+        self.engine_queues.remove(engine_queue)
+        del self._by_name[engine_queue.engine.name]
+        engine_queue.retire()
 
     def close(self) -> None:
         """Close every queue."""

@@ -55,6 +55,14 @@ class ShadowRunner:
         self._woken = False
         self._not_before_s = 0.0
 
+    def replace(self, shadows: Iterable[Shadow]) -> None:
+        """Run ``shadows`` from now on. Those that ran before keep their requests and counts, unless disabled."""
+        kept = set(self._active)
+        new = tuple(shadows)
+        self._active = [shadow for shadow in new if shadow in kept or shadow not in self.all]
+        self._slow_updates = {shadow: self._slow_updates.get(shadow, 0) for shadow in new}
+        self.all = new
+
     # --- events -----------------------------------------------------------------------------------------------------
 
     def submitted(self, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""SIGHUP: the keys, classes and guarded fields of the configuration file are read again."""
+"""Reload: the configuration file is read again, and what can change does so without dropping a request."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.api.auth import hash_key
 from gateway.config.file import load
-from gateway.serve import _reload
-from tests.fixtures.live_gateway import CHAT, CLASSES, chat, fast_engine, gateway_config, live
+from gateway.reload import Reloader
+from tests.fixtures.live_gateway import CHAT, chat, fast_engine, gateway_config, live
 from tests.fixtures.live_server import eventually
 from tests.fixtures.served_process import served
 
@@ -31,7 +31,7 @@ def key(secret: str, tenant: str, **rights: Any) -> dict[str, Any]:
 
 async def test_reload_replaces_keys() -> None:
     async with live(keys=[key(ALICE, "alice")]) as antares:
-        assert antares.gateway.reload(gateway_config(keys=[key(BOB, "bob")])) == []
+        assert antares.gateway.reload(gateway_config(keys=[key(BOB, "bob")])).changed == ["keys"]
         assert (await antares.ask(x_api_key=ALICE)).status_code == 401
         assert (await antares.ask(x_api_key=BOB)).status_code == 200
 
@@ -46,7 +46,8 @@ async def test_reload_changes_the_rights_of_a_key() -> None:
 async def test_reload_adds_changes_and_removes_classes() -> None:
     async with live() as antares:
         classes = {"new": {"ttft_ms": 7000}, "chat": {"ttft_ms": 6000}}
-        assert antares.gateway.reload(gateway_config(classes=classes, default_class="new")) == []
+        done = antares.gateway.reload(gateway_config(classes=classes, default_class="new"))
+        assert (done.changed, done.needs_restart) == (["classes", "default_class"], [])
         answer = await antares.ask(x_slo_report="1")
         assert answer.json()["antares"]["slo_ttft_ms"] == 7000
         answer = await antares.ask(x_slo_report="1", x_slo_class="chat")
@@ -76,20 +77,29 @@ async def test_reload_changes_guarded_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "needs_restart"),
+    ("change", "changed", "needs_restart"),
     [
-        ({"policy": {"name": "fcfs"}}, ["policy"]),
-        ({"engines": [{"kind": "simulated", "name": "other"}]}, ["engines"]),
-        ({"server": {"port": 9}}, ["server.port"]),
-        ({"server": {"cors": {"allow_origins": ["*"]}}, "logging": {"level": "debug"}}, ["server.cors", "logging"]),
-        ({}, []),
+        ({"policy": {"name": "fcfs"}}, ["policy"], []),
+        ({"server": {"port": 9}}, [], ["server.port"]),
+        (
+            {"server": {"cors": {"allow_origins": ["*"]}}, "logging": {"format": "json"}},
+            ["server.cors"],
+            ["logging.format"],
+        ),
+        ({"predictor": {"enabled": False, "timeout_ms": 9}}, ["predictor.timeout_ms"], ["predictor.expected_tokens"]),
+        ({"failover": {"retry_ratio": 0.5}}, ["failover"], []),
+        ({}, [], []),
     ],
 )
-async def test_reload_names_what_needs_a_restart(change: dict[str, Any], needs_restart: list[str]) -> None:
+async def test_reload_names_what_changed_and_what_needs_a_restart(
+    change: dict[str, Any], changed: list[str], needs_restart: list[str]
+) -> None:
     async with live() as antares:
-        policy = antares.gateway.engine_queues[0].policy
-        assert antares.gateway.reload(gateway_config(**change)) == needs_restart
-        assert antares.gateway.engine_queues[0].policy is policy
+        done = antares.gateway.reload(gateway_config(**change))
+        assert (done.changed, done.needs_restart) == (changed, needs_restart)
+        # What needs a restart stays a difference; what was applied does not.
+        done = antares.gateway.reload(gateway_config(**change))
+        assert (done.changed, done.needs_restart) == ([], needs_restart)
 
 
 async def test_reload_never_opens_a_reachable_gateway() -> None:
@@ -116,7 +126,8 @@ async def test_file_with_mistakes_changes_nothing_and_is_logged(
     file.write_text(text)
     async with live() as antares:
         before = antares.gateway.proxy.keys, antares.gateway.proxy.classes
-        await _reload(antares.gateway, lambda: load(file))
+        report = await Reloader(antares.gateway, lambda: load(file), file=file).reload()
+        assert report["mistakes"]
         assert (antares.gateway.proxy.keys, antares.gateway.proxy.classes) == before
         assert logged in caplog.text
         assert "nothing changed" in caplog.text
@@ -125,17 +136,34 @@ async def test_file_with_mistakes_changes_nothing_and_is_logged(
 
 async def test_missing_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with live() as antares:
-        await _reload(antares.gateway, lambda: load(tmp_path / "absent.yaml"))
+        report = await Reloader(antares.gateway, lambda: load(tmp_path / "absent.yaml")).reload()
+        assert not report["ok"]
         assert "cannot be read" in caplog.text
         assert (await antares.ask()).status_code == 200
 
 
-async def test_reload_logs_what_needs_a_restart(caplog: pytest.LogCaptureFixture) -> None:
+async def test_reload_logs_what_changed_and_what_needs_a_restart(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with live() as antares:
-        await _reload(antares.gateway, lambda: gateway_config(policy={"name": "fcfs"}))
-    assert f"0 keys and {len(CLASSES)} classes are in use" in caplog.text
-    assert "needs a restart to take effect: policy" in caplog.text
+        await Reloader(antares.gateway, lambda: gateway_config(policy={"name": "fcfs"}, server={"port": 9})).reload()
+    assert "changed: policy" in caplog.text
+    assert "needs a restart to take effect: server.port" in caplog.text
+
+
+async def test_mistakes_that_only_the_process_finds_have_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "antares.yaml"
+    engines = "engines:\n- {kind: simulated}\n- {kind: http, base_url: 'http://127.0.0.1:9', api_key_env: NOT_SET}\n"
+    file.write_text(engines + "classes: {chat: {}}\ndefault_class: chat\npredictor: {enabled: false}\n")
+    async with live() as antares:
+        report = await Reloader(antares.gateway, lambda: load(file), file=file).reload()
+        assert [(m["line"], m["key"]) for m in report["mistakes"]] == [(3, "engines[1]")]
+        assert "NOT_SET" in report["mistakes"][0]["reason"]
+        assert (await antares.ask(x_slo_class="free")).status_code == 200
+    async with live(server={"host": "0.0.0.0"}, keys=[key(ALICE, "alice")]) as antares:
+        file.write_text("server: {port: 7}\n" + CONFIG.split("\n", 1)[1])
+        report = await Reloader(antares.gateway, lambda: load(file), file=file).reload()
+        assert [(m["line"], m["key"]) for m in report["mistakes"]] == [(1, "server.host")]
+        assert "no keys are configured" in report["mistakes"][0]["reason"]
 
 
 CONFIG = """\
@@ -171,4 +199,4 @@ async def test_sighup_reloads_without_dropping_a_stream(tmp_path: Path) -> None:
         log = (await process.stderr.read()).decode()
         assert await process.wait() == 0
         assert "line 1: the file must be a mapping" in log
-        assert "reload: 1 keys and 1 classes are in use" in log
+        assert "changed: keys" in log

@@ -17,6 +17,7 @@ import pytest
 from engine_adapter.engine import EngineEvents, EngineLost
 from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.step_time.linear_forms import StepTimes
+from gateway.serve import EXIT_CUT
 from tests.fixtures.live_gateway import CHAT, Live, chat, events, fast_engine, live
 from tests.fixtures.live_server import eventually, serve
 from tests.fixtures.served_process import served
@@ -171,7 +172,7 @@ async def test_serve_answers_every_request_that_it_does_not_finish(tmp_path: Pat
         assert [answer.status_code for answer in answers[4:]] == [503] * 8
         assert process.stderr is not None
         log = (await process.stderr.read()).decode()
-        assert await process.wait() == 0
+        assert await process.wait() == EXIT_CUT
         assert "Traceback" not in log
         assert "12 requests are still open" in log
 
