@@ -22,8 +22,10 @@ from gateway.api.proxy import Proxy
 from gateway.api.response_relay import send_error
 from gateway.api.routes.table import RouteTable
 from gateway.config.schema import GatewayConfig
+from gateway.observability.decisions import Decisions
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.metrics import Metrics
+from gateway.observability.recorder import Recorder
 from gateway.observability.status import Status
 from gateway.policies.registry import make_policy
 from gateway.prediction.client import LengthPredictor, LengthStatistics
@@ -87,6 +89,7 @@ class Gateway:
             routes=RouteTable(config.server.pass_through_routes),
             keep_alive_s=config.server.sse_keep_alive_s,
             guard=config.field_guard(),
+            recorder=Recorder(Decisions(config.decisions.keep)),
         )
         self._operator = _operator_routes(self)
         self._operator_paths = frozenset(route.path for route in self._operator.routes if isinstance(route, Route))

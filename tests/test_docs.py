@@ -49,6 +49,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Policies": schema.PolicyConfig,
     "Shadow policies": schema.ShadowConfig,
     "logging": schema.LoggingConfig,
+    "decisions": schema.DecisionsConfig,
 }
 """Heading in docs/configuration.md to the model whose keys its first table lists."""
 

@@ -17,6 +17,7 @@ from engine_adapter.step_time.profile import load_profile
 from gateway.api.auth import ApiKey
 from gateway.api.body_fields import DEFAULT_ALLOWED, GUARDED_FIELDS, FieldGuard
 from gateway.api.slo_headers import LONGEST_MS, SHORTEST_MS
+from gateway.observability.decisions import DEFAULT_KEPT, MAX_KEPT
 from gateway.policies.base import Policy
 from gateway.policies.registry import OPTION_ALIASES, make_policy
 from gateway.requests.slo import Slo, SloClass
@@ -302,6 +303,12 @@ class LoggingConfig(Section):
     format: Literal["text", "json"] = "text"
 
 
+class DecisionsConfig(Section):
+    """The records of ended requests, for `antares explain` (docs/observability.md). They never contain text."""
+
+    keep: int = Field(DEFAULT_KEPT, ge=0, le=MAX_KEPT, description="Records that are kept, about 1.5 kB each.")
+
+
 RELOADABLE = ("classes", "default_class", "keys")
 """Top-level keys that SIGHUP reloads. It also reloads ``server.body_fields``, which are part of a key's rights."""
 
@@ -319,6 +326,7 @@ class GatewayConfig(Section):
     default_class: str
     keys: list[KeyConfig] = Field(default_factory=list, max_length=10_000)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> GatewayConfig:

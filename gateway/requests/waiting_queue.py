@@ -55,6 +55,10 @@ class WaitingQueue(Sequence[Request]):
         if request.id in self._key_of:
             self._insert(request, self._delete(request)[-1])
 
+    def position(self, request: Request) -> int:
+        """Return how many requests are ahead of ``request``, which waits here."""
+        return bisect_left(self._keys, self._key_of[request.id])
+
     def clear(self) -> None:
         """Remove all requests."""
         self._keys.clear()
