@@ -17,7 +17,6 @@ from engine_adapter.step_time.profile import load_profile
 from gateway.api.auth import ApiKey
 from gateway.api.body_fields import DEFAULT_ALLOWED, GUARDED_FIELDS, FieldGuard
 from gateway.api.slo_headers import LONGEST_MS, SHORTEST_MS
-from gateway.observability.decisions import DEFAULT_KEPT, MAX_KEPT
 from gateway.policies.base import Policy
 from gateway.policies.registry import OPTION_ALIASES, make_policy
 from gateway.requests.slo import Slo, SloClass
@@ -306,7 +305,7 @@ class LoggingConfig(Section):
 class DecisionsConfig(Section):
     """The records of ended requests, for `antares explain` (docs/observability.md). They never contain text."""
 
-    keep: int = Field(DEFAULT_KEPT, ge=0, le=MAX_KEPT, description="Records that are kept, about 1.5 kB each.")
+    keep: int = Field(10_000, ge=0, le=100_000, description="Records that are kept, about 1.3 kB each.")
 
 
 RELOADABLE = ("classes", "default_class", "keys")
