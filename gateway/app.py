@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from importlib.resources import files
 from typing import Any
 
@@ -22,10 +23,11 @@ from gateway.api.proxy import Proxy
 from gateway.api.response_relay import send_error
 from gateway.api.routes.table import RouteTable
 from gateway.config.schema import GatewayConfig
+from gateway.observability.access_log import AccessLog
 from gateway.observability.decisions import Decisions
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.metrics import Metrics
-from gateway.observability.recorder import Recorder
+from gateway.observability.recorder import ObservabilityError, Recorder
 from gateway.observability.status import Status
 from gateway.policies.registry import make_policy
 from gateway.prediction.client import LengthPredictor, LengthStatistics
@@ -72,7 +74,8 @@ class Gateway:
             config.predictor.timeout_ms / 1000,
             statistics or LengthStatistics(expected=config.predictor.expected_tokens),
         )
-        self.metrics.watch(self.engine_queues, self.ledger)
+        self.recorder = _recorder(config)
+        self.metrics.watch(self.engine_queues, self.ledger, self.recorder.sinks)
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
         self.proxy = Proxy(
             self.router,
@@ -89,7 +92,7 @@ class Gateway:
             routes=RouteTable(config.server.pass_through_routes),
             keep_alive_s=config.server.sse_keep_alive_s,
             guard=config.field_guard(),
-            recorder=Recorder(Decisions(config.decisions.keep)),
+            recorder=self.recorder,
         )
         self._operator = _operator_routes(self)
         self._operator_paths = frozenset(route.path for route in self._operator.routes if isinstance(route, Route))
@@ -178,10 +181,27 @@ class Gateway:
             *(engine_queue.engine.stop() for engine_queue in self.engine_queues), return_exceptions=True
         )
         await self.proxy.cut()
+        await asyncio.to_thread(self.recorder.close)
 
     def _on_close(self, entry: Entry) -> None:
         self.metrics.on_close(entry)
         self.status.on_close(entry)
+
+
+def _recorder(config: GatewayConfig) -> Recorder:
+    """Return what records requests. Raises `gateway.observability.recorder.ObservabilityError`."""
+    access_log = AccessLog(config.logging.access_path) if config.logging.access == "json" else None
+    tracer = None
+    if config.tracing.enabled and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true":
+        try:
+            from gateway.observability.tracing import Tracer
+        except ImportError as error:
+            raise ObservabilityError(
+                f"tracing.enabled: install the extra 'otel' (pip install 'antares-gateway[otel]'): {error}"
+            ) from error
+        tracer = Tracer(config.tracing.endpoint, config.tracing.sample_ratio)
+    sinks = tuple(sink for sink in (access_log, tracer) if sink is not None)
+    return Recorder(Decisions(config.decisions.keep), sinks, access_log, tracer)
 
 
 def _operator_routes(gateway: Gateway) -> FastAPI:

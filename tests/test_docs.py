@@ -50,6 +50,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Shadow policies": schema.ShadowConfig,
     "logging": schema.LoggingConfig,
     "decisions": schema.DecisionsConfig,
+    "tracing": schema.TracingConfig,
 }
 """Heading in docs/configuration.md to the model whose keys its first table lists."""
 

@@ -176,13 +176,13 @@ class Proxy:
             self.in_flight -= 1
             self._tasks.discard(task)
             self._metrics.on_response(http.route.label, http.status)
-            if http.entry is not None:
-                self.recorder.ended(http.entry, http.status)
+            self._record(http)
 
     async def _answer(self, http: HttpRequest) -> None:
         """Serve ``http``, and answer with an error response if that fails."""
         try:
             key = self._authenticate(http)
+            http.tenant = key.tenant
             # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for every open request.
             if http.route.generation is not None:
                 call = self._read(http, key, http.route.generation, await self._receive_body(http))
@@ -205,6 +205,15 @@ class Proxy:
             if not http.response_started:
                 internal = ApiError(500, "The gateway failed on this request.", "internal_error", "internal_error")
                 await send_error(http.send, internal, http.request_id, http.route.errors)
+
+    def _record(self, http: HttpRequest) -> None:
+        if http.entry is not None:
+            self.recorder.ended(http.entry, http.status)
+        elif self.recorder.unscheduled is not None:
+            self.recorder.ended_unscheduled(
+                http.request_id.decode(), http.tenant, http.route.label, http.status, http.arrival_s,
+                http.headers.get("traceparent"),
+            )  # fmt: skip
 
     async def cut(self) -> None:
         """Answer the requests that are still open although the engines have stopped, such as one without its body."""

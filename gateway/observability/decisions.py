@@ -195,13 +195,13 @@ class RequestRecord:
             "engine": self.engine or None,
             "trace_id": self.trace_id or None,
             "slo": {
-                "ttft_ms": _ms(slo.ttft_s),
-                "tpot_ms": _ms(slo.tpot_s),
-                "e2e_ms": _ms(slo.e2e_s),
+                "ttft_ms": to_ms(slo.ttft_s),
+                "tpot_ms": to_ms(slo.tpot_s),
+                "e2e_ms": to_ms(slo.e2e_s),
                 "from_class": sorted(b for b in slo.from_class if getattr(slo, f"{b}_s") is not None),
                 "kind": self.kind,
                 "waived": self.bounds_waived,
-                "pace_ms": _ms(self.pace_s),
+                "pace_ms": to_ms(self.pace_s),
             },
             "prompt": {
                 "tokens": self.prompt_tokens,
@@ -217,20 +217,20 @@ class RequestRecord:
                 "prediction_source": self.prediction_source or None,
             },
             "latency": {
-                "queue_ms": _ms(self.queue_s),
-                "predicted_ttft_ms": _ms(self.predicted_ttft_s),
-                "ttft_ms": _ms(self.ttft_s),
-                "predicted_tpot_ms": _ms(self.predicted_tpot_s),
-                "tpot_ms": _ms(self.tpot_s),
-                "e2e_ms": _ms(self.e2e_s),
+                "queue_ms": to_ms(self.queue_s),
+                "predicted_ttft_ms": to_ms(self.predicted_ttft_s),
+                "ttft_ms": to_ms(self.ttft_s),
+                "predicted_tpot_ms": to_ms(self.predicted_tpot_s),
+                "tpot_ms": to_ms(self.tpot_s),
+                "e2e_ms": to_ms(self.e2e_s),
             },
             # Milliseconds after arrival.
             "timeline": {
-                "received_ms": _ms(self.received_at),
-                "predicting_ms": _ms(predicting[0]),
-                "predicted_ms": _ms(predicting[1]),
-                "first_token_ms": _ms(self.first_token_at),
-                "ended_ms": _ms(self.ended_at),
+                "received_ms": to_ms(self.received_at),
+                "predicting_ms": to_ms(predicting[0]),
+                "predicted_ms": to_ms(predicting[1]),
+                "first_token_ms": to_ms(self.first_token_at),
+                "ended_ms": to_ms(self.ended_at),
             },
             "attempts": [self._attempt(attempt) for attempt in self.attempts],
             "rejection": None,
@@ -238,8 +238,8 @@ class RequestRecord:
         if self.retry_after_s is not None:
             document["rejection"] = {
                 "bound": self.bound or None,
-                "predicted_ms": _ms(self.predicted_s),
-                "attainable_ms": _ms(self.attainable_s),
+                "predicted_ms": to_ms(self.predicted_s),
+                "attainable_ms": to_ms(self.attainable_s),
                 "infeasible": self.infeasible,
                 "limit": self.limit,
                 "retry_after_s": round(self.retry_after_s, 1),
@@ -248,7 +248,7 @@ class RequestRecord:
 
     def _attempt(self, attempt: Attempt) -> dict[str, Any]:
         def after(at: float | None) -> float | None:
-            return None if at is None else _ms(at - self.arrival_s)
+            return None if at is None else to_ms(at - self.arrival_s)
 
         return {
             "engine": attempt.engine,
@@ -257,8 +257,8 @@ class RequestRecord:
             "ahead": attempt.position,
             "running_requests": attempt.running,
             "admitted_ms": after(attempt.admitted_s),
-            "predicted_ttft_ms": _ms(attempt.predicted_ttft_s),
-            "predicted_tpot_ms": _ms(attempt.predicted_tpot_s),
+            "predicted_ttft_ms": to_ms(attempt.predicted_ttft_s),
+            "predicted_tpot_ms": to_ms(attempt.predicted_tpot_s),
             "ended_ms": after(attempt.ended_s),
             "end": attempt.end or None,
         }
@@ -324,5 +324,6 @@ class Decisions:
                 yield record
 
 
-def _ms(seconds: float | None) -> float | None:
+def to_ms(seconds: float | None) -> float | None:
+    """Return ``seconds`` in milliseconds, to the microsecond."""
     return None if seconds is None else round(seconds * 1000, 3)

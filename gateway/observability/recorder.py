@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,10 +11,43 @@ from gateway.observability.ledger import Entry
 from gateway.observability.trace_context import TraceContext, read_trace_context
 
 
+class ObservabilityError(Exception):
+    """The access log or the traces cannot start; the message says what to fix."""
+
+
+@dataclass(slots=True)
+class UnscheduledRecord:
+    """A request that was passed through, or refused before it was accepted. As `RequestRecord`, where names agree."""
+
+    client_id: str
+    tenant: str
+    route: str
+    status: int
+    time: float
+    ended_at: float
+    trace_id: str
+
+
 class RecordSink(Protocol):
-    """Takes the record of a request that ended. Called on the event loop, so it must not block."""
+    """Takes the record of a request that ended. Called on the event loop, so `put` must not block."""
+
+    name: str
+
+    @property
+    def dropped(self) -> int:
+        """Records that were dropped."""
 
     def put(self, record: RequestRecord) -> None:
+        """Take ``record``, or drop it and count that."""
+
+    def close(self) -> None:
+        """Handle what waits, within a few seconds. May block."""
+
+
+class UnscheduledSink(Protocol):
+    """Takes the records of requests that were not scheduled."""
+
+    def put_unscheduled(self, record: UnscheduledRecord) -> None:
         """Take ``record``, or drop it and count that."""
 
 
@@ -30,6 +64,7 @@ class Recorder:
 
     decisions: Decisions = field(default_factory=Decisions)
     sinks: tuple[RecordSink, ...] = ()
+    unscheduled: UnscheduledSink | None = None
     sampler: TraceSampler | None = None
 
     def opened(self, entry: Entry, traceparent: str | None, tracestate: str | None) -> None:
@@ -46,3 +81,18 @@ class Recorder:
         self.decisions.ended(record)
         for sink in self.sinks:
             sink.put(record)
+
+    def ended_unscheduled(
+        self, client_id: str, tenant: str, route: str, status: int, arrival_s: float, traceparent: str | None
+    ) -> None:
+        """Record a request that was not scheduled. It arrived at ``arrival_s`` (monotonic s)."""
+        if self.unscheduled is not None:
+            seconds, trace = time.monotonic() - arrival_s, read_trace_context(traceparent)
+            trace_id = "" if trace is None else trace.trace_id
+            record = UnscheduledRecord(client_id, tenant, route, status, time.time() - seconds, seconds, trace_id)
+            self.unscheduled.put_unscheduled(record)
+
+    def close(self) -> None:
+        """Close the sinks. Blocks for a few seconds at most."""
+        for sink in self.sinks:
+            sink.close()
