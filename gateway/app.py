@@ -226,8 +226,9 @@ def _operator_routes(gateway: Gateway) -> FastAPI:
         return JSONResponse({"ready": True})
 
     @app.get("/metrics", summary="Prometheus metrics")
-    async def metrics() -> Response:
-        return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: HttpRequest) -> Response:
+        body, media_type = gateway.metrics.negotiated(request.headers.get("accept", ""))
+        return Response(body, media_type=media_type)
 
     @app.get("/status", summary="Current state as JSON")
     async def status() -> dict[str, Any]:
