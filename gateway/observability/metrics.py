@@ -246,6 +246,9 @@ _LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str,
         GaugeMetricFamily, "1 for the state of the engine's circuit breaker, else 0.", ("engine", "state"),
     ),
     "antares_engine_rests_total": (CounterMetricFamily, "Times that the engine's circuit opened.", ("engine",)),
+    "antares_engine_hangs_total": (
+        CounterMetricFamily, "Times that the engine computed no step although it had work.", ("engine",),
+    ),
     "antares_engine_restarts_total": (CounterMetricFamily, "Restarts of the engine.", ("engine",)),
     "antares_engine_running_sequences": (GaugeMetricFamily, "Sequences that the engine runs.", ("engine",)),
     "antares_engine_waiting_sequences": (GaugeMetricFamily, "Sequences in the engine's own queue.", ("engine",)),
@@ -340,6 +343,7 @@ class _LiveState(Collector):
                 running = sum(r.slo_class == slo_class for r in engine_queue.running.values())
                 put("antares_running_requests", running, slo_class, engine)
             put("antares_engine_up", state.alive, engine)
+            put("antares_engine_hangs_total", state.hangs, engine)
             put("antares_engine_restarts_total", state.restarts, engine)
             put("antares_engine_rests_total", engine_queue.circuit.opened, engine)
             for name, is_current in engine_queue.circuit.states(now).items():
