@@ -50,7 +50,7 @@ class AccessLog:
         self._queue.put(record)
 
     def close(self) -> None:
-        """Write what waits, and close the file."""
+        """Write the waiting lines, within `CLOSE_S`, and accept no more."""
         self._queue.close(CLOSE_S)
 
     def _write(self, records: list[RequestRecord | UnscheduledRecord]) -> None:

@@ -60,7 +60,7 @@ class BackgroundQueue(Generic[T]):
                 self._thread.start()
 
     def close(self, timeout_s: float) -> None:
-        """Handle what waits, within ``timeout_s`` seconds, and accept nothing more. Idempotent."""
+        """Handle the waiting items, within ``timeout_s`` seconds, and accept no more. Idempotent."""
         self._closing.set()
         self._awake.set()
         if self._thread is not None:

@@ -139,7 +139,7 @@ class RequestRecord:
             None if predicting_s is None else (predicting_s[0] - arrival_s, predicting_s[1] - arrival_s),
             attempts,
             entry.engine,
-            attempts[-1].admitted_s - arrival_s if attempts and attempts[-1].admitted_s is not None else None,
+            _queue_s(entry),
             entry.predicted_ttft_s,
             entry.predicted_tpot_s,
             None if first is None else first - arrival_s,
@@ -322,6 +322,14 @@ class Decisions:
         for record in reversed(self._ended):
             if tenant in (None, record.tenant) and record.passes(outcome):
                 yield record
+
+
+def _queue_s(entry: Entry) -> float | None:
+    """Return the seconds from arrival to the latest admission, or to the queue's other answer; None while it waits."""
+    admitted_s = entry.attempts[-1].admitted_s if entry.attempts else None
+    if admitted_s is not None:
+        return admitted_s - entry.request.arrival_s
+    return None if entry.answer is None else entry.queue_s
 
 
 def to_ms(seconds: float | None) -> float | None:

@@ -41,7 +41,7 @@ class RecordSink(Protocol):
         """Take ``record``, or drop it and count that."""
 
     def close(self) -> None:
-        """Handle what waits, within a few seconds. May block."""
+        """Handle the waiting records, within a few seconds. May block."""
 
 
 class UnscheduledSink(Protocol):

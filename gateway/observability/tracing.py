@@ -100,7 +100,7 @@ class Tracer:
             self._queue.put(record)
 
     def close(self) -> None:
-        """Export what waits, for at most `CLOSE_S`. A collector that does not answer loses it."""
+        """Export the waiting spans, for at most `CLOSE_S`. A collector that does not answer loses it."""
         self._queue.close(CLOSE_S)
         self._exporter.shutdown()
 

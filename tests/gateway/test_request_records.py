@@ -90,6 +90,7 @@ async def test_record_of_a_rejection_has_the_predicted_and_the_attainable_value(
 
     assert (found["outcome"], found["reason"], found["status"]) == ("rejected", "ttft_unattainable", 429)
     assert found["rejection"]["bound"] == "ttft"
+    assert found["latency"]["queue_ms"] >= 0
     assert found["rejection"]["predicted_ms"] == pytest.approx(error["predicted_ms"], abs=0.06)
     assert found["rejection"]["attainable_ms"] == pytest.approx(error["attainable_ms"], abs=0.06)
     text = explain(found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,11 +16,14 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from benchmarks.faults.server import FaultyServer
 from engine_adapter.engine import EngineLost, Receive, Scope, Send
+from engine_adapter.remote.engine import HttpEngine
+from gateway.observability.recorder import ObservabilityError
 from gateway.observability.trace_context import read_trace_context
 from gateway.observability.tracing import spans_url
 from tests.fixtures.live_gateway import CHAT, Live, chat, fast_engine, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import eventually, serve
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -325,3 +330,34 @@ def test_traceparent_of_a_later_version_is_read() -> None:
 
 def test_endpoint_may_have_the_path_or_not() -> None:
     assert spans_url("http://c:4318/") == spans_url("http://c:4318/v1/traces") == "http://c:4318/v1/traces"
+
+
+async def test_remote_server_gets_the_gateways_span_as_parent(collector: StandInCollector) -> None:
+    seen: dict[str, str] = {}
+    server = FaultyServer()
+
+    async def recording(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == CHAT:
+            seen.update({name.decode(): value.decode() for name, value in scope["headers"]})
+        await server(scope, receive, send)
+
+    async with serve(recording) as url, live(HttpEngine("remote", url), **tracing(collector)) as antares:
+        answer = await antares.ask(chat(model="m"), traceparent=TRACEPARENT, tracestate="v=1", baggage="user=7")
+        assert answer.status_code == 200, answer.text
+        await eventually(lambda: collector.servers)
+
+    assert seen["traceparent"] == f"00-{TRACE}-{collector.servers[0].span_id.hex()}-01"
+    assert (seen["tracestate"], seen["baggage"]) == ("v=1", "user=7")
+
+
+async def test_missing_extra_is_named_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gateway.observability.tracing", None)
+    with pytest.raises(ObservabilityError, match=r"pip install 'antares-gateway\[otel\]'"):
+        async with live(tracing={"enabled": True}):
+            pass
+
+
+def test_command_line_and_app_load_no_opentelemetry() -> None:
+    code = "import sys, gateway.cli, gateway.app; print(*[m for m in sys.modules if m.startswith('opentelemetry')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == ""
