@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from importlib.resources import files
 from typing import Any
 
@@ -23,11 +22,9 @@ from gateway.api.proxy import Proxy
 from gateway.api.response_relay import send_error
 from gateway.api.routes.table import RouteTable
 from gateway.config.schema import GatewayConfig
-from gateway.observability.access_log import AccessLog
-from gateway.observability.decisions import Decisions
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.metrics import Metrics
-from gateway.observability.recorder import ObservabilityError, Recorder
+from gateway.observability.recording import make_recorder
 from gateway.observability.status import Status
 from gateway.policies.registry import make_policy
 from gateway.prediction.client import LengthPredictor, LengthStatistics
@@ -66,6 +63,11 @@ class Gateway:
         ]
         for engine_queue in self.engine_queues:
             engine_queue.circuit.max_rest_s = config.failover.max_rest_s
+        self.recorder = make_recorder(
+            config.decisions.keep, config.logging.access == "json", config.logging.access_path,
+            config.tracing.enabled, config.tracing.endpoint, config.tracing.sample_ratio,
+        )  # fmt: skip
+        self.metrics.dropped_records.sinks = self.recorder.sinks
         self.router = Router(self.engine_queues)
         self.ledger = Ledger(on_close=self._on_close)
         self.status = Status(self.engine_queues, self.ledger)
@@ -74,8 +76,7 @@ class Gateway:
             config.predictor.timeout_ms / 1000,
             statistics or LengthStatistics(expected=config.predictor.expected_tokens),
         )
-        self.recorder = _recorder(config)
-        self.metrics.watch(self.engine_queues, self.ledger, self.recorder.sinks)
+        self.metrics.watch(self.engine_queues, self.ledger)
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
         self.proxy = Proxy(
             self.router,
@@ -186,22 +187,6 @@ class Gateway:
     def _on_close(self, entry: Entry) -> None:
         self.metrics.on_close(entry)
         self.status.on_close(entry)
-
-
-def _recorder(config: GatewayConfig) -> Recorder:
-    """Return what records requests. Raises `gateway.observability.recorder.ObservabilityError`."""
-    access_log = AccessLog(config.logging.access_path) if config.logging.access == "json" else None
-    tracer = None
-    if config.tracing.enabled and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true":
-        try:
-            from gateway.observability.tracing import Tracer
-        except ImportError as error:
-            raise ObservabilityError(
-                f"tracing.enabled: install the extra 'otel' (pip install 'antares-gateway[otel]'): {error}"
-            ) from error
-        tracer = Tracer(config.tracing.endpoint, config.tracing.sample_ratio)
-    sinks = tuple(sink for sink in (access_log, tracer) if sink is not None)
-    return Recorder(Decisions(config.decisions.keep), sinks, access_log, tracer)
 
 
 def _operator_routes(gateway: Gateway) -> FastAPI:

@@ -140,6 +140,8 @@ class Metrics:
             ("engine",),
             registry=registry,
         )
+        self.dropped_records = _DroppedRecords()
+        registry.register(self.dropped_records)
         for source in ("service", "fallback"):
             self.predictions.labels(source)
 
@@ -198,9 +200,9 @@ class Metrics:
             for kind, count in zip(("prompt", "predicted", "cached"), tokens, strict=True):
                 self._child(self.prefix_tokens, request.model, entry.engine, kind).inc(count)
 
-    def watch(self, engine_queues: Sequence[EngineQueue], ledger: Ledger, sinks: Sequence[RecordSink] = ()) -> None:
-        """Export the state of ``engine_queues``, ``ledger`` and ``sinks``, read at each scrape."""
-        self.registry.register(_LiveState(engine_queues, ledger, sinks))
+    def watch(self, engine_queues: Sequence[EngineQueue], ledger: Ledger) -> None:
+        """Export the state of ``engine_queues`` and ``ledger``, read at each scrape."""
+        self.registry.register(_LiveState(engine_queues, ledger))
 
     def exposition(self) -> bytes:
         """Return the body of `/metrics`: this registry, then the process-wide one that an in-process vLLM uses."""
@@ -236,9 +238,6 @@ def _histogram(name: str, text: str, buckets: Sequence[float], registry: Collect
 
 _LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, tuple[str, ...]]] = {
     "antares_ledger_open": (GaugeMetricFamily, "Accepted requests that have not ended.", ()),
-    "antares_records_dropped_total": (
-        CounterMetricFamily, "Requests that the access log or the traces lost, to delay no response.", ("sink",),
-    ),
     "antares_waiting_requests": (GaugeMetricFamily, "Requests that wait for admission.", ("slo_class", "engine")),
     "antares_running_requests": (GaugeMetricFamily, "Requests that the engine serves.", ("slo_class", "engine")),
     "antares_engine_up": (GaugeMetricFamily, "1 while the engine can serve, else 0.", ("engine",)),
@@ -313,11 +312,25 @@ METRIC_ALIASES = {
 _AGREEMENT = [(active, shadow) for active in ("admitted", "rejected") for shadow in ("admitted", "rejected")]
 
 
+class _DroppedRecords(Collector):
+    """``sinks``: the access log and the traces, as far as they are on."""
+
+    def __init__(self) -> None:
+        self.sinks: Sequence[RecordSink] = ()
+
+    def collect(self) -> Iterable[Metric]:
+        text = "Requests that the access log or the traces lost, to delay no response."
+        family = CounterMetricFamily("antares_records_dropped_total", text, labels=("sink",))
+        dropped = {"access_log": 0, "traces": 0} | {sink.name: sink.dropped for sink in self.sinks}
+        for name, count in dropped.items():
+            family.add_metric((name,), count)
+        yield family
+
+
 class _LiveState(Collector):
-    def __init__(self, engine_queues: Sequence[EngineQueue], ledger: Ledger, sinks: Sequence[RecordSink]) -> None:
+    def __init__(self, engine_queues: Sequence[EngineQueue], ledger: Ledger) -> None:
         self._engine_queues = engine_queues
         self._ledger = ledger
-        self._sinks = sinks
 
     def collect(self) -> Iterable[Metric]:
         families = {name: kind(name, text, labels=labels) for name, (kind, text, labels) in _LIVE.items()}
@@ -333,9 +346,6 @@ class _LiveState(Collector):
 
         now = time.monotonic()
         put("antares_ledger_open", self._ledger.open_count)
-        dropped = {sink.name: sink.dropped for sink in self._sinks}
-        for name in ("access_log", "traces"):
-            put("antares_records_dropped_total", dropped.get(name, 0), name)
         for engine_queue in self._engine_queues:
             engine, state = engine_queue.engine.name, engine_queue.engine.state
             for slo_class in engine_queue.classes:

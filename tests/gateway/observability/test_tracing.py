@@ -357,6 +357,13 @@ async def test_missing_extra_is_named_with_the_command_to_install_it(monkeypatch
             pass
 
 
+async def test_invalid_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "soon")
+    with pytest.raises(ObservabilityError, match="OTEL_"):
+        async with live(tracing={"enabled": True}):
+            pass
+
+
 def test_command_line_and_app_load_no_opentelemetry() -> None:
     code = "import sys, gateway.cli, gateway.app; print(*[m for m in sys.modules if m.startswith('opentelemetry')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
