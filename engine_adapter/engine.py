@@ -172,6 +172,7 @@ class EngineState:
         any_model: the engine also serves models that it does not list.
         why_down: why the engine does not serve, for operators. Only meaningful while ``alive`` is False.
         ready_in_s: expected wait until the engine is up again, while ``alive`` is False.
+        hangs: times that the engine was found to compute no step although it had work.
         prefix_caching: the engine takes the beginning of a prompt from its KV memory if it is still there.
         shared_tokens: prompt tokens that several running requests share in KV memory, beyond the first copy.
         plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
@@ -185,6 +186,7 @@ class EngineState:
     any_model: bool = False
     ready_in_s: float = 30.0
     restarts: int = 0
+    hangs: int = 0
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int = 8192

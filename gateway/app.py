@@ -27,6 +27,7 @@ from gateway.config.schema import RELOADABLE, ConfigChange, GatewayConfig
 from gateway.engines import Engines
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.metrics import Metrics
+from gateway.observability.recording import make_recorder
 from gateway.observability.status import Status
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
@@ -76,6 +77,11 @@ class Gateway:
         self.metrics = Metrics()
         # The router, the metrics and the status share this list. A reload changes it in place.
         self.engine_queues = [self._make_queue(engine) for engine in engines]
+        self.recorder = make_recorder(
+            config.decisions.keep, config.logging.access == "json", config.logging.access_path,
+            config.tracing.enabled, config.tracing.endpoint, config.tracing.sample_ratio,
+        )  # fmt: skip
+        self.metrics.dropped_records.sinks = self.recorder.sinks
         self.router = Router(self.engine_queues)
         self.engines = Engines(self.router, config.engines, self._make_queue, self.events_of)
         self.ledger = Ledger(on_close=self._on_close)
@@ -97,6 +103,7 @@ class Gateway:
             self.metrics,
             retries=self._retries,
             guard=config.field_guard(),
+            recorder=self.recorder,
         )
         self._operator = _operator_routes(self)
         self.on_reload: Reload | None = None
@@ -260,6 +267,7 @@ class Gateway:
         await self.predictor.close()
         await self.engines.stop()
         await self.proxy.cut()
+        await asyncio.to_thread(self.recorder.close)
 
     def _on_close(self, entry: Entry) -> None:
         self.metrics.on_close(entry)
@@ -285,8 +293,9 @@ def _operator_routes(gateway: Gateway) -> FastAPI:
         return JSONResponse({"ready": False, "why": why}, 503) if why else JSONResponse({"ready": True})
 
     @app.get("/metrics", summary="Prometheus metrics")
-    async def metrics() -> Response:
-        return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: HttpRequest) -> Response:
+        body, media_type = gateway.metrics.negotiated(request.headers.get("accept", ""))
+        return Response(body, media_type=media_type)
 
     @app.get("/status", summary="Current state as JSON")
     async def status() -> dict[str, Any]:

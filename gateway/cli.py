@@ -215,6 +215,47 @@ def config_hash_key() -> None:
     typer.echo(hash_key(key))
 
 
+@app.command()
+def explain(
+    request_id: Annotated[
+        str, typer.Argument(help="The x-request-id of the response, or the id in the gateway's log.")
+    ],
+    url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8100",
+    key_env: Annotated[str, typer.Option(help="Environment variable that holds an API key.")] = "ANTARES_KEY",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead.")] = False,
+) -> None:
+    """Explain why a request was rejected or late: what was decided, where its time went and what would help."""
+    import os
+    from urllib.parse import quote
+
+    import httpx
+    import orjson
+
+    key = os.environ.get(key_env, "")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        address = f"{url.rstrip('/')}/v1/requests/{quote(request_id, safe='')}"
+        answer = httpx.get(address, headers=headers, timeout=10)
+        document = orjson.loads(answer.content)
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as error:
+        typer.echo(f"antares: cannot ask {url}: {type(error).__name__}: {error}", err=True)
+        raise typer.Exit(1) from None
+    except orjson.JSONDecodeError:
+        typer.echo(f"antares: {url} answered {answer.status_code} without JSON; is it an Antares gateway?", err=True)
+        raise typer.Exit(1) from None
+    if answer.status_code != 200:
+        problem = document.get("error") if isinstance(document, dict) else None
+        message = problem.get("message") if isinstance(problem, dict) else None
+        typer.echo(f"antares: {message or f'{url} answered {answer.status_code}'}", err=True)
+        raise typer.Exit(1)
+    if as_json:
+        typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
+        return
+    from gateway.observability.explanation import explain as explained
+
+    typer.echo(explained(document))
+
+
 @contextmanager
 def _recorded_deprecations() -> Iterator[list[str]]:
     """Collect the text of each FutureWarning once. Other warnings are shown as usual."""

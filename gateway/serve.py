@@ -24,6 +24,7 @@ from gateway.api.http_protocol import HttpProtocol
 from gateway.app import Gateway
 from gateway.config.schema import EngineConfig, GatewayConfig
 from gateway.engines import build_engine
+from gateway.observability.recorder import ObservabilityError
 from gateway.prediction.supervisor import Supervisor
 from gateway.reload import Reloader, Report
 
@@ -66,6 +67,8 @@ async def serve(
     if load is not None:
         # Until the gateway can reload.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Tools that rotate logs send it, and its default action ends the process. The access log needs no signal.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for caution in config.cautions():
         log.warning("%s", caution)
     listener = listen(config.server.host, config.server.port)
@@ -81,7 +84,10 @@ async def serve(
         watchdog = asyncio.create_task(sd_notify.keep_watchdog(), name="watchdog")
         stack.push_async_callback(cancel_and_wait, watchdog)
         engines = [_build(engine) for engine in config.engines]
-        gateway = Gateway(config, engines, predictor_url)
+        try:
+            gateway = Gateway(config, engines, predictor_url)
+        except ObservabilityError as error:
+            raise ServeError(str(error)) from error
         if supervisor is not None:
             supervisor.on_restart = gateway.metrics.predictor_restarts.inc
         server = _Server(

@@ -49,6 +49,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Policies": schema.PolicyConfig,
     "Shadow policies": schema.ShadowConfig,
     "logging": schema.LoggingConfig,
+    "decisions": schema.DecisionsConfig,
+    "tracing": schema.TracingConfig,
 }
 """Heading in docs/configuration.md to the model whose keys its first table lists."""
 

@@ -28,6 +28,8 @@ class StepTimeModel:
         curve: the step curve; by default derived from ``times``.
         itl_quality, prefill_quality, curve_quality: quality of the latest fits; None before the first one.
         steps_seen: number of observed steps.
+        actual_s, predicted_s, error_s: of the steps before the latest refit, the sums of their durations, of what the
+            curve predicted for them before it was fitted to them, and of the absolute differences.
     """
 
     times: StepTimes = field(default_factory=StepTimes)
@@ -41,6 +43,11 @@ class StepTimeModel:
     prefill_quality: FitQuality | None = None
     curve_quality: FitQuality | None = None
     steps_seen: int = 0
+    actual_s: float = 0.0
+    predicted_s: float = 0.0
+    error_s: float = 0.0
+    _unscored: tuple[int, int] = field(default=(0, 0), repr=False)
+    """Steps of each kind at the end of the window that the latest refit has not seen."""
     _decode: deque[tuple[float, float, float]] = field(default_factory=deque, repr=False)
     _mixed: deque[tuple[float, float, float, float]] = field(default_factory=deque, repr=False)
 
@@ -67,11 +74,14 @@ class StepTimeModel:
         """
         if not self.learn or elapsed_s <= 0 or decode_requests + prefill_tokens == 0:
             return
+        decodes, mixed = self._unscored
         if prefill_tokens:
+            self._unscored = decodes, mixed + 1
             self._mixed.append((float(prefill_tokens), float(decode_requests), mean_context, elapsed_s))
             if len(self._mixed) > self.window:
                 self._mixed.popleft()
         else:
+            self._unscored = decodes + 1, mixed
             self._decode.append((float(decode_requests), mean_context, elapsed_s))
             if len(self._decode) > self.window:
                 self._decode.popleft()
@@ -88,11 +98,13 @@ class StepTimeModel:
         """Drop the steps in the window, because they are outdated. The fits stay until new steps arrive."""
         self._decode.clear()
         self._mixed.clear()
+        self._unscored = 0, 0
 
     def refit(self) -> None:
         """Refit the forms and the curve to the steps in the window, where there are at least ``min_samples``."""
         decode = _columns(self._decode, 3)
         mixed = _columns(self._mixed, 4)
+        self._score(decode, mixed)
         if self.forms and len(self._decode) >= self.min_samples:
             self._refit_itl(*decode)
         if self.forms and len(self._mixed) >= self.min_samples:
@@ -104,6 +116,20 @@ class StepTimeModel:
             seconds = np.concatenate([decode[2], mixed[3]])
             self.curve = refitted(self.curve, batch, context, tokens, seconds)
             self.curve_quality = fit_quality(self.curve.steps_s(batch, context, tokens), seconds)
+
+    def _score(self, decode: tuple[Floats, ...], mixed: tuple[Floats, ...]) -> None:
+        """Compare the steps since the latest refit with what the curve predicted for them."""
+        decodes, mixes = min(self._unscored[0], len(decode[0])), min(self._unscored[1], len(mixed[0]))
+        self._unscored = 0, 0
+        batch, length, seconds = (column[len(column) - decodes :] for column in decode)
+        tokens, beside, context, taken = (column[len(column) - mixes :] for column in mixed)
+        for predicted, actual in (
+            (self.curve.steps_s(batch, batch * length), seconds),
+            (self.curve.steps_s(beside, beside * context, tokens), taken),
+        ):
+            self.actual_s += float(actual.sum())
+            self.predicted_s += float(predicted.sum())
+            self.error_s += float(np.abs(predicted - actual).sum())
 
     def _refit_itl(self, batch: Floats, length: Floats, seconds: Floats) -> None:
         kept = seconds <= 5 * np.median(seconds)

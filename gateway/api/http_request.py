@@ -13,6 +13,7 @@ from starlette.datastructures import Headers as HeaderView
 from engine_adapter.engine import Message, Receive, Scope, Send
 from gateway.api.errors import Headers
 from gateway.api.routes.table import Route
+from gateway.observability.ledger import Entry
 
 _REQUEST_ID = b"x-request-id"
 _STREAM_TYPE = b"text/event-stream"
@@ -50,7 +51,8 @@ class HttpRequest:
 
     ``status`` is the status in metrics: that of the response, and 500 before a response started. `Proxy` sets 499 if
     the client disconnected before its response was complete; on routes that are not scheduled, before it started.
-    ``streaming``: an event stream has started. Every response gets the header ``x-request-id``.
+    ``streaming``: an event stream has started. ``entry``: its ledger entry, once it is accepted for scheduling.
+    ``tenant``: its key's, once that is known. Every response gets the header ``x-request-id``.
     """
 
     scope: Scope
@@ -61,6 +63,8 @@ class HttpRequest:
     status: int = 500
     response_started: bool = False
     streaming: bool = False
+    entry: Entry | None = None
+    tenant: str = ""
     headers: RequestHeaders = field(init=False)
     request_id: bytes = field(init=False)
     _error_start: Message | None = None

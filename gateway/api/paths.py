@@ -24,6 +24,7 @@ _KNOWN_ROUTES = (
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/v1/models",
+    "/v1/requests",
     "/v1/responses",
     "/health",
     "/ready",

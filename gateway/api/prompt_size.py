@@ -9,6 +9,7 @@ from typing import Any
 from engine_adapter.engine import Engine, EngineState, RenderedPrompt
 from gateway.api.prompt import Prompt, read_chat
 from gateway.api.request_body import document_for_engine
+from gateway.observability.ledger import PromptSource
 from gateway.prompts.samples import sample_chats
 from gateway.prompts.size_model import PromptSizes
 from gateway.requests.prefix_index import TOKEN_BYTES, hash_blocks, prefix_root, prompt_bytes
@@ -33,6 +34,13 @@ class PromptSize:
     def invalid(self) -> bool:
         """Whether the engine will answer with an error, whatever the load is."""
         return self.rendered is not None and self.rendered.invalid
+
+    @property
+    def source(self) -> PromptSource:
+        """How the size was found, for the ledger."""
+        if self.rendered is not None and self.rendered.token_ids:
+            return "rendered"
+        return "estimated" if self.estimated else "given"
 
     @property
     def handle(self) -> object:

@@ -55,6 +55,7 @@ from gateway.api.request_body import (
     read_limited_body,
     too_deep,
 )
+from gateway.api.request_records import asks_for_records, send_records
 from gateway.api.response_relay import LAST_WORDS_S, ResponseRelay, send_error
 from gateway.api.routes.generation import GenerationRoute
 from gateway.api.routes.table import RouteTable
@@ -62,8 +63,10 @@ from gateway.api.slo_headers import read_output_tokens, read_slo
 from gateway.api.slo_report import REPORT_HEADER
 from gateway.api.stored_responses import RESPONSES_PATH, noting_id
 from gateway.api.unscheduled import EngineFailed, NoEngineAlive, Unscheduled
-from gateway.observability.ledger import Entry, Ledger, Outcome
+from gateway.observability.ledger import Attempt, Entry, Ledger, Outcome
 from gateway.observability.metrics import Metrics
+from gateway.observability.recorder import Recorder
+from gateway.observability.trace_context import with_traceparent
 from gateway.policies.base import UNGATED
 from gateway.prediction.client import LengthPredictor
 from gateway.requests.progress import Progress
@@ -93,8 +96,8 @@ class Call:
     """A scheduled request on its way through the pipeline.
 
     ``engine``: the last one that it was judged with. ``output_tokens``: the length that the client expects.
-    ``unsent``: attempts in which an engine was unreachable. ``suspects``: engines that are to blame if another engine
-    serves the request, with reason and time of the attempt.
+    ``unsent``: attempts in which an engine was unreachable. ``received_s``: when the body was complete. ``suspects``:
+    engines that are to blame if another engine serves the request, with reason and time of the attempt.
     """
 
     http: HttpRequest
@@ -106,6 +109,7 @@ class Call:
     output_tokens: int | None = None
     engine: Engine | None = None
     unsent: int = 0
+    received_s: float | None = None
     suspects: list[tuple[EngineQueue, str, float]] = field(default_factory=list)
 
 
@@ -136,6 +140,7 @@ class Proxy:
         routes: RouteTable | None = None,
         keep_alive_s: float | None = None,
         guard: FieldGuard | None = None,
+        recorder: Recorder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = self.stopping = self.loading = False
@@ -156,6 +161,7 @@ class Proxy:
         self._routes = routes or RouteTable()
         self._keep_alive_s = keep_alive_s
         self.guard = guard or FieldGuard()
+        self.recorder = recorder or Recorder()
         self._clock = clock
         self.sizer = PromptSizer()
 
@@ -187,11 +193,13 @@ class Proxy:
             self.in_flight -= 1
             self._tasks.discard(task)
             self._metrics.on_response(http.route.label, http.status)
+            self._record(http)
 
     async def _answer(self, http: HttpRequest) -> None:
         """Serve ``http``, and answer with an error response if that fails."""
         try:
             key = self._authenticate(http)
+            http.tenant = key.tenant
             # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for every open request.
             if http.route.generation is not None:
                 call = self._read(http, key, http.route.generation, await self._receive_body(http))
@@ -214,6 +222,15 @@ class Proxy:
             if not http.response_started:
                 internal = ApiError(500, "The gateway failed on this request.", "internal_error", "internal_error")
                 await send_error(http.send, internal, http.request_id, http.route.errors)
+
+    def _record(self, http: HttpRequest) -> None:
+        if http.entry is not None:
+            self.recorder.ended(http.entry, http.status)
+        elif self.recorder.unscheduled is not None:
+            self.recorder.ended_unscheduled(
+                http.request_id.decode(), http.tenant, http.route.label, http.status, http.arrival_s,
+                http.headers.get("traceparent"),
+            )  # fmt: skip
 
     async def cut(self) -> None:
         """Answer the requests that are still open although the engines have stopped, such as one without its body."""
@@ -250,6 +267,7 @@ class Proxy:
 
     def _read(self, http: HttpRequest, key: ApiKey, route: GenerationRoute, body: bytes) -> Call:
         """Parse the body, read the SLO, estimate the prompt size. Nothing here depends on an engine."""
+        received_s = self._clock()
         document = parse_document(body)
         output_tokens = read_output_tokens(http.headers, document)
         self.guard.apply(document, key)
@@ -275,7 +293,7 @@ class Proxy:
         request.model = state.own_name(model) or state.model
         if len(pool) > 1:
             size = self.sizer.estimate(request, prompt, document, state)
-        return Call(http, route, document, prompt, request, size, output_tokens)
+        return Call(http, route, document, prompt, request, size, output_tokens, received_s=received_s)
 
     def _keep_alive(self, call: Call) -> contextlib.AbstractContextManager[object]:
         """Return what keeps the connection of a stream alive until its answer begins; nothing by default."""
@@ -295,9 +313,9 @@ class Proxy:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
         # NOTE: before the prompt is measured, which takes an engine's tokenizer. `in_flight` counts this request.
         if self.in_flight > self._max_open_requests:
-            raise self._closed(self._ledger.open(call.request), "rejected", "gateway_full", self._gateway_full())
+            raise self._closed(self._open(call), "rejected", "gateway_full", self._gateway_full())
         await self._place(call)
-        entry = self._ledger.open(call.request)
+        entry = self._open(call)
         client = ClientConnection(call.http.receive)
         try:
             if call.size.invalid and await self._refused(call, entry, client):
@@ -311,13 +329,23 @@ class Proxy:
         finally:
             client.close()
 
+    def _open(self, call: Call) -> Entry:
+        """Open the ledger entry of the request, and note what the HTTP request tells about it."""
+        http, entry = call.http, self._ledger.open(call.request)
+        http.entry, entry.client_id, entry.route = entry, http.request_id.decode(), http.route.label
+        entry.stream, entry.received_s = call.document.get("stream") is True, call.received_s
+        headers = http.headers
+        self.recorder.opened(entry, headers.get("traceparent"), headers.get("tracestate"))
+        return entry
+
     async def _refused(self, call: Call, entry: Entry, client: ClientConnection) -> bool:
         """Have the engine answer a request that it will refuse, without any wait. Returns False if it did not."""
         engine_queue = await self._place(call)
         if not call.size.invalid:
             # It is placed on another engine now, which can serve it.
             return False
-        entry.engine = engine_queue.engine.name
+        now = self._clock()
+        entry.begin_attempt(Attempt(engine_queue.engine.name, now, admitted_s=now))
         answered = await self._forward(call, entry, engine_queue, client)
         # The next engine, which may be this one after a restart, may find it valid.
         call.engine = None
@@ -363,9 +391,10 @@ class Proxy:
                 model=request.model,
                 request_id=request.id,
             )
-        entry.prediction = prediction
+        entry.prediction, ended = prediction, self._clock()
+        entry.predicting_s = started, ended
         request.predict(prediction.tokens, prediction.p90, prediction.beyond)
-        self._metrics.on_prediction(prediction.source, self._clock() - started)
+        self._metrics.on_prediction(prediction.source, ended - started)
 
     async def _serve(self, call: Call, entry: Entry, client: ClientConnection) -> None:
         """Queue the request and send it to the engine that admits it, and to another one if that engine fails it."""
@@ -393,17 +422,25 @@ class Proxy:
         outcome: QueueOutcome = Reroute()
         while isinstance(outcome, Reroute):
             engine_queue = await self._place(call)
-            entry.engine = engine_queue.engine.name
+            attempt = entry.begin_attempt(Attempt(engine_queue.engine.name, self._clock()))
+            attempt.waiting, attempt.running = len(engine_queue.waiting), len(engine_queue.running)
+            entry.prompt_source = call.size.source
             self._router.on_sent(engine_queue, call.request)
             try:
-                outcome = await _wait_in_queue(call.request, engine_queue, client)
+                outcome = await _wait_in_queue(call.request, engine_queue, client, attempt)
             finally:
                 if not isinstance(outcome, Admitted):
                     self._router.on_ended(engine_queue, call.request)
-        entry.queue_s = self._clock() - call.request.arrival_s
+            if isinstance(outcome, Reroute):
+                attempt.stop("moved", self._clock())
+        now = self._clock()
+        entry.queue_s = now - call.request.arrival_s
         if not isinstance(outcome, Admitted):
+            entry.answer = outcome
             raise self._closed(entry, "rejected", *answer_to(outcome))
-        entry.predicted_ttft_s = outcome.predicted_ttft_s
+        entry.predicted_ttft_s = attempt.predicted_ttft_s = outcome.predicted_ttft_s
+        attempt.admitted_s = now
+        attempt.predicted_tpot_s = _next_step_s(engine_queue)
         return engine_queue
 
     async def _forward(self, call: Call, entry: Entry, engine_queue: EngineQueue, client: ClientConnection) -> bool:
@@ -434,6 +471,8 @@ class Proxy:
         document = for_engine(call.document, request.requested_model, engine.state)
         body = JsonBody(document_for_engine(document, xargs if in_body else None))
         scope = engine_scope(http.scope, http.request_id)
+        if entry.trace is not None and entry.trace.span_id:
+            scope["headers"] = with_traceparent(scope["headers"], entry.trace)
         scope[BODY_KEY], scope[OBSERVER_KEY], scope[XARGS_KEY] = body, progress, xargs
         scope[RENDERING_KEY] = call.size.handle
         watch = self._hang_watch(call, engine_queue, relay, sent_at)
@@ -493,6 +532,7 @@ class Proxy:
             elif relay.complete and relay.status < 400:
                 router.on_completed(engine_queue)
             return False
+        entry.attempts[-1].stop(failure.reason, self._clock())
         if relay.started and relay.held.error is None:
             router.on_failure(engine_queue, "cut", sent_at, begun=True)
             return False
@@ -587,6 +627,9 @@ class Proxy:
         if asks_for_models(http):
             await send_models(http, self._router)
             return
+        if asks_for_records(http):
+            await send_records(http, self.recorder.decisions, key)
+            return
         if self.in_flight > self._max_open_requests:
             raise self._gateway_full()
         try:
@@ -660,11 +703,21 @@ def _check_limits(call: Call, engine: Engine) -> None:
         raise bad_request(f"n: the engine runs at most {limit} sequences; this request has {sequences}.", "n")
 
 
-async def _wait_in_queue(request: Request, engine_queue: EngineQueue, client: ClientConnection) -> QueueOutcome:
+def _next_step_s(engine_queue: EngineQueue) -> float:
+    """Return the predicted duration (s) of the engine's next decode step, from what the engine reports that it runs."""
+    state = engine_queue.engine.state
+    sequences = max(state.engine_running, len(engine_queue.running), 1)
+    return state.step_time.curve.step_s(sequences, state.kv_usage * state.kv_tokens)
+
+
+async def _wait_in_queue(
+    request: Request, engine_queue: EngineQueue, client: ClientConnection, attempt: Attempt
+) -> QueueOutcome:
     """Queue ``request`` and return what was decided. Raises `ClientDisconnected` if the client disconnects first."""
     decision = engine_queue.submit(request)
     if decision.done():
         return decision.result()
+    attempt.position = engine_queue.waiting.position(request)
     waits: set[asyncio.Future[Any]] = {decision, client.disconnected}
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

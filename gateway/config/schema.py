@@ -302,6 +302,24 @@ class LoggingConfig(Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
+    access: Literal["none", "json"] = Field("none", description="One line of JSON for each request under /v1.")
+    access_path: str | None = Field(None, min_length=1, description="File of the access log; null writes to stderr.")
+
+
+class TracingConfig(Section):
+    """OpenTelemetry traces over OTLP/HTTP (extra ``otel``). ``OTEL_*`` environment variables fill what is not set."""
+
+    enabled: bool = False
+    endpoint: str | None = Field(None, pattern=r"^https?://", description="The collector's base URL.")
+    sample_ratio: float | None = Field(
+        None, ge=0, le=1, description="Of the requests whose client sends no trace context."
+    )
+
+
+class DecisionsConfig(Section):
+    """The records of ended requests, for `antares explain` (docs/observability.md). They never contain text."""
+
+    keep: int = Field(10_000, ge=0, le=100_000, description="Records that are kept, about 1.3 kB each.")
 
 
 RELOADABLE = frozenset((
@@ -339,6 +357,8 @@ class GatewayConfig(Section):
     default_class: str
     keys: list[KeyConfig] = Field(default_factory=list, max_length=10_000)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    tracing: TracingConfig = Field(default_factory=TracingConfig)
+    decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> GatewayConfig:

@@ -13,9 +13,11 @@ from typing import TypeVar
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from gateway.observability.ledger import Entry, Ledger
+from gateway.observability.recorder import RecordSink
 from gateway.scheduling.engine_queue import EngineQueue
 
 _REQUEST = ("slo_class", "model", "engine")
@@ -25,7 +27,10 @@ _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5,
 _TPOT_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
 _SHORT_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1)
 _RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
+_QUOTIENTS = (0.25, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+
+TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 M = TypeVar("M", bound=MetricWrapperBase)
 
@@ -61,6 +66,16 @@ class Metrics:
         self.e2e = _histogram(
             "antares_e2e_seconds", "Time from arrival to the last output token.", _LATENCY_S, registry
         )
+        self.ttft_ratio = _histogram(
+            "antares_ttft_prediction_ratio",
+            "Measured TTFT divided by the TTFT predicted at admission, of finished requests.",
+            _QUOTIENTS, registry,
+        )  # fmt: skip
+        self.tpot_ratio = _histogram(
+            "antares_tpot_prediction_ratio",
+            "Measured TPOT divided by the step time predicted at admission, of finished requests.",
+            _QUOTIENTS, registry,
+        )  # fmt: skip
         self.queue = _histogram("antares_queue_seconds", "Time from arrival to admission.", _LATENCY_S, registry)
         self.prompt_tokens = Counter(
             "antares_prompt_tokens_total", "Prompt tokens of requests that reached an engine.",
@@ -125,6 +140,8 @@ class Metrics:
             ("engine",),
             registry=registry,
         )
+        self.dropped_records = _DroppedRecords()
+        registry.register(self.dropped_records)
         for source in ("service", "fallback"):
             self.predictions.labels(source)
 
@@ -153,17 +170,25 @@ class Metrics:
             self._child(self.attained, *labels, request.tenant).inc()
         for bound in entry.violated:
             self._child(self.violations, *labels, bound).inc()
+        exemplar = _exemplar(entry)
         if request.admitted_s is not None:
-            self._child(self.queue, *labels).observe(entry.queue_s)
+            self._child(self.queue, *labels).observe(entry.queue_s, exemplar)
             self._child(self.prompt_tokens, *labels, request.tenant).inc(request.prompt_tokens)
             self._child(self.output_tokens, *labels, request.tenant).inc(request.generated)
         self._count_prompt(entry)
         if entry.outcome == "finished":
             if entry.ttft_s is not None:
-                self._child(self.ttft, *labels).observe(entry.ttft_s)
-            self._child(self.tpot, *labels).observe(entry.tpot_s)
-            self._child(self.e2e, *labels).observe(entry.e2e_s)
+                self._child(self.ttft, *labels).observe(entry.ttft_s, exemplar)
+            self._child(self.tpot, *labels).observe(entry.tpot_s, exemplar)
+            self._child(self.e2e, *labels).observe(entry.e2e_s, exemplar)
+            self._compare_with_predictions(entry, labels)
             self.prediction_error.observe(abs(request.generated / request.sequences - request.predicted_at_arrival))
+
+    def _compare_with_predictions(self, entry: Entry, labels: tuple[str, ...]) -> None:
+        if entry.ttft_s is not None and entry.predicted_ttft_s:
+            self._child(self.ttft_ratio, *labels).observe(entry.ttft_s / entry.predicted_ttft_s)
+        if entry.tpot_s > 0 and entry.predicted_tpot_s:
+            self._child(self.tpot_ratio, *labels).observe(entry.tpot_s / entry.predicted_tpot_s)
 
     def _count_prompt(self, entry: Entry) -> None:
         request = entry.request
@@ -183,6 +208,29 @@ class Metrics:
         """Return the body of `/metrics`: this registry, then the process-wide one that an in-process vLLM uses."""
         return generate_latest(self.registry) + generate_latest(REGISTRY)
 
+    def negotiated(self, accept: str) -> tuple[bytes, str]:
+        """Return the body of `/metrics` and its content type in the format that the header ``accept`` asks for.
+
+        OpenMetrics, which Prometheus asks for, has exemplars. They name late and traced requests.
+        """
+        if "application/openmetrics-text" not in accept:
+            return self.exposition(), TEXT_FORMAT
+        own, shared = (_open_metrics(registry) for registry in (self.registry, REGISTRY))
+        return own.removesuffix(b"# EOF\n") + shared, openmetrics.CONTENT_TYPE_LATEST
+
+
+def _open_metrics(registry: CollectorRegistry) -> bytes:
+    body: bytes = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
+    return body
+
+
+def _exemplar(entry: Entry) -> dict[str, str] | None:
+    """Return what leads from a bucket to a request: its ids, if it was late or is traced."""
+    trace = entry.trace
+    if trace is not None and trace.sampled and trace.span_id:
+        return {"trace_id": trace.trace_id, "request_id": entry.request.id}
+    return {"request_id": entry.request.id} if entry.violated else None
+
 
 def _histogram(name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry) -> Histogram:
     return Histogram(name, text, _REQUEST, buckets=buckets, registry=registry)
@@ -197,11 +245,21 @@ _LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str,
         GaugeMetricFamily, "1 for the state of the engine's circuit breaker, else 0.", ("engine", "state"),
     ),
     "antares_engine_rests_total": (CounterMetricFamily, "Times that the engine's circuit opened.", ("engine",)),
+    "antares_engine_hangs_total": (
+        CounterMetricFamily, "Times that the engine computed no step although it had work.", ("engine",),
+    ),
     "antares_engine_restarts_total": (CounterMetricFamily, "Restarts of the engine.", ("engine",)),
     "antares_engine_running_sequences": (GaugeMetricFamily, "Sequences that the engine runs.", ("engine",)),
     "antares_engine_waiting_sequences": (GaugeMetricFamily, "Sequences in the engine's own queue.", ("engine",)),
     "antares_engine_kv_usage_ratio": (GaugeMetricFamily, "Fraction of KV cache memory in use.", ("engine",)),
     "antares_engine_steps_total": (CounterMetricFamily, "Engine steps seen by the step-time model.", ("engine",)),
+    "antares_step_seconds_total": (
+        CounterMetricFamily, "Duration of engine steps: actual, and as the step-time model predicted it.",
+        ("engine", "kind"),
+    ),
+    "antares_step_error_seconds_total": (
+        CounterMetricFamily, "Absolute differences of actual and predicted durations of engine steps.", ("engine",),
+    ),
     "antares_step_time_coefficient": (
         GaugeMetricFamily,
         "Coefficients of ITL(B,L)=aBL+bB+cL+d and t(p)=delta if p<theta else alpha*p+beta (s, tokens).",
@@ -254,6 +312,21 @@ METRIC_ALIASES = {
 _AGREEMENT = [(active, shadow) for active in ("admitted", "rejected") for shadow in ("admitted", "rejected")]
 
 
+class _DroppedRecords(Collector):
+    """``sinks``: the access log and the traces, as far as they are on."""
+
+    def __init__(self) -> None:
+        self.sinks: Sequence[RecordSink] = ()
+
+    def collect(self) -> Iterable[Metric]:
+        text = "Requests that the access log or the traces lost, to delay no response."
+        family = CounterMetricFamily("antares_records_dropped_total", text, labels=("sink",))
+        dropped = {"access_log": 0, "traces": 0} | {sink.name: sink.dropped for sink in self.sinks}
+        for name, count in dropped.items():
+            family.add_metric((name,), count)
+        yield family
+
+
 class _LiveState(Collector):
     def __init__(self, engine_queues: Sequence[EngineQueue], ledger: Ledger) -> None:
         self._engine_queues = engine_queues
@@ -280,6 +353,7 @@ class _LiveState(Collector):
                 running = sum(r.slo_class == slo_class for r in engine_queue.running.values())
                 put("antares_running_requests", running, slo_class, engine)
             put("antares_engine_up", state.alive, engine)
+            put("antares_engine_hangs_total", state.hangs, engine)
             put("antares_engine_restarts_total", state.restarts, engine)
             put("antares_engine_rests_total", engine_queue.circuit.opened, engine)
             for name, is_current in engine_queue.circuit.states(now).items():
@@ -288,6 +362,9 @@ class _LiveState(Collector):
             put("antares_engine_waiting_sequences", state.engine_waiting, engine)
             put("antares_engine_kv_usage_ratio", state.kv_usage, engine)
             put("antares_engine_steps_total", state.step_time.steps_seen, engine)
+            put("antares_step_seconds_total", state.step_time.actual_s, engine, "actual")
+            put("antares_step_seconds_total", state.step_time.predicted_s, engine, "predicted")
+            put("antares_step_error_seconds_total", state.step_time.error_s, engine)
             for name in ("a", "b", "c", "d", "alpha", "beta", "theta", "delta"):
                 put("antares_step_time_coefficient", getattr(state.step_time.times, name), engine, name)
             for form, quality in (

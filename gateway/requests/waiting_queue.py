@@ -64,6 +64,10 @@ class WaitingQueue(Sequence[Request]):
         self._key_of = {request.id: key for key, request in ordered}
         self._table = None
 
+    def position(self, request: Request) -> int:
+        """Return how many requests are ahead of ``request``, which waits here."""
+        return bisect_left(self._keys, self._key_of[request.id])
+
     def clear(self) -> None:
         """Remove all requests."""
         self._keys.clear()

@@ -44,6 +44,9 @@ _PASSED_THROUGH: dict[str, tuple[str, ...]] = {
 }
 """Routes that generate no text, except transcription and translation, by path, with their methods."""
 
+_OWN: dict[str, tuple[str, ...]] = {"/v1/requests": _GET, "/v1/requests/{id}": _GET}
+"""Routes that the gateway answers itself, besides `/v1/models`."""
+
 _REFUSED = ("/v1/realtime", "/v1/systemone")
 """Routes of vLLM that generate tokens and that the gateway cannot schedule."""
 
@@ -93,7 +96,7 @@ class RouteTable:
         self._patterns: list[tuple[re.Pattern[str], Route]] = []
         for path in more:
             self._exact.setdefault(path, Route(path, _ANY))
-        for path, methods in _PASSED_THROUGH.items():
+        for path, methods in {**_PASSED_THROUGH, **_OWN}.items():
             route = Route(path, methods, _shape_of(path))
             if "{" in path:
                 self._patterns.append((_pattern(path), route))

@@ -7,6 +7,7 @@ import logging
 import re
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine_adapter.engine import Receive, Scope, Send
@@ -191,3 +192,66 @@ async def test_prompt_and_completion_text_appears_only_in_responses(
         ]
         assert SECRET not in "\n".join(record.getMessage() for record in records)
         assert set(antares.outcomes.values()) & {0} == set()
+
+
+OPEN_METRICS = {"accept": "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2"}
+
+
+async def test_openmetrics_has_an_exemplar_for_a_late_request_and_ends_once() -> None:
+    engine = fast_engine(times=StepTimes(b=1e-6, d=3e-2, alpha=1e-6))
+    engine.state.step_time.start_over(StepTimes(b=1e-6, d=1e-3, alpha=1e-6))
+    engine.state.step_time.learn = False
+    async with live(engine) as antares:
+        await antares.ask(chat(stream=True, max_tokens=4), x_request_id="in-time")
+        await antares.ask(chat(stream=True, max_tokens=4), x_request_id="late", x_slo_tpot_ms="10")
+        answer = await antares.http.get("/metrics", headers=OPEN_METRICS)
+        late = (await antares.http.get("/v1/requests/late")).json()["id"]
+
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert answer.text.endswith("# EOF\n")
+    assert answer.text.count("# EOF") == 1
+    exemplars = {
+        (sample.name, sample.exemplar.labels["request_id"])
+        for family in openmetrics_families(answer.text)
+        for sample in family.samples
+        if sample.exemplar
+    }
+    assert exemplars == {
+        (f"antares_{name}_seconds_bucket", late) for name in ("queue", "ttft", "tpot", "e2e")
+    }  # fmt: skip
+
+
+async def test_plain_text_is_the_default_exposition(antares: Live) -> None:
+    answer = await antares.http.get("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert "# EOF" not in answer.text
+
+
+async def test_predictions_are_compared_with_what_was_measured() -> None:
+    engine = fast_engine(times=StepTimes(b=1e-6, d=3e-2, alpha=1e-6))
+    engine.state.step_time.start_over(StepTimes(b=1e-6, d=1e-2, alpha=1e-6))
+    engine.state.step_time.learn = False
+    async with live(engine) as antares:
+        await antares.ask(chat(stream=True, max_tokens=8))
+        text = await exposition(antares)
+
+    def value(name: str) -> float:
+        return float(re.search(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+    assert value("antares_ttft_prediction_ratio_count") == 1
+    assert 1 < value("antares_ttft_prediction_ratio_sum") < 20
+    # Steps take three times as long as predicted.
+    assert value("antares_tpot_prediction_ratio_count") == 1
+    assert 2 < value("antares_tpot_prediction_ratio_sum") < 6
+
+
+async def test_step_times_are_compared_with_the_model(antares: Live) -> None:
+    for _ in range(4):
+        await antares.ask(chat(max_tokens=40, ignore_eos=True))
+    model = antares.engine.state.step_time
+    text = await exposition(antares)
+
+    assert model.actual_s > 0
+    assert f'antares_step_seconds_total{{engine="simulated",kind="actual"}} {model.actual_s}' in text
+    assert f'antares_step_seconds_total{{engine="simulated",kind="predicted"}} {model.predicted_s}' in text
+    assert f'antares_step_error_seconds_total{{engine="simulated"}} {model.error_s}' in text
