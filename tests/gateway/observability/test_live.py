@@ -130,9 +130,7 @@ async def test_history_grows_and_nothing_else_is_computed_without_viewers(
 
 async def test_too_many_viewers_get_503_and_a_place_when_one_leaves(antares: Live) -> None:
     async with httpx.AsyncClient(base_url=antares.url, timeout=10, trust_env=False) as http:
-        responses = [
-            await http.send(http.build_request("GET", EVENTS_PATH), stream=True) for _ in range(MAX_VIEWERS)
-        ]
+        responses = [await http.send(http.build_request("GET", EVENTS_PATH), stream=True) for _ in range(MAX_VIEWERS)]
         await eventually(lambda: antares.gateway.live._viewers == MAX_VIEWERS)
         denied = await antares.http.get(EVENTS_PATH)
         assert (denied.status_code, denied.headers["retry-after"]) == (503, "5")
