@@ -27,7 +27,7 @@ MAX_SERIES = 512
 """Combinations of class, tenant and model that are told apart. Further ones are counted per class, as `OTHER`."""
 
 MAX_TENANTS = 20
-"""Tenants that a document lists: those with the most requests. The others are in `OTHER`."""
+"""Maximum number of tenants in a document. The tenants with the fewest requests are in `OTHER`."""
 
 OTHER = "(other)"
 
@@ -238,7 +238,7 @@ class Windows:
 
 
 def _grouped(sums: dict[tuple[str, str, str], Sums], part: int, limit: int | None = None) -> dict[str, Sums]:
-    """Return the sums by one part of their keys, those with most requests first; after ``limit``, in `OTHER`."""
+    """Return the sums by one part of their keys, most requests first. At most ``limit`` keys; the rest is `OTHER`."""
     groups: dict[str, Sums] = {}
     for key, total in sums.items():
         _add(groups, {key[part]: total})
