@@ -14,7 +14,7 @@ import pytest
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from tests.fixtures.browser import CHROMIUM, BrowserPage, browser_page
-from tests.fixtures.live_gateway import Live, Load, live
+from tests.fixtures.live_gateway import CLASSES, Live, Load, live
 from tests.fixtures.served import free_port
 
 pytestmark = pytest.mark.process
@@ -148,7 +148,11 @@ async def test_page_reconnects_after_the_gateway_restarts(page: BrowserPage) -> 
 @needs_chromium
 async def test_page_fits_a_phone_and_has_a_dark_scheme(page: BrowserPage) -> None:
     first, second = engines()
-    async with live(first, more_engines=[second]) as antares, Traffic(antares):
+    long_name = "a" * 60
+    classes = {**CLASSES, long_name: {"ttft_ms": 0.01, "tpot_ms": 50, "e2e_ms": 100_000}}
+    async with live(first, more_engines=[second], classes=classes) as antares, Traffic(antares):
+        for _ in range(60):
+            await antares.ask(x_slo_class=long_name)
         backgrounds = []
         for dark in (False, True):
             await page.open(f"{antares.url}/dashboard", width=360, height=740, dark=dark)
