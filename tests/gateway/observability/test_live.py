@@ -97,6 +97,19 @@ async def test_points_compare_predicted_and_achieved(antares: Live) -> None:
     assert tpot_ms > 0
 
 
+async def test_snapshot_thins_out_many_points(antares: Live) -> None:
+    async with watching(antares) as events:
+        await anext(events)
+        await anext(events)
+        await asyncio.gather(*(antares.ask() for _ in range(200)))
+        points: list[Any] = []
+        async with asyncio.timeout(10):
+            while not points:
+                points = (await anext(events))[1]["points"]
+    assert len(points) <= 20
+    assert [point[0] for point in points] == sorted(point[0] for point in points)
+
+
 async def test_snapshot_is_computed_once_for_all_viewers(antares: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     computed = 0
     document = antares.gateway.status.document
