@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI, Response
-from fastapi import Request as HttpRequest
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from engine_adapter.engine import ASGIApp, Engine, EngineEvents, Receive, Scope, Send
-from gateway import __version__
 from gateway.api.auth import KeyRing
 from gateway.api.cors import Cors
-from gateway.api.errors import method_not_allowed
+from gateway.api.operator_routes import operator_routes
 from gateway.api.paths import API_PREFIX, unknown_path
 from gateway.api.proxy import Proxy
 from gateway.api.reload_route import Reload, add_reload_route
@@ -26,9 +20,11 @@ from gateway.api.routes.table import RouteTable
 from gateway.config.schema import RELOADABLE, ConfigChange, GatewayConfig
 from gateway.engines import Engines
 from gateway.observability.ledger import Entry, Ledger
+from gateway.observability.live import HEADERS_ONLY_KEY, LiveFeed
 from gateway.observability.metrics import Metrics
 from gateway.observability.recording import make_recorder
 from gateway.observability.status import Status
+from gateway.observability.windows import Windows
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
 from gateway.prediction.client import LengthPredictor, LengthStatistics
@@ -84,14 +80,16 @@ class Gateway:
         self.metrics.dropped_records.sinks = self.recorder.sinks
         self.router = Router(self.engine_queues)
         self.engines = Engines(self.router, config.engines, self._make_queue, self.events_of)
-        self.ledger = Ledger(on_close=self._on_close)
-        self.status = Status(self.engine_queues, self.ledger)
+        self.windows = Windows()
+        self.ledger = Ledger(on_close=self._on_close, on_open=self.windows.on_open)
+        self.status = Status(self.engine_queues, self.ledger, self.windows, self._state)
+        self.live = LiveFeed(self.status)
         self.predictor = LengthPredictor(
             predictor_url,
             config.predictor.timeout_ms / 1000,
             statistics or LengthStatistics(expected=config.predictor.expected_tokens),
         )
-        self.metrics.watch(self.engine_queues, self.ledger)
+        self.metrics.watch(self.engine_queues, self.ledger, self.windows)
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
         self._retries = RetryBudget()
         self.proxy = Proxy(
@@ -105,7 +103,7 @@ class Gateway:
             guard=config.field_guard(),
             recorder=self.recorder,
         )
-        self._operator = _operator_routes(self)
+        self._operator = operator_routes(self.why_not_ready, self.metrics, self.status, self.live)
         self.on_reload: Reload | None = None
         """Reads the configuration file again, for `POST /reload`. None without a file."""
         add_reload_route(self._operator, lambda: self.proxy.keys, self._reload_file)
@@ -121,7 +119,7 @@ class Gateway:
             return
         if scope.get("method") == "HEAD":
             # The server sends no body for HEAD.
-            scope = {**scope, "method": "GET"}
+            scope = {**scope, "method": "GET", HEADERS_ONLY_KEY: True}
         await self._operator(scope, receive, send)
 
     async def _serve_api(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,6 +130,7 @@ class Gateway:
 
     async def start(self) -> None:
         """Start every engine and return when all can serve. Raises `engine_adapter.engine.EngineStartError`."""
+        self.live.start()
         self.proxy.loading = True
         self.can_reload.clear()
         async with asyncio.TaskGroup() as group:
@@ -264,45 +263,22 @@ class Gateway:
         for task in self._calibrations:
             task.cancel()
         self.router.close()
+        await self.live.stop()
         await self.predictor.close()
         await self.engines.stop()
         await self.proxy.cut()
         await asyncio.to_thread(self.recorder.close)
 
+    def _state(self) -> dict[str, Any]:
+        """Return what `/status` says beyond queues, engines and ledger."""
+        predictor = "off" if self.predictor.url is None else "up" if self.predictor.up else "down"
+        return {
+            "policy": self._config.policy.name,
+            "draining": self.proxy.draining,
+            "predictor": predictor,
+            "predictor_up": self.predictor.up,
+        }
+
     def _on_close(self, entry: Entry) -> None:
         self.metrics.on_close(entry)
         self.status.on_close(entry)
-
-
-def _operator_routes(gateway: Gateway) -> FastAPI:
-    app = FastAPI(title="Antares", version=__version__, docs_url="/docs", redoc_url=None, redirect_slashes=False)
-
-    @app.exception_handler(405)
-    async def wrong_method(request: HttpRequest, error: HTTPException) -> Response:
-        allowed = (error.headers or {}).get("Allow", "GET").replace("GET", "GET, HEAD")
-        answer = method_not_allowed(request.method, request.url.path, allowed)
-        return Response(answer.body(), answer.status, {"allow": allowed}, "application/json")
-
-    @app.get("/health", response_class=PlainTextResponse, summary="Liveness: the gateway answers")
-    async def health() -> str:
-        return "ok"
-
-    @app.get("/ready", summary="Readiness: an engine can serve and the gateway accepts requests")
-    async def ready() -> Response:
-        why = gateway.why_not_ready()
-        return JSONResponse({"ready": False, "why": why}, 503) if why else JSONResponse({"ready": True})
-
-    @app.get("/metrics", summary="Prometheus metrics")
-    async def metrics(request: HttpRequest) -> Response:
-        body, media_type = gateway.metrics.negotiated(request.headers.get("accept", ""))
-        return Response(body, media_type=media_type)
-
-    @app.get("/status", summary="Current state as JSON")
-    async def status() -> dict[str, Any]:
-        return {**gateway.status.document(), "predictor_up": gateway.predictor.up}
-
-    @app.get("/dashboard", response_class=HTMLResponse, summary="Current state as a page")
-    async def dashboard() -> str:
-        return files("gateway.observability").joinpath("dashboard.html").read_text(encoding="utf-8")
-
-    return app

@@ -108,6 +108,35 @@ def serve(
     raise typer.Exit(code)
 
 
+@app.command()
+def top(
+    url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8100",
+    key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key, if the gateway asks for one.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
+) -> None:
+    """Show the state of a gateway in the terminal, as its dashboard does. Press q to leave."""
+    import asyncio
+    import os
+
+    from rich.console import Console
+
+    from gateway.top import TopError, run
+
+    key = os.environ.get(key_env) if key_env else None
+    if key_env and not key:
+        typer.echo(f"antares: the environment variable {key_env} is not set", err=True)
+        raise typer.Exit(2)
+    try:
+        asyncio.run(run(url.rstrip("/"), key, once, Console()))
+    except TopError as error:
+        typer.echo(f"antares: {error}", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
 @config_app.command("check")
 def config_check(
     file: Annotated[Path, typer.Argument(help="The file to check.")],

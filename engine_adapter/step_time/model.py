@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 
@@ -88,6 +89,15 @@ class StepTimeModel:
         self.steps_seen += 1
         if self.steps_seen % (self.refit_every if self.steps_seen <= self.window else 4 * self.refit_every) == 0:
             self.refit()
+
+    def latest(self, count: int) -> list[tuple[float, float, float, float]]:
+        """Return the latest steps of each kind, at most ``count``: decodes, mean context, prompt tokens, seconds."""
+        decode = islice(reversed(self._decode), count)
+        mixed = islice(reversed(self._mixed), count)
+        return [
+            *((batch, context, 0.0, seconds) for batch, context, seconds in decode),
+            *((batch, context, tokens, seconds) for tokens, batch, context, seconds in mixed),
+        ]
 
     def start_over(self, times: StepTimes) -> None:
         """Drop the steps in the window, and reset the forms and the curve to ``times``."""

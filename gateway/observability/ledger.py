@@ -118,9 +118,13 @@ class Entry:
 
 @dataclass(slots=True)
 class Ledger:
-    """Counts accepted requests and their outcomes. ``on_close`` is called with each entry as it closes."""
+    """Counts accepted requests and their outcomes.
+
+    ``on_open`` is called with each accepted request, ``on_close`` with each entry as it closes.
+    """
 
     on_close: Callable[[Entry], None] = lambda entry: None
+    on_open: Callable[[Request], None] = lambda request: None
     accepted: int = 0
     closed: Counter[str] = field(default_factory=Counter)
     attained: int = 0
@@ -128,6 +132,7 @@ class Ledger:
     def open(self, request: Request) -> Entry:
         """Record an accepted request and return its entry."""
         self.accepted += 1
+        self.on_open(request)
         return Entry(request)
 
     def close(self, entry: Entry, outcome: Outcome, reason: str = "") -> None:

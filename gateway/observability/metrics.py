@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.recorder import RecordSink
+from gateway.observability.windows import Windows
 from gateway.scheduling.engine_queue import EngineQueue
 
 _REQUEST = ("slo_class", "model", "engine")
@@ -200,9 +201,9 @@ class Metrics:
             for kind, count in zip(("prompt", "predicted", "cached"), tokens, strict=True):
                 self._child(self.prefix_tokens, request.model, entry.engine, kind).inc(count)
 
-    def watch(self, engine_queues: Sequence[EngineQueue], ledger: Ledger) -> None:
-        """Export the state of ``engine_queues`` and ``ledger``, read at each scrape."""
-        self.registry.register(_LiveState(engine_queues, ledger))
+    def watch(self, engine_queues: Sequence[EngineQueue], ledger: Ledger, windows: Windows) -> None:
+        """Export the state of ``engine_queues`` and ``ledger``, and the ``windows``, read at each scrape."""
+        self.registry.register(_LiveState(engine_queues, ledger, windows))
 
     def exposition(self) -> bytes:
         """Return the body of `/metrics`: this registry, then the process-wide one that an in-process vLLM uses."""
@@ -236,7 +237,21 @@ def _histogram(name: str, text: str, buckets: Sequence[float], registry: Collect
     return Histogram(name, text, _REQUEST, buckets=buckets, registry=registry)
 
 
+_WINDOW = ("slo_class", "tenant", "window")
+
 _LIVE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, tuple[str, ...]]] = {
+    "antares_adherence_ratio": (
+        GaugeMetricFamily, "Attained / ended requests in the window; cancelled ones do not count.", _WINDOW,
+    ),
+    "antares_goodput_requests_per_second": (
+        GaugeMetricFamily, "Requests that attained their SLO, per second of the window.", _WINDOW,
+    ),
+    "antares_arrival_requests_per_second": (
+        GaugeMetricFamily, "Accepted requests per second of the window.", _WINDOW,
+    ),
+    "antares_output_tokens_per_second": (
+        GaugeMetricFamily, "Output tokens of requests that ended, per second of the window.", _WINDOW,
+    ),
     "antares_ledger_open": (GaugeMetricFamily, "Accepted requests that have not ended.", ()),
     "antares_waiting_requests": (GaugeMetricFamily, "Requests that wait for admission.", ("slo_class", "engine")),
     "antares_running_requests": (GaugeMetricFamily, "Requests that the engine serves.", ("slo_class", "engine")),
@@ -328,9 +343,10 @@ class _DroppedRecords(Collector):
 
 
 class _LiveState(Collector):
-    def __init__(self, engine_queues: Sequence[EngineQueue], ledger: Ledger) -> None:
+    def __init__(self, engine_queues: Sequence[EngineQueue], ledger: Ledger, windows: Windows) -> None:
         self._engine_queues = engine_queues
         self._ledger = ledger
+        self._windows = windows
 
     def collect(self) -> Iterable[Metric]:
         families = {name: kind(name, text, labels=labels) for name, (kind, text, labels) in _LIVE.items()}
@@ -346,6 +362,8 @@ class _LiveState(Collector):
 
         now = time.monotonic()
         put("antares_ledger_open", self._ledger.open_count)
+        for name, value, labels in self._windows.gauges():
+            put(name, value, *labels)
         for engine_queue in self._engine_queues:
             engine, state = engine_queue.engine.name, engine_queue.engine.state
             for slo_class in engine_queue.classes:

@@ -163,3 +163,17 @@ def test_observe_ignores_steps_without_work_or_time() -> None:
     model.observe(0, 0, 0.0, 0.1)
     model.observe(3, 0, 10.0, 0.0)
     assert model.steps_seen == 0
+
+
+def test_latest_steps_of_each_kind_come_newest_first() -> None:
+    model = StepTimeModel()
+    for number in range(1, 6):
+        model.observe(number, 0, 100.0, number / 100)
+        model.observe(number, 50, 100.0, number / 10)
+    assert model.latest(2) == [
+        (5.0, 100.0, 0.0, 0.05),
+        (4.0, 100.0, 0.0, 0.04),
+        (5.0, 100.0, 50.0, 0.5),
+        (4.0, 100.0, 50.0, 0.4),
+    ]
+    assert len(model.latest(100)) == 10
