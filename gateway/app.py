@@ -15,6 +15,7 @@ from starlette.routing import Route
 from engine_adapter.engine import ASGIApp, Engine, EngineEvents, Receive, Scope, Send
 from gateway import __version__
 from gateway.api.auth import KeyRing
+from gateway.api.connections import Connections, connections_for, descriptor_limit
 from gateway.api.cors import Cors
 from gateway.api.errors import method_not_allowed
 from gateway.api.paths import API_PREFIX, unknown_path
@@ -72,6 +73,12 @@ class Gateway:
         )
         self.metrics.watch(self.engine_queues, self.ledger)
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
+        limits = config.limits.limits()
+        self.connections = Connections(
+            limits,
+            connections_for(descriptor_limit(), config.engine_connections()),
+            self.metrics.on_connection_closed,
+        )
         self.proxy = Proxy(
             self.router,
             dict(classes),
@@ -87,7 +94,9 @@ class Gateway:
             routes=RouteTable(config.server.pass_through_routes),
             keep_alive_s=config.server.sse_keep_alive_s,
             guard=config.field_guard(),
+            limits=limits,
         )
+        self.metrics.watch_edge(self.connections, self.proxy.bodies)
         self._operator = _operator_routes(self)
         self._operator_paths = frozenset(route.path for route in self._operator.routes if isinstance(route, Route))
         self._api: ASGIApp = self._serve_api

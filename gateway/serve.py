@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 
 import uvicorn
 from pydantic import ValidationError
@@ -19,6 +20,7 @@ from rich.console import Console
 from engine_adapter.asgi import cancel_and_wait
 from engine_adapter.build import BUILDERS
 from engine_adapter.engine import Engine, EngineStartError
+from gateway.api.connections import Connections, raise_descriptor_limit
 from gateway.api.http_protocol import HttpProtocol
 from gateway.app import Gateway
 from gateway.config.file import ConfigError
@@ -30,6 +32,10 @@ console = Console(stderr=True, highlight=False)
 
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 60, 15, 4
 """TCP keep-alive of client connections: two minutes without a response close the connection of a dead client."""
+
+
+CLOSE_S = 3.0
+"""Seconds that clients have to read the end of their responses when the server stops. Convention."""
 
 
 class ServeError(Exception):
@@ -55,6 +61,7 @@ async def serve(config: GatewayConfig, load: Callable[[], GatewayConfig] | None 
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for caution in config.cautions():
         log.warning("%s", caution)
+    raise_descriptor_limit()
     listener = listen(config.server.host, config.server.port)
     port: int = listener.getsockname()[1]
     async with contextlib.AsyncExitStack() as stack:
@@ -72,17 +79,17 @@ async def serve(config: GatewayConfig, load: Callable[[], GatewayConfig] | None 
         server = _Server(
             uvicorn.Config(
                 gateway,
-                http=HttpProtocol,
+                http=partial(HttpProtocol, gateway.connections),  # type: ignore[arg-type]
+                ws="none",
                 lifespan="off",
                 access_log=False,
                 log_level="warning",
                 server_header=False,
-                timeout_keep_alive=75,
                 backlog=2048,
             )
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
-        stack.push_async_callback(_close, server, serving)
+        stack.push_async_callback(_close, server, serving, gateway.connections)
         stack.push_async_callback(gateway.stop)
         stop, hurry = _stop_on_signals()
         if load is not None:
@@ -183,13 +190,14 @@ async def _start(config: GatewayConfig, gateway: Gateway) -> None:
         raise ServeError("; ".join(str(error) for error in group.exceptions)) from group
 
 
-async def _close(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+async def _close(server: uvicorn.Server, serving: asyncio.Task[None], connections: Connections) -> None:
+    """Stop the server. Clients have `CLOSE_S` seconds to read what waits for them."""
     server.should_exit = True
-    try:
-        async with asyncio.timeout(5):
-            await serving
-    except TimeoutError:
-        server.force_exit = True
+    await asyncio.wait({serving}, timeout=CLOSE_S)
+    connections.cut_all()
+    await asyncio.wait({serving}, timeout=CLOSE_S)
+    server.force_exit = True
+    await serving
 
 
 async def _drain(gateway: Gateway, drain_s: float, hurry: asyncio.Event) -> None:
