@@ -67,6 +67,9 @@ class Connection(Protocol):
     def cut(self, reason: str) -> None:
         """Close the connection because of ``reason``."""
 
+    def give_up_body(self) -> None:
+        """Close the connection after the response if the body has not arrived by then."""
+
 
 class Connections:
     """Counts connections, refuses those above the limits, and cuts those that exceed a time or memory limit.

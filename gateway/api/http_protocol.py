@@ -71,7 +71,7 @@ class HttpProtocol(HttpToolsProtocol):
         # Bytes received since the last complete head, and of the body that is being received.
         self._head_bytes = self._body_bytes = self._overhead = 0
         self._in_head = self._in_body = False
-        self._closing = False
+        self._closing = self._gives_up = False
         self._error: ApiError | None = None
         self._serving: RequestResponseCycle | None = None
         self._mark_at = self._mark_bytes = 0.0
@@ -118,6 +118,10 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             self.transport.abort()
+
+    def give_up_body(self) -> None:
+        """Close the connection after the response if the rest of the request's body has not arrived by then."""
+        self._gives_up = True
 
     @property
     def is_idle(self) -> bool:
@@ -282,7 +286,9 @@ class HttpProtocol(HttpToolsProtocol):
         if b"transfer-encoding" in names:
             if self.parser.get_http_version() != "1.1":
                 self._fail("transfer-encoding needs HTTP/1.1.", "invalid_http")
-            if any(name == b"transfer-encoding" and value.strip().lower() != b"chunked" for name, value in self.headers):
+            if any(
+                name == b"transfer-encoding" and value.strip().lower() != b"chunked" for name, value in self.headers
+            ):
                 self._fail("transfer-encoding: only chunked is supported.", "unsupported_transfer_encoding", 501)
 
     def on_body(self, body: bytes) -> None:
@@ -314,7 +320,10 @@ class HttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
-        if self.pipeline:
+        if self._in_body and self._gives_up:
+            self._closing = True
+            self._end_output()
+        elif self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
 
     def _refuse(self, error: ApiError) -> None:
@@ -344,6 +353,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._since = self.loop.time()
         self.flow.resume_reading()
         self._write(error)
+        self._end_output()
+
+    def _end_output(self) -> None:
         if self.transport.can_write_eof():
             self.transport.write_eof()
 

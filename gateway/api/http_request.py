@@ -83,6 +83,12 @@ class HttpRequest:
         if connection is not None:
             connection.cut(reason)
 
+    def give_up_body(self) -> None:
+        """Close the connection after the response if the rest of the body has not arrived by then."""
+        connection = self.scope.get(CONNECTION_KEY)
+        if connection is not None:
+            connection.give_up_body()
+
     async def send(self, message: Message) -> None:
         """Send ``message`` to the client, and note the response's status."""
         if message["type"] == "http.response.start":

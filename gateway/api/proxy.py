@@ -232,7 +232,11 @@ class Proxy:
         return key
 
     async def _receive_body(self, http: HttpRequest, memory: BodyReservation) -> bytes:
-        return await read_limited_body(http.headers, http.receive, self._max_body_bytes, memory, self._limits)
+        try:
+            return await read_limited_body(http.headers, http.receive, self._max_body_bytes, memory, self._limits)
+        except ApiError:
+            http.give_up_body()
+            raise
 
     def _read(self, http: HttpRequest, key: ApiKey, route: GenerationRoute, body: bytes) -> Call:
         """Parse the body, read the SLO, estimate the prompt size. Nothing here depends on an engine."""

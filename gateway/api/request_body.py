@@ -79,7 +79,7 @@ async def read_limited_body(
     except (BodyTooLarge, TooLarge):
         raise _too_large(max_bytes) from None
     except TimeoutError:
-        raise _closing(no_memory() if memory.evicted else _too_slow()) from None
+        raise (no_memory() if memory.evicted else _too_slow()) from None
 
 
 async def _read(
@@ -128,12 +128,6 @@ def _too_large(max_bytes: int) -> ApiError:
 
 def _too_slow() -> ApiError:
     return bad_request("The body did not arrive in time. Send it again.", None, "body_timeout", 408)
-
-
-def _closing(error: ApiError) -> ApiError:
-    # Otherwise the connection stays open for the rest of the body.
-    error.headers.append((b"connection", b"close"))
-    return error
 
 
 def too_deep() -> ApiError:
