@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from engine_adapter.engine import ASGIApp, Engine, EngineEvents, Receive, Scope, Send
 from gateway.api.auth import KeyRing
+from gateway.api.connections import Connections, connections_for, descriptor_limit
 from gateway.api.cors import Cors
 from gateway.api.operator_routes import operator_routes
 from gateway.api.paths import API_PREFIX, unknown_path
@@ -92,6 +93,12 @@ class Gateway:
         self.metrics.watch(self.engine_queues, self.ledger, self.windows)
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
         self._retries = RetryBudget()
+        limits = config.limits.limits()
+        self.connections = Connections(
+            limits,
+            connections_for(descriptor_limit(), config.engine_connections()),
+            self.metrics.on_connection_closed,
+        )
         self.proxy = Proxy(
             self.router,
             dict(classes),
@@ -102,7 +109,9 @@ class Gateway:
             retries=self._retries,
             guard=config.field_guard(),
             recorder=self.recorder,
+            limits=limits,
         )
+        self.metrics.watch_edge(self.connections, self.proxy.bodies)
         self._operator = operator_routes(self.why_not_ready, self.metrics, self.status, self.live)
         self.on_reload: Reload | None = None
         """Reads the configuration file again, for `POST /reload`. None without a file."""

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -20,6 +21,7 @@ from rich.markup import escape
 from engine_adapter.asgi import cancel_and_wait
 from engine_adapter.engine import Engine, EngineStartError
 from gateway import sd_notify
+from gateway.api.connections import Connections, raise_descriptor_limit
 from gateway.api.http_protocol import HttpProtocol
 from gateway.app import Gateway
 from gateway.config.schema import EngineConfig, GatewayConfig
@@ -40,6 +42,9 @@ EXIT_CUT = 3
 
 NOT_READY_EVERY_S = 0.25
 """Seconds between checks whether an engine is up, until one is."""
+
+CLOSE_S = 3.0
+"""Seconds that clients have to read the end of their responses when the server stops. Convention."""
 
 
 class ServeError(Exception):
@@ -71,6 +76,7 @@ async def serve(
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for caution in config.cautions():
         log.warning("%s", caution)
+    raise_descriptor_limit()
     listener = listen(config.server.host, config.server.port)
     port: int = listener.getsockname()[1]
     async with contextlib.AsyncExitStack() as stack:
@@ -93,17 +99,17 @@ async def serve(
         server = _Server(
             uvicorn.Config(
                 gateway,
-                http=HttpProtocol,
+                http=partial(HttpProtocol, gateway.connections),  # type: ignore[arg-type]
+                ws="none",
                 lifespan="off",
                 access_log=False,
                 log_level="warning",
                 server_header=False,
-                timeout_keep_alive=75,
                 backlog=2048,
             )
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
-        stack.push_async_callback(_close, server, serving)
+        stack.push_async_callback(_close, server, serving, gateway.connections)
         stack.push_async_callback(gateway.stop)
         stop, hurry = _stop_on_signals()
         if load is not None:
@@ -208,13 +214,14 @@ async def _start(config: GatewayConfig, gateway: Gateway) -> None:
         raise ServeError("; ".join(str(error) for error in failed.exceptions)) from failed
 
 
-async def _close(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+async def _close(server: uvicorn.Server, serving: asyncio.Task[None], connections: Connections) -> None:
+    """Stop the server. Clients have `CLOSE_S` seconds to read what waits for them."""
     server.should_exit = True
-    try:
-        async with asyncio.timeout(5):
-            await serving
-    except TimeoutError:
-        server.force_exit = True
+    await asyncio.wait({serving}, timeout=CLOSE_S)
+    connections.cut_all()
+    await asyncio.wait({serving}, timeout=CLOSE_S)
+    server.force_exit = True
+    await serving
 
 
 async def _drain(gateway: Gateway, drain_s: float, hurry: asyncio.Event) -> int:

@@ -1,25 +1,379 @@
-"""uvicorn's HTTP protocol, for clients that offer an upgrade to HTTP/2."""
+"""uvicorn's HTTP protocol with limits on what a client may send, how slowly, and how slowly it may read.
+
+The usual request costs a few comparisons here. Time limits have no timers: `gateway.api.connections.Connections` asks
+each connection twice a second whether it exceeds one (`HttpProtocol.overdue`).
+
+A response waits for its client in the write buffer of the connection, up to ``limits.response_buffer_bytes``. So an
+engine's app is done when the engine is, however slowly the client reads.
+"""
 
 from __future__ import annotations
 
-import re
+import asyncio
+import socket
+import struct
+from typing import TYPE_CHECKING, Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-_OFFER = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n)", re.IGNORECASE)
+from gateway.api.connections import CONNECTION_KEY, Connections, client_address
+from gateway.api.errors import ApiError, bad_request
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
+
+MAX_TARGET_BYTES = 16 << 10
+"""Longest request target (bytes); above it 414. Convention; browsers send 2 to 64 KiB, API clients less than one."""
+
+MAX_PIPELINED = 16
+"""Requests that may wait on one connection behind the one that is served. Convention; few clients send any."""
+
+MAX_DISCARDED = 16 << 20
+"""Bytes of a body that are read although its request was answered already. Convention."""
+
+LINGER_S = 2.0
+"""Seconds in which a client may read an error before its connection is closed. What it sends meanwhile is dropped.
+
+Closing at once would reset the connection of a client that still sends, and it might never read the error."""
+
+_LOW_WATER = 64 << 10
+"""Bytes below the limit of a response's buffer at which its engine may continue."""
+
+# Offset and size of `tcpi_bytes_acked` in Linux's `struct tcp_info`.
+_TCP_INFO = getattr(socket, "TCP_INFO", None)
+_ACKED_AT, _TCP_INFO_BYTES = 120, 128
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Answers such a request over HTTP/1.1, as RFC 9110 allows.
+    """One connection of a client.
 
-    Java's HTTP client offers ``Upgrade: h2c`` by default. NOTE: httptools skips the body of every request with an
-    upgrade, so the offer is removed before it sees the head. An offer that arrives in a later packet than the
-    beginning of its request stays.
+    Every protocol error is answered in OpenAI's format, and closes the connection.
+
+    An offer to upgrade to HTTP/2 (``Upgrade: h2c``), which Java's HTTP client sends by default, is ignored, as RFC 9110
+    allows. Any other upgrade is refused. NOTE: httptools skips the body of every request with an upgrade, so a request
+    with an ignored offer is parsed again without it.
+
+    Attributes:
+        address: what counts as one client.
+        behind_since: when the client was last seen without a backlog (monotonic s).
+        cut_reason: why the gateway closed the connection; "" if it did not.
     """
+
+    def __init__(self, connections: Connections | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.address = ""
+        self.behind_since = 0.0
+        self.cut_reason = ""
+        self._watch = Connections() if connections is None else connections
+        self._limits = self._watch.limits
+        self._since = self._head_since = 0.0
+        # Bytes received since the last complete head, and of the body that is being received.
+        self._head_bytes = self._body_bytes = self._overhead = 0
+        self._in_head = self._in_body = False
+        self._closing = self._gives_up = False
+        self._error: ApiError | None = None
+        self._serving: RequestResponseCycle | None = None
+        self._mark_at = self._mark_bytes = 0.0
+        self._taken = self._last_buffered = 0
+
+    # --- the connection -----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection, or refuse it."""
+        super().connection_made(transport)
+        high = self._limits.response_buffer_bytes
+        transport.set_write_buffer_limits(high=high, low=max(high - _LOW_WATER, high // 2))
+        self.address = client_address(self.client[0] if self.client else None)
+        self._since = self.loop.time()
+        error = self._watch.add(self)
+        if error is not None:
+            self._closing = True
+            self._write(error)
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the app that the client disconnected."""
+        self._watch.remove(self)
+        cycle = self._serving
+        if cycle is not None and cycle is not self.cycle and not cycle.response_complete:
+            # uvicorn tells only the last one of several requests.
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.pipeline.clear()
+        super().connection_lost(exc)
+
+    def cut(self, reason: str) -> None:
+        """Close the connection because of ``reason``."""
+        if self.transport.is_closing() and not self.buffered:
+            return
+        if not self.cut_reason:
+            self.cut_reason = reason
+            self._watch.closed(reason)
+        if reason == "head_timeout":
+            self._answer(bad_request("The request head did not arrive in time.", None, reason, 408))
+            return
+        self._closing = True
+        if self.is_idle:
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+    def give_up_body(self) -> None:
+        """Close the connection after the response if the rest of the request's body has not arrived by then."""
+        self._gives_up = True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is in flight, and nothing waits for the client."""
+        return not self._is_answering and not self._in_body and not self.buffered
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that wait for the client."""
+        return self.transport.get_write_buffer_size()
+
+    @property
+    def _is_answering(self) -> bool:
+        return self._serving is not None and not self._serving.response_complete
+
+    def overdue(self, now: float) -> str:
+        """Return the time limit that the client exceeds at ``now``; "" if none."""
+        if self.buffered:
+            return "slow_reader" if self._is_stalled(now) else ""
+        self.behind_since = 0.0
+        if self._is_answering:
+            # The reader of its body limits its time.
+            return ""
+        reason, limit_s = self._time_limit()
+        return reason if now > max(self._since, self._head_since) + limit_s else ""
+
+    def _time_limit(self) -> tuple[str, float]:
+        """Return the time limit of a client that no response is due to: its name and its seconds."""
+        limits = self._limits
+        if self._closing:
+            return "linger", LINGER_S
+        if self._in_body:
+            return "slow_body", limits.stall_s
+        if self._in_head:
+            return "head_timeout", limits.head_timeout_s
+        return ("silent", limits.head_timeout_s) if self._serving is None else ("idle", limits.idle_timeout_s)
+
+    def _is_stalled(self, now: float) -> bool:
+        """Whether the client took less than `Limits.bytes_per_stall` of its backlog in the last `Limits.stall_s`."""
+        taken = self._bytes_taken()
+        if not self.behind_since:
+            self.behind_since = now
+        elif taken < self._mark_bytes + self._limits.bytes_per_stall:
+            return now > self._mark_at + self._limits.stall_s
+        self._mark_at, self._mark_bytes = now, taken
+        return False
+
+    def _bytes_taken(self) -> int:
+        """Return the bytes that the client has acknowledged so far."""
+        if _TCP_INFO is not None:
+            info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _TCP_INFO_BYTES)
+            if len(info) == _TCP_INFO_BYTES:
+                return int(struct.unpack_from("Q", info, _ACKED_AT)[0])
+        # Elsewhere only a backlog that shrinks is seen, which is less than what the client takes of a growing one.
+        buffered = self.buffered
+        self._taken += max(0, self._last_buffered - buffered)
+        self._last_buffered = buffered
+        return self._taken
+
+    # --- what the client sends ----------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         """Receive bytes from the client."""
-        if self.cycle is None or self.cycle.response_complete:
-            head, blank, rest = data.partition(b"\r\n\r\n")
-            data = _OFFER.sub(b"", head + b"\r\n", count=1)[:-2] + blank + rest if blank else data
-        super().data_received(data)
+        if self._closing:
+            return
+        if self._in_body:
+            self._receive_body(data)
+            return
+        room = self._limits.max_head_bytes - self._head_bytes
+        if len(data) <= room:
+            self._head_bytes += len(data)
+            self._feed(data)
+            if self._in_head and not self._head_since:
+                self._head_since = self.loop.time()
+            return
+        # Most of it may be a body, which the head's limit does not apply to.
+        self._head_bytes = self._limits.max_head_bytes
+        self._feed(data[:room])
+        if self._closing:
+            return
+        if self._head_bytes == self._limits.max_head_bytes:
+            self._refuse(_head_too_large(self._limits.max_head_bytes))
+            return
+        self.data_received(data[room:])
+
+    def _receive_body(self, data: bytes) -> None:
+        cycle, before = self.cycle, self._body_bytes
+        self._feed(data)
+        if not self._in_body or self._closing or self.cycle is not cycle:
+            return
+        self._overhead += len(data) - (self._body_bytes - before)
+        if self._overhead > self._limits.max_head_bytes + self._body_bytes:
+            self._refuse(_head_too_large(self._limits.max_head_bytes, "chunk extensions and trailers"))
+        elif cycle.response_complete and self._body_bytes > MAX_DISCARDED:
+            self.cut("slow_body")
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_offer(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            self._refuse(self._error or _malformed(error))
+
+    def _ignore_offer(self, rest: bytes) -> None:
+        """Parse the request again, without its offer to upgrade. ``rest``: what followed its head."""
+        head = [self.parser.get_method(), b" ", self.url, b" HTTP/1.1\r\n"]
+        for name, value in self.headers:
+            if name == b"connection":
+                kept = [token for token in value.split(b",") if token.strip().lower() not in _OFFER]
+                head += [b"connection: ", b",".join(kept), b"\r\n"]
+            elif name not in _OFFER:
+                head += [name, b": ", value, b"\r\n"]
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed(b"".join([*head, b"\r\n", rest]))
+
+    # --- callbacks of the parser --------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        super().on_message_begin()
+        self.scope[CONNECTION_KEY] = self  # type: ignore[literal-required]
+        self._in_head = True
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._fail("Too many requests at once on one connection. Wait for responses.", "too_many_pipelined", 429)
+
+    def on_url(self, url: bytes) -> None:
+        """Receive a part of the request target."""
+        self.url += url
+        if len(self.url) > MAX_TARGET_BYTES:
+            self._fail(f"The request target is longer than {MAX_TARGET_BYTES} bytes.", "uri_too_long", 414)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Receive a header. Trailers are dropped, since no route has any."""
+        if self._in_head:
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """Start to serve the request, or refuse it."""
+        self._in_head = False
+        self._head_bytes = 0
+        self._head_since = 0.0
+        if self.parser.should_upgrade():
+            if (self._get_upgrade() or b"").strip() != b"h2c":
+                self._fail("The gateway upgrades no connection. Use HTTP/1.1.", "upgrade_not_supported")
+            return
+        self._check_head()
+        self._in_body = True
+        self._body_bytes = self._overhead = 0
+        super().on_headers_complete()
+
+    def _check_head(self) -> None:
+        """Refuse a request that another server might read differently."""
+        if not self.url.startswith(b"/") and self.url != b"*":
+            self._fail("The request target must be a path. The gateway is not a proxy.", "invalid_target")
+        names = [name for name, _ in self.headers]
+        if names.count(b"host") > 1:
+            self._fail("More than one host header.", "invalid_http")
+        if b"transfer-encoding" in names:
+            if self.parser.get_http_version() != "1.1":
+                self._fail("transfer-encoding needs HTTP/1.1.", "invalid_http")
+            if any(
+                name == b"transfer-encoding" and value.strip().lower() != b"chunked" for name, value in self.headers
+            ):
+                self._fail("transfer-encoding: only chunked is supported.", "unsupported_transfer_encoding", 501)
+
+    def on_body(self, body: bytes) -> None:
+        """Receive a part of the body."""
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Note the end of the request."""
+        if self._in_body:
+            self._in_body = False
+            super().on_message_complete()
+
+    def _fail(self, message: str, code: str, status: int = 400) -> None:
+        """Raise the error that the client is answered with."""
+        self._error = bad_request(message, None, code, status)
+        raise self._error
+
+    # --- responses ----------------------------------------------------------------------------------------------------
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._serving = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        """Serve the next request that waits on the connection."""
+        self.server_state.total_requests += 1
+        self._since = self.loop.time()
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self._in_body and self._gives_up:
+            self._closing = True
+            self._end_output()
+        elif self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer with ``error`` and close the connection, after the requests before it."""
+        self._watch.closed(error.code or "")
+        self.cut_reason = error.code or ""
+        cycle = self._serving
+        if cycle is None or cycle.response_complete:
+            self._answer(error)
+        elif cycle is not self.cycle or not self._in_body:
+            # Another request is being answered. No later one follows.
+            self._closing = True
+            self.cycle.keep_alive = False
+        elif cycle.response_started:
+            self._closing = True
+            self.transport.abort()
+        else:
+            # The app waits for the rest of this request.
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._serving, self._in_body = None, False
+            self._answer(error)
+
+    def _answer(self, error: ApiError) -> None:
+        """Send ``error``, and let the client read it before the connection is closed."""
+        self._closing = True
+        self._since = self.loop.time()
+        self.flow.resume_reading()
+        self._write(error)
+        self._end_output()
+
+    def _end_output(self) -> None:
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def _write(self, error: ApiError) -> None:
+        body = error.body()
+        headers = [*self.server_state.default_headers, (b"content-type", b"application/json"), *error.headers]
+        headers += [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+        self.transport.write(STATUS_LINE[error.status] + lines + b"\r\n" + body)
+
+
+_OFFER = frozenset((b"upgrade", b"http2-settings"))
+
+
+def _head_too_large(limit: int, part: str = "The request head") -> ApiError:
+    return bad_request(f"More than {limit} bytes: {part}.", None, "head_too_large", 431)
+
+
+def _malformed(error: httptools.HttpParserError) -> ApiError:
+    # NOTE: the parser's message names the rule, and quotes nothing of the request.
+    return bad_request(f"The request is not valid HTTP/1.1: {error}.", None, "invalid_http")

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers as HeaderView
 
 from engine_adapter.engine import Message, Receive, Scope, Send
+from gateway.api.connections import CONNECTION_KEY, SLOW_READER_REASONS
 from gateway.api.errors import Headers
 from gateway.api.routes.table import Route
 from gateway.observability.ledger import Entry
@@ -73,6 +74,24 @@ class HttpRequest:
     def __post_init__(self) -> None:
         self.headers = RequestHeaders(list(self.scope["headers"]))
         self.request_id = _request_id(self.headers.get("x-request-id"))
+
+    @property
+    def client_is_slow(self) -> bool:
+        """Whether the connection was cut because the client did not read its response."""
+        connection = self.scope.get(CONNECTION_KEY)
+        return connection is not None and connection.cut_reason in SLOW_READER_REASONS
+
+    def cut(self, reason: str) -> None:
+        """Close the client's connection because of ``reason``."""
+        connection = self.scope.get(CONNECTION_KEY)
+        if connection is not None:
+            connection.cut(reason)
+
+    def give_up_body(self) -> None:
+        """Close the connection after the response if the rest of the body has not arrived by then."""
+        connection = self.scope.get(CONNECTION_KEY)
+        if connection is not None:
+            connection.give_up_body()
 
     async def send(self, message: Message) -> None:
         """Send ``message`` to the client, and note the response's status."""

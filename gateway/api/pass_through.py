@@ -16,6 +16,7 @@ from engine_adapter.asgi import BodyTooDeep, ClientConnection, ClientDisconnecte
 from engine_adapter.engine import Engine, Message, Scope, Send
 from gateway.api.auth import ApiKey
 from gateway.api.body_fields import GUARDED_FIELDS, FieldGuard
+from gateway.api.engine_call import ClientStalled
 from gateway.api.errors import bad_request
 from gateway.api.http_request import HttpRequest
 from gateway.api.rejections import queue_full
@@ -92,7 +93,7 @@ class PassThrough:
                     await send(message)
             except TimeoutError:
                 stalled = True
-                raise ClientDisconnected from None
+                raise ClientStalled from None
 
         try:
             scope = engine_scope(http.scope, http.request_id, len(body))
@@ -100,9 +101,11 @@ class PassThrough:
         except Exception as error:
             # An engine's app may wrap the exception of `send`.
             if stalled:
-                raise ClientDisconnected from error
+                raise ClientStalled from error
             raise
-        if stalled or (not http.response_started and client.disconnected.done()):
+        if stalled:
+            raise ClientStalled
+        if not http.response_started and client.disconnected.done():
             raise ClientDisconnected
 
     async def _wait(self, slots: asyncio.Semaphore, client: ClientConnection) -> None:

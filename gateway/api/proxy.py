@@ -35,11 +35,13 @@ from engine_adapter.engine import (
 )
 from gateway.api.auth import ApiKey, KeyRing
 from gateway.api.body_fields import FieldGuard
-from gateway.api.engine_call import call_engine
+from gateway.api.body_memory import BodyMemory, BodyReservation
+from gateway.api.engine_call import ClientStalled, call_engine
 from gateway.api.errors import ApiError, bad_request, draining, engine_removed, loading, unavailable
 from gateway.api.failover import Failure, HangWatch, HeldResponse, failure_of, may_fail_over
 from gateway.api.http_request import HttpRequest
 from gateway.api.keep_alive import KeepAlive
+from gateway.api.limits import Limits
 from gateway.api.models import asks_for_models, for_engine, model_not_found, requested_model, send_models
 from gateway.api.pass_through import PassThrough
 from gateway.api.paths import check_path
@@ -83,9 +85,6 @@ MAX_HEADERS = 128
 
 MAX_TRIES = 3
 """Attempts to send a request to an engine, if each engine is unreachable before it takes the request. Convention."""
-
-STALL_S = 300.0
-"""A client that accepts no data for this many seconds (up to twice that) counts as disconnected. Convention."""
 
 LEAVE_GRACE_S = 1.0
 """Seconds that an engine's app has to return after the client disconnected. Then it is cancelled. Convention."""
@@ -141,6 +140,7 @@ class Proxy:
         keep_alive_s: float | None = None,
         guard: FieldGuard | None = None,
         recorder: Recorder | None = None,
+        limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = self.stopping = self.loading = False
@@ -156,7 +156,9 @@ class Proxy:
         self._max_open_requests = max_open_requests
         self._retries = retries or RetryBudget()
         self._first_token_timeout_s = first_token_timeout_s
-        self._passing = PassThrough(max_pass_through, STALL_S, metrics.pass_through)
+        self._limits = limits or Limits()
+        self.bodies = BodyMemory(self._limits.body_memory_bytes)
+        self._passing = PassThrough(max_pass_through, self._limits.stall_s, metrics.pass_through)
         self._unscheduled = Unscheduled(router, self._passing, self._retries, metrics, clock)
         self._routes = routes or RouteTable()
         self._keep_alive_s = keep_alive_s
@@ -200,17 +202,20 @@ class Proxy:
         try:
             key = self._authenticate(http)
             http.tenant = key.tenant
-            # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for every open request.
-            if http.route.generation is not None:
-                call = self._read(http, key, http.route.generation, await self._receive_body(http))
-                with self._keep_alive(call):
-                    await self._schedule(call)
-            else:
-                await self._pass_through(http, key, await self._receive_body(http))
+            with self.bodies.reservation() as memory:
+                # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for each open request.
+                if http.route.generation is not None:
+                    call = self._read(http, key, http.route.generation, await self._receive_body(http, memory))
+                    with self._keep_alive(call):
+                        await self._schedule(call)
+                else:
+                    await self._pass_through(http, key, await self._receive_body(http, memory))
         except ApiError as error:
             await _end_with(http, error)
-        except ClientDisconnected:
+        except ClientDisconnected as error:
             http.status = 499
+            if isinstance(error, ClientStalled):
+                http.cut("slow_reader")
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
@@ -262,8 +267,12 @@ class Proxy:
             raise loading(min(queue.back_in_s(self._clock()) for queue in self._router.engine_queues))
         return key
 
-    async def _receive_body(self, http: HttpRequest) -> bytes:
-        return await read_limited_body(http.headers, http.receive, self._max_body_bytes)
+    async def _receive_body(self, http: HttpRequest, memory: BodyReservation) -> bytes:
+        try:
+            return await read_limited_body(http.headers, http.receive, self._max_body_bytes, memory, self._limits)
+        except ApiError:
+            http.give_up_body()
+            raise
 
     def _read(self, http: HttpRequest, key: ApiKey, route: GenerationRoute, body: bytes) -> Call:
         """Parse the body, read the SLO, estimate the prompt size. Nothing here depends on an engine."""
@@ -324,7 +333,7 @@ class Proxy:
             await self._serve(call, entry, client)
         except BaseException as error:
             if entry.outcome is None:
-                self._ledger.close(entry, *_outcome_of(error))
+                self._ledger.close(entry, *_outcome_of(error, call.http))
             raise
         finally:
             client.close()
@@ -476,8 +485,8 @@ class Proxy:
         scope[BODY_KEY], scope[OBSERVER_KEY], scope[XARGS_KEY] = body, progress, xargs
         scope[RENDERING_KEY] = call.size.handle
         watch = self._hang_watch(call, engine_queue, relay, sent_at)
-        grace_s = LEAVE_GRACE_S if engine.watches_disconnect else 0.0
-        error = await call_engine(engine.app, scope, body, relay, client, STALL_S, grace_s, watch, self._clock)
+        stall_s, grace_s = self._limits.stall_s, LEAVE_GRACE_S if engine.watches_disconnect else 0.0
+        error = await call_engine(engine.app, scope, body, relay, client, stall_s, grace_s, watch, self._clock)
         if await self._fails_over(call, entry, engine_queue, relay, error, sent_at):
             return False
         relay.measure(self._clock())
@@ -680,10 +689,10 @@ async def _end_with(http: HttpRequest, error: ApiError) -> None:
                 await http.send({"type": "http.response.body", "body": event})
 
 
-def _outcome_of(error: BaseException) -> tuple[Outcome, str]:
+def _outcome_of(error: BaseException, http: HttpRequest) -> tuple[Outcome, str]:
     """Return outcome and reason of a request that ``error`` ended before its entry was closed."""
     if isinstance(error, ClientDisconnected):
-        return "cancelled", "client_left"
+        return "cancelled", "client_slow" if isinstance(error, ClientStalled) or http.client_is_slow else "client_left"
     if isinstance(error, asyncio.CancelledError):
         return "cancelled", "shutdown"
     if isinstance(error, ApiError):

@@ -8,11 +8,13 @@ from typing import Any
 import orjson
 from starlette.datastructures import Headers as HeaderView
 
-from engine_adapter.asgi import BodyTooLarge, read_body
+from engine_adapter.asgi import BodyTooLarge, ClientDisconnected
 from engine_adapter.engine import GATE_XARG, KIND_XARG, TPOT_XARG, Engine, Receive, Scope
 from engine_adapter.service_kind import ServiceKind, default_kind
+from gateway.api.body_memory import FREE_BYTES, BodyMemory, BodyReservation, no_memory
 from gateway.api.content_encoding import TooLarge, content_coding, decompress
 from gateway.api.errors import ApiError, Headers, bad_request
+from gateway.api.limits import Limits
 
 BODY_TIMEOUT_S, BODY_BYTES_PER_S = 60.0, 1 << 20
 """Time limit for a client to send its body: the timeout, plus the largest allowed body at this rate. Convention."""
@@ -22,6 +24,11 @@ OWN_XARGS_PREFIX = "antares_"
 
 _MAX_LENGTH_DIGITS = 20
 """Digits of a content-length that are parsed; any longer number is above every limit."""
+
+_MOST_EXPANDED = 1032
+"""Largest ratio of plain to compressed size of deflate."""
+
+_DEFAULT_LIMITS = Limits()
 
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key", b"cookie", b"proxy-authorization"))
 # The gateway answers cross-origin requests itself, and decompresses bodies.
@@ -37,12 +44,19 @@ _NOT_FORWARDED = (
 """Request headers that no engine receives."""
 
 
-async def read_limited_body(headers: HeaderView, receive: Receive, max_bytes: int) -> bytes:
-    """Return the whole body, decompressed.
+async def read_limited_body(
+    headers: HeaderView,
+    receive: Receive,
+    max_bytes: int,
+    memory: BodyReservation | None = None,
+    limits: Limits = _DEFAULT_LIMITS,
+) -> bytes:
+    """Return the whole body, decompressed. ``memory`` grows with it, and keeps its size.
 
     Raises:
         ApiError: 413 above ``max_bytes``, before or after decompression; 415 for an unsupported ``content-encoding``;
-            400 for invalid compressed data; 408 after `BODY_TIMEOUT_S` plus the time for ``max_bytes``.
+            400 for invalid compressed data; 408 after `BODY_TIMEOUT_S` plus the time for ``max_bytes``, or from a
+            client that is too slow; 503 without memory.
         ClientDisconnected: the client disconnected first.
     """
     coding = content_coding(headers)
@@ -50,28 +64,70 @@ async def read_limited_body(headers: HeaderView, receive: Receive, max_bytes: in
     is_number = declared.isascii() and declared.isdigit() and len(declared) <= _MAX_LENGTH_DIGITS
     if not is_number or int(declared) > max_bytes:
         raise _too_large(max_bytes)
-    timeout_s = BODY_TIMEOUT_S + max_bytes / BODY_BYTES_PER_S
+    if memory is None:
+        memory = BodyMemory(limits.body_memory_bytes).reservation()
+    until = asyncio.get_running_loop().time() + BODY_TIMEOUT_S + max_bytes / BODY_BYTES_PER_S
     try:
-        async with asyncio.timeout(timeout_s):
-            body = await read_body(receive, max_bytes)
-        return await decompress(body, coding, max_bytes) if coding and body else body
+        async with asyncio.timeout(None) as timer:
+            body = await _read(receive, max_bytes, int(declared), memory, timer, until, limits)
+        if coding and body:
+            await memory.grow(min(max_bytes, len(body) * _MOST_EXPANDED))
+            body = await decompress(body, coding, max_bytes)
+        if memory.bytes:
+            memory.received(len(body))
+        return body
     except (BodyTooLarge, TooLarge):
         raise _too_large(max_bytes) from None
     except TimeoutError:
-        raise _too_slow(timeout_s) from None
+        raise (no_memory() if memory.evicted else _too_slow()) from None
+
+
+async def _read(
+    receive: Receive,
+    max_bytes: int,
+    declared: int,
+    memory: BodyReservation,
+    timer: asyncio.Timeout,
+    until: float,
+    limits: Limits,
+) -> bytes:
+    """Return the body. ``timer`` expires ``until`` then, or when the client is too slow.
+
+    Raises `ClientDisconnected` and `BodyTooLarge`.
+    """
+    loop = asyncio.get_running_loop()
+    timer.reschedule(min(until, loop.time() + limits.stall_s))
+    body: bytes | bytearray = b""
+    timed = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnected
+        chunk = message.get("body", b"")
+        if len(body) + len(chunk) > max_bytes:
+            raise BodyTooLarge
+        complete = not message.get("more_body", False)
+        if complete and not body:
+            body = chunk
+        else:
+            # NOTE: no list of chunks, since each object takes more memory than the smallest chunk.
+            body = bytearray(body) if isinstance(body, bytes) else body
+            body += chunk
+        if len(body) > FREE_BYTES:
+            await memory.grow(max(declared, len(body)), timer)
+        if complete:
+            return bytes(body)
+        if len(body) - timed >= limits.bytes_per_stall:
+            timed = len(body)
+            timer.reschedule(min(until, loop.time() + limits.stall_s))
 
 
 def _too_large(max_bytes: int) -> ApiError:
     return bad_request(f"The body is larger than {max_bytes} bytes.", None, "body_too_large", 413)
 
 
-def _too_slow(timeout_s: float) -> ApiError:
-    error = bad_request(
-        f"The body did not arrive completely within {timeout_s:.0f} s. Send it again.", None, "body_timeout", 408
-    )
-    # Otherwise the connection stays open for the rest of this body.
-    error.headers.append((b"connection", b"close"))
-    return error
+def _too_slow() -> ApiError:
+    return bad_request("The body did not arrive in time. Send it again.", None, "body_timeout", 408)
 
 
 def too_deep() -> ApiError:

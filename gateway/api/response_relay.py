@@ -69,7 +69,7 @@ class ResponseRelay:
         self._started = self._ended = False
         self._streaming = False
         self._buffered: list[bytes] = []
-        self._writes_begun = self._writes_done = self._writes_at_last_check = 0
+        self._writes_begun = self._writes_done = 0
         self._first_token_sent_s: float | None = None
         self._last_token_sent_s = 0.0
 
@@ -179,11 +179,10 @@ class ResponseRelay:
         for message in messages:
             await self.send(message)
 
-    def stalled_since_last_check(self) -> bool:
-        """Whether a write to the client is pending that was pending at the last call of this method too."""
-        stalled = self._writes_at_last_check == self._writes_begun > self._writes_done
-        self._writes_at_last_check = self._writes_begun
-        return stalled
+    @property
+    def is_blocked(self) -> bool:
+        """Whether a write waits because the client does not read."""
+        return self._writes_begun > self._writes_done
 
     @property
     def outcome(self) -> tuple[Outcome, str]:

@@ -6,6 +6,7 @@ loads the file and adds line numbers to validation errors.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ from engine_adapter.step_time.profile import load_profile
 from gateway.api.addresses import is_loopback
 from gateway.api.auth import ApiKey
 from gateway.api.body_fields import DEFAULT_ALLOWED, GUARDED_FIELDS, FieldGuard
+from gateway.api.limits import Limits
 from gateway.api.slo_headers import LONGEST_MS, SHORTEST_MS
 from gateway.policies.base import Policy
 from gateway.policies.registry import OPTION_ALIASES, make_policy
@@ -96,6 +98,37 @@ class ServerConfig(Section):
     )
     body_fields: BodyFieldsConfig = Field(default_factory=BodyFieldsConfig)
     drain_s: float = Field(30.0, ge=0, le=3600, description="Time that SIGTERM allows for open requests to finish.")
+
+
+class LimitsConfig(Section):
+    """What one client can make the gateway hold: connections, memory and time (docs/limits.md)."""
+
+    max_head_bytes: int = Field(64 << 10, ge=4096, le=1 << 20, description="Largest request head; above it 431.")
+    head_timeout_s: float = Field(15.0, ge=0.1, le=3600, description="Time for a client to send a request head.")
+    idle_timeout_s: float = Field(75.0, ge=0.1, le=86_400, description="Time between two requests of a connection.")
+    stall_s: float = Field(30.0, ge=0.1, le=3600, description="Time for which a client may stall while data is due.")
+    min_bytes_per_s: int = Field(1024, ge=1, le=1 << 30, description="Slowest client, measured over stall_s.")
+    response_buffer_bytes: int = Field(
+        8 << 20, ge=1 << 16, le=1 << 30, description="Data of one response that may wait for its client."
+    )
+    response_memory_bytes: int = Field(256 << 20, ge=1 << 16, description="The same for all responses together.")
+    body_memory_bytes: int = Field(512 << 20, ge=1 << 16, description="Bodies of all open requests together.")
+    max_connections: int | None = Field(None, ge=1, description="Null: what the limit on descriptors allows.")
+    max_connections_per_client: int | None = Field(None, ge=1, description="Null: three quarters of max_connections.")
+    trusted_proxies: list[Annotated[str, Field(max_length=64)]] = Field(
+        default_factory=list, max_length=256, description="Addresses or networks without a limit per client."
+    )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: list[str]) -> list[str]:
+        for network in value:
+            ipaddress.ip_network(network, strict=False)
+        return value
+
+    def limits(self) -> Limits:
+        """Convert to the type that the HTTP edge uses."""
+        return Limits(**{**self.model_dump(), "trusted_proxies": tuple(self.trusted_proxies)})
 
 
 class StepTimesConfig(Section):
@@ -348,6 +381,7 @@ class GatewayConfig(Section):
     """The complete file."""
 
     server: ServerConfig = Field(default_factory=ServerConfig)
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
     engines: list[EngineConfig] = Field(min_length=1, max_length=64)
     failover: FailoverConfig = Field(default_factory=FailoverConfig)
     predictor: PredictorConfig = Field(default_factory=PredictorConfig)
@@ -440,6 +474,11 @@ class GatewayConfig(Section):
     def anonymous_key(self) -> ApiKey:
         """Return the rights of all requests if no keys are configured."""
         return ApiKey("anonymous", self.default_class, allowed_fields=self._allowed_fields(None))
+
+    def engine_connections(self) -> int:
+        """Return the maximum number of connections to engines."""
+        remote = [engine for engine in self.engines if isinstance(engine, HttpEngineConfig)]
+        return sum(engine.max_connections or engine.max_num_seqs + self.server.max_pass_through for engine in remote)
 
     def field_guard(self) -> FieldGuard:
         """Return what applies a key's rights to the fields of a body."""

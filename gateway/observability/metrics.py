@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -34,6 +34,16 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 M = TypeVar("M", bound=MetricWrapperBase)
+
+
+class _Connections(Protocol):
+    buffered: int
+
+    def __len__(self) -> int: ...
+
+
+class _Bodies(Protocol):
+    used: int
 
 
 class Metrics:
@@ -143,12 +153,31 @@ class Metrics:
         )
         self.dropped_records = _DroppedRecords()
         registry.register(self.dropped_records)
+        self.connections = Gauge("antares_connections", "Open connections of clients.", registry=registry)
+        self.connections_closed = Counter(
+            "antares_connections_closed_total", "Connections that the gateway closed or refused, by reason.",
+            ("reason",), registry=registry,
+        )  # fmt: skip
+        self.response_buffer = Gauge(
+            "antares_response_buffer_bytes", "Response data that waits for clients.", registry=registry
+        )
+        self.body_memory = Gauge("antares_body_memory_bytes", "Memory reserved for request bodies.", registry=registry)
         for source in ("service", "fallback"):
             self.predictions.labels(source)
 
     def on_response(self, route: str, status: int) -> None:
         """Count one HTTP response of the gateway."""
         self._child(self.http_requests, route, str(status)).inc()
+
+    def on_connection_closed(self, reason: str) -> None:
+        """Count a connection that the gateway closed or refused because of ``reason``."""
+        self._child(self.connections_closed, reason).inc()
+
+    def watch_edge(self, connections: _Connections, bodies: _Bodies) -> None:
+        """Export the state of the HTTP edge, read at each scrape."""
+        self.connections.set_function(lambda: float(len(connections)))
+        self.response_buffer.set_function(lambda: float(connections.buffered))
+        self.body_memory.set_function(lambda: float(bodies.used))
 
     def on_prediction(self, source: str, seconds: float) -> None:
         """Count one length prediction, which a request waited ``seconds`` for."""

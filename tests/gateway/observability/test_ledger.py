@@ -172,14 +172,13 @@ def break_engine_after(monkeypatch: pytest.MonkeyPatch, antares: Live, last: byt
 
 
 async def test_client_that_stops_reading_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy, "STALL_S", 0.05)
     monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
 
     async def stop_reading(message: Message) -> None:
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    async with live() as antares:
+    async with live(limits={"stall_s": 0.1}) as antares:
         await call_directly(antares, b'{"prompt": "hi", "stream": true}', stop_reading)
         await eventually(antares.is_idle)
         assert antares.outcomes["cancelled"] == 1
@@ -207,14 +206,12 @@ async def test_client_that_does_not_read_the_end_keeps_the_outcome(
         assert antares.outcomes[outcome] == 1
 
 
-async def test_client_that_reads_slowly_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy, "STALL_S", 0.05)
-
+async def test_client_that_reads_slowly_finishes() -> None:
     async def read_slowly(message: Message) -> None:
         if message["type"] == "http.response.body":
             await asyncio.sleep(0.04)
 
-    async with live() as antares:
+    async with live(limits={"stall_s": 2}) as antares:
         await call_directly(antares, b'{"prompt": "hi", "stream": true}', read_slowly)
         assert antares.outcomes["finished"] == 1
 
