@@ -280,10 +280,10 @@ class HttpProtocol(HttpToolsProtocol):
         """Refuse a request that another server might read differently."""
         if not self.url.startswith(b"/") and self.url != b"*":
             self._fail("The request target must be a path. The gateway is not a proxy.", "invalid_target")
-        names = [name for name, _ in self.headers]
-        if names.count(b"host") > 1:
+        by_name = dict(self.headers)
+        if len(by_name) < len(self.headers) and [name for name, _ in self.headers].count(b"host") > 1:
             self._fail("More than one host header.", "invalid_http")
-        if b"transfer-encoding" in names:
+        if b"transfer-encoding" in by_name:
             if self.parser.get_http_version() != "1.1":
                 self._fail("transfer-encoding needs HTTP/1.1.", "invalid_http")
             if any(
