@@ -15,6 +15,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.api.connections import CONNECTION_KEY, Connections, client_address
@@ -280,10 +281,10 @@ class HttpProtocol(HttpToolsProtocol):
         """Refuse a request that another server might read differently."""
         if not self.url.startswith(b"/") and self.url != b"*":
             self._fail("The request target must be a path. The gateway is not a proxy.", "invalid_target")
-        names = [name for name, _ in self.headers]
-        if names.count(b"host") > 1:
+        by_name = dict(self.headers)
+        if len(by_name) < len(self.headers) and [name for name, _ in self.headers].count(b"host") > 1:
             self._fail("More than one host header.", "invalid_http")
-        if b"transfer-encoding" in names:
+        if b"transfer-encoding" in by_name:
             if self.parser.get_http_version() != "1.1":
                 self._fail("transfer-encoding needs HTTP/1.1.", "invalid_http")
             if any(
@@ -293,14 +294,23 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Receive a part of the body."""
+        # As in uvicorn, without its checks for upgrades, which never get here.
         self._body_bytes += len(body)
-        super().on_body(body)
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.body += body
+            if len(cycle.body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         """Note the end of the request."""
         if self._in_body:
             self._in_body = False
-            super().on_message_complete()
+            cycle = self.cycle
+            if not cycle.response_complete:
+                cycle.more_body = False
+                cycle.message_event.set()
 
     def _fail(self, message: str, code: str, status: int = 400) -> None:
         """Raise the error that the client is answered with."""

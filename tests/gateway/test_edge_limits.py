@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
+import signal
 import socket
 import struct
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +23,7 @@ from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from tests.fixtures.live_gateway import CHAT, Live, chat, fast_engine, live
 from tests.fixtures.live_server import eventually, serve
+from tests.fixtures.served_process import served
 
 pytestmark = pytest.mark.process
 
@@ -338,8 +342,6 @@ async def test_half_sent_bodies_take_bounded_memory_and_give_it_back() -> None:
 
 
 async def test_body_memory_counts_decompressed_bytes() -> None:
-    import gzip
-
     async with live(limits={"body_memory_bytes": 1 << 16}) as antares:
         body = gzip.compress(json.dumps(chat("x" * (1 << 20))).encode())
         assert len(body) < 4096
@@ -511,3 +513,37 @@ async def test_trusted_proxy_has_no_limit_of_its_own() -> None:
             client.writer.write(b"GET /health HTTP/1.0\r\n\r\n")
         assert (await first.rest()).endswith(b"ok")
         assert (await second.rest()).endswith(b"ok")
+
+
+SERVED = """\
+server: {port: 0, drain_s: 1}
+engines: [{kind: simulated, step_times: {d: 0.005}}]
+predictor: {enabled: false}
+classes: {chat: {}}
+default_class: chat
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sets a limit on descriptors, and sends SIGTERM")
+async def test_serve_answers_with_600_idle_connections_and_exits_0(tmp_path: Path) -> None:
+    async with served(tmp_path, SERVED, descriptors=256) as (process, http):
+        port = http.base_url.port
+        opened = await asyncio.gather(*(asyncio.open_connection("127.0.0.1", port) for _ in range(600)))
+        assert (await http.get("/health")).status_code == 200
+        assert (await http.post(CHAT, json=chat(max_tokens=3))).status_code == 200
+        # What is open at SIGTERM: an upgrade, a client that reads nothing, half a body.
+        upgrade, stalled, half = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        upgrade[1].write(AMBIGUOUS["websocket"][0])
+        assert (await asyncio.wait_for(upgrade[0].read(12), 5)) == b"HTTP/1.1 400"
+        stalled[1].transport.pause_reading()  # type: ignore[attr-defined]
+        stalled[1].write(a_chat(stream=True, n=8).replace(b"x-slo-class: free\r\n", b""))
+        half[1].write(HEAD + b"content-length: 500\r\n\r\n{")
+        await asyncio.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        log = (await asyncio.wait_for(process.stderr.read(), 15)).decode()
+        assert await process.wait() == 0
+        assert "Traceback" not in log
+        assert log.count("closed connections") <= 3
+        for _, writer in [*opened, upgrade, stalled, half]:
+            writer.transport.abort()
