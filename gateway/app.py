@@ -221,7 +221,8 @@ class Gateway:
 
     def _apply_limits(self) -> None:
         """Apply the limits of the configuration. Requests that are open keep theirs."""
-        server, failover = self._config.server, self._config.failover
+        server, failover, limits = self._config.server, self._config.failover, self._config.limits.limits()
+        self.connections.set_limits(limits)
         self.proxy.set_limits(
             max_body_bytes=server.max_body_bytes,
             max_open_requests=server.max_open_requests,
@@ -229,6 +230,7 @@ class Gateway:
             first_token_timeout_s=failover.first_token_timeout_s,
             keep_alive_s=server.sse_keep_alive_s,
             routes=RouteTable(server.pass_through_routes),
+            limits=limits,
         )
         self._retries.ratio, self._retries.per_second = failover.retry_ratio, failover.min_retries_per_s
         self.predictor.timeout_s = self._config.predictor.timeout_ms / 1000

@@ -94,7 +94,7 @@ class BodyMemory:
     def __init__(self, limit: int) -> None:
         self.used = 0
         self.receiving: dict[BodyReservation, float] = {}
-        self._limit = limit
+        self.limit = limit
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
 
@@ -104,7 +104,7 @@ class BodyMemory:
 
     async def take(self, reservation: BodyReservation, count: int) -> None:
         """Add ``count`` bytes to ``reservation``, in order of arrival. Raises `ApiError` 503 after `WAIT_S`."""
-        if self.used + count > self._limit or self._turn.locked():
+        if self.used + count > self.limit or self._turn.locked():
             # Its body waits for the gateway now, not for the client.
             self.receiving.pop(reservation, None)
             try:
@@ -117,8 +117,8 @@ class BodyMemory:
 
     async def _make_room(self, count: int) -> None:
         loop = asyncio.get_running_loop()
-        while self.used + count > self._limit:
-            now, missing = loop.time(), self.used + count - self._limit
+        while self.used + count > self.limit:
+            now, missing = loop.time(), self.used + count - self.limit
             for slow, since in list(self.receiving.items()):
                 if missing <= 0 or now < since + UPLOAD_S:
                     break

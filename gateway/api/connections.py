@@ -86,11 +86,9 @@ class Connections:
         max_connections: int = MOST_DERIVED,
         on_closed: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        self.limits = limits or Limits()
-        self.max_connections = self.limits.max_connections or max_connections
-        self.per_client = self.limits.max_connections_per_client or max(1, self.max_connections * 3 // 4)
+        self._derived = max_connections
+        self.set_limits(limits or Limits())
         self.buffered = 0
-        self._trusted = [ipaddress.ip_network(network, strict=False) for network in self.limits.trusted_proxies]
         self._on_closed = on_closed
         # Insertion order is age.
         self._open: dict[Connection, None] = {}
@@ -98,6 +96,13 @@ class Connections:
         self._timer: asyncio.TimerHandle | None = None
         self._unlogged: Counter[str] = Counter()
         self._logged_at = float("-inf")
+
+    def set_limits(self, limits: Limits) -> None:
+        """Replace the limits. Open connections keep the sizes and times with which they were opened."""
+        self.limits = limits
+        self.max_connections = limits.max_connections or self._derived
+        self.per_client = limits.max_connections_per_client or max(1, self.max_connections * 3 // 4)
+        self._trusted = [ipaddress.ip_network(network, strict=False) for network in limits.trusted_proxies]
 
     def __len__(self) -> int:
         return len(self._open)

@@ -51,8 +51,9 @@ class PassThrough:
         self._serving = serving
         self._slots: dict[str, asyncio.Semaphore] = {}
 
-    def set_limit(self, limit: int) -> None:
-        """Serve at most ``limit`` calls per engine from now on, besides those that run or wait already."""
+    def set_limits(self, limit: int, stall_s: float) -> None:
+        """Replace the limits. At most ``limit`` calls run per engine from now on, besides those that run or wait."""
+        self._stall_s = stall_s
         if limit != self._limit:
             self._limit = limit
             self._slots.clear()

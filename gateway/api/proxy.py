@@ -176,11 +176,13 @@ class Proxy:
         first_token_timeout_s: float | None,
         keep_alive_s: float | None,
         routes: RouteTable,
+        limits: Limits,
     ) -> None:
         """Replace the arguments of these names. Requests that wait for a turn at an engine keep their limit."""
         self._max_body_bytes, self._max_open_requests = max_body_bytes, max_open_requests
         self._first_token_timeout_s, self._keep_alive_s, self._routes = first_token_timeout_s, keep_alive_s, routes
-        self._passing.set_limit(max_pass_through)
+        self._limits, self.bodies.limit = limits, limits.body_memory_bytes
+        self._passing.set_limits(max_pass_through, limits.stall_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""

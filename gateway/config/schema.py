@@ -361,6 +361,7 @@ RELOADABLE = frozenset((
     "engines",
     "failover",
     "keys",
+    "limits",
     "policy",
     "shadow",
     "logging.level",

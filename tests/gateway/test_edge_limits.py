@@ -525,7 +525,7 @@ default_class: chat
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sets a limit on descriptors, and sends SIGTERM")
-async def test_serve_answers_with_600_idle_connections_and_exits_0(tmp_path: Path) -> None:
+async def test_serve_answers_with_600_idle_connections_and_exits_in_time(tmp_path: Path) -> None:
     async with served(tmp_path, SERVED, descriptors=256) as (process, http):
         port = http.base_url.port
         opened = await asyncio.gather(*(asyncio.open_connection("127.0.0.1", port) for _ in range(600)))
@@ -542,7 +542,8 @@ async def test_serve_answers_with_600_idle_connections_and_exits_0(tmp_path: Pat
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         log = (await asyncio.wait_for(process.stderr.read(), 15)).decode()
-        assert await process.wait() == 0
+        # The half body was cut when the drain ended.
+        assert await process.wait() == 3
         assert "Traceback" not in log
         assert log.count("closed connections") <= 3
         for _, writer in [*opened, upgrade, stalled, half]:

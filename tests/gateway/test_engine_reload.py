@@ -69,7 +69,7 @@ async def test_removed_engine_finishes_its_requests_and_gets_no_new_ones() -> No
             assert (await antares.ask({**chat(), "model": "m"})).status_code == 200
             assert slow.state.alive
         await eventually(lambda: not slow.state.alive)
-        assert antares.gateway.engines.leaving == []
+        await eventually(lambda: antares.gateway.engines.leaving == [])
 
 
 async def test_waiting_requests_of_a_removed_engine_go_to_another_one() -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import ValidationError
 
@@ -55,6 +56,18 @@ async def test_reload_adds_changes_and_removes_classes() -> None:
         answer = await antares.ask(x_slo_class="free")
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_slo_class")
         assert (await antares.http.get("/status")).json()["classes"]["new"]
+
+
+async def test_reload_changes_the_limits_of_the_edge() -> None:
+    async with live() as antares:
+        body = chat("x" * 4000)
+        assert (await antares.ask(body, x_long="y" * 6000)).status_code == 200
+        limits = {"max_head_bytes": 4096, "max_connections": 50}
+        assert antares.gateway.reload(gateway_config(limits=limits)).changed == ["limits"]
+        assert antares.gateway.connections.max_connections == 50
+        assert (await antares.ask(body)).status_code == 200
+        async with httpx.AsyncClient(base_url=antares.url, trust_env=False) as http:
+            assert (await http.post(CHAT, json=body, headers={"x-long": "y" * 6000})).status_code == 431
 
 
 async def test_open_requests_of_a_removed_class_are_served() -> None:
