@@ -72,7 +72,7 @@ class Connection(Protocol):
 
 
 class Connections:
-    """Counts connections, refuses those above the limits, and cuts those that exceed a time or memory limit.
+    """Counts connections, refuses those above the limits, and closes those that exceed a time or memory limit.
 
     Args:
         limits: the limits.
@@ -163,7 +163,7 @@ class Connections:
         return True
 
     def _is_trusted(self, address: str) -> bool:
-        """Whether ``address`` has no limit of its own: it is listed, or it is no network address."""
+        """Whether ``address`` has no limit of its own: the configuration lists it, or it is empty."""
         if not address:
             return True
         client = ipaddress.ip_network(address)

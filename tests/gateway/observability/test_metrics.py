@@ -48,6 +48,8 @@ async def test_metric_names_list_exactly_the_exported_metrics(antares: Live) -> 
         "_total",
         "_ratio",
         "_requests",
+        "_connections",
+        "_bytes",
         "_sequences",
         "_up",
         "_open",
