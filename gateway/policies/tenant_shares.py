@@ -1,8 +1,8 @@
 """Weighted max-min fairness between the tenants of one engine, by the engine time that their running requests take.
 
 A tenant's *usage* is the time per step of its decodes, and the share of recent time that its prompts took. It counts
-what runs now, so a wrong length hint changes nothing. A tenant is *above its share* if it uses more of the engine than its
-weight's part of what all tenants together use. Then
+what runs now, so a wrong length hint changes nothing. A tenant is *above its share* if it uses more of the engine than
+its weight's part of what all tenants together use. Then
 
 - requests of the others are ahead of its own, whatever their deadlines,
 - the next request is always taken from the tenant with the least usage by weight,
