@@ -84,7 +84,8 @@ def adherence(kind: str, seed: int, policy: str = "slack", victim_qps: float = V
             lengths = [PredictedLength(abuse.predicted, abuse.predicted)] * len(work)
         merged += [("abuser", one, length) for one, length in zip(work, lengths, strict=True)]
         merged.sort(key=lambda item: item[1].at_s)
-    tenants, workload, predictions = ([item[n] for item in merged] for n in range(3))
+    tenants = [tenant for tenant, _, _ in merged]
+    workload, predictions = [one for _, one, _ in merged], [length for _, _, length in merged]
     result = simulate(
         workload, predictions, load_profile(PROFILE), lambda: make_policy(policy), tenants=tenants, seed=seed
     )
