@@ -134,6 +134,7 @@ class LengthPredictor:
         self._pending: deque[_Pending] = deque()
         self._sender: asyncio.Task[None] | None = None
         self._calls = 0
+        self._rejections = 0
         self._failed_call = 0
         """Number of the latest call that counted as failed."""
 
@@ -263,8 +264,12 @@ class LengthPredictor:
             self._calls += 1
             try:
                 answers = [*await self._post([pending.question for pending in batch])]
+                self._rejections = 0
             except _RejectedError:
-                pass
+                # One input may be at fault, but not every input.
+                self._rejections += 1
+                if self._rejections >= _MAX_REJECTIONS:
+                    self._count_failure()
             except _CallFailedError:
                 self._count_failure()
             if self._failed_call != self._calls:
@@ -300,21 +305,38 @@ class LengthPredictor:
             raise UnreachableError
 
     async def _call(self, path: str, document: dict[str, object]) -> httpx.Response:
+        """Post ``document`` and return the response. Raises `httpx.HTTPError` if it is too large or takes too long."""
         if self._client is None:
             limits = httpx.Limits(max_connections=4, max_keepalive_connections=2)
             # Loading the certificate store blocks the event loop for 50 ms, and plain HTTP does not need it.
             verify = (self.url or "").startswith("https")
             self._client = httpx.AsyncClient(trust_env=False, timeout=_CALL_TIMEOUT_S, limits=limits, verify=verify)
-        return await self._client.post(
-            f"{self.url}{path}",
-            content=orjson.dumps(document),
-            headers={"content-type": "application/json", "x-deadline-ms": str(round(_CALL_TIMEOUT_S * 1000))},
-        )
+        # httpx's own timeouts bound each read, not the whole answer.
+        ends_at = time.monotonic() + _CALL_TIMEOUT_S
+        headers = {
+            "content-type": "application/json",
+            "accept-encoding": "identity",
+            "x-deadline-ms": str(round(_CALL_TIMEOUT_S * 1000)),
+        }
+        url, content, body = f"{self.url}{path}", orjson.dumps(document), bytearray()
+        async with self._client.stream("POST", url, content=content, headers=headers) as response:
+            async for chunk in response.aiter_raw():
+                body += chunk
+                if len(body) > _MAX_ANSWER_BYTES or time.monotonic() > ends_at:
+                    raise httpx.ReadError("the answer is too large or too slow")
+        # Raw bytes: a compressed answer, which nobody asked for, is no valid JSON.
+        return httpx.Response(response.status_code, content=bytes(body))
 
 
 _MAX_BATCH = 64
 _MAX_NAME_CHARS = 256
 _MAX_TOKENS = 1 << 30
+
+_MAX_ANSWER_BYTES = 1 << 20
+"""Limit on an answer of the service; 64 predictions take about 10 KB."""
+
+_MAX_REJECTIONS = 5
+"""Calls in a row that the service may reject before each counts as failed. Convention."""
 
 _CALL_TIMEOUT_S = 1.0
 """Timeout of one call to the service, in seconds. A request's own timeout is shorter and does not cancel the call."""

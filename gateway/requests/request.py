@@ -45,6 +45,7 @@ class Request:
         predicted_p90: its 90th percentile; 0 when unknown. Both are at most ``max_tokens``.
         predicted_at_arrival: the first prediction; it does not change.
         generated: output tokens of all ``sequences`` together.
+        weight: of the tenant, against the other tenants of the engine (`gateway.policies.tenant_shares`).
         bounds_waived: the class serves the request without its bounds, because they cannot be met. ``kind`` is then
             best-effort, as it is for a request without any bound.
         unobserved: the engine reports no token before the response is complete.
@@ -64,6 +65,7 @@ class Request:
     predicted_p90: float = 0.0
     sequences: int = 1
     tenant: str = "anonymous"
+    weight: float = 1.0
     model: str = ""
     requested_model: str = ""
     pinned_to: str = ""

@@ -26,6 +26,10 @@ class WaitingQueue(Sequence[Request]):
     def __init__(self, order: Order) -> None:
         self.by_class: Counter[str] = Counter()
         """Number of waiting requests by SLO class."""
+        self.by_tenant: Counter[str] = Counter()
+        """Number of waiting requests by tenant; only tenants with any."""
+        self._of: dict[str, dict[str, dict[str, Request]]] = {}
+        """The waiting requests by class, tenant and id, oldest first; only tenants with any."""
         self._order = order
         self._keys: list[tuple[float, ...]] = []
         self._requests: list[Request] = []
@@ -41,6 +45,8 @@ class WaitingQueue(Sequence[Request]):
         self._added += 1
         self._insert(request, self._added)
         self.by_class[request.slo_class] += 1
+        self.by_tenant[request.tenant] += 1
+        self._of.setdefault(request.slo_class, {}).setdefault(request.tenant, {})[request.id] = request
 
     def remove(self, request: Request) -> bool:
         """Remove ``request``; return False when it was not in the queue."""
@@ -48,7 +54,28 @@ class WaitingQueue(Sequence[Request]):
             return False
         self._delete(request)
         self.by_class[request.slo_class] -= 1
+        self.by_tenant[request.tenant] -= 1
+        if not self.by_tenant[request.tenant]:
+            del self.by_tenant[request.tenant]
+        own = self._of[request.slo_class]
+        del own[request.tenant][request.id]
+        if not own[request.tenant]:
+            del own[request.tenant]
         return True
+
+    def displaced_by(self, request: Request) -> Request | None:
+        """Return which waiting request of its full class gives way to ``request``; None if ``request`` itself does.
+
+        It is the newest request of the tenant that has the most waiting by weight, if that is more than the tenant of
+        ``request`` would have.
+        """
+        tenants = self._of.get(request.slo_class, {})
+        most, loser = (len(tenants.get(request.tenant, ())) + 1) / request.weight, None
+        for tenant, own in tenants.items():
+            newest = next(reversed(own.values()))
+            if tenant != request.tenant and len(own) / newest.weight > most:
+                most, loser = len(own) / newest.weight, newest
+        return loser
 
     def reorder(self, request: Request) -> None:
         """Move ``request`` to where its changed key belongs; among equal keys it stays in order of arrival."""
@@ -75,6 +102,8 @@ class WaitingQueue(Sequence[Request]):
         self._key_of.clear()
         self._table = None
         self.by_class.clear()
+        self.by_tenant.clear()
+        self._of.clear()
 
     def arrays(self, first: int | None = None) -> WaitingArrays:
         """Return the arrays of the ``first`` requests (None: all), valid until the next change."""
@@ -131,3 +160,10 @@ def arrays_of(requests: Sequence[Request], first: int | None = None) -> WaitingA
     if isinstance(requests, WaitingQueue):
         return requests.arrays(first)
     return WaitingArrays.of(requests[:first])
+
+
+def several_tenants(requests: Sequence[Request]) -> bool:
+    """Return whether ``requests`` are of more than one tenant; a `WaitingQueue` knows."""
+    if isinstance(requests, WaitingQueue):
+        return len(requests.by_tenant) > 1
+    return len({request.tenant for request in requests}) > 1

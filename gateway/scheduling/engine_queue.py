@@ -149,10 +149,16 @@ class EngineQueue:
             return outcome
         limit = self.classes[request.slo_class].max_waiting
         if self.waiting.by_class[request.slo_class] >= limit:
-            self.shadows.submitted(request)
-            self.shadows.rejected(request)
-            outcome.set_result(QueueFull(limit, max(1.0, self.admission.next_admission_in_s(self._clock()))))
-            return outcome
+            full = QueueFull(limit, max(1.0, self.admission.next_admission_in_s(self._clock())))
+            displaced = self.waiting.displaced_by(request)
+            if displaced is None:
+                self.shadows.submitted(request)
+                self.shadows.rejected(request)
+                outcome.set_result(full)
+                return outcome
+            self.shadows.rejected(displaced)
+            self.admission.withdraw(displaced)
+            self._resolve(displaced, full)
         self.admission.submit(request)
         # After its prefix-cache hit is predicted, which the shadows copy.
         self.shadows.submitted(request)

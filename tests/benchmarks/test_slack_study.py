@@ -196,12 +196,13 @@ def test_tenants_are_split_by_tokens() -> None:
     assert max(sizes["cheap"]) <= min(sizes["medium"]) <= max(sizes["medium"]) <= min(sizes["expensive"])
 
 
-def test_min_admission_share_helps_expensive_tenant() -> None:
+def test_expensive_tenant_keeps_its_share_without_min_admission_share() -> None:
     relative = {}
     for name in (FULL, MIN_ADMISSION_SHARE):
         groups = measure(study(20.0).trials(name, 3.0, removed=name, by_tenant=True)[0])["groups"]
         relative[name] = groups["tenant: expensive"]["admitted"] / groups[ALL]["admitted"]
-    assert relative[MIN_ADMISSION_SHARE] < 0.45
+    # Tenants share engine time whatever the option says; it is for the classes.
+    assert relative[MIN_ADMISSION_SHARE] > 0.5
     assert relative[FULL] > 0.5 - 0.05
 
 

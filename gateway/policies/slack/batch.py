@@ -152,13 +152,21 @@ class WaitingBatch:
 
     def only(self, which: NDArray[np.bool_]) -> WaitingBatch:
         """Return the requests where ``which`` holds."""
-        at = np.flatnonzero(which)
+        return self.at(np.flatnonzero(which))
+
+    def at(self, at: NDArray[np.intp]) -> WaitingBatch:
+        """Return the requests with the numbers ``at``."""
         return WaitingBatch([self.requests[i] for i in at.tolist()], self.arrays.take(at), self.pace_s[at])
 
     def alone_s(self, engine: EngineState) -> Floats:
         """Return the seconds per token of each request in an idle engine."""
         of = self.arrays
         return engine.step_time.curve.steps_s(of.sequences, (of.prompt + of.output / 2) * of.sequences)
+
+    def token_s(self, batch: RunningBatch) -> Floats:
+        """Return what each request adds to a step (s), half way through its output."""
+        of = self.arrays
+        return of.sequences * (batch.prefill_token_s + batch.engine.step_time.curve.a * (of.prompt + of.output / 2))
 
     def cost_s(self, batch: RunningBatch) -> Floats:
         """Return w_i of each request: its seconds of engine time (line 3 of `policy`)."""
@@ -167,13 +175,13 @@ class WaitingBatch:
         decode_s = token_s + max(-curve.e, 0.0) + curve.a * (of.prompt + of.output / 2)
         return token_s * of.uncached + decode_s * of.sequences * of.output
 
-    def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp]) -> NDArray[np.bool_]:
+    def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp], room_s: float = 0.0) -> NDArray[np.bool_]:
         """Return whether each request ``at`` can be admitted beside ``batch`` at ``now`` (s).
 
             slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
             T(R + r) <= P*(R + r),   now + wait + mu * (backlog + uncached p_r) / (1 - T(R + r)/P*) <= d_r,
 
-        where the step under way must end first, and takes up to P* while other prompts wait.
+        where T leaves ``room_s`` free, and the step under way must end first: up to P* while other prompts wait.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
@@ -184,7 +192,7 @@ class WaitingBatch:
         others = batch.backlog + of.uncached.sum() - of.uncached[at]
         wait_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * others))
         first_s = wait_s + token_s * (batch.backlog + of.uncached[at]) / np.maximum(1 - step_s / strictest_s, 1e-12)
-        fits = (sequences <= batch.free_slots) & (step_s <= strictest_s) & (now + first_s <= of.deadline[at])
+        fits = (sequences <= batch.free_slots) & (step_s + room_s <= strictest_s) & (now + first_s <= of.deadline[at])
         if engine.kv_tokens > 0:
             # What is preempted may hold all shared tokens, which the others then need for themselves.
             others = np.minimum(-of.shared[at], engine.shared_tokens - batch.preemptible_memory)

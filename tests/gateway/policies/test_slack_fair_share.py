@@ -122,21 +122,21 @@ def test_least_recent_groups_are_forgotten() -> None:
     assert (behind(shares, tenant="old"), behind(shares, tenant="active")) == (False, True)
 
 
-def test_expensive_tenant_gets_its_minimum_share() -> None:
+def test_expensive_class_gets_its_minimum_share() -> None:
     def shares(min_admission_share: float) -> tuple[float, float]:
-        """Return the admission rates of two tenants that compete for one slot."""
+        """Return the admission rates of two classes that compete for one slot."""
         policy, state = Slack(min_admission_share=min_admission_share), engine(max_num_seqs=1)
         admissions = {"cheap": 0, "expensive": 0}
         for turn in range(600):
             queue = [
-                make_request(f"{turn} {tenant}", ttft=0.5, tpot=1, at=NOW + turn, output=output, tenant=tenant)
-                for tenant, output in (("cheap", 20), ("expensive", 900))
+                make_request(f"{turn} {name}", ttft=0.5, tpot=1, at=NOW + turn, output=output, slo_class=name)
+                for name, output in (("cheap", 20), ("expensive", 900))
             ]
             decision = decide(policy, NOW + turn, queue, [], state)
             late = decide(policy, NOW + turn + 1, [r for r in queue if r not in decision.admit], [], state)
             assert len(late.reject) == 1
             for request in decision.admit:
-                admissions[request.tenant] += 1
+                admissions[request.slo_class] += 1
         return admissions["cheap"] / 600, admissions["expensive"] / 600
 
     assert shares(min_admission_share=0.0) == (1.0, 0.0)

@@ -280,3 +280,50 @@ async def test_gateway_updates_the_fallback_with_actual_lengths() -> None:
         await antares.ask()
         slo_report = (await antares.ask(x_slo_report="1")).json()["antares"]
         assert slo_report["predicted_tokens"] == 8
+
+
+@asynccontextmanager
+async def endless_server(chunk: bytes, pause_s: float) -> AsyncIterator[str]:
+    """A server whose answers never end: ``chunk`` every ``pause_s`` seconds."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 300000000\r\n\r\n")
+        try:
+            for _ in range(20_000):
+                writer.write(chunk)
+                await writer.drain()
+                await asyncio.sleep(pause_s)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(("chunk", "pause_s"), [(b" " * (1 << 16), 0.0), (b" ", 0.05)], ids=["huge", "trickle"])
+async def test_answer_without_end_is_cut_and_opens_the_breaker(chunk: bytes, pause_s: float) -> None:
+    async with endless_server(chunk, pause_s) as url:
+        client = make_client(url, timeout_s=0.05)
+        async with asyncio.timeout(20):
+            while client._breaker.closed:
+                assert (await client.predict("hi", 1, "chat", None)).source == "fallback"
+                await asyncio.sleep(0.02)
+        assert not client.up
+        await client.close()
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_service_that_rejects_everything_counts_as_down(status: int) -> None:
+    async with serving(Service({}, status)) as url:
+        client = make_client(url)
+        assert (await client.predict("hi", 1, "chat", None)).source == "fallback"
+        assert client.up, "one input may be at fault"
+        for _ in range(20):
+            assert (await client.predict("hi", 1, "chat", None)).source == "fallback"
+        assert not client.up
+        await client.close()

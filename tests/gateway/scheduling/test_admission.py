@@ -319,3 +319,25 @@ def test_request_from_another_engine_has_nothing_cached_on_one_without_a_prefix_
     request = make_request(prompt=1000, cached_tokens=900, shared_tokens=800)
     admission.submit(request)
     assert (request.uncached_tokens, request.shared_tokens) == (1000, 0)
+
+
+def test_load_of_a_long_queue_is_the_sum_over_its_requests_and_reads_none_of_them() -> None:
+    state = EngineState(alive=True)
+    controller = AdmissionController(make_policy("slack"), state)
+    for number in range(5000):
+        controller.submit(make_request(str(number), at=NOW + number, prompt=1 + number % 900))
+    expected = sum(state.step_time.prefill(request.uncached_tokens) for request in controller.waiting)
+    assert controller.queued_prefill_s() == pytest.approx(expected)
+    assert controller.next_admission_in_s(NOW + 9000) == pytest.approx(expected)
+    read = 0
+
+    class Counted(type(controller.waiting)):  # type: ignore[misc]
+        def __iter__(self) -> Any:
+            nonlocal read
+            read += 1
+            return super().__iter__()
+
+    controller.waiting.__class__ = Counted
+    controller.load()
+    controller.next_admission_in_s(NOW + 9000)
+    assert read == 0

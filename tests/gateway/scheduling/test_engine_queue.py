@@ -18,7 +18,15 @@ from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Rejection, 
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling.decision_schedule import MAX_DECIDING_SHARE
-from gateway.scheduling.engine_queue import PROBE_INTERVAL_S, Admitted, Clock, Draining, EngineDown, EngineQueue
+from gateway.scheduling.engine_queue import (
+    PROBE_INTERVAL_S,
+    Admitted,
+    Clock,
+    Draining,
+    EngineDown,
+    EngineQueue,
+    QueueFull,
+)
 from tests.fixtures.live_server import eventually
 from tests.fixtures.policy_builders import make_request
 
@@ -329,3 +337,16 @@ async def test_shadow_sees_the_hit_that_is_predicted_for_a_request() -> None:
     await eventually(lambda: seen)
     assert seen[0] == (100, 68)
     engine_queue.close()
+
+
+async def test_full_class_answers_the_flooding_tenant_and_queues_its_neighbour() -> None:
+    engine_queue = queue_of(Closed())
+    engine_queue.classes = {"chat": SloClass("chat", Slo(), max_waiting=3)}
+    flood = [engine_queue.submit(make_request(f"f{i}", tenant="flood")) for i in range(4)]
+    assert [outcome.done() for outcome in flood] == [False, False, False, True]
+    victim = engine_queue.submit(make_request("v", tenant="victim"))
+    assert not victim.done()
+    assert isinstance(flood[2].result(), QueueFull)
+    assert len(engine_queue.waiting) == 3
+    engine_queue.close()
+    assert isinstance(victim.result(), Draining)
