@@ -32,6 +32,7 @@ class ApiKey:
     least_bounds: dict[str, float] = field(default_factory=dict)
     allowed_fields: frozenset[str] = frozenset()
     expires_s: float | None = None
+    allowed_models: frozenset[str] | None = None
     operator: bool = False
 
 
