@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+import secrets
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gateway.api.errors import ApiError
@@ -20,6 +22,7 @@ class ApiKey:
     ``least_bounds`` maps a bound (ttft, tpot, e2e) to the strictest value (s) that it may set. ``allowed_fields``: the
     guarded body fields that it may send (`gateway.api.body_fields`). ``operator``: it may reload the configuration.
     ``sha256`` is empty for anonymous requests.
+    ``expires_s``: Unix time from which the key is refused.
     """
 
     tenant: str
@@ -28,6 +31,8 @@ class ApiKey:
     allowed_classes: frozenset[str] | None = None
     least_bounds: dict[str, float] = field(default_factory=dict)
     allowed_fields: frozenset[str] = frozenset()
+    expires_s: float | None = None
+    allowed_models: frozenset[str] | None = None
     operator: bool = False
 
 
@@ -42,14 +47,16 @@ def hash_key(key: str) -> str:
 class KeyRing:
     """The configured keys. Without any, every request belongs to the anonymous tenant."""
 
-    def __init__(self, keys: Sequence[ApiKey], anonymous: ApiKey) -> None:
-        self._keys = tuple(keys)
+    def __init__(self, keys: Sequence[ApiKey], anonymous: ApiKey, wall_clock: Callable[[], float] = time.time) -> None:
+        self._secret = secrets.token_bytes(32)
+        self._keys = {self._tag(key.sha256): key for key in keys}
         self._anonymous = anonymous
+        self._wall_clock = wall_clock
 
     def authenticate(self, authorization: str | None, x_api_key: str | None = None) -> ApiKey:
         """Return the key in the ``Authorization`` or ``x-api-key`` header.
 
-        Raises `ApiError` 401 for a missing or unknown key, and for two different keys.
+        Raises `ApiError` 401 for a missing, unknown or expired key, and for two different keys.
         """
         if not self._keys:
             return self._anonymous
@@ -59,14 +66,19 @@ class KeyRing:
                 "The headers 'authorization' and 'x-api-key' hold different API keys. Send one of them."
             )
         digest = hash_key(presented or other)
-        found = None
-        # Compare with every key, so that the time taken does not depend on which one matches.
-        for key in self._keys:
-            if hmac.compare_digest(digest, key.sha256):
-                found = key
-        if found is None or not (presented or other):
+        found = self._keys.get(self._tag(digest))
+        if found is None or not (presented or other) or not hmac.compare_digest(digest, found.sha256):
             raise _unauthorized("Missing or unknown API key. Send 'Authorization: Bearer <key>' or 'x-api-key: <key>'.")
+        if found.expires_s is not None and self._wall_clock() >= found.expires_s:
+            raise _unauthorized("This API key has expired. Ask the operator for a new one.")
         return found
+
+    def _tag(self, sha256: str) -> bytes:
+        """Return the index of a digest.
+
+        The secret makes tags unpredictable, so the time of a look-up says nothing about the digests of the keys.
+        """
+        return hmac.digest(self._secret, sha256.encode(), "sha256")
 
 
 def _bearer_token(authorization: str | None) -> str:

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers as HeaderView
 from engine_adapter.asgi import BodyTooDeep, encode_json
 from engine_adapter.engine import EngineState
 from engine_adapter.model_card import MAX_NAME
+from gateway.api.auth import ApiKey
 from gateway.api.errors import ApiError, bad_request, unavailable
 from gateway.api.http_request import HttpRequest
 from gateway.scheduling.router import Router
@@ -30,6 +31,42 @@ def model_not_found(model: str) -> ApiError:
     return bad_request(
         f"The model `{name}` does not exist. GET {MODELS_PATH} lists the models.", "model", "model_not_found", 404
     )
+
+
+def check_model(model: str, key: ApiKey, router: Router) -> None:
+    """Raise `ApiError` 403 if ``key`` may not use ``model``."""
+    if key.allowed_models is not None and not _allows(key.allowed_models, model, router):
+        raise _not_permitted("This API key may not use the requested model.")
+
+
+def _allows(allowed: frozenset[str], model: str, router: Router) -> bool:
+    """Whether ``allowed`` names ``model``, or another name of it on every engine that lists it."""
+    if model in allowed:
+        return True
+    states = [queue.engine.state for queue in router.engine_queues]
+    listing = [(state, own) for state in states if (own := state.own_name(model)) is not None]
+    return bool(listing) and all(any(state.own_name(name) == own for name in allowed) for state, own in listing)
+
+
+def check_body_model(http: HttpRequest, body: bytes, key: ApiKey, router: Router) -> None:
+    """Raise `ApiError` 403 unless ``key`` may use the model of a body that the gateway does not parse.
+
+    The key needs no right for a request without a body. A key with ``allowed_models`` must name its model in JSON:
+    what the engine reads in another kind of body is not known.
+    """
+    if key.allowed_models is None or not body:
+        return
+    model = _member(body, "model")
+    if not isinstance(model, str) or not model or _is_form(http.headers):
+        raise _not_permitted("This API key may use certain models only: send a JSON body that names one as 'model'.")
+    check_model(model, key, router)
+    if model_in_body(http.headers, body) != model:
+        raise _not_permitted("Write the name 'model' without escapes.")
+
+
+def _not_permitted(reason: str) -> ApiError:
+    message = f"{reason} GET {MODELS_PATH} lists the models that it may use."
+    return ApiError(403, message, "permission_error", "model_not_permitted", "model")
 
 
 def requested_model(document: dict[str, Any]) -> str:
@@ -105,14 +142,16 @@ def asks_for_models(http: HttpRequest) -> bool:
     return http.scope["method"] in ("GET", "HEAD") and (path == MODELS_PATH or path.startswith(MODELS_PATH + "/"))
 
 
-async def send_models(http: HttpRequest, router: Router) -> None:
-    """Answer with the models of all engines, or with the one that the path names.
+async def send_models(http: HttpRequest, router: Router, key: ApiKey) -> None:
+    """Answer with the models that ``key`` may use, or with the one that the path names.
 
     Raises `ApiError` 404 if there is no such model, or 503 if no engine has reported its models yet.
     """
     if not router.knows_models:
         raise unavailable("No engine has reported its models yet.", "engine_unavailable", RETRY_UNKNOWN_S)
     cards, name = router.cards(), http.scope["path"][len(MODELS_PATH) + 1 :]
+    if key.allowed_models is not None:
+        cards = {card: value for card, value in cards.items() if _allows(key.allowed_models, card, router)}
     if name and name not in cards:
         raise model_not_found(name)
     document: dict[str, Any] = (

@@ -42,7 +42,15 @@ from gateway.api.failover import Failure, HangWatch, HeldResponse, failure_of, m
 from gateway.api.http_request import HttpRequest
 from gateway.api.keep_alive import KeepAlive
 from gateway.api.limits import Limits
-from gateway.api.models import asks_for_models, for_engine, model_not_found, requested_model, send_models
+from gateway.api.models import (
+    asks_for_models,
+    check_body_model,
+    check_model,
+    for_engine,
+    model_not_found,
+    requested_model,
+    send_models,
+)
 from gateway.api.pass_through import PassThrough
 from gateway.api.paths import check_path
 from gateway.api.prompt import Prompt
@@ -282,7 +290,7 @@ class Proxy:
         document = parse_document(body)
         output_tokens = read_output_tokens(http.headers, document)
         self.guard.apply(document, key)
-        model, pool = self._model_of(document)
+        model, pool = self._model_of(document, key)
         previous = document.get("previous_response_id")
         slo_class, slo = read_slo(http.headers, key, self.classes)
         prompt = route.read_prompt(document)
@@ -312,9 +320,10 @@ class Proxy:
             return contextlib.nullcontext()
         return KeepAlive(call.http, self._keep_alive_s)
 
-    def _model_of(self, document: dict[str, Any]) -> tuple[str, list[EngineQueue]]:
+    def _model_of(self, document: dict[str, Any], key: ApiKey) -> tuple[str, list[EngineQueue]]:
         """Return the model that the request names, or the default, and its pool. Raises `ApiError` 404 without one."""
         model = requested_model(document) or self._router.default_model
+        check_model(model, key, self._router)
         try:
             return model, self._router.pool(model)
         except UnknownModel:
@@ -636,7 +645,7 @@ class Proxy:
     async def _pass_through(self, http: HttpRequest, key: ApiKey, body: bytes) -> None:
         """Answer a request that is not scheduled."""
         if asks_for_models(http):
-            await send_models(http, self._router)
+            await send_models(http, self._router, key)
             return
         if asks_for_records(http):
             await send_records(http, self.recorder.decisions, key)
@@ -644,6 +653,7 @@ class Proxy:
         if self.in_flight > self._max_open_requests:
             raise self._gateway_full()
         try:
+            check_body_model(http, body, key, self._router)
             await self._unscheduled.serve(http, body, key, self.guard)
         except NoEngineAlive as error:
             if self.stopping:

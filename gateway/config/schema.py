@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.profile import load_profile
@@ -318,6 +318,8 @@ class KeyConfig(Section):
     min_tpot_ms: PositiveMs | None = None
     min_e2e_ms: PositiveMs | None = None
     allowed_fields: list[str] | None = Field(None, max_length=64)
+    allowed_models: list[ModelName] | None = Field(None, max_length=256)
+    expires: AwareDatetime | None = Field(None, description="Time from which the key is refused.")
     operator: bool = Field(False, description="The key may reload the configuration.")
 
     _are_guarded = field_validator("allowed_fields")(_guarded)
@@ -467,6 +469,8 @@ class GatewayConfig(Section):
                     if ms is not None
                 },
                 allowed_fields=self._allowed_fields(k.allowed_fields),
+                allowed_models=None if k.allowed_models is None else frozenset(k.allowed_models),
+                expires_s=None if k.expires is None else k.expires.timestamp(),
                 operator=k.operator,
             )
             for k in self.keys

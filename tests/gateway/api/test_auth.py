@@ -78,7 +78,7 @@ def test_key_ring_without_keys_returns_the_anonymous_key() -> None:
     assert KeyRing([], ApiKey("anonymous", "chat")).authenticate("Bearer whatever").tenant == "anonymous"
 
 
-def test_key_ring_compares_every_key_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_ring_makes_one_constant_time_comparison_among_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[str] = []
     compare = hmac.compare_digest
 
@@ -87,9 +87,24 @@ def test_key_ring_compares_every_key_in_constant_time(monkeypatch: pytest.Monkey
         return compare(presented, known)
 
     monkeypatch.setattr(auth.hmac, "compare_digest", spy)
-    ring = KeyRing([ApiKey("a", "chat", hash_key(ALICE)), ApiKey("b", "chat", hash_key(BOB))], ApiKey("-", "chat"))
-    ring.authenticate(f"Bearer {ALICE}")
-    assert compared == [hash_key(ALICE), hash_key(BOB)]
+    ring = KeyRing([ApiKey(f"t{i}", "chat", hash_key(f"{ALICE}{i}")) for i in range(1000)], ApiKey("-", "chat"))
+    assert ring.authenticate(f"Bearer {ALICE}7").tenant == "t7"
+    assert compared == [hash_key(f"{ALICE}7")]
+    with pytest.raises(ApiError):
+        ring.authenticate(f"Bearer {ALICE}")
+    assert len(compared) == 1, "an unknown key is compared with none"
+
+
+def test_key_ring_rejects_a_key_from_its_expiry_on() -> None:
+    now = [99.9]
+    ring = KeyRing([ApiKey("alice", "chat", hash_key(ALICE), expires_s=100.0)], ApiKey("-", "chat"), lambda: now[0])
+    assert ring.authenticate(f"Bearer {ALICE}").tenant == "alice"
+    now[0] = 100.0
+    with pytest.raises(ApiError, match="expired") as raised:
+        ring.authenticate(f"Bearer {ALICE}")
+    assert raised.value.status == 401
+    with pytest.raises(ApiError, match="unknown"):
+        ring.authenticate("Bearer wrong")
 
 
 async def test_openai_client_gets_401_403_and_200() -> None:
@@ -168,3 +183,12 @@ async def test_client_key_is_not_sent_to_the_engine() -> None:
         antares.engine.stub = spy
         assert (await antares.ask(authorization=f"Bearer {ALICE}")).status_code == 200
         assert b"authorization" not in seen
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"])
+async def test_expired_key_gets_401_on_every_route(path: str) -> None:
+    expired = [{"sha256": hash_key(ALICE), "tenant": "alice", "expires": "2020-01-01T00:00:00Z"}]
+    async with live(keys=expired) as antares:
+        answer = await antares.http.post(path, json=chat(), headers={"authorization": f"Bearer {ALICE}"})
+    assert (answer.status_code, "expired" in answer.json()["error"]["message"]) == (401, True)
+    assert ALICE not in answer.text

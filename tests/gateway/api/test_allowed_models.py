@@ -1,0 +1,53 @@
+"""`allowed_models` of a key: what other models get, on every route."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine_adapter.engine import EngineState
+from gateway.api.auth import hash_key
+from tests.fixtures.live_gateway import Live, chat, live
+
+KEY = "alice-0123456789abcdef"
+AUTH = {"authorization": f"Bearer {KEY}"}
+
+
+def keys(*models: str) -> list[dict[str, object]]:
+    return [{"sha256": hash_key(KEY), "tenant": "alice", "allowed_models": list(models)}]
+
+
+def model_of(antares: Live) -> str:
+    state: EngineState = antares.gateway.engine_queues[0].engine.state
+    return state.model
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"])
+async def test_forbidden_model_gets_403_on_every_route(path: str) -> None:
+    async with live(keys=keys("another")) as antares:
+        body = {**chat(), "input": "hi", "max_tokens": 4, "model": model_of(antares)}
+        answer = await antares.http.post(path, json=body, headers=AUTH)
+        default = await antares.http.post(path, json={**body, "model": None}, headers=AUTH)
+    assert (answer.status_code, default.status_code) == (403, 403)
+    assert "model" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b'{"\\u006dodel": "x"}', b"{}", b"[]", b"not json", b'{"model": 1}'])
+async def test_body_without_a_readable_allowed_model_gets_403(body: bytes) -> None:
+    async with live(keys=keys("x")) as antares:
+        answer = await antares.http.post("/v1/embeddings", content=body, headers=AUTH)
+    assert answer.status_code == 403
+
+
+async def test_models_lists_what_the_key_may_use() -> None:
+    async with live(keys=keys("another")) as antares:
+        name = model_of(antares)
+        assert (await antares.http.get("/v1/models", headers=AUTH)).json()["data"] == []
+        assert (await antares.http.get(f"/v1/models/{name}", headers=AUTH)).status_code == 404
+
+
+async def test_alias_gives_the_right_to_its_model() -> None:
+    async with live(keys=keys("short")) as antares:
+        state = antares.gateway.engine_queues[0].engine.state
+        state.aliases = {"short": state.model}
+        answer = await antares.http.post("/v1/chat/completions", json={**chat(), "model": state.model}, headers=AUTH)
+    assert answer.status_code == 200
