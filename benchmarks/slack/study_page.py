@@ -140,7 +140,8 @@ def _tenants(records: Sequence[Record]) -> str:
         f"""There are three tenants. The *expensive* one has the tenth of all requests with the most tokens, prompt and
         predicted output. The *medium* one has the larger half of the others. The *cheap* one has the rest. The column
         *relative* is the admission rate of a group over that of all requests. `{MIN_ADMISSION_SHARE}`
-        puts classes and tenants below {share:g} of that rate first.""",
+        puts classes and tenants below {share:g} of that rate first. Measured before tenants got
+        [max-min shares](../isolation.md), which decide between tenants today.""",
     ]
     for load in _names(records, "load"):
         runs = [[r for r in records if (r["row"], r["load"]) == (row, load)] for row in (FULL, MIN_ADMISSION_SHARE)]

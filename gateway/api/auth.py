@@ -21,8 +21,8 @@ class ApiKey:
 
     ``least_bounds`` maps a bound (ttft, tpot, e2e) to the strictest value (s) that it may set. ``allowed_fields``: the
     guarded body fields that it may send (`gateway.api.body_fields`). ``operator``: it may reload the configuration.
-    ``sha256`` is empty for anonymous requests.
-    ``expires_s``: Unix time from which the key is refused.
+    ``sha256`` is empty for anonymous requests. ``expires_s``: Unix time from which the key is refused. ``weight``: the
+    tenant's share of an engine, relative to other tenants.
     """
 
     tenant: str
@@ -33,6 +33,7 @@ class ApiKey:
     allowed_fields: frozenset[str] = frozenset()
     expires_s: float | None = None
     allowed_models: frozenset[str] | None = None
+    weight: float = 1.0
     operator: bool = False
 
 

@@ -303,6 +303,7 @@ class Proxy:
             predicted_tokens=1.0,
             sequences=prompt.sequences,
             tenant=key.tenant,
+            weight=key.weight,
             max_tokens=math.inf if prompt.max_tokens is None else prompt.max_tokens,
             requested_model=model,
             pinned_to=self._router.owner_of(previous) if isinstance(previous, str) else "",

@@ -320,6 +320,7 @@ class KeyConfig(Section):
     allowed_fields: list[str] | None = Field(None, max_length=64)
     allowed_models: list[ModelName] | None = Field(None, max_length=256)
     expires: AwareDatetime | None = Field(None, description="Time from which the key is refused.")
+    weight: float = Field(1.0, gt=0, le=1000, description="The tenant's share of an engine, relative to the others.")
     operator: bool = Field(False, description="The key may reload the configuration.")
 
     _are_guarded = field_validator("allowed_fields")(_guarded)
@@ -401,6 +402,7 @@ class GatewayConfig(Section):
     def _is_consistent(self) -> GatewayConfig:
         self._require_class(self.default_class, "default_class")
         digests: set[str] = set()
+        weights: dict[str, float] = {}
         for index, key in enumerate(self.keys):
             for name in [key.default_class, *(key.allowed_classes or [])]:
                 if name is not None:
@@ -408,6 +410,8 @@ class GatewayConfig(Section):
             default = key.default_class or self.default_class
             if key.allowed_classes is not None and default not in key.allowed_classes:
                 raise ValueError(f"keys[{index}]: default class {default!r} is not in allowed_classes")
+            if weights.setdefault(key.tenant, key.weight) != key.weight:
+                raise ValueError(f"keys[{index}]: another key of tenant {key.tenant!r} has another weight")
             if key.sha256 in digests:
                 raise ValueError(f"keys[{index}]: another key has the same digest")
             digests.add(key.sha256)
@@ -471,6 +475,7 @@ class GatewayConfig(Section):
                 allowed_fields=self._allowed_fields(k.allowed_fields),
                 allowed_models=None if k.allowed_models is None else frozenset(k.allowed_models),
                 expires_s=None if k.expires is None else k.expires.timestamp(),
+                weight=k.weight,
                 operator=k.operator,
             )
             for k in self.keys

@@ -97,6 +97,11 @@ DIGEST = "0" * 64
         (f"[{{sha256: '{DIGEST}', tenant: t, default_class: gold}}]", "keys[0]", "no class is called 'gold'"),
         (f"[{{sha256: '{DIGEST}', tenant: t, allowed_classes: [gold]}}]", "keys[0]", "no class is called 'gold'"),
         (f"[{{sha256: '{DIGEST}', tenant: a}}, {{sha256: '{DIGEST}', tenant: b}}]", "keys[1]", "same digest"),
+        (
+            f"[{{sha256: '{DIGEST}', tenant: a}}, {{sha256: '{'0' * 64}', tenant: a, weight: 2}}]",
+            "keys[1]",
+            "another weight",
+        ),
         (f"[{{sha256: '{DIGEST}', tenant: t, allowed_classes: []}}]", "keys[0]", "is not in allowed_classes"),
     ],
 )
