@@ -126,7 +126,10 @@ async def test_sizes_of_chats_are_estimated_well_from_the_first_one(served: Serv
                 "/v1/chat/completions", json={"model": "small", "messages": [message], "max_tokens": 2}
             )
             assert answer.status_code == 200, answer.text
-        after = (await http.get("/metrics")).text
+        # A request ends a moment after its client has the response.
+        async with asyncio.timeout(10):
+            while errors(after := (await http.get("/metrics")).text, "+Inf") - errors(before, "+Inf") < len(CHATS):
+                await asyncio.sleep(0.05)
     assert errors(after, "+Inf") - errors(before, "+Inf") == len(CHATS)
     assert errors(after, "0.2") - errors(before, "0.2") >= len(CHATS) - 1
 
