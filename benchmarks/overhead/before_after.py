@@ -203,13 +203,13 @@ def page(found: dict[str, Any]) -> str:
     text = f"""# Cost of one request, before and after
 
 **CPU.** CPU microseconds of the gateway's process for each request, at commit `{found["before"]}` (before: no prompt
-features, no prefix index, chats and completions only) and `{found["after"]}` (after). Medians of {found["rounds"]}
-rounds; in brackets the quartiles of the rounds' differences. All servers run at once and take turns on a machine that
-is shared with other work. So their code is rarely in the CPU's caches, as on a gateway with few requests; a loop of one
-request at a time in one process costs less. The predictor is off.
+features, no prefix index, no failover, no records, windows or edge limits) and `{found["after"]}` (after). Medians of
+{found["rounds"]} rounds; in brackets the quartiles of the rounds' differences. All servers run at once and take turns
+on a machine that is shared with other work. So their code is rarely in the CPU's caches, as on a gateway with few
+requests; a loop of one request at a time in one process costs less. The predictor is off.
 
-- *around*: a simulated engine in the gateway's process, whose cost is part of the number. Since then it reads every
-  prompt into tokens twice, to render it and to serve it.
+- *around*: a simulated engine in the gateway's process, whose cost is part of the number. Since then it tells the
+  gateway the tokens of each prompt and has a prefix cache.
 - *in front*: the gateway is a proxy of a server, as with `kind: http`.
 
 ```
