@@ -102,7 +102,7 @@ class Gateway:
         self.proxy = Proxy(
             self.router,
             dict(classes),
-            KeyRing(config.api_keys(), config.anonymous_key()),
+            _key_ring(config),
             self.predictor,
             self.ledger,
             self.metrics,
@@ -195,7 +195,7 @@ class Gateway:
         # A removed class stays in the queues, because open requests may belong to it.
         self._queued_classes.update(effective.slo_classes())
         self.proxy.classes = effective.slo_classes()
-        self.proxy.keys = KeyRing(effective.api_keys(), effective.anonymous_key())
+        self.proxy.keys = _key_ring(effective)
         self.proxy.guard = effective.field_guard()
         self._apply_limits()
         for engine_queue in self.engines.queues:
@@ -293,3 +293,7 @@ class Gateway:
     def _on_close(self, entry: Entry) -> None:
         self.metrics.on_close(entry)
         self.status.on_close(entry)
+
+
+def _key_ring(config: GatewayConfig) -> KeyRing:
+    return KeyRing(config.api_keys(), config.anonymous_key(), required=config.requires_key)

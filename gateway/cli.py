@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 LAZY_COMMANDS = {
+    "key": ("gateway.key_commands", "Make, list and revoke API keys."),
     "predictor": ("predictor_service.cli", "Train, evaluate and serve the output-length predictor."),
     "simulate": ("lab.cli", "Simulate capacity and compare policies in virtual time, without a GPU."),
     "bench": ("lab.cli", "Measure an OpenAI-compatible server under a workload with SLOs."),
@@ -145,7 +146,8 @@ def config_check(
     """Validate FILE and report every mistake with its line, key and reason."""
     import orjson
 
-    from gateway.config.file import ConfigError, load
+    from gateway.config.file import load
+    from gateway.config.mistakes import ConfigError
 
     try:
         with _recorded_deprecations() as deprecations:
@@ -313,7 +315,8 @@ def _overrides(*, host: str | None, port: int | None, policy: str | None, log_le
 
 def _load(path: Path, overrides: dict[str, Any]) -> tuple[Any, list[str]]:
     """Return the configuration with ``overrides``, and its deprecations. Exits 2 if it is invalid."""
-    from gateway.config.file import ConfigError, load
+    from gateway.config.file import load
+    from gateway.config.mistakes import ConfigError
 
     try:
         with _recorded_deprecations() as deprecations:

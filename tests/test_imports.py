@@ -16,6 +16,7 @@ PRODUCT = ("gateway", "engine_adapter", "predictor_service", "lab")
 LAYERS = {
     "gateway": [
         "cli",
+        "key_commands",
         "top",
         "operator_client",
         "serve",

@@ -1,11 +1,13 @@
-"""The section of one API key."""
+"""Sections of the API keys, and the rights that they give."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from pydantic import AwareDatetime, Field, field_validator
+from pydantic import AwareDatetime, Field, field_validator, model_validator
 
+from gateway.api.auth import ApiKey
 from gateway.config.section import ModelName, Name, PositiveMs, Section, guarded
 
 
@@ -33,3 +35,31 @@ class KeyConfig(Section):
         if not re.fullmatch(r"[0-9a-f]{64}", value):
             raise ValueError("must be the 64 hex digits that `antares config hash-key` prints, not the key itself")
         return value
+
+    def api_key(self, default_class: str, allowed_fields: frozenset[str]) -> ApiKey:
+        """Return the key for the key ring. The arguments count unless the key has its own."""
+        bounds = {"ttft": self.min_ttft_ms, "tpot": self.min_tpot_ms, "e2e": self.min_e2e_ms}
+        return ApiKey(
+            tenant=self.tenant,
+            default_class=self.default_class or default_class,
+            sha256=self.sha256,
+            allowed_classes=None if self.allowed_classes is None else frozenset(self.allowed_classes),
+            least_bounds={bound: ms / 1000 for bound, ms in bounds.items() if ms is not None},
+            allowed_fields=allowed_fields if self.allowed_fields is None else frozenset(self.allowed_fields),
+            allowed_models=None if self.allowed_models is None else frozenset(self.allowed_models),
+            expires_s=None if self.expires is None else self.expires.timestamp(),
+            weight=self.weight,
+            operator=self.operator,
+        )
+
+
+class KeysFileConfig(Section):
+    """The keys file: its path, relative to the configuration, and the keys that were read from it."""
+
+    path: str = Field(min_length=1, max_length=4096)
+    keys: list[KeyConfig] = Field(default_factory=list, max_length=10_000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
