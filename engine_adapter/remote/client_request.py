@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from engine_adapter.engine import FAILED_KEY, Scope, Send, TokenObserver
 from engine_adapter.remote.client import Response
-from engine_adapter.remote.counting import CompletionCounter, EventKind, TokenCounter
+from engine_adapter.remote.counting.completions import CompletionCounter
+from engine_adapter.remote.counting.token_counter import EventKind, TokenCounter
 from engine_adapter.remote.request import CompletionPlan, downstream_headers
 
 USUAL_DONE = (CompletionCounter.done, b"data: [DONE]\r\n\r\n")
