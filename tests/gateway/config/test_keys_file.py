@@ -100,7 +100,7 @@ def test_keys_file_must_be_a_path(tmp_path: Path, named: str) -> None:
 
 def test_mistake_between_both_files_is_in_the_keys_file(tmp_path: Path) -> None:
     config = CONFIG + f"keys: [{{sha256: {DIGEST}, tenant: alice, weight: 2}}]\n"
-    with pytest.raises(ConfigError, match="line 3: .*another key has the same digest"):
+    with pytest.raises(ConfigError, match=r"line 3: .*another key has the same digest"):
         load(configured(tmp_path, [{"sha256": DIGEST, "tenant": "bob"}], config))
     with pytest.raises(ConfigError, match="has another weight"):
         load(configured(tmp_path, [{"sha256": hash_key("another"), "tenant": "alice"}], config))
