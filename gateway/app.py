@@ -25,7 +25,7 @@ from gateway.observability.live import HEADERS_ONLY_KEY, LiveFeed
 from gateway.observability.metrics import Metrics
 from gateway.observability.recording import make_recorder
 from gateway.observability.status import Status
-from gateway.observability.windows import Windows
+from gateway.observability.windows import MAX_TENANTS, Windows
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
 from gateway.prediction.client import LengthPredictor, LengthStatistics
@@ -223,6 +223,7 @@ class Gateway:
         """Apply the limits of the configuration. Requests that are open keep theirs."""
         server, failover, limits = self._config.server, self._config.failover, self._config.limits.limits()
         self.connections.set_limits(limits)
+        self.proxy.accounts.tenants.set_limits(self._config.tenant_limits())
         self.proxy.set_limits(
             max_body_bytes=server.max_body_bytes,
             max_open_requests=server.max_open_requests,
@@ -288,10 +289,12 @@ class Gateway:
             "draining": self.proxy.draining,
             "predictor": predictor,
             "predictor_up": self.predictor.up,
+            "usage": self.proxy.accounts.document(MAX_TENANTS),
         }
 
     def _on_close(self, entry: Entry) -> None:
         self.metrics.on_close(entry)
+        self.proxy.accounts.on_close(entry)
         self.status.on_close(entry)
 
 

@@ -15,7 +15,7 @@ import typer
 
 from gateway.api.auth import hash_key, key_id
 from gateway.config.file import load
-from gateway.config.keys import KeyConfig
+from gateway.config.keys import SHARED, KeyConfig
 from gateway.config.keys_file import keys_path, locked, read_keys, write_keys
 from gateway.config.mistakes import ConfigError
 from gateway.config.schema import GatewayConfig
@@ -25,9 +25,6 @@ KEY_PREFIX = "antares-"
 
 KEY_BYTES = 24
 """Random bytes of a key: more than can be guessed, so a plain hash protects it."""
-
-SHARED = ("weight",)
-"""Settings in which all keys of a tenant agree."""
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 
@@ -60,6 +57,12 @@ def new(
     min_tpot_ms: Annotated[float | None, typer.Option(help="Strictest TPOT bound that the key may claim.")] = None,
     min_e2e_ms: Annotated[float | None, typer.Option(help="Strictest end-to-end bound that it may claim.")] = None,
     weight: Annotated[float | None, typer.Option(help="The tenant's share of an engine, against the others.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="Requests per minute of the tenant.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Its prompt and output tokens per minute.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Requests that it may have open at a time.")] = None,
+    update_tenant: Annotated[
+        bool, typer.Option("--update-tenant", help="Give the tenant's other keys this weight and these limits too.")
+    ] = False,
     expires: Annotated[
         str | None, typer.Option(help="End of the key: days from now (30d), hours (12h), or an ISO 8601 time.")
     ] = None,
@@ -77,6 +80,9 @@ def new(
         "min_tpot_ms": min_tpot_ms,
         "min_e2e_ms": min_e2e_ms,
         "weight": weight,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "max_concurrent": max_concurrent,
         "expires": None if expires is None else _expiry(expires),
         "operator": operator or None,
     }
@@ -87,12 +93,15 @@ def new(
         for name in SHARED:
             if same is not None and getattr(same, name) is not None:
                 entry.setdefault(name, getattr(same, name))
+        shared = {name: entry[name] for name in SHARED if name in entry}
+        others = [{**o, **shared} if update_tenant and o["tenant"] == tenant else o for o in keys.entries]
         try:
-            keys.check([*keys.entries, entry])
+            keys.check([*others, entry])
         except ConfigError as error:
             reasons = (f"{mistake.key.rpartition('].')[2]}: {mistake.reason}" for mistake in error.mistakes)
-            _fail(f"no key was made: {'; '.join(reasons)}", 2)
-        write_keys(keys.path, [*keys.entries, entry])
+            hint = " (--update-tenant changes the others)" if "another key of tenant" in str(error) else ""
+            _fail(f"no key was made: {'; '.join(reasons)}{hint}", 2)
+        write_keys(keys.path, [*others, entry])
     typer.echo(key)
     ident = key_id(entry["sha256"])
     typer.echo(f"key {ident} of tenant {tenant} is in {keys.path}. It is not shown again.", err=True)
@@ -166,7 +175,7 @@ def _row(place: str, key: KeyConfig) -> dict[str, Any]:
     )
     if key.operator:
         rights["operator"] = True
-    limits: dict[str, Any] = {"weight": key.weight}
+    limits = key.model_dump(include=set(SHARED), exclude_none=True)
     expires = key.expires
     return {
         "id": key_id(key.sha256),

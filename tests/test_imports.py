@@ -27,6 +27,7 @@ LAYERS = {
         "config",
         "api",
         "observability",
+        "tenants",
         "scheduling",
         "prediction",
         "policies",

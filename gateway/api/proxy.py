@@ -57,6 +57,7 @@ from gateway.api.routes.generation import GenerationRoute
 from gateway.api.routes.table import RouteTable
 from gateway.api.scheduled import LEAVE_GRACE_S, Scheduled
 from gateway.api.slo_headers import read_output_tokens, read_slo
+from gateway.api.tenants import TenantAccounts
 from gateway.api.unscheduled import EngineFailed, NoEngineAlive, Unscheduled
 from gateway.observability.ledger import Ledger
 from gateway.observability.metrics import Metrics
@@ -124,10 +125,11 @@ class Proxy:
         self.guard = guard or FieldGuard()
         self.recorder = recorder or Recorder()
         self._clock = clock
+        self.accounts = TenantAccounts(metrics.usage, clock)
         self._attempts = Attempts(router, self._retries, metrics, first_token_timeout_s, clock)
         self._scheduled = Scheduled(
-            router, predictor, ledger, self.recorder, metrics, self._attempts, self._limits.stall_s, self._engine_lost,
-            clock,
+            router, predictor, ledger, self.recorder, metrics, self._attempts, self.accounts, self._limits.stall_s,
+            self._engine_lost, clock,
         )  # fmt: skip
         self.sizer = self._scheduled.sizer
 
@@ -161,6 +163,7 @@ class Proxy:
         finally:
             self.in_flight -= 1
             self._tasks.discard(task)
+            self.accounts.leave(http)
             self._metrics.on_response(http.route.label, http.status)
             self._record(http)
 
@@ -169,6 +172,7 @@ class Proxy:
         try:
             key = self._authenticate(http)
             http.tenant = key.tenant
+            self.accounts.enter(http, key)
             with self.bodies.reservation() as memory:
                 # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for each open request.
                 if http.route.generation is not None:

@@ -9,6 +9,7 @@ from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from gateway.api.auth import ApiKey
 from gateway.config.section import ModelName, Name, PositiveMs, Section, guarded
+from gateway.tenants.limits import LIMITS, TenantLimits
 
 
 class KeyConfig(Section):
@@ -25,7 +26,10 @@ class KeyConfig(Section):
     allowed_models: list[ModelName] | None = Field(None, max_length=256)
     expires: AwareDatetime | None = Field(None, description="Time from which the key is refused.")
     weight: float = Field(1.0, gt=0, le=1000, description="The tenant's share of an engine, relative to the others.")
-    operator: bool = Field(False, description="The key may reload the configuration.")
+    requests_per_minute: int | None = Field(None, ge=1, le=10_000_000)
+    tokens_per_minute: int | None = Field(None, ge=1, le=10_000_000_000)
+    max_concurrent: int | None = Field(None, ge=1, le=1_000_000, description="Requests that are open at a time.")
+    operator: bool = Field(False, description="The key may read and reload the gateway.")
 
     _are_guarded = field_validator("allowed_fields")(guarded)
 
@@ -51,6 +55,15 @@ class KeyConfig(Section):
             weight=self.weight,
             operator=self.operator,
         )
+
+    @property
+    def limits(self) -> TenantLimits:
+        """The limits of its tenant."""
+        return TenantLimits(self.requests_per_minute, self.tokens_per_minute, self.max_concurrent)
+
+
+SHARED = ("weight", *LIMITS)
+"""Settings in which all keys of a tenant agree, because they are the tenant's."""
 
 
 class KeysFileConfig(Section):

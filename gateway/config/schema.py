@@ -15,7 +15,7 @@ from gateway.api.addresses import is_loopback
 from gateway.api.auth import ApiKey
 from gateway.api.body_fields import FieldGuard
 from gateway.config.engines import EngineConfig, FailoverConfig, HttpEngineConfig, PredictorConfig
-from gateway.config.keys import KeyConfig, KeysFileConfig
+from gateway.config.keys import SHARED, KeyConfig, KeysFileConfig
 from gateway.config.observability import DecisionsConfig, LoggingConfig, TracingConfig
 from gateway.config.policies import PolicyConfig, ShadowConfig, SloClassConfig
 from gateway.config.section import Name, Section
@@ -23,6 +23,7 @@ from gateway.config.server import LimitsConfig, ServerConfig
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
 from gateway.requests.slo import SloClass
+from gateway.tenants.limits import TenantLimits
 
 RELOADABLE = frozenset((
     "classes",
@@ -106,8 +107,10 @@ class GatewayConfig(Section):
             default = key.default_class or self.default_class
             if key.allowed_classes is not None and default not in key.allowed_classes:
                 raise ValueError(f"{place}: default class {default!r} is not in allowed_classes")
-            if first_of.setdefault(key.tenant, key).weight != key.weight:
-                raise ValueError(f"{place}: another key of tenant {key.tenant!r} has another weight")
+            first = first_of.setdefault(key.tenant, key)
+            for setting in SHARED:
+                if getattr(first, setting) != getattr(key, setting):
+                    raise ValueError(f"{place}: another key of tenant {key.tenant!r} has another {setting}")
             if key.sha256 in digests:
                 raise ValueError(f"{place}: another key has the same digest")
             digests.add(key.sha256)
@@ -146,6 +149,10 @@ class GatewayConfig(Section):
         """Return the API keys for the key ring."""
         allowed = self._allowed_fields()
         return [key.api_key(self.default_class, allowed) for _, key in self.all_keys()]
+
+    def tenant_limits(self) -> dict[str, TenantLimits]:
+        """Return the limits by tenant. All keys of a tenant have the same."""
+        return {key.tenant: key.limits for _, key in self.all_keys()}
 
     def anonymous_key(self) -> ApiKey:
         """Return the rights of all requests if no keys are configured."""
