@@ -12,6 +12,8 @@ from engine_adapter.engine import ASGIApp, Engine, EngineEvents, Receive, Scope,
 from gateway.api.auth import KeyRing
 from gateway.api.connections import Connections, connections_for, descriptor_limit
 from gateway.api.cors import Cors
+from gateway.api.errors import ApiError
+from gateway.api.operator_auth import UNGUARDED, check_operator_key
 from gateway.api.operator_routes import operator_routes
 from gateway.api.paths import API_PREFIX, unknown_path
 from gateway.api.proxy import Proxy
@@ -122,10 +124,16 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        # NOTE: the operator's routes need no key, so pages of other origins must not read them.
+        # NOTE: the operator's routes may need no key, so pages of other origins must not read them.
         if scope["type"] == "http" and scope["path"] not in self._operator_paths:
             await self._api(scope, receive, send)
             return
+        if self._config.operator_key_required and scope["path"] not in UNGUARDED:
+            try:
+                check_operator_key(scope["headers"], self.proxy.keys)
+            except ApiError as error:
+                await send_error(send, error)
+                return
         if scope.get("method") == "HEAD":
             # The server sends no body for HEAD.
             scope = {**scope, "method": "GET", HEADERS_ONLY_KEY: True}

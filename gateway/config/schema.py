@@ -43,6 +43,7 @@ RELOADABLE = frozenset((
     "server.max_body_bytes",
     "server.max_open_requests",
     "server.max_pass_through",
+    "server.operator_auth",
     "server.pass_through_routes",
     "server.sse_keep_alive_s",
 ))  # fmt: skip
@@ -83,7 +84,27 @@ class GatewayConfig(Section):
                 f"server.host: other machines can reach {self.server.host} but no keys are configured; "
                 "add keys, or set server.allow_anonymous: true"
             )
+        self._require_operator_auth()
         return self
+
+    def _require_operator_auth(self) -> None:
+        asked = self.server.operator_auth
+        if asked and not self.requires_key:
+            raise ValueError("server.operator_auth: no keys are configured; add `keys_file: keys.json` and a key")
+        if asked is False and self.requires_key and not is_loopback(self.server.host):
+            raise ValueError(
+                f"server.operator_auth: other machines can reach {self.server.host}, so the pages of the "
+                "operator need a key; remove this line, or listen on 127.0.0.1"
+            )
+
+    @property
+    def operator_key_required(self) -> bool:
+        """Whether `/metrics`, `/status`, `/dashboard` and `/docs` need the key of an operator.
+
+        They need none on a gateway that serves without keys, beyond the loopback only with ``allow_anonymous``.
+        """
+        asked = self.server.operator_auth
+        return self.requires_key and (not is_loopback(self.server.host) if asked is None else asked)
 
     @property
     def requires_key(self) -> bool:
@@ -117,16 +138,22 @@ class GatewayConfig(Section):
 
     def cautions(self) -> list[str]:
         """Return a message for each valid setting that is probably unintended: its key and the fix."""
+        cautions = []
+        if self.operator_key_required and not any(key.operator for _, key in self.all_keys()):
+            cautions.append(
+                "keys: /metrics, /status, /dashboard and /docs need a key with operator: true and there is none; "
+                "`antares key new --operator` makes one"
+            )
         unbounded_e2e = [
             place
             for place, key in self.all_keys()
             if key.min_e2e_ms is None and not (key.min_ttft_ms is None and key.min_tpot_ms is None)
         ]
-        if not unbounded_e2e:
-            return []
-        first, *others = unbounded_e2e
-        keys = f"{first} and {len(others)} more" if others else first
-        return [f"{keys}: min_ttft_ms and min_tpot_ms only partly limit x-slo-e2e-ms; set min_e2e_ms too"]
+        if unbounded_e2e:
+            first, *others = unbounded_e2e
+            keys = f"{first} and {len(others)} more" if others else first
+            cautions.append(f"{keys}: min_ttft_ms and min_tpot_ms only partly limit x-slo-e2e-ms; set min_e2e_ms too")
+        return cautions
 
     def _require_class(self, name: str, key: str) -> None:
         if name not in self.classes:
