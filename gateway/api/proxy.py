@@ -37,9 +37,9 @@ from gateway.api.keep_alive import KeepAlive
 from gateway.api.limits import Limits
 from gateway.api.models import (
     asks_for_models,
-    check_body_model,
     check_model,
     model_not_found,
+    permitted_body,
     requested_model,
     send_models,
 )
@@ -307,7 +307,7 @@ class Proxy:
         if self._is_full():
             raise self._gateway_full()
         try:
-            check_body_model(http, body, key, self._router)
+            body = permitted_body(http, body, key, self._router)
             await self._unscheduled.serve(http, body, key, self.guard)
         except NoEngineAlive as error:
             if self.stopping:
