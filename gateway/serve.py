@@ -24,7 +24,8 @@ from gateway import sd_notify
 from gateway.api.connections import Connections, raise_descriptor_limit
 from gateway.api.http_protocol import HttpProtocol
 from gateway.app import Gateway
-from gateway.config.schema import EngineConfig, GatewayConfig
+from gateway.config.engines import EngineConfig
+from gateway.config.schema import GatewayConfig
 from gateway.engines import build_engine
 from gateway.observability.recorder import ObservabilityError
 from gateway.prediction.supervisor import Supervisor

@@ -30,7 +30,7 @@ from engine_adapter.engine import (
     Send,
 )
 from engine_adapter.remote.assemble import Assembler
-from engine_adapter.remote.client import READABLE_ENCODINGS, Response, Upstream
+from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.client_request import USUAL_DONE, ClientRequest
 from engine_adapter.remote.counting.by_path import counter_for
 from engine_adapter.remote.counting.completions import CompletionCounter
@@ -42,6 +42,7 @@ from engine_adapter.remote.request import (
     parse_completion,
     upstream_headers,
 )
+from engine_adapter.remote.response import READABLE_ENCODINGS, Response
 from engine_adapter.remote.sse import ParsedEvent, parse_data
 from engine_adapter.remote.step_samples import StepSampler, StreamTiming
 from engine_adapter.remote.tool_calls import UnreadableStream

@@ -20,8 +20,9 @@ from engine_adapter.engine import (
     Send,
 )
 from engine_adapter.remote import engine as engine_module
-from engine_adapter.remote.client import Response, Upstream
+from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.engine import HttpEngine
+from engine_adapter.remote.response import Response
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from tests.fixtures.live_server import Recorder, eventually, observed, serve
