@@ -324,7 +324,7 @@ class LengthPredictor:
                 body += chunk
                 if len(body) > _MAX_ANSWER_BYTES or time.monotonic() > ends_at:
                     raise httpx.ReadError("the answer is too large or too slow")
-        # Raw bytes: a compressed answer, which nobody asked for, is no valid JSON.
+        # NOTE: raw bytes. The request forbids compression, so a compressed answer is invalid JSON and fails.
         return httpx.Response(response.status_code, content=bytes(body))
 
 
