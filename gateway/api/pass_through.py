@@ -52,7 +52,10 @@ class PassThrough:
         self._slots: dict[str, asyncio.Semaphore] = {}
 
     def set_limits(self, limit: int, stall_s: float) -> None:
-        """Replace the limits. At most ``limit`` calls run per engine from now on, besides those that run or wait."""
+        """Replace the limits.
+
+        At most ``limit`` new calls run per engine, besides the calls that already run or wait.
+        """
         self._stall_s = stall_s
         if limit != self._limit:
             self._limit = limit
