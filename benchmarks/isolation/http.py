@@ -112,8 +112,9 @@ def page(found: dict[str, Any]) -> str:
         slow.append([row["says"], f"{row['limit']}, {row['limit_s']:g}", span, ", ".join(row["answers"])])
     server, limits = CONFIG["server"], CONFIG["limits"]
     numbers = {
-        "slots": SLOTS, "rate": f"{PER_S:g}", "times": f"{FLOOD_PER_S / PER_S:g}", "seconds": f"{made_with['seconds']:g}",
-        "seed": made_with["seed"], "connections": f"{limits['max_connections']:,}", "open": server["max_open_requests"],
+        "slots": SLOTS, "rate": f"{PER_S:g}", "times": f"{FLOOD_PER_S / PER_S:g}",
+        "seconds": f"{made_with['seconds']:g}", "seed": made_with["seed"],
+        "connections": f"{limits['max_connections']:,}", "open": server["max_open_requests"],
         "passing": server["max_pass_through"], "bodies": limits["body_memory_bytes"] >> 20,
         "clients": made_with["slow_clients"], "abuses": table(heads, rows),
         "slow": table(["client sends", "limit, s", "cut after s", "answer"], slow),

@@ -55,7 +55,10 @@ class Abuser:
 
     @asynccontextmanager
     async def connected(self, stalls: bool = False) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        """Connect. ``stalls``: with a small receive buffer and small segments, which keep the server's send buffer small."""
+        """Connect.
+
+        ``stalls``: with a small receive buffer and small segments, which keep the server's send buffer small.
+        """
         client = socket.socket()
         if stalls:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SMALL_BUFFER)
