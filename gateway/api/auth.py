@@ -51,6 +51,8 @@ class KeyRing:
     def __init__(self, keys: Sequence[ApiKey], anonymous: ApiKey, wall_clock: Callable[[], float] = time.time) -> None:
         self._secret = secrets.token_bytes(32)
         self._keys = {self._tag(key.sha256): key for key in keys}
+        self.tenants = len({key.tenant for key in keys})
+        """Number of tenants that have keys."""
         self._anonymous = anonymous
         self._wall_clock = wall_clock
 

@@ -14,6 +14,7 @@ from engine_adapter.engine import Message, Receive, Scope, Send
 from gateway.api.connections import CONNECTION_KEY, SLOW_READER_REASONS
 from gateway.api.errors import Headers
 from gateway.api.routes.table import Route
+from gateway.api.shared_limit import ONLY_HOLDER, Holder
 from gateway.observability.ledger import Entry
 
 _REQUEST_ID = b"x-request-id"
@@ -53,7 +54,8 @@ class HttpRequest:
     ``status`` is the status in metrics: that of the response, and 500 before a response started. `Proxy` sets 499 if
     the client disconnected before its response was complete; on routes that are not scheduled, before it started.
     ``streaming``: an event stream has started. ``entry``: its ledger entry, once it is accepted for scheduling.
-    ``tenant``: its key's, once that is known. Every response gets the header ``x-request-id``.
+    ``tenant``: its key's, once that is known. ``holder``: whose part of the shared limits it counts to. Every response
+    gets the header ``x-request-id``.
     """
 
     scope: Scope
@@ -66,6 +68,7 @@ class HttpRequest:
     streaming: bool = False
     entry: Entry | None = None
     tenant: str = ""
+    holder: Holder = ONLY_HOLDER
     headers: RequestHeaders = field(init=False)
     request_id: bytes = field(init=False)
     _error_start: Message | None = None
