@@ -20,6 +20,7 @@ class Call:
     ``engine_queue``: that of the engine that it was last judged with. ``output_tokens``: the length that the client
     expects. ``unsent``: attempts in which an engine was unreachable. ``received_s``: when the body was complete.
     ``suspects``: engines that are to blame if another engine serves the request, with reason and time of the attempt.
+    ``reserved_tokens``: of the tenant's tokens per minute, for this request.
     """
 
     http: HttpRequest
@@ -33,3 +34,4 @@ class Call:
     unsent: int = 0
     received_s: float | None = None
     suspects: list[tuple[EngineQueue, str, float]] = field(default_factory=list)
+    reserved_tokens: float = 0.0

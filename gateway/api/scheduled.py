@@ -29,6 +29,7 @@ from gateway.api.request_body import check_with_engine, document_for_engine, eng
 from gateway.api.response_relay import ResponseRelay
 from gateway.api.slo_report import REPORT_HEADER
 from gateway.api.stored_responses import RESPONSES_PATH, noting_id
+from gateway.api.tenants import RATE_LIMITED, TenantAccounts
 from gateway.observability.ledger import Attempt, Entry, Ledger, Outcome
 from gateway.observability.metrics import Metrics
 from gateway.observability.recorder import Recorder
@@ -61,6 +62,7 @@ class Scheduled:
         recorder: Recorder,
         metrics: Metrics,
         attempts: Attempts,
+        accounts: TenantAccounts,
         stall_s: float,
         engine_lost: Callable[[EngineQueue], ApiError],
         clock: Callable[[], float] = time.monotonic,
@@ -71,6 +73,7 @@ class Scheduled:
         self._recorder = recorder
         self._metrics = metrics
         self.attempts = attempts
+        self._accounts = accounts
         self.stall_s = stall_s
         self._engine_lost = engine_lost
         self._clock = clock
@@ -85,12 +88,15 @@ class Scheduled:
             if call.size.invalid and await self._refused(call, entry, client):
                 return
             await self._predict(call, entry, call.engine_queue or engine_queue)
+            if error := self._accounts.reserve(call):
+                raise self._closed(entry, "rejected", RATE_LIMITED, error)
             await self._serve(call, entry, client)
         except BaseException as error:
             if entry.outcome is None:
                 self._ledger.close(entry, *_outcome_of(error, call.http))
             raise
         finally:
+            self._accounts.settle(call, entry)
             client.close()
 
     def reject(self, call: Call, reason: str, error: ApiError) -> ApiError:
