@@ -6,10 +6,15 @@ import asyncio
 import time
 
 import httpx
+import pytest
 
+from engine_adapter.engine import EngineEvents
+from engine_adapter.remote import engine as remote_engine
+from engine_adapter.remote import step_samples
+from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from tests.fixtures.live_gateway import Live, chat, events, fast_engine, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import eventually, serve
 
 STEADY = StepTimes(d=0.01)
 LONG = {"max_tokens": 500, "ignore_eos": True}
@@ -70,3 +75,24 @@ async def test_request_that_waits_for_a_hung_engine_moves_to_another_one() -> No
         answers = await asyncio.gather(waiting, lost)
         assert {answer.status_code for answer in answers} == {200}
         assert second.state.alive
+
+
+async def test_stream_of_a_server_that_answers_probes_and_sends_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_samples, "SILENCE_S", 0.4)
+    monkeypatch.setattr(remote_engine, "PROBE_EVERY_S", 0.1)
+    simulated = fast_engine(times=STEADY)
+    await simulated.start(EngineEvents())
+    try:
+        async with serve(simulated.app) as url, live(HttpEngine("remote", url)) as antares:
+            begun, second = [asyncio.create_task(antares.ask(chat(stream=s, **LONG))) for s in (True, False)]
+            await eventually(lambda: simulated.state.engine_running == 2)
+            await asyncio.sleep(0.6)
+            assert antares.engine.state.hangs == 0
+            simulated.hang(noticed_in_s=60)
+            async with asyncio.timeout(5):
+                answer = await begun
+            assert events(answer.text)[-1]["error"]["code"] == "engine_lost"
+            assert (await second).status_code == 503
+            assert antares.engine.state.hangs == 1
+    finally:
+        await simulated.stop()
