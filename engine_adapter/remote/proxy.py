@@ -32,7 +32,9 @@ from engine_adapter.engine import (
 from engine_adapter.remote.assemble import Assembler
 from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.client_request import USUAL_DONE, ClientRequest
-from engine_adapter.remote.counting import CompletionCounter, EventKind, TokenCounter, counter_for
+from engine_adapter.remote.counting.by_path import counter_for
+from engine_adapter.remote.counting.completions import CompletionCounter
+from engine_adapter.remote.counting.token_counter import EventKind, TokenCounter
 from engine_adapter.remote.events import EventReader
 from engine_adapter.remote.request import (
     CompletionPlan,
