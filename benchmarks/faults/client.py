@@ -44,7 +44,12 @@ class _Reader:
     """Collects one response. Its methods are the callbacks of `httptools.HttpResponseParser`."""
 
     body: bytearray = field(default_factory=bytearray)
+    status: int = 0
     complete: bool = False
+    parser: Any = None
+
+    def __post_init__(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
 
     def on_body(self, data: bytes) -> None:
         if len(self.body) < MAX_KEPT:
@@ -52,8 +57,12 @@ class _Reader:
         else:
             self.body[-len(data) :] = data
 
+    def on_headers_complete(self) -> None:
+        self.status = self.parser.get_status_code()
+
     def on_message_complete(self) -> None:
-        self.complete = True
+        # 100 Continue is followed by the response.
+        self.complete = self.status >= 200
 
 
 def request(path: str, body: bytes, headers: Mapping[str, str] | None = None, method: str = "POST") -> bytes:
@@ -116,30 +125,21 @@ async def _send(writer: asyncio.StreamWriter, parts: tuple[Part, ...]) -> None:
 
 
 async def _receive(reader: asyncio.StreamReader, hang_up_at: int | None) -> Reply:
-    collected = _Reader()
-    parser = httptools.HttpResponseParser(collected)
-    received = 0
+    collected, received = _Reader(), 0
     while not collected.complete:
         try:
             data = await reader.read(65536)
         except OSError:
             data = b""
         if not data:
-            status = _status(parser)
-            return Reply(status, bytes(collected.body), BROKEN if status else CLOSED)
-        parser.feed_data(data)
+            end = BROKEN if collected.status >= 200 else CLOSED
+            return Reply(collected.status, bytes(collected.body), end)
+        collected.parser.feed_data(data)
         received += len(data)
         if hang_up_at is not None and received >= hang_up_at:
             return Reply(end=HUNG_UP)
     body = bytes(collected.body)
-    return Reply(_status(parser), body, end_of(_status(parser), body))
-
-
-def _status(parser: httptools.HttpResponseParser) -> int:
-    try:
-        return int(parser.get_status_code())
-    except ValueError:
-        return 0
+    return Reply(collected.status, body, end_of(collected.status, body))
 
 
 def end_of(status: int, body: bytes) -> str:

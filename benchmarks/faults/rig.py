@@ -87,6 +87,12 @@ class Rig:
         return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
 
     @property
+    def server_log(self) -> str:
+        """What the simulated server has logged."""
+        file = self.folder / "server.log"
+        return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+
+    @property
     def file(self) -> Path:
         """The configuration file."""
         return self.folder / "antares.yaml"
