@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Ends:
 def is_idle(status: dict[str, Any]) -> bool:
     """Whether the gateway holds no request."""
     queues = sum(engine["running"] + engine["waiting"] for engine in status["engines"])
-    return status["ledger"]["open"] == 0 and queues == 0
+    return bool(status["ledger"]["open"] == 0 and queues == 0)
 
 
 async def snapshot(rig: Rig, descriptors_at_most: int | None = None, within_s: float = 20.0) -> Snapshot:
@@ -76,15 +77,11 @@ async def snapshot(rig: Rig, descriptors_at_most: int | None = None, within_s: f
     await until(idle, within_s)
     pid = rig.process.pid
     if descriptors_at_most is not None:
-        try:
+        with contextlib.suppress(TimeoutError):
             await until(lambda: descriptors(pid) <= descriptors_at_most, within_s, 0.1)
-        except TimeoutError:
-            pass
     ledger = (await rig.status())["ledger"]
     await asyncio.sleep(0.05)
-    return Snapshot(
-        ledger["accepted"], {name: ledger[name] for name in OUTCOMES}, memory_mb(pid), descriptors(pid)
-    )
+    return Snapshot(ledger["accepted"], {name: ledger[name] for name in OUTCOMES}, memory_mb(pid), descriptors(pid))
 
 
 @dataclass(frozen=True, slots=True)

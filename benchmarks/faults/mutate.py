@@ -33,8 +33,8 @@ VALID: dict[str, dict[str, Any]] = {
         "metadata": {"a": "b"},
         "cache_salt": "s",
     },
-    "/v1/completions": {"model": "simulated", "prompt": ["a story", "another"], "max_tokens": 4, "n": 1, "stream": False,
-                        "best_of": 1, "echo": False, "seed": 1, "priority": 0},
+    "/v1/completions": {"model": "simulated", "prompt": ["a story", "another"], "max_tokens": 4, "n": 1,
+                        "stream": False, "best_of": 1, "echo": False, "seed": 1, "priority": 0},
     "/v1/messages": {"model": "simulated", "max_tokens": 4, "system": [{"type": "text", "text": "be short"}],
                      "messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
                      "tools": [{"name": "f", "input_schema": {"type": "object"}}], "stream": False},
@@ -94,8 +94,7 @@ def mutation(r: random.Random) -> Mutation:
     if r.random() < 0.5:
         document["stream"] = r.choice([True, False])
     if r.random() < 0.75:
-        for _ in range(r.choice([1, 1, 2])):
-            done.append(_change_value(r, document))
+        done += [_change_value(r, document) for _ in range(r.choice([1, 1, 2]))]
     body = _serialised(r, document, done)
     if r.random() < 0.3:
         kind = r.choice(list(_BODIES))
@@ -160,6 +159,11 @@ def _flip(r: random.Random, body: bytes) -> bytes:
     return bytes(changed)
 
 
+def _insert(r: random.Random, body: bytes) -> bytes:
+    at = r.randrange(len(body) + 1)
+    return body[:at] + r.randbytes(r.choice([1, 8])) + body[at:]
+
+
 def _deep(r: random.Random, body: bytes) -> bytes:
     left, right = r.choice([(b"[", b"]"), (b'{"a":', b"}")])
     depth = r.choice([200, 1100, _NESTED])
@@ -169,9 +173,7 @@ def _deep(r: random.Random, body: bytes) -> bytes:
 _BODIES: dict[str, Callable[[random.Random, bytes], bytes]] = {
     "truncated": lambda r, body: body[: r.randrange(len(body) + 1)],
     "flipped bytes": _flip,
-    "inserted bytes": lambda r, body: (lambda at: body[:at] + r.randbytes(r.choice([1, 8])) + body[at:])(
-        r.randrange(len(body) + 1)
-    ),
+    "inserted bytes": _insert,
     "random bytes": lambda r, body: r.randbytes(r.choice([1, 100, 5000])),
     "empty": lambda r, body: b"",
     "deep": _deep,
@@ -209,7 +211,9 @@ def _duplicate(r: random.Random, head: Head) -> None:
 
 
 def _encoding(r: random.Random, head: Head) -> None:
-    head.append((b"content-encoding", r.choice([b"gzip", b"deflate", b"br", b"zstd", b"gzip, gzip", b"identity", b"x"])))
+    head.append(
+        (b"content-encoding", r.choice([b"gzip", b"deflate", b"br", b"zstd", b"gzip, gzip", b"identity", b"x"]))
+    )
 
 
 def _hop(r: random.Random, head: Head) -> None:
@@ -268,7 +272,8 @@ def _bad_chunks(r: random.Random, path: bytes, head: Head, body: bytes) -> bytes
     at = r.randrange(len(chunks))
     chunks = r.choice([
         chunks[:at], chunks[:-5], b"zz\r\n" + chunks, b"-1\r\n" + chunks, b"ffffffffffffffff\r\n" + chunks,
-        chunks[:at] + r.randbytes(3) + chunks[at:], chunks.replace(b"\r\n", b"\n"), b"5;" + b"a" * 3000 + b"\r\n" + chunks,
+        chunks[:at] + r.randbytes(3) + chunks[at:], chunks.replace(b"\r\n", b"\n"),
+        b"5;" + b"a" * 3000 + b"\r\n" + chunks,
         chunks[:-2] + b"x-slo-class: free\r\n\r\n", b"0x5\r\nhello\r\n" + chunks, chunks + b"\0" * 50,
     ])  # fmt: skip
     return _head(path, head, b"transfer-encoding: chunked") + chunks
@@ -276,8 +281,8 @@ def _bad_chunks(r: random.Random, path: bytes, head: Head, body: bytes) -> bytes
 
 def _bad_length(r: random.Random, path: bytes, head: Head, body: bytes) -> bytes:
     value = r.choice([
-        b"-1", b"+5", b"0", b"1e3", b"0x10", b"", b"a", b"5 5", b"5,5", b"99999999999999999999999", b"18446744073709551616",
-        b"%d" % (len(body) + 10), b"%d" % max(0, len(body) - 5), b"%d\r\ncontent-length: 0" % len(body), b"\xd9\xa5",
+        b"-1", b"+5", b"0", b"1e3", b"0x10", b"", b"a", b"5 5", b"5,5", b"99999999999999999999999",
+        b"18446744073709551616", b"%d" % (len(body) + 10), b"%d" % max(0, len(body) - 5), b"%d\r\ncontent-length: 0" % len(body), b"\xd9\xa5",
     ])  # fmt: skip
     return _head(path, head, b"content-length: " + value) + body
 
@@ -298,7 +303,8 @@ def _start_line(r: random.Random, path: bytes, head: Head, body: bytes) -> bytes
         b"GET %b HTTP/1.1", b"PUT %b HTTP/1.1", b"DELETE %b HTTP/1.1", b"PATCH %b HTTP/1.1", b"TRACE %b HTTP/1.1",
         b"OPTIONS * HTTP/1.1", b"POST %b", b"\x16\x03\x01\x02\x00", b"PRI * HTTP/2.0", b"POST //x%b HTTP/1.1",
         b"POST /v1/../metrics HTTP/1.1", b"POST %b?a=\xff HTTP/1.1", b"POST %b%%00 HTTP/1.1", b"POST %b/../x HTTP/1.1",
-        b"POST http://x%b HTTP/1.1", b"POST /" + b"a" * 20_000 + b" HTTP/1.1", b"POST %b#f HTTP/1.1", b"CONNECT x:1 HTTP/1.1",
+        b"POST http://x%b HTTP/1.1", b"POST /" + b"a" * 20_000 + b" HTTP/1.1", b"POST %b#f HTTP/1.1",
+        b"CONNECT x:1 HTTP/1.1",
     ])  # fmt: skip
     line = line.replace(b"%%", b"%25") if b"%b" not in line else line
     return _head(path, head, _length(body), line=line) + body

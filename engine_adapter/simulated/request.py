@@ -100,7 +100,11 @@ def _chat_prompt(body: dict[str, Any]) -> SimulatedPrompt:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list with at least one message")
-    return chat_prompt(body, messages)
+    try:
+        return chat_prompt(body, messages)
+    except orjson.JSONEncodeError:
+        # The parser accepts more levels than the encoder.
+        raise BadRequest("the body nests too deeply") from None
 
 
 def _text_prompts(body: dict[str, Any]) -> list[SimulatedPrompt]:
