@@ -36,10 +36,13 @@ class Ends:
     """What the clients of one fault saw: ``seen`` counts the ends (`Reply.end`) of the requests that were due to end.
 
     ``abusive`` counts those of clients that sent no whole request. The gateway may close their connections.
+    ``probes`` counts those that asked whether the gateway has recovered, ``recovery_s`` (s) after the fault's end.
     """
 
     seen: Counter[str] = field(default_factory=Counter)
     abusive: Counter[str] = field(default_factory=Counter)
+    probes: Counter[str] = field(default_factory=Counter)
+    recovery_s: float | None = None
 
     async def add(self, call: Awaitable[Reply]) -> Reply:
         """Await a request and count its end."""
@@ -132,7 +135,7 @@ def _mismatched(outcomes: dict[str, int], accepted: int, ends: Ends) -> int:
 
     A client that disconnects may do so before the gateway has its request, or after the response.
     """
-    both = ends.seen + ends.abusive
+    both = ends.seen + ends.abusive + ends.probes
     unknown, whole = both[HUNG_UP] + both[CLOSED], both["200"]
     failed = sum(count for end, count in both.items() if end.startswith(("5", "200, then")))
     too_few = max(0, whole - outcomes["finished"])

@@ -282,7 +282,8 @@ def _bad_chunks(r: random.Random, path: bytes, head: Head, body: bytes) -> bytes
 def _bad_length(r: random.Random, path: bytes, head: Head, body: bytes) -> bytes:
     value = r.choice([
         b"-1", b"+5", b"0", b"1e3", b"0x10", b"", b"a", b"5 5", b"5,5", b"99999999999999999999999",
-        b"18446744073709551616", b"%d" % (len(body) + 10), b"%d" % max(0, len(body) - 5), b"%d\r\ncontent-length: 0" % len(body), b"\xd9\xa5",
+        b"18446744073709551616", b"%d" % (len(body) + 10), b"%d" % max(0, len(body) - 5),
+        b"%d\r\ncontent-length: 0" % len(body), b"\xd9\xa5",
     ])  # fmt: skip
     return _head(path, head, b"content-length: " + value) + body
 
