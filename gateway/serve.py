@@ -216,7 +216,7 @@ async def _start(config: GatewayConfig, gateway: Gateway) -> None:
 
 
 async def _close(server: uvicorn.Server, serving: asyncio.Task[None], connections: Connections) -> None:
-    """Stop the server. Clients have `CLOSE_S` seconds to read what waits for them."""
+    """Stop the server. Clients have `CLOSE_S` seconds to read the rest of their responses."""
     server.should_exit = True
     await asyncio.wait({serving}, timeout=CLOSE_S)
     connections.cut_all()

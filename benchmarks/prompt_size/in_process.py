@@ -90,7 +90,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the requests.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
-    """Compare scheduled prompt sizes with those that a real vLLM reports."""
+    """Compare the prompt sizes that requests are scheduled with to the sizes that a real vLLM reports."""
     found = asyncio.run(study(requests, seed))
     if as_json:
         sys.stdout.write(results_json.dumps(found))

@@ -134,6 +134,10 @@ class HttpProxy:
         self._usage_unsupported = False
         self._log_lost_at = 0.0
 
+    def is_silent(self) -> bool:
+        """Whether the server sends nothing, and for longer than its streams explain. Call it regularly."""
+        return self._upstream.silent_s() > self._sampler.silence_limit_s()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. A caller that passes a parsed body cancels this when the client disconnects."""
         if scope["type"] != "http":

@@ -63,6 +63,8 @@ class KeyRing:
     ) -> None:
         self._secret = secrets.token_bytes(32)
         self._keys = {self._tag(key.sha256): key for key in keys}
+        self.tenants = len({key.tenant for key in keys})
+        """Number of tenants that have keys."""
         self.required = required or bool(keys)
         self._anonymous = anonymous
         self._wall_clock = wall_clock

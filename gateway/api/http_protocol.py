@@ -57,6 +57,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     Attributes:
         address: what counts as one client.
+        is_shared: whether many clients may have that address.
         behind_since: when the client was last seen without a backlog (monotonic s).
         cut_reason: why the gateway closed the connection; "" if it did not.
     """
@@ -64,6 +65,7 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, connections: Connections | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.address = ""
+        self.is_shared = True
         self.behind_since = 0.0
         self.cut_reason = ""
         self._watch = Connections() if connections is None else connections
@@ -86,6 +88,7 @@ class HttpProtocol(HttpToolsProtocol):
         high = self._limits.response_buffer_bytes
         transport.set_write_buffer_limits(high=high, low=max(high - _LOW_WATER, high // 2))
         self.address = client_address(self.client[0] if self.client else None)
+        self.is_shared = self._watch.is_shared(self.address)
         self._since = self.loop.time()
         error = self._watch.add(self)
         if error is not None:

@@ -14,6 +14,7 @@ from engine_adapter.engine import Message, Receive, Scope, Send
 from gateway.api.connections import CONNECTION_KEY, SLOW_READER_REASONS
 from gateway.api.errors import Headers
 from gateway.api.routes.table import Route
+from gateway.api.shared_limit import ONLY_HOLDER, Holder
 from gateway.observability.ledger import Entry
 from gateway.tenants.limits import TenantUse
 
@@ -54,9 +55,9 @@ class HttpRequest:
     ``status`` is the status in metrics: that of the response, and 500 before a response started. `Proxy` sets 499 if
     the client disconnected before its response was complete; on routes that are not scheduled, before it started.
     ``streaming``: an event stream has started. ``entry``: its ledger entry, once it is accepted for scheduling.
-    ``tenant``: its key's, once that is known. ``use``: what this request counts in, of a tenant with limits.
-    ``limited``: it exceeded one of them. ``rate_headers``: returns the headers about them.
-    Every response gets the header ``x-request-id``.
+    ``tenant``: its key's, once that is known. ``holder``: whose part of the shared limits it counts to. ``use``: what
+    this request counts in, of a tenant with limits. ``limited``: it exceeded one of them. ``rate_headers``: returns the
+    headers about them. Every response gets the header ``x-request-id``.
     """
 
     scope: Scope
@@ -69,6 +70,7 @@ class HttpRequest:
     streaming: bool = False
     entry: Entry | None = None
     tenant: str = ""
+    holder: Holder = ONLY_HOLDER
     use: TenantUse | None = None
     limited: bool = False
     rate_headers: Callable[[], Headers] | None = None

@@ -42,7 +42,8 @@ class _Connections(Protocol):
 
 
 class _Bodies(Protocol):
-    used: int
+    @property
+    def used(self) -> int: ...
 
 
 class Metrics:

@@ -243,12 +243,12 @@ class EngineQueue:
         return len(self.waiting) + len(self.running) + self.calls
 
     def set_policy(self, policy: Policy) -> None:
-        """Have ``policy`` decide from now on. Requests keep waiting in its order, and running ones go on."""
+        """Have ``policy`` decide from now on. Waiting requests are sorted in its order; running requests continue."""
         self.admission.set_policy(policy)
         self.wake()
 
     def set_shadows(self, policies: Mapping[str, Policy], changed: Collection[str]) -> None:
-        """Run the shadow ``policies`` (by name). Those that are not ``changed`` go on with their requests and counts.
+        """Run the shadow ``policies`` (by name). A shadow that is not ``changed`` keeps its requests and counts.
 
         A new one sees the requests that arrive from now on.
         """
