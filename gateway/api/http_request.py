@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import Callable, Iterable
@@ -88,6 +89,12 @@ class HttpRequest:
         """Whether the connection was cut because the client did not read its response."""
         connection = self.scope.get(CONNECTION_KEY)
         return connection is not None and connection.cut_reason in SLOW_READER_REASONS
+
+    @property
+    def lost(self) -> asyncio.Future[None] | None:
+        """A future that is done when the client has disconnected; None if the server has none."""
+        connection = self.scope.get(CONNECTION_KEY)
+        return None if connection is None else connection.lost()
 
     def cut(self, reason: str) -> None:
         """Close the client's connection because of ``reason``."""

@@ -181,8 +181,8 @@ class WaitingBatch:
             slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
             T(R + r) <= P*(R + r),   now + wait + mu * (backlog + uncached p_r) / (1 - T(R + r)/P*) <= d_r,
 
-        where T leaves ``room_s`` free, and the step under way must end first: while other prompts wait, it takes up to P*,
-        or as long as the token budget of a step takes.
+        where T leaves ``room_s`` free, and the step under way must end first: while other prompts wait, it takes up to
+        P*, or as long as the token budget of a step takes.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]

@@ -143,13 +143,14 @@ def test_has_ample_room_up_to_half_of_everything(asked: Request, tokens: float, 
     other.predict(100.0, 150.0)
     other.admitted_s = other.first_token_s = 0.0
     admission.running[other.id] = other
-    assert admission.has_ample_room(0.0, asked, tokens) is expected
+    asked.predict(tokens / 2, tokens)
+    assert admission.has_ample_room(0.0, asked) is expected
 
 
 def test_has_ample_room_is_false_behind_a_waiting_request() -> None:
     admission = AdmissionController(Fcfs(), EngineState(max_num_seqs=16, kv_tokens=2000))
     admission.submit(request(1))
-    assert not admission.has_ample_room(0.0, request(0), 10)
+    assert not admission.has_ample_room(0.0, request(0))
 
 
 def test_predict_later_revises_a_length_that_is_exceeded() -> None:
