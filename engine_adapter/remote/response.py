@@ -138,12 +138,12 @@ class Response:
                 raise self._lost("the response body is not valid gzip or deflate") from error
         return b""
 
-    async def read_all(self) -> bytes:
-        """The whole body, still encoded, of at most `_MAX_DOCUMENT_BYTES`. Raises `EngineLost`."""
+    async def read_all(self, most: int = _MAX_DOCUMENT_BYTES) -> bytes:
+        """The whole body, still encoded, of at most ``most`` bytes. Raises `EngineLost`."""
         body = bytearray()
         while data := await self.read():
             body += data
-            if len(body) > _MAX_DOCUMENT_BYTES:
+            if len(body) > most:
                 raise self._lost("the response is too large")
         return bytes(body)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine_adapter.engine import Engine
 from gateway.api.http_request import HttpRequest
 from gateway.api.prompt import Prompt
 from gateway.api.prompt_size import PromptSize
@@ -18,9 +17,9 @@ from gateway.scheduling.engine_queue import EngineQueue
 class Call:
     """A scheduled request on its way through the pipeline.
 
-    ``engine``: the last one that it was judged with. ``output_tokens``: the length that the client expects.
-    ``unsent``: attempts in which an engine was unreachable. ``received_s``: when the body was complete. ``suspects``:
-    engines that are to blame if another engine serves the request, with reason and time of the attempt.
+    ``engine_queue``: that of the engine that it was last judged with. ``output_tokens``: the length that the client
+    expects. ``unsent``: attempts in which an engine was unreachable. ``received_s``: when the body was complete.
+    ``suspects``: engines that are to blame if another engine serves the request, with reason and time of the attempt.
     """
 
     http: HttpRequest
@@ -30,7 +29,7 @@ class Call:
     request: Request
     size: PromptSize
     output_tokens: int | None = None
-    engine: Engine | None = None
+    engine_queue: EngineQueue | None = None
     unsent: int = 0
     received_s: float | None = None
     suspects: list[tuple[EngineQueue, str, float]] = field(default_factory=list)

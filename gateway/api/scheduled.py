@@ -34,7 +34,7 @@ from gateway.observability.metrics import Metrics
 from gateway.observability.recorder import Recorder
 from gateway.observability.trace_context import with_traceparent
 from gateway.policies.base import UNGATED
-from gateway.prediction.client import LengthPredictor
+from gateway.prediction.client import LengthPredictor, Prediction
 from gateway.requests.progress import Progress
 from gateway.requests.request import Request
 from gateway.scheduling.engine_queue import Admitted, EngineQueue, QueueOutcome, Reroute
@@ -78,13 +78,13 @@ class Scheduled:
 
     async def serve(self, call: Call) -> None:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
-        await self._place(call)
+        engine_queue = await self._place(call)
         entry = self._open(call)
         client = ClientConnection(call.http.receive)
         try:
             if call.size.invalid and await self._refused(call, entry, client):
                 return
-            await self._predict(call, entry)
+            await self._predict(call, entry, call.engine_queue or engine_queue)
             await self._serve(call, entry, client)
         except BaseException as error:
             if entry.outcome is None:
@@ -116,7 +116,7 @@ class Scheduled:
         entry.begin_attempt(Attempt(engine_queue.engine.name, now, admitted_s=now))
         answered = await self._forward(call, entry, engine_queue, client)
         # The next engine, which may be this one after a restart, may find it valid.
-        call.engine = None
+        call.engine_queue = None
         return answered
 
     async def _place(self, call: Call) -> EngineQueue:
@@ -132,8 +132,8 @@ class Scheduled:
             raise model_not_found(request.requested_model) from None
         engine = engine_queue.engine
         request.model = engine.state.own_name(request.requested_model) or engine.state.model
-        if engine is not call.engine:
-            call.engine = engine
+        if engine_queue is not call.engine_queue:
+            call.engine_queue = engine_queue
             request.restore_bounds()
             _check_limits(call, engine)
             path: str = call.http.scope["path"]
@@ -141,28 +141,45 @@ class Scheduled:
             call.size = await self.sizer.measure(request, call.prompt, path, document, engine)
         return engine_queue
 
-    async def _predict(self, call: Call, entry: Entry) -> None:
-        """Predict the output length, unless the client states it. `LengthPredictor` bounds the time that this takes."""
+    async def _predict(self, call: Call, entry: Entry, engine_queue: EngineQueue) -> None:
+        """Predict the output length, unless the client states it. `LengthPredictor` bounds the time that this takes.
+
+        While the engine has ample room, the length decides nothing: the request goes on with the usual length of its
+        class, and the predictor's answer replaces that when it comes.
+        """
         started, request, prompt = self._clock(), call.request, call.prompt
         if call.output_tokens is not None:
-            limit = request.max_tokens
-            if call.engine is not None:
-                limit = max(1.0, min(limit, call.engine.state.max_model_len - request.prompt_tokens))
+            limit = max(1.0, min(request.max_tokens, engine_queue.engine.state.max_model_len - request.prompt_tokens))
             prediction = self._predictor.from_hint(call.output_tokens, request.slo_class, limit, prompt.min_tokens)
         else:
-            prediction = await self._predictor.predict(
-                prompt.text,
-                request.prompt_tokens,
-                request.slo_class,
-                prompt.max_tokens,
-                prompt.min_tokens,
-                model=request.model,
-                request_id=request.id,
-            )
+            question = (
+                prompt.text, request.prompt_tokens, request.slo_class, prompt.max_tokens, prompt.min_tokens,
+                request.model, request.id,
+            )  # fmt: skip
+            if self._predictor.up:
+                usual = self._predictor.usual(request.slo_class, prompt.max_tokens, prompt.min_tokens)
+                request.predict(usual.tokens, usual.p90)
+                if engine_queue.needs_no_length(request, usual.p90):
+                    entry.prediction = usual
+                    self._predictor.predict_later(partial(self._on_length, call, entry, started), *question)
+                    return
+            prediction = await self._predictor.predict(*question)
         entry.prediction, ended = prediction, self._clock()
         entry.predicting_s = started, ended
         request.predict(prediction.tokens, prediction.p90, prediction.beyond)
         self._metrics.on_prediction(prediction.source, ended - started)
+
+    def _on_length(self, call: Call, entry: Entry, started: float, prediction: Prediction | None) -> None:
+        """Take the predicted length of a request that did not wait for it."""
+        self._metrics.on_prediction("fallback" if prediction is None else prediction.source, 0.0)
+        if prediction is None:
+            return
+        if entry.outcome is None and call.engine_queue is not None:
+            entry.prediction, entry.predicting_s = prediction, (started, self._clock())
+            call.engine_queue.on_length(call.request, prediction.tokens, prediction.p90)
+        elif entry.outcome == "finished" and call.engine_queue is not None:
+            entry.prediction = prediction
+            self._report_length(entry, call.engine_queue.engine)
 
     async def _serve(self, call: Call, entry: Entry, client: ClientConnection) -> None:
         """Queue the request and send it to the engine that admits it, and to another one if that engine fails it."""
@@ -289,6 +306,11 @@ class Scheduled:
         """Report the output length of a finished request to the predictor."""
         request = entry.request
         self._predictor.observe(request.slo_class, round(request.generated / request.sequences))
+        self._report_length(entry, engine)
+
+    def _report_length(self, entry: Entry, engine: Engine) -> None:
+        """Tell the predictor service the output length, if it predicted it."""
+        request = entry.request
         # Of several sequences only the mean length is known, which is not the length of any of them.
         if entry.prediction is not None and request.sequences == 1 and request.generated:
             limit = min(request.max_tokens, engine.state.max_model_len - request.prompt_tokens)

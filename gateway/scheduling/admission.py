@@ -6,6 +6,7 @@ It has no clock, no event loop and no engine. The gateway drives it in real time
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,6 +21,10 @@ from gateway.scheduling.decision_schedule import DecisionSchedule
 
 DECISION_GRACE_S = 2 * MAX_DECISION_INTERVAL_S
 """A request that has waited for longer was kept waiting by at least one decision."""
+
+AMPLE = 0.5
+"""Share of an engine's capacity and of a request's bounds up to which no request has to wait for its prediction. It
+leaves a factor of two for errors of the step-time model. Convention."""
 
 MIN_ARRAY = 64
 """Waiting requests from which sums over them are computed as arrays: below, a loop is as fast."""
@@ -122,6 +127,31 @@ class AdmissionController:
         for request in self.prefixes.update_waiting():
             self.waiting.reorder(request)
         self.engine.shared_tokens = int(self.prefixes.shared_tokens)
+
+    def has_ample_room(self, now: float, request: Request, tokens: float) -> bool:
+        """Whether no policy would keep ``request`` waiting, so that its output length decides nothing.
+
+        Nothing waits, and with ``tokens`` per sequence of this request the engine uses at most `AMPLE` of its
+        sequences and its memory, and of the time that each bound leaves.
+        """
+        engine, running = self.engine, self.running.values()
+        if self.waiting or request.slo.e2e_s is not None or len(running) >= AMPLE * engine.max_num_seqs:
+            return False
+        sequences, context, memory = request.sequences, 0.0, (request.prompt_tokens + tokens) * request.sequences
+        pace_s = math.inf if request.pace_s is None else request.pace_s
+        prefill_s = self.prefill_s(request)
+        for other in running:
+            sequences += other.sequences
+            context += other.length * other.sequences
+            memory += (other.prompt_tokens + max(other.predicted_p90, other.predicted_tokens)) * other.sequences
+            if other.pace_s is not None and other.pace_s < pace_s:
+                pace_s = other.pace_s
+            if other.prefilling:
+                prefill_s += engine.step_time.prefill(other.uncached_tokens)
+        if sequences > AMPLE * engine.max_num_seqs or memory > AMPLE * (engine.kv_tokens or math.inf):
+            return False
+        step_s = engine.step_time.curve.step_s(sequences, context)
+        return step_s <= AMPLE * pace_s and step_s + prefill_s <= AMPLE * (request.deadline_s - now)
 
     def queued_prefill_s(self) -> float:
         """Return the seconds of prefill work that wait. Each arrival asks, so a long queue is summed as an array."""

@@ -195,6 +195,21 @@ class EngineQueue:
         self.admission.capacity_changed()
         self.wake()
 
+    def needs_no_length(self, request: Request, tokens: float) -> bool:
+        """Whether ``request`` can be queued before its length is predicted; about ``tokens`` per sequence are usual."""
+        return (
+            not self.shadows.all
+            and self.engine.state.alive
+            and self.admission.has_ample_room(self._clock(), request, tokens)
+        )
+
+    def on_length(self, request: Request, tokens: float, p90: float) -> None:
+        """Note the predicted length of a request that was queued before it."""
+        request.predict_later(tokens, p90)
+        self.waiting.reorder(request)
+        self.admission.capacity_changed()
+        self.wake()
+
     def on_first_token(self) -> None:
         """Note that a response began, so its prompt is prefilled."""
         self.admission.capacity_changed()
