@@ -84,6 +84,8 @@ async def main(limits: dict[str, float]) -> None:
     )  # fmt: skip
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0.01)
     print(listener.getsockname()[1], flush=True)
     await asyncio.to_thread(sys.stdin.read)
     server.should_exit = True
