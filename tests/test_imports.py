@@ -16,6 +16,7 @@ PRODUCT = ("gateway", "engine_adapter", "predictor_service", "lab")
 LAYERS = {
     "gateway": [
         "cli",
+        "key_commands",
         "top",
         "operator_client",
         "serve",
@@ -26,6 +27,7 @@ LAYERS = {
         "config",
         "api",
         "observability",
+        "tenants",
         "scheduling",
         "prediction",
         "policies",

@@ -73,7 +73,7 @@ class Connection(Protocol):
 
 
 class Connections:
-    """Counts connections, refuses those above the limits, and closes those that exceed a time or memory limit.
+    """Counts connections, refuses new ones above a limit, and closes slow ones and ones that hold too much memory.
 
     Args:
         limits: the limits.

@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.api.connections import CONNECTION_KEY, Connections, client_address
 from gateway.api.errors import ApiError, bad_request
+from gateway.api.head_buffer import HeadBuffer
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
@@ -79,6 +80,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._serving: RequestResponseCycle | None = None
         self._mark_at = self._mark_bytes = 0.0
         self._taken = self._last_buffered = 0
+        self._lost: asyncio.Future[None] | None = None
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
@@ -99,6 +101,8 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the app that the client disconnected."""
         self._watch.remove(self)
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)
         cycle = self._serving
         if cycle is not None and cycle is not self.cycle and not cycle.response_complete:
             # uvicorn tells only the last one of several requests.
@@ -106,6 +110,12 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         self.pipeline.clear()
         super().connection_lost(exc)
+
+    def lost(self) -> asyncio.Future[None]:
+        """Return a future that is done when the connection is lost. All requests of the connection share it."""
+        if self._lost is None:
+            self._lost = self.loop.create_future()
+        return self._lost
 
     def cut(self, reason: str) -> None:
         """Close the connection because of ``reason``."""
@@ -279,6 +289,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_body = True
         self._body_bytes = self._overhead = 0
         super().on_headers_complete()
+        self.cycle.transport = HeadBuffer(self.transport, self.loop)  # type: ignore[assignment]
 
     def _check_head(self) -> None:
         """Refuse a request that another server might read differently."""
@@ -330,6 +341,9 @@ class HttpProtocol(HttpToolsProtocol):
         """Serve the next request that waits on the connection."""
         self.server_state.total_requests += 1
         self._since = self.loop.time()
+        if self._serving is not None:
+            # Of a response without a body.
+            self._serving.transport.flush()  # type: ignore[attr-defined]
         if self.transport.is_closing():
             return
         self.flow.resume_reading()

@@ -38,9 +38,9 @@ from gateway.api.keep_alive import KeepAlive
 from gateway.api.limits import Limits
 from gateway.api.models import (
     asks_for_models,
-    check_body_model,
     check_model,
     model_not_found,
+    permitted_body,
     requested_model,
     send_models,
 )
@@ -59,6 +59,7 @@ from gateway.api.routes.table import RouteTable
 from gateway.api.scheduled import LEAVE_GRACE_S, Scheduled
 from gateway.api.shared_limit import SharedLimit
 from gateway.api.slo_headers import read_output_tokens, read_slo
+from gateway.api.tenants import TenantAccounts
 from gateway.api.unscheduled import EngineFailed, NoEngineAlive, Unscheduled
 from gateway.observability.ledger import Ledger
 from gateway.observability.metrics import Metrics
@@ -126,10 +127,11 @@ class Proxy:
         self.guard = guard or FieldGuard()
         self.recorder = recorder or Recorder()
         self._clock = clock
+        self.accounts = TenantAccounts(metrics.usage, clock)
         self._attempts = Attempts(router, self._retries, metrics, first_token_timeout_s, clock)
         self._scheduled = Scheduled(
-            router, predictor, ledger, self.recorder, metrics, self._attempts, self._limits.stall_s, self._engine_lost,
-            clock,
+            router, predictor, ledger, self.recorder, metrics, self._attempts, self.accounts, self._limits.stall_s,
+            self._engine_lost, clock,
         )  # fmt: skip
         self.sizer = self._scheduled.sizer
 
@@ -163,6 +165,7 @@ class Proxy:
         finally:
             self.in_flight -= 1
             self._tasks.discard(task)
+            self.accounts.leave(http)
             self._metrics.on_response(http.route.label, http.status)
             self._record(http)
 
@@ -171,6 +174,7 @@ class Proxy:
         try:
             key = self._authenticate(http)
             http.tenant, http.holder = key.tenant, holder_of(http.scope, key, self.keys)
+            self.accounts.enter(http, key)
             with self.bodies.reservation(http.holder) as memory:
                 # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for each open request.
                 if http.route.generation is not None:
@@ -308,7 +312,7 @@ class Proxy:
         if not self.open_requests.try_take(http.holder):
             raise self._gateway_full()
         try:
-            check_body_model(http, body, key, self._router)
+            body = permitted_body(http, body, key, self._router)
             await self._unscheduled.serve(http, body, key, self.guard)
         except NoEngineAlive as error:
             if self.stopping:
