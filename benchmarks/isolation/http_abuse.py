@@ -165,8 +165,13 @@ async def stalled_16(abuser: Abuser) -> None:
 
 
 async def stalled_500(abuser: Abuser) -> None:
-    """500 stalled readers."""
-    await _all(500, lambda: _stall(abuser, abuser.chat(300, stream=True, slo_class="free"), 60))
+    """500 stalled readers of streams."""
+    await _all(500, lambda: _stall(abuser, abuser.chat(600, stream=True, slo_class="free"), 60))
+
+
+async def stalled_embeddings(abuser: Abuser) -> None:
+    """500 stalled readers of embeddings, 256 KB each."""
+    await _all(500, lambda: _stall(abuser, abuser.request(EMBEDDINGS, input="x", dimensions=64_000), 60))
 
 
 async def pass_through(abuser: Abuser) -> None:
@@ -204,7 +209,8 @@ async def busy_connections(abuser: Abuser) -> None:
 ABUSES: dict[str, Callable[[Abuser], Awaitable[None]]] = {
     one.__name__: one
     for one in (
-        stalled_16, stalled_500, flood, pass_through, slow_bodies, huge_bodies, silent_connections, busy_connections,
+        stalled_16, stalled_500, stalled_embeddings, flood, pass_through, slow_bodies, huge_bodies, silent_connections,
+        busy_connections,
     )
 }  # fmt: skip
 

@@ -48,8 +48,11 @@ CONFIG: dict[str, Any] = {
 }
 
 
+_EMBEDDING = b'{"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [%b]}]}'
+
+
 class EmbeddingEngine(SimulatedEngine):
-    """A simulated engine that also answers ``/v1/embeddings``, each call after `EMBEDDING_S`."""
+    """A simulated engine that also answers ``/v1/embeddings``, each call after `EMBEDDING_S`, with zeros."""
 
     @property
     def app(self) -> ASGIApp:
@@ -60,10 +63,10 @@ class EmbeddingEngine(SimulatedEngine):
         if scope["path"] != "/v1/embeddings":
             await super().app(scope, receive, send)
             return
-        await read_body(receive)
+        dimensions = json.loads(await read_body(receive)).get("dimensions", 1)
         await asyncio.sleep(EMBEDDING_S)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
-        await send({"type": "http.response.body", "body": b'{"object": "list", "data": []}'})
+        await send({"type": "http.response.body", "body": _EMBEDDING % (b"0.0" + b",0.0" * (dimensions - 1))})
 
 
 def engine() -> EmbeddingEngine:
@@ -84,6 +87,8 @@ async def main(limits: dict[str, float]) -> None:
     )  # fmt: skip
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0.01)
     print(listener.getsockname()[1], flush=True)
     await asyncio.to_thread(sys.stdin.read)
     server.should_exit = True

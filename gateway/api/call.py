@@ -18,9 +18,9 @@ class Call:
     """A scheduled request on its way through the pipeline.
 
     ``engine_queue``: that of the engine that it was last judged with. ``output_tokens``: the length that the client
-    expects. ``has_room``: the engine has ample room for it, so that it can be admitted at once. ``unsent``: attempts in
-    which an engine was unreachable. ``received_s``: when the body was complete. ``suspects``: engines that are to blame
-    if another engine serves the request, with reason and time of the attempt.
+    expects. ``has_room``: the engine has ample room for it, so that it is decided about at once. ``unsent``: attempts
+    in which an engine was unreachable. ``received_s``: when the body was complete. ``suspects``: engines that are to
+    blame if another engine serves the request, with reason and time of the attempt.
     ``reserved_tokens``: of the tenant's tokens per minute, ``reserved_prompt_tokens`` of them for the prompts.
     """
 

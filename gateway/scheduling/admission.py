@@ -129,7 +129,7 @@ class AdmissionController:
         self.engine.shared_tokens = int(self.prefixes.shared_tokens)
 
     def has_ample_room(self, now: float, request: Request) -> bool:
-        """Whether no policy would keep ``request`` waiting, so that its output length decides nothing.
+        """Whether the output length of ``request`` decides nothing: not if it is admitted, nor when.
 
         Nothing waits, and with this request the engine uses at most `AMPLE` of its sequences and its memory, and of the
         time that each bound leaves.

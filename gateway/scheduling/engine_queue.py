@@ -202,7 +202,7 @@ class EngineQueue:
         self.wake()
 
     def has_ample_room(self, request: Request) -> bool:
-        """Whether ``request`` will surely be admitted at once, before its length is known and before any other one.
+        """Whether ``request`` can be queued before its length is known, and decided about before others arrive.
 
         No shadow policy runs, which would need the length, and `AdmissionController.has_ample_room`.
         """

@@ -51,7 +51,8 @@ async def abused(antares: Live, kind: str) -> tuple[Victim, Counter[str]]:
 )
 async def test_victim_is_served_beside_an_abuser(kind: str, least: float) -> None:
     raise_descriptor_limit()
-    async with live(engine(), **CONFIG) as antares:
+    limits = {**CONFIG["limits"], "max_connections": 300}
+    async with live(engine(), **{**CONFIG, "limits": limits}) as antares:
         victim, seen = await abused(antares, kind)
         assert seen.total() > 10, "the abuser did what it should"
         assert victim.requests == 36
@@ -60,23 +61,27 @@ async def test_victim_is_served_beside_an_abuser(kind: str, least: float) -> Non
         assert antares.gateway.proxy.open_requests.used == antares.gateway.proxy.bodies.used == 0
 
 
-async def test_500_readers_that_stall_cost_the_foreground_nothing() -> None:
+@pytest.mark.parametrize(("kind", "least_bytes"), [("stalled_500", 0), ("stalled_embeddings", 20 << 20)])
+async def test_500_readers_that_stall_cost_the_foreground_nothing(kind: str, least_bytes: int) -> None:
     raise_descriptor_limit()
     async with live(engine(), **{**CONFIG, "limits": {"stall_s": 60.0}}) as antares:
-        held = []
+        held: list[tuple[int, int]] = []
         watching = asyncio.create_task(_watch(antares, held))
-        victim, seen = await abused(antares, "stalled_500")
+        victim, seen = await abused(antares, kind)
         watching.cancel()
         assert seen["unread"] == 500
-        assert max(held) >= 400
+        connections, buffered = max(held)
+        assert connections >= 400
+        assert buffered >= least_bytes
         assert set(victim.ends) == {"200"}
         assert victim.adherence >= 0.97, victim.ttft_s
         await eventually(antares.is_idle, 20)
 
 
-async def _watch(antares: Live, held: list[int]) -> None:
+async def _watch(antares: Live, held: list[tuple[int, int]]) -> None:
+    """Note connections and bytes that wait for clients, ten times a second."""
     while True:
-        held.append(len(antares.gateway.connections))
+        held.append((len(antares.gateway.connections), antares.gateway.connections.buffered))
         await asyncio.sleep(0.1)
 
 
