@@ -89,13 +89,18 @@ async def read_document_or_body(scope: Scope, receive: Receive) -> tuple[dict[st
 
 
 class ClientConnection:
-    """The client's connection after its request body was read. It watches ``receive`` for the disconnect.
+    """The client's connection after its request body was read.
 
-    ``disconnected``: a task that is done when the client has disconnected.
+    Args:
+        receive: tells of the disconnect, if ``lost`` does not.
+        lost: a future of the server that is done when the client has disconnected. It saves a task.
+
+    ``disconnected``: a future that is done when the client has disconnected.
     """
 
-    def __init__(self, receive: Receive) -> None:
-        self.disconnected: asyncio.Task[None] = asyncio.create_task(_wait_for_disconnect(receive))
+    def __init__(self, receive: Receive, lost: asyncio.Future[None] | None = None) -> None:
+        self._watching = asyncio.create_task(_wait_for_disconnect(receive)) if lost is None else None
+        self.disconnected: asyncio.Future[None] = lost or self._watching  # type: ignore[assignment]
 
     def receive_for(self, body: bytes | JsonBody) -> Receive:
         """Return a ``receive`` for an engine's app: ``body`` once, then ``http.disconnect`` when the client leaves."""
@@ -115,7 +120,8 @@ class ClientConnection:
 
     def close(self) -> None:
         """Stop watching."""
-        self.disconnected.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
 
 
 async def run_until_disconnect(work: Coroutine[object, object, None], receive: Receive) -> None:

@@ -18,6 +18,7 @@ PRODUCT = ("gateway", "engine_adapter", "predictor_service", "lab")
 LAYERS = {
     "gateway": [
         "cli",
+        "key_commands",
         "top",
         "operator_client",
         "serve",
@@ -28,6 +29,7 @@ LAYERS = {
         "config",
         "api",
         "observability",
+        "tenants",
         "scheduling",
         "prediction",
         "policies",

@@ -45,9 +45,9 @@ class Scheduled:
         self._submit = queue.submit
         queue.submit = self._note  # type: ignore[method-assign]
 
-    def _note(self, request: Request) -> asyncio.Future[Any]:
+    def _note(self, request: Request, at_once: bool = False) -> asyncio.Future[Any]:
         self.tokens = request.prompt_tokens
-        return self._submit(request)
+        return self._submit(request, at_once)
 
 
 async def served(url: str, gateway: Gateway, bodies: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -119,6 +119,12 @@ class Upstream:
             response.fail(EngineLost(f"{self.where}: {reason}"))
         return ended
 
+    def silent_s(self) -> float:
+        """Seconds since any response got bytes, while a reader waits for some; 0 if none waits."""
+        if not any(response.awaited for response in self._active):
+            return 0.0
+        return time.monotonic() - max(response.read_at for response in self._active)
+
     def on_released(self, response: Response) -> None:
         """Note that ``response`` is no longer in use."""
         self._active.discard(response)

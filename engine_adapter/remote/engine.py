@@ -149,7 +149,7 @@ class HttpEngine:
         self._health_path = "/health"
         self._models = tuple(models)
         self._models_due_s = 0.0
-        self._key_is_checked = False
+        self._key_is_checked = self._is_silent = False
         self._watcher: asyncio.Task[None] | None = None
 
     @property
@@ -269,8 +269,18 @@ class HttpEngine:
             if not self.state.alive and (was_alive or self._why_down != reason):
                 log.warning("engine %s is not ready: %s", self.name, self._why_down)
             failures = 0 if self.state.alive else failures + 1
+            self._end_hung_requests()
             if failures >= DOWN_AFTER_PROBES and time.monotonic() - failing_since >= DOWN_AFTER_S:
                 self._end_requests(failing_since)
+
+    def _end_hung_requests(self) -> None:
+        """End what is in flight on a server that answers probes, but has sent its streams nothing for too long."""
+        was_silent, self._is_silent = self._is_silent, self._proxy.is_silent()
+        # Twice in a row, because a gateway that was itself stopped has not yet read what the server sent.
+        if self._is_silent and was_silent:
+            self.state.hangs += 1
+            ended = self._upstream.end_requests("it hangs: its streams have begun, and it sends nothing")
+            log.error("engine %s hangs: ended %d requests in flight", self.name, ended)
 
     def _end_requests(self, failing_since: float) -> None:
         """End what is in flight on a server that is down since ``failing_since`` (monotonic s).

@@ -134,6 +134,10 @@ class HttpProxy:
         self._usage_unsupported = False
         self._log_lost_at = 0.0
 
+    def is_silent(self) -> bool:
+        """Whether the server sends nothing, and for longer than its streams explain. Call it regularly."""
+        return self._upstream.silent_s() > self._sampler.silence_limit_s()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. A caller that passes a parsed body cancels this when the client disconnects."""
         if scope["type"] != "http":
@@ -277,7 +281,10 @@ class HttpProxy:
                 kept.append(last[1])
                 last = None
             if kept:
-                await request.send_body(kept[0] if len(kept) == 1 else b"".join(kept), more=True)
+                ended = counter.ended and last is None
+                await request.send_body(kept[0] if len(kept) == 1 else b"".join(kept), more=not ended)
+                if ended:
+                    return
             if last is not None:
                 await request.send_last(*last, counter)
         await request.send_body(b"", more=False)

@@ -99,6 +99,11 @@ class Response:
         """Whether the whole response has arrived."""
         return self._complete
 
+    @property
+    def awaited(self) -> bool:
+        """Whether a reader waits for bytes. If not, its client is slow, and the server need not send."""
+        return self._waiter is not None
+
     def header(self, name: bytes) -> str:
         """The value of a header in lower case; "" without it."""
         return next((value.decode("latin-1").lower() for key, value in self.headers if key == name), "")

@@ -48,6 +48,7 @@ class Connection(Protocol):
     """What `Connections` needs of a server's connection."""
 
     address: str
+    is_shared: bool
 
     @property
     def is_idle(self) -> bool:
@@ -162,10 +163,16 @@ class Connections:
         self.remove(idle)
         return True
 
+    def is_shared(self, address: str) -> bool:
+        """Whether ``address`` is this machine, or has many clients behind it."""
+        return address.startswith("127.") or address == "::/64" or self._is_trusted(address)
+
     def _is_trusted(self, address: str) -> bool:
         """Whether ``address`` has no limit of its own: the configuration lists it, or it is empty."""
         if not address:
             return True
+        if not self._trusted:
+            return False
         client = ipaddress.ip_network(address)
         return any(
             client.version == network.version and client.subnet_of(network)  # type: ignore[arg-type]

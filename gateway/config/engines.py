@@ -44,6 +44,12 @@ class VllmEngineConfig(Section):
     gate: Literal["credit", "slack", "open"] = Field("credit", description="Step gate of requests that name none.")
     step_times: StepTimesConfig | None = None
     calibrate: bool = True
+    hang_timeout_s: float | None = Field(
+        5.0,
+        ge=1,
+        le=3600,
+        description="Shortest time without a step after which a busy engine is restarted; null: never.",
+    )
 
 
 class HttpEngineConfig(Section):

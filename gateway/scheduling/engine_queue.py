@@ -141,8 +141,11 @@ class EngineQueue:
 
     # --- events ---------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> asyncio.Future[QueueOutcome]:
-        """Queue ``request`` and return its future outcome. A closed queue and a full class queue answer at once."""
+    def submit(self, request: Request, at_once: bool = False) -> asyncio.Future[QueueOutcome]:
+        """Queue ``request`` and return its future outcome. A closed queue and a full class queue answer at once.
+
+        ``at_once``: decide now, not once for all requests that arrive in this iteration of the event loop.
+        """
         outcome: asyncio.Future[QueueOutcome] = asyncio.get_running_loop().create_future()
         if self._closed or (self.retired and self.can_move(request)):
             outcome.set_result(Reroute() if self.retired else Draining())
@@ -163,7 +166,10 @@ class EngineQueue:
         # After its prefix-cache hit is predicted, which the shadows copy.
         self.shadows.submitted(request)
         self._outcomes[request.id] = outcome
-        self.wake()
+        if at_once and not self._scheduled:
+            self._decide()
+        else:
+            self.wake()
         return outcome
 
     def withdraw(self, request: Request) -> None:
@@ -195,13 +201,14 @@ class EngineQueue:
         self.admission.capacity_changed()
         self.wake()
 
-    def needs_no_length(self, request: Request, tokens: float) -> bool:
-        """Whether ``request`` can be queued before its length is predicted; about ``tokens`` per sequence are usual."""
-        return (
-            not self.shadows.all
-            and self.engine.state.alive
-            and self.admission.has_ample_room(self._clock(), request, tokens)
-        )
+    def has_ample_room(self, request: Request) -> bool:
+        """Whether ``request`` can be queued before its length is known, and decided about before others arrive.
+
+        No shadow policy runs, which would need the length, and `AdmissionController.has_ample_room`.
+        """
+        if self.shadows.all or not self.engine.state.alive:
+            return False
+        return self.admission.has_ample_room(self._clock(), request)
 
     def on_length(self, request: Request, tokens: float, p90: float) -> None:
         """Note the predicted length of a request that was queued before it."""

@@ -181,7 +181,8 @@ class WaitingBatch:
             slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
             T(R + r) <= P*(R + r),   now + wait + mu * (backlog + uncached p_r) / (1 - T(R + r)/P*) <= d_r,
 
-        where T leaves ``room_s`` free, and the step under way must end first: up to P* while other prompts wait.
+        where T leaves ``room_s`` free, and the step under way must end first: while other prompts wait, it takes up to
+        P*, or as long as the token budget of a step takes.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
@@ -189,7 +190,7 @@ class WaitingBatch:
         strictest_s, decoding = np.minimum(self.pace_s[at], batch.strictest_s), batch.decoding + weight
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
-        others = batch.backlog + of.uncached.sum() - of.uncached[at]
+        others = np.minimum(batch.backlog + of.uncached.sum() - of.uncached[at], engine.max_num_batched_tokens)
         wait_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * others))
         first_s = wait_s + token_s * (batch.backlog + of.uncached[at]) / np.maximum(1 - step_s / strictest_s, 1e-12)
         fits = (sequences <= batch.free_slots) & (step_s + room_s <= strictest_s) & (now + first_s <= of.deadline[at])

@@ -225,7 +225,7 @@ def test_fit_equals_the_conditions_of_each_request(
         both = RunningBatch.of(old, state, 2.3)
         both.add((request,), float(queue.pace_s[at]))
         step_s, strictest_s = both.step_s, both.strictest_s
-        others = backlog + queued - request.prompt_tokens
+        others = min(backlog + queued - request.prompt_tokens, state.max_num_batched_tokens)
         wait_s = max(step_s, min(strictest_s, step_s + both.prefill_token_s * others))
         share = max(1 - step_s / strictest_s, 1e-12) if strictest_s > 0 else 1e-12
         first_s = wait_s + both.prefill_token_s * (backlog + request.prompt_tokens) / share
