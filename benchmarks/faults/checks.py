@@ -14,7 +14,7 @@ from benchmarks.faults.rig import Rig, descriptors, memory_mb, until
 
 OUTCOMES = ("finished", "rejected", "failed", "cancelled")
 
-MEMORY_MB = 48.0
+MEMORY_MB = 96.0
 """Growth of resident memory (MB) that one fault may leave. The allocator keeps some; a leak grows with every fault."""
 
 SPARE_DESCRIPTORS = 2

@@ -16,8 +16,9 @@ from gateway.api.auth import hash_key, key_id
 from gateway.config.file import load
 from gateway.key_commands import app
 from gateway.reload import Reloader
-from tests.fixtures.live_gateway import Live, live
+from tests.fixtures.live_gateway import CHAT, Live, chat, live
 from tests.fixtures.live_server import eventually
+from tests.fixtures.served_process import served
 
 CONFIG = """\
 engines: [{kind: simulated}]
@@ -200,3 +201,34 @@ async def test_reload_reads_the_keys_file_too(config: Path) -> None:
         report = await Reloader(antares.gateway, lambda: load(config), file=config).reload()
         assert report["changed"] == ["keys_file"]
         assert (await antares.ask(x_api_key=second)).status_code == 200
+
+
+@pytest.mark.process
+async def test_newcomer_makes_a_limited_key_sees_its_usage_and_revokes_it(tmp_path: Path) -> None:
+    config = tmp_path / "antares.yaml"
+    text = CONFIG + "server: {port: 0, drain_s: 1}\n"
+    config.write_text(text)
+    key = await asyncio.to_thread(new_key, config, "alice", "--requests-per-minute", "2", "--max-concurrent", "4")
+    async with served(tmp_path, text) as (process, http):
+        auth = {"authorization": f"Bearer {key}"}
+        statuses = [(await http.post(CHAT, json=chat(), headers=auth)).status_code for _ in range(3)]
+        assert statuses == [200, 200, 429]
+        usage = (await http.get("/status")).json()["usage"]["alice"]
+        assert usage["requests"] == {"finished": 2, "rate_limited": 1}
+        assert usage["limits"]["max_concurrent"] == {"limit": 4, "remaining": 4}
+        await asyncio.to_thread(run, config, "revoke", "--tenant", "alice")
+        async with asyncio.timeout(10):
+            while (await http.get("/v1/models", headers=auth)).status_code != 401:
+                await asyncio.sleep(0.05)
+        process.terminate()
+        await process.wait()
+
+
+def test_update_tenant_changes_the_limits_of_its_other_keys(config: Path) -> None:
+    new_key(config, "alice", "--requests-per-minute", "10")
+    new_key(config, "bob")
+    assert "--update-tenant" in run(config, "new", "--tenant", "alice", "--requests-per-minute", "20").output
+    new_key(config, "alice", "--requests-per-minute", "20", "--update-tenant")
+    keys = load(config).keys_file
+    assert keys is not None
+    assert [key.requests_per_minute for key in keys.keys] == [20, None, 20]

@@ -24,7 +24,9 @@ TEST_TIMEOUT_S = 5
 
 
 @asynccontextmanager
-async def upstream_of(script: Script, read_timeout_s: float = 60.0) -> AsyncIterator[Upstream]:
+async def upstream_of(
+    script: Script, read_timeout_s: float = 60.0, connect_timeout_s: float = 1.0
+) -> AsyncIterator[Upstream]:
     """An `Upstream` whose server reads a request's head, then runs ``script``."""
     over = asyncio.Event()
 
@@ -39,7 +41,9 @@ async def upstream_of(script: Script, read_timeout_s: float = 60.0) -> AsyncIter
             writer.transport.abort()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    upstream = Upstream("e", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", 1.0, read_timeout_s)
+    upstream = Upstream(
+        "e", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", connect_timeout_s, read_timeout_s
+    )
     yield upstream
     over.set()
     async with asyncio.timeout(TEST_TIMEOUT_S):
@@ -117,7 +121,7 @@ async def test_error_does_not_quote_the_response(broken: bytes) -> None:
 
 @pytest.mark.parametrize("content", [b"{}", b"x" * 20_000_000], ids=["small request", "unread request"])
 async def test_upstream_gives_up_on_a_silent_server(content: bytes) -> None:
-    async with upstream_of(sends(), read_timeout_s=0.1) as upstream:
+    async with upstream_of(sends(), read_timeout_s=0.1, connect_timeout_s=0.2) as upstream:
         with pytest.raises(EngineLost):
             await read(upstream, content)
 

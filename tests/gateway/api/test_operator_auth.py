@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from gateway.api.auth import hash_key
 from gateway.cli import app
+from tests.fixtures import prometheus
 from tests.fixtures.live_gateway import gateway_config, live
 
 OPERATOR, TENANT = "operator-0123456789abcdef", "tenant-0123456789abcdef"
@@ -156,3 +158,15 @@ async def test_commands_send_the_key(env: dict[str, str], words: list[str], code
         if env.get("ANTARES_API_KEY") != TENANT or code == 0:
             explained = await asyncio.to_thread(run, "explain", "mine", "--url", antares.url)
             assert explained.exit_code == code
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("key", "health"), [(OPERATOR, "up"), (TENANT, "down")])
+async def test_deployed_prometheus_scrapes_with_the_key_of_an_operator(tmp_path: Path, key: str, health: str) -> None:
+    async with (
+        live(server=GUARDED, keys=KEYS) as antares,
+        prometheus.started(tmp_path, {"antares": antares.url}, operator_key=key, interval_s=0.2) as scraper,
+    ):
+        async with asyncio.timeout(20):
+            while (await scraper.targets()).get("antares") != health:
+                await asyncio.sleep(0.1)
