@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine_adapter.engine import Engine, PrefixCacheEvent
-from gateway.policies.base import UNGATED, Decision, Policy, Rejection, prefill_backlog
+from gateway.policies.base import UNGATED, Decision, Policy, Rejection
 from gateway.requests.prefix_events import PrefixEvents
 from gateway.requests.prefix_index import DEFAULT_CAPACITY_TOKENS
 from gateway.requests.request import Request
@@ -22,6 +22,7 @@ from gateway.requests.slo import SloClass
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.circuit_breaker import CircuitBreaker
+from gateway.scheduling.delays import note_handover, work_ahead_s
 from gateway.scheduling.shadow import Shadow
 from gateway.scheduling.shadow_runner import ShadowRunner
 
@@ -173,6 +174,10 @@ class EngineQueue:
         if self.admission.withdraw(request):
             self.wake()
 
+    def on_handover(self, request: Request) -> None:
+        """Note that ``request``, which was admitted, now goes to the engine."""
+        note_handover(self.engine.state, self._clock() - (request.admitted_s or 0.0))
+
     def leave(self, request: Request) -> None:
         """Remove an admitted request that has ended in any way."""
         if self.admission.leave(request):
@@ -296,7 +301,7 @@ class EngineQueue:
             return
         started = time.perf_counter()
         try:
-            backlog_s = prefill_backlog(self.running.values(), self.engine.state)
+            backlog_s = work_ahead_s(now, self.running.values(), self.engine.state)
             decision = self.admission.decide(now)
             self._apply(now, decision, backlog_s)
         except Exception as error:
@@ -310,7 +315,7 @@ class EngineQueue:
         self._set_timer(now, schedule.due_s if self.waiting else None)
 
     def _apply(self, now: float, decision: Decision, backlog_s: float) -> None:
-        """Answer the requests of ``decision``; ``backlog_s`` of prefill work was in the engine before it."""
+        """Answer the requests of ``decision``; before it, the engine would have begun with them after ``backlog_s``."""
         if decision.reject and len(self.running) == len(decision.admit):
             self._probe_idle_engine(now)
         for request in decision.admit:
