@@ -281,7 +281,10 @@ class HttpProxy:
                 kept.append(last[1])
                 last = None
             if kept:
-                await request.send_body(kept[0] if len(kept) == 1 else b"".join(kept), more=True)
+                ended = counter.ended and last is None
+                await request.send_body(kept[0] if len(kept) == 1 else b"".join(kept), more=not ended)
+                if ended:
+                    return
             if last is not None:
                 await request.send_last(*last, counter)
         await request.send_body(b"", more=False)

@@ -48,6 +48,7 @@ class Connection(Protocol):
     """What `Connections` needs of a server's connection."""
 
     address: str
+    is_shared: bool
 
     @property
     def is_idle(self) -> bool:
@@ -72,7 +73,7 @@ class Connection(Protocol):
 
 
 class Connections:
-    """Counts connections, refuses those above the limits, and closes those that exceed a time or memory limit.
+    """Counts connections, refuses new ones above a limit, and closes slow ones and ones that hold too much memory.
 
     Args:
         limits: the limits.
@@ -162,10 +163,16 @@ class Connections:
         self.remove(idle)
         return True
 
+    def is_shared(self, address: str) -> bool:
+        """Whether ``address`` is this machine, or has many clients behind it."""
+        return address.startswith("127.") or address == "::/64" or self._is_trusted(address)
+
     def _is_trusted(self, address: str) -> bool:
         """Whether ``address`` has no limit of its own: the configuration lists it, or it is empty."""
         if not address:
             return True
+        if not self._trusted:
+            return False
         client = ipaddress.ip_network(address)
         return any(
             client.version == network.version and client.subnet_of(network)  # type: ignore[arg-type]

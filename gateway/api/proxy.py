@@ -32,14 +32,15 @@ from gateway.api.body_memory import BodyMemory, BodyReservation
 from gateway.api.call import Call
 from gateway.api.engine_call import ClientStalled
 from gateway.api.errors import ApiError, bad_request, draining, engine_removed, loading, unavailable
+from gateway.api.holders import holder_of
 from gateway.api.http_request import HttpRequest
 from gateway.api.keep_alive import KeepAlive
 from gateway.api.limits import Limits
 from gateway.api.models import (
     asks_for_models,
-    check_body_model,
     check_model,
     model_not_found,
+    permitted_body,
     requested_model,
     send_models,
 )
@@ -56,7 +57,9 @@ from gateway.api.response_relay import LAST_WORDS_S, send_error
 from gateway.api.routes.generation import GenerationRoute
 from gateway.api.routes.table import RouteTable
 from gateway.api.scheduled import LEAVE_GRACE_S, Scheduled
+from gateway.api.shared_limit import SharedLimit
 from gateway.api.slo_headers import read_output_tokens, read_slo
+from gateway.api.tenants import TenantAccounts
 from gateway.api.unscheduled import EngineFailed, NoEngineAlive, Unscheduled
 from gateway.observability.ledger import Ledger
 from gateway.observability.metrics import Metrics
@@ -113,7 +116,7 @@ class Proxy:
         self.keys = keys
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
-        self._max_open_requests = max_open_requests
+        self.open_requests = SharedLimit(max_open_requests)
         self._retries = retries or RetryBudget()
         self._limits = limits or Limits()
         self.bodies = BodyMemory(self._limits.body_memory_bytes)
@@ -124,10 +127,11 @@ class Proxy:
         self.guard = guard or FieldGuard()
         self.recorder = recorder or Recorder()
         self._clock = clock
+        self.accounts = TenantAccounts(metrics.usage, clock)
         self._attempts = Attempts(router, self._retries, metrics, first_token_timeout_s, clock)
         self._scheduled = Scheduled(
-            router, predictor, ledger, self.recorder, metrics, self._attempts, self._limits.stall_s, self._engine_lost,
-            clock,
+            router, predictor, ledger, self.recorder, metrics, self._attempts, self.accounts, self._limits.stall_s,
+            self._engine_lost, clock,
         )  # fmt: skip
         self.sizer = self._scheduled.sizer
 
@@ -142,11 +146,11 @@ class Proxy:
         routes: RouteTable,
         limits: Limits,
     ) -> None:
-        """Replace the arguments of these names. Requests that wait for a turn at an engine keep their limit."""
-        self._max_body_bytes, self._max_open_requests = max_body_bytes, max_open_requests
+        """Replace the arguments of these names."""
+        self._max_body_bytes, self.open_requests.limit = max_body_bytes, max_open_requests
         self._attempts.first_token_timeout_s, self._scheduled.stall_s = first_token_timeout_s, limits.stall_s
         self._keep_alive_s, self._routes = keep_alive_s, routes
-        self._limits, self.bodies.limit = limits, limits.body_memory_bytes
+        self._limits, self.bodies.shared.limit = limits, limits.body_memory_bytes
         self._passing.set_limits(max_pass_through, limits.stall_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -161,6 +165,7 @@ class Proxy:
         finally:
             self.in_flight -= 1
             self._tasks.discard(task)
+            self.accounts.leave(http)
             self._metrics.on_response(http.route.label, http.status)
             self._record(http)
 
@@ -168,16 +173,20 @@ class Proxy:
         """Serve ``http``, and answer with an error response if that fails."""
         try:
             key = self._authenticate(http)
-            http.tenant = key.tenant
-            with self.bodies.reservation() as memory:
+            http.tenant, http.holder = key.tenant, holder_of(http.scope, key, self.keys)
+            self.accounts.enter(http, key)
+            with self.bodies.reservation(http.holder) as memory:
                 # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for each open request.
                 if http.route.generation is not None:
                     call = self._read(http, key, http.route.generation, await self._receive_body(http, memory))
                     with self._keep_alive(call):
                         # NOTE: before the prompt is measured, which takes an engine's tokenizer.
-                        if self._is_full():
+                        if not self.open_requests.try_take(http.holder):
                             raise self._scheduled.reject(call, "gateway_full", self._gateway_full())
-                        await self._scheduled.serve(call)
+                        try:
+                            await self._scheduled.serve(call)
+                        finally:
+                            self.open_requests.free(http.holder)
                 else:
                     await self._pass_through(http, key, await self._receive_body(http, memory))
         except ApiError as error:
@@ -300,10 +309,10 @@ class Proxy:
         if asks_for_records(http):
             await send_records(http, self.recorder.decisions, key)
             return
-        if self._is_full():
+        if not self.open_requests.try_take(http.holder):
             raise self._gateway_full()
         try:
-            check_body_model(http, body, key, self._router)
+            body = permitted_body(http, body, key, self._router)
             await self._unscheduled.serve(http, body, key, self.guard)
         except NoEngineAlive as error:
             if self.stopping:
@@ -317,16 +326,15 @@ class Proxy:
                     # A partial document cannot be repaired. The server closes its connection, so the client notices.
                     return
             raise answer from failed
-
-    def _is_full(self) -> bool:
-        """Whether there are too many open requests. `in_flight` counts the one that asks."""
-        return self.in_flight > self._max_open_requests
+        finally:
+            self.open_requests.free(http.holder)
 
     def _gateway_full(self) -> ApiError:
-        now = self._clock()
+        now, limit = self._clock(), self.open_requests.limit
         ends = [queue.admission.first_end_in_s(now) for queue in self._router.engine_queues if queue.running]
-        retry_after_s = max(1.0, min(ends, default=1.0))
-        return queue_full("The gateway has too many open requests.", self._max_open_requests, retry_after_s)
+        whose = "This tenant" if self.open_requests.has_room() else "The gateway"
+        message = f"{whose} has too many open requests (server.max_open_requests)."
+        return queue_full(message, limit, max(1.0, min(ends, default=1.0)))
 
     def _engine_lost(self, engine_queue: EngineQueue) -> ApiError:
         if self.stopping:

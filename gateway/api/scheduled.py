@@ -29,6 +29,7 @@ from gateway.api.request_body import check_with_engine, document_for_engine, eng
 from gateway.api.response_relay import ResponseRelay
 from gateway.api.slo_report import REPORT_HEADER
 from gateway.api.stored_responses import RESPONSES_PATH, noting_id
+from gateway.api.tenants import RATE_LIMITED, TenantAccounts
 from gateway.observability.ledger import Attempt, Entry, Ledger, Outcome
 from gateway.observability.metrics import Metrics
 from gateway.observability.recorder import Recorder
@@ -36,7 +37,6 @@ from gateway.observability.trace_context import with_traceparent
 from gateway.policies.base import UNGATED
 from gateway.prediction.client import LengthPredictor, Prediction
 from gateway.requests.progress import Progress
-from gateway.requests.request import Request
 from gateway.scheduling.engine_queue import Admitted, EngineQueue, QueueOutcome, Reroute
 from gateway.scheduling.router import Router, UnknownModel
 
@@ -61,6 +61,7 @@ class Scheduled:
         recorder: Recorder,
         metrics: Metrics,
         attempts: Attempts,
+        accounts: TenantAccounts,
         stall_s: float,
         engine_lost: Callable[[EngineQueue], ApiError],
         clock: Callable[[], float] = time.monotonic,
@@ -71,6 +72,7 @@ class Scheduled:
         self._recorder = recorder
         self._metrics = metrics
         self.attempts = attempts
+        self._accounts = accounts
         self.stall_s = stall_s
         self._engine_lost = engine_lost
         self._clock = clock
@@ -80,17 +82,20 @@ class Scheduled:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
         engine_queue = await self._place(call)
         entry = self._open(call)
-        client = ClientConnection(call.http.receive)
+        client = ClientConnection(call.http.receive, call.http.lost)
         try:
             if call.size.invalid and await self._refused(call, entry, client):
                 return
             await self._predict(call, entry, call.engine_queue or engine_queue)
+            if error := self._accounts.reserve(call):
+                raise self._closed(entry, "rejected", RATE_LIMITED, error)
             await self._serve(call, entry, client)
         except BaseException as error:
             if entry.outcome is None:
                 self._ledger.close(entry, *_outcome_of(error, call.http))
             raise
         finally:
+            self._accounts.settle(call, entry)
             client.close()
 
     def reject(self, call: Call, reason: str, error: ApiError) -> ApiError:
@@ -159,7 +164,8 @@ class Scheduled:
             if self._predictor.up:
                 usual = self._predictor.usual(request.slo_class, prompt.max_tokens, prompt.min_tokens)
                 request.predict(usual.tokens, usual.p90)
-                if engine_queue.needs_no_length(request, usual.p90):
+                call.has_room = engine_queue.has_ample_room(request)
+                if call.has_room:
                     entry.prediction = usual
                     self._predictor.predict_later(partial(self._on_length, call, entry, started), *question)
                     return
@@ -167,6 +173,7 @@ class Scheduled:
         entry.prediction, ended = prediction, self._clock()
         entry.predicting_s = started, ended
         request.predict(prediction.tokens, prediction.p90, prediction.beyond)
+        call.has_room = engine_queue.has_ample_room(request)
         self._metrics.on_prediction(prediction.source, ended - started)
 
     def _on_length(self, call: Call, entry: Entry, started: float, prediction: Prediction | None) -> None:
@@ -212,7 +219,7 @@ class Scheduled:
             entry.prompt_source = call.size.source
             self._router.on_sent(engine_queue, call.request)
             try:
-                outcome = await _wait_in_queue(call.request, engine_queue, client, attempt)
+                outcome = await _wait_in_queue(call, engine_queue, client, attempt)
             finally:
                 if not isinstance(outcome, Admitted):
                     self._router.on_ended(engine_queue, call.request)
@@ -357,10 +364,12 @@ def _next_step_s(engine_queue: EngineQueue) -> float:
 
 
 async def _wait_in_queue(
-    request: Request, engine_queue: EngineQueue, client: ClientConnection, attempt: Attempt
+    call: Call, engine_queue: EngineQueue, client: ClientConnection, attempt: Attempt
 ) -> QueueOutcome:
-    """Queue ``request`` and return what was decided. Raises `ClientDisconnected` if the client disconnects first."""
-    decision = engine_queue.submit(request)
+    """Queue the request and return what was decided. Raises `ClientDisconnected` if the client disconnects first."""
+    request = call.request
+    decision = engine_queue.submit(request, at_once=call.has_room)
+    call.has_room = False
     if decision.done():
         return decision.result()
     attempt.position = engine_queue.waiting.position(request)

@@ -15,7 +15,7 @@ from gateway.api.addresses import is_loopback
 from gateway.api.auth import ApiKey
 from gateway.api.body_fields import FieldGuard
 from gateway.config.engines import EngineConfig, FailoverConfig, HttpEngineConfig, PredictorConfig
-from gateway.config.keys import KeyConfig
+from gateway.config.keys import SHARED, KeyConfig, KeysFileConfig
 from gateway.config.observability import DecisionsConfig, LoggingConfig, TracingConfig
 from gateway.config.policies import PolicyConfig, ShadowConfig, SloClassConfig
 from gateway.config.section import Name, Section
@@ -23,6 +23,7 @@ from gateway.config.server import LimitsConfig, ServerConfig
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
 from gateway.requests.slo import SloClass
+from gateway.tenants.limits import TenantLimits
 
 RELOADABLE = frozenset((
     "classes",
@@ -30,6 +31,7 @@ RELOADABLE = frozenset((
     "engines",
     "failover",
     "keys",
+    "keys_file",
     "limits",
     "policy",
     "shadow",
@@ -41,6 +43,7 @@ RELOADABLE = frozenset((
     "server.max_body_bytes",
     "server.max_open_requests",
     "server.max_pass_through",
+    "server.operator_auth",
     "server.pass_through_routes",
     "server.sse_keep_alive_s",
 ))  # fmt: skip
@@ -60,6 +63,7 @@ class GatewayConfig(Section):
     classes: dict[Name, SloClassConfig] = Field(min_length=1, max_length=64)
     default_class: str
     keys: list[KeyConfig] = Field(default_factory=list, max_length=10_000)
+    keys_file: KeysFileConfig | None = None
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     tracing: TracingConfig = Field(default_factory=TracingConfig)
     decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
@@ -67,20 +71,7 @@ class GatewayConfig(Section):
     @model_validator(mode="after")
     def _is_consistent(self) -> GatewayConfig:
         self._require_class(self.default_class, "default_class")
-        digests: set[str] = set()
-        weights: dict[str, float] = {}
-        for index, key in enumerate(self.keys):
-            for name in [key.default_class, *(key.allowed_classes or [])]:
-                if name is not None:
-                    self._require_class(name, f"keys[{index}]")
-            default = key.default_class or self.default_class
-            if key.allowed_classes is not None and default not in key.allowed_classes:
-                raise ValueError(f"keys[{index}]: default class {default!r} is not in allowed_classes")
-            if weights.setdefault(key.tenant, key.weight) != key.weight:
-                raise ValueError(f"keys[{index}]: another key of tenant {key.tenant!r} has another weight")
-            if key.sha256 in digests:
-                raise ValueError(f"keys[{index}]: another key has the same digest")
-            digests.add(key.sha256)
+        self._require_consistent_keys()
         labels = [shadow.label or shadow.name for shadow in self.shadow]
         for index, label in enumerate(labels):
             if label in labels[:index]:
@@ -88,25 +79,81 @@ class GatewayConfig(Section):
         names = [engine.name for engine in self.engines]
         if len(set(names)) < len(names):
             raise ValueError("engines: names must be unique")
-        if not self.keys and not self.server.allow_anonymous and not is_loopback(self.server.host):
+        if not self.requires_key and not self.server.allow_anonymous and not is_loopback(self.server.host):
             raise ValueError(
                 f"server.host: other machines can reach {self.server.host} but no keys are configured; "
                 "add keys, or set server.allow_anonymous: true"
             )
+        self._require_operator_auth()
         return self
+
+    def _require_operator_auth(self) -> None:
+        asked = self.server.operator_auth
+        if asked and not self.requires_key:
+            raise ValueError("server.operator_auth: no keys are configured; add `keys_file: keys.json` and a key")
+        if asked is False and self.requires_key and not is_loopback(self.server.host):
+            raise ValueError(
+                f"server.operator_auth: other machines can reach {self.server.host}, so the pages of the "
+                "operator need a key; remove this line, or listen on 127.0.0.1"
+            )
+
+    @property
+    def operator_key_required(self) -> bool:
+        """Whether `/metrics`, `/status`, `/dashboard` and `/docs` need the key of an operator.
+
+        They need none on a gateway that serves without keys, beyond the loopback only with ``allow_anonymous``.
+        """
+        asked = self.server.operator_auth
+        return self.requires_key and (not is_loopback(self.server.host) if asked is None else asked)
+
+    @property
+    def requires_key(self) -> bool:
+        """Whether clients need a key. A keys file requires one even while it holds none, so revoking opens nothing."""
+        return bool(self.keys) or self.keys_file is not None
+
+    def all_keys(self) -> list[tuple[str, KeyConfig]]:
+        """Return every key with its place, such as ``keys[0]`` or ``keys_file.keys[0]``."""
+        in_file = [] if self.keys_file is None else self.keys_file.keys
+        return [(f"keys[{index}]", key) for index, key in enumerate(self.keys)] + [
+            (f"keys_file.keys[{index}]", key) for index, key in enumerate(in_file)
+        ]
+
+    def _require_consistent_keys(self) -> None:
+        digests: set[str] = set()
+        first_of: dict[str, KeyConfig] = {}
+        for place, key in self.all_keys():
+            for name in [key.default_class, *(key.allowed_classes or [])]:
+                if name is not None:
+                    self._require_class(name, place)
+            default = key.default_class or self.default_class
+            if key.allowed_classes is not None and default not in key.allowed_classes:
+                raise ValueError(f"{place}: default class {default!r} is not in allowed_classes")
+            first = first_of.setdefault(key.tenant, key)
+            for setting in SHARED:
+                if getattr(first, setting) != getattr(key, setting):
+                    raise ValueError(f"{place}: another key of tenant {key.tenant!r} has another {setting}")
+            if key.sha256 in digests:
+                raise ValueError(f"{place}: another key has the same digest")
+            digests.add(key.sha256)
 
     def cautions(self) -> list[str]:
         """Return a message for each valid setting that is probably unintended: its key and the fix."""
+        cautions = []
+        if self.operator_key_required and not any(key.operator for _, key in self.all_keys()):
+            cautions.append(
+                "keys: /metrics, /status, /dashboard and /docs need a key with operator: true and there is none; "
+                "`antares key new --operator` makes one"
+            )
         unbounded_e2e = [
-            f"keys[{index}]"
-            for index, key in enumerate(self.keys)
+            place
+            for place, key in self.all_keys()
             if key.min_e2e_ms is None and not (key.min_ttft_ms is None and key.min_tpot_ms is None)
         ]
-        if not unbounded_e2e:
-            return []
-        first, *others = unbounded_e2e
-        keys = f"{first} and {len(others)} more" if others else first
-        return [f"{keys}: min_ttft_ms and min_tpot_ms only partly limit x-slo-e2e-ms; set min_e2e_ms too"]
+        if unbounded_e2e:
+            first, *others = unbounded_e2e
+            keys = f"{first} and {len(others)} more" if others else first
+            cautions.append(f"{keys}: min_ttft_ms and min_tpot_ms only partly limit x-slo-e2e-ms; set min_e2e_ms too")
+        return cautions
 
     def _require_class(self, name: str, key: str) -> None:
         if name not in self.classes:
@@ -127,29 +174,16 @@ class GatewayConfig(Section):
 
     def api_keys(self) -> list[ApiKey]:
         """Return the API keys for the key ring."""
-        return [
-            ApiKey(
-                tenant=k.tenant,
-                default_class=k.default_class or self.default_class,
-                sha256=k.sha256,
-                allowed_classes=None if k.allowed_classes is None else frozenset(k.allowed_classes),
-                least_bounds={
-                    bound: ms / 1000
-                    for bound, ms in (("ttft", k.min_ttft_ms), ("tpot", k.min_tpot_ms), ("e2e", k.min_e2e_ms))
-                    if ms is not None
-                },
-                allowed_fields=self._allowed_fields(k.allowed_fields),
-                allowed_models=None if k.allowed_models is None else frozenset(k.allowed_models),
-                expires_s=None if k.expires is None else k.expires.timestamp(),
-                weight=k.weight,
-                operator=k.operator,
-            )
-            for k in self.keys
-        ]
+        allowed = self._allowed_fields()
+        return [key.api_key(self.default_class, allowed) for _, key in self.all_keys()]
+
+    def tenant_limits(self) -> dict[str, TenantLimits]:
+        """Return the limits by tenant. All keys of a tenant have the same."""
+        return {key.tenant: key.limits for _, key in self.all_keys()}
 
     def anonymous_key(self) -> ApiKey:
         """Return the rights of all requests if no keys are configured."""
-        return ApiKey("anonymous", self.default_class, allowed_fields=self._allowed_fields(None))
+        return ApiKey("anonymous", self.default_class, allowed_fields=self._allowed_fields())
 
     def engine_connections(self) -> int:
         """Return the maximum number of connections to engines."""
@@ -160,8 +194,14 @@ class GatewayConfig(Section):
         """Return what applies a key's rights to the fields of a body."""
         return FieldGuard(rejects=self.server.body_fields.on_denied == "reject")
 
-    def _allowed_fields(self, of_key: list[str] | None) -> frozenset[str]:
-        return frozenset(self.server.body_fields.allow if of_key is None else of_key)
+    def _allowed_fields(self) -> frozenset[str]:
+        return frozenset(self.server.body_fields.allow)
+
+    def with_keys(self, entries: list[Any]) -> ConfigChange:
+        """Return the change to ``entries`` of the keys file. Raises pydantic's ValidationError, as `change_to`."""
+        assert self.keys_file is not None
+        new = parse({**self.model_dump(), "keys_file": {"path": self.keys_file.path, "keys": entries}})
+        return ConfigChange(new, self.changed(new))
 
     def changed(self, new: GatewayConfig) -> list[str]:
         """Return the keys whose values differ in ``new``, such as ``policy`` and ``server.port``."""

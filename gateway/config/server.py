@@ -52,6 +52,9 @@ class ServerConfig(Section):
     allow_anonymous: bool = Field(
         False, description="Serve without API keys on an address that other machines can reach."
     )
+    operator_auth: bool | None = Field(
+        None, description="Whether the operator's pages need a key; null: if other machines can reach them."
+    )
     max_body_bytes: int = Field(8 << 20, ge=1024, le=1 << 30)
     max_open_requests: int = Field(4096, ge=1, description="Open requests above which new ones get 429 queue_full.")
     max_pass_through: int = Field(

@@ -15,8 +15,10 @@ from prometheus_client.openmetrics import exposition as openmetrics
 
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.state_metrics import DroppedRecords, GatewayState
+from gateway.observability.usage_metrics import UsageMetrics
 from gateway.observability.windows import Windows
 from gateway.scheduling.engine_queue import EngineQueue
+from gateway.tenants.usage import Usage
 
 _REQUEST = ("slo_class", "model", "engine")
 
@@ -40,7 +42,8 @@ class _Connections(Protocol):
 
 
 class _Bodies(Protocol):
-    used: int
+    @property
+    def used(self) -> int: ...
 
 
 class Metrics:
@@ -148,6 +151,8 @@ class Metrics:
             ("engine",),
             registry=registry,
         )
+        self.usage = Usage()
+        registry.register(UsageMetrics(self.usage))
         self.dropped_records = DroppedRecords()
         registry.register(self.dropped_records)
         self.connections = Gauge("antares_connections", "Open connections of clients.", registry=registry)
@@ -191,17 +196,17 @@ class Metrics:
     def on_close(self, entry: Entry) -> None:
         """Count a request that ended (`Ledger.on_close`)."""
         request = entry.request
-        labels = (request.slo_class, request.model, entry.engine)
-        self._child(self.requests, *labels, request.tenant, entry.outcome or "", entry.reason).inc()
+        labels, tenant = (request.slo_class, request.model, entry.engine), self.usage.label(request.tenant)
+        self._child(self.requests, *labels, tenant, entry.outcome or "", entry.reason).inc()
         if entry.attained:
-            self._child(self.attained, *labels, request.tenant).inc()
+            self._child(self.attained, *labels, tenant).inc()
         for bound in entry.violated:
             self._child(self.violations, *labels, bound).inc()
         exemplar = _exemplar(entry)
         if request.admitted_s is not None:
             self._child(self.queue, *labels).observe(entry.queue_s, exemplar)
-            self._child(self.prompt_tokens, *labels, request.tenant).inc(request.prompt_tokens)
-            self._child(self.output_tokens, *labels, request.tenant).inc(request.generated)
+            self._child(self.prompt_tokens, *labels, tenant).inc(request.prompt_tokens)
+            self._child(self.output_tokens, *labels, tenant).inc(request.generated)
         self._count_prompt(entry)
         if entry.outcome == "finished":
             if entry.ttft_s is not None:

@@ -136,22 +136,22 @@ class AdmissionController:
             self.waiting.reorder(request)
         self.engine.shared_tokens = int(self.prefixes.shared_tokens)
 
-    def has_ample_room(self, now: float, request: Request, tokens: float) -> bool:
-        """Whether no policy would keep ``request`` waiting, so that its output length decides nothing.
+    def has_ample_room(self, now: float, request: Request) -> bool:
+        """Whether the output length of ``request`` decides nothing: not if it is admitted, nor when.
 
-        Nothing waits, and with ``tokens`` per sequence of this request the engine uses at most `AMPLE` of its
-        sequences and its memory, and of the time that each bound leaves.
+        Nothing waits, and with this request the engine uses at most `AMPLE` of its sequences and its memory, and of the
+        time that each bound leaves.
         """
         engine, running = self.engine, self.running.values()
         if self.waiting or request.slo.e2e_s is not None or len(running) >= AMPLE * engine.max_num_seqs:
             return False
-        sequences, context, memory = request.sequences, 0.0, (request.prompt_tokens + tokens) * request.sequences
+        sequences, context, memory = request.sequences, 0.0, _memory(request)
         pace_s = math.inf if request.pace_s is None else request.pace_s
         prefill_s = self.prefill_s(request)
         for other in running:
             sequences += other.sequences
             context += other.length * other.sequences
-            memory += (other.prompt_tokens + max(other.predicted_p90, other.predicted_tokens)) * other.sequences
+            memory += _memory(other)
             if other.pace_s is not None and other.pace_s < pace_s:
                 pace_s = other.pace_s
             if other.prefilling:
@@ -204,6 +204,11 @@ class AdmissionController:
         unfinished = [r for r in self.running.values() if r.prefilling]
         work = self.queued_prefill_s() + prefill_seconds(unfinished, self.engine)
         return work, len(self.running) + len(self.waiting)
+
+
+def _memory(request: Request) -> float:
+    """Return the tokens of KV memory that ``request`` probably needs in the end."""
+    return (request.prompt_tokens + max(request.predicted_p90, request.predicted_tokens)) * request.sequences
 
 
 def _remaining_s(request: Request, step_s: float, now: float) -> float:

@@ -142,8 +142,11 @@ class EngineQueue:
 
     # --- events ---------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> asyncio.Future[QueueOutcome]:
-        """Queue ``request`` and return its future outcome. A closed queue and a full class queue answer at once."""
+    def submit(self, request: Request, at_once: bool = False) -> asyncio.Future[QueueOutcome]:
+        """Queue ``request`` and return its future outcome. A closed queue and a full class queue answer at once.
+
+        ``at_once``: decide now, not once for all requests that arrive in this iteration of the event loop.
+        """
         outcome: asyncio.Future[QueueOutcome] = asyncio.get_running_loop().create_future()
         if self._closed or (self.retired and self.can_move(request)):
             outcome.set_result(Reroute() if self.retired else Draining())
@@ -164,7 +167,10 @@ class EngineQueue:
         # After its prefix-cache hit is predicted, which the shadows copy.
         self.shadows.submitted(request)
         self._outcomes[request.id] = outcome
-        self.wake()
+        if at_once and not self._scheduled:
+            self._decide()
+        else:
+            self.wake()
         return outcome
 
     def withdraw(self, request: Request) -> None:
@@ -200,13 +206,14 @@ class EngineQueue:
         self.admission.capacity_changed()
         self.wake()
 
-    def needs_no_length(self, request: Request, tokens: float) -> bool:
-        """Whether ``request`` can be queued before its length is predicted; about ``tokens`` per sequence are usual."""
-        return (
-            not self.shadows.all
-            and self.engine.state.alive
-            and self.admission.has_ample_room(self._clock(), request, tokens)
-        )
+    def has_ample_room(self, request: Request) -> bool:
+        """Whether ``request`` can be queued before its length is known, and decided about before others arrive.
+
+        No shadow policy runs, which would need the length, and `AdmissionController.has_ample_room`.
+        """
+        if self.shadows.all or not self.engine.state.alive:
+            return False
+        return self.admission.has_ample_room(self._clock(), request)
 
     def on_length(self, request: Request, tokens: float, p90: float) -> None:
         """Note the predicted length of a request that was queued before it."""
@@ -248,12 +255,12 @@ class EngineQueue:
         return len(self.waiting) + len(self.running) + self.calls
 
     def set_policy(self, policy: Policy) -> None:
-        """Have ``policy`` decide from now on. Requests keep waiting in its order, and running ones go on."""
+        """Have ``policy`` decide from now on. Waiting requests are sorted in its order; running requests continue."""
         self.admission.set_policy(policy)
         self.wake()
 
     def set_shadows(self, policies: Mapping[str, Policy], changed: Collection[str]) -> None:
-        """Run the shadow ``policies`` (by name). Those that are not ``changed`` go on with their requests and counts.
+        """Run the shadow ``policies`` (by name). A shadow that is not ``changed`` keeps its requests and counts.
 
         A new one sees the requests that arrive from now on.
         """

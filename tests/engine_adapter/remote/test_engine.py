@@ -371,6 +371,7 @@ def test_base_url_must_be_http() -> None:
         HttpEngine("remote", "localhost:8000")
 
 
+@pytest.mark.process
 async def test_step_times_are_learned_from_streams() -> None:
     steps: list[None] = []
     # Steps are long, because a busy machine is late by some milliseconds.

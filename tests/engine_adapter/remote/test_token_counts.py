@@ -43,6 +43,7 @@ async def test_single_tokens_without_usage_are_counted_as_events() -> None:
     assert recorder.count() == len(words)
 
 
+@pytest.mark.process
 async def test_step_times_of_batched_tokens_are_per_token() -> None:
     steps: list[bytes | float] = []
     for _ in range(16):

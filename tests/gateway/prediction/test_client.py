@@ -306,7 +306,13 @@ async def endless_server(chunk: bytes, pause_s: float) -> AsyncIterator[str]:
         server.close()
 
 
-@pytest.mark.parametrize(("chunk", "pause_s"), [(b" " * (1 << 16), 0.0), (b" ", 0.05)], ids=["huge", "trickle"])
+@pytest.mark.parametrize(
+    ("chunk", "pause_s"),
+    [
+        pytest.param(b" " * (1 << 16), 0.0, id="huge"),
+        pytest.param(b" ", 0.05, id="trickle", marks=pytest.mark.process),
+    ],
+)
 async def test_answer_without_end_is_cut_and_opens_the_breaker(chunk: bytes, pause_s: float) -> None:
     async with endless_server(chunk, pause_s) as url:
         client = make_client(url, timeout_s=0.05)

@@ -8,10 +8,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from engine_adapter.engine import EngineState, Receive, Scope, Send
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.policies.fcfs import Fcfs
+from gateway.policies.registry import make_policy
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
 from gateway.scheduling.admission import AdmissionController
@@ -143,13 +146,14 @@ def test_has_ample_room_up_to_half_of_everything(asked: Request, tokens: float, 
     other.predict(100.0, 150.0)
     other.admitted_s = other.first_token_s = 0.0
     admission.running[other.id] = other
-    assert admission.has_ample_room(0.0, asked, tokens) is expected
+    asked.predict(tokens / 2, tokens)
+    assert admission.has_ample_room(0.0, asked) is expected
 
 
 def test_has_ample_room_is_false_behind_a_waiting_request() -> None:
     admission = AdmissionController(Fcfs(), EngineState(max_num_seqs=16, kv_tokens=2000))
     admission.submit(request(1))
-    assert not admission.has_ample_room(0.0, request(0), 10)
+    assert not admission.has_ample_room(0.0, request(0))
 
 
 def test_predict_later_revises_a_length_that_is_exceeded() -> None:
@@ -160,3 +164,38 @@ def test_predict_later_revises_a_length_that_is_exceeded() -> None:
     assert one.predicted_at_arrival == 3.0
     assert one.predicted_tokens > 5
     assert one.pace_s == pace_s
+
+
+bounds = st.none() | st.floats(0.02, 5.0)
+
+
+@st.composite
+def requests(draw: st.DrawFn, number: int) -> Request:
+    slo = Slo(ttft_s=draw(bounds), tpot_s=draw(bounds))
+    made = request(number, prompt=draw(st.integers(1, 3000)), slo=slo, sequences=draw(st.integers(1, 4)))
+    made.predict(draw(st.floats(1, 500)), draw(st.floats(500, 1000)))
+    return made
+
+
+@pytest.mark.parametrize("policy", ["slack", "fcfs", "scorpio", "annealing"])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_policy_decides_by_the_length_while_there_is_ample_room(policy: str, data: st.DataObject) -> None:
+    running = [data.draw(requests(number)) for number in range(data.draw(st.integers(0, 8)))]
+    arriving = data.draw(requests(99))
+    admitted = []
+    for length in ((arriving.predicted_tokens, arriving.predicted_p90), (1.0, 1.0)):
+        state = EngineState(max_num_seqs=64, kv_tokens=100_000)
+        state.step_time.start_over(StepTimes(b=1e-6, d=0.01, alpha=1e-4))
+        admission = AdmissionController(make_policy(policy), state)
+        for other in running:
+            other.admitted_s = 0.0
+            admission.running[other.id] = other
+        assume(admission.has_ample_room(0.0, arriving))
+        arriving.admitted_s = None
+        arriving.predict(*length)
+        admission.submit(arriving)
+        decision = admission.decide(0.0)
+        assert not decision.reject
+        admitted.append(len(decision.admit))
+    assert admitted[0] == admitted[1]

@@ -150,6 +150,7 @@ def test_help_lists_every_workload_and_slo_table() -> None:
     assert all(name in options["slo_table"] for name in slo_table_names())
 
 
+@pytest.mark.process
 def test_import_of_command_is_light() -> None:
     code = "import sys, lab.bench.cli; assert not {'numpy', 'aiohttp', 'matplotlib'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=20).returncode == 0

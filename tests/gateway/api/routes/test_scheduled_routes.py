@@ -98,7 +98,7 @@ async def test_anthropic_error_type_follows_the_status(
     async with live(**config) as antares:
         text = "x" * 2000 if status == 413 else "hi"
         if status == 429:
-            antares.gateway.proxy.in_flight += 1
+            antares.gateway.proxy.open_requests.used += 1
         answer = await antares.ask(body_of(MESSAGES, text), MESSAGES, x_request_id="r-1", **headers)
         document = answer.json()
         assert (answer.status_code, document["type"], document["error"]["type"]) == (status, "error", kind)
