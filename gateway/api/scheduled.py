@@ -37,7 +37,8 @@ from gateway.observability.trace_context import with_traceparent
 from gateway.policies.base import UNGATED
 from gateway.prediction.client import LengthPredictor, Prediction
 from gateway.requests.progress import Progress
-from gateway.scheduling.engine_queue import Admitted, EngineQueue, QueueOutcome, Reroute
+from gateway.scheduling.engine_queue import EngineQueue
+from gateway.scheduling.queue_outcome import Admitted, QueueOutcome, Reroute
 from gateway.scheduling.router import Router, UnknownModel
 
 log = logging.getLogger("antares.proxy")

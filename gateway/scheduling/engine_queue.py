@@ -11,10 +11,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 from engine_adapter.engine import Engine, PrefixCacheEvent
-from gateway.policies.base import UNGATED, Decision, Policy, Rejection
+from gateway.policies.base import UNGATED, Decision, Policy
 from gateway.requests.prefix_events import PrefixEvents
 from gateway.requests.prefix_index import DEFAULT_CAPACITY_TOKENS
 from gateway.requests.request import Request
@@ -23,6 +22,7 @@ from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.circuit_breaker import CircuitBreaker
 from gateway.scheduling.delays import note_handover, work_ahead_s
+from gateway.scheduling.queue_outcome import Admitted, Draining, EngineDown, QueueFull, QueueOutcome, Reroute
 from gateway.scheduling.shadow import Shadow
 from gateway.scheduling.shadow_runner import ShadowRunner
 
@@ -36,41 +36,6 @@ updated by a request that it served."""
 
 MIN_TIMER_S = 0.001
 """Resolution of the timer for the next decision."""
-
-
-@dataclass(slots=True, frozen=True)
-class EngineDown:
-    """The engine is down and will not be back in time for this request."""
-
-    retry_after_s: float
-
-
-@dataclass(slots=True, frozen=True)
-class Draining:
-    """The gateway shuts down: the request can be sent again to another gateway, or to this one after a restart."""
-
-
-@dataclass(slots=True, frozen=True)
-class QueueFull:
-    """The queue of the request's class is at its limit."""
-
-    limit: int
-    retry_after_s: float
-
-
-@dataclass(slots=True, frozen=True)
-class Admitted:
-    """The engine serves the request; its first token is predicted ``predicted_ttft_s`` after arrival."""
-
-    predicted_ttft_s: float | None
-
-
-@dataclass(slots=True, frozen=True)
-class Reroute:
-    """This engine is down or rests, and another one can serve the request: place it again."""
-
-
-QueueOutcome = Reroute | Admitted | Rejection | EngineDown | Draining | QueueFull
 
 
 class EngineQueue:
