@@ -50,7 +50,7 @@ asyncio.run(main())
 STEP_TIMES = {"b": 1e-6, "d": 1e-3, "alpha": 1e-6}
 """A step takes a millisecond, so that an answer takes about 0.1 s."""
 
-LIMITS = {"head_timeout_s": 1.0, "stall_s": 1.5, "idle_timeout_s": 2.0}
+LIMITS = {"head_timeout_s": 2.5, "stall_s": 2.5, "idle_timeout_s": 3.0}
 """Short time limits of the edge, so that a slow client is cut within seconds."""
 
 CLASSES: dict[str, Any] = {
@@ -129,7 +129,7 @@ class Rig:
 
     async def get(self, path: str) -> Reply:
         """GET ``path`` from the gateway."""
-        return await exchange(self.port, request(path, b"", method="GET"), limit_s=10)
+        return await exchange(self.port, request(path, b"", method="GET"), limit_s=START_S)
 
     async def status(self) -> dict[str, Any]:
         """Return `/status`."""
