@@ -157,7 +157,7 @@ BEST_EFFORT_PREEMPTION = "best-effort preemption"
 REMOVALS: dict[str, Removal] = {
     FULL: Removal("complete `slack`"),
     "cost_weight": Removal("0: admits by deadline alone", options={"cost_weight": 0.0}),
-    MIN_ADMISSION_SHARE: Removal("0: no class or tenant goes first", options={MIN_ADMISSION_SHARE: 0.0}),
+    MIN_ADMISSION_SHARE: Removal("0: no class goes first", options={MIN_ADMISSION_SHARE: 0.0}),
     "queue_discount": Removal("1: counts all work that is queued ahead", options={"queue_discount": 1.0}),
     MEMORY_CHECK: Removal("admits regardless of KV memory", NoMemoryCheck),
     MEMORY_RISK: Removal("0.5: plans with the mean memory, without a margin", options={MEMORY_RISK: 0.5}),

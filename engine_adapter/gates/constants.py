@@ -20,9 +20,7 @@ class SlackConstants:
     max_hold_s: float = 0.15
     """Seconds that a slow decision may be held, at most: a rejected client should know soon. Convention."""
     fair_share_window: int = 50
-    """Decided requests of a group that its admitted share is averaged over: 100 misses a share of 0.8 in 20 s."""
-    max_fair_share_groups: int = 2000
-    """Most recent classes and tenants that are remembered. Bounds memory."""
+    """Decided requests of a class that its admitted share is averaged over: 100 misses a share of 0.8 in 20 s."""
 
     @property
     def steps_per_turn(self) -> int:

@@ -1,15 +1,15 @@
 """Weighted max-min fairness between the tenants of one engine, by the engine time that their running requests take.
 
-A tenant's *usage* is the time per step of its decodes, and the share of recent time that its prompts took. It counts
-what runs now, so a wrong length hint changes nothing. A tenant is *above its share* if it uses more of the engine than
-its weight's part of what all tenants together use. Then
+A tenant's *usage* is the part of each step that its decodes take, plus the part of recent time that its prompts took.
+Usage is measured on running requests, so a wrong length hint does not change it. A tenant's *share* is the total usage
+of all tenants times its weight over the sum of the weights. A tenant *above its share* is limited:
 
-- requests of the others are ahead of its own, whatever their deadlines,
-- the next request is always taken from the tenant with the least usage by weight,
-- a request of another tenant that does not fit yet blocks the tenants above their share, so the engine drains for it,
-- a tenant above its share leaves room for what the others recently used, up to their share.
+- Requests of other tenants are ordered before its own, whatever their deadlines.
+- The next request is taken from the tenant with the least usage divided by weight.
+- If a request of another tenant does not fit yet, no request of a tenant above its share is admitted until it does.
+- It leaves free what the other tenants recently used, at most up to their shares.
 
-While one tenant alone was active lately, none of this applies: it may use the whole engine.
+A tenant that was recently the only active one may use the whole engine.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class TenantShares:
         of: number of the tenant of each waiting request.
         usage: seconds of a step by tenant, divided by its weight.
         weight: by tenant.
-        level: usage by weight if all tenants, also those that only run, had equal parts.
+        level: total usage divided by total weight, of the tenants with waiting or running requests: the fair share per
+            unit of weight.
         room_s: seconds of a step that tenants above their share leave free.
     """
 

@@ -6,7 +6,7 @@ the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
     1 reject r if its pace is faster than a step with r alone                                      (infeasible)
     2 in deadline order, reject r if now + T(R)/2 + step + mu * (own + queue_discount * ahead) / share > deadline,
       where T(R)/2 is the rest of the step under way, and ahead the backlog and the prompts queued before r  (late)
-    3 order the rest by deadline + cost_weight * w, overdue ones and groups below their minimum share first, where
+    3 order the rest by deadline + cost_weight * w, overdue ones and classes below their minimum share first, where
       w = mu * p + (decode + a * mean length) * y is the engine time of a request with p uncached and y output tokens
     4 admit r if slots and KV memory suffice and R + r keeps its strictest pace, T(R + r) <= P*(R + r),
     5   its own prefill ends before its deadline, and the prefill lookahead has tokens left for it
@@ -70,7 +70,7 @@ class Slack:
     Attributes:
         tpot_target_fraction: fraction of a pace to plan with; below 1 keeps a margin for step jitter.
         cost_weight: deadline penalty (s) per second of engine time; 0 orders by deadline alone.
-        min_admission_share: classes and tenants below this share of the overall admission rate go first; 0: none.
+        min_admission_share: classes below this share of the overall admission rate go first; 0: none.
         memory_risk: probability with which the running set may outgrow the KV memory.
         max_wait_s: wait (s) after which a request is overdue and goes first; a best-effort one for reserved slots only.
         queue_discount: fraction of the work queued ahead that counts in line 2, since some of it will be rejected.
@@ -200,7 +200,7 @@ class Slack:
     def _order(
         self, this: _Round, queue: WaitingBatch, shares: TenantShares | None
     ) -> tuple[NDArray[np.intp], int | None]:
-        """Line 3. Return the order, and the first request with a claim: it is overdue, or its group is behind.
+        """Line 3. Return the order, and the first request with a claim: it is overdue, or its class is behind.
 
         NOTE: this request leads and may exceed the lookahead. Otherwise shorter prompts could always overtake it.
         """

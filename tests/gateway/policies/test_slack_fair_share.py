@@ -1,4 +1,4 @@
-"""`min_admission_share`: SLO classes and tenants whose requests are rejected too often go first."""
+"""`min_admission_share`: SLO classes whose requests are rejected too often go first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rejection(request: Request, infeasible: bool = False) -> Rejection:
 
 
 def note(shares: FairShare, *, admitted: int = 0, rejected: int = 0, **request: str) -> None:
-    """Count decisions about requests with the given class or tenant."""
+    """Count decisions about requests with the given class."""
     for _ in range(admitted):
         shares.note(Decision(admit=[make_request(ttft=1.0, **request)]))
     for _ in range(rejected):
@@ -30,12 +30,11 @@ def behind(shares: FairShare, **request: str) -> bool:
     return (shares.behind([make_request(**request)]) or [False])[0]
 
 
-@pytest.mark.parametrize("group", ["slo_class", "tenant"])
 @given(outcomes=st.lists(st.tuples(st.sampled_from("ab"), st.booleans()), max_size=SLACK.fair_share_window))
-def test_group_is_behind_below_a_fraction_of_the_overall_share(group: str, outcomes: list[tuple[str, bool]]) -> None:
+def test_class_is_behind_below_a_fraction_of_the_overall_share(outcomes: list[tuple[str, bool]]) -> None:
     shares = FairShare(0.5)
     for name, ok in outcomes:
-        note(shares, admitted=ok, rejected=not ok, **{group: name})
+        note(shares, admitted=ok, rejected=not ok, slo_class=name)
     overall = [ok for _, ok in outcomes]
     expected = []
     for name in "ab":
@@ -44,82 +43,43 @@ def test_group_is_behind_below_a_fraction_of_the_overall_share(group: str, outco
         expected.append(2 * sum(own) * len(overall) < sum(overall) * len(own))
         if 2 * sum(own) * len(overall) == sum(overall) * len(own) and own:
             return  # rounding decides
-    found = shares.behind([make_request(**{group: name}) for name in "ab"])
+    found = shares.behind([make_request(slo_class=name) for name in "ab"])
     assert found == (expected if any(expected) else [])
 
 
-def test_shares_of_a_class_and_of_a_tenant_count_separately() -> None:
-    shares = FairShare(0.5)
-    note(shares, admitted=10, slo_class="chat", tenant="good")
-    note(shares, rejected=5, slo_class="chat", tenant="poor")
-    assert [behind(shares, slo_class="chat", tenant=tenant) for tenant in ("good", "poor", "new")] == [
-        False,
-        True,
-        False,
-    ]
-    note(shares, rejected=5, slo_class="code", tenant="good")
-    assert behind(shares, slo_class="code", tenant="new")
-
-
-def test_no_group_is_behind_without_a_minimum_share() -> None:
+def test_no_class_is_behind_without_a_minimum_share() -> None:
     shares = FairShare(0.0)
-    note(shares, admitted=50, tenant="a")
-    note(shares, rejected=50, tenant="b")
-    assert shares.behind([make_request(tenant="b")]) == []
+    note(shares, admitted=50, slo_class="a")
+    note(shares, rejected=50, slo_class="b")
+    assert shares.behind([make_request(slo_class="b")]) == []
 
 
 def test_old_decisions_fade_with_the_window() -> None:
     shares = FairShare(0.5)
-    note(shares, rejected=SLACK.fair_share_window, slo_class="b", tenant="b")
+    note(shares, rejected=SLACK.fair_share_window, slo_class="b")
     note(shares, admitted=20 * SLACK.fair_share_window)
     # After k admissions the share of "b" is 1 - 0.98^k, which is 0.497 at k = 34 and 0.507 at k = 35.
-    note(shares, admitted=34, slo_class="b", tenant="b")
-    assert (behind(shares, tenant="b"), behind(shares, slo_class="b")) == (True, True)
-    note(shares, admitted=1, slo_class="b", tenant="b")
-    assert (behind(shares, tenant="b"), behind(shares, slo_class="b")) == (False, False)
+    note(shares, admitted=34, slo_class="b")
+    assert behind(shares, slo_class="b")
+    note(shares, admitted=1, slo_class="b")
+    assert not behind(shares, slo_class="b")
 
 
 def test_infeasible_and_best_effort_requests_do_not_count() -> None:
     shares = FairShare(0.5)
-    shares.note(Decision(reject=[rejection(make_request(tenant="b"), infeasible=True)]))
-    shares.note(Decision(admit=[make_request(ttft=1.0, tenant="b", bounds_waived=True), make_request(tenant="b")]))
+    shares.note(Decision(reject=[rejection(make_request(slo_class="b"), infeasible=True)]))
+    waived = make_request(ttft=1.0, slo_class="b", bounds_waived=True)
+    shares.note(Decision(admit=[waived, make_request(slo_class="b")]))
     assert shares == FairShare(0.5)
 
 
 def test_behind_has_one_answer_for_each_request() -> None:
     shares = FairShare(0.5)
     assert shares.behind([make_request()]) == [], "no request was decided yet"
-    note(shares, admitted=9, tenant="a")
-    note(shares, rejected=1, tenant="b")
-    tenants = ["a", "b", "new", "b"]
-    assert shares.behind([make_request(tenant=tenant) for tenant in tenants]) == [False, True, False, True]
-
-
-def test_classes_and_tenants_share_one_limit_of_groups() -> None:
-    shares, count = FairShare(0.5), SLACK.max_fair_share_groups
-    note(shares, admitted=100, slo_class="good", tenant="good")
-    note(shares, rejected=1, slo_class="poor class", tenant="poor tenant")
-    # With the overall group and these two, as many groups as the limit allows.
-    for number in range((count - 3) // 2):
-        note(shares, admitted=1, slo_class=f"c{number}", tenant=f"t{number}")
-    assert (behind(shares, slo_class="poor class"), behind(shares, tenant="poor tenant")) == (True, True)
-    for number in range(2):
-        note(shares, admitted=1, slo_class=f"more{number}", tenant=f"more{number}")
-    assert (behind(shares, slo_class="poor class"), behind(shares, tenant="poor tenant")) == (False, False)
-    note(shares, rejected=9, slo_class="poor class", tenant="poor tenant")
-    assert behind(shares, tenant="poor tenant"), "the overall share is kept, and new groups still count"
-
-
-def test_least_recent_groups_are_forgotten() -> None:
-    shares = FairShare(0.5)
-    note(shares, admitted=100)
-    for tenant in ("old", "active"):
-        note(shares, rejected=1, tenant=tenant)
-    for number in range(SLACK.max_fair_share_groups):
-        note(shares, admitted=1, tenant=f"t{number}")
-        if number == SLACK.max_fair_share_groups // 2:
-            note(shares, rejected=1, tenant="active")
-    assert (behind(shares, tenant="old"), behind(shares, tenant="active")) == (False, True)
+    note(shares, admitted=9, slo_class="a")
+    note(shares, rejected=1, slo_class="b")
+    classes = ["a", "b", "new", "b"]
+    assert shares.behind([make_request(slo_class=name) for name in classes]) == [False, True, False, True]
 
 
 def test_expensive_class_gets_its_minimum_share() -> None:
@@ -144,13 +104,13 @@ def test_expensive_class_gets_its_minimum_share() -> None:
     assert expensive == pytest.approx(0.5 * (cheap + expensive) / 2, abs=0.02)
 
 
-def test_request_of_a_group_behind_blocks_no_other_when_it_does_not_fit() -> None:
+def test_request_of_a_class_behind_blocks_no_other_when_it_does_not_fit() -> None:
     policy = Slack()
-    late = [make_request(f"late{i}", at=NOW - 9, ttft=1.0, tpot=1.0, tenant="behind") for i in range(20)]
+    late = [make_request(f"late{i}", at=NOW - 9, ttft=1.0, tpot=1.0, slo_class="behind") for i in range(20)]
     decide(policy, NOW, [*late, *(make_request(str(i), ttft=9, tpot=1.0, prompt=5) for i in range(20))], [], engine())
     batch = [running(f"old{i}", tpot=0.02, prompt=10, output=1000) for i in range(30)]
-    strict = make_request("strict", ttft=5, tpot=0.0125, tenant="behind")
-    loose, other = make_request("loose", ttft=9, tpot=0.5, prompt=5, tenant="behind"), make_request("other", ttft=1)
+    strict = make_request("strict", ttft=5, tpot=0.0125, slo_class="behind")
+    loose, other = make_request("loose", ttft=9, tpot=0.5, prompt=5, slo_class="behind"), make_request("other", ttft=1)
     decision = decide(policy, NOW, [strict, loose, other], batch, engine())
     assert admitted(decision)[0] == "loose"
     assert "strict" not in admitted(decision)
