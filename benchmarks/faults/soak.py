@@ -199,7 +199,12 @@ def slope(samples: list[tuple[float, float, int]], since_s: float) -> float:
 async def gateway(engine: Engine, folder: Path) -> AsyncIterator[Rig]:
     """The gateway to soak."""
     predictor = {"timeout_ms": 50, "state_dir": str(folder / "state"), "expected_tokens": 40}
-    sections = {"predictor": predictor, "limits": LIMITS, "classes": CLASSES, "decisions": {"keep": KEPT}}
+    sections: dict[str, Any] = {
+        "predictor": predictor,
+        "limits": LIMITS,
+        "classes": CLASSES,
+        "decisions": {"keep": KEPT},
+    }
     times = {"b": 0.0, "d": STEP_S, "alpha": 1e-5}
     started = (
         vllm_rig(folder, VLLM_MODEL, **sections)
