@@ -332,6 +332,6 @@ def _queue_s(entry: Entry) -> float | None:
     return None if entry.answer is None else entry.queue_s
 
 
-def to_ms(seconds: float | None) -> float | None:
-    """Return ``seconds`` in milliseconds, to the microsecond."""
-    return None if seconds is None else round(seconds * 1000, 3)
+def to_ms(seconds: float | None, digits: int = 3) -> float | None:
+    """Return ``seconds`` in milliseconds with ``digits`` decimal places."""
+    return None if seconds is None else round(seconds * 1000, digits)

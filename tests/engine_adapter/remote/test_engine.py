@@ -366,9 +366,24 @@ async def test_start_fails_for_a_rejected_key_but_not_for_a_missing_server() -> 
     await engine.stop()
 
 
-def test_base_url_must_be_http() -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "",
+        "http://",
+        "http:h",
+        "//h",
+        "ftp://h",
+        "http://h:x",
+        "http://h:99999",
+        "http://[::1",
+        "http://h\\x",
+    ],
+)
+def test_base_url_must_be_http(url: str) -> None:
     with pytest.raises(ValueError, match="http://host:8000"):
-        HttpEngine("remote", "localhost:8000")
+        HttpEngine("remote", url)
 
 
 @pytest.mark.process
