@@ -30,7 +30,8 @@ from gateway.observability.status import Status
 from gateway.observability.windows import MAX_TENANTS, Windows
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
-from gateway.prediction.client import LengthPredictor, LengthStatistics
+from gateway.prediction.client import LengthPredictor
+from gateway.prediction.lengths import LengthStatistics
 from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.retry_budget import RetryBudget
 from gateway.scheduling.router import Router
