@@ -99,7 +99,10 @@ async def send_bad_bodies(running: Rig, ends: Ends) -> None:
     """Send each of `BAD_BODIES`, plain, in chunks and compressed, and a body that grows when it is decompressed."""
     calls = []
     for body in BAD_BODIES:
-        chunked = HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        chunked = HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (
+            len(body),
+            body,
+        )
         chunked = chunked if body else HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
         packed = request(CHAT, gzip.compress(body), {"content-encoding": "gzip"})
         calls += [exchange(running.port, sent) for sent in (request(CHAT, body), chunked, packed)]

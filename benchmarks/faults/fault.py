@@ -100,10 +100,7 @@ def unexpected(fault: Fault, ends: Ends) -> list[str]:
     """Return the ends that the clients of ``fault`` should not have seen."""
     pairs = [(ends.seen, fault.ends), (ends.abusive, fault.abusive)]
     return [
-        f"{count} x {end}"
-        for seen, allowed in pairs
-        for end, count in seen.items()
-        if not re.fullmatch(allowed, end)
+        f"{count} x {end}" for seen, allowed in pairs for end, count in seen.items() if not re.fullmatch(allowed, end)
     ]
 
 

@@ -96,6 +96,13 @@ class HttpRequest:
         connection = self.scope.get(CONNECTION_KEY)
         return None if connection is None else connection.lost()
 
+    def belongs_to(self, holder: Holder) -> None:
+        """Note whose part of the shared limits the request counts to."""
+        self.holder = holder
+        connection = self.scope.get(CONNECTION_KEY)
+        if connection is not None:
+            connection.holder = holder
+
     def cut(self, reason: str) -> None:
         """Close the client's connection because of ``reason``."""
         connection = self.scope.get(CONNECTION_KEY)

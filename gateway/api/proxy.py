@@ -173,7 +173,8 @@ class Proxy:
         """Serve ``http``, and answer with an error response if that fails."""
         try:
             key = self._authenticate(http)
-            http.tenant, http.holder = key.tenant, holder_of(http.scope, key, self.keys)
+            http.tenant = key.tenant
+            http.belongs_to(holder_of(http.scope, key, self.keys))
             self.accounts.enter(http, key)
             with self.bodies.reservation(http.holder) as memory:
                 # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for each open request.

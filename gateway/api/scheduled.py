@@ -37,7 +37,8 @@ from gateway.observability.trace_context import with_traceparent
 from gateway.policies.base import UNGATED
 from gateway.prediction.client import LengthPredictor, Prediction
 from gateway.requests.progress import Progress
-from gateway.scheduling.engine_queue import Admitted, EngineQueue, QueueOutcome, Reroute
+from gateway.scheduling.engine_queue import EngineQueue
+from gateway.scheduling.queue_outcome import Admitted, QueueOutcome, Reroute
 from gateway.scheduling.router import Router, UnknownModel
 
 log = logging.getLogger("antares.proxy")
@@ -269,6 +270,7 @@ class Scheduled:
         scope[RENDERING_KEY] = call.size.handle
         watch = self.attempts.hang_watch(call, engine_queue, relay, sent_at)
         stall_s, grace_s = self.stall_s, LEAVE_GRACE_S if engine.watches_disconnect else 0.0
+        engine_queue.on_handover(request)
         error = await call_engine(engine.app, scope, body, relay, client, stall_s, grace_s, watch, self._clock)
         if await self.attempts.fails_over(call, entry, engine_queue, relay, error, sent_at):
             return False

@@ -17,7 +17,7 @@ from typing import Any
 from gateway.observability.ledger import OUTCOMES, Attempt, Entry
 from gateway.policies.base import Rejection
 from gateway.requests.slo import Slo
-from gateway.scheduling.engine_queue import EngineDown, QueueFull
+from gateway.scheduling.queue_outcome import EngineDown, QueueFull
 
 MAX_LISTED = 200
 """Records in one answer of `GET /v1/requests`. One takes about 10 us of the event loop's time."""

@@ -170,6 +170,7 @@ def _engine(engine_queue: EngineQueue) -> dict[str, Any]:
         "slots": state.max_num_seqs,
         "kv_usage": round(state.kv_usage, 4),
         "steps_seen": state.step_time.steps_seen,
+        "handover_ms": round(1000 * state.handover_s, 3),
         "step_base_ms": round(times.d * 1000, 3),
         "step_per_sequence_ms": round(times.b * 1000, 4),
         "prefill_per_token_ms": round(times.alpha * 1000, 4),
