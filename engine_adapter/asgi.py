@@ -23,34 +23,26 @@ class ClientDisconnected(Exception):  # noqa: N818 - it names an event, not an e
     """The client disconnected before its request was complete, or before it received the whole response."""
 
 
-class BodyTooLarge(Exception):  # noqa: N818 - as above
-    """The request body is larger than the reader's limit."""
-
-
 class BodyTooDeep(Exception):  # noqa: N818 - as above
     """The document nests deeper than the JSON encoder supports (254 levels). The parser accepts up to 1,024."""
 
 
-async def read_body(receive: Receive, max_bytes: int | None = None) -> bytes:
-    """Return the whole request body.
+async def receive_chunk(receive: Receive) -> tuple[bytes, bool]:
+    """Return the next chunk of the request body, and whether it is the last. Raises `ClientDisconnected`."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnected
+    return message.get("body", b""), not message.get("more_body", False)
 
-    Raises:
-        ClientDisconnected: the client disconnected first.
-        BodyTooLarge: the body has more than ``max_bytes`` bytes.
-    """
+
+async def read_body(receive: Receive) -> bytes:
+    """Return the whole request body. Raises `ClientDisconnected`."""
     chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnected
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if max_bytes is not None and size > max_bytes:
-            raise BodyTooLarge
+    complete = False
+    while not complete:
+        chunk, complete = await receive_chunk(receive)
         chunks.append(chunk)
-        if not message.get("more_body", False):
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def encode_json(document: dict[str, Any]) -> bytes:
@@ -97,13 +89,18 @@ async def read_document_or_body(scope: Scope, receive: Receive) -> tuple[dict[st
 
 
 class ClientConnection:
-    """The client's connection after its request body was read. It watches ``receive`` for the disconnect.
+    """The client's connection after its request body was read.
 
-    ``disconnected``: a task that is done when the client has disconnected.
+    Args:
+        receive: tells of the disconnect, if ``lost`` does not.
+        lost: a future of the server that is done when the client has disconnected. It saves a task.
+
+    ``disconnected``: a future that is done when the client has disconnected.
     """
 
-    def __init__(self, receive: Receive) -> None:
-        self.disconnected: asyncio.Task[None] = asyncio.create_task(_wait_for_disconnect(receive))
+    def __init__(self, receive: Receive, lost: asyncio.Future[None] | None = None) -> None:
+        self._watching = asyncio.create_task(_wait_for_disconnect(receive)) if lost is None else None
+        self.disconnected: asyncio.Future[None] = lost or self._watching  # type: ignore[assignment]
 
     def receive_for(self, body: bytes | JsonBody) -> Receive:
         """Return a ``receive`` for an engine's app: ``body`` once, then ``http.disconnect`` when the client leaves."""
@@ -123,7 +120,8 @@ class ClientConnection:
 
     def close(self) -> None:
         """Stop watching."""
-        self.disconnected.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
 
 
 async def run_until_disconnect(work: Coroutine[object, object, None], receive: Receive) -> None:

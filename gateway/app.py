@@ -12,6 +12,8 @@ from engine_adapter.engine import ASGIApp, Engine, EngineEvents, Receive, Scope,
 from gateway.api.auth import KeyRing
 from gateway.api.connections import Connections, connections_for, descriptor_limit
 from gateway.api.cors import Cors
+from gateway.api.errors import ApiError
+from gateway.api.operator_auth import UNGUARDED, check_operator_key
 from gateway.api.operator_routes import operator_routes
 from gateway.api.paths import API_PREFIX, unknown_path
 from gateway.api.proxy import Proxy
@@ -25,7 +27,7 @@ from gateway.observability.live import HEADERS_ONLY_KEY, LiveFeed
 from gateway.observability.metrics import Metrics
 from gateway.observability.recording import make_recorder
 from gateway.observability.status import Status
-from gateway.observability.windows import Windows
+from gateway.observability.windows import MAX_TENANTS, Windows
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
 from gateway.prediction.client import LengthPredictor, LengthStatistics
@@ -102,7 +104,7 @@ class Gateway:
         self.proxy = Proxy(
             self.router,
             dict(classes),
-            KeyRing(config.api_keys(), config.anonymous_key()),
+            _key_ring(config),
             self.predictor,
             self.ledger,
             self.metrics,
@@ -122,10 +124,16 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        # NOTE: the operator's routes need no key, so pages of other origins must not read them.
+        # NOTE: the operator's routes may need no key, so pages of other origins must not read them.
         if scope["type"] == "http" and scope["path"] not in self._operator_paths:
             await self._api(scope, receive, send)
             return
+        if self._config.operator_key_required and scope["path"] not in UNGUARDED:
+            try:
+                check_operator_key(scope["headers"], self.proxy.keys)
+            except ApiError as error:
+                await send_error(send, error)
+                return
         if scope.get("method") == "HEAD":
             # The server sends no body for HEAD.
             scope = {**scope, "method": "GET", HEADERS_ONLY_KEY: True}
@@ -195,7 +203,7 @@ class Gateway:
         # A removed class stays in the queues, because open requests may belong to it.
         self._queued_classes.update(effective.slo_classes())
         self.proxy.classes = effective.slo_classes()
-        self.proxy.keys = KeyRing(effective.api_keys(), effective.anonymous_key())
+        self.proxy.keys = _key_ring(effective)
         self.proxy.guard = effective.field_guard()
         self._apply_limits()
         for engine_queue in self.engines.queues:
@@ -223,6 +231,7 @@ class Gateway:
         """Apply the limits of the configuration. Requests that are open keep theirs."""
         server, failover, limits = self._config.server, self._config.failover, self._config.limits.limits()
         self.connections.set_limits(limits)
+        self.proxy.accounts.tenants.set_limits(self._config.tenant_limits())
         self.proxy.set_limits(
             max_body_bytes=server.max_body_bytes,
             max_open_requests=server.max_open_requests,
@@ -288,8 +297,14 @@ class Gateway:
             "draining": self.proxy.draining,
             "predictor": predictor,
             "predictor_up": self.predictor.up,
+            "usage": self.proxy.accounts.document(MAX_TENANTS),
         }
 
     def _on_close(self, entry: Entry) -> None:
         self.metrics.on_close(entry)
+        self.proxy.accounts.on_close(entry)
         self.status.on_close(entry)
+
+
+def _key_ring(config: GatewayConfig) -> KeyRing:
+    return KeyRing(config.api_keys(), config.anonymous_key(), required=config.requires_key)

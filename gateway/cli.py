@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 LAZY_COMMANDS = {
+    "key": ("gateway.key_commands", "Make, list and revoke API keys."),
     "predictor": ("predictor_service.cli", "Train, evaluate and serve the output-length predictor."),
     "simulate": ("lab.cli", "Simulate capacity and compare policies in virtual time, without a GPU."),
     "bench": ("lab.cli", "Measure an OpenAI-compatible server under a workload with SLOs."),
@@ -58,6 +59,10 @@ app = typer.Typer(
 config_app = typer.Typer(help="Check and reload configuration files, and hash API keys.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
+KeyEnv = Annotated[
+    str | None,
+    typer.Option(help="Environment variable with the API key; by default ANTARES_OPERATOR_KEY or ANTARES_API_KEY."),
+]
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (YAML); see configs/.")]
 
 
@@ -111,23 +116,17 @@ def serve(
 @app.command()
 def top(
     url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8100",
-    key_env: Annotated[
-        str | None, typer.Option(help="Environment variable with the API key, if the gateway asks for one.")
-    ] = None,
+    key_env: KeyEnv = None,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
 ) -> None:
     """Show the state of a gateway in the terminal, as its dashboard does. Press q to leave."""
     import asyncio
-    import os
 
     from rich.console import Console
 
     from gateway.top import TopError, run
 
-    key = os.environ.get(key_env) if key_env else None
-    if key_env and not key:
-        typer.echo(f"antares: the environment variable {key_env} is not set", err=True)
-        raise typer.Exit(2)
+    key = _key(key_env)
     try:
         asyncio.run(run(url.rstrip("/"), key, once, Console()))
     except TopError as error:
@@ -145,7 +144,8 @@ def config_check(
     """Validate FILE and report every mistake with its line, key and reason."""
     import orjson
 
-    from gateway.config.file import ConfigError, load
+    from gateway.config.file import load
+    from gateway.config.mistakes import ConfigError
 
     try:
         with _recorded_deprecations() as deprecations:
@@ -168,11 +168,12 @@ def config_reload(
     pid: Annotated[
         int | None, typer.Option(help="Send SIGHUP to this process instead; its log has the result.")
     ] = None,
+    key_env: KeyEnv = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the gateway's JSON document on stdout.")] = False,
 ) -> None:
     """Have a running gateway read its configuration file again, and print what changed.
 
-    With keys configured, ANTARES_OPERATOR_KEY must hold one with `operator: true`. Exit codes: 1 for mistakes in the
+    With keys configured, it needs one with `operator: true`. Exit codes: 1 for mistakes in the
     file, which change nothing; 2 if the gateway did not reload for another reason.
     """
     import orjson
@@ -184,7 +185,7 @@ def config_reload(
         return
     try:
         # The gateway waits for its engines, if they are starting.
-        status, document = call("POST", f"{url.rstrip('/')}/reload", timeout_s=300)
+        status, document = call("POST", f"{url.rstrip('/')}/reload", 300, _key(key_env))
     except Unreachable as error:
         typer.echo(f"antares: {error}", err=True)
         raise typer.Exit(2) from error
@@ -199,6 +200,17 @@ def config_reload(
         for line in reload_lines(document):
             typer.echo(line, err=not document["ok"])
     raise typer.Exit(0 if document["ok"] else 1)
+
+
+def _key(variable: str | None) -> str | None:
+    """Return the API key to send. Exits 2 if ``variable`` is named but not set."""
+    from gateway.operator_client import NoKeyError, key_from
+
+    try:
+        return key_from(variable)
+    except NoKeyError as error:
+        typer.echo(f"antares: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
 def _hang_up(pid: int) -> None:
@@ -250,17 +262,16 @@ def explain(
         str, typer.Argument(help="The x-request-id of the response, or the id in the gateway's log.")
     ],
     url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8100",
-    key_env: Annotated[str, typer.Option(help="Environment variable that holds an API key.")] = "ANTARES_KEY",
+    key_env: KeyEnv = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead.")] = False,
 ) -> None:
     """Explain why a request was rejected or late: what was decided, where its time went and what would help."""
-    import os
     from urllib.parse import quote
 
     import httpx
     import orjson
 
-    key = os.environ.get(key_env, "")
+    key = _key(key_env)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         address = f"{url.rstrip('/')}/v1/requests/{quote(request_id, safe='')}"
@@ -313,7 +324,8 @@ def _overrides(*, host: str | None, port: int | None, policy: str | None, log_le
 
 def _load(path: Path, overrides: dict[str, Any]) -> tuple[Any, list[str]]:
     """Return the configuration with ``overrides``, and its deprecations. Exits 2 if it is invalid."""
-    from gateway.config.file import ConfigError, load
+    from gateway.config.file import load
+    from gateway.config.mistakes import ConfigError
 
     try:
         with _recorded_deprecations() as deprecations:

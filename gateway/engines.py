@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from engine_adapter.asgi import cancel_and_wait
 from engine_adapter.build import BUILDERS
 from engine_adapter.engine import Engine, EngineEvents, EngineStartError
-from gateway.config.schema import EngineConfig
+from gateway.config.engines import EngineConfig
 from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.router import Router
 

@@ -1,4 +1,4 @@
-"""Calls the operator's routes of a running gateway: `antares health` and `antares config reload`."""
+"""Calls the operator's routes of a running gateway, and finds the API key that the commands send."""
 
 from __future__ import annotations
 
@@ -10,18 +10,34 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-KEY_VARIABLE = "ANTARES_OPERATOR_KEY"
-"""Environment variable with the key of an operator."""
+KEY_VARIABLES = ("ANTARES_OPERATOR_KEY", "ANTARES_API_KEY", "ANTARES_KEY")
+"""Environment variables that may hold the key, in this order. The last one is that of version 0.1."""
 
 
 class Unreachable(Exception):  # noqa: N818 - named after its cause
     """The gateway gave no answer; the message says why."""
 
 
-def call(method: str, url: str, timeout_s: float) -> tuple[int, Any]:
+class NoKeyError(Exception):
+    """The environment variable that was named for the key is not set."""
+
+
+def key_from(variable: str | None) -> str | None:
+    """Return the API key in the environment ``variable``, or in the first one of `KEY_VARIABLES`; None without one.
+
+    Raises `NoKeyError` if ``variable`` is named but not set.
+    """
+    if variable is not None:
+        if not os.environ.get(variable):
+            raise NoKeyError(f"the environment variable {variable} is not set")
+        return os.environ[variable]
+    return next((key for name in KEY_VARIABLES if (key := os.environ.get(name))), None)
+
+
+def call(method: str, url: str, timeout_s: float, key: str | None = None) -> tuple[int, Any]:
     """Return status and JSON document (None if it is none) of the answer of a gateway. Raises `Unreachable`."""
     headers = {"accept": "application/json"}
-    if key := os.environ.get(KEY_VARIABLE):
+    if key:
         headers["authorization"] = f"Bearer {key}"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -1,4 +1,7 @@
-"""Reloads the configuration file while the gateway serves: on SIGHUP and on `POST /reload`."""
+"""Reloads the configuration while the gateway serves: on SIGHUP and on `POST /reload`.
+
+The keys file is also read when it changes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from pydantic import ValidationError
 
 from engine_adapter.asgi import cancel_and_wait
 from gateway.app import Gateway
-from gateway.config.file import ConfigError, Mistake, located
+from gateway.config.file import located
+from gateway.config.keys_file import keys_path, read_keys
+from gateway.config.mistakes import ConfigError, Mistake, mistake_of
 from gateway.config.schema import GatewayConfig
 from gateway.engines import EngineConfigError
 
@@ -21,6 +26,9 @@ log = logging.getLogger("antares.reload")
 
 SETTLE_S = 0.1
 """Seconds from the first signal to the reload, which later signals share: a storm causes few reloads. Convention."""
+
+KEYS_EVERY_S = 1.0
+"""Seconds between two checks whether the keys file has changed. Convention: a revoked key works at most this long."""
 
 
 @dataclass(slots=True)
@@ -50,8 +58,8 @@ class Report:
 class Reloader:
     """Reloads the configuration of ``gateway`` with ``load``, one reload at a time.
 
-    ``load`` reads the file. It raises `gateway.config.file.ConfigError`. ``on_begin`` and ``on_end`` are called around
-    each reload.
+    ``load`` reads the file. It raises `gateway.config.mistakes.ConfigError`. ``on_begin`` and ``on_end`` are called
+    around each reload.
     """
 
     def __init__(
@@ -70,6 +78,11 @@ class Reloader:
         self._on_begin, self._on_end = on_begin, on_end
         self._running = asyncio.Lock()
         self._next: asyncio.Task[Report] | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    def watch_keys(self) -> None:
+        """Apply the keys file whenever it changes, until `stop`."""
+        self._watching = asyncio.create_task(self._watch_keys(), name="watch keys file")
 
     def request(self) -> asyncio.Task[Report]:
         """Return the task of the next reload. Requests that come before it reads the file share it."""
@@ -82,9 +95,47 @@ class Reloader:
         return (await asyncio.shield(self.request())).document()
 
     async def stop(self) -> None:
-        """End a reload that has not begun."""
+        """End a reload that has not begun, and `watch_keys`."""
+        if self._watching is not None:
+            await cancel_and_wait(self._watching)
         if self._next is not None:
             await cancel_and_wait(self._next)  # type: ignore[arg-type]
+
+    async def _watch_keys(self) -> None:
+        await self._gateway.can_reload.wait()
+        seen: object = None
+        while True:
+            keys_file = self._gateway.config.keys_file
+            if keys_file is not None:
+                path = keys_path(keys_file.path, self._file)
+                # In a thread, because the folder may be on another machine.
+                version = await asyncio.to_thread(_version, path)
+                if version != seen:
+                    async with self._running:
+                        await self._apply_keys(path)
+                    seen = version
+            await asyncio.sleep(KEYS_EVERY_S)
+
+    async def _apply_keys(self, path: Path) -> None:
+        """Read the keys file and apply it. A file with mistakes changes nothing."""
+        config = self._gateway.config
+        try:
+            entries = await asyncio.to_thread(read_keys, path)
+            try:
+                change = await asyncio.to_thread(config.with_keys, entries)
+            except ValidationError as error:
+                raise await asyncio.to_thread(self._located, error) from error
+            if change.keys:
+                self._gateway.apply(change)
+                log.info("%s: %d keys count now", path, len(entries))
+        except ConfigError as error:
+            _log_mistakes(error)
+        except Exception as error:
+            log.error("nothing changed: %s: %s", path, error, exc_info=error)
+
+    def _located(self, error: ValidationError | EngineConfigError) -> ConfigError:
+        keys_file = self._gateway.config.keys_file
+        return located(self._file, _mistakes(error), None if keys_file is None else keys_file.path)
 
     async def _reload(self) -> Report:
         await self._gateway.can_reload.wait()
@@ -107,10 +158,9 @@ class Reloader:
                 change = await asyncio.to_thread(self._gateway.config.change_to, config)
                 done = self._gateway.apply(change)
             except (ValidationError, EngineConfigError) as error:
-                raise await asyncio.to_thread(located, self._file, _mistakes(error)) from error
+                raise await asyncio.to_thread(self._located, error) from error
         except ConfigError as error:
-            for mistake in error.mistakes:
-                log.error("nothing changed: %s: %s", error.path, mistake)
+            _log_mistakes(error)
             return Report(str(error.path), error.mistakes)
         except Exception as error:
             log.error("nothing changed: %s", error, exc_info=error)
@@ -124,12 +174,23 @@ class Reloader:
         return Report(file, [], done.changed, done.needs_restart, done.starting, done.leaving)
 
 
+def _version(path: Path) -> object:
+    """Return what changes when the file at ``path`` does; None if there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_mtime_ns, state.st_size, state.st_ino
+
+
+def _log_mistakes(error: ConfigError) -> None:
+    for mistake in error.mistakes:
+        log.error("nothing changed: %s: %s", error.path, mistake)
+
+
 def _mistakes(error: ValidationError | EngineConfigError) -> list[tuple[str, str]]:
     """Return key and reason of each mistake."""
     if isinstance(error, EngineConfigError):
         return [(f"engines[{error.index}]", error.reason)]
-    mistakes = []
-    for detail in error.errors():
-        key, _, reason = detail["msg"].removeprefix("Value error, ").partition(": ")
-        mistakes.append((key, reason) if reason else ("", key))
-    return mistakes
+    found = [mistake_of(detail, None) for detail in error.errors()]
+    return [(mistake.key, mistake.reason) for mistake in found]

@@ -24,7 +24,8 @@ from gateway import sd_notify
 from gateway.api.connections import Connections, raise_descriptor_limit
 from gateway.api.http_protocol import HttpProtocol
 from gateway.app import Gateway
-from gateway.config.schema import EngineConfig, GatewayConfig
+from gateway.config.engines import EngineConfig
+from gateway.config.schema import GatewayConfig
 from gateway.engines import build_engine
 from gateway.observability.recorder import ObservabilityError
 from gateway.prediction.supervisor import Supervisor
@@ -64,7 +65,7 @@ async def serve(
 ) -> int:
     """Serve until SIGINT or SIGTERM, then drain and stop. Returns the exit code: 0, or `EXIT_CUT` if requests were cut.
 
-    ``load`` reads the configuration ``file`` again on SIGHUP. It raises `gateway.config.file.ConfigError`.
+    ``load`` reads the configuration ``file`` again on SIGHUP. It raises `gateway.config.mistakes.ConfigError`.
     Raises `ServeError` if the start fails.
     """
     cut = 0
@@ -215,7 +216,7 @@ async def _start(config: GatewayConfig, gateway: Gateway) -> None:
 
 
 async def _close(server: uvicorn.Server, serving: asyncio.Task[None], connections: Connections) -> None:
-    """Stop the server. Clients have `CLOSE_S` seconds to read what waits for them."""
+    """Stop the server. Clients have `CLOSE_S` seconds to read the rest of their responses."""
     server.should_exit = True
     await asyncio.wait({serving}, timeout=CLOSE_S)
     connections.cut_all()
@@ -272,6 +273,7 @@ def _reload_on_signal(
 
     reloader = Reloader(gateway, load, file=file, on_begin=sd_notify.reloading, on_end=on_end)
     gateway.on_reload = reloader.reload
+    reloader.watch_keys()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
     return reloader.stop
 
@@ -313,7 +315,7 @@ def _print_ready(gateway: Gateway, port: int, seconds: float) -> None:
     base = f"http://{host}:{port}"
     model = gateway.router.default_model or "MODEL"
     up = ", ".join(queue.engine.name for queue in gateway.engine_queues if queue.engine.state.alive)
-    auth = ' -H "Authorization: Bearer $ANTARES_KEY"' if config.keys else ""
+    auth = ' -H "Authorization: Bearer $ANTARES_API_KEY"' if config.requires_key else ""
     console.print(
         f"""
 [bold green]Antares is ready[/bold green] at {base} after {seconds:.0f} s, policy {config.policy.name}, engines {up}. Ctrl-C stops it.
@@ -323,7 +325,7 @@ def _print_ready(gateway: Gateway, port: int, seconds: float) -> None:
     -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}], "max_tokens": 32, "temperature": 0}}'
 
   from openai import OpenAI
-  client = OpenAI(base_url="{base}/v1", api_key="{"..." if config.keys else "none"}")
+  client = OpenAI(base_url="{base}/v1", api_key="{"..." if config.requires_key else "none"}")
   stream = client.chat.completions.create(
       model="{model}", messages=[{{"role": "user", "content": "Tell me a story."}}], stream=True, max_tokens=64,
       extra_headers={{"x-slo-ttft-ms": "2000", "x-slo-tpot-ms": "200"}})

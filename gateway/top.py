@@ -106,7 +106,9 @@ async def _views(http: httpx.AsyncClient) -> AsyncIterator[View]:
             await response.aread()
             if response.status_code == 503:
                 raise httpx.HTTPError("the gateway has too many viewers or stops")
-            advice = " Set --key-env." if response.status_code in (401, 403) else " Is --url a gateway?"
+            advice = " Is --url a gateway?"
+            if response.status_code in (401, 403):
+                advice = " Set ANTARES_OPERATOR_KEY, or --key-env, to the key of an operator."
             raise TopError(f"{http.base_url}{PATH.lstrip('/')} answers {response.status_code}.{advice}")
         view, name = View([]), ""
         async for line in response.aiter_lines():

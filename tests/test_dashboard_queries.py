@@ -16,8 +16,6 @@ from tests.fixtures import prometheus
 from tests.fixtures.live_gateway import CHAT, chat
 from tests.fixtures.live_server import serve
 from tests.fixtures.prometheus import DEPLOYED, Prometheus
-from tests.fixtures.served import free_port
-from tests.fixtures.served_process import served
 
 pytestmark = pytest.mark.process
 
@@ -47,21 +45,19 @@ def queries() -> Iterator[tuple[str, str]]:
             yield panel["title"], re.sub(r"\$\{?(\w+)\}?", lambda found: values[found[1]], target["expr"])
 
 
-async def load(http: httpx.AsyncClient, until: asyncio.Event) -> None:
-    """Send chats of every class until ``until`` is set: some are rejected, and some are late."""
+async def load(http: httpx.AsyncClient) -> None:
+    """Send a chat of every class, one that is rejected, and one that is late."""
 
     async def ask(slo_class: str, max_tokens: int = 16, **headers: str) -> None:
         body = chat("tell me a story " * 20, max_tokens=max_tokens, ignore_eos=True, stream=True)
         await http.post(CHAT, json=body, headers={"x-slo-class": slo_class, **headers})
 
     async with asyncio.TaskGroup() as group:
-        while not until.is_set():
-            for slo_class in ("chat", "tight", "batch"):
-                group.create_task(ask(slo_class))
-            group.create_task(ask("chat", **{"x-slo-ttft-ms": "0.01"}))
-            # It states a length that it exceeds, so it is admitted and late.
-            group.create_task(ask("chat", 60, **{"x-slo-e2e-ms": "150", "x-slo-output-tokens": "4"}))
-            await asyncio.sleep(0.05)
+        for slo_class in ("chat", "tight", "batch"):
+            group.create_task(ask(slo_class))
+        group.create_task(ask("chat", **{"x-slo-ttft-ms": "0.01"}))
+        # It states a length that it exceeds, so it is admitted and late.
+        group.create_task(ask("chat", 60, **{"x-slo-e2e-ms": "150", "x-slo-output-tokens": "4"}))
 
 
 async def without_data(server: Prometheus) -> dict[str, str]:
@@ -75,26 +71,15 @@ async def without_data(server: Prometheus) -> dict[str, str]:
 
 
 async def test_every_dashboard_query_returns_data_under_load(tmp_path: Path) -> None:
-    prometheus.tool("prometheus")
-    port = free_port()
     async with serve(FaultyServer(fault="500")) as url:
-        config = CONFIG.replace("PORT", str(port)).replace("URL", url).replace("LOG", str(tmp_path / "access.jsonl"))
-        async with served(tmp_path, config) as (_, http):
-            targets = {"antares": str(http.base_url), "antares-predictor": f"http://127.0.0.1:{port}"}
-            done = asyncio.Event()
-            loading = asyncio.create_task(load(http, done))
-            try:
-                async with prometheus.started(tmp_path, targets, interval_s=0.5) as server:
-                    await server.wait_up(2)
-                    missing: dict[str, str] = {"not asked": ""}
-                    for _ in range(20):
-                        await asyncio.sleep(1)
-                        missing = await without_data(server)
-                        if not missing:
-                            break
-                    assert missing == {}
-                    assert len(list(queries())) > 60
-            finally:
-                done.set()
-                await loading
+        config = CONFIG.replace("URL", url).replace("LOG", str(tmp_path / "access.jsonl"))
+        async with prometheus.scraping(tmp_path, config, load) as server:
+            missing: dict[str, str] = {"not asked": ""}
+            for _ in range(20):
+                await asyncio.sleep(1)
+                missing = await without_data(server)
+                if not missing:
+                    break
+            assert missing == {}
+            assert len(list(queries())) > 60
         assert (tmp_path / "access.jsonl").read_text().count("\n") > 20

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from engine_adapter.vllm import smollm2
 from gateway.cli import app
 from gateway.config.file import load
-from gateway.config.schema import ServerConfig
-from gateway.observability.metrics import METRIC_NAMES
+from gateway.config.server import ServerConfig
+from tests.fixtures.metric_names import METRIC_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"

@@ -11,8 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from gateway.api.body_fields import GUARDED_FIELDS
-from gateway.config import schema
-from gateway.observability import metrics
+from gateway.config import engines, keys, observability, policies, server
+from gateway.observability.state_metrics import METRIC_ALIASES
 from gateway.policies.registry import OPTION_ALIASES, POLICIES
 from tests.fixtures.docs_checkers import (
     CHECKERS,
@@ -35,22 +35,22 @@ PAGES = sorted(
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 SECTIONS: dict[str, type[BaseModel]] = {
-    "server": schema.ServerConfig,
-    "cors": schema.CorsConfig,
-    "body_fields": schema.BodyFieldsConfig,
-    "kind: vllm": schema.VllmEngineConfig,
-    "kind: http": schema.HttpEngineConfig,
-    "kind: simulated": schema.SimulatedEngineConfig,
-    "step_times": schema.StepTimesConfig,
-    "failover": schema.FailoverConfig,
-    "predictor": schema.PredictorConfig,
-    "SLO classes": schema.SloClassConfig,
-    "API keys": schema.KeyConfig,
-    "Policies": schema.PolicyConfig,
-    "Shadow policies": schema.ShadowConfig,
-    "logging": schema.LoggingConfig,
-    "decisions": schema.DecisionsConfig,
-    "tracing": schema.TracingConfig,
+    "server": server.ServerConfig,
+    "cors": server.CorsConfig,
+    "body_fields": server.BodyFieldsConfig,
+    "kind: vllm": engines.VllmEngineConfig,
+    "kind: http": engines.HttpEngineConfig,
+    "kind: simulated": engines.SimulatedEngineConfig,
+    "step_times": engines.StepTimesConfig,
+    "failover": engines.FailoverConfig,
+    "predictor": engines.PredictorConfig,
+    "SLO classes": policies.SloClassConfig,
+    "API keys": keys.KeyConfig,
+    "Policies": policies.PolicyConfig,
+    "Shadow policies": policies.ShadowConfig,
+    "logging": observability.LoggingConfig,
+    "decisions": observability.DecisionsConfig,
+    "tracing": observability.TracingConfig,
 }
 """Heading in docs/configuration.md to the model whose keys its first table lists."""
 
@@ -165,6 +165,6 @@ def test_renamed_names_are_documented() -> None:
     operations = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     for heading, page, aliases in (
         ("Renamed options", CONFIGURATION, OPTION_ALIASES),
-        ("Renamed metrics", operations, metrics.METRIC_ALIASES),
+        ("Renamed metrics", operations, METRIC_ALIASES),
     ):
         assert {row[0].strip("`"): row[1].strip("`") for row in table_below(heading, page, "old")} == aliases

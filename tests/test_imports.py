@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -16,6 +18,7 @@ PRODUCT = ("gateway", "engine_adapter", "predictor_service", "lab")
 LAYERS = {
     "gateway": [
         "cli",
+        "key_commands",
         "top",
         "operator_client",
         "serve",
@@ -26,6 +29,7 @@ LAYERS = {
         "config",
         "api",
         "observability",
+        "tenants",
         "scheduling",
         "prediction",
         "policies",
@@ -62,14 +66,25 @@ MAY_IMPORT = {
 HEAVY = {"vllm", "torch", "transformers", "ray"}
 
 
-def modules(package: str) -> Iterator[tuple[Path, ast.Module]]:
+class Module(NamedTuple):
+    """A module of the project. ``imports``: every imported name, dotted; ``at_import``: those outside functions."""
+
+    path: Path
+    imports: list[str]
+    at_import: set[str]
+
+
+@cache
+def modules(package: str) -> list[Module]:
+    found = []
     for path in sorted((ROOT / package).rglob("*.py")):
-        yield path, ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found.append(Module(path, list(imported(ast.walk(tree))), set(imported(tree.body))))
+    return found
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Every imported name, dotted, imports inside functions included."""
-    for node in ast.walk(tree):
+def imported(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
@@ -84,7 +99,7 @@ def part_of(path: Path) -> str:
 
 @pytest.mark.parametrize("package", LAYERS)
 def test_every_part_of_a_package_has_a_layer(package: str) -> None:
-    found = {part_of(path) for path, _ in modules(package)} - {""}
+    found = {part_of(module.path) for module in modules(package)} - {""}
     assert found == set(LAYERS[package])
 
 
@@ -93,8 +108,8 @@ def test_parts_import_only_parts_below_them(package: str) -> None:
     order = LAYERS[package]
     upward = [
         f"{path.relative_to(ROOT)} imports {name}"
-        for path, tree in modules(package)
-        for name in imports(tree)
+        for path, names, _ in modules(package)
+        for name in names
         if name.startswith(f"{package}.") and (target := name.split(".")[1]) in order
         and part_of(path) and order.index(target) < order.index(part_of(path))
     ]  # fmt: skip
@@ -106,8 +121,8 @@ def test_packages_import_only_what_they_may(package: str) -> None:
     ours = {*PRODUCT, "benchmarks", "tests"}
     forbidden = [
         f"{path.relative_to(ROOT)} imports {name}"
-        for path, tree in modules(package)
-        for name in imports(tree)
+        for path, names, _ in modules(package)
+        for name in names
         if (top := name.split(".")[0]) in ours and top != package and top not in MAY_IMPORT[package]
     ]
     assert forbidden == []
@@ -116,14 +131,12 @@ def test_packages_import_only_what_they_may(package: str) -> None:
 def test_modules_of_a_package_have_no_import_cycle() -> None:
     """Within one folder too, where the layers say nothing."""
     names = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): tree
+        ".".join(module.path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): module.at_import
         for package in MAY_IMPORT
-        for path, tree in modules(package)
+        for module in modules(package)
     }
     edges: dict[str, set[str]] = {}
-    for name, tree in names.items():
-        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        found = {target for node in top for target in imports(ast.Module([node], []))}
+    for name, found in names.items():
         edges[name] = {full if full in names else full.rpartition(".")[0] for full in found} & set(names) - {name}
     done: set[str] = set()
 
@@ -138,7 +151,24 @@ def test_modules_of_a_package_have_no_import_cycle() -> None:
         visit(name, ())
 
 
+@pytest.mark.process
 def test_the_command_line_and_the_app_load_nothing_heavy() -> None:
     code = f"import sys, gateway.cli, gateway.app, lab.cli; print(*({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_documented_order_of_layers_is_the_checked_one(package: str) -> None:
+    assert f"| `{package}` | {' → '.join(f'`{part}`' for part in LAYERS[package])} |" in ARCHITECTURE
+
+
+@pytest.mark.parametrize("package", PRODUCT)
+def test_architecture_names_every_folder(package: str) -> None:
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")}
+    # A table of the files of one folder names its subfolders without their path.
+    missing = [f for f in folders if f"`{f.as_posix()}/" not in ARCHITECTURE and f"`{f.name}/`" not in ARCHITECTURE]
+    assert missing == []

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import results_json
 from benchmarks.isolation.page import page, spread
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.registry import make_policy
@@ -32,8 +33,8 @@ PROFILE = "a100-llama3.1-8b"
 VICTIM_QPS, ABUSER_QPS = 10.0, 200.0
 DURATION_S = 40.0
 SEEDS = (0, 1, 2, 3, 4)
-OTHER_POLICIES = ("fcfs", "s3", "mooncake", "scorpio")
-OTHER_KINDS = ("flood", "prompts", "best_effort")
+OTHER_POLICIES = ("fcfs", "mooncake", "scorpio")
+OTHER_KINDS = ("flood",)
 
 Change = Callable[[WorkloadRequest], WorkloadRequest]
 
@@ -149,7 +150,7 @@ def main(
     with ProcessPoolExecutor(jobs) as pool:
         runs = list(pool.map(_Case.run, cases(kind or list(ABUSES), seeds, () if kind else OTHER_POLICIES)))
     if json_path is not None:
-        json_path.write_text(json.dumps({"seeds": list(seeds), "runs": runs}, indent=1) + "\n", encoding="utf-8")
+        results_json.write({"seeds": list(seeds), "runs": runs}, json_path)
     for policy, shares in dict.fromkeys((run["policy"], run["shares"]) for run in runs):
         print(policy, "with shares" if shares else "without shares")
         for one in dict.fromkeys(run["kind"] for run in runs):

@@ -7,9 +7,9 @@ An agent sends 40 requests. Each resends the whole history: tools, parallel tool
 a fixed length, and the history is scripted, so that all runs serve the same requests. A nonce at the start of a session
 keeps its blocks apart from those of other sessions.
 
-1. *Calibration*: stock vLLM (`fcfs`, which sends no pace) serves the sessions. The TTFT bound of turn i is a multiple
-   of a straight line through its TTFTs; that of the first turn, which has nothing cached, a multiple of the measured
-   one. The TPOT bound is the same multiple of the median TPOT.
+1. *Calibration*: stock vLLM (`fcfs`, which sends no pace) serves the sessions. A straight line is fitted to the TTFTs
+   of the turns. The TTFT bound of a turn is a multiple of the line's value. The first turn has nothing cached, so its
+   bound is the same multiple of its measured TTFT. The TPOT bound is the same multiple of the median TPOT.
 2. *Rounds*: `fcfs` and `slack` take turns to serve new sessions under these bounds, on the same engine.
 
 A rejection is *wrong* if stock vLLM met the bounds at that turn in the same round.

@@ -205,8 +205,8 @@ def page(found: dict[str, Any]) -> str:
 **CPU.** CPU microseconds of the gateway's process for each request, at commit `{found["before"]}` (before: no prompt
 features, no prefix index, no failover, no records, windows or edge limits) and `{found["after"]}` (after). Medians of
 {found["rounds"]} rounds; in brackets the quartiles of the rounds' differences. All servers run at once and take turns
-on a machine that is shared with other work. So their code is rarely in the CPU's caches, as on a gateway with few
-requests; a loop of one request at a time in one process costs less. The predictor is off.
+on a machine that is shared with other work. Each request therefore starts with cold CPU caches, as on a gateway with
+few requests. One process that serves one request after another costs less. The predictor is off.
 
 - *around*: a simulated engine in the gateway's process, whose cost is part of the number. Since then it tells the
   gateway the tokens of each prompt and has a prefix cache.

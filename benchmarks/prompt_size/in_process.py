@@ -45,9 +45,9 @@ class Scheduled:
         self._submit = queue.submit
         queue.submit = self._note  # type: ignore[method-assign]
 
-    def _note(self, request: Request) -> asyncio.Future[Any]:
+    def _note(self, request: Request, at_once: bool = False) -> asyncio.Future[Any]:
         self.tokens = request.prompt_tokens
-        return self._submit(request)
+        return self._submit(request, at_once)
 
 
 async def served(url: str, gateway: Gateway, bodies: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the requests.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
-    """Compare scheduled prompt sizes with those that a real vLLM reports."""
+    """Compare the prompt sizes that requests are scheduled with to the sizes that a real vLLM reports."""
     found = asyncio.run(study(requests, seed))
     if as_json:
         sys.stdout.write(results_json.dumps(found))

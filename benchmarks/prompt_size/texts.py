@@ -145,15 +145,20 @@ def _schemas() -> list[dict[str, Any]]:
     import openai.types.responses
     from pydantic import BaseModel
 
-    import gateway.config.schema
+    from gateway.config import engines, keys, observability, policies, schema, server
 
     found = []
-    for module in (openai.types.chat, openai.types.responses, gateway.config.schema):
-        for _, model in sorted(inspect.getmembers(module, inspect.isclass)):
+    for modules in (
+        (openai.types.chat,),
+        (openai.types.responses,),
+        (engines, keys, observability, policies, schema, server),
+    ):
+        members = {name: model for module in modules for name, model in inspect.getmembers(module, inspect.isclass)}
+        for _, model in sorted(members.items()):
             if issubclass(model, BaseModel) and model is not BaseModel:
-                schema = model.model_json_schema()
-                if 300 < len(json.dumps(schema)) < 6000:
-                    found.append(schema)
+                document = model.model_json_schema()
+                if 300 < len(json.dumps(document)) < 6000:
+                    found.append(document)
     return found
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine_adapter.engine import FAILED_KEY, Scope, Send, TokenObserver
-from engine_adapter.remote.client import Response
-from engine_adapter.remote.counting import CompletionCounter, EventKind, TokenCounter
+from engine_adapter.remote.counting.completions import CompletionCounter
+from engine_adapter.remote.counting.token_counter import EventKind, TokenCounter
 from engine_adapter.remote.request import CompletionPlan, downstream_headers
+from engine_adapter.remote.response import Response
 
 USUAL_DONE = (CompletionCounter.done, b"data: [DONE]\r\n\r\n")
 """Forms of a completion's last event that the gateway recognises behind other events."""

@@ -8,9 +8,9 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import orjson
-from yarl import URL
 
 from engine_adapter.asgi import encode_json
 from engine_adapter.engine import (
@@ -149,7 +149,7 @@ class HttpEngine:
         self._health_path = "/health"
         self._models = tuple(models)
         self._models_due_s = 0.0
-        self._key_is_checked = False
+        self._key_is_checked = self._is_silent = False
         self._watcher: asyncio.Task[None] | None = None
 
     @property
@@ -269,8 +269,18 @@ class HttpEngine:
             if not self.state.alive and (was_alive or self._why_down != reason):
                 log.warning("engine %s is not ready: %s", self.name, self._why_down)
             failures = 0 if self.state.alive else failures + 1
+            self._end_hung_requests()
             if failures >= DOWN_AFTER_PROBES and time.monotonic() - failing_since >= DOWN_AFTER_S:
                 self._end_requests(failing_since)
+
+    def _end_hung_requests(self) -> None:
+        """End what is in flight on a server that answers probes, but has sent its streams nothing for too long."""
+        was_silent, self._is_silent = self._is_silent, self._proxy.is_silent()
+        # Twice in a row, because a gateway that was itself stopped has not yet read what the server sent.
+        if self._is_silent and was_silent:
+            self.state.hangs += 1
+            ended = self._upstream.end_requests("it hangs: its streams have begun, and it sends nothing")
+            log.error("engine %s hangs: ended %d requests in flight", self.name, ended)
 
     def _end_requests(self, failing_since: float) -> None:
         """End what is in flight on a server that is down since ``failing_since`` (monotonic s).
@@ -365,12 +375,13 @@ class HttpEngine:
 
 def _base_url(text: str) -> str:
     try:
-        url = URL(text)
+        url = urlsplit(text)
+        host, _ = url.hostname, url.port  # Reading the port checks it.
     except ValueError:
-        url = URL()
-    if url.scheme not in ("http", "https") or not url.host:
+        host = None
+    if not host or "\\" in host or url.scheme not in ("http", "https"):
         raise ValueError(f"base_url {text!r} is not an http(s) URL: write it like http://host:8000")
-    if url.user is not None or url.password is not None:
+    if url.username is not None or url.password is not None:
         # Log lines and errors name the URL and would leak the credentials.
         raise ValueError("base_url must not contain a user or a password: set the server's key as api_key")
     return text.rstrip("/").removesuffix("/v1")

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from engine_adapter.engine import EngineLost
-from engine_adapter.remote.client import Response
-from engine_adapter.remote.counting import EventKind, TokenCounter
+from engine_adapter.remote.counting.token_counter import EventKind, TokenCounter
+from engine_adapter.remote.response import Response
 from engine_adapter.remote.sse import MAX_EVENT_BYTES, EventTooLarge, SSESplitter
 
 Batch = list[tuple[EventKind, bytes]]

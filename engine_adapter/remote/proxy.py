@@ -30,9 +30,11 @@ from engine_adapter.engine import (
     Send,
 )
 from engine_adapter.remote.assemble import Assembler
-from engine_adapter.remote.client import READABLE_ENCODINGS, Response, Upstream
+from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.client_request import USUAL_DONE, ClientRequest
-from engine_adapter.remote.counting import CompletionCounter, EventKind, TokenCounter, counter_for
+from engine_adapter.remote.counting.by_path import counter_for
+from engine_adapter.remote.counting.completions import CompletionCounter
+from engine_adapter.remote.counting.token_counter import EventKind, TokenCounter
 from engine_adapter.remote.events import EventReader
 from engine_adapter.remote.request import (
     CompletionPlan,
@@ -40,6 +42,7 @@ from engine_adapter.remote.request import (
     parse_completion,
     upstream_headers,
 )
+from engine_adapter.remote.response import READABLE_ENCODINGS, Response
 from engine_adapter.remote.sse import ParsedEvent, parse_data
 from engine_adapter.remote.step_samples import StepSampler, StreamTiming
 from engine_adapter.remote.tool_calls import UnreadableStream
@@ -130,6 +133,10 @@ class HttpProxy:
         self._sampler = StepSampler(state)
         self._usage_unsupported = False
         self._log_lost_at = 0.0
+
+    def is_silent(self) -> bool:
+        """Whether the server sends nothing, and for longer than its streams explain. Call it regularly."""
+        return self._upstream.silent_s() > self._sampler.silence_limit_s()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. A caller that passes a parsed body cancels this when the client disconnects."""
@@ -274,7 +281,10 @@ class HttpProxy:
                 kept.append(last[1])
                 last = None
             if kept:
-                await request.send_body(kept[0] if len(kept) == 1 else b"".join(kept), more=True)
+                ended = counter.ended and last is None
+                await request.send_body(kept[0] if len(kept) == 1 else b"".join(kept), more=not ended)
+                if ended:
+                    return
             if last is not None:
                 await request.send_last(*last, counter)
         await request.send_body(b"", more=False)

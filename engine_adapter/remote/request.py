@@ -11,7 +11,8 @@ import orjson
 from engine_adapter.asgi import encode_json
 from engine_adapter.engine import GATE_XARG, TPOT_XARG
 from engine_adapter.remote.assemble import can_rebuild
-from engine_adapter.remote.counting import CompletionCounter, TokenCounter
+from engine_adapter.remote.counting.completions import CompletionCounter
+from engine_adapter.remote.counting.token_counter import TokenCounter
 
 Headers = list[tuple[bytes, bytes]]
 

@@ -119,3 +119,10 @@ def parse_data(data: bytes) -> dict[str, Any] | None:
     except orjson.JSONDecodeError:
         return None
     return parsed if isinstance(parsed, dict) else None
+
+
+def event_type(name: bytes, chunk: dict[str, Any] | None) -> str:
+    """The type of an event: its ``event`` field, or the ``type`` in its data."""
+    if name:
+        return name.decode(errors="replace")
+    return str(chunk.get("type", "")) if chunk is not None else ""

@@ -17,6 +17,17 @@ from engine_adapter.engine import EngineState
 SAMPLE_EVERY = 20
 """Tokens of one stream per decode sample."""
 
+SILENCE_S = 60.0
+"""Shortest silence (s) of all streams after which a server counts as hung. A server may hold the tokens of a tool call
+back until they are parsed."""
+
+GAP_FACTOR, PREFILL_FACTOR = 10.0, 5.0
+"""Silence may also last this multiple of the longest recent gap between two tokens of a stream, and this multiple of
+the predicted prefill of the prompts that the server has. Generous by convention."""
+
+GAP_DECAY = 0.99
+"""Factor on the longest gap at each look, about every two seconds: it halves in two minutes."""
+
 
 @dataclass(slots=True, eq=False)
 class StreamTiming:
@@ -54,6 +65,7 @@ class StepSampler:
         self._state = state
         self._streams: set[StreamTiming] = set()
         self._prefilling = 0
+        self._longest_gap_s = 0.0
 
     def sent(self, at: float, prompt_tokens: float, sequences: int, tpot_ms: float | None = None) -> StreamTiming:
         """Record that a request was sent.
@@ -87,7 +99,9 @@ class StepSampler:
             stream.batch_at_first, stream.context_at_first = self._decoding()
             stream.first_at = stream._last_at = at
             return False
-        stream._gaps.append((at - stream._last_at) * stream.sequences / count)
+        gap = at - stream._last_at
+        self._longest_gap_s = max(self._longest_gap_s, gap)
+        stream._gaps.append(gap * stream.sequences / count)
         stream._last_at = at
         stream._since_sample += count
         if stream._since_sample < SAMPLE_EVERY:
@@ -101,6 +115,15 @@ class StepSampler:
         batch, context = self._decoding()
         self._state.step_time.observe(batch, 0, context, step)
         return True
+
+    def silence_limit_s(self) -> float:
+        """Return how long (s) the server may send nothing; infinite if no stream has begun. Call it regularly."""
+        self._longest_gap_s *= GAP_DECAY
+        if len(self._streams) == self._prefilling:
+            return math.inf
+        prompt_tokens = sum(stream.prompt_tokens for stream in self._streams if stream.first_at is None)
+        prefill_s = self._state.step_time.prefill(prompt_tokens) if prompt_tokens else 0.0
+        return max(SILENCE_S, GAP_FACTOR * self._longest_gap_s, PREFILL_FACTOR * prefill_s)
 
     def finished(self, stream: StreamTiming, computed: int | None) -> bool:
         """Record the end of a request. Returns whether the model got a prefill sample.

@@ -151,6 +151,18 @@ class SimulatedEngine:
         self._restart_task = asyncio.create_task(self._restart(), name=f"{self.name}-restart")
         self._events.on_alive(False)
 
+    def hang(self, noticed_in_s: float) -> None:
+        """Simulate a hang: no step is computed any more, and in ``noticed_in_s`` a watchdog restarts the engine."""
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+        asyncio.get_running_loop().call_later(noticed_in_s, self._on_hang, self._loop_task)
+
+    def _on_hang(self, loop_task: asyncio.Task[None] | None) -> None:
+        if self.state.alive and loop_task is self._loop_task:
+            self.state.hangs += 1
+            self.crash()
+            self.state.why_down = "it hung and restarts"
+
     async def render(self, path: str, document: dict[str, Any]) -> RenderedPrompt | None:
         """Return the prompt of a chat or a text completion, with a number for each of its tokens."""
         if path not in ("/v1/chat/completions", "/v1/completions"):
@@ -252,7 +264,7 @@ class SimulatedEngine:
 
     def _finish(self, step: Step, seconds: float) -> None:
         """Deliver the step's tokens and report the step to the model, the gate and the gateway."""
-        at = time.monotonic()
+        self.state.last_step_at = at = time.monotonic()
         for sequence in (*step.decodes, *self._scheduler.finish(step).prefilled):
             if not sequence.abandoned:
                 sequence.on_token(sequence.generated, at)

@@ -63,7 +63,10 @@ class Completion:
         tpot_ms = _number(xargs, TPOT_XARG)
         pace_s = None if tpot_ms is None else tpot_ms / 1000
         stream = bool(body.get("stream"))
-        if body.get("stream_options") and not stream:
+        options = body.get("stream_options") or {}
+        if not isinstance(options, dict):
+            raise BadRequest("stream_options must be an object", "stream_options")
+        if options and not stream:
             raise BadRequest("stream_options can only be set when stream is true")
         return cls(
             chat=chat,
@@ -72,7 +75,7 @@ class Completion:
             prompts=prompts or ([_chat_prompt(body)] if chat else _text_prompts(body)),
             n=_whole(body, "n") or 1,
             stream=stream,
-            include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
+            include_usage=bool(options.get("include_usage")),
             max_tokens=limit if limit is not None else _whole(body, "max_tokens"),
             ignore_eos=bool(body.get("ignore_eos")),
             pace_s=pace_s,
@@ -97,7 +100,11 @@ def _chat_prompt(body: dict[str, Any]) -> SimulatedPrompt:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list with at least one message")
-    return chat_prompt(body, messages)
+    try:
+        return chat_prompt(body, messages)
+    except orjson.JSONEncodeError:
+        # The parser accepts more levels than the encoder.
+        raise BadRequest("the body nests too deeply") from None
 
 
 def _text_prompts(body: dict[str, Any]) -> list[SimulatedPrompt]:

@@ -1,7 +1,7 @@
 """The in-process vLLM engine: AsyncLLM and vLLM's own OpenAI app, with our scheduler class inside its EngineCore.
 
 The EngineCore runs in a child process. If it dies, its requests end with `EngineLost`, and this module rebuilds the
-engine with back-off. The gateway continues to serve meanwhile.
+engine with back-off. One that hangs is killed first. The gateway continues to serve meanwhile.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from typing import Any
 
 from engine_adapter.engine import (
     OBSERVER_KEY,
-    RENDERING_KEY,
-    XARGS_KEY,
     ASGIApp,
     EngineEvents,
     EngineLost,
@@ -27,7 +25,6 @@ from engine_adapter.engine import (
     EngineState,
     EngineUnreachable,
     GateReport,
-    Message,
     Receive,
     RenderedPrompt,
     Scope,
@@ -39,11 +36,13 @@ from engine_adapter.model_card import read_cards
 from engine_adapter.step_time.calibration import PROBE_S, calibrate, warm_up
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
+from engine_adapter.vllm import openai_app
 from engine_adapter.vllm.gate_channel import GateListener
 from engine_adapter.vllm.kv_events import receive_events, subscription
 from engine_adapter.vllm.launch import command_line, create_llm, prepare_environment
-from engine_adapter.vllm.rendering import PromptRenderer, current_rendering, reuse_renderings
-from engine_adapter.vllm.token_observation import current_observer, current_xargs, observe_outputs
+from engine_adapter.vllm.rendering import PromptRenderer, reuse_renderings
+from engine_adapter.vllm.token_observation import observe_outputs
+from engine_adapter.vllm.watchdog import Watchdog, core_pids, cpu_s, kill, pending
 
 log = logging.getLogger("antares.engine.vllm")
 
@@ -52,7 +51,7 @@ _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 FIRST_ANSWERS_S = 180.0
 """Time limit (s) for the first synthetic requests of a new engine. NOTE: calls into an engine that dies then hang."""
 HEALTH_CHECK_S = 0.1
-"""Seconds between checks whether the engine has died."""
+"""Seconds between checks whether the engine has died or hangs."""
 
 _LORA_PATHS = ("/load_lora_adapter", "/unload_lora_adapter")
 """Routes that change which models vLLM serves."""
@@ -73,6 +72,7 @@ class VllmEngine:
         gate: gate for requests that name none; a name in `gates.composite.GATES`.
         step_times: initial coefficients of the step-time model.
         calibrate: run a few synthetic requests after each start, so that the model is fitted before traffic arrives.
+        hang_timeout_s: shortest time without a step after which an engine with work is restarted; None: never.
     """
 
     watches_disconnect = True
@@ -90,6 +90,7 @@ class VllmEngine:
         gate: str = "credit",
         step_times: StepTimes | None = None,
         calibrate: bool = True,
+        hang_timeout_s: float | None = 5.0,
     ) -> None:
         self.name = name
         names = [served_model_name] if isinstance(served_model_name, str) else list(served_model_name or ())
@@ -110,6 +111,8 @@ class VllmEngine:
         self._vllm_app: Any = None
         self._renderer: PromptRenderer | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._watchdog = Watchdog(hang_timeout_s, self.state.step_time)
+        self._adapter_calls = 0
         self._kv_events: asyncio.Task[None] | None = None
         self._sequences: dict[str, TokenObserver] = {}
         self._on_cpu = False
@@ -132,7 +135,7 @@ class VllmEngine:
         except BaseException:
             await self.stop()
             raise
-        self._watcher = asyncio.create_task(self._restart_on_death(), name=f"watch {self.name}")
+        self._watcher = asyncio.create_task(self._restart_on_failure(), name=f"watch {self.name}")
 
     async def stop(self) -> None:
         """Shut down the EngineCore. Idempotent."""
@@ -171,14 +174,8 @@ class VllmEngine:
 
     async def _prepare(self, args: Any) -> None:
         """Build vLLM's OpenAI app, hook token observation into it, and calibrate the step-time model."""
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.app import build_app
-
-        tasks = await self._llm.get_supported_tasks()
-        vllm_app = build_app(args, tasks, self._llm.model_config)
-        await init_app_state(self._llm, vllm_app.state, args, tasks)
-        vllm_app.state.server = _NoServer()
-        self._vllm_app = vllm_app
+        self._watchdog.restart()
+        self._vllm_app = vllm_app = await openai_app.build(self._llm, args)
         observe_outputs(self._llm.output_processor, self._sequences)
         self._read_limits()
         await self._read_models()
@@ -227,19 +224,40 @@ class VllmEngine:
         self.state.engine_running = self.state.engine_waiting = 0
         self.state.kv_usage = 0.0
 
-    async def _restart_on_death(self) -> None:
+    async def _restart_on_failure(self) -> None:
+        checked = time.monotonic()
         while True:
             await asyncio.sleep(HEALTH_CHECK_S)
-            if self._llm is None or not self._llm.errored:
+            before, checked, llm = checked, time.monotonic(), self._llm
+            if llm is None:
                 continue
-            self._mark_dead(self._llm)
+            if llm.errored:
+                self._mark_dead(llm)
+            elif self._is_hung(llm, checked - before):
+                self.state.hangs += 1
+                self._mark_dead(llm, f"hung for {self._watchdog.silent_s:.0f} s")
+                kill(core_pids(llm))
+            else:
+                continue
             await self._restart()
 
-    def _mark_dead(self, llm: Any) -> None:
-        """Report that ``llm`` died. Ignored for an earlier engine: its last requests may end after a restart."""
+    def _is_hung(self, llm: Any, elapsed_s: float) -> bool:
+        """Whether ``llm`` hangs. ``elapsed_s``: seconds since the previous call."""
+        sequences, prompt_tokens = pending(llm)
+        # The EngineCore computes no step while it loads an adapter.
+        if not sequences or self._adapter_calls:
+            return False
+        watchdog = self._watchdog
+        watchdog.add_silence(elapsed_s)
+        if watchdog.wants_cpu_s:
+            watchdog.on_cpu_s(cpu_s(core_pids(llm)))
+        return watchdog.is_hung(sequences, prompt_tokens, self.state.max_num_batched_tokens)
+
+    def _mark_dead(self, llm: Any, why: str = "died") -> None:
+        """Report that ``llm`` died or hung. Ignored for an earlier engine, whose requests may end after a restart."""
         if self.state.alive and llm is self._llm:
-            log.error("engine %s died", self.name)
-            self.state.alive, self.state.why_down = False, "it died and restarts"
+            log.error("engine %s %s", self.name, why)
+            self.state.alive, self.state.why_down = False, f"it {why} and restarts"
             self._events.on_alive(False)
 
     async def _restart(self) -> None:
@@ -291,7 +309,7 @@ class VllmEngine:
         """Run synthetic requests for about `PROBE_S` seconds and refit the step-time model to them."""
         if not self.state.alive or self._sequences:
             return
-        with contextlib.suppress(Exception):  # if the engine dies, `_restart_on_death` handles it
+        with contextlib.suppress(Exception):  # if the engine dies, `_restart_on_failure` handles it
             self.state.step_time.forget()
             await calibrate(self._run_synthetic, self.state.step_time, self.state.max_num_seqs, PROBE_S)
 
@@ -325,59 +343,41 @@ class VllmEngine:
             self._mark_dead(llm)
             raise EngineUnreachable(f"engine {self.name} is down")
         observer: TokenObserver | None = scope.get(OBSERVER_KEY)
-        lost = False
-
-        def dead() -> bool:
-            return llm is not self._llm or bool(llm.errored)
-
-        async def send_unless_dead(message: Message) -> None:
-            nonlocal lost
-            # For a dead engine, vLLM sends its own 500 or error event. Drop it and everything after it, because
-            # the gateway must learn that the engine died, and sends a more precise error.
-            if lost or (dead() and _is_error(message)):
-                lost = True
-                return
-            await send(message)
-
-        token, rendering = current_observer.set(observer), current_rendering.set(scope.get(RENDERING_KEY))
-        xargs_token = current_xargs.set(scope.get(XARGS_KEY))
+        for_adapter = scope["path"].endswith(_LORA_PATHS)
+        self._adapter_calls += for_adapter
         try:
-            await vllm_app(scope, receive, send_unless_dead)
-        except Exception as error:
-            if dead():
-                self._mark_dead(llm)
-                raise EngineLost(f"engine {self.name} died") from error
-            raise
+            await openai_app.call(vllm_app, scope, receive, send, lambda: llm is not self._llm or bool(llm.errored))
+        except EngineLost as error:
+            self._mark_dead(llm)
+            raise EngineLost(f"engine {self.name} died") from error.__cause__
         finally:
-            current_observer.reset(token)
-            current_rendering.reset(rendering)
-            current_xargs.reset(xargs_token)
+            self._adapter_calls -= for_adapter
             if observer is not None:
                 await self._abort_unfinished(observer, llm)
-        if scope["path"].endswith(_LORA_PATHS):
+        if for_adapter:
             await self._read_models()
-        if lost:
-            self._mark_dead(llm)
-            raise EngineLost(f"engine {self.name} died")
 
     async def _abort_unfinished(self, observer: TokenObserver, llm: Any) -> None:
         """Abort the sequences that a request left in the engine, for example because the client disconnected."""
         unfinished = [sequence for sequence, owner in self._sequences.items() if owner is observer]
         for sequence in unfinished:
             del self._sequences[sequence]
-        if unfinished and not llm.errored:
+        if unfinished and llm is self._llm and not llm.errored:
             with contextlib.suppress(Exception):
                 await llm.abort(unfinished, internal=True)
 
     def _on_gate_report(self, gate: GateReport, steps: list[StepReport]) -> None:
         self.state.gate = gate
+        self._watchdog.on_progress(len(steps))
         for step in steps:
             self.state.step_time.observe(step.decode_requests, step.prefill_tokens, step.mean_context, step.elapsed_s)
         if steps:
+            self.state.last_step_at = time.monotonic()
             self._events.on_step()
 
     def _on_scheduler_stats(self, stats: Any) -> None:
         """vLLM's per-step scheduler statistics (`vllm.v1.metrics.stats.SchedulerStats`)."""
+        self._watchdog.on_progress()
         self.state.engine_running = stats.num_running_reqs
         self.state.engine_waiting = stats.num_waiting_reqs
         self.state.kv_usage = stats.kv_cache_usage
@@ -396,15 +396,3 @@ def _freeze_heap() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-
-
-class _NoServer:
-    """Replaces vLLM's uvicorn server, which vLLM stops when the engine dies. The gateway's server keeps running."""
-
-    should_exit = False
-
-
-def _is_error(message: Message) -> bool:
-    if message["type"] == "http.response.start":
-        return bool(message["status"] >= 500)
-    return b'"error"' in message.get("body", b"")

@@ -45,12 +45,27 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-class KeyRing:
-    """The configured keys. Without any, every request belongs to the anonymous tenant."""
+def key_id(sha256: str) -> str:
+    """Return what names a key in lists and logs: the first digits of its digest."""
+    return sha256[:12]
 
-    def __init__(self, keys: Sequence[ApiKey], anonymous: ApiKey, wall_clock: Callable[[], float] = time.time) -> None:
+
+class KeyRing:
+    """The configured keys. Without any, every request belongs to the anonymous tenant, unless a key is ``required``."""
+
+    def __init__(
+        self,
+        keys: Sequence[ApiKey],
+        anonymous: ApiKey,
+        wall_clock: Callable[[], float] = time.time,
+        *,
+        required: bool = False,
+    ) -> None:
         self._secret = secrets.token_bytes(32)
         self._keys = {self._tag(key.sha256): key for key in keys}
+        self.tenants = len({key.tenant for key in keys})
+        """Number of tenants that have keys."""
+        self.required = required or bool(keys)
         self._anonymous = anonymous
         self._wall_clock = wall_clock
 
@@ -59,7 +74,7 @@ class KeyRing:
 
         Raises `ApiError` 401 for a missing, unknown or expired key, and for two different keys.
         """
-        if not self._keys:
+        if not self.required:
             return self._anonymous
         presented, other = _bearer_token(authorization), (x_api_key or "").strip()
         if presented and other and not hmac.compare_digest(presented.encode(), other.encode()):

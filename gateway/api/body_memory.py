@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from gateway.api.errors import ApiError, unavailable
+from gateway.api.shared_limit import ONLY_HOLDER, Holder, SharedLimit
 
 FREE_BYTES = 64 << 10
 """Bytes of each body that do not count, so small requests never wait. The server reads as much ahead of the gateway,
@@ -31,11 +32,12 @@ class BodyReservation:
     ``bytes``: what is reserved. ``evicted``: the body lost its memory while it was received.
     """
 
-    __slots__ = ("_memory", "_timer", "bytes", "evicted")
+    __slots__ = ("_memory", "_timer", "bytes", "evicted", "holder")
 
-    def __init__(self, memory: BodyMemory) -> None:
+    def __init__(self, memory: BodyMemory, holder: Holder) -> None:
         self.bytes = 0
         self.evicted = False
+        self.holder = holder
         self._memory = memory
         self._timer: asyncio.Timeout | None = None
 
@@ -85,60 +87,76 @@ class BodyReservation:
 class BodyMemory:
     """The memory that all request bodies share. Small bodies need none of it (`FREE_BYTES`).
 
-    If it is full, the request whose body takes longest to arrive loses its memory: half-sent bodies do not keep others
-    out. Bodies are counted as they are sent; parsed, they take up to three times as much for a moment.
+    A tenant leaves a part to the others (`SharedLimit`). If memory is short, the request whose body takes longest to
+    arrive loses its memory to a request of the same tenant, or of one that holds less: half-sent bodies do not keep
+    others out. Bodies are counted as they are sent; parsed, they take up to three times as much for a moment.
 
-    ``used``: bytes that are reserved. ``receiving``: when each reservation began, for bodies that are incomplete.
+    ``shared``: the bytes that are reserved. ``receiving``: when each reservation began, for bodies that are incomplete.
     """
 
     def __init__(self, limit: int) -> None:
-        self.used = 0
+        self.shared = SharedLimit(limit)
         self.receiving: dict[BodyReservation, float] = {}
-        self.limit = limit
-        self._turn = asyncio.Lock()
-        self._freed = asyncio.Event()
 
-    def reservation(self) -> BodyReservation:
-        """Return the reservation of a new request, which is empty."""
-        return BodyReservation(self)
+    @property
+    def used(self) -> int:
+        """Bytes that are reserved."""
+        return self.shared.used
+
+    def reservation(self, holder: Holder = ONLY_HOLDER) -> BodyReservation:
+        """Return the reservation of a new request of ``holder``, which is empty."""
+        return BodyReservation(self, holder)
 
     async def take(self, reservation: BodyReservation, count: int) -> None:
-        """Add ``count`` bytes to ``reservation``, in order of arrival. Raises `ApiError` 503 after `WAIT_S`."""
-        if self.used + count > self.limit or self._turn.locked():
+        """Add ``count`` bytes to ``reservation``, in the order of arrival of its tenant's requests.
+
+        Raises `ApiError` 503 after `WAIT_S`.
+        """
+        holder = reservation.holder
+        if not self.shared.try_take(holder, count):
             # Its body waits for the gateway now, not for the client.
             self.receiving.pop(reservation, None)
             try:
-                async with asyncio.timeout(WAIT_S), self._turn:
-                    await self._make_room(count)
+                async with asyncio.timeout(WAIT_S), self.shared.turn(holder):
+                    await self._make_room(holder, count)
+                    self.shared.take(holder, count)
             except TimeoutError:
-                raise no_memory() from None
-        self.used += count
+                raise no_memory(of_tenant=self.shared.has_room(count)) from None
         reservation.bytes += count
 
-    async def _make_room(self, count: int) -> None:
+    async def _make_room(self, holder: Holder, count: int) -> None:
         loop = asyncio.get_running_loop()
-        while self.used + count > self.limit:
-            now, missing = loop.time(), self.used + count - self.limit
-            for slow, since in list(self.receiving.items()):
-                if missing <= 0 or now < since + UPLOAD_S:
-                    break
-                missing -= slow.bytes
-                del self.receiving[slow]
-                slow.evict(now)
-            self._freed.clear()
+        while not self.shared.fits(holder, count):
+            self._evict(holder, count, loop.time())
             with contextlib.suppress(TimeoutError):
                 # Not for long, since another body may be slow enough by then.
                 async with asyncio.timeout(_RETRY_INTERVAL_S):
-                    await self._freed.wait()
+                    await self.shared.until_freed()
+
+    def _evict(self, holder: Holder, count: int, now: float) -> None:
+        """End the reception of the slowest bodies, so that ``count`` bytes fit."""
+        shared, freed, own = self.shared, 0, 0
+        level = shared.level(holder, count)
+        for slow, since in list(self.receiving.items()):
+            if now < since + UPLOAD_S or shared.fits(holder, count, freed=freed, own=own):
+                return
+            if slow.holder.name == holder.name:
+                own += slow.bytes
+            elif shared.level(slow.holder) <= level:
+                continue
+            freed += slow.bytes
+            del self.receiving[slow]
+            slow.evict(now)
 
     def free(self, reservation: BodyReservation, count: int) -> None:
         """Take back ``count`` bytes."""
-        self.used -= count
         if not reservation.bytes:
             self.receiving.pop(reservation, None)
-        self._freed.set()
+        self.shared.free(reservation.holder, count)
 
 
-def no_memory() -> ApiError:
-    """503: the bodies of other requests take all memory."""
-    return unavailable("The gateway holds too many large request bodies.", "body_memory_full", RETRY_S)
+def no_memory(of_tenant: bool = False) -> ApiError:
+    """503: other requests take all memory, or the tenant's others take its part (``of_tenant``)."""
+    what = "Other requests of this tenant take" if of_tenant else "The gateway holds too many large request bodies:"
+    end = " its part of limits.body_memory_bytes." if of_tenant else " limits.body_memory_bytes is in use."
+    return unavailable(what + end, "body_memory_full", RETRY_S)

@@ -20,7 +20,7 @@ _MAX_MEMBERS = 16
 
 
 class TooLarge(Exception):  # noqa: N818 - it names an event, not an error
-    """The decompressed body is larger than the limit."""
+    """The body, as received or decompressed, is larger than the limit."""
 
 
 def content_coding(headers: HeaderView) -> str:

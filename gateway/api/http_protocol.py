@@ -20,6 +20,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.api.connections import CONNECTION_KEY, Connections, client_address
 from gateway.api.errors import ApiError, bad_request
+from gateway.api.head_buffer import HeadBuffer
+from gateway.api.shared_limit import ONLY_HOLDER
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
@@ -57,6 +59,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     Attributes:
         address: what counts as one client.
+        is_shared: whether many clients may have that address.
+        holder: the tenant of the last request.
         behind_since: when the client was last seen without a backlog (monotonic s).
         cut_reason: why the gateway closed the connection; "" if it did not.
     """
@@ -64,6 +68,8 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, connections: Connections | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.address = ""
+        self.is_shared = True
+        self.holder = ONLY_HOLDER
         self.behind_since = 0.0
         self.cut_reason = ""
         self._watch = Connections() if connections is None else connections
@@ -77,6 +83,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._serving: RequestResponseCycle | None = None
         self._mark_at = self._mark_bytes = 0.0
         self._taken = self._last_buffered = 0
+        self._lost: asyncio.Future[None] | None = None
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
@@ -86,6 +93,7 @@ class HttpProtocol(HttpToolsProtocol):
         high = self._limits.response_buffer_bytes
         transport.set_write_buffer_limits(high=high, low=max(high - _LOW_WATER, high // 2))
         self.address = client_address(self.client[0] if self.client else None)
+        self.is_shared = self._watch.is_shared(self.address)
         self._since = self.loop.time()
         error = self._watch.add(self)
         if error is not None:
@@ -96,6 +104,8 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the app that the client disconnected."""
         self._watch.remove(self)
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)
         cycle = self._serving
         if cycle is not None and cycle is not self.cycle and not cycle.response_complete:
             # uvicorn tells only the last one of several requests.
@@ -103,6 +113,12 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         self.pipeline.clear()
         super().connection_lost(exc)
+
+    def lost(self) -> asyncio.Future[None]:
+        """Return a future that is done when the connection is lost. All requests of the connection share it."""
+        if self._lost is None:
+            self._lost = self.loop.create_future()
+        return self._lost
 
     def cut(self, reason: str) -> None:
         """Close the connection because of ``reason``."""
@@ -276,6 +292,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_body = True
         self._body_bytes = self._overhead = 0
         super().on_headers_complete()
+        self.cycle.transport = HeadBuffer(self.transport, self.loop)  # type: ignore[assignment]
 
     def _check_head(self) -> None:
         """Refuse a request that another server might read differently."""
@@ -327,6 +344,9 @@ class HttpProtocol(HttpToolsProtocol):
         """Serve the next request that waits on the connection."""
         self.server_state.total_requests += 1
         self._since = self.loop.time()
+        if self._serving is not None:
+            # Of a response without a body.
+            self._serving.transport.flush()  # type: ignore[attr-defined]
         if self.transport.is_closing():
             return
         self.flow.resume_reading()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,9 @@ from engine_adapter.engine import Message, Receive, Scope, Send
 from gateway.api.connections import CONNECTION_KEY, SLOW_READER_REASONS
 from gateway.api.errors import Headers
 from gateway.api.routes.table import Route
+from gateway.api.shared_limit import ONLY_HOLDER, Holder
 from gateway.observability.ledger import Entry
+from gateway.tenants.limits import TenantUse
 
 _REQUEST_ID = b"x-request-id"
 _STREAM_TYPE = b"text/event-stream"
@@ -53,7 +56,9 @@ class HttpRequest:
     ``status`` is the status in metrics: that of the response, and 500 before a response started. `Proxy` sets 499 if
     the client disconnected before its response was complete; on routes that are not scheduled, before it started.
     ``streaming``: an event stream has started. ``entry``: its ledger entry, once it is accepted for scheduling.
-    ``tenant``: its key's, once that is known. Every response gets the header ``x-request-id``.
+    ``tenant``: its key's, once that is known. ``holder``: whose part of the shared limits it counts to. ``use``: what
+    this request counts in, of a tenant with limits. ``limited``: it exceeded one of them. ``rate_headers``: returns the
+    headers about them. Every response gets the header ``x-request-id``.
     """
 
     scope: Scope
@@ -66,6 +71,10 @@ class HttpRequest:
     streaming: bool = False
     entry: Entry | None = None
     tenant: str = ""
+    holder: Holder = ONLY_HOLDER
+    use: TenantUse | None = None
+    limited: bool = False
+    rate_headers: Callable[[], Headers] | None = None
     headers: RequestHeaders = field(init=False)
     request_id: bytes = field(init=False)
     _error_start: Message | None = None
@@ -80,6 +89,19 @@ class HttpRequest:
         """Whether the connection was cut because the client did not read its response."""
         connection = self.scope.get(CONNECTION_KEY)
         return connection is not None and connection.cut_reason in SLOW_READER_REASONS
+
+    @property
+    def lost(self) -> asyncio.Future[None] | None:
+        """A future that is done when the client has disconnected; None if the server has none."""
+        connection = self.scope.get(CONNECTION_KEY)
+        return None if connection is None else connection.lost()
+
+    def belongs_to(self, holder: Holder) -> None:
+        """Note whose part of the shared limits the request counts to."""
+        self.holder = holder
+        connection = self.scope.get(CONNECTION_KEY)
+        if connection is not None:
+            connection.holder = holder
 
     def cut(self, reason: str) -> None:
         """Close the client's connection because of ``reason``."""
@@ -98,6 +120,10 @@ class HttpRequest:
         if message["type"] == "http.response.start":
             self.status, self.response_started = message["status"], True
             headers, self.streaming = client_headers(message.get("headers", ()))
+            if self.rate_headers is not None:
+                # The tenant's limits are the gateway's, not those of the engine's server.
+                headers = [header for header in headers if not header[0].lower().startswith(b"x-ratelimit-")]
+                headers += self.rate_headers()
             message = {**message, "headers": [*headers, (_REQUEST_ID, self.request_id)]}
             if self.status >= 400 and self.route.errors.adapted is not None and not self.streaming:
                 self._error_start = message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from typing import Any
 
 import orjson
@@ -20,6 +21,9 @@ MODELS_PATH = "/v1/models"
 
 _FORM_MODEL = re.compile(rb'name="?model"?[ \t]*(?:\r?\n[^\r\n]+)*\r?\n\r?\n([^\r\n]{1,256})\r?\n', re.IGNORECASE)
 """The value of the field ``model`` in a form, as a group."""
+
+_OTHER_SPELLINGS = frozenset(map("".join, product(*zip("model", "MODEL", strict=True)))) - {"model"}
+"""``model`` with capital letters."""
 
 RETRY_UNKNOWN_S = 5.0
 """``Retry-After`` (s) while no engine has reported its models. Convention."""
@@ -48,20 +52,33 @@ def _allows(allowed: frozenset[str], model: str, router: Router) -> bool:
     return bool(listing) and all(any(state.own_name(name) == own for name in allowed) for state, own in listing)
 
 
-def check_body_model(http: HttpRequest, body: bytes, key: ApiKey, router: Router) -> None:
-    """Raise `ApiError` 403 unless ``key`` may use the model of a body that the gateway does not parse.
+def permitted_body(http: HttpRequest, body: bytes, key: ApiKey, router: Router) -> bytes:
+    """Return a body that the gateway does not schedule, once ``key`` may use its model.
 
-    The key needs no right for a request without a body. A key with ``allowed_models`` must name its model in JSON:
-    what the engine reads in another kind of body is not known.
+    The key needs no right for a request without a body. A key with ``allowed_models`` must name its model in JSON: what
+    the engine reads in another kind of body is not known. Its body is encoded anew, because engines differ in which of
+    two members of one name they take. Raises `ApiError` 403, or 400 for a body that cannot be encoded.
     """
     if key.allowed_models is None or not body:
-        return
-    model = _member(body, "model")
-    if not isinstance(model, str) or not model or _is_form(http.headers):
+        return body
+    document = _object(body)
+    model = None if document is None or _is_form(http.headers) else document.get("model")
+    if document is None or not isinstance(model, str) or not model:
         raise _not_permitted("This API key may use certain models only: send a JSON body that names one as 'model'.")
+    _check_spelling(document)
     check_model(model, key, router)
     if model_in_body(http.headers, body) != model:
         raise _not_permitted("Write the name 'model' without escapes.")
+    try:
+        return encode_json(document)
+    except BodyTooDeep:
+        raise bad_request("The body nests too deeply.", None, "invalid_json") from None
+
+
+def _check_spelling(document: dict[str, Any]) -> None:
+    """Raise `ApiError` 400 for a member such as ``Model``, which an engine may take for ``model`` (Go does)."""
+    if not _OTHER_SPELLINGS.isdisjoint(document):
+        raise bad_request("model: write this name in lower case.", "model")
 
 
 def _not_permitted(reason: str) -> ApiError:
@@ -70,7 +87,8 @@ def _not_permitted(reason: str) -> ApiError:
 
 
 def requested_model(document: dict[str, Any]) -> str:
-    """Return the ``model`` of a request; "" if it names none. Raises `ApiError` 400 if it is not text."""
+    """Return the ``model`` of a request; "" if it names none. Raises `ApiError` 400 if it is not text, or misspelt."""
+    _check_spelling(document)
     model = document.get("model")
     if model is None:
         return ""
@@ -125,12 +143,17 @@ def _is_form(headers: HeaderView) -> bool:
     return headers.get("content-type", "").strip().lower().startswith("multipart/")
 
 
-def _member(body: bytes, name: str) -> Any:
+def _object(body: bytes) -> dict[str, Any] | None:
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
-    return document.get(name) if isinstance(document, dict) else None
+    return document if isinstance(document, dict) else None
+
+
+def _member(body: bytes, name: str) -> Any:
+    document = _object(body)
+    return None if document is None else document.get(name)
 
 
 # --- the routes -------------------------------------------------------------------------------------------------------

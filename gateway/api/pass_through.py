@@ -1,6 +1,6 @@
 """Routes under ``/v1`` that are not scheduled. Their requests go to an engine without the gateway's own fields.
 
-They use the engine too, so only a limited number runs at a time, and the others wait.
+They use the engine too, so only a limited number runs at a time, and the others wait. Tenants share these slots.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gateway.api.errors import bad_request
 from gateway.api.http_request import HttpRequest
 from gateway.api.rejections import queue_full
 from gateway.api.request_body import check_with_engine, document_for_engine, engine_scope, parse_json, too_deep
+from gateway.api.shared_limit import Holder, SharedLimit
 
 WAIT_S = 60.0
 """Longest wait of a call (s) for its turn at an engine. Convention."""
@@ -49,14 +50,15 @@ class PassThrough:
         self._limit = limit
         self._stall_s = stall_s
         self._serving = serving
-        self._slots: dict[str, asyncio.Semaphore] = {}
+        self._slots: dict[str, SharedLimit] = {}
 
     def set_limits(self, limit: int, stall_s: float) -> None:
-        """Replace the limits. At most ``limit`` calls run per engine from now on, besides those that run or wait."""
+        """Replace the limits. Calls that run continue, and count."""
         self._stall_s = stall_s
-        if limit != self._limit:
-            self._limit = limit
-            self._slots.clear()
+        self._limit = limit
+        for slots in self._slots.values():
+            slots.limit = limit
+            slots.wake()
 
     async def serve(
         self, http: HttpRequest, body: bytes, engine: Engine, send: Send, key: ApiKey, guard: FieldGuard
@@ -69,18 +71,21 @@ class PassThrough:
             EngineLost: the engine died, or was down already.
         """
         body = checked_body(http.scope, http.headers, body, engine, key, guard)
-        client = ClientConnection(http.receive)
+        client = ClientConnection(http.receive, http.lost)
         try:
             if http.scope["method"] in ("GET", "HEAD"):
                 await self._call(http, body, engine, client, send)
                 return
-            slots = self._slots.setdefault(engine.name, asyncio.Semaphore(self._limit))
-            await self._wait(slots, client)
+            slots = self._slots.get(engine.name)
+            if slots is None:
+                slots = self._slots[engine.name] = SharedLimit(self._limit)
+            if not slots.try_take(http.holder):
+                await self._wait(slots, http.holder, client)
             try:
                 with self._serving.labels(engine.name).track_inprogress():
                     await self._call(http, body, engine, client, send)
             finally:
-                slots.release()
+                slots.free(http.holder)
         finally:
             client.close()
 
@@ -109,18 +114,20 @@ class PassThrough:
         if not http.response_started and client.disconnected.done():
             raise ClientDisconnected
 
-    async def _wait(self, slots: asyncio.Semaphore, client: ClientConnection) -> None:
-        """Take a slot, in order of arrival."""
-        turn = asyncio.ensure_future(slots.acquire())
+    async def _wait(self, slots: SharedLimit, holder: Holder, client: ClientConnection) -> None:
+        """Take a slot, in order of arrival among the calls of ``holder``."""
+        turn = asyncio.ensure_future(slots.acquire(holder))
         try:
             await asyncio.wait({turn, client.disconnected}, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
             if client.disconnected.done():
                 raise ClientDisconnected
             if not turn.done():
-                raise queue_full("The engine serves too many calls that are not scheduled.", self._limit, 1.0)
+                whose = "of this tenant " if slots.has_room() else ""
+                message = f"The engine serves too many calls {whose}that are not scheduled (server.max_pass_through)."
+                raise queue_full(message, self._limit, 1.0)
         except BaseException:
             if turn.done():
-                slots.release()
+                slots.free(holder)
             turn.cancel()
             raise
 

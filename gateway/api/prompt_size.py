@@ -50,7 +50,7 @@ class PromptSize:
 
 @dataclass(slots=True)
 class PromptSizer:
-    """Measures prompts. Learns, for each model, the size of those that engines cannot tell."""
+    """Measures prompts. Estimates, with weights learned for each model, the prompts that the engine cannot render."""
 
     sizes: PromptSizes = field(default_factory=PromptSizes)
 

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from gateway.api.addresses import is_loopback
 from gateway.api.auth import KeyRing
 from gateway.api.errors import ApiError
+from gateway.api.operator_auth import not_an_operator
 
 Reload = Callable[[], Awaitable[dict[str, Any]]]
 """Reloads and returns a document with ``ok``, what changed, and the ``mistakes`` of the file."""
@@ -40,12 +41,8 @@ def check_operator(request: HttpRequest, keys: KeyRing) -> None:
     key = keys.authenticate(headers.get("authorization"), headers.get("x-api-key"))
     if key.sha256:
         if not key.operator:
-            raise _forbidden("This API key has no `operator: true` in the configuration.")
+            raise not_an_operator("This API key has no `operator: true` in the configuration.")
     elif "origin" in headers or request.client is None or not is_loopback(request.client.host):
-        raise _forbidden(
+        raise not_an_operator(
             "Without keys, only programs on this machine may do this. Configure a key with operator: true."
         )
-
-
-def _forbidden(message: str) -> ApiError:
-    return ApiError(403, message, "permission_error", "not_an_operator")

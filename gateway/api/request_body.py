@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 from starlette.datastructures import Headers as HeaderView
 
-from engine_adapter.asgi import BodyTooLarge, ClientDisconnected
+from engine_adapter.asgi import receive_chunk
 from engine_adapter.engine import GATE_XARG, KIND_XARG, TPOT_XARG, Engine, Receive, Scope
 from engine_adapter.service_kind import ServiceKind, default_kind
 from gateway.api.body_memory import FREE_BYTES, BodyMemory, BodyReservation, no_memory
@@ -76,7 +76,7 @@ async def read_limited_body(
         if memory.bytes:
             memory.received(len(body))
         return body
-    except (BodyTooLarge, TooLarge):
+    except TooLarge:
         raise _too_large(max_bytes) from None
     except TimeoutError:
         raise (no_memory() if memory.evicted else _too_slow()) from None
@@ -93,20 +93,16 @@ async def _read(
 ) -> bytes:
     """Return the body. ``timer`` expires ``until`` then, or when the client is too slow.
 
-    Raises `ClientDisconnected` and `BodyTooLarge`.
+    Raises `ClientDisconnected` and `TooLarge`.
     """
     loop = asyncio.get_running_loop()
     timer.reschedule(min(until, loop.time() + limits.stall_s))
     body: bytes | bytearray = b""
     timed = 0
     while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnected
-        chunk = message.get("body", b"")
+        chunk, complete = await receive_chunk(receive)
         if len(body) + len(chunk) > max_bytes:
-            raise BodyTooLarge
-        complete = not message.get("more_body", False)
+            raise TooLarge
         if complete and not body:
             body = chunk
         else:

@@ -5,36 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from gateway.config.keys_file import keys_path, read_keys
+from gateway.config.mistakes import ConfigError, Mistake, key_path, line_of, merged, mistake_of
 from gateway.config.schema import GatewayConfig, parse
-
-
-@dataclass(frozen=True, slots=True)
-class Mistake:
-    """One invalid value or key: its line (1-based), its path (``engines[0].model``) and the reason."""
-
-    line: int
-    key: str
-    reason: str
-
-    def __str__(self) -> str:
-        where = f"{self.key}: " if self.key else ""
-        return f"line {self.line}: {where}{self.reason}"
-
-
-class ConfigError(Exception):
-    """The file is invalid; ``mistakes`` lists all mistakes, not only the first one."""
-
-    def __init__(self, path: Path, mistakes: Sequence[Mistake]) -> None:
-        self.path, self.mistakes = path, list(mistakes)
-        super().__init__("\n".join(f"{path}: {mistake}" for mistake in mistakes))
-
 
 ENVIRONMENT = {
     "ANTARES_HOST": "server.host",
@@ -44,14 +24,20 @@ ENVIRONMENT = {
 """Environment variable to the dotted key that it overrides. Containers use them."""
 
 
-def load(path: Path, env: Mapping[str, str] = os.environ, overrides: Mapping[str, Any] | None = None) -> GatewayConfig:
+def load(
+    path: Path,
+    env: Mapping[str, str] = os.environ,
+    overrides: Mapping[str, Any] | None = None,
+    keys: Sequence[Any] | None = None,
+) -> GatewayConfig:
     """Return the validated configuration in the file at ``path``.
 
     ``overrides`` maps dotted keys (``server.port``) to values. They take precedence over the variables of `ENVIRONMENT`
-    in ``env``, and those over the file. Deprecated option names issue a FutureWarning.
+    in ``env``, and those over the file. Deprecated option names issue a FutureWarning. ``keys``: the entries of the
+    keys file, which is read if they are None and the configuration names one.
 
     Raises:
-        ConfigError: the file is unreadable, not YAML, or invalid.
+        ConfigError: the file or its keys file is unreadable, malformed or invalid.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -77,31 +63,50 @@ def load(path: Path, env: Mapping[str, str] = os.environ, overrides: Mapping[str
         raise ConfigError(path, [duplicate])
     from_env = {key: variable for variable, key in ENVIRONMENT.items() if env.get(variable)}
     _override(document, {**{key: env[variable] for key, variable in from_env.items()}, **(overrides or {})})
+    named = document.get("keys_file")
+    if named is not None and not isinstance(named, str):
+        raise ConfigError(path, [Mistake(line_of(root, ["keys_file"]), "keys_file", "must be the path of a file")])
+    if named:
+        entries = read_keys(keys_path(named, path)) if keys is None else keys
+        document["keys_file"] = {"path": named, "keys": entries}
     try:
         return parse(document)
     except ValidationError as invalid:
-        mistakes = _merged([_mistake(error, root) for error in invalid.errors()])
+        mistakes = merged([mistake_of(error, root) for error in invalid.errors()])
         for key in from_env.keys() - (overrides or {}).keys():
             mistakes = [
                 replace(m, reason=f"{m.reason} (from {from_env[key]})") if m.key == key else m for m in mistakes
             ]
-        raise ConfigError(path, mistakes) from invalid
+        raise _placed(path, mistakes, named) from invalid
 
 
-def located(path: Path | None, mistakes: Sequence[tuple[str, str]]) -> ConfigError:
-    """Return the error for ``mistakes`` (dotted key, reason) that a valid file at ``path`` has in this process."""
-    root = None
-    if path is not None:
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    found = [Mistake(_line(root, _path(key)), key, reason) for key, reason in mistakes]
-    return ConfigError(path or Path("the configuration"), found)
+def located(path: Path | None, mistakes: Sequence[tuple[str, str]], keys_file: str | None = None) -> ConfigError:
+    """Return the error for ``mistakes`` (dotted key, reason) that a valid file at ``path`` has in this process.
+
+    ``keys_file``: the keys file that it names.
+    """
+    root = None if path is None else _composed(path)
+    found = [Mistake(line_of(root, key_path(key)), key, reason) for key, reason in mistakes]
+    return _placed(path, found, keys_file)
 
 
-def _path(dotted: str) -> list[str | int]:
-    """Return the parts of a key such as ``engines[0].model``."""
-    parts = dotted.replace("[", ".").replace("]", "").split(".") if dotted else []
-    return [int(part) if part.isdigit() else part for part in parts]
+def _placed(path: Path | None, mistakes: Sequence[Mistake], keys_file: str | None) -> ConfigError:
+    """Return the error for ``mistakes`` of the file at ``path``; if all are in its keys file, that file's error."""
+    prefix = "keys_file."
+    if keys_file is None or not all(m.key.startswith(f"{prefix}keys") for m in mistakes):
+        return ConfigError(path or Path("the configuration"), mistakes)
+    file = keys_path(keys_file, path)
+    root = _composed(file)
+    keys = [m.key.removeprefix(prefix) for m in mistakes]
+    return ConfigError(
+        file, [Mistake(line_of(root, key_path(k)), k, m.reason) for k, m in zip(keys, mistakes, strict=True)]
+    )
+
+
+def _composed(path: Path) -> yaml.Node | None:
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    return None
 
 
 def _override(document: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -113,71 +118,6 @@ def _override(document: dict[str, Any], values: Mapping[str, Any]) -> None:
             node = node.setdefault(section, {}) if isinstance(node, dict) else None
         if isinstance(node, dict):
             node[key] = value
-
-
-def _mistake(error: Any, root: yaml.Node | None) -> Mistake:
-    """Convert one error of pydantic."""
-    path = list(error["loc"])
-    if path[0:1] == ["engines"] and len(path) > 2:
-        # pydantic inserts the engine's kind into the path, but the file has no such key.
-        del path[2]
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "union_tag_not_found":
-        path, message = [*path, "kind"], "is missing; choose one of vllm, http, simulated"
-    elif error["type"] == "extra_forbidden":
-        message = "unknown key"
-    elif error["type"] == "missing":
-        message = "is missing"
-    elif not path and ": " in message:
-        # Validators of the whole file start their message with the key.
-        named, message = message.split(": ", 1)
-        path = _path(named)
-    elif path[-1:] and path[-1] in _UNION_MEMBERS:
-        # pydantic reports one error per member of a union and appends the member's type to the path.
-        path.pop()
-    return Mistake(_line(root, path), _dotted(path), message)
-
-
-_UNION_MEMBERS = frozenset(
-    ("bool", "int", "float", "str", "list[str]", "constrained-str", "list[constrained-str]", "[key]")
-)
-"""Last parts of an error's path that pydantic adds and the file does not have."""
-
-
-def _merged(mistakes: Sequence[Mistake]) -> list[Mistake]:
-    """Join the reasons of mistakes at the same line and key."""
-    merged: dict[tuple[int, str], Mistake] = {}
-    for mistake in mistakes:
-        position = (mistake.line, mistake.key)
-        if position in merged:
-            alternative = mistake.reason.removeprefix("Input should be ")
-            merged[position] = replace(merged[position], reason=f"{merged[position].reason} or {alternative}")
-        else:
-            merged[position] = mistake
-    return list(merged.values())
-
-
-def _dotted(path: Sequence[str | int]) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-
-
-def _line(node: yaml.Node | None, path: Sequence[str | int]) -> int:
-    """Return the line (1-based) of the deepest part of ``path`` that exists in the file."""
-    if node is None:
-        return 1
-    line = node.start_mark.line
-    for part in path:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if k.value == str(part)), None)
-            if found is None:
-                break
-            line, node = found[0].start_mark.line, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line
-        else:
-            break
-    return line + 1
 
 
 def _duplicate_key(node: yaml.Node | None, visited: set[int]) -> Mistake | None:

@@ -12,6 +12,7 @@ _HEADERS = {"ttft": "x-slo-ttft-ms", "tpot": "x-slo-tpot-ms", "e2e": "x-slo-e2e-
 
 _REASONS = {
     "queue_full": "the queue of its SLO class was full",
+    "rate_limited": "its tenant had used its tokens per minute",
     "gateway_full": "the gateway had too many open requests (server.max_open_requests)",
     "engine_down": "the engine was down and not expected back in time",
     "draining": "the gateway was shutting down",
@@ -239,6 +240,7 @@ def _advice_on_rejection(document: Document, reason: str) -> list[str]:
     if bound is None:
         advice = {
             "queue_full": "Add engine capacity, raise classes.max_waiting, or use a class with a shorter queue.",
+            "rate_limited": "Retry later, or have the operator raise tokens_per_minute of the tenant.",
             "gateway_full": "Add engine capacity, or raise server.max_open_requests.",
             "engine_down": "Retry later, or add an engine that serves the model too.",
             "draining": "Send the request to another gateway, or to this one after its restart.",

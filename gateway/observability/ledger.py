@@ -13,7 +13,7 @@ from gateway.policies.base import Rejection
 from gateway.prediction.client import Prediction
 from gateway.requests.request import Request
 from gateway.requests.slo import Bound
-from gateway.scheduling.engine_queue import Draining, EngineDown, QueueFull
+from gateway.scheduling.queue_outcome import Draining, EngineDown, QueueFull
 
 Outcome = Literal["finished", "rejected", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("finished", "rejected", "failed", "cancelled")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 import warnings
-from typing import Literal
+from types import TracebackType
+from typing import Literal, TextIO
 
 import orjson
 
@@ -13,7 +15,27 @@ _WARNINGS_LOGGER = "py.warnings"
 """Logger to which `logging.captureWarnings` sends Python warnings."""
 
 
-class JsonFormatter(logging.Formatter):
+_MAX_CHAIN = 8
+"""Exceptions that are logged of one that others caused. They may refer to each other in a circle."""
+
+_ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+class TextFormatter(logging.Formatter):
+    """Formats each record as text. NOTE: an exception's own text may quote a request, so only its frames are logged."""
+
+    def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - the name is logging's
+        """Return the types and frames of an exception and of those that caused it, the last one first."""
+        parts: list[str] = []
+        error = ei[1]
+        while error is not None and len(parts) < _MAX_CHAIN:
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            parts.append(f"{type(error).__name__}, raised in:\n{frames}".rstrip())
+            error = error.__cause__ or error.__context__
+        return "\ncaused by ".join(parts)
+
+
+class JsonFormatter(TextFormatter):
     """Formats each record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -29,16 +51,21 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(line).decode()
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+        """Ignore that a line cannot be written. NOTE: Python's own would print the text of a logged exception."""
+
+
 def configure(level: str, style: Literal["text", "json"]) -> None:
     """Send the ``antares`` loggers and Python warnings to stderr.
 
     Loggers of libraries keep Python's default: warnings and errors only.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     if style == "json":
         handler.setFormatter(JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
+        handler.setFormatter(TextFormatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
     for name in ("antares", _WARNINGS_LOGGER):
         logger = logging.getLogger(name)
         logger.handlers = [handler]

@@ -11,13 +11,15 @@ import contextlib
 import logging
 import math
 import time
+from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
-import httpx
 import orjson
 
+from engine_adapter.engine import EngineLost
+from engine_adapter.remote.client import Upstream
 from gateway.prediction.reports import LengthReport, LengthReports, UnreachableError
 
 log = logging.getLogger("antares.prediction")
@@ -47,24 +49,26 @@ class Prediction:
     beyond: tuple[float, float] | None = None
 
 
-@dataclass(slots=True)
 class LengthStatistics:
     """The last ``window`` output lengths per class. Predicts ``expected`` tokens for a class without any."""
 
-    expected: float = 128.0
-    window: int = 256
-    _lengths: defaultdict[str, deque[int]] = field(default_factory=lambda: defaultdict(deque))
+    def __init__(self, expected: float = 128.0, window: int = 256) -> None:
+        self.expected = expected
+        self._window = window
+        self._lengths: defaultdict[str, deque[int]] = defaultdict(deque)
+        self._sorted: defaultdict[str, list[int]] = defaultdict(list)
 
     def observe(self, slo_class: str, tokens: int) -> None:
         """Record a finished request of the class with ``tokens`` output tokens per sequence."""
-        lengths = self._lengths[slo_class]
+        lengths, ordered = self._lengths[slo_class], self._sorted[slo_class]
         lengths.append(tokens)
-        if len(lengths) > self.window:
-            lengths.popleft()
+        insort(ordered, tokens)
+        if len(lengths) > self._window:
+            del ordered[bisect_left(ordered, lengths.popleft())]
 
     def predict(self, slo_class: str) -> Prediction:
         """Return the class's median and 0.9 quantile over the window."""
-        lengths = sorted(self._lengths[slo_class])
+        lengths = self._sorted.get(slo_class)
         if not lengths:
             return Prediction(self.expected, 2 * self.expected, "fallback")
         return Prediction(
@@ -128,7 +132,7 @@ class LengthPredictor:
         self.timeout_s = timeout_s
         self._statistics = statistics
         self._breaker = CircuitBreaker()
-        self._client: httpx.AsyncClient | None = None
+        self._client: Upstream | None = None
         self.reports = LengthReports(self._post_reports)
         """Actual lengths to send to the service."""
         self._pending: deque[_Pending] = deque()
@@ -155,7 +159,6 @@ class LengthPredictor:
         slo_class: str,
         max_tokens: int | None,
         min_tokens: int = 0,
-        *,
         model: str = "",
         request_id: str | None = None,
     ) -> Prediction:
@@ -165,19 +168,38 @@ class LengthPredictor:
         """
         prediction = None
         if self.url is not None and self._breaker.allows():
-            # The service rejects a whole batch for one invalid limit, so leave that limit out.
-            limit = max_tokens if max_tokens is not None and 1 <= max_tokens <= _MAX_TOKENS else None
-            question = {"prompt": _shortened(prompt), "prompt_tokens": prompt_tokens, "max_tokens": limit}
-            question |= {"model": _name(model), "slo_class": _name(slo_class), "id": request_id}
-            prediction = await self._ask(question)
-        prediction = prediction or self._statistics.predict(slo_class)
-        high = float(max_tokens) if max_tokens is not None else float("inf")
-        return Prediction(
-            tokens=max(1.0, min_tokens, min(prediction.tokens, high)),
-            p90=max(1.0, min_tokens, min(prediction.p90, high)),
-            source=prediction.source,
-            raw=prediction.raw,
-        )
+            pending = self._ask(prompt, prompt_tokens, slo_class, max_tokens, model, request_id)
+            prediction = await self._answer(pending) if pending is not None else None
+        return _within(prediction or self._statistics.predict(slo_class), max_tokens, min_tokens)
+
+    def usual(self, slo_class: str, max_tokens: int | None, min_tokens: int = 0) -> Prediction:
+        """Return what the recent lengths of the class predict, without asking the service."""
+        return _within(self._statistics.predict(slo_class), max_tokens, min_tokens)
+
+    def predict_later(
+        self,
+        on_answer: Callable[[Prediction | None], None],
+        prompt: str,
+        prompt_tokens: int,
+        slo_class: str,
+        max_tokens: int | None,
+        min_tokens: int = 0,
+        model: str = "",
+        request_id: str | None = None,
+    ) -> None:
+        """Ask the service, and call ``on_answer`` once with its prediction; with None if it makes none."""
+        pending = None
+        if self.url is not None and len(self._pending) < _MAX_PENDING and self._breaker.allows():
+            pending = self._ask(prompt, prompt_tokens, slo_class, max_tokens, model, request_id)
+        if pending is None:
+            on_answer(None)
+            return
+
+        def answered(answer: asyncio.Future[Prediction | None]) -> None:
+            prediction = None if answer.cancelled() else answer.result()
+            on_answer(None if prediction is None else _within(prediction, max_tokens, min_tokens))
+
+        pending.answer.add_done_callback(answered)
 
     def from_hint(self, hint: int, slo_class: str, limit: float, min_tokens: int = 0) -> Prediction:
         """Return the prediction for a client that expects ``hint`` output tokens per sequence.
@@ -229,16 +251,32 @@ class LengthPredictor:
                 await sender
         client, self._client = self._client, None
         if client is not None:
-            await client.aclose()
+            await client.close()
 
-    async def _ask(self, question: dict[str, object]) -> Prediction | None:
-        """Return the service's prediction, or None on failure or timeout."""
+    def _ask(
+        self,
+        prompt: str,
+        prompt_tokens: int,
+        slo_class: str,
+        max_tokens: int | None,
+        model: str,
+        request_id: str | None,
+    ) -> _Pending | None:
+        """Put a question into the next call; None if a call is late, after which that one would start."""
         if self._late:
-            return None  # the next call starts only after the late one
+            return None
+        # The service rejects a whole batch for one invalid limit, so leave that limit out.
+        limit = max_tokens if max_tokens is not None and 1 <= max_tokens <= _MAX_TOKENS else None
+        question = {"prompt": _shortened(prompt), "prompt_tokens": prompt_tokens, "max_tokens": limit}
+        question |= {"model": _name(model), "slo_class": _name(slo_class), "id": request_id}
         pending = _Pending(question, asyncio.get_running_loop().create_future())
         self._pending.append(pending)
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send(), name="call the predictor")
+        return pending
+
+    async def _answer(self, pending: _Pending) -> Prediction | None:
+        """Return the service's prediction, or None on failure or timeout."""
         await asyncio.wait({pending.answer}, timeout=self.timeout_s)
         if not pending.answer.done():
             pending.answer.cancel()
@@ -253,8 +291,7 @@ class LengthPredictor:
             self._breaker.record(False)
 
     async def _send(self) -> None:
-        # NOTE: a request's timeout does not cancel the call: cancelling httpx while it connects leaks the connection.
-        # The call ends by its own timeout.
+        # A request's timeout does not cancel the call, which has other questions too. It ends by its own timeout.
         while self._pending:
             batch = [self._pending.popleft() for _ in range(min(len(self._pending), _MAX_BATCH))]
             batch = [pending for pending in batch if not pending.answer.done()]
@@ -280,13 +317,13 @@ class LengthPredictor:
 
     async def _post(self, questions: list[dict[str, object]]) -> list[Prediction]:
         try:
-            response = await self._call("/v1/predict", {"inputs": questions})
-            if response.status_code in (400, 413, 422):
+            status, body = await self._call(b"/v1/predict", {"inputs": questions})
+            if status in (400, 413, 422):
                 raise _RejectedError
-            if response.status_code != 200:
+            if status != 200:
                 raise _CallFailedError
-            predictions = [_read(answer) for answer in orjson.loads(response.content)["predictions"]]
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, LookupError, TypeError) as error:
+            predictions = [_read(answer) for answer in orjson.loads(body)["predictions"]]
+        except (EngineLost, TimeoutError, ValueError, LookupError, TypeError) as error:
             raise _CallFailedError from error
         if len(predictions) != len(questions) or not all(math.isfinite(p.tokens + p.p90) for p in predictions):
             raise _CallFailedError
@@ -298,37 +335,31 @@ class LengthPredictor:
             for report in reports
         ]
         try:
-            response = await self._call("/v1/observe", {"observations": observations})
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            status, _ = await self._call(b"/v1/observe", {"observations": observations})
+        except (EngineLost, TimeoutError, ValueError) as error:
             raise UnreachableError from error
-        if response.status_code >= 500:
+        if status >= 500:
             raise UnreachableError
 
-    async def _call(self, path: str, document: dict[str, object]) -> httpx.Response:
-        """Post ``document`` and return the response. Raises `httpx.HTTPError` if it is too large or takes too long."""
+    async def _call(self, path: bytes, document: dict[str, object]) -> tuple[int, bytes]:
+        """Post ``document`` and return status and body of the response.
+
+        Raises:
+            EngineLost: the service is unreachable, or its answer is broken or too large.
+            TimeoutError: the answer was not complete within `_CALL_TIMEOUT_S`.
+            ValueError: the URL is invalid.
+        """
         if self._client is None:
-            limits = httpx.Limits(max_connections=4, max_keepalive_connections=2)
-            # Loading the certificate store blocks the event loop for 50 ms, and plain HTTP does not need it.
-            verify = (self.url or "").startswith("https")
-            self._client = httpx.AsyncClient(trust_env=False, timeout=_CALL_TIMEOUT_S, limits=limits, verify=verify)
-        # httpx's own timeouts bound each read, not the whole answer.
-        ends_at = time.monotonic() + _CALL_TIMEOUT_S
-        headers = {
-            "content-type": "application/json",
-            "accept-encoding": "identity",
-            "x-deadline-ms": str(round(_CALL_TIMEOUT_S * 1000)),
-        }
-        url, content, body = f"{self.url}{path}", orjson.dumps(document), bytearray()
-        async with self._client.stream("POST", url, content=content, headers=headers) as response:
-            async for chunk in response.aiter_raw():
-                body += chunk
-                if len(body) > _MAX_ANSWER_BYTES or time.monotonic() > ends_at:
-                    raise httpx.ReadError("the answer is too large or too slow")
-        # Raw bytes: a compressed answer, which nobody asked for, is no valid JSON.
-        return httpx.Response(response.status_code, content=bytes(body))
+            self._client = Upstream("predictor", self.url or "", _CALL_TIMEOUT_S, _CALL_TIMEOUT_S)
+        async with asyncio.timeout(_CALL_TIMEOUT_S):
+            with await self._client.send("POST", path, _HEADERS, orjson.dumps(document)) as response:
+                return response.status, await response.read_all(_MAX_ANSWER_BYTES)
 
 
 _MAX_BATCH = 64
+_MAX_PENDING = 1024
+"""Questions that wait for the next call, beyond which one that delays no request is not asked."""
+
 _MAX_NAME_CHARS = 256
 _MAX_TOKENS = 1 << 30
 
@@ -340,6 +371,23 @@ _MAX_REJECTIONS = 5
 
 _CALL_TIMEOUT_S = 1.0
 """Timeout of one call to the service, in seconds. A request's own timeout is shorter and does not cancel the call."""
+
+_HEADERS = [
+    (b"content-type", b"application/json"),
+    (b"accept-encoding", b"identity"),
+    (b"x-deadline-ms", b"%d" % round(_CALL_TIMEOUT_S * 1000)),
+]
+
+
+def _within(prediction: Prediction, max_tokens: int | None, min_tokens: int) -> Prediction:
+    """Return ``prediction`` within the limits that the request states."""
+    most, least = math.inf if max_tokens is None else max_tokens, max(1.0, min_tokens)
+    return Prediction(
+        tokens=max(least, min(prediction.tokens, most)),
+        p90=max(least, min(prediction.p90, most)),
+        source=prediction.source,
+        raw=prediction.raw,
+    )
 
 
 def _read(answer: dict[str, float]) -> Prediction:

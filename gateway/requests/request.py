@@ -126,11 +126,13 @@ class Request:
         ``beyond``: the p50 and p90 to use instead if the response becomes longer than ``p90``.
         """
         self._beyond = beyond
-        self.predicted_tokens, self.predicted_p90 = tokens, p90
-        self.predicted_at_arrival, self._p90_at_arrival = tokens, p90
-        self._revise_at = tokens * self.sequences
-        self._set_variance()
+        self._set_length(tokens, p90)
         self._set_bounds()
+
+    def predict_later(self, tokens: float, p90: float) -> None:
+        """Replace the predicted output length at any time. There is no end-to-end bound, whose pace depends on it."""
+        self._set_length(tokens, p90)
+        self.advance(0)
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` more output tokens.
@@ -180,6 +182,12 @@ class Request:
         return tpot_s * max(1.0, self.predicted_at_arrival) / (1 - E2E_MOST_FOR_TTFT)
 
     # --- derived fields ---------------------------------------------------------------------------------------------
+
+    def _set_length(self, tokens: float, p90: float) -> None:
+        self.predicted_tokens, self.predicted_p90 = tokens, p90
+        self.predicted_at_arrival, self._p90_at_arrival = tokens, p90
+        self._revise_at = tokens * self.sequences
+        self._set_variance()
 
     def _revise_prediction(self) -> None:
         each = self.generated / self.sequences

@@ -6,6 +6,7 @@ It has no clock, no event loop and no engine. The gateway drives it in real time
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,9 +19,14 @@ from gateway.requests.prefix_index import PrefixIndex
 from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.decision_schedule import DecisionSchedule
+from gateway.scheduling.delays import note_handover, overdue_s
 
 DECISION_GRACE_S = 2 * MAX_DECISION_INTERVAL_S
 """A request that has waited for longer was kept waiting by at least one decision."""
+
+AMPLE = 0.5
+"""Share of an engine's capacity and of a request's bounds up to which no request has to wait for its prediction. It
+leaves a factor of two for errors of the step-time model. Convention."""
 
 MIN_ARRAY = 64
 """Waiting requests from which sums over them are computed as arrays: below, a loop is as fast."""
@@ -96,7 +102,14 @@ class AdmissionController:
         rejections of the decision that is returned, and ``recheck_at`` is ``now``.
         """
         self._update_prefix_hits()
-        decision = self.policy.decide(now, self.waiting, self.running.values(), self.engine)
+        # What the policy admits reaches the engine, and its step under way ends, that much later.
+        delay_s = self.engine.handover_s + overdue_s(now, self.running.values(), self.engine)
+        decision = self.policy.decide(now + delay_s, self.waiting, self.running.values(), self.engine)
+        if decision.recheck_at is not None:
+            decision.recheck_at -= delay_s
+        if not (self.running or decision.admit):
+            # Nothing is handed over, so the estimate would never fall.
+            note_handover(self.engine, 0.0)
         for request in decision.admit:
             self.waiting.remove(request)
             request.admitted_s = now
@@ -125,6 +138,31 @@ class AdmissionController:
         for request in self.prefixes.update_waiting():
             self.waiting.reorder(request)
         self.engine.shared_tokens = int(self.prefixes.shared_tokens)
+
+    def has_ample_room(self, now: float, request: Request) -> bool:
+        """Whether the output length of ``request`` decides nothing: not if it is admitted, nor when.
+
+        Nothing waits, and with this request the engine uses at most `AMPLE` of its sequences and its memory, and of the
+        time that each bound leaves.
+        """
+        engine, running = self.engine, self.running.values()
+        if self.waiting or request.slo.e2e_s is not None or len(running) >= AMPLE * engine.max_num_seqs:
+            return False
+        sequences, context, memory = request.sequences, 0.0, _memory(request)
+        pace_s = math.inf if request.pace_s is None else request.pace_s
+        prefill_s = self.prefill_s(request)
+        for other in running:
+            sequences += other.sequences
+            context += other.length * other.sequences
+            memory += _memory(other)
+            if other.pace_s is not None and other.pace_s < pace_s:
+                pace_s = other.pace_s
+            if other.prefilling:
+                prefill_s += engine.step_time.prefill(other.uncached_tokens)
+        if sequences > AMPLE * engine.max_num_seqs or memory > AMPLE * (engine.kv_tokens or math.inf):
+            return False
+        step_s = engine.step_time.curve.step_s(sequences, context)
+        return step_s <= AMPLE * pace_s and step_s + prefill_s <= AMPLE * (request.deadline_s - now)
 
     def queued_prefill_s(self) -> float:
         """Return the seconds of prefill work that wait. Each arrival asks, so a long queue is summed as an array."""
@@ -169,6 +207,11 @@ class AdmissionController:
         unfinished = [r for r in self.running.values() if r.prefilling]
         work = self.queued_prefill_s() + prefill_seconds(unfinished, self.engine)
         return work, len(self.running) + len(self.waiting)
+
+
+def _memory(request: Request) -> float:
+    """Return the tokens of KV memory that ``request`` probably needs in the end."""
+    return (request.prompt_tokens + max(request.predicted_p90, request.predicted_tokens)) * request.sequences
 
 
 def _remaining_s(request: Request, step_s: float, now: float) -> float:

@@ -11,10 +11,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 from engine_adapter.engine import Engine, PrefixCacheEvent
-from gateway.policies.base import UNGATED, Decision, Policy, Rejection, prefill_backlog
+from gateway.policies.base import UNGATED, Decision, Policy
 from gateway.requests.prefix_events import PrefixEvents
 from gateway.requests.prefix_index import DEFAULT_CAPACITY_TOKENS
 from gateway.requests.request import Request
@@ -22,6 +21,8 @@ from gateway.requests.slo import SloClass
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.circuit_breaker import CircuitBreaker
+from gateway.scheduling.delays import note_handover, work_ahead_s
+from gateway.scheduling.queue_outcome import Admitted, Draining, EngineDown, QueueFull, QueueOutcome, Reroute
 from gateway.scheduling.shadow import Shadow
 from gateway.scheduling.shadow_runner import ShadowRunner
 
@@ -35,41 +36,6 @@ updated by a request that it served."""
 
 MIN_TIMER_S = 0.001
 """Resolution of the timer for the next decision."""
-
-
-@dataclass(slots=True, frozen=True)
-class EngineDown:
-    """The engine is down and will not be back in time for this request."""
-
-    retry_after_s: float
-
-
-@dataclass(slots=True, frozen=True)
-class Draining:
-    """The gateway shuts down: the request can be sent again to another gateway, or to this one after a restart."""
-
-
-@dataclass(slots=True, frozen=True)
-class QueueFull:
-    """The queue of the request's class is at its limit."""
-
-    limit: int
-    retry_after_s: float
-
-
-@dataclass(slots=True, frozen=True)
-class Admitted:
-    """The engine serves the request; its first token is predicted ``predicted_ttft_s`` after arrival."""
-
-    predicted_ttft_s: float | None
-
-
-@dataclass(slots=True, frozen=True)
-class Reroute:
-    """This engine is down or rests, and another one can serve the request: place it again."""
-
-
-QueueOutcome = Reroute | Admitted | Rejection | EngineDown | Draining | QueueFull
 
 
 class EngineQueue:
@@ -141,8 +107,11 @@ class EngineQueue:
 
     # --- events ---------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> asyncio.Future[QueueOutcome]:
-        """Queue ``request`` and return its future outcome. A closed queue and a full class queue answer at once."""
+    def submit(self, request: Request, at_once: bool = False) -> asyncio.Future[QueueOutcome]:
+        """Queue ``request`` and return its future outcome. A closed queue and a full class queue answer at once.
+
+        ``at_once``: decide now, not once for all requests that arrive in this iteration of the event loop.
+        """
         outcome: asyncio.Future[QueueOutcome] = asyncio.get_running_loop().create_future()
         if self._closed or (self.retired and self.can_move(request)):
             outcome.set_result(Reroute() if self.retired else Draining())
@@ -163,7 +132,10 @@ class EngineQueue:
         # After its prefix-cache hit is predicted, which the shadows copy.
         self.shadows.submitted(request)
         self._outcomes[request.id] = outcome
-        self.wake()
+        if at_once and not self._scheduled:
+            self._decide()
+        else:
+            self.wake()
         return outcome
 
     def withdraw(self, request: Request) -> None:
@@ -172,6 +144,10 @@ class EngineQueue:
         self._outcomes.pop(request.id, None)
         if self.admission.withdraw(request):
             self.wake()
+
+    def on_handover(self, request: Request) -> None:
+        """Note that ``request``, which was admitted, now goes to the engine."""
+        note_handover(self.engine.state, self._clock() - (request.admitted_s or 0.0))
 
     def leave(self, request: Request) -> None:
         """Remove an admitted request that has ended in any way."""
@@ -192,6 +168,22 @@ class EngineQueue:
             self._prefix_events.clear()
         if not alive:
             self.shadows.engine_lost()
+        self.admission.capacity_changed()
+        self.wake()
+
+    def has_ample_room(self, request: Request) -> bool:
+        """Whether ``request`` can be queued before its length is known, and decided about before others arrive.
+
+        No shadow policy runs, which would need the length, and `AdmissionController.has_ample_room`.
+        """
+        if self.shadows.all or not self.engine.state.alive:
+            return False
+        return self.admission.has_ample_room(self._clock(), request)
+
+    def on_length(self, request: Request, tokens: float, p90: float) -> None:
+        """Note the predicted length of a request that was queued before it."""
+        request.predict_later(tokens, p90)
+        self.waiting.reorder(request)
         self.admission.capacity_changed()
         self.wake()
 
@@ -228,12 +220,12 @@ class EngineQueue:
         return len(self.waiting) + len(self.running) + self.calls
 
     def set_policy(self, policy: Policy) -> None:
-        """Have ``policy`` decide from now on. Requests keep waiting in its order, and running ones go on."""
+        """Have ``policy`` decide from now on. Waiting requests are sorted in its order; running requests continue."""
         self.admission.set_policy(policy)
         self.wake()
 
     def set_shadows(self, policies: Mapping[str, Policy], changed: Collection[str]) -> None:
-        """Run the shadow ``policies`` (by name). Those that are not ``changed`` go on with their requests and counts.
+        """Run the shadow ``policies`` (by name). A shadow that is not ``changed`` keeps its requests and counts.
 
         A new one sees the requests that arrive from now on.
         """
@@ -281,7 +273,7 @@ class EngineQueue:
             return
         started = time.perf_counter()
         try:
-            backlog_s = prefill_backlog(self.running.values(), self.engine.state)
+            backlog_s = work_ahead_s(now, self.running.values(), self.engine.state)
             decision = self.admission.decide(now)
             self._apply(now, decision, backlog_s)
         except Exception as error:
@@ -295,7 +287,7 @@ class EngineQueue:
         self._set_timer(now, schedule.due_s if self.waiting else None)
 
     def _apply(self, now: float, decision: Decision, backlog_s: float) -> None:
-        """Answer the requests of ``decision``; ``backlog_s`` of prefill work was in the engine before it."""
+        """Answer the requests of ``decision``; before it, the engine would have begun with them after ``backlog_s``."""
         if decision.reject and len(self.running) == len(decision.admit):
             self._probe_idle_engine(now)
         for request in decision.admit:

@@ -1,4 +1,4 @@
-"""Routing: choosing the engine for a request, among those that serve its model and do not rest."""
+"""Routing: chooses the engine for a request among the engines that serve its model and do not rest."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ class Router:
             replaced.retire()
 
     def leave(self, engine_queue: EngineQueue) -> None:
-        """Send no more requests to the engine, and place those that wait for it again. It must not be the last one."""
+        """Remove the engine from routing, and place its waiting requests again. It must not be the last engine."""
         self.engine_queues.remove(engine_queue)
         del self._by_name[engine_queue.engine.name]
         engine_queue.retire()

@@ -56,7 +56,7 @@ class ShadowRunner:
         self._not_before_s = 0.0
 
     def replace(self, shadows: Iterable[Shadow]) -> None:
-        """Run ``shadows`` from now on. Those that ran before keep their requests and counts, unless disabled."""
+        """Run ``shadows`` from now on. A shadow that already ran keeps its requests and counts, unless disabled."""
         kept = set(self._active)
         new = tuple(shadows)
         self._active = [shadow for shadow in new if shadow in kept or shadow not in self.all]

@@ -13,7 +13,8 @@ from typing import Any
 import aiohttp
 import orjson
 
-from engine_adapter.remote.counting import CompletionCounter, EventKind
+from engine_adapter.remote.counting.completions import CompletionCounter
+from engine_adapter.remote.counting.token_counter import EventKind
 from engine_adapter.remote.sse import EventTooLarge, SSESplitter
 from engine_adapter.remote.usage import Usage
 from gateway.requests.progress import tpot

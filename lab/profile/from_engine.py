@@ -327,7 +327,8 @@ def build_engine(source: str) -> tuple[Engine, str]:
 
     if source.startswith(("http://", "https://")):
         return BUILDERS["http"](name="profiled", base_url=source, api_key_env=None), "an OpenAI-compatible server"
-    from gateway.config.file import ConfigError, load
+    from gateway.config.file import load
+    from gateway.config.mistakes import ConfigError
 
     if not Path(source).is_file():
         raise ValueError(f"{source!r} is neither an http(s) URL nor a configuration file")

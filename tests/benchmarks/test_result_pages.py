@@ -12,6 +12,7 @@ import pytest
 from benchmarks.faults import study
 from benchmarks.figures import capacity
 from benchmarks.figures.page import index_text, load, page_text
+from benchmarks.isolation import http as isolation_http
 from benchmarks.live import fidelity_page, results_page
 from benchmarks.markdown import with_block
 from benchmarks.overhead import decision_cost, gateway_cost
@@ -28,6 +29,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "decision_cost": decision_cost.page,
     "gateway_cost": gateway_cost.page,
     "failover": study.page,
+    "isolation_http": isolation_http.page,
 }
 
 

@@ -277,6 +277,26 @@ async def test_killed_engine_fails_requests_in_flight_and_restarts(served: Serve
     assert served.get("/ready").status_code == 200
 
 
+async def test_stopped_engine_is_found_killed_and_restarted(served: Served, http: httpx.AsyncClient) -> None:
+    restarts = served.metric("antares_engine_restarts_total")
+    streams = [asyncio.create_task(read_stream(http, 900)) for _ in range(2)]
+    await eventually(lambda: served.metric("antares_engine_running_sequences"), 30, lambda running: running == 2)
+    core = served.child("EngineCore")
+    os.kill(core, signal.SIGSTOP)
+    stopped = time.monotonic()
+    for lines in await asyncio.gather(*streams):
+        assert ['"code":"engine_lost"' in line for line in lines].count(True) == 1
+        assert lines[-1] == "data: [DONE]"
+    assert 4 < time.monotonic() - stopped < 15  # hang_timeout_s is 5 s
+    assert served.get("/ready").status_code == 503
+    assert still_running([core]) == []
+    served_again = await http.post("/v1/completions", json=body(4), headers={"x-slo-ttft-ms": "300000"}, timeout=300)
+    assert served_again.status_code == 200
+    assert served.metric("antares_engine_hangs_total") == 1
+    assert served.metric("antares_engine_restarts_total") == restarts + 1
+    assert served.metric("antares_ledger_open") == 0
+
+
 def test_killed_gateway_leaves_no_process(served: Served) -> None:
     """Must be the last test of the module, because it kills the server."""
     children = list(served.children())

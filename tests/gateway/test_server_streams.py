@@ -84,6 +84,7 @@ async def test_document_instead_of_a_stream_attains() -> None:
     assert report["ttft_ms"] > 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("usage", [(), (usage_chunk(41),)], ids=["no usage", "usage"])
 @pytest.mark.parametrize("stream", [True, False])
 async def test_tpot_of_batched_tokens_is_per_token(usage: tuple[bytes, ...], stream: bool) -> None:

@@ -28,6 +28,7 @@ PINNED_COUNT = 103
 any_text = st.text(st.characters(), max_size=400)
 
 
+@pytest.mark.process
 def test_features_are_equal_in_every_process():
     script = (
         "import sys, orjson; from predictor_service.model.features import prompt_features; "

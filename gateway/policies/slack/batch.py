@@ -187,10 +187,11 @@ class WaitingBatch:
         """Return whether each request ``at`` can be admitted beside ``batch`` at ``now`` (s).
 
             slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
-            T(R + r) <= P*(R + r),   now + wait + mu * (backlog + uncached p_r) / (1 - T(R + r)/P*) <= d_r,
+            T(R + r) <= P*(R + r),   now + wait + prefill <= d_r,
 
-        where T leaves the share ``room`` of P* free, and the step under way must end first: up to P* while other
-        prompts wait.
+        where T leaves the share ``room`` of P* free. ``wait`` is the step under way; ``prefill`` are the steps that the
+        backlog and p_r take, each as long as P*, or as the token budget allows. A first token comes when its step ends,
+        so the last step counts with the other prompts that fill it.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
@@ -198,12 +199,15 @@ class WaitingBatch:
         strictest_s, decoding = np.minimum(self.pace_s[at], batch.strictest_s), batch.decoding + weight
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
-        others = batch.backlog + of.uncached.sum() - of.uncached[at]
-        wait_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * others))
-        first_s = wait_s + token_s * (batch.backlog + of.uncached[at]) / np.maximum(1 - step_s / strictest_s, 1e-12)
-        fits = (
-            (sequences <= batch.free_slots) & (step_s <= (1 - room) * strictest_s) & (now + first_s <= of.deadline[at])
-        )
+        others_s = token_s * (of.uncached.sum() - of.uncached[at])
+        ahead_s, own_s = token_s * batch.backlog, token_s * of.uncached[at]
+        longest_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * engine.max_num_batched_tokens))
+        wait_s = np.minimum(longest_s, step_s + ahead_s + others_s)
+        full_steps = np.ceil((ahead_s + own_s) / np.maximum(longest_s - step_s, 1e-12)) - 1
+        rest_s = ahead_s + own_s - full_steps * (longest_s - step_s)
+        first_s = wait_s + full_steps * longest_s + np.minimum(longest_s, step_s + rest_s + others_s)
+        fits = (sequences <= batch.free_slots) & (step_s <= (1 - room) * strictest_s)
+        fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
             # What is preempted may hold all shared tokens, which the others then need for themselves.
             others = np.minimum(-of.shared[at], engine.shared_tokens - batch.preemptible_memory)

@@ -19,11 +19,14 @@ from engine_adapter.remote.engine import HttpEngine
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 TEST_TIMEOUT_S = 5
 
 
 @asynccontextmanager
-async def upstream_of(script: Script, read_timeout_s: float = 60.0) -> AsyncIterator[Upstream]:
+async def upstream_of(
+    script: Script, read_timeout_s: float = 60.0, connect_timeout_s: float = 1.0
+) -> AsyncIterator[Upstream]:
     """An `Upstream` whose server reads a request's head, then runs ``script``."""
     over = asyncio.Event()
 
@@ -38,12 +41,24 @@ async def upstream_of(script: Script, read_timeout_s: float = 60.0) -> AsyncIter
             writer.transport.abort()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    upstream = Upstream("e", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", 1.0, read_timeout_s)
+    upstream = Upstream(
+        "e", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", connect_timeout_s, read_timeout_s
+    )
     yield upstream
     over.set()
     async with asyncio.timeout(TEST_TIMEOUT_S):
         await upstream.close()
     server.close()
+
+
+async def respond(times: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *parts: bytes) -> None:
+    """Send ``parts``, 5 ms apart, to each of the next requests of a connection."""
+    for _ in range(times):
+        writer.write(parts[0])
+        for part in parts[1:]:
+            await asyncio.sleep(0.005)
+            writer.write(part)
+        await reader.readuntil(b"{}POST /x HTTP/1.1\r\n")
 
 
 def sends(*parts: bytes, then_aborts: bool = False) -> Script:
@@ -106,7 +121,7 @@ async def test_error_does_not_quote_the_response(broken: bytes) -> None:
 
 @pytest.mark.parametrize("content", [b"{}", b"x" * 20_000_000], ids=["small request", "unread request"])
 async def test_upstream_gives_up_on_a_silent_server(content: bytes) -> None:
-    async with upstream_of(sends(), read_timeout_s=0.1) as upstream:
+    async with upstream_of(sends(), read_timeout_s=0.1, connect_timeout_s=0.2) as upstream:
         with pytest.raises(EngineLost):
             await read(upstream, content)
 
@@ -131,7 +146,7 @@ async def test_cancelled_request_frees_its_connection() -> None:
         if not first.is_set():
             first.set()
             return
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        writer.write(OK)
 
     async with upstream_of(script) as upstream:
         waiting = asyncio.create_task(read(upstream))
@@ -146,9 +161,7 @@ async def test_upstream_reuses_connections() -> None:
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connections.append(writer)
-        for _ in range(5):
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-            await reader.readuntil(b"{}POST /x HTTP/1.1\r\n")
+        await respond(5, reader, writer, OK)
 
     async with upstream_of(script) as upstream:
         assert [await read(upstream) for _ in range(5)] == [b"ok"] * 5
@@ -237,7 +250,7 @@ async def test_status_without_body_is_complete_at_its_head(status: int) -> None:
 @pytest.mark.parametrize("pause_s", [0.0, 0.05])
 async def test_bytes_after_a_response_never_answer_the_next_request(extra: bytes, pause_s: float) -> None:
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok" + (b"" if pause_s else extra))
+        writer.write(OK + (b"" if pause_s else extra))
         await asyncio.sleep(pause_s)
         if pause_s:
             writer.write(extra)
@@ -298,11 +311,7 @@ async def test_last_bytes_have_a_moment_to_arrive() -> None:
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connections.append(writer)
-        for _ in range(2):
-            writer.write(CHUNKED)
-            await asyncio.sleep(0.005)
-            writer.write(b"0\r\n\r\n")
-            await reader.readuntil(b"{}POST /x HTTP/1.1\r\n")
+        await respond(2, reader, writer, CHUNKED, b"0\r\n\r\n")
         writer.write(CHUNKED)
 
     async with upstream_of(script) as upstream:
@@ -319,7 +328,7 @@ async def test_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch
     closed = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        writer.write(OK)
         await reader.read()
         closed.set()
 

@@ -20,7 +20,7 @@ import pytest
 from engine_adapter.engine import EngineEvents, EngineLost, EngineStartError, Receive, Scope, Send
 from engine_adapter.remote import engine as engine_module
 from engine_adapter.remote.engine import HttpEngine
-from gateway.config.schema import HttpEngineConfig
+from gateway.config.engines import HttpEngineConfig
 from tests.fixtures.live_server import eventually, serve
 from tests.fixtures.scripted_server import CHAT, DONE, Scripted, ScriptedStream, ask, chunk, proxied
 

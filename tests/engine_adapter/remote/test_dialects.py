@@ -9,14 +9,11 @@ import orjson
 import pytest
 
 from engine_adapter.engine import FAILED_KEY, EngineLost, Message
-from engine_adapter.remote.counting import (
-    BatchCounter,
-    CompletionCounter,
-    MessagesCounter,
-    ResponsesCounter,
-    TokenCounter,
-    counter_for,
-)
+from engine_adapter.remote.counting.by_path import counter_for
+from engine_adapter.remote.counting.completions import BatchCounter, CompletionCounter
+from engine_adapter.remote.counting.messages import MessagesCounter
+from engine_adapter.remote.counting.responses import ResponsesCounter
+from engine_adapter.remote.counting.token_counter import TokenCounter
 from engine_adapter.remote.engine import HttpEngine
 from tests.fixtures.live_server import Recorder, serve
 from tests.fixtures.scripted_server import BREAK, Scripted, ScriptedStream, proxied

@@ -20,8 +20,9 @@ from engine_adapter.engine import (
     Send,
 )
 from engine_adapter.remote import engine as engine_module
-from engine_adapter.remote.client import Response, Upstream
+from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.engine import HttpEngine
+from engine_adapter.remote.response import Response
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from tests.fixtures.live_server import Recorder, eventually, observed, serve
@@ -365,11 +366,27 @@ async def test_start_fails_for_a_rejected_key_but_not_for_a_missing_server() -> 
     await engine.stop()
 
 
-def test_base_url_must_be_http() -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "",
+        "http://",
+        "http:h",
+        "//h",
+        "ftp://h",
+        "http://h:x",
+        "http://h:99999",
+        "http://[::1",
+        "http://h\\x",
+    ],
+)
+def test_base_url_must_be_http(url: str) -> None:
     with pytest.raises(ValueError, match="http://host:8000"):
-        HttpEngine("remote", "localhost:8000")
+        HttpEngine("remote", url)
 
 
+@pytest.mark.process
 async def test_step_times_are_learned_from_streams() -> None:
     steps: list[None] = []
     # Steps are long, because a busy machine is late by some milliseconds.

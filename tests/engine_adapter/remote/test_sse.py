@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_adapter.remote.counting import CompletionCounter, EventKind
+from engine_adapter.remote.counting.completions import CompletionCounter
+from engine_adapter.remote.counting.token_counter import EventKind
 from engine_adapter.remote.sse import SSESplitter, event_fields
 from tests.fixtures.live_server import Recorder
 

@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from engine_adapter.engine import EngineState
-from engine_adapter.remote.step_samples import SAMPLE_EVERY, StepSampler, StreamTiming
+from engine_adapter.remote.step_samples import (
+    GAP_DECAY,
+    GAP_FACTOR,
+    PREFILL_FACTOR,
+    SAMPLE_EVERY,
+    SILENCE_S,
+    StepSampler,
+    StreamTiming,
+)
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 
@@ -121,3 +131,33 @@ def test_failed_request_does_not_affect_later_samples() -> None:
     request = sampler.sent(1.0, 30, 1)
     sampler.tokens(request, 1, 1.1)
     assert sampler.finished(request, 100)
+
+
+def test_silence_limit_is_infinite_until_a_stream_has_begun() -> None:
+    sampler = StepSampler(EngineState())
+    assert sampler.silence_limit_s() == math.inf
+    stream = sampler.sent(0.0, 10, 1)
+    assert sampler.silence_limit_s() == math.inf
+    sampler.tokens(stream, 1, 1.0)
+    assert sampler.silence_limit_s() == SILENCE_S
+    sampler.finished(stream, None)
+    assert sampler.silence_limit_s() == math.inf
+
+
+def test_silence_limit_follows_the_longest_gap_and_forgets_it() -> None:
+    sampler = StepSampler(EngineState())
+    stream = sampler.sent(0.0, 10, 1)
+    for at in (1.0, 31.0, 31.1):
+        sampler.tokens(stream, 1, at)
+    assert sampler.silence_limit_s() == pytest.approx(GAP_FACTOR * 30.0 * GAP_DECAY)
+    for _ in range(500):
+        sampler.silence_limit_s()
+    assert sampler.silence_limit_s() == SILENCE_S
+
+
+def test_silence_limit_covers_the_prompts_that_the_server_has() -> None:
+    state = EngineState(step_time=StepTimeModel(StepTimes(alpha=0.01)))
+    sampler = StepSampler(state)
+    sampler.tokens(sampler.sent(0.0, 10, 1), 1, 1.0)
+    sampler.sent(1.0, 5000, 1)
+    assert sampler.silence_limit_s() == pytest.approx(PREFILL_FACTOR * state.step_time.prefill(5000))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from engine_adapter.engine import EngineEvents
+from engine_adapter.engine import EngineEvents, GateReport, StepReport
 from engine_adapter.vllm import engine as engine_module
 from engine_adapter.vllm.engine import VllmEngine
+from engine_adapter.vllm.watchdog import FIRST_STEPS
+from tests.fixtures.live_server import eventually
 from tests.fixtures.stub_modules import stub_modules
 
 
@@ -24,8 +28,10 @@ class StubLlm:
     def __init__(self) -> None:
         self.heap = [[number] for number in range(10_000)]
         self.output_processor = SimpleNamespace(
-            add_request=None, process_outputs=None, propagate_error=lambda error: None
+            add_request=None, process_outputs=None, propagate_error=lambda error: None, request_states={}
         )
+        self.processes: list[SimpleNamespace] = []
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=self))
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=512, async_scheduling=True),
             model_config=SimpleNamespace(max_model_len=1024),
@@ -101,6 +107,47 @@ async def test_seed_on_cpu_is_rejected_unless_it_has_no_effect(llm: StubLlm) -> 
         assert engine.unsupported_reason(greedy) is None
         assert greedy == {"temperature": 0}
         assert (engine.unsupported_reason({"seed": 1}) or "").startswith("seed: ")
+    finally:
+        await engine.stop()
+        gc.unfreeze()
+
+
+async def test_engine_without_steps_is_killed_and_restarted(llm: StubLlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psutil")  # comes with vLLM
+    monkeypatch.setattr(engine_module, "_BACKOFF_S", (0.0,))
+    core = await asyncio.create_subprocess_exec("sleep", "60")
+    alive: list[bool] = []
+    engine = VllmEngine("engine", "model", calibrate=False, hang_timeout_s=1.2)
+    try:
+        await engine.start(EngineEvents(on_alive=alive.append))
+        llm.processes = [SimpleNamespace(pid=core.pid)]
+        engine._on_gate_report(GateReport(), [StepReport(1, 0, 10.0, 0.01)] * FIRST_STEPS)
+        llm.output_processor.request_states["one"] = SimpleNamespace(prompt_len=5, is_prefilling=False)
+        await eventually(lambda: len(alive) == 3, within_s=10)
+        llm.output_processor.request_states.clear()
+        assert engine.state.why_down == "it hung for 1 s and restarts"
+        assert await asyncio.wait_for(core.wait(), 10) == -9
+        assert (engine.state.hangs, engine.state.restarts) == (1, 1)
+        assert alive == [True, False, True]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            core.kill()
+        await engine.stop()
+        gc.unfreeze()
+
+
+async def test_engine_without_work_or_with_steps_is_not_restarted(llm: StubLlm) -> None:
+    engine = VllmEngine("engine", "model", calibrate=False, hang_timeout_s=1)
+    states = llm.output_processor.request_states
+    try:
+        await engine.start(EngineEvents())
+        engine._on_gate_report(GateReport(), [StepReport(1, 0, 10.0, 0.01)] * FIRST_STEPS)
+        await asyncio.sleep(1.3)
+        states["one"] = SimpleNamespace(prompt_len=5, is_prefilling=True)
+        for _ in range(26):
+            await asyncio.sleep(0.05)
+            engine._on_scheduler_stats(SimpleNamespace(num_running_reqs=1, num_waiting_reqs=0, kv_cache_usage=0.1))
+        assert (engine.state.alive, engine.state.hangs) == (True, 0)
     finally:
         await engine.stop()
         gc.unfreeze()

@@ -51,3 +51,44 @@ async def test_alias_gives_the_right_to_its_model() -> None:
         state.aliases = {"short": state.model}
         answer = await antares.http.post("/v1/chat/completions", json={**chat(), "model": state.model}, headers=AUTH)
     assert answer.status_code == 200
+
+
+FORBIDDEN = b"forbidden"
+DUPLICATES = [
+    (b'{"model": "forbidden", "model": "simulated", "input": "hi"}', 200),
+    (b'{"model": "simulated", "input": "hi", "model": "forbidden"}', 403),
+    (b'{"\\u006dodel": "forbidden", "model": "simulated", "input": "hi"}', 200),
+    (b'{"model": "simulated", "\\u006dodel": "forbidden", "input": "hi"}', 403),
+    (b'{"model": "simulated", "Model": "forbidden", "input": "hi"}', 400),
+    (b'{"MODEL": "forbidden", "model": "simulated", "input": "hi"}', 400),
+    (b'{"model": "simulated", "moDe\\u006c": "forbidden", "input": "hi"}', 400),
+    (b'{"model": "simulated", "model": null, "input": "hi"}', 403),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/chat/completions"])
+@pytest.mark.parametrize(("body", "status"), DUPLICATES)
+async def test_engine_gets_only_the_model_that_was_checked(path: str, body: bytes, status: int) -> None:
+    scheduled = path != "/v1/embeddings"
+    if scheduled:
+        body = body.replace(b'"input": "hi"', b'"messages": [{"role": "user", "content": "hi"}]')
+    async with live(keys=keys("simulated")) as antares:
+        antares.echo_bodies()
+        answer = await antares.http.post(path, content=body, headers=AUTH)
+        if scheduled and b"null" in body:
+            # The default model is allowed.
+            assert answer.status_code != 403
+            return
+        # The stub is no chat engine: its answer to a scheduled request is not what is tested.
+        assert answer.status_code == status
+        if status == 200:
+            assert answer.content.lower().count(b'"model"') == 1
+            assert answer.json()["model"] == "simulated"
+            assert FORBIDDEN not in answer.content
+
+
+async def test_body_of_a_key_for_all_models_is_not_encoded_anew() -> None:
+    body = b'{"model":  "simulated", "input": 1.00}'
+    async with live() as antares:
+        antares.echo_bodies()
+        assert (await antares.http.post("/v1/embeddings", content=body)).content == body

@@ -76,6 +76,17 @@ async def test_chunked_body_above_the_limit_gets_413() -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
 
 
+async def test_body_above_the_limit_is_refused_before_its_end() -> None:
+    chunks = [b"aa", b"b"]
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": chunks.pop(0), "more_body": True}
+
+    with pytest.raises(ApiError) as raised:
+        await request_body.read_limited_body(HeaderView(), receive, 2)
+    assert (raised.value.status, raised.value.code, chunks) == (413, "body_too_large", [])
+
+
 async def test_chunked_body_within_the_limit_is_served(antares: Live) -> None:
     async def chunks() -> Any:
         yield b'{"messages": [{"role": "user",'

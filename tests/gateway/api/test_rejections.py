@@ -94,7 +94,7 @@ async def test_queue_full_states_when_the_busy_engine_has_a_slot(limit: int) -> 
         for busy in (lambda: antares.engine.state.engine_running, lambda: queue.waiting):
             ahead.append(asyncio.create_task(antares.ask(body, x_slo_class="free", x_slo_output_tokens="80")))
             await eventually(busy)
-        antares.gateway.proxy._max_open_requests = limit
+        antares.gateway.proxy.open_requests.limit = limit
         answer = await antares.ask(x_slo_class="free")
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         assert 6 <= int(answer.headers["retry-after"]) <= 10

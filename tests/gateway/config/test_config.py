@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gateway.config.file import ConfigError, load
+from gateway.config.file import load
+from gateway.config.mistakes import ConfigError
 from gateway.config.schema import GatewayConfig
 from tests.fixtures.live_gateway import gateway_config
 

@@ -13,6 +13,7 @@ import pytest
 
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
+from gateway.api.auth import hash_key
 from tests.fixtures.browser import CHROMIUM, BrowserPage, browser_page
 from tests.fixtures.live_gateway import CLASSES, Live, Load, live
 from tests.fixtures.served import free_port
@@ -190,4 +191,18 @@ async def test_page_is_usable_with_the_keyboard(page: BrowserPage) -> None:
         assert await page.evaluate(
             "[...document.querySelectorAll('svg[role=img]')].every(svg => svg.getAttribute('aria-label').length > 20)"
         )
+    assert page.problems == []
+
+
+@needs_chromium
+async def test_page_is_live_for_an_operator_who_signed_in(page: BrowserPage) -> None:
+    key = "operator-0123456789abcdef"
+    keys = [{"sha256": hash_key(key), "tenant": "ops", "operator": True}]
+    async with live(*engines()[:1], server={"operator_auth": True}, keys=keys) as antares:
+        # What a browser asks for once, it sends with every later request, the event source's too.
+        await page.open(f"{antares.url.replace('//', f'//any:{key}@')}/status")
+        await page.open(f"{antares.url}/dashboard")
+        await antares.ask(x_api_key=key)
+        await page.until(f"{LIVE} && {ACCEPTED} === 1")
+        assert key not in await page.evaluate("document.documentElement.outerHTML")
     assert page.problems == []

@@ -12,8 +12,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from engine_adapter.engine import Message, Receive, Scope, Send
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
-from gateway.api import proxy
 from gateway.api import response_relay as relay
+from gateway.api import scheduled
 from gateway.observability.ledger import OUTCOMES, Entry, Ledger, LedgerError, Outcome
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
@@ -137,7 +137,7 @@ async def test_cancellation_at_admission_removes_the_request_from_its_queue(anta
 
 
 async def test_disconnect_after_done_counts_as_finished(antares: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
+    monkeypatch.setattr(scheduled, "LEAVE_GRACE_S", 0.05)
     break_engine_after(monkeypatch, antares, b"data: [DONE]", hang=True)
     async with antares.http.stream("POST", CHAT, json=chat(stream=True)) as response:
         async for line in response.aiter_lines():
@@ -172,7 +172,7 @@ def break_engine_after(monkeypatch: pytest.MonkeyPatch, antares: Live, last: byt
 
 
 async def test_client_that_stops_reading_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
+    monkeypatch.setattr(scheduled, "LEAVE_GRACE_S", 0.05)
 
     async def stop_reading(message: Message) -> None:
         if message["type"] == "http.response.body":
@@ -189,7 +189,7 @@ async def test_client_that_does_not_read_the_end_keeps_the_outcome(
     monkeypatch: pytest.MonkeyPatch, outcome: str
 ) -> None:
     monkeypatch.setattr(relay, "LAST_WORDS_S", 0.05)
-    monkeypatch.setattr(proxy, "LEAVE_GRACE_S", 0.05)
+    monkeypatch.setattr(scheduled, "LEAVE_GRACE_S", 0.05)
     last_read = b"data: [DONE]" if outcome == "finished" else b'"role":'
     stopped = False
 

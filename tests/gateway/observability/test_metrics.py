@@ -13,9 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine_adapter.engine import Receive, Scope, Send
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
-from gateway.observability.metrics import METRIC_ALIASES, METRIC_NAMES
+from gateway.observability.state_metrics import METRIC_ALIASES
 from tests.fixtures.live_gateway import CHAT, CLASSES, TEXT, Live, chat, fast_engine, live
 from tests.fixtures.live_server import eventually
+from tests.fixtures.metric_names import METRIC_NAMES
 
 OTHER_PREFIXES = ("python_", "process_", "vllm")
 

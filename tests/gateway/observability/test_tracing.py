@@ -278,6 +278,7 @@ async def test_disabled_sdk_traces_nothing(collector: StandInCollector, monkeypa
     assert collector.spans == []
 
 
+@pytest.mark.process
 async def test_slow_collector_delays_and_loses_no_request(
     collector: StandInCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +294,7 @@ async def test_slow_collector_delays_and_loses_no_request(
         assert antares.is_idle()
 
 
+@pytest.mark.process
 async def test_dead_collector_loses_no_request_and_delays_no_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
     async with live(tracing={"enabled": True, "endpoint": "http://127.0.0.1:9", "sample_ratio": 1}) as antares:
@@ -357,6 +359,7 @@ async def test_missing_extra_is_named_with_the_command_to_install_it(monkeypatch
             pass
 
 
+@pytest.mark.process
 def test_command_line_and_app_load_no_opentelemetry() -> None:
     code = "import sys, gateway.cli, gateway.app; print(*[m for m in sys.modules if m.startswith('opentelemetry')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from engine_adapter.engine import GateReport
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
+from engine_adapter.step_time.linear_forms import StepTimes
+from engine_adapter.step_time.model import StepTimeModel
 from gateway.policies.base import MAX_DECISION_INTERVAL_S
 from gateway.policies.slack.batch import RunningBatch, WaitingBatch
 from gateway.policies.slack.policy import Slack
@@ -387,3 +389,11 @@ def test_admitted_requests_leave_running_requests_their_pace_slots_and_memory(
         if kv_tokens:
             taken = 0.0 if best_effort else batch.preemptible_memory
             assert batch.memory - taken + memory_z * math.sqrt(batch.variance) <= kv_tokens * (1 + 1e-9)
+
+
+def test_deadline_only_prompts_that_wait_do_not_keep_each_other_out() -> None:
+    """Without a pace, a step ends when its token budget is used, however many prompts wait."""
+    waiting = [make_request(str(i), ttft=1.0, prompt=200, output=20) for i in range(200)]
+    state = engine(step_time=StepTimeModel(StepTimes(d=0.01, alpha=5e-5), learn=False), max_num_seqs=256)
+    decision = decide(Slack(), NOW, waiting, [running()], state)
+    assert len(admitted(decision)) > 10

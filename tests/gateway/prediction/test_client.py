@@ -268,7 +268,8 @@ async def test_gateway_does_not_report_lengths_of_fallback_predictions() -> None
 async def test_gateway_serves_requests_while_the_predictor_hangs() -> None:
     section = {"timeout_ms": 30, "expected_tokens": 8}
     async with silent_server() as url, live(predictor_url=url, predictor=section) as antares:
-        answers = [await antares.ask() for _ in range(5)]
+        # An end-to-end bound, whose pace depends on the length: the request waits for its prediction.
+        answers = [await antares.ask(x_slo_e2e_ms="60000") for _ in range(5)]
         assert [answer.status_code for answer in answers] == [200] * 5
         metrics = (await antares.http.get("/metrics")).text
         assert 'antares_predictions_total{source="fallback"} 5.0' in metrics
@@ -305,7 +306,13 @@ async def endless_server(chunk: bytes, pause_s: float) -> AsyncIterator[str]:
         server.close()
 
 
-@pytest.mark.parametrize(("chunk", "pause_s"), [(b" " * (1 << 16), 0.0), (b" ", 0.05)], ids=["huge", "trickle"])
+@pytest.mark.parametrize(
+    ("chunk", "pause_s"),
+    [
+        pytest.param(b" " * (1 << 16), 0.0, id="huge"),
+        pytest.param(b" ", 0.05, id="trickle", marks=pytest.mark.process),
+    ],
+)
 async def test_answer_without_end_is_cut_and_opens_the_breaker(chunk: bytes, pause_s: float) -> None:
     async with endless_server(chunk, pause_s) as url:
         client = make_client(url, timeout_s=0.05)

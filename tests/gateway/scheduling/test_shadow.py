@@ -1,100 +1,27 @@
-"""A shadow policy: what it counts, how its copies relate to the live requests, and the progress it estimates."""
+"""A shadow policy: what it counts, how its copies relate to the live requests, and its lifetime."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_adapter.engine import EngineState
-from engine_adapter.step_time.linear_forms import StepTimes
-from engine_adapter.step_time.model import StepTimeModel
-from gateway.policies.base import Decision, Policy, Rejection, reject_tpot, reject_ttft
+from gateway.policies.base import reject_tpot
 from gateway.policies.fcfs import Fcfs
 from gateway.policies.registry import POLICIES, make_policy
-from gateway.policies.slack.policy import Slack
 from gateway.requests.request import Request
-from gateway.requests.slo import Slo, SloClass
+from gateway.requests.slo import Slo
 from gateway.scheduling.shadow import Shadow
-
-TIMES = StepTimes(b=1e-3, d=0.009, alpha=1e-3)
-"""One sequence decodes a token in 10 ms; a prompt of 100 tokens takes 100 ms."""
-
-CLASSES = {
-    "chat": SloClass("chat", Slo(5.0, 1.0)),
-    "small": SloClass("small", Slo(), max_waiting=1),
-    "batch": SloClass("batch", Slo(5.0, 1.0), on_unattainable="best_effort"),
-}
-
-
-def late(request: Request) -> Rejection:
-    return reject_ttft(request, 2.0, 2.0, 1.0, False)
-
-
-@dataclass
-class Scripted:
-    """A policy that admits or rejects each waiting request as ``action`` returns, and else lets it wait."""
-
-    action: Callable[[Request], str]
-    reason: Callable[[Request], Rejection] = late
-    name: str = "scripted"
-    gate: str = "open"
-    engines: list[EngineState] = field(default_factory=list)
-    """The engine states that the policy was called with."""
-    copies: dict[str, Request] = field(default_factory=dict)
-    """The waiting requests that the policy was called with, by id."""
-
-    def order(self, request: Request) -> tuple[float, ...]:
-        return (request.arrival_s,)
-
-    def decide(
-        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
-    ) -> Decision:
-        self.engines.append(engine)
-        self.copies |= {request.id: request for request in waiting}
-        actions = [(self.action(request), request) for request in waiting]
-        return Decision(
-            admit=[request for action, request in actions if action == "admit"],
-            reject=[self.reason(request) for action, request in actions if action == "reject"],
-        )
-
-
-def always(action: str) -> Scripted:
-    return Scripted(lambda request: action)
-
-
-def only_best_effort() -> Scripted:
-    """Rejects a request until it is best-effort."""
-    return Scripted(lambda request: "admit" if request.bounds_waived else "reject")
-
-
-def make_engine(**limits: int) -> EngineState:
-    return EngineState(alive=True, step_time=StepTimeModel(times=TIMES, learn=False), **limits)
-
-
-def make_shadow(policy: Policy, engine: EngineState | None = None, *, max_tracked: int = 1000) -> Shadow:
-    def serves_best_effort(request: Request) -> bool:
-        return CLASSES[request.slo_class].on_unattainable == "best_effort"
-
-    return Shadow("scripted", policy, engine or make_engine(), CLASSES, serves_best_effort, max_tracked)
-
-
-def ask(name: str, group: str = "chat", *, at: float = 0.0, prompt: int = 100, output: float = 11) -> Request:
-    return Request(name, group, at, CLASSES[group].slo, prompt, output)
-
-
-def seconds_until_idle(shadow: Shadow, *, limit: float, step: float = 0.001) -> float:
-    """Update every ``step`` seconds until the shadow runs nothing; return the time."""
-    now = 0.0
-    while shadow.running and now < limit:
-        now += step
-        shadow.update(now)
-    return now
-
+from tests.fixtures.shadow_builders import (
+    CLASSES,
+    ScriptedPolicy,
+    always,
+    ask,
+    make_engine,
+    make_shadow,
+    only_best_effort,
+    seconds_until_idle,
+)
 
 # --- outcomes and agreement -------------------------------------------------------------------------------------------
 
@@ -131,7 +58,7 @@ def test_shadow_counts_best_effort_admission() -> None:
 
 
 def test_shadow_names_the_bound_of_a_rejection() -> None:
-    shadow = make_shadow(Scripted(lambda r: "reject", lambda r: reject_tpot(r, 2.0, 0.0, True)))
+    shadow = make_shadow(ScriptedPolicy(lambda r: "reject", lambda r: reject_tpot(r, 2.0, 0.0, True)))
     shadow.submitted(ask("a"))
     shadow.update(1.0)
     assert shadow.outcomes == {("chat", "rejected", "tpot_unattainable"): 1}
@@ -153,7 +80,7 @@ def test_shadow_counts_requests_beyond_max_tracked_as_unseen() -> None:
 
 
 def test_shadow_counts_undecided_withdrawn_requests_as_left() -> None:
-    shadow = make_shadow(Scripted(lambda r: "admit" if r.id == "runs" else "wait"))
+    shadow = make_shadow(ScriptedPolicy(lambda r: "admit" if r.id == "runs" else "wait"))
     requests = ask("waits"), ask("runs")
     for request in requests:
         shadow.submitted(request)
@@ -244,96 +171,11 @@ def test_shadow_takes_the_prompt_size_that_the_engine_reports() -> None:
     assert policy.copies["a"].prompt_tokens == 120
 
 
-# --- estimated progress -----------------------------------------------------------------------------------------------
-
-
-def test_unfinished_length_is_the_mean_of_the_prediction() -> None:
-    shadow, request = make_shadow(always("admit")), Request("a", "chat", 0.0, Slo(), 100, 11, 30)
-    shadow.submitted(request)
-    shadow.rejected(request)
-    shadow.update(0.0)
-    mean = 11 * math.exp((math.log(30 / 11) / 1.2816) ** 2 / 2)
-    assert 14 < mean < 15
-    assert seconds_until_idle(shadow, limit=1.0) == pytest.approx(0.1 + (mean - 1) * 0.01, abs=0.012)
-
-
-@pytest.mark.parametrize("step", [0.001, 0.02])
-def test_rejected_live_request_runs_for_its_predicted_length(step: float) -> None:
-    shadow, request = make_shadow(always("admit")), ask("a")
-    shadow.submitted(request)
-    shadow.rejected(request)
-    shadow.update(0.0)
-    # 100 prompt tokens in 0.1 s, then 10 tokens in 0.01 s each.
-    assert seconds_until_idle(shadow, limit=1.0, step=step) == pytest.approx(0.2, abs=2 * step)
-    assert shadow.tracked == 0
-
-
-def test_running_requests_share_the_engine() -> None:
-    shadow = make_shadow(always("admit"))
-    for name in "abcd":
-        request = ask(name, output=101)
-        shadow.submitted(request)
-        shadow.rejected(request)
-    shadow.update(0.0)
-    # Four prompts of 0.1 s, then 100 steps of four sequences in 0.013 s each. Prefill also delays the first decodes.
-    assert seconds_until_idle(shadow, limit=9.0) == pytest.approx(0.4 + 100 * 0.013, rel=0.1)
-
-
-def test_sequences_beyond_max_num_seqs_wait_for_a_slot() -> None:
-    policy = always("admit")
-    shadow = make_shadow(policy, make_engine(max_num_seqs=1, kv_tokens=1000))
-    for name in "ab":
-        request = ask(name)
-        shadow.submitted(request)
-        shadow.rejected(request)
-    shadow.update(0.0)
-    shadow.update(0.15)
-    assert policy.copies["a"].first_token_s is not None
-    assert policy.copies["b"].first_token_s is None
-    shadow.submitted(ask("c"))
-    shadow.update(0.16)
-    state = policy.engines[-1]
-    assert (state.engine_running, state.engine_waiting) == (1, 1)
-    assert 0.1 < state.kv_usage < 0.2
-    assert seconds_until_idle(shadow, limit=2.0) == pytest.approx(0.6, abs=0.1), "one after the other"
-
-
-class RecordingPolicy:
-    """Decides as ``policy`` does; ``copies`` holds the waiting requests that it was called with, by id."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.name, self.gate, self.order = policy.name, policy.gate, policy.order
-        self.copies: dict[str, Request] = {}
-        self._policy = policy
-
-    def decide(
-        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
-    ) -> Decision:
-        self.copies |= {request.id: request for request in waiting}
-        return self._policy.decide(now, waiting, running, engine)
-
-
-@pytest.mark.parametrize(
-    ("preemptible", "started"),
-    [(False, {"free0", "free1", "free2", "free3"}), (True, {"free0", "free1", "free2", "paced"})],
-)
-def test_paced_requests_get_slots_first_if_best_effort_is_preempted(preemptible: bool, started: set[str]) -> None:
-    policy, engine = RecordingPolicy(Slack()), make_engine(max_num_seqs=4)
-    engine.gate.preemptible = preemptible
-    shadow = make_shadow(policy, engine)
-    for name in ("free0", "free1", "free2", "free3", "paced"):
-        shadow.submitted(Request(name, "chat", 0.0, Slo(9.0, 0.5) if name == "paced" else Slo(), 10, 5000))
-        shadow.update(0.0)
-    for step in range(1, 100):
-        shadow.update(0.01 * step)
-    assert {copy.id for copy in policy.copies.values() if copy.first_token_s is not None} == started
-
-
 # --- lifetime ---------------------------------------------------------------------------------------------------------
 
 
 def test_engine_loss_ends_the_running_set_and_keeps_the_queue() -> None:
-    shadow = make_shadow(Scripted(lambda r: "wait" if r.id == "waits" else "admit"))
+    shadow = make_shadow(ScriptedPolicy(lambda r: "wait" if r.id == "waits" else "admit"))
     requests = {name: ask(name) for name in ("waits", "undecided", "decided")}
     for request in requests.values():
         shadow.submitted(request)

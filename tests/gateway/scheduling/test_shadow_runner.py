@@ -12,7 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine_adapter.step_time.linear_forms import StepTimes
-from gateway.config.file import ConfigError, load
+from gateway.config.file import load
+from gateway.config.mistakes import ConfigError
 from gateway.policies.base import Decision
 from gateway.policies.fcfs import Fcfs
 from gateway.policies.registry import POLICIES

@@ -86,6 +86,7 @@ def test_output_does_not_depend_on_jobs() -> None:
     assert antares(*command, "--jobs", "2").stdout_bytes == antares(*command).stdout_bytes
 
 
+@pytest.mark.process
 def test_program_prints_only_the_document_to_stdout() -> None:
     command = [sys.executable, "-m", "lab.cli", "simulate", *QUICK, "--policy", "fcfs", "--json", "--no-timings"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -85,7 +85,7 @@ def test_index_raises_the_goodput_of_slack_on_agents() -> None:
 @pytest.mark.parametrize("policy", ["fcfs", "slack"])
 def test_bounds_hold_with_prefix_caching(name: str, policy: str) -> None:
     for qps in (20.0, 60.0):
-        experiment = Experiment(workload={"name": name, "duration_s": 10.0}, predictor="oracle")
+        experiment = Experiment(workload={"name": name, "duration_s": 6.0}, predictor="oracle")
         result = perform(experiment, Run(policy, qps, 0))
         assert result["slo_adherence"] <= result["count_bound"] <= 1
 
@@ -108,7 +108,7 @@ def test_command_prints_hit_rates_only_for_shared_prefixes() -> None:
 
 
 def test_longer_context_needs_the_limit_of_the_engine_too() -> None:
-    arguments = ["simulate", "--workload", "agents", "--max-prompt", "20000", "--qps", "8", "--duration", "120"]
+    arguments = ["simulate", "--workload", "agents", "--max-prompt", "20000", "--qps", "8", "--duration", "60"]
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 2
     assert CliRunner().invoke(app, [*arguments, "--max-model-len", "32768", "--policy", "fcfs"]).exit_code == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +15,11 @@ from lab.workload import WorkloadRequest, make_workload
 from lab.workload.sessions import BLOCK_TOKENS, MAX_PROMPT, SESSIONS
 
 NAMES = sorted(SESSIONS)
+
+
+@cache
+def workload_of(name: str) -> list[WorkloadRequest]:
+    return make_workload(name, qps=10, duration_s=100, seed=1)
 
 
 def histories(workload: list[WorkloadRequest]) -> list[list[WorkloadRequest]]:
@@ -27,7 +33,7 @@ def histories(workload: list[WorkloadRequest]) -> list[list[WorkloadRequest]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_turn_repeats_the_history_with_the_answer(name: str) -> None:
     turns = 0
-    for history in histories(make_workload(name, qps=10, duration_s=100, seed=1)):
+    for history in histories(workload_of(name)):
         for earlier, later in pairwise(history):
             turns += 1
             assert later.at_s > earlier.at_s
@@ -40,7 +46,7 @@ def test_each_turn_repeats_the_history_with_the_answer(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_cover_prompt_and_answer_and_messages_the_prompt(name: str) -> None:
-    for request in make_workload(name, qps=10, duration_s=60):
+    for request in workload_of(name):
         assert len(request.blocks) == math.ceil((request.prompt_tokens + request.output_tokens) / BLOCK_TOKENS)
         assert len(set(request.blocks)) == len(request.blocks)
         assert sum(request.messages) == request.prompt_tokens
@@ -52,7 +58,7 @@ def test_blocks_cover_prompt_and_answer_and_messages_the_prompt(name: str) -> No
 def test_sessions_of_one_application_share_its_system_prompt_only(name: str) -> None:
     by_application: dict[int, set[tuple[int, ...]]] = defaultdict(set)
     own: set[int] = set()
-    for history in histories(make_workload(name, qps=10, duration_s=100)):
+    for history in histories(workload_of(name)):
         system = history[0].messages[0]
         by_application[system].add(history[0].blocks[: system // BLOCK_TOKENS])
         private = set(history[-1].blocks[system // BLOCK_TOKENS :])

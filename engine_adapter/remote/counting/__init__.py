@@ -1,0 +1,1 @@
+"""Counts the output tokens of a response. One module per API."""

@@ -1,0 +1,249 @@
+"""One response of an upstream server, read as its bytes arrive. Every wait for it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol
+
+from engine_adapter.engine import EngineLost
+from engine_adapter.remote.connection import Connection
+from engine_adapter.remote.request import Headers
+
+LAST_BYTES_S = 0.02
+"""Seconds that a server has to end a response after its last event. Its connection is closed otherwise.
+
+The client has its answer by then. Most servers send both at once."""
+
+_MAX_UNREAD_BYTES = 1 << 18
+"""Bytes of a body that are kept before they are read. Beyond that, the server has to wait."""
+
+_MAX_DOCUMENT_BYTES = 8 << 20
+"""Largest body that is read as a whole, in bytes."""
+
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+_COMPRESSED = frozenset(("gzip", "x-gzip", "deflate"))
+READABLE_ENCODINGS = _COMPRESSED | {"identity", ""}
+"""Values of ``content-encoding`` whose bodies `Response.read_plain` returns as they were before."""
+
+
+class Owner(Protocol):
+    """The client that a response belongs to."""
+
+    where: str
+    read_timeout_s: float
+    head_timeout_s: float
+
+    def on_released(self, response: Response) -> None:
+        """Note that ``response`` is no longer in use."""
+
+
+class Response:
+    """The server's response. Leaving its ``with`` block closes it, which ends its generation.
+
+    Attributes:
+        status: the HTTP status.
+        headers: the headers, with names in lower case.
+        read_at: when bytes last arrived (monotonic s).
+    """
+
+    __slots__ = (
+        "_complete",
+        "_connection",
+        "_decompressor",
+        "_error",
+        "_head_arrived",
+        "_is_head",
+        "_timer",
+        "_unread",
+        "_unread_bytes",
+        "_upstream",
+        "_waiter",
+        "headers",
+        "read_at",
+        "status",
+    )
+
+    def __init__(self, upstream: Owner, connection: Connection, is_head: bool) -> None:
+        self.status = 0
+        self.headers: Headers = []
+        self.read_at = time.monotonic()
+        self._upstream = upstream
+        self._connection: Connection | None = connection
+        self._is_head = is_head
+        self._head_arrived = self._complete = False
+        self._unread: list[bytes] = []
+        self._unread_bytes = 0
+        self._error: EngineLost | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._decompressor: Callable[[bytes], bytes] | None = None
+        first_check_s = min(upstream.head_timeout_s, upstream.read_timeout_s)
+        self._timer = asyncio.get_running_loop().call_later(first_check_s, self._check_time, self.read_at)
+
+    def __enter__(self) -> Response:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def where(self) -> str:
+        """The engine's name and URL, as a prefix of error messages."""
+        return self._upstream.where
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole response has arrived."""
+        return self._complete
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a reader waits for bytes. If not, its client is slow, and the server need not send."""
+        return self._waiter is not None
+
+    def header(self, name: bytes) -> str:
+        """The value of a header in lower case; "" without it."""
+        return next((value.decode("latin-1").lower() for key, value in self.headers if key == name), "")
+
+    async def read(self) -> bytes:
+        """The bytes of the body that arrived since the last call, still encoded; b"" at its end. Raises `EngineLost`.
+
+        What arrived before a connection broke is returned first.
+        """
+        while not self._unread:
+            if self._error is not None:
+                raise self._error
+            if self._complete:
+                return b""
+            await self._wait()
+        data = self._unread[0] if len(self._unread) == 1 else b"".join(self._unread)
+        self._unread.clear()
+        if self._unread_bytes > _MAX_UNREAD_BYTES and self._connection is not None:
+            self._connection.resume()
+        self._unread_bytes = 0
+        return data
+
+    async def read_plain(self) -> bytes:
+        """As `read`, but decompressed if the body is gzip or deflate. Other encodings pass unchanged.
+
+        A server may compress although the request asks for ``identity``.
+        """
+        if self._decompressor is None:
+            packed = self.header(b"content-encoding") in _COMPRESSED
+            self._decompressor = zlib.decompressobj(_GZIP_OR_ZLIB).decompress if packed else _unchanged
+        while data := await self.read():
+            try:
+                # NOTE: the first bytes of a compressed body may give no output yet.
+                if plain := self._decompressor(data):
+                    return plain
+            except zlib.error as error:
+                raise self._lost("the response body is not valid gzip or deflate") from error
+        return b""
+
+    async def read_all(self, most: int = _MAX_DOCUMENT_BYTES) -> bytes:
+        """The whole body, still encoded, of at most ``most`` bytes. Raises `EngineLost`."""
+        body = bytearray()
+        while data := await self.read():
+            body += data
+            if len(body) > most:
+                raise self._lost("the response is too large")
+        return bytes(body)
+
+    async def head(self) -> None:
+        """Wait for the status and the headers. Raises `EngineLost`."""
+        while not self._head_arrived:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+
+    def close(self) -> None:
+        """Free the connection, and close it unless it can be used again. Idempotent."""
+        connection = self._detach()
+        if connection is not None:
+            connection.finish(self._complete)
+
+    def close_after_last_bytes(self) -> None:
+        """As `close`, but give the server `LAST_BYTES_S` to complete a response whose last event has arrived."""
+        connection = self._detach()
+        if connection is not None:
+            connection.finish(self._complete, wait_s=LAST_BYTES_S)
+
+    def fail(self, error: EngineLost) -> None:
+        """End the response with ``error``, unless it is complete, and close its connection."""
+        if self._complete or self._error is not None:
+            return
+        self._error = error
+        if self._connection is not None:
+            self._connection.abort()
+        self._wake()
+
+    def on_head(self, status: int) -> bool:
+        """Take the status; the headers are complete. Returns whether a body follows. Called by the connection."""
+        self.status, self._head_arrived = status, True
+        if self._is_head:
+            self._complete = True
+        self._wake()
+        return not self._is_head
+
+    def on_body(self, data: bytes) -> None:
+        """Take bytes of the body. Called by the connection."""
+        self._unread.append(data)
+        self._unread_bytes += len(data)
+        if self._unread_bytes > _MAX_UNREAD_BYTES and self._connection is not None:
+            self._connection.pause()
+        if self._waiter is not None:
+            self._wake()
+
+    def on_complete(self) -> None:
+        """Note that the body is complete. Called by the connection."""
+        self._complete = True
+        self._wake()
+
+    def on_lost(self, reason: str) -> None:
+        """Note that the connection broke. Called by the connection."""
+        if not self._complete and self._error is None:
+            self._error = self._lost(reason)
+        self._wake()
+
+    def _lost(self, reason: str) -> EngineLost:
+        return EngineLost(f"{self._upstream.where}: {reason}")
+
+    def _detach(self) -> Connection | None:
+        self._timer.cancel()
+        connection, self._connection = self._connection, None
+        self._upstream.on_released(self)
+        return connection
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _check_time(self, began: float) -> None:
+        """End the response if nothing arrived for too long. While the reader is slow, the server need not send."""
+        upstream, now = self._upstream, time.monotonic()
+        if not self._head_arrived:
+            due = began + upstream.head_timeout_s
+            late = f"no response began within {upstream.head_timeout_s:.0f} s"
+        else:
+            due = (now if self._unread else self.read_at) + upstream.read_timeout_s
+            late = f"no data for {upstream.read_timeout_s:.0f} s"
+        if now >= due:
+            self.fail(self._lost(late))
+            return
+        again_in_s = min(due - now, upstream.read_timeout_s)
+        self._timer = asyncio.get_running_loop().call_later(again_in_s + 0.001, self._check_time, began)
+
+
+def _unchanged(data: bytes) -> bytes:
+    return data

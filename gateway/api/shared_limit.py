@@ -1,0 +1,120 @@
+"""A bounded resource that tenants share, such that no tenant can take all of it.
+
+The rule is that of dynamic thresholds for shared buffers in switches (Choudhury and Hahne, 1998): a tenant that holds
+any of the resource may hold at most `FREE_FACTOR` times what stays free, by weight. So one tenant alone gets nearly
+all, n tenants that want more get equal parts, and there is always room for a tenant that holds nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+FREE_FACTOR = 8
+"""How many times the free rest one tenant may hold: alone 8/9 of the resource. Convention, usual in switches."""
+
+
+class Holder(NamedTuple):
+    """Whose part of a resource a request counts to: a tenant, or the address of a client without a key.
+
+    The holder without a name may take everything: no other one is known.
+    """
+
+    name: str = ""
+    weight: float = 1.0
+
+
+ONLY_HOLDER = Holder()
+
+
+@dataclass(slots=True)
+class _Part:
+    weight: float
+    count: int = 0
+
+
+class SharedLimit:
+    """The units of a resource: ``limit`` in total, ``used`` now."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._parts: dict[str, _Part] = {}
+        self._weights = 0.0
+        self._freed = asyncio.Event()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def fits(self, holder: Holder, count: int = 1, *, freed: int = 0, own: int = 0) -> bool:
+        """Return whether ``holder`` may take ``count`` units once ``freed`` more are free, ``own`` of them its own."""
+        free = self.limit - self.used + freed - count
+        if free < 0 or not holder.name:
+            return free >= 0
+        part = self._parts.get(holder.name)
+        if part is None or part.count <= own:
+            return True
+        relative_weight = part.weight * len(self._parts) / self._weights
+        return part.count - own + count <= FREE_FACTOR * free * relative_weight
+
+    def has_room(self, count: int = 1) -> bool:
+        """Return whether ``count`` units are free, so that only its part can keep a holder from them."""
+        return self.used + count <= self.limit
+
+    def level(self, holder: Holder, count: int = 0) -> float:
+        """Return the units by weight that ``holder`` would hold with ``count`` more."""
+        part = self._parts.get(holder.name)
+        return ((0 if part is None else part.count) + count) / holder.weight
+
+    def try_take(self, holder: Holder, count: int = 1) -> bool:
+        """Take ``count`` units if that is possible at once. Return False otherwise."""
+        turn = self._turns.get(holder.name) if self._turns else None
+        if (turn is not None and turn.locked()) or not self.fits(holder, count):
+            return False
+        self.take(holder, count)
+        return True
+
+    def take(self, holder: Holder, count: int = 1) -> None:
+        """Take ``count`` units, which must fit."""
+        self.used += count
+        if holder.name:
+            part = self._parts.get(holder.name)
+            if part is None:
+                part = self._parts[holder.name] = _Part(holder.weight)
+                self._weights += part.weight
+            part.count += count
+
+    def free(self, holder: Holder, count: int = 1) -> None:
+        """Give ``count`` units back."""
+        self.used -= count
+        part = self._parts.get(holder.name)
+        if part is not None:
+            part.count -= count
+            if not part.count:
+                del self._parts[holder.name]
+                # Without parts, rounding errors end too.
+                self._weights = self._weights - part.weight if self._parts else 0.0
+        self.wake()
+
+    def wake(self) -> None:
+        """Have those that wait look again."""
+        self._freed.set()
+        self._freed.clear()
+
+    def turn(self, holder: Holder) -> asyncio.Lock:
+        """Return the lock that puts the requests of ``holder`` which wait in order of arrival."""
+        turn = self._turns.get(holder.name)
+        if turn is None:
+            turn = self._turns[holder.name] = asyncio.Lock()
+        return turn
+
+    async def acquire(self, holder: Holder) -> None:
+        """Take one unit, after the requests of ``holder`` that wait already."""
+        async with self.turn(holder):
+            while not self.fits(holder):
+                await self._freed.wait()
+            self.take(holder)
+
+    async def until_freed(self) -> None:
+        """Wait until units are given back."""
+        await self._freed.wait()

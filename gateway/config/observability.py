@@ -1,0 +1,34 @@
+"""Sections of logs, traces and the records of requests."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from gateway.config.section import Section
+
+
+class LoggingConfig(Section):
+    """Structured logs on stderr. They never contain prompt or completion text."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+    access: Literal["none", "json"] = Field("none", description="One line of JSON for each request under /v1.")
+    access_path: str | None = Field(None, min_length=1, description="File of the access log; null writes to stderr.")
+
+
+class TracingConfig(Section):
+    """OpenTelemetry traces over OTLP/HTTP (extra ``otel``). ``OTEL_*`` environment variables fill what is not set."""
+
+    enabled: bool = False
+    endpoint: str | None = Field(None, pattern=r"^https?://", description="The collector's base URL.")
+    sample_ratio: float | None = Field(
+        None, ge=0, le=1, description="Of the requests whose client sends no trace context."
+    )
+
+
+class DecisionsConfig(Section):
+    """The records of ended requests, for `antares explain` (docs/observability.md). They never contain text."""
+
+    keep: int = Field(10_000, ge=0, le=100_000, description="Records that are kept, about 1.3 kB each.")
