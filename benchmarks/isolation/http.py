@@ -127,8 +127,8 @@ _PAGE = """# Isolation between tenants over HTTP
 
 Victim, abuser and gateway are processes on one machine with two shared cores, over real HTTP. The engine is simulated,
 with {slots} slots. The victim offers {rate} requests/s on new connections, a quarter of them calls to `/v1/embeddings`.
-Every run takes {seconds} s, seed {seed}. The flood is {times} times as much. Limits: {connections} connections, {open} open
-requests, {passing} pass-through slots, {bodies} MiB for bodies.
+Every run takes {seconds} s, seed {seed}. The flood is {times} times as much. Limits: {connections} connections, {open}
+open requests, {passing} pass-through slots, {bodies} MiB for bodies.
 
 The columns from *connections* on are the most that the gateway held. The abuser has its own address and key. Its
 stalled readers use a class without bounds, the rest the victim's class. *After 3 s* is the adherence without the
