@@ -35,7 +35,8 @@ from gateway.observability.metrics import Metrics
 from gateway.observability.recorder import Recorder
 from gateway.observability.trace_context import with_traceparent
 from gateway.policies.base import UNGATED
-from gateway.prediction.client import LengthPredictor, Prediction
+from gateway.prediction.client import LengthPredictor
+from gateway.prediction.lengths import Prediction
 from gateway.requests.progress import Progress
 from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.queue_outcome import Admitted, QueueOutcome, Reroute

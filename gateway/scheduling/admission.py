@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine_adapter.engine import EngineState
+from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Policy, prefill_seconds
 from gateway.requests.prefix_index import PrefixIndex
 from gateway.requests.request import Request
@@ -113,6 +114,8 @@ class AdmissionController:
             self.waiting.remove(request)
             request.admitted_s = now
             request.pace_s = decision.paces.get(request.id, request.pace_s)
+            if request.id in decision.yielding:
+                request.kind = ServiceKind.YIELDING
             self.running[request.id] = request
             self.prefixes.admit(request)
         rejected = []
