@@ -22,6 +22,7 @@ LAYERS = {
         "top",
         "operator_client",
         "serve",
+        "heap",
         "sd_notify",
         "reload",
         "app",

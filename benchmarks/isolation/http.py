@@ -115,9 +115,9 @@ def page(found: dict[str, Any]) -> str:
     numbers = {
         "slots": SLOTS, "rate": f"{PER_S:g}", "times": f"{FLOOD_PER_S / PER_S:g}",
         "seconds": f"{made_with['seconds']:g}", "seed": made_with["seed"],
-        "connections": f"{limits['max_connections']:,}", "open": server["max_open_requests"],
+        "connections": f"{limits['max_connections']:,}", "open": f"{server['max_open_requests']:,}",
         "passing": server["max_pass_through"], "bodies": limits["body_memory_bytes"] >> 20,
-        "clients": made_with["slow_clients"], "abuses": table(heads, rows),
+        "clients": made_with["slow_clients"], "abuses": table(heads, rows), "notes": " ".join(found.get("notes", [])),
         "slow": table(["client sends", "limit, s", "cut after s", "answer"], slow),
     }  # fmt: skip
     return wrapped(_PAGE.format(**numbers)) + "\n"
@@ -131,8 +131,8 @@ Every run takes {seconds} s, seed {seed}. The flood is {times} times as much. Li
 open requests, {passing} pass-through slots, {bodies} MiB for bodies.
 
 The columns from *connections* on are the most that the gateway held. The abuser has its own address and key. Its
-stalled readers use a class without bounds, the rest the victim's class. *After 3 s* is the adherence without the first
-seconds of the abuse: what the abuser sends first may take all slots that are free, and holds them until it ends.
+stalled readers use a class without bounds, the rest the victim's class. *After 3 s* is the adherence without the
+start of the abuse. The bounds are a TTFT of 1 s and a TPOT of 100 ms at the client, and 2 s for embeddings.
 
 ```
 python -m benchmarks.isolation.http --seed {seed} --json > docs/results/isolation_http.json
@@ -140,6 +140,8 @@ python -m benchmarks.isolation.http --page docs/results/isolation_http.json
 ```
 
 {abuses}
+
+{notes}
 
 ## When are slow senders cut?
 

@@ -71,7 +71,7 @@ class PassThrough:
             EngineLost: the engine died, or was down already.
         """
         body = checked_body(http.scope, http.headers, body, engine, key, guard)
-        client = ClientConnection(http.receive, http.lost)
+        client = ClientConnection(http.receive, http.disconnected)
         try:
             if http.scope["method"] in ("GET", "HEAD"):
                 await self._call(http, body, engine, client, send)

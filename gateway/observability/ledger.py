@@ -10,7 +10,7 @@ from typing import Literal
 
 from gateway.observability.trace_context import TraceContext
 from gateway.policies.base import Rejection
-from gateway.prediction.client import Prediction
+from gateway.prediction.lengths import Prediction
 from gateway.requests.request import Request
 from gateway.requests.slo import Bound
 from gateway.scheduling.queue_outcome import Draining, EngineDown, QueueFull

@@ -69,6 +69,7 @@ class LiveFeed:
         self._changed = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
+        self._admitted = 0
 
     def start(self) -> None:
         """Start to record the history. Idempotent."""
@@ -84,6 +85,10 @@ class LiveFeed:
                 await self._task
         async with self._changed:
             self._changed.notify_all()
+
+    def readmit(self) -> None:
+        """End the streams of all viewers within a second. They connect again, if their keys still count."""
+        self._admitted += 1
 
     def response(self) -> Response:
         """Return the event stream for a new viewer, or 503 if there are too many."""
@@ -159,9 +164,10 @@ class LiveFeed:
         """Send the history and then the snapshots until the feed ends. Raises `TimeoutError` for a stalled viewer."""
         self.start()
         self._viewers += 1
+        admitted = self._admitted
         try:
             await _send(send, b"retry: 2000\n\n" + self.history())
-            while await self._next():
+            while await self._next() and admitted == self._admitted:
                 await _send(send, self._snapshot)
         finally:
             self._viewers -= 1

@@ -22,7 +22,7 @@ from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.circuit_breaker import CircuitBreaker
 from gateway.scheduling.delays import note_handover, work_ahead_s
-from gateway.scheduling.queue_outcome import Admitted, Draining, EngineDown, QueueFull, QueueOutcome, Reroute
+from gateway.scheduling.queue_outcome import Admitted, Answers, Draining, EngineDown, QueueFull, QueueOutcome, Reroute
 from gateway.scheduling.shadow import Shadow
 from gateway.scheduling.shadow_runner import ShadowRunner
 
@@ -80,6 +80,7 @@ class EngineQueue:
         self._unbounded_wait_s = unbounded_wait_s
         self._on_decided = on_decided
         self._outcomes: dict[str, asyncio.Future[QueueOutcome]] = {}
+        self._answers = Answers()
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = math.inf
@@ -180,9 +181,9 @@ class EngineQueue:
             return False
         return self.admission.has_ample_room(self._clock(), request)
 
-    def on_length(self, request: Request, tokens: float, p90: float) -> None:
+    def on_predicted_length(self, request: Request, tokens: float, p90: float) -> None:
         """Note the predicted length of a request that was queued before it."""
-        request.predict_later(tokens, p90)
+        request.replace_prediction(tokens, p90)
         self.waiting.reorder(request)
         self.admission.capacity_changed()
         self.wake()
@@ -313,7 +314,10 @@ class EngineQueue:
         future = self._outcomes.pop(request.id, None)
         if future is None or future.done():
             return False
-        future.set_result(outcome)
+        if isinstance(outcome, Admitted):
+            future.set_result(outcome)
+        else:
+            self._answers.give(future, outcome)
         return True
 
     def _remove(self, request: Request, outcome: QueueOutcome) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from dataclasses import dataclass
 
 from gateway.policies.base import Rejection
+
+ANSWERS_AT_ONCE = 32
+"""Requests of one queue that leave it in one iteration of the event loop, except by admission.
+
+To answer one, or to place it again, takes about 0.5 ms. Thousands may leave at once; others must not wait for them."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -40,3 +47,32 @@ class Reroute:
 
 
 QueueOutcome = Reroute | Admitted | Rejection | EngineDown | Draining | QueueFull
+
+
+class Answers:
+    """Sets the outcomes of requests, at most `ANSWERS_AT_ONCE` in each iteration of the event loop, in order."""
+
+    def __init__(self) -> None:
+        self._later: deque[tuple[asyncio.Future[QueueOutcome], QueueOutcome]] = deque()
+        self._given = 0
+        """Outcomes set in this iteration of the event loop; 0 if none was set in the last one either."""
+
+    def give(self, future: asyncio.Future[QueueOutcome], outcome: QueueOutcome) -> None:
+        """Set ``outcome`` now, or in a later iteration."""
+        if self._given >= ANSWERS_AT_ONCE:
+            self._later.append((future, outcome))
+            return
+        if not self._given:
+            asyncio.get_running_loop().call_soon(self._continue)
+        self._given += 1
+        future.set_result(outcome)
+
+    def _continue(self) -> None:
+        self._given = 0
+        while self._later and self._given < ANSWERS_AT_ONCE:
+            future, outcome = self._later.popleft()
+            if not future.done():
+                self._given += 1
+                future.set_result(outcome)
+        if self._given:
+            asyncio.get_running_loop().call_soon(self._continue)

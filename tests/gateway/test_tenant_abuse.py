@@ -40,7 +40,7 @@ async def abused(antares: Live, kind: str) -> tuple[Victim, Counter[str]]:
     ("kind", "least"),
     [
         ("stalled_16", 0.97),
-        # What it sends first may hold every slot for two seconds.
+        # On a busy machine, answers are late at the client.
         ("flood", 0.5),
         ("pass_through", 0.97),
         ("slow_bodies", 0.97),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from typing import Any
 
@@ -37,6 +38,8 @@ async def test_open_requests_of_one_tenant_leave_room_for_another() -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert "This tenant has too many open requests (server.max_open_requests)" in refused.text
         assert int(refused.headers["retry-after"]) >= 1
+        exposition = antares.gateway.metrics.exposition().decode()
+        assert re.search(r'reason="tenant_full".*tenant="abuser".* 4\.0', exposition) is not None
         victim = ask(antares, "victim")
         await eventually(lambda: antares.gateway.ledger.open_count == 9)
         full = await ask(antares, "victim", {"input": "hi"}, path=EMBEDDINGS)

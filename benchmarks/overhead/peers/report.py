@@ -1,0 +1,150 @@
+"""The page and the tables of the comparison: medians over the rounds, with their ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from benchmarks.markdown import table, wrapped
+from benchmarks.overhead.peers.measure import SHAPES
+from benchmarks.overhead.peers.servers import DIRECT
+
+FIRST_BYTE, WHOLE, LOAD, PACED, BURST, MANY = (shape.name for shape in SHAPES)
+"""The shapes of the tables, in the order of `SHAPES`."""
+
+Number = Callable[[float], str]
+
+
+def _fixed(digits: int, sign: str = "") -> Number:
+    return lambda value: f"{value:{sign},.{digits}f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column: ``key`` of the records of ``shape``, less that of `DIRECT` in the same round if ``added``."""
+
+    head: str
+    shape: str
+    key: str
+    number: Number
+    added: bool = False
+
+
+TABLES: dict[str, tuple[Column, ...]] = {
+    "One connection, one request after the other": (
+        Column("added TTFT p50, ms", FIRST_BYTE, "ttft_p50_ms", _fixed(2, "+"), added=True),
+        Column("p99, ms", FIRST_BYTE, "ttft_p99_ms", _fixed(2, "+"), added=True),
+        Column("added time of a whole answer p50, ms", WHOLE, "whole_p50_ms", _fixed(2, "+"), added=True),
+        Column("p99, ms", WHOLE, "whole_p99_ms", _fixed(2, "+"), added=True),
+        Column("CPU a request, µs", WHOLE, "cpu_us_a_request", _fixed(0)),
+    ),
+    "32 connections, and 32 streams with a token every 20 ms": (
+        Column("requests/s", LOAD, "per_s", _fixed(0)),
+        Column("CPU a request, µs", LOAD, "cpu_us_a_request", _fixed(0)),
+        Column("CPU a paced event, µs", PACED, "cpu_us_an_event", _fixed(1)),
+        Column("ITL p50, ms", PACED, "itl_p50_ms", _fixed(1)),
+        Column("p99, ms", PACED, "itl_p99_ms", _fixed(1)),
+    ),
+    "500 streams that start at once, a token every 50 ms": (
+        Column("TTFT p50, ms", BURST, "ttft_p50_ms", _fixed(0)),
+        Column("p99, ms", BURST, "ttft_p99_ms", _fixed(0)),
+        Column("ITL p99, ms", BURST, "itl_p99_ms", _fixed(1)),
+        Column("CPU an event, µs", BURST, "cpu_us_an_event", _fixed(1)),
+        Column("failed", BURST, "failures", _fixed(0)),
+    ),
+    "2,000 streams, a token every 500 ms, and memory": (
+        Column("memory a stream, KiB", MANY, "stream_kib", _fixed(0)),
+        Column("TTFT p99, ms", MANY, "ttft_p99_ms", _fixed(0)),
+        Column("failed", MANY, "failures", _fixed(0)),
+        Column("peak memory, MiB", MANY, "peak_mib", _fixed(0)),
+    ),
+}
+
+
+def values(runs: Sequence[dict[str, Any]], server: str, column: Column) -> list[float]:
+    """Return the values of ``server`` in a column, one for each round that has one."""
+    at = {(run["round"], run["server"]): run[column.key] for run in runs if run["shape"] == column.shape}
+    found = []
+    for (round_, name), value in at.items():
+        if name != server or value is None:
+            continue
+        if not column.added:
+            found.append(value)
+        elif (direct := at.get((round_, DIRECT))) is not None:
+            found.append(value - direct)
+    return found
+
+
+def cell(numbers: Sequence[float], number: Number) -> str:
+    """Return the median and the range of ``numbers``, a dash without any."""
+    if not numbers:
+        return "-"
+    middle, low, high = (number(value) for value in (median(numbers), min(numbers), max(numbers)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def rows(runs: Sequence[dict[str, Any]], columns: Sequence[Column]) -> list[list[str]]:
+    """Return a row for each server; for `DIRECT` without what is added."""
+    return [
+        [
+            server,
+            *(
+                cell([] if column.added and server == DIRECT else values(runs, server, column), column.number)
+                for column in columns
+            ),
+        ]
+        for server in dict.fromkeys(run["server"] for run in runs)
+    ]
+
+
+def tables(runs: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Return heads and rows by title, for the tables whose shapes were measured."""
+    measured = {run["shape"] for run in runs}
+    found = {}
+    for title, columns in TABLES.items():
+        if shown := [column for column in columns if column.shape in measured]:
+            found[title] = (["server", *(column.head for column in shown)], rows(runs, shown))
+    return found
+
+
+def failures(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each server and shape with failed requests: how many in all rounds, and the main cause."""
+    lines = []
+    for server, shape in dict.fromkeys((run["server"], run["shape"]) for run in runs if run["failures"]):
+        those = [run for run in runs if (run["server"], run["shape"]) == (server, shape)]
+        failed = sum(run["failures"] for run in those)
+        cause = max(those, key=lambda run: run["failures"])["error"]
+        lines.append(f"{server}, {shape}: {failed} of {failed + sum(run['answers'] for run in those)} failed ({cause})")
+    return lines
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return the page: the setup, the commands and the tables."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    notes = [*found["skipped"], *failures(found["runs"])]
+    versions = f" Versions: {versions}." if versions else ""
+    parts = [
+        f"""# Overhead beside other gateways
+
+**CPU.** Upstream, gateway and load client share {found["cpus"]} cores and use real HTTP on 127.0.0.1. The upstream is
+scripted: it answers at once, or sends tokens at a fixed pace. Medians over the rounds ({found["rounds"]}), in brackets
+their range. In each round all servers start afresh and take turns, load by load.{versions}
+
+- *direct*: the client calls the upstream. *added*: in addition to direct, in the same round. The CPU time of direct is
+  that of the upstream.
+- *antares*: a proxy (`kind: http`) with an API key, SLO headers, queueing, the default policy, the predictor and
+  metrics. The CPU time and the memory include those of the predictor's process.
+- The other gateways run one worker with their default settings and route to one upstream. They do not schedule.
+- *ITL*: time between two events of a stream, as the client reads them.
+- *memory a stream*: growth over the idle server, at the highest. *peak memory* counts shared pages once per process.
+
+```
+python -m benchmarks.overhead.peers --json > docs/results/peers.json
+python -m benchmarks.overhead.peers --page docs/results/peers.json
+```""",
+        *(f"## {title}\n\n{table(heads, lines)}" for title, (heads, lines) in tables(found["runs"]).items()),
+        *(["\n".join(f"- {note}" for note in notes)] if notes else []),
+    ]
+    return wrapped("\n\n".join(parts)) + "\n"
