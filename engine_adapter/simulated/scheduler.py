@@ -94,6 +94,8 @@ class SimulatedScheduler:
         self._preemption = BestEffortPreemption(Capacity(max_num_seqs, self._kv.total))
         self._preemptible = 0
         """Number of sequences here that may be preempted for others."""
+        self._yielding = 0
+        """Number of yielding sequences here."""
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -127,6 +129,7 @@ class SimulatedScheduler:
         """Append ``sequence`` to the engine's queue."""
         sequence.preemptible = self.gate.preemptible(sequence)
         self._preemptible += sequence.preemptible
+        self._yielding += sequence.kind is ServiceKind.YIELDING
         self._waiting.append(sequence)
         self._count_backlog(sequence)
 
@@ -146,7 +149,7 @@ class SimulatedScheduler:
         lost = list(self.sequences())
         self._decoding, self._prefilling = [], []
         self._waiting.clear()
-        self._waiting_tokens = self._preemptible = 0
+        self._waiting_tokens = self._preemptible = self._yielding = 0
         self._kv.clear()
         return lost
 
@@ -167,7 +170,7 @@ class SimulatedScheduler:
         yielding_prompts = False
         if not self._prefill_first:
             held = self._preempt_best_effort(now)
-            yielding_prompts = self._preemptible > 0 and self._hold_yielding(held)
+            yielding_prompts = self._yielding > 0 and self._hold_yielding(held)
             unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling if not s.held])
             prefill_backlog = min(self._waiting_tokens + unfinished, self._budget)
         plan = self.gate.plan(now, self._decoding, prefill_backlog, yielding_prompts)
@@ -209,6 +212,7 @@ class SimulatedScheduler:
 
         Waiting ones move from the queue to ``held``. Return whether no such prompt is there.
         """
+        self._prefilling.sort(key=lambda sequence: sequence.kind is ServiceKind.YIELDING)
         prompts = [*self._prefilling, *self._waiting]
         others = any(s.kind < ServiceKind.BEST_EFFORT for s in prompts)
         for sequence in prompts:
@@ -362,6 +366,7 @@ class SimulatedScheduler:
         self._release(sequence)
         self.gate.forget(sequence.request_id)
         self._preemptible -= sequence.preemptible
+        self._yielding -= sequence.kind is ServiceKind.YIELDING
 
     def _release(self, sequence: SimulatedSequence) -> None:
         if sequence.blocks and sequence.prefilled >= sequence.to_prefill:

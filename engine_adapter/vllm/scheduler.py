@@ -78,6 +78,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
     """
 
     max_num_scheduled_tokens: int
+    running: list[Request]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -201,6 +202,10 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         Waiting ones move from the queue to ``held``. Return whether no such prompt is there.
         """
         self._yielding &= self.requests.keys()
+        late = [r for r in self.running if r.request_id in self._yielding and _is_prefilling(r)]
+        if late:
+            # NOTE: vLLM fills the step's budget in the order of `running`. A prompt ahead of decodes would take theirs.
+            self.running = [*(r for r in self.running if r not in late), *late]
         waiting = [r for r in self.waiting if r.status in _READY]
         prompts = [*(r for r in self.running if _is_prefilling(r)), *waiting]
         if not any(self._gated_request(r).kind < ServiceKind.BEST_EFFORT for r in prompts):
@@ -209,9 +214,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             moved = [r for r in waiting if r.request_id in self._yielding]
             self.waiting.remove_requests(moved)
             held += moved
-            for request in self.running:
-                if request.request_id in self._yielding and _is_prefilling(request):
-                    self._skip_step(request)
+            for request in late:
+                self._skip_step(request)
         return False
 
     def _skip_step(self, request: Request) -> None:

@@ -13,6 +13,7 @@ from benchmarks.faults import study
 from benchmarks.figures import capacity
 from benchmarks.figures.page import index_text, load, page_text
 from benchmarks.isolation import http as isolation_http
+from benchmarks.isolation import page as isolation_page
 from benchmarks.live import fidelity_page, results_page
 from benchmarks.markdown import with_block
 from benchmarks.overhead import decision_cost, gateway_cost
@@ -29,6 +30,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "decision_cost": decision_cost.page,
     "gateway_cost": gateway_cost.page,
     "failover": study.page,
+    "isolation": isolation_page.page,
     "isolation_http": isolation_http.page,
 }
 
@@ -75,3 +77,14 @@ def test_pages_say_that_rivals_are_not_tuned(page: str) -> None:
     text = (RESULTS / f"{page}.md").read_text(encoding="utf-8").lower()
     assert "published settings" in text
     assert "simulat" in text
+
+
+def test_isolation_page_states_the_bound_and_that_it_is_simulated() -> None:
+    found = json.loads((RESULTS / "isolation.json").read_text(encoding="utf-8"))
+    assert len(found["seeds"]) == 5
+    lost = isolation_page.lost_points(found["runs"])
+    assert len(lost) == 5 * (len(isolation_page.LABELS) - 1)
+    assert max(lost) <= 3.0
+    text = (RESULTS / "isolation.md").read_text(encoding="utf-8")
+    assert "**Simulated**" in text
+    assert f"by more than **{max(lost):.1f} points**" in text

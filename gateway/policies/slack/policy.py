@@ -13,6 +13,8 @@ the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
     6 a request that does not fit never blocks the next one
     7 best-effort requests get what is left, in arrival order, and a reserved share of the slots in any case
     8 the slots and memory of best-effort requests beyond that share count as free for all others
+    9 with several tenants (`gateway.policies.tenant_shares`), lines 2 to 6 serve those within their share first, as if
+      yielding requests were not there, and then the others, whose requests yield
 
 INVARIANT: the running set keeps its strictest pace, and every waiting request can still meet its deadline.
 

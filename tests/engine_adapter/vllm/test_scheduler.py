@@ -71,9 +71,9 @@ def make(model: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 def random_request(rng: random.Random, name: str, gates: list[str]) -> SimulatedSequence:
     pace_s = rng.choice([None, None, 0.03, 0.05, 0.5, 2.0])
-    kind = rng.choice([default_kind(pace_s)] * 3 + [ServiceKind.BEST_EFFORT])
+    kind = rng.choice([default_kind(pace_s)] * 3 + [ServiceKind.BEST_EFFORT, ServiceKind.YIELDING])
     if pace_s is None:
-        kind = rng.choice([ServiceKind.DEADLINE_ONLY, ServiceKind.BEST_EFFORT])
+        kind = rng.choice([ServiceKind.DEADLINE_ONLY, ServiceKind.BEST_EFFORT, ServiceKind.YIELDING])
     return SimulatedSequence(name, rng.randint(1, 150), rng.randint(1, 60), pace_s, rng.choice(gates), kind)
 
 
@@ -241,6 +241,7 @@ def test_kind_decides_whether_an_arrival_preempts(make: Make, xargs: dict[str, A
     ("xargs", "preemptions"),
     [
         ({"kind": "best_effort", "tpot_ms": 50}, 1),
+        ({"kind": "yielding", "tpot_ms": 50}, 1),
         ({"kind": "deadline_only"}, 0),
         ({"tpot_ms": 3_600_000}, 0),
         ({"gate": "credit"}, 0),
@@ -269,6 +270,20 @@ def test_kinds_without_pace_sit_out_a_full_step(make: Make) -> None:
     engine.add("prompt", 100, 5)
     scheduled = engine.step()
     assert {"paced", "loose"} == scheduled.keys() - {"prompt"}
+
+
+def test_yielding_requests_and_prompts_wait_for_prompts_of_others(make: Make) -> None:
+    engine = make(seqs=8, blocks=1000, budget=100, overlap=False)
+    engine.add("paced", 4, 50, tpot_ms=30)
+    engine.add("yielding", 4, 50, tpot_ms=30, kind="yielding")
+    engine.add("yielding prompt", 300, 5, tpot_ms=50, kind="yielding")
+    assert "yielding prompt" not in engine.step()
+    assert "yielding prompt" in engine.step()
+    # Decodes take 12 ms and this prompt 20 ms. The next token of the paced request is due in 30 ms.
+    engine.add("prompt", 100, 5, tpot_ms=50)
+    assert engine.step().keys() == {"paced", "prompt"}
+    engine.drain()
+    assert engine.generated["yielding prompt"] == 5
 
 
 def test_recomputation_is_limited_to_the_slack_of_paced_requests(make: Make) -> None:
