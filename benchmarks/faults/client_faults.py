@@ -174,7 +174,7 @@ CLIENT_FAULTS = (
     Fault("slow clients", "60 clients send a byte every 0.1 s", send_slowly, abusive=r"408 \w+"),
     Fault("silent clients", "300 clients connect and send nothing", be_silent, abusive=CLOSED),
     Fault("clients that read nothing", "64 clients ask for two streams of 2,000 tokens and read nothing", read_nothing,
-          abusive=HUNG_UP),
+          r"200|429 \w+", HUNG_UP),
     Fault("bad bodies", f"{len(BAD_BODIES)} malformed, deep, huge and non-UTF-8 bodies in 3 framings, a gzip bomb",
           send_bad_bodies, abusive=_REFUSED),
     Fault("request smuggling", f"{len(SMUGGLED)} ambiguous requests with a hidden chat, 8 times each", smuggle,

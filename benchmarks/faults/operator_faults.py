@@ -198,7 +198,7 @@ async def with_long_queue(folder: Path) -> AsyncIterator[dict[str, Any]]:
     """A queue without a small limit, and the time limits of the edge that are the default."""
     yield {
         "server": {"drain_s": 5, "max_open_requests": 20_000},
-        "step_times": {"b": 0.0, "d": 0.003, "alpha": 0.0},
+        "step_times": {"b": 0.0, "d": 0.01, "alpha": 0.0},
         "limits": {},
     }
 
@@ -213,15 +213,15 @@ def wait_in_line(count: int) -> Callable[[Rig, Ends], Awaitable[None]]:
     async def inject(running: Rig, ends: Ends) -> None:
         free, connecting = {"x-slo-class": "free"}, asyncio.Semaphore(CONNECTING)
         long = chat(headers=free, n=running.slots, max_tokens=8000, ignore_eos=True, stream=True)
-        blocking = asyncio.create_task(exchange(running.port, long, limit_s=120))
+        blocking = asyncio.create_task(exchange(running.port, long, limit_s=240))
         await until(lambda: _count(running, "running", 1))
         waiting = [
             asyncio.create_task(
-                ends.add(exchange(running.port, chat(max_tokens=2, headers=free), limit_s=120, connecting=connecting))
+                ends.add(exchange(running.port, chat(max_tokens=2, headers=free), limit_s=240, connecting=connecting))
             )
             for _ in range(count)
         ]
-        await until(lambda: _count(running, "waiting", count), 60)
+        await until(lambda: _count(running, "waiting", count), 75)
         blocking.cancel()
         await asyncio.gather(blocking, return_exceptions=True)
         ends.abusive[HUNG_UP] += 1

@@ -128,7 +128,7 @@ python -m benchmarks.faults.mutations --seed {found["seed"]} --count {found["mut
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each fault is injected.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each fault is injected.")] = 3,
     mutated: Annotated[int, typer.Option("--mutations", min=1, help="Mutated requests for each engine.")] = 20_000,
     fault: Annotated[list[str] | None, typer.Option(help="Repeat for several. [default: all]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the mutations.")] = 0,

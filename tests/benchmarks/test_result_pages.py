@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.faults import study
+from benchmarks.faults import table as fault_table
 from benchmarks.figures import capacity
 from benchmarks.figures.page import index_text, load, page_text
 from benchmarks.isolation import http as isolation_http
@@ -31,6 +32,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gateway_cost": gateway_cost.page,
     "failover": study.page,
     "isolation": isolation_page.page,
+    "faults": fault_table.page,
     "isolation_http": isolation_http.page,
 }
 
