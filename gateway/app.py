@@ -221,7 +221,9 @@ class Gateway:
         effective, changed = change.config, change.keys
         new_engines = self.engines.build_new(effective.engines) if "engines" in changed else {}
         old, self._config = self._config, effective
-        # A removed class stays in the queues, because open requests may belong to it.
+        if not self.proxy.in_flight:
+            self._queued_classes.clear()
+        # A removed class stays in the queues while requests are open, because they may belong to it.
         self._queued_classes.update(effective.slo_classes())
         self.proxy.classes = effective.slo_classes()
         self._grant(access or Access.of(effective))

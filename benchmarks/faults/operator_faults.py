@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -116,7 +117,10 @@ def _size(file: Path) -> int:
 
 def _overwrite(folder: Path, content: bytes) -> None:
     """Replace every file of the predictor's state by ``content``."""
-    for file in {*folder.iterdir(), folder / "calibration.json"}:
+    state = folder / "calibration.json"
+    if state.exists() and (found := re.search(rb'"predictor": ?"([^"]+)"', state.read_bytes())):
+        content = content.replace(b"ID", found[1])
+    for file in {*folder.iterdir(), state}:
         file.write_bytes(content)
 
 
@@ -136,12 +140,14 @@ async def fill_disk(running: Rig, ends: Ends) -> None:
             await until(lambda: _size(log) != size, 15)
 
 
+_STATE = b'{"format": 1, "predictor": "ID", "windows": '
 STATE_FILES: tuple[bytes, ...] = (
-    b"", b"{", b"null", b"[]", b"\xff\x00" * 1000, b'{"windows": 1}', b'{"windows": [{"rows": [[1]]}]}',
-    b'{"version": 99, "windows": []}', b"[" * 100_000, b'{"windows": [' + b"{}," * 300_000 + b"{}]}",
-    b'{"windows": [{"model": null, "slo_class": 1, "rows": [[NaN, 1e999, -1]]}]}',
+    b"", b"{", b"null", b"[]", b"\xff\x00" * 1000, b'{"format": 99}', b"[" * 100_000, _STATE + b"1}", _STATE + b"[1]}",
+    _STATE + b'[{"model": "m", "slo_class": "chat", "rows": [[1]]}]}', _STATE + b"[" + b"{}," * 300_000 + b"{}]}",
+    _STATE + b'[{"model": "m", "slo_class": "chat", "rows": [[1e300, -1, 0, 7], [1, 2, 3, 18446744073709551615]]}]}',
+    _STATE + b'[{"model": "m", "slo_class": "chat", "rows": ' + b"[" * 500 + b"]" * 500 + b"}]}",
 )  # fmt: skip
-"""What the predictor may find in its state."""
+"""What the predictor may find in its state. ``ID`` becomes the id that it has written there itself."""
 
 
 async def corrupt_state(running: Rig, ends: Ends) -> None:

@@ -16,7 +16,7 @@ from benchmarks.faults.client import chat, exchange
 from benchmarks.faults.fault import Fault, load, recovered
 from benchmarks.faults.rig import Rig, free_port, until
 
-HANG_S = 8.0
+HANG_S = 10.0
 """Length of a hang (s). The gateway takes a server for dead after three failed probes, 5 to 7 s."""
 
 _LOST = r"200|503 engine_lost|200, then engine_lost"

@@ -52,6 +52,9 @@ TOKENS = (10, 70)
 SLOTS, STEP_S = 16, 0.02
 """Batch and step time (s) of the simulated server: about 20 requests a second."""
 
+CALIBRATING = 16
+"""Most clients that measure the capacity. A real vLLM on CPU would serve many more, each too slowly."""
+
 WARM_UP = 0.25
 """Share of the time before the slope of the memory is measured. Caches, records and pools fill meanwhile."""
 
@@ -215,12 +218,12 @@ async def gateway(engine: Engine, folder: Path) -> AsyncIterator[Rig]:
         yield running
 
 
-async def measure(engine: Engine, minutes: float, seed: int) -> dict[str, Any]:
-    """Soak a gateway for ``minutes``, and return what happened."""
+async def measure(engine: Engine, minutes: float, seed: int, calibrate_s: float = 8.0) -> dict[str, Any]:
+    """Soak a gateway for ``minutes``, and return what happened. Its capacity is measured for ``calibrate_s`` (s)."""
     with tempfile.TemporaryDirectory(prefix="antares-soak-") as name:
         async with gateway(engine, Path(name)) as running:
             soak = Soak(running, random.Random(seed))
-            capacity = await soak.capacity(running.slots, 8.0)
+            capacity = await soak.capacity(min(running.slots, CALIBRATING), calibrate_s)
             before = await snapshot(running)
             sampling = asyncio.create_task(soak.sample())
             end = time.monotonic() + 60 * minutes

@@ -23,7 +23,7 @@ MEMORY_S = 10.0
 
 FIXED_PART = 0.4
 """Part of each step that may be its fixed cost. A pace that makes it larger counts as usage, by what is above. Measured
-(points of the victim, docs/results/isolation.md): without, bounds of 20 ms cost it 7; with 0.33, long prompts cost 6."""
+in points that the victim loses: without, 7 beside bounds of 20 ms; with 0.33, 6 beside long prompts; with 0.5, 3."""
 
 MAX_TENANTS = 1000
 """Most recent tenants that are remembered. Bounds memory."""

@@ -181,9 +181,9 @@ class EngineQueue:
             return False
         return self.admission.has_ample_room(self._clock(), request)
 
-    def on_length(self, request: Request, tokens: float, p90: float) -> None:
+    def on_predicted_length(self, request: Request, tokens: float, p90: float) -> None:
         """Note the predicted length of a request that was queued before it."""
-        request.predict_later(tokens, p90)
+        request.replace_prediction(tokens, p90)
         self.waiting.reorder(request)
         self.admission.capacity_changed()
         self.wake()

@@ -124,20 +124,23 @@ def page(found: dict[str, Any]) -> str:
     """Return the page: the setup, the commands and the tables."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
     notes = [*found["skipped"], *failures(found["runs"])]
+    versions = f" Versions: {versions}." if versions else ""
     parts = [
         f"""# Overhead beside other gateways
 
 **CPU.** Upstream, gateway and load client share {found["cpus"]} cores and use real HTTP on 127.0.0.1. The upstream is
-scripted: it answers at once, or sends tokens at a fixed pace. Medians of {found["rounds"]} rounds, in brackets their
-range. In each round all servers start afresh and take turns, load by load. {f"Versions: {versions}." if versions else ""}""",
-        """- *direct*: the client calls the upstream. *added*: in addition to direct, in the same round. The CPU time of direct
-  is that of the upstream.
-- *antares*: a proxy (`kind: http`) with an API key, SLO headers, queueing, the default policy, the predictor and metrics.
-  The CPU time and the memory include those of the predictor's process.
+scripted: it answers at once, or sends tokens at a fixed pace. Medians over the rounds ({found["rounds"]}), in brackets
+their range. In each round all servers start afresh and take turns, load by load.{versions}
+
+- *direct*: the client calls the upstream. *added*: in addition to direct, in the same round. The CPU time of direct is
+  that of the upstream.
+- *antares*: a proxy (`kind: http`) with an API key, SLO headers, queueing, the default policy, the predictor and
+  metrics. The CPU time and the memory include those of the predictor's process.
 - The other gateways run one worker with their default settings and route to one upstream. They do not schedule.
 - *ITL*: time between two events of a stream, as the client reads them.
-- *memory a stream*: growth over the idle server, at the highest. *peak memory* counts shared pages once per process.""",
-        """```
+- *memory a stream*: growth over the idle server, at the highest. *peak memory* counts shared pages once per process.
+
+```
 python -m benchmarks.overhead.peers --json > docs/results/peers.json
 python -m benchmarks.overhead.peers --page docs/results/peers.json
 ```""",

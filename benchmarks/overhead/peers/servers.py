@@ -119,6 +119,7 @@ class Peer:
     distribution: str
     start: Callable[[Path], Command]
     env: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def found(self, folder: Path) -> Server | None:
         """Return the installed peer, None if ``folder`` has none that runs."""
@@ -135,7 +136,7 @@ class Peer:
     def how_to_install(self, folder: Path) -> str:
         """Return the commands that install the peer."""
         venv = folder / self.name
-        return f"python -m venv {venv} && {venv}/bin/pip install '{self.requirement}'"
+        return f"python -m venv {venv} && {venv}/bin/pip install '{self.requirement}'{self.note}"
 
 
 PEERS = (
@@ -146,6 +147,7 @@ PEERS = (
         "vllm-router",
         _production_stack,
         {"HF_HUB_OFFLINE": "1"},
+        " (Python 3.12 or newer)",
     ),
     Peer(
         "litellm",
