@@ -92,15 +92,17 @@ class ClientConnection:
     """The client's connection after its request body was read.
 
     Args:
-        receive: tells of the disconnect, if ``lost`` does not.
-        lost: a future of the server that is done when the client has disconnected. It saves a task.
+        receive: tells of the disconnect, if ``disconnected`` does not.
+        disconnected: the server's future for that, which saves a task.
 
-    ``disconnected``: a future that is done when the client has disconnected.
+    ``disconnected``: a future that is done when the client is gone or has its whole response.
     """
 
-    def __init__(self, receive: Receive, lost: asyncio.Future[None] | None = None) -> None:
-        self._watching = asyncio.create_task(_wait_for_disconnect(receive)) if lost is None else None
-        self.disconnected: asyncio.Future[None] = lost or self._watching  # type: ignore[assignment]
+    def __init__(self, receive: Receive, disconnected: asyncio.Future[None] | None = None) -> None:
+        self._watching: asyncio.Task[None] | None = None
+        if disconnected is None:
+            disconnected = self._watching = asyncio.create_task(_wait_for_disconnect(receive))
+        self.disconnected: asyncio.Future[None] = disconnected
 
     def receive_for(self, body: bytes | JsonBody) -> Receive:
         """Return a ``receive`` for an engine's app: ``body`` once, then ``http.disconnect`` when the client leaves."""

@@ -174,6 +174,9 @@ class EngineState:
         ready_in_s: expected wait until the engine is up again, while ``alive`` is False.
         hangs: times that the engine was found to compute no step although it had work.
         prefix_caching: the engine takes the beginning of a prompt from its KV memory if it is still there.
+        handover_s: the gateway's own time between the admission of a request and its arrival in the engine (s). About
+            one request in ten takes longer.
+        last_step_at: when the engine last reported a step (monotonic s); None if it reports none.
         shared_tokens: prompt tokens that several running requests share in KV memory, beyond the first copy.
         plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
     """
@@ -187,6 +190,8 @@ class EngineState:
     ready_in_s: float = 30.0
     restarts: int = 0
     hangs: int = 0
+    handover_s: float = 0.0
+    last_step_at: float | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int = 8192

@@ -17,6 +17,10 @@ class ServiceKind(IntEnum):
     BEST_EFFORT = 2
     """Nothing: no bound, or bounds that the class waived. It may sit out steps, and may be preempted for the others."""
 
+    YIELDING = 3
+    """Paced or deadline-only, of a tenant above its share. It keeps what the others leave: when their prompts or tokens
+    need the time it sits out steps, and it may be preempted for them."""
+
     @property
     def label(self) -> str:
         """The name on the wire and in metrics."""

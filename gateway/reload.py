@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from engine_adapter.asgi import cancel_and_wait
-from gateway.app import Gateway
+from gateway.app import Access, Gateway
 from gateway.config.file import located
 from gateway.config.keys_file import keys_path, read_keys
 from gateway.config.mistakes import ConfigError, Mistake, mistake_of
@@ -126,7 +126,7 @@ class Reloader:
             except ValidationError as error:
                 raise await asyncio.to_thread(self._located, error) from error
             if change.keys:
-                self._gateway.apply(change)
+                self._gateway.apply(change, await asyncio.to_thread(Access.of, change.config))
                 log.info("%s: %d keys count now", path, len(entries))
         except ConfigError as error:
             _log_mistakes(error)
@@ -156,7 +156,7 @@ class Reloader:
             config = await asyncio.to_thread(self._load)
             try:
                 change = await asyncio.to_thread(self._gateway.config.change_to, config)
-                done = self._gateway.apply(change)
+                done = self._gateway.apply(change, await asyncio.to_thread(Access.of, change.config))
             except (ValidationError, EngineConfigError) as error:
                 raise await asyncio.to_thread(self._located, error) from error
         except ConfigError as error:

@@ -27,6 +27,7 @@ from gateway.app import Gateway
 from gateway.config.engines import EngineConfig
 from gateway.config.schema import GatewayConfig
 from gateway.engines import build_engine
+from gateway.heap import collecting_when_quiet
 from gateway.observability.recorder import ObservabilityError
 from gateway.prediction.supervisor import Supervisor
 from gateway.reload import Reloader, Report
@@ -88,8 +89,7 @@ async def serve(
         if supervisor is not None:
             await supervisor.start()
             stack.push_async_callback(supervisor.stop)
-        watchdog = asyncio.create_task(sd_notify.keep_watchdog(), name="watchdog")
-        stack.push_async_callback(cancel_and_wait, watchdog)
+        stack.push_async_callback(cancel_and_wait, asyncio.create_task(sd_notify.keep_watchdog(), name="watchdog"))
         engines = [_build(engine) for engine in config.engines]
         try:
             gateway = Gateway(config, engines, predictor_url)
@@ -120,6 +120,7 @@ async def serve(
         await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            await stack.enter_async_context(collecting_when_quiet(lambda: gateway.open_requests))
             announcing = asyncio.create_task(_announce(gateway, port, started), name="announce")
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
             await cancel_and_wait(announcing)

@@ -22,6 +22,7 @@ LAYERS = {
         "top",
         "operator_client",
         "serve",
+        "heap",
         "sd_notify",
         "reload",
         "app",
@@ -156,3 +157,19 @@ def test_the_command_line_and_the_app_load_nothing_heavy() -> None:
     code = f"import sys, gateway.cli, gateway.app, lab.cli; print(*({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_documented_order_of_layers_is_the_checked_one(package: str) -> None:
+    assert f"| `{package}` | {' → '.join(f'`{part}`' for part in LAYERS[package])} |" in ARCHITECTURE
+
+
+@pytest.mark.parametrize("package", PRODUCT)
+def test_architecture_names_every_folder(package: str) -> None:
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")}
+    # A table of the files of one folder names its subfolders without their path.
+    missing = [f for f in folders if f"`{f.as_posix()}/" not in ARCHITECTURE and f"`{f.name}/`" not in ARCHITECTURE]
+    assert missing == []

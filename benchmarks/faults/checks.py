@@ -105,14 +105,14 @@ class Verdict:
     memory_mb: float
     tracebacks: int
 
-    def problems(self) -> list[str]:
-        """What is wrong, one line each; empty if all three checks hold."""
+    def problems(self, memory_mb: float = MEMORY_MB) -> list[str]:
+        """What is wrong, one line each; empty if all three checks hold. ``memory_mb``: growth that is allowed (MB)."""
         found = [
             f"{name}: {count}"
             for name in ("lost", "leaked_requests", "leaked_descriptors", "tracebacks")
             if (count := getattr(self, name))
         ]
-        return [*found, f"memory_mb: {self.memory_mb:.0f}"] if self.memory_mb > MEMORY_MB else found
+        return [*found, f"memory_mb: {self.memory_mb:.0f}"] if self.memory_mb > memory_mb else found
 
 
 async def verdict(rig: Rig, before: Snapshot, ends: Ends) -> Verdict:

@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,15 +80,20 @@ def chat(text: str = "tell me a story", headers: Mapping[str, str] | None = None
 
 
 async def exchange(
-    port: int, *parts: Part, limit_s: float = 30.0, hang_up_at: int | None = None, reset: bool = False
+    port: int,
+    *parts: Part,
+    limit_s: float = 30.0,
+    hang_up_at: int | None = None,
+    reset: bool = False,
+    connecting: AbstractAsyncContextManager[Any] | None = None,
 ) -> Reply:
     """Send ``parts`` (bytes, or seconds to wait) on a new connection and return the first response.
 
     ``hang_up_at``: disconnect after so many bytes of the response; 0 disconnects once everything is sent.
-    ``reset``: with a reset, as of a process that dies.
+    ``reset``: with a reset, as of a process that dies. ``connecting``: entered while the connection is opened.
     """
     try:
-        async with asyncio.timeout(limit_s):
+        async with connecting or contextlib.nullcontext(), asyncio.timeout(limit_s):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except (OSError, TimeoutError):
         return Reply(end=CLOSED)

@@ -49,7 +49,7 @@ async def send_slowly(running: Rig, ends: Ends) -> None:
 
     def parts(start: int) -> list[bytes | float]:
         dripped: list[bytes | float] = [body[:start]] if start else []
-        for at in range(start, start + 60):
+        for at in range(start, start + 100):
             dripped += [body[at : at + 1], 0.1]
         return dripped
 
@@ -68,7 +68,7 @@ async def read_nothing(running: Rig, ends: Ends) -> None:
     """64 clients ask for long streams and read nothing."""
 
     async def client() -> Reply:
-        reader, writer = await asyncio.open_connection("127.0.0.1", running.port, limit=1024)
+        _, writer = await asyncio.open_connection("127.0.0.1", running.port, limit=1024)
         writer.write(chat(stream=True, max_tokens=2000, ignore_eos=True, n=2))
         # The buffer of this reader and those of the sockets fill, and then nothing is read.
         await asyncio.sleep(_CUT_S)
@@ -99,7 +99,10 @@ async def send_bad_bodies(running: Rig, ends: Ends) -> None:
     """Send each of `BAD_BODIES`, plain, in chunks and compressed, and a body that grows when it is decompressed."""
     calls = []
     for body in BAD_BODIES:
-        chunked = HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        chunked = HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (
+            len(body),
+            body,
+        )
         chunked = chunked if body else HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
         packed = request(CHAT, gzip.compress(body), {"content-encoding": "gzip"})
         calls += [exchange(running.port, sent) for sent in (request(CHAT, body), chunked, packed)]
@@ -172,9 +175,10 @@ CLIENT_FAULTS = (
     Fault("silent clients", "300 clients connect and send nothing", be_silent, abusive=CLOSED),
     Fault("clients that read nothing", "64 clients ask for two streams of 2,000 tokens and read nothing", read_nothing,
           abusive=HUNG_UP),
-    Fault("bad bodies", f"{len(BAD_BODIES)} malformed, truncated, deep, huge and non-UTF-8 bodies, in three framings, and a bomb",
+    Fault("bad bodies", f"{len(BAD_BODIES)} malformed, deep, huge and non-UTF-8 bodies in 3 framings, a gzip bomb",
           send_bad_bodies, abusive=_REFUSED),
-    Fault("request smuggling", f"{len(SMUGGLED)} ambiguous requests with a hidden chat, 8 times each", smuggle, abusive=_REFUSED),
+    Fault("request smuggling", f"{len(SMUGGLED)} ambiguous requests with a hidden chat, 8 times each", smuggle,
+          abusive=_REFUSED),
     Fault("bad SLO headers", f"{len(SLO_LINES)} duplicate, conflicting and malformed headers, 4 times each",
           send_bad_bounds, abusive=r"200|4\d\d \w+"),
 )  # fmt: skip

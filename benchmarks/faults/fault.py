@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.checks import Ends, Verdict, snapshot, verdict
+from benchmarks.faults.checks import MEMORY_MB, Ends, Verdict, snapshot, verdict
 from benchmarks.faults.client import chat, exchange
 from benchmarks.faults.rig import KINDS, Kind, Rig, rig, until
 
@@ -36,6 +36,7 @@ class Fault:
         ends: expression for all ends (`Reply.end`) of requests that clients may see.
         abusive: the same for clients that misbehave.
         kinds: kinds of engines that it applies to.
+        memory_mb: growth of resident memory (MB) that one round may leave.
         around: what must exist before the gateway starts; yields arguments of `rig`.
     """
 
@@ -45,6 +46,7 @@ class Fault:
     ends: str = "200"
     abusive: str = ""
     kinds: tuple[Kind, ...] = KINDS
+    memory_mb: float = MEMORY_MB
     around: Callable[[Path], AbstractAsyncContextManager[dict[str, Any]]] = _nothing
 
 
@@ -78,7 +80,7 @@ async def measure(fault: Fault, kind: Kind, rounds: int) -> Result:
                 result.recovery_s.append(ends.recovery_s or 0.0)
                 left = await verdict(running, before, ends)
                 result.verdicts.append(left)
-                result.problems += left.problems() + unexpected(fault, ends)
+                result.problems += left.problems(fault.memory_mb) + unexpected(fault, ends)
                 result.seen += ends.seen
                 result.abusive += ends.abusive
                 result.rounds += 1
@@ -100,10 +102,7 @@ def unexpected(fault: Fault, ends: Ends) -> list[str]:
     """Return the ends that the clients of ``fault`` should not have seen."""
     pairs = [(ends.seen, fault.ends), (ends.abusive, fault.abusive)]
     return [
-        f"{count} x {end}"
-        for seen, allowed in pairs
-        for end, count in seen.items()
-        if not re.fullmatch(allowed, end)
+        f"{count} x {end}" for seen, allowed in pairs for end, count in seen.items() if not re.fullmatch(allowed, end)
     ]
 
 

@@ -6,23 +6,24 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from benchmarks.faults.checks import Ends
-from benchmarks.faults.client import chat, exchange
+from benchmarks.faults.client import HUNG_UP, chat, exchange
 from benchmarks.faults.fault import Fault, load, recovered
 from benchmarks.faults.process_faults import predictor, with_predictor
 from benchmarks.faults.rig import CLASSES, Rig, until
 
-DISK_BYTES = 256 << 10
+DISK_BYTES = 4 << 20
 """Size of the full disk."""
 
 SLOTS = 8
@@ -41,9 +42,11 @@ def _broken_files(config: dict[str, Any]) -> list[bytes]:
         f"{chr(98 + n)}: &{chr(98 + n)} [{','.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(12)
     )
     return [
-        b"", valid[: len(valid) // 2], b"{" * 5000, b"[" * 100_000, b"\xff\xfe\x00", valid + b"\t- :\n", b"null", b"- 1\n",
-        valid + b"unknown: 1\n", valid + valid, bomb.encode(), valid.replace(b"ttft_ms: 5000", b"ttft_ms: -1"),
-        valid + b"# " + b"x" * (4 << 20), valid.replace(b"default_class: chat", b"default_class: none"), b"a: !!python/none x\n",
+        b"", valid[: len(valid) // 2], b"{" * 5000, b"[" * 100_000, b"\xff\xfe\x00", valid + b"\t- :\n", b"null",
+        b"- 1\n", valid + b"unknown: 1\n", valid + valid, bomb.encode(),
+        valid.replace(b"ttft_ms: 5000", b"ttft_ms: -1"),
+        valid + b"# " + b"x" * (4 << 20), valid.replace(b"default_class: chat", b"default_class: none"),
+        b"a: !!python/none x\n",
         valid + b"shadow: " + b"[" + b"{name: fcfs}," * 5000 + b"]\n", b"a: 2024-99-99\n", valid + b"\x00",
     ]  # fmt: skip
 
@@ -51,8 +54,7 @@ def _broken_files(config: dict[str, Any]) -> list[bytes]:
 async def reload_storm(running: Rig, ends: Ends) -> None:
     """100 signals in two seconds, while the file is valid, broken, huge or absent."""
     broken = _broken_files(running.config)
-    classes = [{**CLASSES, "more": {"ttft_ms": 1000 * (n + 1)}} for n in range(3)]
-    valid = [yaml.safe_dump({**running.config, "classes": each}).encode() for each in classes]
+    valid = [yaml.safe_dump({**running.config, "classes": _classes(20_000 + n)}).encode() for n in range(3)]
     async with load(running, ends):
         for number in range(100):
             running.write_config((broken, valid)[number % 2][number // 2 % len((broken, valid)[number % 2])])
@@ -60,14 +62,19 @@ async def reload_storm(running: Rig, ends: Ends) -> None:
                 running.file.unlink()
             running.signal(signal.SIGHUP)
             await asyncio.sleep(0.02)
-        running.write_config()
+        last = 30_000 + ends.seen.total()
+        running.write_config(yaml.safe_dump({**running.config, "classes": _classes(last)}))
         running.signal(signal.SIGHUP)
-        await until(lambda: _has_classes(running, set(CLASSES)), 30)
+        await until(lambda: _has_bound(running, last), 60)
         await recovered(running, ends)
 
 
-async def _has_classes(running: Rig, names: set[str]) -> bool:
-    return set((await running.status())["classes"]) == names
+def _classes(ttft_ms: int) -> dict[str, Any]:
+    return {**CLASSES, "chat": {**CLASSES["chat"], "ttft_ms": ttft_ms}}
+
+
+async def _has_bound(running: Rig, ttft_ms: int) -> bool:
+    return bool((await running.status())["classes"]["chat"]["slo_ttft_ms"] == ttft_ms)
 
 
 # --- disks and files --------------------------------------------------------------------------------------------------
@@ -90,14 +97,31 @@ async def with_small_disk(folder: Path) -> AsyncIterator[dict[str, Any]]:
         yield options if mounted else {**options, "file_limit": DISK_BYTES}
     finally:
         if mounted:
-            subprocess.run(["umount", "-l", str(disk)], check=True)
+            _unmount(disk)
 
 
 def _mount(disk: Path) -> bool:
     if os.geteuid() != 0 or not shutil.which("mount"):
         return False
-    size = f"size={DISK_BYTES}"
-    return subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], capture_output=True).returncode == 0
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _unmount(disk: Path) -> None:
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _overwrite(folder: Path, content: bytes) -> None:
+    """Replace every file of the predictor's state by ``content``."""
+    state = folder / "calibration.json"
+    if state.exists() and (found := re.search(rb'"predictor": ?"([^"]+)"', state.read_bytes())):
+        content = content.replace(b"ID", found[1])
+    for file in {*folder.iterdir(), state}:
+        file.write_bytes(content)
 
 
 async def fill_disk(running: Rig, ends: Ends) -> None:
@@ -106,23 +130,24 @@ async def fill_disk(running: Rig, ends: Ends) -> None:
     filler = disk / "filler"
     async with load(running, ends, max_tokens=4):
         with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
-            while file.tell() < DISK_BYTES and file.write(b"x" * 4096):
+            while file.tell() < DISK_BYTES and file.write(b"x" * 16384):
                 pass
         await asyncio.sleep(2)
         filler.unlink()
-        size = log.stat().st_size if log.exists() else 0
+        size = _size(log)
         await recovered(running, ends)
         if not running.file_limit:
-            await until(lambda: log.stat().st_size != size, 15)
-    log.unlink(missing_ok=True)
+            await until(lambda: _size(log) != size, 15)
 
 
+_STATE = b'{"format": 1, "predictor": "ID", "windows": '
 STATE_FILES: tuple[bytes, ...] = (
-    b"", b"{", b"null", b"[]", b"\xff\x00" * 1000, b'{"windows": 1}', b'{"windows": [{"rows": [[1]]}]}',
-    b'{"version": 99, "windows": []}', b"[" * 100_000, b'{"windows": [' + b"{}," * 300_000 + b"{}]}",
-    b'{"windows": [{"model": null, "slo_class": 1, "rows": [[NaN, 1e999, -1]]}]}',
+    b"", b"{", b"null", b"[]", b"\xff\x00" * 1000, b'{"format": 99}', b"[" * 100_000, _STATE + b"1}", _STATE + b"[1]}",
+    _STATE + b'[{"model": "m", "slo_class": "chat", "rows": [[1]]}]}', _STATE + b"[" + b"{}," * 300_000 + b"{}]}",
+    _STATE + b'[{"model": "m", "slo_class": "chat", "rows": [[1e300, -1, 0, 7], [1, 2, 3, 18446744073709551615]]}]}',
+    _STATE + b'[{"model": "m", "slo_class": "chat", "rows": ' + b"[" * 500 + b"]" * 500 + b"}]}",
 )  # fmt: skip
-"""What the predictor may find in its state."""
+"""What the predictor may find in its state. ``ID`` becomes the id that it has written there itself."""
 
 
 async def corrupt_state(running: Rig, ends: Ends) -> None:
@@ -133,8 +158,7 @@ async def corrupt_state(running: Rig, ends: Ends) -> None:
     (running.folder / f"seen-{time.monotonic_ns()}").touch()
     async with load(running, ends):
         os.kill(pid, signal.SIGSTOP)
-        for file in [*state.iterdir(), state / "calibration.json"]:
-            file.write_bytes(content)
+        _overwrite(state, content)
         os.kill(pid, signal.SIGKILL)
         ends.recovery_s = await until(lambda: running.predictor_pid() not in (None, pid), 60)
         started = time.monotonic()
@@ -171,34 +195,56 @@ async def overload(running: Rig, ends: Ends) -> None:
 
 @contextlib.asynccontextmanager
 async def with_long_queue(folder: Path) -> AsyncIterator[dict[str, Any]]:
-    """A queue without a small limit."""
+    """A queue without a small limit, and the time limits of the edge that are the default."""
     yield {
         "server": {"drain_s": 5, "max_open_requests": 20_000},
-        "classes": {"chat": {"ttft_ms": 60_000, "max_waiting": 20_000}, "free": {"max_waiting": 20_000}},
+        "step_times": {"b": 0.0, "d": 0.003, "alpha": 0.0},
+        "limits": {},
     }
 
 
-def wait_in_line(count: int) -> Any:
-    """Return the fault of ``count`` requests that wait at the same time."""
+CONNECTING = 256
+"""Connections that a client opens at a time. More overflow the listener's queue."""
+
+
+def wait_in_line(count: int) -> Callable[[Rig, Ends], Awaitable[None]]:
+    """Return the fault of ``count`` requests that wait at the same time, behind one that takes every slot."""
 
     async def inject(running: Rig, ends: Ends) -> None:
-        async with asyncio.TaskGroup() as group:
-            for number in range(count):
-                body = chat(max_tokens=2, headers={"x-slo-class": "free"} if number % 2 else None)
-                group.create_task(ends.add(exchange(running.port, body, limit_s=120)))
-                if number % 50 == 0:
-                    await asyncio.sleep(0)
+        free, connecting = {"x-slo-class": "free"}, asyncio.Semaphore(CONNECTING)
+        long = chat(headers=free, n=running.slots, max_tokens=8000, ignore_eos=True, stream=True)
+        blocking = asyncio.create_task(exchange(running.port, long, limit_s=120))
+        await until(lambda: _count(running, "running", 1))
+        waiting = [
+            asyncio.create_task(
+                ends.add(exchange(running.port, chat(max_tokens=2, headers=free), limit_s=120, connecting=connecting))
+            )
+            for _ in range(count)
+        ]
+        await until(lambda: _count(running, "waiting", count), 60)
+        blocking.cancel()
+        await asyncio.gather(blocking, return_exceptions=True)
+        ends.abusive[HUNG_UP] += 1
+        await asyncio.gather(*waiting)
         await recovered(running, ends)
 
     return inject
 
 
+async def _count(running: Rig, name: str, least: int) -> bool:
+    return bool(sum(engine[name] for engine in (await running.status())["engines"]) >= least)
+
+
 MANY_WAITING = 10_000
 OPERATOR_FAULTS = (
-    Fault("reload storm", "100 SIGHUP in 2 s, the file in turn valid, broken, huge, a YAML bomb or absent", reload_storm),
-    Fault("full disk", "access log, predictor state and collected data on a full disk for 2 s", fill_disk, around=with_small_disk),
+    Fault("reload storm", "100 SIGHUP in 2 s, the file in turn valid, broken, huge, a YAML bomb or absent",
+          reload_storm),
+    Fault("full disk", "access log, predictor state and collected data on a full disk for 2 s", fill_disk,
+          around=with_small_disk),
     Fault("corrupt state", "the predictor restarts with a corrupt state file, another one each time", corrupt_state,
           around=with_predictor),
-    Fault("10x overload", "ten times the capacity for 3 s, TTFT bound 1 s", overload, r"200|429 \w+", around=with_few_slots),
-    Fault(f"{MANY_WAITING:,} waiting", f"{MANY_WAITING:,} requests at once", wait_in_line(MANY_WAITING), around=with_long_queue),
+    Fault("10x overload", "ten times the capacity for 3 s, TTFT bound 1 s", overload, r"200|429 \w+",
+          around=with_few_slots),
+    Fault(f"{MANY_WAITING:,} waiting", f"{MANY_WAITING:,} requests wait at the same time", wait_in_line(MANY_WAITING),
+          abusive=HUNG_UP, memory_mb=400, around=with_long_queue),
 )  # fmt: skip

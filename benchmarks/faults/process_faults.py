@@ -16,7 +16,7 @@ from benchmarks.faults.client import chat, exchange
 from benchmarks.faults.fault import Fault, load, recovered
 from benchmarks.faults.rig import Rig, free_port, until
 
-HANG_S = 9.0
+HANG_S = 10.0
 """Length of a hang (s). The gateway takes a server for dead after three failed probes, 5 to 7 s."""
 
 _LOST = r"200|503 engine_lost|200, then engine_lost"
@@ -120,13 +120,13 @@ async def kill_predictor(running: Rig, ends: Ends) -> None:
 
 
 async def hang_predictor(running: Rig, ends: Ends) -> None:
-    """SIGSTOP the predictor while it predicts, for two seconds."""
+    """SIGSTOP the predictor while it predicts, for a second."""
     pid = await predictor(running, ends)
     async with load(running, ends):
         await asyncio.sleep(0.3)
         os.kill(pid, signal.SIGSTOP)
         try:
-            await asyncio.sleep(2)
+            await asyncio.sleep(1)
         finally:
             os.kill(pid, signal.SIGCONT)
         ends.recovery_s = await _predicts(running, ends)
@@ -179,16 +179,18 @@ async def with_garbage(folder: Path) -> AsyncIterator[dict[str, Any]]:
 async def ask_garbage(running: Rig, ends: Ends) -> None:
     """Send requests while the predictor answers garbage."""
     async with load(running, ends):
-        await asyncio.sleep(3)
+        await asyncio.sleep(2)
 
 
 PROCESS_FAULTS = (
-    Fault("engine killed", "SIGKILL of the server under load, started again after 0.3 s", kill_server, _LOST, kinds=("http",)),
+    Fault("engine killed", "SIGKILL of the server under load, started again after 0.3 s", kill_server, _LOST,
+          kinds=("http",)),
     Fault("engine paused", "SIGSTOP of the server under load for 1 s", pause_server, kinds=("http",)),
     Fault("engine hangs", f"SIGSTOP of the server under load for {HANG_S:g} s", hang_server,
           _LOST + r"|503 engine_unavailable|429 \w+", kinds=("http",)),
     Fault("engine starts slowly", "50 requests while the server is down for 2 s", start_slowly, kinds=("http",)),
     Fault("predictor killed", "SIGKILL of the predictor under load", kill_predictor, around=with_predictor),
-    Fault("predictor hangs", "SIGSTOP of the predictor under load for 2 s", hang_predictor, around=with_predictor),
-    Fault("predictor answers garbage", f"{len(GARBAGE)} kinds of garbage under load for 3 s", ask_garbage, around=with_garbage),
+    Fault("predictor hangs", "SIGSTOP of the predictor under load for 1 s", hang_predictor, around=with_predictor),
+    Fault("predictor answers garbage", f"{len(GARBAGE)} kinds of garbage under load for 2 s", ask_garbage,
+          around=with_garbage),
 )  # fmt: skip

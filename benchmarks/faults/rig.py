@@ -23,11 +23,14 @@ import yaml
 
 from benchmarks.faults.client import Reply, exchange, request
 
-Kind = Literal["simulated", "http"]
+Kind = Literal["simulated", "http", "vllm"]
 KINDS: tuple[Kind, ...] = ("simulated", "http")
+"""Kinds that every fault is injected into."""
 
 START_S = 60.0
 """Longest start of a process, in seconds, on a busy machine."""
+VLLM_START_S = 300.0
+"""The same for a real vLLM on CPU."""
 
 _MAIN = "import sys; sys.argv[0] = 'antares'; from gateway.cli import main; main()"
 _FILE_LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
@@ -50,7 +53,9 @@ asyncio.run(main())
 STEP_TIMES = {"b": 1e-6, "d": 1e-3, "alpha": 1e-6}
 """A step takes a millisecond, so that an answer takes about 0.1 s."""
 
-LIMITS = {"head_timeout_s": 1.0, "stall_s": 1.5, "idle_timeout_s": 2.0}
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+
+LIMITS = {"head_timeout_s": 2.5, "stall_s": 2.5, "idle_timeout_s": 3.0}
 """Short time limits of the edge, so that a slow client is cut within seconds."""
 
 CLASSES: dict[str, Any] = {
@@ -65,6 +70,7 @@ class Rig:
     """A running gateway.
 
     Attributes:
+        model: what its engine serves.
         kind: the kind of its engine. ``slots``: sequences that the engine serves at a time.
         process: `antares serve`. ``port``: where it listens. ``log``: its standard error.
         server, server_port: the simulated server of ``kind: http``.
@@ -80,6 +86,7 @@ class Rig:
     server: asyncio.subprocess.Process | None = None
     server_port: int = 0
     file_limit: int = 0
+    model: str = "simulated"
 
     @property
     def log(self) -> str:
@@ -111,7 +118,7 @@ class Rig:
                 sys.executable, "-c", main, "serve", "-c", str(self.file), stdout=log, stderr=log,
                 env={**os.environ, "COLUMNS": "200"},
             )  # fmt: skip
-        await until(self.is_ready, START_S)
+        await until(self.is_ready, VLLM_START_S if self.kind == "vllm" else START_S)
 
     async def start_server(self) -> None:
         """Start the simulated server. Does not wait for it."""
@@ -129,7 +136,7 @@ class Rig:
 
     async def get(self, path: str) -> Reply:
         """GET ``path`` from the gateway."""
-        return await exchange(self.port, request(path, b"", method="GET"), limit_s=10)
+        return await exchange(self.port, request(path, b"", method="GET"), limit_s=START_S)
 
     async def status(self) -> dict[str, Any]:
         """Return `/status`."""
@@ -160,6 +167,21 @@ class Rig:
             except TimeoutError:
                 process.kill()
                 await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def vllm_rig(folder: Path, model: str, **config: Any) -> AsyncIterator[Rig]:
+    """Run a gateway with a real vLLM on CPU until the block ends, as `make serve` configures it."""
+    document = {**yaml.safe_load(QUICKSTART.read_text(encoding="utf-8")), **config}
+    port = free_port()
+    document["server"] = {**document["server"], "port": port}
+    slots = document["engines"][0]["flags"]["max-num-seqs"]
+    running = Rig("vllm", folder, document, port, slots, {}, model=model)
+    try:
+        await running.start()
+        yield running
+    finally:
+        await running.stop()
 
 
 @contextlib.asynccontextmanager

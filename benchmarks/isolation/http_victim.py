@@ -6,8 +6,9 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Coroutine
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import httpx
 
@@ -22,28 +23,44 @@ PADDING = "x" * (100 << 10)
 """Makes every second body so large that it counts as body memory."""
 
 
+START_S = 3.0
+"""Seconds of the abuse that `Victim.settled` leaves out. What the abuser got in first ends meanwhile."""
+
+
+class Ended(NamedTuple):
+    """How a request ended. ``sent_s``: after the start of the abuse. ``ttft_s``: of a chat that was served."""
+
+    sent_s: float
+    end: str
+    attained: bool
+    ttft_s: float | None = None
+
+
 @dataclass(slots=True)
 class Victim:
-    """What the victim saw. ``ends``: number of requests by end. ``ttft_s``: of the chats that were served."""
+    """What the victim saw."""
 
-    attained: int = 0
-    ends: dict[str, int] = field(default_factory=dict)
-    ttft_s: list[float] = field(default_factory=list)
-
-    @property
-    def requests(self) -> int:
-        """How many requests ended."""
-        return sum(self.ends.values())
+    requests: list[Ended] = field(default_factory=list)
 
     @property
     def adherence(self) -> float:
         """Attained requests by all, 0 to 1."""
-        return self.attained / max(1, self.requests)
+        return sum(one.attained for one in self.requests) / max(1, len(self.requests))
 
-    def ended(self, end: str, attained: bool) -> None:
-        """Count a request."""
-        self.ends[end] = self.ends.get(end, 0) + 1
-        self.attained += attained
+    @property
+    def settled(self) -> float:
+        """The adherence without the first `START_S`."""
+        return Victim([one for one in self.requests if one.sent_s >= START_S]).adherence
+
+    @property
+    def ends(self) -> dict[str, int]:
+        """Number of requests by end."""
+        return dict(Counter(one.end for one in self.requests))
+
+    @property
+    def ttft_s(self) -> list[float]:
+        """Of the chats that were served, in ascending order."""
+        return sorted(one.ttft_s for one in self.requests if one.ttft_s is not None)
 
 
 async def run_victim(url: str, key: str, seconds: float, seed: int, warm_s: float = 0.0) -> Victim:
@@ -51,29 +68,30 @@ async def run_victim(url: str, key: str, seconds: float, seed: int, warm_s: floa
 
     ``warm_s``: seconds before these, in which it sends requests that do not count.
     """
-    victim, warm, jitter = Victim(), Victim(), random.Random(seed)
+    victim, jitter = Victim(), random.Random(seed)
     headers = {"authorization": f"Bearer {key}", "connection": "close"}
     async with (
         httpx.AsyncClient(base_url=url, timeout=20, trust_env=False, headers=headers, verify=False) as http,
         asyncio.TaskGroup() as group,
     ):
-        started = time.monotonic()
-        for number in range(round((warm_s + seconds) * PER_S)):
+        started = time.monotonic() + warm_s
+
+        async def ask(number: int) -> None:
+            sent, ask_one = time.monotonic(), _embed if number % 4 == 3 else _chat
+            try:
+                end, attained, ttft_s = await ask_one(http, PADDING if number % 2 else "")
+            except httpx.HTTPError as error:
+                end, attained, ttft_s = type(error).__name__, False, None
+            if number >= 0:
+                victim.requests.append(Ended(sent - started, end, attained, ttft_s))
+
+        for number in range(-round(warm_s * PER_S), round(seconds * PER_S)):
             await asyncio.sleep(max(0.0, started + (number + jitter.random()) / PER_S - time.monotonic()))
-            counted = victim if number >= warm_s * PER_S else warm
-            ask = _embed if number % 4 == 3 else _chat
-            group.create_task(_ask(counted, ask(http, counted, PADDING if number % 2 else "")))
+            group.create_task(ask(number))
     return victim
 
 
-async def _ask(victim: Victim, request: Coroutine[None, None, None]) -> None:
-    try:
-        await request
-    except httpx.HTTPError as error:
-        victim.ended(type(error).__name__, False)
-
-
-async def _chat(http: httpx.AsyncClient, victim: Victim, padding: str) -> None:
+async def _chat(http: httpx.AsyncClient, padding: str) -> tuple[str, bool, float | None]:
     body = {
         "model": "simulated", "messages": [{"role": "user", "content": "tell me a story"}], "stream": True,
         "max_tokens": TOKENS, "ignore_eos": True, "unused": padding,
@@ -89,14 +107,13 @@ async def _chat(http: httpx.AsyncClient, victim: Victim, padding: str) -> None:
                 end = "error event"
             if answer.status_code != 200 and line:
                 end += " " + json.loads(line)["error"]["code"]
-    if tokens and end == "200":
-        victim.ttft_s.append(first_s)
     tpot_s = (last_s - first_s) / max(1, tokens - 1)
-    victim.ended(end, end == "200" and tokens >= TOKENS and first_s <= TTFT_S and tpot_s <= TPOT_S)
+    attained = end == "200" and tokens >= TOKENS and first_s <= TTFT_S and tpot_s <= TPOT_S
+    return end, attained, first_s if tokens and end == "200" else None
 
 
-async def _embed(http: httpx.AsyncClient, victim: Victim, padding: str) -> None:
+async def _embed(http: httpx.AsyncClient, padding: str) -> tuple[str, bool, None]:
     started = time.monotonic()
     answer = await http.post("/v1/embeddings", json={"input": "x", "unused": padding})
     in_time = time.monotonic() - started <= EMBEDDING_S
-    victim.ended(str(answer.status_code), answer.status_code == 200 and in_time)
+    return str(answer.status_code), answer.status_code == 200 and in_time, None

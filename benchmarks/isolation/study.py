@@ -1,27 +1,28 @@
 """Measures what one tenant can do to another: the victim's SLO adherence alone, and beside one kind of abuse each.
 
-    python -m benchmarks.isolation.study --json > docs/results/isolation.json
+    python -m benchmarks.isolation.study --json docs/results/isolation.json
+    python -m benchmarks.isolation.study --page docs/results/isolation.json
     python -m benchmarks.isolation.study --kind flood --seed 0
 
-The victim offers 10 requests/s of the ShareGPT workload with the six SLO classes of the paper, about a quarter of what
-the simulated A100 holds. The abuser offers 200/s (`ABUSES`). Everything runs in virtual time (`lab.simulate`), so the
-results depend on the seeds alone.
+The victim offers 10 requests/s of the ShareGPT workload with the six SLO classes of the paper. The abuser offers 200/s
+(`ABUSES`). Everything runs in virtual time (`lab.simulate`), so the results depend on the seeds alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
-from statistics import median
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks import results_json
+from benchmarks.isolation.page import page, spread
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.registry import make_policy
 from lab.simulate.predictions import PredictedLength, predict
@@ -32,6 +33,8 @@ PROFILE = "a100-llama3.1-8b"
 VICTIM_QPS, ABUSER_QPS = 10.0, 200.0
 DURATION_S = 40.0
 SEEDS = (0, 1, 2, 3, 4)
+OTHER_POLICIES = ("fcfs", "mooncake", "scorpio")
+OTHER_KINDS = ("flood",)
 
 Change = Callable[[WorkloadRequest], WorkloadRequest]
 
@@ -71,9 +74,20 @@ ABUSES = {
 }
 
 
-def adherence(kind: str, seed: int, policy: str = "slack", victim_qps: float = VICTIM_QPS) -> float:
-    """Return the victim's adherence (0 to 1) beside the abuse ``kind``; "" for none."""
-    victim = make_workload("sharegpt", qps=victim_qps, duration_s=DURATION_S, seed=seed)
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Adherence of the victim (0 to 1), and attained requests per second of the abuser."""
+
+    victim: float
+    abuser: float
+
+
+def adherence(kind: str, seed: int, policy: str = "slack", shares: bool = True) -> Outcome:
+    """Return what the victim and the abuser attain with the abuse ``kind``; "" for none.
+
+    ``shares``: whether the policy knows that they are two tenants.
+    """
+    victim = make_workload("sharegpt", qps=VICTIM_QPS, duration_s=DURATION_S, seed=seed)
     merged = [("victim", one, length) for one, length in zip(victim, predict("shipped", victim, seed), strict=True)]
     if kind:
         abuse = ABUSES[kind]
@@ -87,33 +101,62 @@ def adherence(kind: str, seed: int, policy: str = "slack", victim_qps: float = V
     tenants = [tenant for tenant, _, _ in merged]
     workload, predictions = [one for _, one, _ in merged], [length for _, _, length in merged]
     result = simulate(
-        workload, predictions, load_profile(PROFILE), lambda: make_policy(policy), tenants=tenants, seed=seed
+        workload,
+        predictions,
+        load_profile(PROFILE),
+        lambda: make_policy(policy),
+        tenants=tenants if shares else None,
+        seed=seed,
     )
-    attained = [one.attained for one, tenant in zip(result.results, tenants, strict=True) if tenant == "victim"]
-    return sum(attained) / len(attained)
+    attained = {"victim": 0, "abuser": 0}
+    for one, tenant in zip(result.results, tenants, strict=True):
+        attained[tenant] += one.attained
+    return Outcome(attained["victim"] / len(victim), attained["abuser"] / DURATION_S)
 
 
-def _run(case: tuple[str, int]) -> dict[str, Any]:
-    kind, seed = case
-    return {"kind": kind, "seed": seed, "adherence": round(adherence(kind, seed), 4)}
+@dataclass(frozen=True, slots=True)
+class _Case:
+    policy: str
+    shares: bool
+    kind: str
+    seed: int
+
+    def run(self) -> dict[str, Any]:
+        """Return the case and its outcome as a record."""
+        found = adherence(self.kind, self.seed, self.policy, self.shares)
+        return {**asdict(self), "victim": round(found.victim, 4), "abuser": round(found.abuser, 2)}
+
+
+def cases(kinds: Sequence[str], seeds: Sequence[int], others: Sequence[str] = OTHER_POLICIES) -> list[_Case]:
+    """Return the runs: `slack` with and without shares, and some kinds under ``others``."""
+    found = [_Case("slack", shares, *one) for shares in (True, False) for one in product(["", *kinds], seeds)]
+    some = [kind for kind in ("", *OTHER_KINDS) if not kind or kind in kinds]
+    return found + [_Case(policy, True, *one) for policy in others for one in product(some, seeds)]
 
 
 def main(
-    kind: Annotated[list[str] | None, typer.Option(help="Only these kinds of abuse.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Only these kinds of abuse, and only `slack`.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes.")] = 2,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the runs as JSON.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the runs to this file.")] = None,
+    page_path: Annotated[Path | None, typer.Option("--page", help="Write the page of this JSON file.")] = None,
 ) -> None:
     """Measure the victim's adherence alone and beside each kind of abuse."""
-    kinds, seeds = ["", *(kind or ABUSES)], seed or SEEDS
-    with ProcessPoolExecutor(jobs) as pool:
-        runs = list(pool.map(_run, product(kinds, seeds)))
-    if as_json:
-        json.dump(runs, sys.stdout, indent=1)
+    if page_path is not None:
+        document = json.loads(page_path.read_text(encoding="utf-8"))
+        page_path.with_suffix(".md").write_text(page(document), encoding="utf-8")
         return
-    for one in kinds:
-        values = [run["adherence"] for run in runs if run["kind"] == one]
-        print(f"{one or 'alone':12} {median(values):.3f}  ({min(values):.3f} to {max(values):.3f})")
+    seeds = seed or SEEDS
+    with ProcessPoolExecutor(jobs) as pool:
+        runs = list(pool.map(_Case.run, cases(kind or list(ABUSES), seeds, () if kind else OTHER_POLICIES)))
+    if json_path is not None:
+        results_json.write({"seeds": list(seeds), "runs": runs}, json_path)
+    for policy, shares in dict.fromkeys((run["policy"], run["shares"]) for run in runs):
+        print(policy, "with shares" if shares else "without shares")
+        for one in dict.fromkeys(run["kind"] for run in runs):
+            own = [r for r in runs if (r["policy"], r["shares"], r["kind"]) == (policy, shares, one)]
+            if own:
+                print(f"  {one or 'alone':12} {spread(own, 'victim', 3)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from engine_adapter.build import BUILDERS
 from engine_adapter.engine import Engine, EngineEvents
 from gateway.app import Gateway
 from gateway.config.schema import parse
-from gateway.prediction.client import LengthStatistics
+from gateway.prediction.lengths import LengthStatistics
 
 DUMMY = "small"
 """Model name of `dummy_engine`."""

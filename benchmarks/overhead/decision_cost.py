@@ -48,7 +48,8 @@ from gateway.policies.registry import POLICIES, make_policy
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling.admission import AdmissionController
-from gateway.scheduling.engine_queue import Admitted, EngineQueue
+from gateway.scheduling.engine_queue import EngineQueue
+from gateway.scheduling.queue_outcome import Admitted
 from lab.workload import WorkloadRequest, make_workload
 
 FAR_S = 1e6

@@ -26,7 +26,6 @@ from gateway.policies.base import UNGATED, Decision
 from gateway.policies.registry import POLICIES
 from gateway.policies.slack.batch import WaitingBatch
 from gateway.policies.slack.policy import Slack, _Round
-from gateway.policies.tenant_shares import TenantShares
 from gateway.requests.request import Request
 
 _POSTPONED_S = 1e6
@@ -69,10 +68,10 @@ class NoLateRejection(Slack):
 class NoSkipOver(Slack):
     """Admits in order, until the first request that does not fit."""
 
-    def _admit(self, this: _Round, queue: WaitingBatch, shares: TenantShares | None) -> bool:
+    def _admit(self, this: _Round, queue: WaitingBatch) -> bool:
         batch = this.batch
         # `_order` omits prompts longer than `lookahead_left`; here they must block the ones behind them.
-        order, _ = self._order(replace(this, lookahead_tokens=math.inf), queue, shares)
+        order, _ = self._order(replace(this, lookahead_tokens=math.inf), queue)
         for at in order.tolist():
             request = queue.requests[at]
             fits = request.prompt_tokens <= this.lookahead_left and queue.fit(batch, this.now, np.array([at]))[0]

@@ -52,7 +52,9 @@ class StepPlan:
 class StepGate(Protocol):
     """Plans each engine step before it is scheduled. May keep state per request id."""
 
-    def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
+    def plan(
+        self, now: float, decoding: Sequence[Decoding], prefill_backlog: int, yielding_prompts: bool = False
+    ) -> StepPlan:
         """Plan the step at ``now`` (s); ``prefill_backlog`` prompt tokens in the engine are not computed yet."""
 
     def preemptible(self, request: GatedRequest) -> bool:
@@ -68,7 +70,9 @@ class StepGate(Protocol):
 class OpenGate:
     """Stock vLLM: every request decodes, and the engine's own token budget applies."""
 
-    def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
+    def plan(
+        self, now: float, decoding: Sequence[Decoding], prefill_backlog: int, yielding_prompts: bool = False
+    ) -> StepPlan:
         """Return an empty plan."""
         return StepPlan()
 

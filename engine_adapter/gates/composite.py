@@ -32,15 +32,17 @@ class Gates:
         self._gates: dict[str, StepGate] = {}
         self._recent: deque[tuple[int, int, float, float]] = deque(maxlen=_RECENT_STEPS)
 
-    def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
+    def plan(
+        self, now: float, decoding: Sequence[Decoding], prefill_backlog: int, yielding_prompts: bool = False
+    ) -> StepPlan:
         """Return the combined plan of all gates."""
         names = {request.gate for request in decoding}
         if len(names) <= 1:
-            return self._gate(names.pop() if names else "").plan(now, decoding, prefill_backlog)
+            return self._gate(names.pop() if names else "").plan(now, decoding, prefill_backlog, yielding_prompts)
         combined = StepPlan()
         for name in sorted(names):
             own = [request for request in decoding if request.gate == name]
-            plan = self._gate(name).plan(now, own, prefill_backlog)
+            plan = self._gate(name).plan(now, own, prefill_backlog, yielding_prompts)
             combined.sit_out |= plan.sit_out
             if plan.max_prefill_tokens is not None:
                 least = prefill_backlog if combined.max_prefill_tokens is None else combined.max_prefill_tokens

@@ -22,7 +22,9 @@ class CreditGate:
     def __init__(self) -> None:
         self._credit: dict[str, float] = {}
 
-    def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
+    def plan(
+        self, now: float, decoding: Sequence[Decoding], prefill_backlog: int, yielding_prompts: bool = False
+    ) -> StepPlan:
         """Add the step's credits and select the requests that sit out."""
         plan = StepPlan()
         strictest = min((r.pace_s for r in decoding if r.pace_s is not None), default=None)

@@ -8,9 +8,9 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import orjson
-from yarl import URL
 
 from engine_adapter.asgi import encode_json
 from engine_adapter.engine import (
@@ -375,12 +375,13 @@ class HttpEngine:
 
 def _base_url(text: str) -> str:
     try:
-        url = URL(text)
+        url = urlsplit(text)
+        host, _ = url.hostname, url.port  # Reading the port checks it.
     except ValueError:
-        url = URL()
-    if url.scheme not in ("http", "https") or not url.host:
+        host = None
+    if not host or "\\" in host or url.scheme not in ("http", "https"):
         raise ValueError(f"base_url {text!r} is not an http(s) URL: write it like http://host:8000")
-    if url.user is not None or url.password is not None:
+    if url.username is not None or url.password is not None:
         # Log lines and errors name the URL and would leak the credentials.
         raise ValueError("base_url must not contain a user or a password: set the server's key as api_key")
     return text.rstrip("/").removesuffix("/v1")

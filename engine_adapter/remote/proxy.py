@@ -8,7 +8,6 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
-from urllib.parse import quote
 
 import orjson
 
@@ -40,6 +39,7 @@ from engine_adapter.remote.request import (
     CompletionPlan,
     downstream_headers,
     parse_completion,
+    target,
     upstream_headers,
 )
 from engine_adapter.remote.response import READABLE_ENCODINGS, Response
@@ -377,7 +377,7 @@ class HttpProxy:
         Raises `BadUpstreamError` for a redirect and for an HTML page that claims success.
         """
         headers = upstream_headers(scope["headers"], self._api_key, self._send_slo)
-        response = await self._upstream.send(scope["method"], _target(scope), headers, content)
+        response = await self._upstream.send(scope["method"], target(scope), headers, content)
         self.last_data_at = response.read_at
         try:
             self._check(response, scope["method"])
@@ -395,11 +395,3 @@ class HttpProxy:
             raise BadUpstreamError("answered with an HTML page: check its base_url")
         if response.status in (401, 403):
             self._on_unauthorized()
-
-
-def _target(scope: Scope) -> bytes:
-    """The request's raw path and query, without the prefix under which the gateway is mounted."""
-    path: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
-    query: bytes = scope["query_string"]
-    path = path.removeprefix(scope.get("root_path", "").encode())
-    return path + b"?" + query if query else path

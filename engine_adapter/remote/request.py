@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 
 from engine_adapter.asgi import encode_json
-from engine_adapter.engine import GATE_XARG, TPOT_XARG
+from engine_adapter.engine import GATE_XARG, TPOT_XARG, Scope
 from engine_adapter.remote.assemble import can_rebuild
 from engine_adapter.remote.counting.completions import CompletionCounter
 from engine_adapter.remote.counting.token_counter import TokenCounter
@@ -184,3 +185,11 @@ def _drop_slo(body: dict[str, Any]) -> None:
         body["vllm_xargs"] = kept
     else:
         del body["vllm_xargs"]
+
+
+def target(scope: Scope) -> bytes:
+    """Return the request's raw path and query, without the prefix under which the gateway is mounted."""
+    path: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
+    query: bytes = scope["query_string"]
+    path = path.removeprefix(scope.get("root_path", "").encode())
+    return path + b"?" + query if query else path

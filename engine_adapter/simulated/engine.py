@@ -264,7 +264,7 @@ class SimulatedEngine:
 
     def _finish(self, step: Step, seconds: float) -> None:
         """Deliver the step's tokens and report the step to the model, the gate and the gateway."""
-        at = time.monotonic()
+        self.state.last_step_at = at = time.monotonic()
         for sequence in (*step.decodes, *self._scheduler.finish(step).prefilled):
             if not sequence.abandoned:
                 sequence.on_token(sequence.generated, at)

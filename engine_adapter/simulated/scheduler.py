@@ -164,11 +164,13 @@ class SimulatedScheduler:
         """Add the decodes that the gate allows and, in chunked mode, prompts up to the token budget."""
         prefill_backlog = 0
         held: list[SimulatedSequence] = []
+        yielding_prompts = False
         if not self._prefill_first:
             held = self._preempt_best_effort(now)
-            unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling])
+            yielding_prompts = self._preemptible > 0 and self._hold_yielding(held)
+            unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling if not s.held])
             prefill_backlog = min(self._waiting_tokens + unfinished, self._budget)
-        plan = self.gate.plan(now, self._decoding, prefill_backlog)
+        plan = self.gate.plan(now, self._decoding, prefill_backlog, yielding_prompts)
         step.sat_out = plan.sit_out
         preempted = self._select_decodes(step)
         if not self._prefill_first:
@@ -201,6 +203,22 @@ class SimulatedScheduler:
         self._waiting = deque([*plan.front, *(s for s in self._waiting if not s.preemptible), *plan.back])
         self._waiting_tokens = sum([s.backlog for s in self._waiting])
         return plan.held
+
+    def _hold_yielding(self, held: list[SimulatedSequence]) -> bool:
+        """Hold the prompts of yielding sequences while paced or deadline-only ones have any.
+
+        Waiting ones move from the queue to ``held``. Return whether no such prompt is there.
+        """
+        prompts = [*self._prefilling, *self._waiting]
+        others = any(s.kind < ServiceKind.BEST_EFFORT for s in prompts)
+        for sequence in prompts:
+            sequence.held = others and sequence.kind is ServiceKind.YIELDING
+        moved = [s for s in self._waiting if s.held]
+        if moved:
+            held += moved
+            self._waiting = deque(s for s in self._waiting if not s.held)
+            self._waiting_tokens = sum([s.backlog for s in self._waiting])
+        return not others
 
     def _select_decodes(self, step: Step) -> bool:
         """Add the decodes that do not sit out. Return whether they needed blocks of preempted sequences."""
@@ -245,6 +263,8 @@ class SimulatedScheduler:
         for sequence in self._prefilling:
             if budget <= 0:
                 break
+            if sequence.held:
+                continue
             budget -= self._add_chunk(step, sequence, budget)
         return budget
 

@@ -34,6 +34,7 @@ class SimulatedSequence:
         held_hashes: the cached blocks among them.
         full_blocks: leading blocks that are full and were offered to the prefix cache.
         preemptible: whether paced and deadline-only requests may preempt it (`gates.best_effort_preemption`).
+        held: whether its prompt sits out this step.
     """
 
     request_id: str
@@ -55,6 +56,7 @@ class SimulatedSequence:
     capacity: int = 0
     preemptions: int = 0
     preemptible: bool = False
+    held: bool = False
     cached_tokens: int | None = None
     held_hashes: list[int] = field(default_factory=list)
     full_blocks: int = 0

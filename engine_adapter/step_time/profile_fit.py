@@ -91,11 +91,11 @@ def quality(profile: Profile, steps: Steps) -> dict[str, dict[str, float]]:
     return result
 
 
-def fit_regimes(steps: Steps, max_regimes: int = MAX_REGIMES) -> tuple[Regime, ...]:
+def fit_regimes(steps: Steps) -> tuple[Regime, ...]:
     """Fit the regimes of a profile to ``steps``.
 
     Knots are added greedily. Candidates are quantiles of the step sizes, rounded to whole tiles. The search ends if the
-    best knot reduces the loss by less than `_MIN_KNOT_GAIN`, or with ``max_regimes`` regimes.
+    best knot reduces the loss by less than `_MIN_KNOT_GAIN`, or with `MAX_REGIMES` regimes.
 
     Raises:
         ValueError: fewer than 20 steps, or a step with a duration of 0.
@@ -114,7 +114,7 @@ def fit_regimes(steps: Steps, max_regimes: int = MAX_REGIMES) -> tuple[Regime, .
     # two parameters of a knot.
     min_gain = max(_MIN_KNOT_GAIN, 2 * float(np.log(len(steps))) / len(steps))
     best_loss, coefficients = _fit(linear, tokens, knots, steps.seconds, weights)
-    while candidates and len(knots) + 1 < max_regimes and best_loss > _ROUNDING_LOSS:
+    while candidates and len(knots) + 1 < MAX_REGIMES and best_loss > _ROUNDING_LOSS:
         trials = [(_fit(linear, tokens, sorted([*knots, k]), steps.seconds, weights), k) for k in candidates]
         (loss, trial_coefficients), knot = min(trials, key=lambda trial: trial[0][0])
         if loss > best_loss * (1 - min_gain):

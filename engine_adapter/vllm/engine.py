@@ -372,6 +372,7 @@ class VllmEngine:
         for step in steps:
             self.state.step_time.observe(step.decode_requests, step.prefill_tokens, step.mean_context, step.elapsed_s)
         if steps:
+            self.state.last_step_at = time.monotonic()
             self._events.on_step()
 
     def _on_scheduler_stats(self, stats: Any) -> None:

@@ -95,6 +95,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             exit_with_parent(int(os.environ[PARENT_ENV]))
         self._preemptible: set[str] = set()
         """Ids of requests that may be preempted; some of them may have ended."""
+        self._yielding: set[str] = set()
+        """Ids of yielding requests; some of them may have ended."""
         self._in_flight: deque[_Step] = deque()
         self._last_step_end = 0.0
 
@@ -102,20 +104,20 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         """Apply best-effort preemption and the gate's plan, then schedule as vLLM does."""
         started = time.perf_counter()
         held = self._preempt_best_effort(time.monotonic())
+        yielding_prompts = bool(self._yielding) and self._hold_yielding(held)
         decoding, context, gated = self._decoding()
         sat_out: set[str] = set()
         budget: int = self.max_num_scheduled_tokens
         if gated:
-            plan = self._gate.plan(time.monotonic(), decoding, self._prefill_backlog(budget))
+            backlog = self._prefill_backlog(budget)
+            plan = self._gate.plan(time.monotonic(), decoding, backlog, yielding_prompts)
             sat_out = plan.sit_out
             if plan.max_prefill_tokens is not None:
                 # NOTE: cap the step's budget, not long_prefill_token_threshold, which caps each request.
                 cap = len(decoding) - len(sat_out) + plan.max_prefill_tokens
                 self.max_num_scheduled_tokens = max(1, min(budget, cap))
             for request_id in sat_out:
-                request = self.requests[request_id]
-                # NOTE: schedule() advances current_step first, so +2 skips exactly the coming step.
-                request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
+                self._skip_step(self.requests[request_id])
         gate_seconds = time.perf_counter() - started
 
         output = super().schedule(*args, **kwargs)
@@ -146,8 +148,10 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         return result
 
     def add_request(self, request: Request) -> None:
-        """Queue the request as vLLM does, and note whether it may be preempted."""
+        """Queue the request as vLLM does, and note whether it yields and whether it may be preempted."""
         super().add_request(request)
+        if self._gated_request(request).kind is ServiceKind.YIELDING:
+            self._yielding.add(request.request_id)
         # NOTE: vLLM loses a resumable session that is preempted at the end of its input, and pooling has no output.
         restartable = not request.resumable and request.sampling_params is not None
         if self._preemption is not None and restartable and self._gate.preemptible(self._gated_request(request)):
@@ -190,6 +194,30 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         for request in plan.back:
             self.waiting.add_request(request)
         return plan.held
+
+    def _hold_yielding(self, held: list[Request]) -> bool:
+        """Hold the prompts of yielding requests while paced or deadline-only ones have any.
+
+        Waiting ones move from the queue to ``held``. Return whether no such prompt is there.
+        """
+        self._yielding &= self.requests.keys()
+        waiting = [r for r in self.waiting if r.status in _READY]
+        prompts = [*(r for r in self.running if _is_prefilling(r)), *waiting]
+        if not any(self._gated_request(r).kind < ServiceKind.BEST_EFFORT for r in prompts):
+            return True
+        if self._pause_state == PauseState.UNPAUSED:
+            moved = [r for r in waiting if r.request_id in self._yielding]
+            self.waiting.remove_requests(moved)
+            held += moved
+            for request in self.running:
+                if request.request_id in self._yielding and _is_prefilling(request):
+                    self._skip_step(request)
+        return False
+
+    def _skip_step(self, request: Request) -> None:
+        """Leave ``request`` out of the coming step, which `schedule` plans."""
+        # NOTE: schedule() advances current_step first, so +2 skips exactly the coming step.
+        request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
 
     def _counts_as_waiting(self, request: Request) -> bool:
         if request.request_id in self._preemptible:
@@ -235,7 +263,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
 
     def _prefill_backlog(self, limit: int) -> int:
         """Return the tokens left to compute, at most ``limit``, including what preempted requests compute again."""
-        tokens = sum([r.num_tokens - r.num_computed_tokens for r in self.running if _is_prefilling(r)])
+        skipped = self.current_step + 2
+        prefilling = [r for r in self.running if _is_prefilling(r) and r.next_decode_eligible_step < skipped]
+        tokens = sum([r.num_tokens - r.num_computed_tokens for r in prefilling])
         for request in self.waiting:
             # Each lookup in the prefix cache takes time, in every step.
             if tokens >= limit:

@@ -64,9 +64,15 @@ _XARGS = "vllm_xargs"
 
 @dataclass(frozen=True, slots=True)
 class FieldGuard:
-    """Applies the rights of a key to the fields of a body. ``rejects``: a denied field gets 400 and is not removed."""
+    """Applies the rights of a key to the fields of a body.
+
+    Attributes:
+        rejects: a denied field gets 400 and is not removed.
+        isolates_prefixes: a request without a cache salt gets one of its tenant.
+    """
 
     rejects: bool = False
+    isolates_prefixes: bool = False
 
     def apply(self, document: dict[str, Any], key: ApiKey) -> bool:
         """Remove what ``key`` may not send from ``document``, and scope its cache salt. Returns whether it changed.
@@ -79,17 +85,23 @@ class FieldGuard:
         if isinstance(xargs, dict) and not GUARDED_FIELDS.isdisjoint(xargs):
             nested = xargs
         if not nested and GUARDED_FIELDS.isdisjoint(document):
-            return False
+            return self._scope_salt(document, key)
         denied = self._denied(document, key)
         for name in denied:
             del document[name]
         if nested:
             denied_xargs = self._denied(nested, key, f"{_XARGS}.")
             document[_XARGS] = {name: value for name, value in nested.items() if name not in denied_xargs}
-        scoped = key.sha256 != "" and document.get(SALT_FIELD) is not None
-        if scoped:
-            document[SALT_FIELD] = scoped_salt(document[SALT_FIELD], key.tenant)
-        return bool(denied or nested) or scoped
+        return self._scope_salt(document, key) or bool(denied or nested)
+
+    def _scope_salt(self, document: dict[str, Any], key: ApiKey) -> bool:
+        """Scope the cache salt by tenant, or add one if prefixes are isolated. Returns whether it changed."""
+        salt = document.get(SALT_FIELD)
+        if key.sha256 == "" or (salt is None and not self.isolates_prefixes):
+            return False
+        # No client's own salt becomes this one, because it is not empty.
+        document[SALT_FIELD] = f"{key.tenant}:" if salt is None else scoped_salt(salt, key.tenant)
+        return True
 
     def check_form(self, names: Iterable[str], key: ApiKey) -> None:
         """Raise `ApiError` 400 for a form with a field that ``key`` may not send. A form is never changed."""

@@ -18,10 +18,9 @@ class Call:
     """A scheduled request on its way through the pipeline.
 
     ``engine_queue``: that of the engine that it was last judged with. ``output_tokens``: the length that the client
-    expects. ``has_room``: the engine has ample room for it, so that it is decided about at once. ``unsent``: attempts
-    in which an engine was unreachable. ``received_s``: when the body was complete. ``suspects``: engines that are to
-    blame if another engine serves the request, with reason and time of the attempt. ``reserved_tokens``: of the
-    tenant's tokens per minute, for this request.
+    expects. ``unsent``: attempts in which an engine was unreachable. ``received_s``: when the body was complete.
+    ``suspects``: engines that are to blame if another engine serves the request, with reason and time of the attempt.
+    ``reserved_tokens``: of the tenant's tokens per minute, ``reserved_prompt_tokens`` of them for the prompts.
     """
 
     http: HttpRequest
@@ -32,8 +31,8 @@ class Call:
     size: PromptSize
     output_tokens: int | None = None
     engine_queue: EngineQueue | None = None
-    has_room: bool = False
     unsent: int = 0
     received_s: float | None = None
     suspects: list[tuple[EngineQueue, str, float]] = field(default_factory=list)
     reserved_tokens: float = 0.0
+    reserved_prompt_tokens: int = 0

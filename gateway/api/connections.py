@@ -13,6 +13,7 @@ from typing import Protocol
 
 from gateway.api.errors import ApiError, retry_headers, unavailable
 from gateway.api.limits import Limits
+from gateway.api.shared_limit import Holder
 
 resource: ModuleType | None
 try:
@@ -49,6 +50,7 @@ class Connection(Protocol):
 
     address: str
     is_shared: bool
+    holder: Holder
 
     @property
     def is_idle(self) -> bool:
@@ -189,13 +191,27 @@ class Connections:
             elif connection.buffered:
                 behind.append(connection)
         self.buffered = sum(connection.buffered for connection in behind)
-        behind.sort(key=lambda connection: connection.behind_since)
+        if self.buffered > self.limits.response_memory_bytes:
+            self._free_buffers(behind)
+        self._timer = loop.call_later(SWEEP_S, self._sweep) if self._open else None
+
+    def _free_buffers(self, behind: list[Connection]) -> None:
+        """Cut connections until the responses that wait fit: that of the tenant with most, behind for longest."""
+        behind.sort(key=lambda connection: connection.behind_since, reverse=True)
+        of_holder: dict[str, list[Connection]] = {}
+        size: Counter[str] = Counter()
+        weight: dict[str, float] = {}
         for connection in behind:
-            if self.buffered <= self.limits.response_memory_bytes:
-                break
+            name = connection.holder.name or connection.address
+            of_holder.setdefault(name, []).append(connection)
+            size[name] += connection.buffered
+            weight[name] = connection.holder.weight
+        while self.buffered > self.limits.response_memory_bytes:
+            largest = max(size, key=lambda name: size[name] / weight[name])
+            connection = of_holder[largest].pop()
+            size[largest] -= connection.buffered
             self.buffered -= connection.buffered
             connection.cut("response_memory")
-        self._timer = loop.call_later(SWEEP_S, self._sweep) if self._open else None
 
 
 def client_address(address: str | None) -> str:

@@ -41,6 +41,9 @@ async def call_engine(
     Raises `ClientDisconnected` if the client disconnects before its response is complete, and `ClientStalled`.
     """
     error: BaseException | None = None
+    task = asyncio.current_task()
+    assert task is not None
+    cancellations = task.cancelling()
     limit = asyncio.timeout(None)
     observer = _CallObserver(limit, relay, client, stall_s / STALL_CHECKS, grace_s, watch, clock)
     try:
@@ -48,15 +51,16 @@ async def call_engine(
             observer.start()
             await app(scope, client.receive_for(body), relay.send)
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        # The app was cancelled by something of its own.
+        # Of the caller, which is raised below, or by something of the app's own.
+        pass
     except Exception as caught:
         # The time limit, which only the observer sets, is no error of the app.
         error = None if limit.expired() and isinstance(caught, TimeoutError) else caught
     finally:
         observer.stop()
+    if task.cancelling() > cancellations:
+        # The app may have caught it.
+        raise asyncio.CancelledError
     if observer.left_early:
         raise ClientStalled if observer.stalled else ClientDisconnected
     return EngineHung("no token arrived in time") if observer.hung else error

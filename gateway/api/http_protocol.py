@@ -21,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from gateway.api.connections import CONNECTION_KEY, Connections, client_address
 from gateway.api.errors import ApiError, bad_request
 from gateway.api.head_buffer import HeadBuffer
+from gateway.api.shared_limit import ONLY_HOLDER
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
@@ -59,6 +60,7 @@ class HttpProtocol(HttpToolsProtocol):
     Attributes:
         address: what counts as one client.
         is_shared: whether many clients may have that address.
+        holder: the tenant of the last request.
         behind_since: when the client was last seen without a backlog (monotonic s).
         cut_reason: why the gateway closed the connection; "" if it did not.
     """
@@ -67,6 +69,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(**options)
         self.address = ""
         self.is_shared = True
+        self.holder = ONLY_HOLDER
         self.behind_since = 0.0
         self.cut_reason = ""
         self._watch = Connections() if connections is None else connections
@@ -80,7 +83,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._serving: RequestResponseCycle | None = None
         self._mark_at = self._mark_bytes = 0.0
         self._taken = self._last_buffered = 0
-        self._lost: asyncio.Future[None] | None = None
+        self._is_lost = False
+        self._disconnected: asyncio.Future[None] | None = None
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
@@ -101,8 +105,8 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the app that the client disconnected."""
         self._watch.remove(self)
-        if self._lost is not None and not self._lost.done():
-            self._lost.set_result(None)
+        self._is_lost = True
+        self._end_request()
         cycle = self._serving
         if cycle is not None and cycle is not self.cycle and not cycle.response_complete:
             # uvicorn tells only the last one of several requests.
@@ -111,11 +115,17 @@ class HttpProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         super().connection_lost(exc)
 
-    def lost(self) -> asyncio.Future[None]:
-        """Return a future that is done when the connection is lost. All requests of the connection share it."""
-        if self._lost is None:
-            self._lost = self.loop.create_future()
-        return self._lost
+    def disconnected(self) -> asyncio.Future[None]:
+        """Return a future for the request that is served: it is done when its client is gone or has its response."""
+        if self._disconnected is None:
+            self._disconnected = self.loop.create_future()
+            if self._is_lost:
+                self._end_request()
+        return self._disconnected
+
+    def _end_request(self) -> None:
+        if self._disconnected is not None and not self._disconnected.done():
+            self._disconnected.set_result(None)
 
     def cut(self, reason: str) -> None:
         """Close the connection because of ``reason``."""
@@ -340,6 +350,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Serve the next request that waits on the connection."""
         self.server_state.total_requests += 1
+        self._end_request()
+        self._disconnected = None
         self._since = self.loop.time()
         if self._serving is not None:
             # Of a response without a body.

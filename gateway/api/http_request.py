@@ -91,10 +91,17 @@ class HttpRequest:
         return connection is not None and connection.cut_reason in SLOW_READER_REASONS
 
     @property
-    def lost(self) -> asyncio.Future[None] | None:
-        """A future that is done when the client has disconnected; None if the server has none."""
+    def disconnected(self) -> asyncio.Future[None] | None:
+        """A future that is done when the client is gone or has its response; None if the server has none."""
         connection = self.scope.get(CONNECTION_KEY)
-        return None if connection is None else connection.lost()
+        return None if connection is None else connection.disconnected()
+
+    def belongs_to(self, holder: Holder) -> None:
+        """Note whose part of the shared limits the request counts to."""
+        self.holder = holder
+        connection = self.scope.get(CONNECTION_KEY)
+        if connection is not None:
+            connection.holder = holder
 
     def cut(self, reason: str) -> None:
         """Close the client's connection because of ``reason``."""

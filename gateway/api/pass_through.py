@@ -71,7 +71,7 @@ class PassThrough:
             EngineLost: the engine died, or was down already.
         """
         body = checked_body(http.scope, http.headers, body, engine, key, guard)
-        client = ClientConnection(http.receive, http.lost)
+        client = ClientConnection(http.receive, http.disconnected)
         try:
             if http.scope["method"] in ("GET", "HEAD"):
                 await self._call(http, body, engine, client, send)
@@ -153,7 +153,7 @@ def checked_body(
     if not any(_is_read_as_json(given) for given in content_types):
         return body
     document = parse_json(body)
-    if not isinstance(document, dict) or _CHECKED_FIELDS.isdisjoint(document):
+    if not isinstance(document, dict) or (_CHECKED_FIELDS.isdisjoint(document) and not guard.isolates_prefixes):
         return body
     guard.apply(document, key)
     check_with_engine(document, engine)

@@ -37,6 +37,7 @@ class Prompt:
 
     ``text`` is what the length predictor sees: a text prompt, or the last user message. ``content`` is the whole
     prompt; of several, the longest. ``whole``: the engine counts the tokens of ``content`` and of nothing else.
+    ``prompts``: how many there are.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Prompt:
     max_tokens: int | None = None
     min_tokens: int = 0
     whole: bool = True
+    prompts: int = 1
 
     @cached_property
     def features(self) -> Features:
@@ -78,6 +80,7 @@ def read_completion(body: dict[str, Any]) -> Prompt:
         DEFAULT_COMPLETION_TOKENS if limit is None else limit,
         _whole_number(body, "min_tokens", 0) or 0,
         prompts == 1 and _is_whole(body),
+        prompts,
     )
 
 
@@ -91,7 +94,9 @@ def read_batch(body: dict[str, Any]) -> Prompt:
     if body.get("n") not in (None, 1):
         raise bad_request("n: a batch generates one choice for each conversation. Remove `n`.", "n")
     longest = max(chats, key=_size_of_messages)
-    return replace(read_chat({**body, "messages": longest}), sequences=len(chats), whole=len(chats) == 1)
+    return replace(
+        read_chat({**body, "messages": longest}), sequences=len(chats), whole=len(chats) == 1, prompts=len(chats)
+    )
 
 
 def read_messages(body: dict[str, Any]) -> Prompt:

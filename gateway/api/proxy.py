@@ -173,7 +173,8 @@ class Proxy:
         """Serve ``http``, and answer with an error response if that fails."""
         try:
             key = self._authenticate(http)
-            http.tenant, http.holder = key.tenant, holder_of(http.scope, key, self.keys)
+            http.tenant = key.tenant
+            http.belongs_to(holder_of(http.scope, key, self.keys))
             self.accounts.enter(http, key)
             with self.bodies.reservation(http.holder) as memory:
                 # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for each open request.
@@ -182,7 +183,7 @@ class Proxy:
                     with self._keep_alive(call):
                         # NOTE: before the prompt is measured, which takes an engine's tokenizer.
                         if not self.open_requests.try_take(http.holder):
-                            raise self._scheduled.reject(call, "gateway_full", self._gateway_full())
+                            raise self._scheduled.reject(call, *self._too_many_open())
                         try:
                             await self._scheduled.serve(call)
                         finally:
@@ -310,7 +311,7 @@ class Proxy:
             await send_records(http, self.recorder.decisions, key)
             return
         if not self.open_requests.try_take(http.holder):
-            raise self._gateway_full()
+            raise self._too_many_open()[1]
         try:
             body = permitted_body(http, body, key, self._router)
             await self._unscheduled.serve(http, body, key, self.guard)
@@ -329,12 +330,15 @@ class Proxy:
         finally:
             self.open_requests.free(http.holder)
 
-    def _gateway_full(self) -> ApiError:
+    def _too_many_open(self) -> tuple[str, ApiError]:
+        """Return the reason and the response for a request beyond the limit on open requests."""
         now, limit = self._clock(), self.open_requests.limit
         ends = [queue.admission.first_end_in_s(now) for queue in self._router.engine_queues if queue.running]
-        whose = "This tenant" if self.open_requests.has_room() else "The gateway"
+        of_tenant = self.open_requests.has_room()
+        whose = "This tenant" if of_tenant else "The gateway"
         message = f"{whose} has too many open requests (server.max_open_requests)."
-        return queue_full(message, limit, max(1.0, min(ends, default=1.0)))
+        error = queue_full(message, limit, max(1.0, min(ends, default=1.0)))
+        return "tenant_full" if of_tenant else "gateway_full", error
 
     def _engine_lost(self, engine_queue: EngineQueue) -> ApiError:
         if self.stopping:

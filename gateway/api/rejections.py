@@ -5,7 +5,7 @@ from __future__ import annotations
 from gateway.api.errors import ApiError, draining, retry_headers, unavailable
 from gateway.api.slo_headers import HEADER
 from gateway.policies.base import Rejection
-from gateway.scheduling.engine_queue import Draining, EngineDown, QueueFull
+from gateway.scheduling.queue_outcome import Draining, EngineDown, QueueFull
 
 _BOUND_NAMES = {"ttft": "Time to first token", "tpot": "Time per output token", "e2e": "End-to-end latency"}
 

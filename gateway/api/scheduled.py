@@ -35,9 +35,12 @@ from gateway.observability.metrics import Metrics
 from gateway.observability.recorder import Recorder
 from gateway.observability.trace_context import with_traceparent
 from gateway.policies.base import UNGATED
-from gateway.prediction.client import LengthPredictor, Prediction
+from gateway.prediction.client import LengthPredictor
+from gateway.prediction.lengths import Prediction
 from gateway.requests.progress import Progress
-from gateway.scheduling.engine_queue import Admitted, EngineQueue, QueueOutcome, Reroute
+from gateway.requests.request import Request
+from gateway.scheduling.engine_queue import EngineQueue
+from gateway.scheduling.queue_outcome import Admitted, QueueOutcome, Reroute
 from gateway.scheduling.router import Router, UnknownModel
 
 log = logging.getLogger("antares.proxy")
@@ -82,7 +85,7 @@ class Scheduled:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
         engine_queue = await self._place(call)
         entry = self._open(call)
-        client = ClientConnection(call.http.receive, call.http.lost)
+        client = ClientConnection(call.http.receive, call.http.disconnected)
         try:
             if call.size.invalid and await self._refused(call, entry, client):
                 return
@@ -164,29 +167,32 @@ class Scheduled:
             if self._predictor.up:
                 usual = self._predictor.usual(request.slo_class, prompt.max_tokens, prompt.min_tokens)
                 request.predict(usual.tokens, usual.p90)
-                call.has_room = engine_queue.has_ample_room(request)
-                if call.has_room:
+                if engine_queue.has_ample_room(request):
                     entry.prediction = usual
-                    self._predictor.predict_later(partial(self._on_length, call, entry, started), *question)
+                    self._predictor.predict_later(partial(self._on_length, entry), *question)
                     return
             prediction = await self._predictor.predict(*question)
         entry.prediction, ended = prediction, self._clock()
         entry.predicting_s = started, ended
         request.predict(prediction.tokens, prediction.p90, prediction.beyond)
-        call.has_room = engine_queue.has_ample_room(request)
         self._metrics.on_prediction(prediction.source, ended - started)
 
-    def _on_length(self, call: Call, entry: Entry, started: float, prediction: Prediction | None) -> None:
-        """Take the predicted length of a request that did not wait for it."""
+    def _on_length(self, entry: Entry, prediction: Prediction | None) -> None:
+        """Take the predicted length of a request that did not wait for it. It may have ended, so nothing of it is kept.
+
+        ``entry.predicting_s`` stays None: these are seconds that the request waited.
+        """
         self._metrics.on_prediction("fallback" if prediction is None else prediction.source, 0.0)
-        if prediction is None:
+        name = entry.attempts[-1].engine if entry.attempts else ""
+        engine_queue = next((queue for queue in self._router.engine_queues if queue.engine.name == name), None)
+        if prediction is None or engine_queue is None:
             return
-        if entry.outcome is None and call.engine_queue is not None:
-            entry.prediction, entry.predicting_s = prediction, (started, self._clock())
-            call.engine_queue.on_length(call.request, prediction.tokens, prediction.p90)
-        elif entry.outcome == "finished" and call.engine_queue is not None:
+        if entry.outcome is None:
             entry.prediction = prediction
-            self._report_length(entry, call.engine_queue.engine)
+            engine_queue.on_predicted_length(entry.request, prediction.tokens, prediction.p90)
+        elif entry.outcome == "finished":
+            entry.prediction = prediction
+            self._report_length(entry, engine_queue.engine)
 
     async def _serve(self, call: Call, entry: Entry, client: ClientConnection) -> None:
         """Queue the request and send it to the engine that admits it, and to another one if that engine fails it."""
@@ -219,7 +225,7 @@ class Scheduled:
             entry.prompt_source = call.size.source
             self._router.on_sent(engine_queue, call.request)
             try:
-                outcome = await _wait_in_queue(call, engine_queue, client, attempt)
+                outcome = await _wait_in_queue(call.request, engine_queue, client, attempt)
             finally:
                 if not isinstance(outcome, Admitted):
                     self._router.on_ended(engine_queue, call.request)
@@ -269,6 +275,7 @@ class Scheduled:
         scope[RENDERING_KEY] = call.size.handle
         watch = self.attempts.hang_watch(call, engine_queue, relay, sent_at)
         stall_s, grace_s = self.stall_s, LEAVE_GRACE_S if engine.watches_disconnect else 0.0
+        engine_queue.on_handover(request)
         error = await call_engine(engine.app, scope, body, relay, client, stall_s, grace_s, watch, self._clock)
         if await self.attempts.fails_over(call, entry, engine_queue, relay, error, sent_at):
             return False
@@ -363,12 +370,10 @@ def _next_step_s(engine_queue: EngineQueue) -> float:
 
 
 async def _wait_in_queue(
-    call: Call, engine_queue: EngineQueue, client: ClientConnection, attempt: Attempt
+    request: Request, engine_queue: EngineQueue, client: ClientConnection, attempt: Attempt
 ) -> QueueOutcome:
     """Queue the request and return what was decided. Raises `ClientDisconnected` if the client disconnects first."""
-    request = call.request
-    decision = engine_queue.submit(request, at_once=call.has_room)
-    call.has_room = False
+    decision = engine_queue.submit(request, at_once=engine_queue.has_ample_room(request))
     if decision.done():
         return decision.result()
     attempt.position = engine_queue.waiting.position(request)

@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from gateway.api.errors import Headers
+from gateway.observability.decisions import to_ms
 from gateway.observability.ledger import Entry
 
 REPORT_HEADER = "x-slo-report"
@@ -30,14 +31,14 @@ def slo_report(entry: Entry) -> dict[str, Any]:
         "slo_class": request.slo_class,
         "attained": not violated,
         "violated": list(violated),
-        "ttft_ms": _ms(entry.ttft_s),
-        "tpot_ms": _ms(entry.tpot_s),
-        "e2e_ms": _ms(entry.e2e_s),
-        "queue_ms": _ms(entry.queue_s),
-        "slo_ttft_ms": _ms(slo.ttft_s),
-        "slo_tpot_ms": _ms(slo.tpot_s),
-        "slo_e2e_ms": _ms(slo.e2e_s),
-        "predicted_ttft_ms": _ms(entry.predicted_ttft_s),
+        "ttft_ms": to_ms(entry.ttft_s),
+        "tpot_ms": to_ms(entry.tpot_s),
+        "e2e_ms": to_ms(entry.e2e_s),
+        "queue_ms": to_ms(entry.queue_s),
+        "slo_ttft_ms": to_ms(slo.ttft_s),
+        "slo_tpot_ms": to_ms(slo.tpot_s),
+        "slo_e2e_ms": to_ms(slo.e2e_s),
+        "predicted_ttft_ms": to_ms(entry.predicted_ttft_s),
         "predicted_tokens": round(request.predicted_at_arrival, 1),
         "output_tokens": request.generated,
         "best_effort": request.bounds_waived,
@@ -60,7 +61,3 @@ def with_slo_report(body: bytes, entry: Entry) -> bytes:
         return body
     document["antares"] = slo_report(entry)
     return orjson.dumps(document)
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 3)

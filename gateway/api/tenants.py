@@ -51,24 +51,32 @@ class TenantAccounts:
         http.use = use
 
     def reserve(self, call: Call) -> ApiError | None:
-        """Reserve the tokens of the prompt and the predicted output; return the 429 if the tenant has too few left."""
+        """Reserve the tokens of the prompt and the predicted output; return the 429 if the tenant has too few left.
+
+        Of several prompts, each counts like the longest.
+        """
         use, request = call.http.use, call.request
         if use is None:
             return None
+        call.reserved_prompt_tokens = request.prompt_tokens * call.prompt.prompts
         expected = request.predicted_tokens * request.sequences
-        reserved = use.reserve(request.prompt_tokens, expected, self._clock())
+        reserved = use.reserve(call.reserved_prompt_tokens, expected, self._clock())
         if isinstance(reserved, Exceeded):
             return self._rejected(request.tenant, reserved)
         call.reserved_tokens = reserved
         return None
 
     def settle(self, call: Call, entry: Entry) -> None:
-        """Replace the reserved tokens by those that the request used. One that an engine failed at once used none."""
+        """Replace the reserved tokens by those that the request used: none if an engine refused or failed it."""
         use, request = call.http.use, call.request
         if use is None or not call.reserved_tokens:
             return
-        served = request.admitted_s is not None and (entry.outcome != "failed" or request.generated > 0)
-        use.settle(call.reserved_tokens, request.prompt_tokens + request.generated if served else 0)
+        served = request.admitted_s is not None and (entry.outcome in ("finished", "cancelled") or request.generated)
+        prompt = request.prompt_tokens
+        if call.prompt.prompts > 1:
+            # Engines count only the longest one, or all together.
+            prompt = max(prompt, call.reserved_prompt_tokens)
+        use.settle(call.reserved_tokens, prompt + request.generated if served else 0)
         call.reserved_tokens = 0.0
 
     def leave(self, http: HttpRequest) -> None:

@@ -16,6 +16,9 @@ from gateway.config.keys_file import keys_path, read_keys
 from gateway.config.mistakes import ConfigError, Mistake, key_path, line_of, merged, mistake_of
 from gateway.config.schema import GatewayConfig, parse
 
+MAX_FILE_BYTES = 16 << 20
+"""Largest configuration file. The parser takes about a second for each MiB. Convention; a key takes 150 bytes."""
+
 ENVIRONMENT = {
     "ANTARES_HOST": "server.host",
     "ANTARES_PORT": "server.port",
@@ -39,10 +42,7 @@ def load(
     Raises:
         ConfigError: the file or its keys file is unreadable, malformed or invalid.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(path, [Mistake(1, "", f"cannot be read: {error}")]) from error
+    text = _text(path)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         document = yaml.safe_load(text)
@@ -101,6 +101,18 @@ def _placed(path: Path | None, mistakes: Sequence[Mistake], keys_file: str | Non
     return ConfigError(
         file, [Mistake(line_of(root, key_path(k)), k, m.reason) for k, m in zip(keys, mistakes, strict=True)]
     )
+
+
+def _text(path: Path) -> str:
+    """Return the content of the file. Raises `ConfigError` if it is unreadable, or larger than `MAX_FILE_BYTES`."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ConfigError(path, [Mistake(1, "", f"is larger than {MAX_FILE_BYTES >> 20} MiB")])
+        return content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(path, [Mistake(1, "", f"cannot be read: {error}")]) from error
 
 
 def _composed(path: Path) -> yaml.Node | None:

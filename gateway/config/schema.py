@@ -192,7 +192,8 @@ class GatewayConfig(Section):
 
     def field_guard(self) -> FieldGuard:
         """Return what applies a key's rights to the fields of a body."""
-        return FieldGuard(rejects=self.server.body_fields.on_denied == "reject")
+        fields = self.server.body_fields
+        return FieldGuard(fields.on_denied == "reject", fields.prefix_isolation)
 
     def _allowed_fields(self) -> frozenset[str]:
         return frozenset(self.server.body_fields.allow)

@@ -40,6 +40,9 @@ class BodyFieldsConfig(Section):
 
     allow: list[str] = Field(default_factory=lambda: list(DEFAULT_ALLOWED), max_length=64)
     on_denied: Literal["strip", "reject"] = "strip"
+    prefix_isolation: bool = Field(
+        False, description="Whether tenants share no prefix cache: each request gets a cache salt of its tenant."
+    )
 
     _are_guarded = field_validator("allow")(guarded)
 

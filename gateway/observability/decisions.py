@@ -17,7 +17,7 @@ from typing import Any
 from gateway.observability.ledger import OUTCOMES, Attempt, Entry
 from gateway.policies.base import Rejection
 from gateway.requests.slo import Slo
-from gateway.scheduling.engine_queue import EngineDown, QueueFull
+from gateway.scheduling.queue_outcome import EngineDown, QueueFull
 
 MAX_LISTED = 200
 """Records in one answer of `GET /v1/requests`. One takes about 10 us of the event loop's time."""
@@ -332,6 +332,6 @@ def _queue_s(entry: Entry) -> float | None:
     return None if entry.answer is None else entry.queue_s
 
 
-def to_ms(seconds: float | None) -> float | None:
-    """Return ``seconds`` in milliseconds, to the microsecond."""
-    return None if seconds is None else round(seconds * 1000, 3)
+def to_ms(seconds: float | None, digits: int = 3) -> float | None:
+    """Return ``seconds`` in milliseconds with ``digits`` decimal places."""
+    return None if seconds is None else round(seconds * 1000, digits)

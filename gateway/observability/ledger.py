@@ -10,10 +10,10 @@ from typing import Literal
 
 from gateway.observability.trace_context import TraceContext
 from gateway.policies.base import Rejection
-from gateway.prediction.client import Prediction
+from gateway.prediction.lengths import Prediction
 from gateway.requests.request import Request
 from gateway.requests.slo import Bound
-from gateway.scheduling.engine_queue import Draining, EngineDown, QueueFull
+from gateway.scheduling.queue_outcome import Draining, EngineDown, QueueFull
 
 Outcome = Literal["finished", "rejected", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("finished", "rejected", "failed", "cancelled")

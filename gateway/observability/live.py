@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 
 from engine_adapter.engine import EngineState, Receive, Scope, Send
 from engine_adapter.step_time.curve import KNOTS
+from gateway.observability.decisions import to_ms
 from gateway.observability.status import Finished, Status
 
 log = logging.getLogger("antares.live")
@@ -68,6 +69,7 @@ class LiveFeed:
         self._changed = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
+        self._admitted = 0
 
     def start(self) -> None:
         """Start to record the history. Idempotent."""
@@ -83,6 +85,10 @@ class LiveFeed:
                 await self._task
         async with self._changed:
             self._changed.notify_all()
+
+    def readmit(self) -> None:
+        """End the streams of all viewers within a second. They connect again, if their keys still count."""
+        self._admitted += 1
 
     def response(self) -> Response:
         """Return the event stream for a new viewer, or 503 if there are too many."""
@@ -158,9 +164,10 @@ class LiveFeed:
         """Send the history and then the snapshots until the feed ends. Raises `TimeoutError` for a stalled viewer."""
         self.start()
         self._viewers += 1
+        admitted = self._admitted
         try:
             await _send(send, b"retry: 2000\n\n" + self.history())
-            while await self._next():
+            while await self._next() and admitted == self._admitted:
                 await _send(send, self._snapshot)
         finally:
             self._viewers -= 1
@@ -213,10 +220,10 @@ def _point(request: Finished, now: float, at: float) -> list[Any]:
     return [
         round(at - (now - request.at), 1),
         request.slo_class,
-        _ms(request.predicted_ttft_s),
-        _ms(request.ttft_s),
-        _ms(request.pace_s),
-        _ms(request.tpot_s),
+        to_ms(request.predicted_ttft_s, 2),
+        to_ms(request.ttft_s, 2),
+        to_ms(request.pace_s, 2),
+        to_ms(request.tpot_s, 2),
         request.attained,
     ]
 
@@ -233,7 +240,7 @@ def _step_times(state: EngineState) -> dict[str, Any]:
         if context <= state.max_model_len and len(held) > 1:
             sizes = np.asarray(held)
             seconds = model.curve.steps_s(sizes, sizes * context)
-            points = [[batch, _ms(second)] for batch, second in zip(held, seconds.tolist(), strict=True)]
+            points = [[batch, to_ms(second, 2)] for batch, second in zip(held, seconds.tolist(), strict=True)]
             curves.append({"context": context, "points": points})
     steps = model.latest(_STEPS)
     predicted = [model.curve.step_s(decodes, decodes * context, prefill) for decodes, context, prefill, _ in steps]
@@ -241,14 +248,10 @@ def _step_times(state: EngineState) -> dict[str, Any]:
     return {
         "steps_seen": model.steps_seen,
         "coefficients_ms": {name: getattr(model.times, name) * 1000 for name in ("a", "b", "c", "d", "alpha", "beta")},
-        "quality": quality and {"r2": round(quality.r2, 3), "rmse_ms": _ms(quality.rmse_s), "mape": quality.mape},
+        "quality": quality and {"r2": round(quality.r2, 3), "rmse_ms": to_ms(quality.rmse_s, 2), "mape": quality.mape},
         "curves": curves,
         "steps": [
-            [decodes, round(context), prefill, _ms(seconds), _ms(seconds_predicted)]
+            [decodes, round(context), prefill, to_ms(seconds, 2), to_ms(seconds_predicted, 2)]
             for (decodes, context, prefill, seconds), seconds_predicted in zip(steps, predicted, strict=True)
         ],
     }
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 2)

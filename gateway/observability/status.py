@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from gateway import __version__
+from gateway.observability.decisions import to_ms
 from gateway.observability.ledger import OUTCOMES, Entry, Ledger
 from gateway.observability.windows import MAX_TENANTS, OTHER, WINDOWS, Windows
 from gateway.scheduling.engine_queue import EngineQueue
@@ -116,9 +117,9 @@ class Status:
             ttft_s = sorted(request.ttft_s for request in ended if request.ttft_s is not None)
             tpot_s = sorted(request.tpot_s for request in ended)
             classes[name] = {
-                "slo_ttft_ms": _ms(slo.ttft_s),
-                "slo_tpot_ms": _ms(slo.tpot_s),
-                "slo_e2e_ms": _ms(slo.e2e_s),
+                "slo_ttft_ms": to_ms(slo.ttft_s, 2),
+                "slo_tpot_ms": to_ms(slo.tpot_s, 2),
+                "slo_e2e_ms": to_ms(slo.e2e_s, 2),
                 "waiting": waiting[name],
                 "running": running[name],
                 "max_waiting": slo_class.max_waiting,
@@ -169,6 +170,7 @@ def _engine(engine_queue: EngineQueue) -> dict[str, Any]:
         "slots": state.max_num_seqs,
         "kv_usage": round(state.kv_usage, 4),
         "steps_seen": state.step_time.steps_seen,
+        "handover_ms": round(1000 * state.handover_s, 3),
         "step_base_ms": round(times.d * 1000, 3),
         "step_per_sequence_ms": round(times.b * 1000, 4),
         "prefill_per_token_ms": round(times.alpha * 1000, 4),
@@ -176,8 +178,4 @@ def _engine(engine_queue: EngineQueue) -> dict[str, Any]:
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float | None:
-    return _ms(ordered[min(len(ordered) - 1, int(q * len(ordered)))]) if ordered else None
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 2)
+    return to_ms(ordered[min(len(ordered) - 1, int(q * len(ordered)))], 2) if ordered else None

@@ -68,6 +68,7 @@ class Decision:
 
     Attributes:
         paces: new `Request.pace_s` of admitted requests, by request id, where the policy plans with another pace.
+        yielding: ids of admitted requests that become `ServiceKind.YIELDING`.
         recheck_at: monotonic s; decide again then even if nothing happens (a deadline passes, for example).
         hold_s: least time (s) to the next decision while requests wait and the engine is busy; about a step.
         max_hold_s: limit (s) on the longer hold after a slow decision.
@@ -76,6 +77,7 @@ class Decision:
     admit: list[Request] = field(default_factory=list)
     reject: list[Rejection] = field(default_factory=list)
     paces: dict[str, float] = field(default_factory=dict)
+    yielding: set[str] = field(default_factory=set)
     recheck_at: float | None = None
     hold_s: float = 0.0
     max_hold_s: float = MAX_DECISION_INTERVAL_S / 2

@@ -11,8 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from bisect import bisect_left, insort
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -20,6 +19,8 @@ import orjson
 
 from engine_adapter.engine import EngineLost
 from engine_adapter.remote.client import Upstream
+from gateway.prediction.circuit_breaker import CircuitBreaker
+from gateway.prediction.lengths import LengthStatistics, Prediction, within
 from gateway.prediction.reports import LengthReport, LengthReports, UnreachableError
 
 log = logging.getLogger("antares.prediction")
@@ -31,85 +32,6 @@ its length features do not distinguish longer prompts."""
 HINT_P90 = 1.25
 """Ratio of the p90 to a length that a client states. Convention: a client knows its length better than a predictor,
 whose p90 is about twice its p50."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Predicted output tokens of one sequence, their 0.9 quantile, and the source.
-
-    ``source`` is ``service``, ``fallback``, or ``hint``: the length that the client stated. ``beyond``: the p50 and p90
-    that apply if the output becomes longer than ``p90``; None if those of this prediction do.
-    ``raw``: the service's p50 and p90 before its online correction. The report of the actual length returns them to it.
-    """
-
-    tokens: float
-    p90: float
-    source: str
-    raw: tuple[float, float] | None = None
-    beyond: tuple[float, float] | None = None
-
-
-class LengthStatistics:
-    """The last ``window`` output lengths per class. Predicts ``expected`` tokens for a class without any."""
-
-    def __init__(self, expected: float = 128.0, window: int = 256) -> None:
-        self.expected = expected
-        self._window = window
-        self._lengths: defaultdict[str, deque[int]] = defaultdict(deque)
-        self._sorted: defaultdict[str, list[int]] = defaultdict(list)
-
-    def observe(self, slo_class: str, tokens: int) -> None:
-        """Record a finished request of the class with ``tokens`` output tokens per sequence."""
-        lengths, ordered = self._lengths[slo_class], self._sorted[slo_class]
-        lengths.append(tokens)
-        insort(ordered, tokens)
-        if len(lengths) > self._window:
-            del ordered[bisect_left(ordered, lengths.popleft())]
-
-    def predict(self, slo_class: str) -> Prediction:
-        """Return the class's median and 0.9 quantile over the window."""
-        lengths = self._sorted.get(slo_class)
-        if not lengths:
-            return Prediction(self.expected, 2 * self.expected, "fallback")
-        return Prediction(
-            lengths[len(lengths) // 2], lengths[min(len(lengths) - 1, int(0.9 * len(lengths)))], "fallback"
-        )
-
-
-class CircuitBreaker:
-    """Blocks calls to a failing service. ``threshold`` consecutive failures open it for ``pause_s`` seconds.
-
-    After the pause it allows one trial call, whose result closes it or opens it again.
-    """
-
-    def __init__(self, threshold: int = 3, pause_s: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._threshold, self._pause, self._clock = threshold, pause_s, clock
-        self._failures = 0
-        self._open_until = 0.0
-
-    @property
-    def closed(self) -> bool:
-        """Whether fewer than ``threshold`` calls have failed since the last success."""
-        return self._failures < self._threshold
-
-    def allows(self) -> bool:
-        """Whether the caller may call now. NOTE: if the breaker is open, True hands out its one trial call."""
-        if self.closed:
-            return True
-        now = self._clock()
-        if now < self._open_until:
-            return False
-        self._open_until = now + self._pause
-        return True
-
-    def record(self, success: bool) -> None:
-        """Record the result of a call."""
-        if success:
-            self._failures = 0
-            return
-        self._failures += 1
-        if self._failures >= self._threshold:
-            self._open_until = self._clock() + self._pause
 
 
 @dataclass(slots=True)
@@ -170,11 +92,11 @@ class LengthPredictor:
         if self.url is not None and self._breaker.allows():
             pending = self._ask(prompt, prompt_tokens, slo_class, max_tokens, model, request_id)
             prediction = await self._answer(pending) if pending is not None else None
-        return _within(prediction or self._statistics.predict(slo_class), max_tokens, min_tokens)
+        return within(prediction or self._statistics.predict(slo_class), max_tokens, min_tokens)
 
     def usual(self, slo_class: str, max_tokens: int | None, min_tokens: int = 0) -> Prediction:
         """Return what the recent lengths of the class predict, without asking the service."""
-        return _within(self._statistics.predict(slo_class), max_tokens, min_tokens)
+        return within(self._statistics.predict(slo_class), max_tokens, min_tokens)
 
     def predict_later(
         self,
@@ -197,7 +119,7 @@ class LengthPredictor:
 
         def answered(answer: asyncio.Future[Prediction | None]) -> None:
             prediction = None if answer.cancelled() else answer.result()
-            on_answer(None if prediction is None else _within(prediction, max_tokens, min_tokens))
+            on_answer(None if prediction is None else within(prediction, max_tokens, min_tokens))
 
         pending.answer.add_done_callback(answered)
 
@@ -377,17 +299,6 @@ _HEADERS = [
     (b"accept-encoding", b"identity"),
     (b"x-deadline-ms", b"%d" % round(_CALL_TIMEOUT_S * 1000)),
 ]
-
-
-def _within(prediction: Prediction, max_tokens: int | None, min_tokens: int) -> Prediction:
-    """Return ``prediction`` within the limits that the request states."""
-    most, least = math.inf if max_tokens is None else max_tokens, max(1.0, min_tokens)
-    return Prediction(
-        tokens=max(least, min(prediction.tokens, most)),
-        p90=max(least, min(prediction.p90, most)),
-        source=prediction.source,
-        raw=prediction.raw,
-    )
 
 
 def _read(answer: dict[str, float]) -> Prediction:

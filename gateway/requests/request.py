@@ -129,7 +129,7 @@ class Request:
         self._set_length(tokens, p90)
         self._set_bounds()
 
-    def predict_later(self, tokens: float, p90: float) -> None:
+    def replace_prediction(self, tokens: float, p90: float) -> None:
         """Replace the predicted output length at any time. There is no end-to-end bound, whose pace depends on it."""
         self._set_length(tokens, p90)
         self.advance(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import overload
 
 from gateway.requests.request import Request
@@ -28,6 +28,8 @@ class WaitingQueue(Sequence[Request]):
         """Number of waiting requests by SLO class."""
         self.by_tenant: Counter[str] = Counter()
         """Number of waiting requests by tenant; only tenants with any."""
+        self.weights: dict[str, float] = {}
+        """Weight of each of these tenants."""
         self._of: dict[str, dict[str, dict[str, Request]]] = {}
         """The waiting requests by class, tenant and id, oldest first; only tenants with any."""
         self._order = order
@@ -46,6 +48,7 @@ class WaitingQueue(Sequence[Request]):
         self._insert(request, self._added)
         self.by_class[request.slo_class] += 1
         self.by_tenant[request.tenant] += 1
+        self.weights[request.tenant] = request.weight
         self._of.setdefault(request.slo_class, {}).setdefault(request.tenant, {})[request.id] = request
 
     def remove(self, request: Request) -> bool:
@@ -56,7 +59,7 @@ class WaitingQueue(Sequence[Request]):
         self.by_class[request.slo_class] -= 1
         self.by_tenant[request.tenant] -= 1
         if not self.by_tenant[request.tenant]:
-            del self.by_tenant[request.tenant]
+            del self.by_tenant[request.tenant], self.weights[request.tenant]
         own = self._of[request.slo_class]
         del own[request.tenant][request.id]
         if not own[request.tenant]:
@@ -103,6 +106,7 @@ class WaitingQueue(Sequence[Request]):
         self._table = None
         self.by_class.clear()
         self.by_tenant.clear()
+        self.weights.clear()
         self._of.clear()
 
     def arrays(self, first: int | None = None) -> WaitingArrays:
@@ -162,8 +166,8 @@ def arrays_of(requests: Sequence[Request], first: int | None = None) -> WaitingA
     return WaitingArrays.of(requests[:first])
 
 
-def several_tenants(requests: Sequence[Request]) -> bool:
-    """Return whether ``requests`` are of more than one tenant; a `WaitingQueue` knows."""
+def tenant_weights(requests: Sequence[Request]) -> Mapping[str, float]:
+    """Return the weight of each tenant of ``requests``; a `WaitingQueue` has them at hand."""
     if isinstance(requests, WaitingQueue):
-        return len(requests.by_tenant) > 1
-    return len({request.tenant for request in requests}) > 1
+        return requests.weights
+    return {request.tenant: request.weight for request in requests}

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine_adapter.engine import EngineState
+from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Policy, prefill_seconds
 from gateway.requests.prefix_index import PrefixIndex
 from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.decision_schedule import DecisionSchedule
+from gateway.scheduling.delays import note_handover, overdue_s
 
 DECISION_GRACE_S = 2 * MAX_DECISION_INTERVAL_S
 """A request that has waited for longer was kept waiting by at least one decision."""
@@ -100,11 +102,20 @@ class AdmissionController:
         rejections of the decision that is returned, and ``recheck_at`` is ``now``.
         """
         self._update_prefix_hits()
-        decision = self.policy.decide(now, self.waiting, self.running.values(), self.engine)
+        # What the policy admits reaches the engine, and its step under way ends, that much later.
+        delay_s = self.engine.handover_s + overdue_s(now, self.running.values(), self.engine)
+        decision = self.policy.decide(now + delay_s, self.waiting, self.running.values(), self.engine)
+        if decision.recheck_at is not None:
+            decision.recheck_at -= delay_s
+        if not (self.running or decision.admit):
+            # Nothing is handed over, so the estimate would never fall.
+            note_handover(self.engine, 0.0)
         for request in decision.admit:
             self.waiting.remove(request)
             request.admitted_s = now
             request.pace_s = decision.paces.get(request.id, request.pace_s)
+            if request.id in decision.yielding:
+                request.kind = ServiceKind.YIELDING
             self.running[request.id] = request
             self.prefixes.admit(request)
         rejected = []

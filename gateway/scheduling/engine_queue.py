@@ -11,10 +11,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 from engine_adapter.engine import Engine, PrefixCacheEvent
-from gateway.policies.base import UNGATED, Decision, Policy, Rejection, prefill_backlog
+from gateway.policies.base import UNGATED, Decision, Policy
 from gateway.requests.prefix_events import PrefixEvents
 from gateway.requests.prefix_index import DEFAULT_CAPACITY_TOKENS
 from gateway.requests.request import Request
@@ -22,6 +21,8 @@ from gateway.requests.slo import SloClass
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.circuit_breaker import CircuitBreaker
+from gateway.scheduling.delays import note_handover, work_ahead_s
+from gateway.scheduling.queue_outcome import Admitted, Answers, Draining, EngineDown, QueueFull, QueueOutcome, Reroute
 from gateway.scheduling.shadow import Shadow
 from gateway.scheduling.shadow_runner import ShadowRunner
 
@@ -35,41 +36,6 @@ updated by a request that it served."""
 
 MIN_TIMER_S = 0.001
 """Resolution of the timer for the next decision."""
-
-
-@dataclass(slots=True, frozen=True)
-class EngineDown:
-    """The engine is down and will not be back in time for this request."""
-
-    retry_after_s: float
-
-
-@dataclass(slots=True, frozen=True)
-class Draining:
-    """The gateway shuts down: the request can be sent again to another gateway, or to this one after a restart."""
-
-
-@dataclass(slots=True, frozen=True)
-class QueueFull:
-    """The queue of the request's class is at its limit."""
-
-    limit: int
-    retry_after_s: float
-
-
-@dataclass(slots=True, frozen=True)
-class Admitted:
-    """The engine serves the request; its first token is predicted ``predicted_ttft_s`` after arrival."""
-
-    predicted_ttft_s: float | None
-
-
-@dataclass(slots=True, frozen=True)
-class Reroute:
-    """This engine is down or rests, and another one can serve the request: place it again."""
-
-
-QueueOutcome = Reroute | Admitted | Rejection | EngineDown | Draining | QueueFull
 
 
 class EngineQueue:
@@ -114,6 +80,7 @@ class EngineQueue:
         self._unbounded_wait_s = unbounded_wait_s
         self._on_decided = on_decided
         self._outcomes: dict[str, asyncio.Future[QueueOutcome]] = {}
+        self._answers = Answers()
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = math.inf
@@ -179,6 +146,10 @@ class EngineQueue:
         if self.admission.withdraw(request):
             self.wake()
 
+    def on_handover(self, request: Request) -> None:
+        """Note that ``request``, which was admitted, now goes to the engine."""
+        note_handover(self.engine.state, self._clock() - (request.admitted_s or 0.0))
+
     def leave(self, request: Request) -> None:
         """Remove an admitted request that has ended in any way."""
         if self.admission.leave(request):
@@ -210,9 +181,9 @@ class EngineQueue:
             return False
         return self.admission.has_ample_room(self._clock(), request)
 
-    def on_length(self, request: Request, tokens: float, p90: float) -> None:
+    def on_predicted_length(self, request: Request, tokens: float, p90: float) -> None:
         """Note the predicted length of a request that was queued before it."""
-        request.predict_later(tokens, p90)
+        request.replace_prediction(tokens, p90)
         self.waiting.reorder(request)
         self.admission.capacity_changed()
         self.wake()
@@ -303,7 +274,7 @@ class EngineQueue:
             return
         started = time.perf_counter()
         try:
-            backlog_s = prefill_backlog(self.running.values(), self.engine.state)
+            backlog_s = work_ahead_s(now, self.running.values(), self.engine.state)
             decision = self.admission.decide(now)
             self._apply(now, decision, backlog_s)
         except Exception as error:
@@ -317,7 +288,7 @@ class EngineQueue:
         self._set_timer(now, schedule.due_s if self.waiting else None)
 
     def _apply(self, now: float, decision: Decision, backlog_s: float) -> None:
-        """Answer the requests of ``decision``; ``backlog_s`` of prefill work was in the engine before it."""
+        """Answer the requests of ``decision``; before it, the engine would have begun with them after ``backlog_s``."""
         if decision.reject and len(self.running) == len(decision.admit):
             self._probe_idle_engine(now)
         for request in decision.admit:
@@ -343,7 +314,10 @@ class EngineQueue:
         future = self._outcomes.pop(request.id, None)
         if future is None or future.done():
             return False
-        future.set_result(outcome)
+        if isinstance(outcome, Admitted):
+            future.set_result(outcome)
+        else:
+            self._answers.give(future, outcome)
         return True
 
     def _remove(self, request: Request, outcome: QueueOutcome) -> None:

@@ -202,6 +202,7 @@ class Shadow:
         admission = self._admission
         if not admission.waiting:
             return None
+        admission.engine.handover_s = self._engine.handover_s
         decision = admission.decide(now)
         for copy in decision.admit:
             self._admitted(self._tracked[copy.id])

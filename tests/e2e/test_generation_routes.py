@@ -18,6 +18,7 @@ import openai
 import pytest
 import yaml
 
+from tests.fixtures.otlp_collector import StandInCollector, attributes, collecting
 from tests.fixtures.served import Served, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -37,9 +38,16 @@ LONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def collector() -> Iterator[StandInCollector]:
+    with collecting() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, collector: StandInCollector) -> Iterator[Served]:
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     config["engines"][0]["env"]["VLLM_ENABLE_RESPONSES_API_STORE"] = 1
+    config["tracing"] = {"enabled": True, "endpoint": collector.url, "sample_ratio": 0.0}
     running = serve(tmp_path_factory.mktemp("routes"), {**config, "server": {"drain_s": 1}})
     yield running
     running.stop()
@@ -57,6 +65,35 @@ def anthropic_client(served: Served) -> anthropic.Anthropic:
 
 def slo(tpot_ms: int) -> dict[str, str]:
     return {"x-slo-ttft-ms": "60000", "x-slo-tpot-ms": str(tpot_ms), "x-slo-report": "1"}
+
+
+def test_trace_of_a_request_has_its_phases(served: Served, collector: StandInCollector) -> None:
+    """Only a request with a sampled parent is traced, so that other tests send no spans."""
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    body = {"model": MODEL, "prompt": QUESTION, "max_tokens": 12, "ignore_eos": True, "stream": True}
+    headers = {"traceparent": f"00-{trace}-{parent}-01", **slo(5000)}
+    began = time.time_ns()
+    answer = httpx.post(f"{served.base}/v1/completions", json=body, headers=headers, timeout=120)
+    answer_ms = (time.time_ns() - began) / 1e6
+    assert answer.text.endswith("data: [DONE]\n\n")
+    until = time.monotonic() + 30  # the exporter sends every 5 s
+    while not collector.servers and time.monotonic() < until:
+        time.sleep(0.1)
+    (server,) = collector.servers
+    assert (server.trace_id.hex(), server.parent_span_id.hex()) == (trace, parent)
+    found = attributes(server)
+    assert found["gen_ai.request.model"] == MODEL
+    assert found["gen_ai.usage.output_tokens"] == 12
+    assert found["antares.outcome"] == "finished"
+    phases = {
+        span.name: (span.end_time_unix_nano - span.start_time_unix_nano) / 1e6 for span in collector.children(server)
+    }
+    # An idle engine does not wait for the predicted length, which may arrive after the admission.
+    assert phases.keys() >= {"queue", "prefill", "decode"}
+    assert phases["prefill"] > 1
+    assert phases["decode"] > 5 * found["antares.tpot_ms"]
+    assert sum(phases[name] for name in ("queue", "prefill", "decode")) <= answer_ms
+    assert QUESTION.encode() not in b"".join(collector.bodies)
 
 
 def paced(served: Served, tpot_ms: int) -> float:

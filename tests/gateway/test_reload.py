@@ -70,6 +70,15 @@ async def test_reload_changes_the_limits_of_the_edge() -> None:
             assert (await http.post(CHAT, json=body, headers={"x-long": "y" * 6000})).status_code == 431
 
 
+async def test_removed_classes_leave_the_status_of_an_idle_gateway() -> None:
+    async with live() as antares:
+        for number in range(3):
+            antares.gateway.reload(gateway_config(classes={"chat": {}, f"more-{number}": {}}))
+        assert (await antares.http.get("/status")).json()["classes"].keys() == {"chat", "more-2"}
+        assert (await antares.ask(x_slo_class="more-2")).status_code == 200
+        assert (await antares.ask(x_slo_class="more-1")).status_code == 400
+
+
 async def test_open_requests_of_a_removed_class_are_served() -> None:
     async with live(fast_engine(times=StepTimes(d=0.02), max_num_seqs=1)) as antares:
         body = chat(max_tokens=20, ignore_eos=True, stream=True)

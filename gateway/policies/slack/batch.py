@@ -16,7 +16,7 @@ from engine_adapter.service_kind import ServiceKind
 from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import Floats, WaitingArrays
 
-_PACED, _BEST_EFFORT = ServiceKind.PACED, ServiceKind.BEST_EFFORT
+_PACED, _DEADLINE_ONLY, _YIELDING = ServiceKind.PACED, ServiceKind.DEADLINE_ONLY, ServiceKind.YIELDING
 _UNPACED_SHARE = SLACK.best_effort_share  # of steps, for deadline-only and best-effort requests
 
 
@@ -35,6 +35,7 @@ class RunningBatch:
 
     engine: EngineState
     memory_z: float = 0.0
+    beside_yielding: bool = False
     reserved_slots: int = 0
     slots: int = 0
     best_effort_slots: int = 0
@@ -49,9 +50,12 @@ class RunningBatch:
     _prefill_token_s: float | None = None
 
     @classmethod
-    def of(cls, running: Collection[Request], engine: EngineState, memory_z: float = 0.0) -> RunningBatch:
+    def of(
+        cls, running: Collection[Request], engine: EngineState, memory_z: float = 0.0, beside_yielding: bool = False
+    ) -> RunningBatch:
         """Return the sums over ``running``, oldest first."""
-        batch = cls(engine, memory_z, reserved_slots(engine.max_num_seqs), memory=-engine.shared_tokens)
+        reserved = reserved_slots(engine.max_num_seqs)
+        batch = cls(engine, memory_z, beside_yielding, reserved, memory=-engine.shared_tokens)
         batch.add(running)
         return batch
 
@@ -59,7 +63,8 @@ class RunningBatch:
         """Add requests, each with its own pace or with ``pace_s``."""
         # Every running request is added in every decision, so the sums are local and the loop calls nothing.
         slots, best_effort_slots = self.slots, self.best_effort_slots
-        protected = self.reserved_slots if self.engine.gate.preemptible else self.engine.max_num_seqs
+        preempts = self.engine.gate.preemptible and not self.beside_yielding
+        protected, beside_yielding = self.reserved_slots if preempts else self.engine.max_num_seqs, self.beside_yielding
         decoding, context, strictest_s = self.decoding, self.context, self.strictest_s
         memory, preemptible_memory = self.memory, self.preemptible_memory
         variance, backlog = self.variance, self.backlog
@@ -70,20 +75,22 @@ class RunningBatch:
             slots += sequences
             expected = (request.prompt_tokens + (predicted if predicted - generated > 1 else generated + 1)) * sequences
             memory += expected
-            if request.kind is not _PACED:
+            kind, pace = request.kind, request.pace_s if pace_s is None else pace_s
+            yields = kind is _YIELDING and not beside_yielding
+            if yields or (kind is not _PACED and (kind is not _YIELDING or pace is None)):
                 weight *= _UNPACED_SHARE
-                if request.kind is _BEST_EFFORT:
+                if kind is not _DEADLINE_ONLY:
                     best_effort_slots += sequences
                     if best_effort_slots > protected:
                         preemptible_memory += expected
-            elif (pace := request.pace_s if pace_s is None else pace_s) is not None and pace < strictest_s:
+            elif pace is not None and pace < strictest_s:
                 strictest_s = pace
             # A running request counts by its length now, because another takes its slot and begins short.
             length = request.prompt_tokens + (generated if request.admitted_s is not None else predicted / 2)
             decoding += weight
             context += length * weight
             variance += request.variance
-            if request.first_token_s is None and not request.unobserved:
+            if request.first_token_s is None and not request.unobserved and not yields:
                 backlog += request.uncached_tokens
         self.slots, self.best_effort_slots = slots, best_effort_slots
         self.decoding, self.context, self.strictest_s = decoding, context, strictest_s
@@ -94,7 +101,8 @@ class RunningBatch:
     @property
     def free_slots(self) -> int:
         """Slots that are free for a request that may preempt best-effort ones."""
-        preemptible = self.best_effort_slots - self.reserved_slots if self.engine.gate.preemptible else 0
+        preempts = self.engine.gate.preemptible and not self.beside_yielding
+        preemptible = self.best_effort_slots - self.reserved_slots if preempts else 0
         return self.engine.max_num_seqs - self.slots + max(0, preemptible)
 
     def has_capacity_for(self, request: Request) -> bool:
@@ -175,14 +183,15 @@ class WaitingBatch:
         decode_s = token_s + max(-curve.e, 0.0) + curve.a * (of.prompt + of.output / 2)
         return token_s * of.uncached + decode_s * of.sequences * of.output
 
-    def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp], room_s: float = 0.0) -> NDArray[np.bool_]:
+    def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp], room: float = 0.0) -> NDArray[np.bool_]:
         """Return whether each request ``at`` can be admitted beside ``batch`` at ``now`` (s).
 
             slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
-            T(R + r) <= P*(R + r),   now + wait + mu * (backlog + uncached p_r) / (1 - T(R + r)/P*) <= d_r,
+            T(R + r) <= P*(R + r),   now + wait + prefill <= d_r,
 
-        where T leaves ``room_s`` free, and the step under way must end first: while other prompts wait, it takes up to
-        P*, or as long as the token budget of a step takes.
+        where T leaves the share ``room`` of P* free. ``wait`` is the step under way; ``prefill`` are the steps that the
+        backlog and p_r take, each as long as P*, or as the token budget allows. A first token comes when its step ends,
+        so the last step counts with the other prompts that fill it.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
@@ -190,10 +199,15 @@ class WaitingBatch:
         strictest_s, decoding = np.minimum(self.pace_s[at], batch.strictest_s), batch.decoding + weight
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
-        others = np.minimum(batch.backlog + of.uncached.sum() - of.uncached[at], engine.max_num_batched_tokens)
-        wait_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * others))
-        first_s = wait_s + token_s * (batch.backlog + of.uncached[at]) / np.maximum(1 - step_s / strictest_s, 1e-12)
-        fits = (sequences <= batch.free_slots) & (step_s + room_s <= strictest_s) & (now + first_s <= of.deadline[at])
+        others_s = token_s * (of.uncached.sum() - of.uncached[at])
+        ahead_s, own_s = token_s * batch.backlog, token_s * of.uncached[at]
+        longest_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * engine.max_num_batched_tokens))
+        wait_s = np.minimum(longest_s, step_s + ahead_s + others_s)
+        full_steps = np.ceil((ahead_s + own_s) / np.maximum(longest_s - step_s, 1e-12)) - 1
+        rest_s = ahead_s + own_s - full_steps * (longest_s - step_s)
+        first_s = wait_s + full_steps * longest_s + np.minimum(longest_s, step_s + rest_s + others_s)
+        fits = (sequences <= batch.free_slots) & (step_s <= (1 - room) * strictest_s)
+        fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
             # What is preempted may hold all shared tokens, which the others then need for themselves.
             others = np.minimum(-of.shared[at], engine.shared_tokens - batch.preemptible_memory)

@@ -36,9 +36,10 @@ from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, reject_tpot, reject_ttft
 from gateway.policies.slack.batch import RunningBatch, WaitingBatch
 from gateway.policies.slack.fair_share import FairShare
-from gateway.policies.tenant_shares import RecentTenants, TenantShares
+from gateway.policies.tenant_shares import TenantShares
 from gateway.requests.request import Request
-from gateway.requests.waiting_queue import arrays_of, several_tenants
+from gateway.requests.waiting_arrays import tenant_number
+from gateway.requests.waiting_queue import arrays_of, tenant_weights
 
 
 @dataclass(slots=True)
@@ -49,6 +50,7 @@ class _Round:
     batch: RunningBatch
     lookahead_tokens: float
     decision: Decision = field(default_factory=Decision)
+    others_share: float | None = None
 
     @property
     def lookahead_left(self) -> float:
@@ -61,6 +63,17 @@ class _Round:
         self.decision.admit.append(request)
         if request.kind is ServiceKind.PACED and pace_s != request.pace_s:
             self.decision.paces[request.id] = pace_s
+        if self.others_share is not None and request.kind is not ServiceKind.BEST_EFFORT:
+            self.decision.yielding.add(request.id)
+
+    def serve_yielding(self, running: Collection[Request], others_share: float, lookahead_steps: float) -> None:
+        """Go on with the requests of tenants above their share. The others' prompts take ``others_share`` of time."""
+        before, admitted, paces = self.batch, self.decision.admit, self.decision.paces
+        self.batch = RunningBatch.of(running, before.engine, before.memory_z, beside_yielding=True)
+        for request in admitted:
+            self.batch.add((request,), paces.get(request.id, request.pace_s))
+            self.batch.memory -= request.shared_tokens
+        self.others_share, self.lookahead_tokens = others_share, lookahead_steps * self.batch.chunk_tokens
 
 
 @dataclass(slots=True)
@@ -87,7 +100,7 @@ class Slack:
     name: str = "slack"
     gate: str = "slack"
     _fair_share: FairShare = field(init=False, repr=False, compare=False)
-    _tenants: RecentTenants = field(init=False, repr=False, compare=False, default_factory=RecentTenants)
+    _tenants: TenantShares = field(init=False, repr=False, compare=False, default_factory=TenantShares)
 
     def __post_init__(self) -> None:
         if not 0 < self.tpot_target_fraction <= 1:
@@ -114,14 +127,16 @@ class Slack:
         arrays, best_effort = arrays_of(waiting, count), waiting[count:]
         queue = WaitingBatch.of(waiting[:count], arrays, batch, now, self.tpot_target_fraction)
         queue = self._reject_infeasible(this, queue)
-        several = queue.requests and (self._tenants.several(now) or several_tenants(waiting))
-        if several:
-            queue = queue.at(np.argsort(self._shares(this, queue, running).above(), kind="stable"))
-        queue = self._reject_late(this, queue)
-        shares = self._shares(this, queue, running) if several else None
         overdue = [r for r in best_effort if now - r.arrival_s > self.max_wait_s]
-        self._admit_best_effort(this, overdue, batch.reserved_slots, overdue=True)
-        slots = batch.reserved_slots if self._admit(this, queue, shares) else engine.max_num_seqs
+        waits, weights = False, tenant_weights(waiting)
+        if queue.requests and self._tenants.several(now, weights):
+            above, others_share = self._tenants.above(now, weights, running, batch)
+            over = np.isin(queue.arrays.tenant, [tenant_number(name) for name in above])
+            waits = self._serve(this, queue.only(~over), ())
+            this.serve_yielding(running, others_share / batch.prefill_share, self.prefill_lookahead_steps)
+            queue = queue.only(over)
+        waits |= self._serve(this, queue, overdue)
+        slots = batch.reserved_slots if waits else engine.max_num_seqs
         self._admit_best_effort(this, best_effort, slots)
         self._fair_share.note(this.decision)
         self._tenants.note(now, this.decision.admit, batch.prefill_token_s)
@@ -129,10 +144,11 @@ class Slack:
         this.decision.max_hold_s = min(SLACK.max_hold_s, self.prefill_lookahead_steps * batch.strictest_s)
         return this.decision
 
-    def _shares(self, this: _Round, queue: WaitingBatch, running: Collection[Request]) -> TenantShares:
-        batch, token_s, context_s = this.batch, this.batch.prefill_token_s, this.batch.engine.step_time.curve.a
-        step_s = batch.strictest_s if batch.strictest_s < math.inf else batch.step_s
-        return TenantShares.between(this.now, queue.requests, running, self._tenants, token_s, context_s, step_s)
+    def _serve(self, this: _Round, queue: WaitingBatch, overdue: Sequence[Request]) -> bool:
+        """Lines 2 to 6, and the ``overdue`` best-effort requests. Return whether any of ``queue`` is left waiting."""
+        queue = self._reject_late(this, queue)
+        self._admit_best_effort(this, overdue, this.batch.reserved_slots, overdue=True)
+        return self._admit(this, queue)
 
     def _reject_infeasible(self, this: _Round, queue: WaitingBatch) -> WaitingBatch:
         """Line 1."""
@@ -174,32 +190,27 @@ class Slack:
             this.decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_s, infeasible))
         return queue.only(~late)
 
-    def _admit(self, this: _Round, queue: WaitingBatch, shares: TenantShares | None) -> bool:
+    def _admit(self, this: _Round, queue: WaitingBatch) -> bool:
         """Lines 3 to 6. Return whether any request is left waiting."""
         batch, admitted = this.batch, 0
         if not queue.requests or batch.free_slots <= 0:
             return bool(queue.requests)
-        order, claim = self._order(this, queue, shares)
+        order, claim = self._order(this, queue)
         while len(order) and batch.free_slots > 0:
             # Most candidates pass, so test them one at a time and re-filter only after a failure.
             at, order = order[:1], order[1:]
             request = queue.requests[at[0]]
             in_lookahead = at[0] == claim or request.uncached_tokens <= this.lookahead_left
-            room_s = shares.room_s if shares is not None and shares.above(at)[0] else 0.0
-            if not batch.slots or (in_lookahead and queue.fit(batch, this.now, at, room_s)[0]):
+            if not batch.slots or (in_lookahead and queue.fit(batch, this.now, at, this.others_share or 0.0)[0]):
                 tpot_s = math.inf if request.slo.tpot_s is None else self.tpot_target_fraction * request.slo.tpot_s
                 this.admit(request, min(SLACK.e2e_pace_factor * float(queue.pace_s[at[0]]), tpot_s))
                 admitted += 1
             else:
-                if shares is not None and not shares.above(at)[0]:
-                    order = order[~shares.above(order)]
                 order = order[queue.arrays.uncached[order] <= this.lookahead_left]
-                order = order[queue.fit(batch, this.now, order)]
+                order = order[queue.fit(batch, this.now, order, this.others_share or 0.0)]
         return admitted < len(queue.requests)
 
-    def _order(
-        self, this: _Round, queue: WaitingBatch, shares: TenantShares | None
-    ) -> tuple[NDArray[np.intp], int | None]:
+    def _order(self, this: _Round, queue: WaitingBatch) -> tuple[NDArray[np.intp], int | None]:
         """Line 3. Return the order, and the first request with a claim: it is overdue, or its class is behind.
 
         NOTE: this request leads and may exceed the lookahead. Otherwise shorter prompts could always overtake it.
@@ -211,9 +222,6 @@ class Slack:
         key = due_s + self.cost_weight * queue.cost_s(this.batch)
         order = np.flatnonzero(queue.arrays.uncached <= this.lookahead_left)
         order = order[np.lexsort((key[order], ~claims[order]))]
-        if shares is not None:
-            order = shares.merge(order, queue.token_s(this.batch))
-            return order, int(order[0]) if len(order) and claims[order[0]] else None
         if not claims.any() or this.lookahead_left < 0:
             return order, None
         claim = int(np.argmin(np.where(claims, key, math.inf)))

@@ -221,3 +221,44 @@ def test_slack_gate_without_paced_requests_changes_nothing(
         if each[1] is not ServiceKind.PACED
     ]
     assert slack_gate().plan(0.0, decoding, backlog) == StepPlan()
+
+
+# --- yielding requests ------------------------------------------------------------------------------------------------
+
+
+def yielding(request_id: str, pace_s: float = 0.03) -> DecodingRequest:
+    return DecodingRequest(request_id, pace_s, kind=ServiceKind.YIELDING)
+
+
+def test_yielding_requests_sit_out_when_a_prompt_of_another_needs_the_time() -> None:
+    # A step of both takes 12 ms; a backlog of 250 tokens takes 25 ms more, and the pace is 30 ms.
+    batch = [DecodingRequest("paced"), yielding("y")]
+    assert slack_gate().plan(0.0, batch, 100).sit_out == set()
+    plan = slack_gate().plan(0.0, batch, 250)
+    assert plan.sit_out == {"y"}
+    assert plan.max_prefill_tokens == pytest.approx(SPENT * 190, abs=1)
+
+
+def test_pace_of_yielding_requests_limits_only_their_own_prompts() -> None:
+    batch = [DecodingRequest("paced", 0.1), yielding("y", 0.02)]
+    assert slack_gate().plan(0.0, batch, 500) == StepPlan(), "62 ms of 100 ms"
+    plan = slack_gate().plan(0.0, batch, 500, yielding_prompts=True)
+    assert plan.sit_out == set()
+    assert plan.max_prefill_tokens == pytest.approx(SPENT * 80, abs=1)
+
+
+def test_yielding_requests_sit_out_when_a_step_of_all_is_too_long() -> None:
+    batch = [DecodingRequest("paced", 0.02), *(yielding(f"y{i}", 0.05) for i in range(12))]
+    assert slack_gate().plan(0.0, batch, 0).sit_out == {f"y{i}" for i in range(12)}
+    assert slack_gate().plan(0.0, batch[:9], 0).sit_out == set()
+
+
+def test_yielding_requests_alone_keep_their_pace() -> None:
+    plan = slack_gate().plan(0.0, [yielding("y")], 1000, yielding_prompts=True)
+    assert plan.sit_out == set()
+    assert plan.max_prefill_tokens == pytest.approx(SPENT * 190, abs=1)
+
+
+def test_yielding_requests_may_be_preempted() -> None:
+    assert slack_gate().preemptible(yielding("y"))
+    assert not slack_gate().preemptible(DecodingRequest("paced"))

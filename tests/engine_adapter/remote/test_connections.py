@@ -1,44 +1,22 @@
-"""Connections of an `HttpEngine`: limits, the server's key, redirects, and a server that stops answering."""
+"""Connections of an `HttpEngine`: limits, redirects and headers."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import resource
-import signal
-import socket
-import sys
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
 import pytest
 
-from engine_adapter.engine import EngineEvents, EngineLost, EngineStartError, Receive, Scope, Send
-from engine_adapter.remote import engine as engine_module
+from engine_adapter.engine import EngineLost, Receive, Scope, Send
 from engine_adapter.remote.engine import HttpEngine
 from gateway.config.engines import HttpEngineConfig
 from tests.fixtures.live_server import eventually, serve
-from tests.fixtures.scripted_server import CHAT, DONE, Scripted, ScriptedStream, ask, chunk, proxied
+from tests.fixtures.scripted_server import CHAT, DONE, Scripted, ScriptedStream, ask, chunk, post, proxied
 
 pytestmark = pytest.mark.process
 
 LONG_RESPONSE_S = 30.0
-
-
-async def post(engine: HttpEngine, path: str = CHAT, **fields: Any) -> httpx.Response:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(engine.app), base_url="http://e") as client:
-        return await client.post(path, json=ask(**fields))
-
-
-def fast_probes(monkeypatch: pytest.MonkeyPatch, timeout_s: float = 0.3, down_after_s: float = 0.5) -> None:
-    monkeypatch.setattr(engine_module, "PROBE_EVERY_S", 0.05)
-    monkeypatch.setattr(engine_module, "PROBE_AGAIN_S", (0.05,))
-    monkeypatch.setattr(engine_module, "PROBE_TIMEOUT_S", timeout_s)
-    monkeypatch.setattr(engine_module, "DOWN_AFTER_S", down_after_s)
 
 
 # --- connection limits ------------------------------------------------------------------------------------------------
@@ -159,111 +137,6 @@ async def test_request_does_not_wait_forever_for_a_connection() -> None:
         await engine.stop()
 
 
-# --- the server's key -------------------------------------------------------------------------------------------------
-
-
-class Guarded:
-    """A server that wants ``key`` on ``/v1``, while ``/health`` is open."""
-
-    def __init__(self, key: str, status: int = 401) -> None:
-        self.key, self.status = key, status
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await receive()
-        given = dict(scope["headers"]).get(b"authorization", b"").decode()
-        allowed = scope["path"] == "/health" or given == f"Bearer {self.key}"
-        await send({"type": "http.response.start", "status": 200 if allowed else self.status, "headers": []})
-        await send({"type": "http.response.body", "body": b'{"data": [{"id": "m"}]}'})
-
-
-@pytest.mark.parametrize("status", [401, 403])
-async def test_start_fails_if_only_v1_wants_a_key(status: int) -> None:
-    async with serve(Guarded("k", status)) as url:
-        with pytest.raises(EngineStartError, match=rf"/v1/models returned {status}: set its api_key_env"):
-            await HttpEngine("remote", url).start(EngineEvents())
-        with pytest.raises(EngineStartError, match="check the key"):
-            await HttpEngine("remote", url, api_key="wrong").start(EngineEvents())
-        engine = HttpEngine("remote", url, api_key="k")
-        await engine.start(EngineEvents())
-        assert (engine.state.alive, engine.state.model) == (True, "m")
-        await engine.stop()
-
-
-async def test_key_that_stops_working_takes_the_engine_down_until_it_works(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    fast_probes(monkeypatch, timeout_s=2)
-    server = Guarded("k")
-    async with serve(server) as url:
-        engine = HttpEngine("remote", url, api_key="k")
-        await engine.start(EngineEvents())
-        server.key = "new"
-        assert (await post(engine)).status_code == 401
-        await eventually(lambda: not engine.state.alive)
-        await asyncio.sleep(0.3)
-        assert len([r for r in caplog.records if "api_key_env" in r.getMessage()]) == 1, "logged once"
-        server.key = "k"
-        await eventually(lambda: engine.state.alive)
-        await engine.stop()
-
-
-async def test_late_server_that_wants_a_key_stays_down(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    fast_probes(monkeypatch, timeout_s=2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    engine = HttpEngine("remote", f"http://127.0.0.1:{port}")
-    await engine.start(EngineEvents())
-    server = await asyncio.start_server(_unauthorized, "127.0.0.1", port)
-    await eventually(lambda: "api_key_env" in caplog.text)
-    assert not engine.state.alive
-    await engine.stop()
-    server.close()
-
-
-async def _unauthorized(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    head = await reader.readuntil(b"\r\n\r\n")
-    status = b"200 OK" if b"/health" in head else b"401 Unauthorized"
-    writer.write(b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
-    writer.close()
-
-
-# --- why a server is not ready ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("url", "why"),
-    [
-        ("http://127.0.0.1:9", "connection refused"),
-        ("http://no-such-host.invalid:8000", "DNS error"),
-        ("https://127.0.0.1:{port}", "TLS error"),
-    ],
-)
-async def test_log_names_the_cause_of_a_failed_start(url: str, why: str, caplog: pytest.LogCaptureFixture) -> None:
-    async with serve(Scripted(lambda _: (200, b"", b""))) as plain:
-        engine = HttpEngine("far", url.replace("{port}", plain.rpartition(":")[2]))
-        with caplog.at_level(logging.WARNING):
-            await engine.start(EngineEvents())
-        await engine.stop()
-    assert f"engine far is not ready, waiting for it: engine far at {engine.base_url}: {why}" in caplog.text
-
-
-@pytest.mark.parametrize("status", [500, 503, 302, 204])
-async def test_log_names_the_status_of_an_unhealthy_server(status: int, caplog: pytest.LogCaptureFixture) -> None:
-    async def unhealthy(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    async with serve(unhealthy) as url:
-        engine = HttpEngine("far", url)
-        await engine.start(EngineEvents())
-        await engine.stop()
-    assert f"/health returned {status}" in caplog.text
-    assert not engine.state.alive
-
-
 # --- redirects and headers --------------------------------------------------------------------------------------------
 
 
@@ -303,105 +176,3 @@ async def test_date_and_server_of_the_upstream_are_dropped(path: str, stream: bo
         headers = (await client.post(path, json=ask(stream=stream))).headers
     assert headers["x-other"] == "1"
     assert not {"date", "server"} & set(headers)
-
-
-# --- a server that stops answering ------------------------------------------------------------------------------------
-
-STOPPABLE = """
-import asyncio, sys, uvicorn
-
-async def app(scope, receive, send):
-    await receive()
-    kind = b"text/event-stream" if scope["method"] == "POST" else b"application/json"
-    silent = b"silent" in scope["query_string"]
-    if not silent:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
-    if scope["method"] == "POST":
-        token = b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\\n\\n'
-        for _ in range(3000):
-            if not silent:
-                await send({"type": "http.response.body", "body": token, "more_body": True})
-            await asyncio.sleep(0.02)
-    await send({"type": "http.response.body", "body": b"{}"})
-uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), lifespan="off", log_level="critical")
-"""
-
-
-@asynccontextmanager
-async def server_process() -> AsyncIterator[tuple[int, str]]:
-    """A server of endless streams in its own process. Yields (process id, URL)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", STOPPABLE, str(port))
-    try:
-        yield process.pid, f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        await process.wait()
-
-
-async def test_stopped_process_ends_what_is_in_flight_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast_probes(monkeypatch)
-    async with server_process() as (pid, url):
-        engine = HttpEngine("remote", url)
-        await engine.start(EngineEvents())
-        await eventually(lambda: engine.state.alive, within_s=20)
-        paths = [CHAT, CHAT + "?silent=1", "/v1/messages", "/v1/embeddings"]
-        calls = [asyncio.create_task(post(engine, path, stream=stream)) for path in paths for stream in (True, False)]
-        await eventually(lambda: engine.state.engine_running == len(calls))
-        await asyncio.sleep(1.5)
-        assert not any(call.done() for call in calls), "a healthy server's requests go on"
-        os.kill(pid, signal.SIGSTOP)
-        began = time.monotonic()
-        ends = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
-        assert [type(end) for end in ends] == [EngineLost] * len(calls)
-        assert "down" in str(ends[0])
-        assert time.monotonic() - began > 0.5
-        assert (engine.state.alive, engine.state.engine_running) == (False, 0)
-        os.kill(pid, signal.SIGCONT)
-        await eventually(lambda: engine.state.alive)
-        await engine.stop()
-
-
-async def test_short_pause_of_the_process_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast_probes(monkeypatch, down_after_s=5.0)
-    async with server_process() as (pid, url):
-        engine = HttpEngine("remote", url)
-        await engine.start(EngineEvents())
-        await eventually(lambda: engine.state.alive, within_s=20)
-        call = asyncio.create_task(post(engine, stream=True))
-        await eventually(lambda: engine.state.engine_running == 1)
-        os.kill(pid, signal.SIGSTOP)
-        await eventually(lambda: not engine.state.alive)
-        os.kill(pid, signal.SIGCONT)
-        await eventually(lambda: engine.state.alive)
-        assert not call.done()
-        call.cancel()
-        await asyncio.gather(call, return_exceptions=True)
-        await engine.stop()
-
-
-async def test_unhealthy_server_that_still_streams_keeps_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that is stopping may refuse probes while it completes its streams."""
-    fast_probes(monkeypatch, down_after_s=0.1)
-    healthy, probes = True, 0
-    upstream = ScriptedStream([*[step for _ in range(40) for step in (chunk("a"), 0.02)], chunk("b", "stop"), DONE])
-
-    async def unhealthy(scope: Scope, receive: Receive, send: Send) -> None:
-        nonlocal probes
-        if scope["path"] != "/health":
-            await upstream(scope, receive, send)
-            return
-        probes += 1
-        await send({"type": "http.response.start", "status": 200 if healthy else 503, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    async with proxied(unhealthy) as (engine, client):
-        call = asyncio.create_task(client.post(CHAT, json=ask()))
-        await eventually(lambda: engine.state.engine_running == 1)
-        healthy = False
-        await eventually(lambda: not engine.state.alive)
-        response = await call
-        assert response.status_code == 200
-        assert probes > 4

@@ -161,7 +161,7 @@ def test_gate_sees_only_the_uncached_backlog() -> None:
     serve(scheduler, turn("1", 96))
     backlogs = []
     plan = scheduler.gate.plan
-    scheduler.gate.plan = lambda now, decoding, backlog: (backlogs.append(backlog), plan(now, decoding, backlog))[1]  # type: ignore[method-assign]
+    scheduler.gate.plan = lambda now, decoding, backlog, _: (backlogs.append(backlog), plan(now, decoding, backlog))[1]  # type: ignore[method-assign]
     scheduler.submit(turn("2", 100))
     scheduler.plan(0.0)
     assert backlogs == [4]

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from engine_adapter.gates.base import Decoding, OpenGate, StepPlan
 from engine_adapter.gates.credit import CreditGate
+from engine_adapter.gates.slack import SlackGate
+from engine_adapter.service_kind import ServiceKind
 from engine_adapter.simulated.scheduler import BLOCK_TOKENS, STEP_MODES, Finished, SimulatedScheduler, Step
 from engine_adapter.simulated.sequence import SimulatedSequence
 from tests.fixtures.scheduler_workloads import (
@@ -231,7 +233,9 @@ def test_gate_receives_decoding_sequences_and_prefill_backlog() -> None:
     calls: list[tuple[list[str], int]] = []
 
     class RecordingGate(OpenGate):
-        def plan(self, now: float, decoding: Sequence[Decoding], prefill_backlog: int) -> StepPlan:
+        def plan(
+            self, now: float, decoding: Sequence[Decoding], prefill_backlog: int, yielding_prompts: bool = False
+        ) -> StepPlan:
             calls.append(([d.request_id for d in decoding], prefill_backlog))
             return StepPlan(max_prefill_tokens=20)
 
@@ -293,3 +297,25 @@ def test_invalid_options_are_rejected_with_the_fix(limits: dict[str, Any], messa
     with pytest.raises(ValueError) as error:
         SimulatedScheduler(**{**WIDE, **limits})
     assert str(error.value) == message
+
+
+# --- yielding sequences -----------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_yielding_sequences_wait_for_those_of_others() -> None:
+    long = SimulatedSequence("long", 120, 5, pace_s=0.05, kind=ServiceKind.YIELDING)
+    scheduler = submitted(long, max_num_batched_tokens=50, gate=SlackGate())
+    assert stepped(scheduler) == [([], {"long": 50})]
+    for name, kind in (("yielding", ServiceKind.YIELDING), ("other", ServiceKind.PACED)):
+        scheduler.submit(SimulatedSequence(name, 60, 1, pace_s=9.0, kind=kind))
+    assert [list(chunks) for _, chunks in stepped(scheduler, 2)] == [["other"], ["other"]]
+    assert stepped(scheduler)[0][1] == {"long": 50}
+    while scheduler.running or scheduler.waiting:
+        stepped(scheduler)
+    assert long.generated == 5
+
+
+def test_best_effort_prompts_do_not_hold_yielding_ones() -> None:
+    yielding = SimulatedSequence("yielding", 60, 5, pace_s=0.05, kind=ServiceKind.YIELDING)
+    scheduler = submitted(yielding, SimulatedSequence("best-effort", 60, 5), gate=SlackGate())
+    assert "yielding" in stepped(scheduler)[0][1]

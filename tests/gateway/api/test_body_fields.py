@@ -108,6 +108,33 @@ async def test_cache_salt_is_scoped_by_tenant(path: str) -> None:
         assert "cache_salt" not in await sent(antares, path, {}, ALICE)
 
 
+@pytest.mark.parametrize("path", PATHS)
+async def test_isolated_prefixes_have_a_salt_of_their_tenant(path: str) -> None:
+    async with live(keys=KEYS, server={"body_fields": {"prefix_isolation": True, "allow": ["cache_salt"]}}) as antares:
+        several: list[dict[str, Any]] = [{}, {"cache_salt": None}, {"request_id": "removed"}]
+        for fields in several:
+            assert (await sent(antares, path, fields, ALICE))["cache_salt"] == "alice:"
+        assert (await sent(antares, path, {"cache_salt": "s"}, ALICE))["cache_salt"] == "alice:s"
+        assert (await sent(antares, path, {}, BOB))["cache_salt"] == "bob:"
+
+
+def test_no_salt_of_a_client_equals_that_of_a_tenant() -> None:
+    guard = FieldGuard(isolates_prefixes=True)
+
+    def salt(tenant: str, **document: Any) -> Any:
+        guard.apply(document, ApiKey(tenant, "chat", "digest", allowed_fields=frozenset({"cache_salt"})))
+        return document["cache_salt"]
+
+    found = [salt("a"), salt("b"), salt("b", cache_salt="a:"), salt("a", cache_salt="b:"), salt("a", cache_salt=":")]
+    assert len(set(found)) == len(found)
+
+
+def test_isolation_needs_tenants() -> None:
+    document: dict[str, Any] = {"prompt": "a"}
+    assert not FieldGuard(isolates_prefixes=True).apply(document, ApiKey("anonymous", "chat", ""))
+    assert document == {"prompt": "a"}
+
+
 async def test_cache_salt_without_keys_passes_unchanged(antares: Live) -> None:
     assert (await sent(antares, CHAT, {"cache_salt": "bob:s"}))["cache_salt"] == "bob:s"
 

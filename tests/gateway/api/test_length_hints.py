@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from gateway.prediction.client import HINT_P90, LengthPredictor, LengthStatistics
+from gateway.prediction.client import HINT_P90, LengthPredictor
+from gateway.prediction.lengths import LengthStatistics
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
 from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, live

@@ -170,3 +170,16 @@ async def test_deployed_prometheus_scrapes_with_the_key_of_an_operator(tmp_path:
         async with asyncio.timeout(20):
             while (await scraper.targets()).get("antares") != health:
                 await asyncio.sleep(0.1)
+
+
+async def test_feed_of_a_revoked_operator_ends() -> None:
+    async with live(server=GUARDED, keys=KEYS) as antares:
+        antares.gateway.live.start()
+        async with antares.http.stream("GET", "/dashboard/events", headers={"x-api-key": OPERATOR}) as feed:
+            lines = feed.aiter_lines()
+            await anext(lines)
+            antares.gateway.reload(gateway_config(server=GUARDED, keys=KEYS[1:]))
+            async with asyncio.timeout(10):
+                async for _ in lines:
+                    pass
+        assert (await antares.http.get("/dashboard/events", headers={"x-api-key": OPERATOR})).status_code == 401

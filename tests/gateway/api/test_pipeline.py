@@ -14,7 +14,7 @@ import pytest
 
 from engine_adapter.engine import EngineUnreachable, Receive, RenderedPrompt, Scope, Send
 from engine_adapter.remote.engine import HttpEngine
-from gateway.prediction.client import Prediction
+from gateway.prediction.lengths import Prediction
 from tests.fixtures.live_gateway import CHAT, AdmitNothing, Live, chat, fast_engine, live, serving
 from tests.fixtures.live_server import eventually
 

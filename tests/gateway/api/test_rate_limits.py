@@ -226,3 +226,25 @@ def test_keys_of_a_tenant_must_agree_in_their_limits() -> None:
     disagreeing = [*keys(requests_per_minute=1), {"sha256": hash_key("third"), "tenant": "alice"}]
     with pytest.raises(ValueError, match="another requests_per_minute"):
         gateway_config(keys=disagreeing)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "least", "most"),
+    [
+        ("/v1/completions", {"prompt": ["a b c d e f g h i j"] * 50, "max_tokens": 1, "ignore_eos": True}, 550, 600),
+        ("/v1/completions", {"prompt": "a b c d e f g h i j", "n": 20, "max_tokens": 1, "ignore_eos": True}, 30, 40),
+        # The simulated engine has no such route: it answers 404.
+        ("/v1/chat/completions/batch", {"messages": [[{"role": "user", "content": "a b c"}]] * 50}, 0, 0),
+    ],
+)
+async def test_several_prompts_of_a_request_all_count(path: str, body: dict[str, Any], least: int, most: int) -> None:
+    async with live(keys=keys(tokens_per_minute=6000)) as antares:
+        await antares.ask({"model": "simulated", **body}, path, x_api_key=KEY)
+        assert 6000 - most <= await tokens_left(antares) <= 6000 - least + 300
+
+
+async def test_several_prompts_are_rejected_if_together_they_exceed_the_limit() -> None:
+    async with live(keys=keys(tokens_per_minute=100)) as antares:
+        body = {"model": "simulated", "prompt": ["a b c d e f g h i j"] * 50, "max_tokens": 1}
+        answer = await antares.ask(body, "/v1/completions", x_api_key=KEY)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (429, "false")

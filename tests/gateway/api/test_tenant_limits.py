@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
 from typing import Any
 
 import pytest
@@ -36,6 +38,8 @@ async def test_open_requests_of_one_tenant_leave_room_for_another() -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert "This tenant has too many open requests (server.max_open_requests)" in refused.text
         assert int(refused.headers["retry-after"]) >= 1
+        exposition = antares.gateway.metrics.exposition().decode()
+        assert re.search(r'reason="tenant_full".*tenant="abuser".* 4\.0', exposition) is not None
         victim = ask(antares, "victim")
         await eventually(lambda: antares.gateway.ledger.open_count == 9)
         full = await ask(antares, "victim", {"input": "hi"}, path=EMBEDDINGS)
@@ -117,6 +121,39 @@ async def test_reload_changes_the_pass_through_limit_of_calls_that_wait(antares:
     await eventually(lambda: passing._slots["simulated"].used == 3)
     finish.set()
     assert [(await call).status_code for call in calls] == [200] * 3
+
+
+async def stalled(antares: Live, tenant: str) -> asyncio.StreamWriter:
+    """Ask for a large response and read nothing of it."""
+    host, port = antares.url.removeprefix("http://").split(":")
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, (host, int(port)))
+    _, writer = await asyncio.open_connection(sock=client)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    key = f"authorization: Bearer sk-{tenant}"
+    writer.write(f"GET /v1/responses/resp_1 HTTP/1.1\r\nhost: x\r\n{key}\r\n\r\n".encode())
+    return writer
+
+
+async def test_buffered_responses_of_the_tenant_with_most_are_cut_first() -> None:
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * (6 << 20)})
+
+    limits = {"response_memory_bytes": 12 << 20, "stall_s": 60.0}
+    async with live(keys=KEYS, limits=limits) as antares:
+        antares.engine.stub = large
+        connections = antares.gateway.connections
+        opened = [await stalled(antares, "victim")]
+        # It is behind for longest.
+        await eventually(lambda: connections.buffered > 1 << 20)
+        opened += [await stalled(antares, "abuser") for _ in range(8)]
+        await eventually(lambda: len(connections) <= 4 and 0 < connections.buffered <= 12 << 20, 5)
+        assert "victim" in {connection.holder.name for connection in connections._open}
+        for writer in opened:
+            writer.transport.abort()
 
 
 async def test_large_bodies_of_one_tenant_leave_memory_for_another() -> None:

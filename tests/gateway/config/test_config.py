@@ -128,6 +128,15 @@ def test_load_reports_invalid_yaml_as_a_mistake(tmp_path: Path, text: str) -> No
     assert mistakes(file)
 
 
+def test_load_reports_a_file_that_is_too_large(tmp_path: Path) -> None:
+    file = tmp_path / "antares.yaml"
+    file.write_text(VALID + "#" * (16 << 20))
+    with pytest.raises(ConfigError, match="is larger than 16 MiB"):
+        load(file)
+    with pytest.raises(ConfigError, match="is larger than 16 MiB"):
+        load(Path("/dev/zero"))
+
+
 def test_load_reports_an_unreadable_file_as_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     for file in (tmp_path / "absent.yaml", tmp_path, tmp_path / "binary.yaml"):

@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from benchmarks.faults.server import FaultyServer
 from engine_adapter.engine import EngineLost, Receive, Scope, Send
@@ -24,77 +20,18 @@ from gateway.observability.trace_context import read_trace_context
 from gateway.observability.tracing import spans_url
 from tests.fixtures.live_gateway import CHAT, Live, chat, fast_engine, live
 from tests.fixtures.live_server import eventually, serve
+from tests.fixtures.otlp_collector import StandInCollector, attributes, collecting
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 CANARY = "xylophone-canary-7261"
 
 
-@dataclass
-class StandInCollector:
-    """Answers OTLP/HTTP like a collector and keeps the decoded spans. ``delay_s``: how long it takes to answer."""
-
-    url: str = ""
-    spans: list[Span] = field(default_factory=list)
-    resources: list[dict[str, Any]] = field(default_factory=list)
-    bodies: list[bytes] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-    delay_s: float = 0.0
-
-    def take(self, body: bytes) -> None:
-        self.bodies.append(body)
-        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-            self.resources.append({a.key: a.value.string_value for a in resource.resource.attributes})
-            for scope in resource.scope_spans:
-                self.spans += scope.spans
-
-    def named(self, name: str) -> list[Span]:
-        return [span for span in self.spans if span.name == name]
-
-    @property
-    def servers(self) -> list[Span]:
-        return [span for span in self.spans if span.kind == Span.SPAN_KIND_SERVER]
-
-    def children(self, of: Span) -> list[Span]:
-        return sorted((s for s in self.spans if s.parent_span_id == of.span_id), key=lambda s: s.start_time_unix_nano)
-
-
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInCollector]:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
-    stand_in = StandInCollector()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            time.sleep(stand_in.delay_s)
-            if self.path == "/v1/traces":
-                stand_in.headers.append(dict(self.headers))
-                stand_in.take(body)
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    stand_in.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield stand_in
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def attributes(span: Span) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for attribute in span.attributes:
-        kind = attribute.value.WhichOneof("value")
-        value = getattr(attribute.value, kind)
-        found[attribute.key] = [v.string_value for v in value.values] if kind == "array_value" else value
-    return found
+    with collecting() as stand_in:
+        yield stand_in
 
 
 def tracing(collector: StandInCollector, **more: Any) -> dict[str, Any]:

@@ -225,10 +225,13 @@ def test_fit_equals_the_conditions_of_each_request(
         both = RunningBatch.of(old, state, 2.3)
         both.add((request,), float(queue.pace_s[at]))
         step_s, strictest_s = both.step_s, both.strictest_s
-        others = min(backlog + queued - request.prompt_tokens, state.max_num_batched_tokens)
-        wait_s = max(step_s, min(strictest_s, step_s + both.prefill_token_s * others))
-        share = max(1 - step_s / strictest_s, 1e-12) if strictest_s > 0 else 1e-12
-        first_s = wait_s + both.prefill_token_s * (backlog + request.prompt_tokens) / share
+        token_s, others = both.prefill_token_s, queued - request.prompt_tokens
+        longest_s = max(step_s, min(strictest_s, step_s + token_s * state.max_num_batched_tokens))
+        first_s = min(longest_s, step_s + token_s * (backlog + others))
+        left_s, most_s = token_s * (backlog + request.prompt_tokens), max(longest_s - step_s, 1e-12)
+        full_steps = math.ceil(left_s / most_s) - 1
+        first_s += full_steps * longest_s
+        first_s += min(longest_s, step_s + left_s - full_steps * (longest_s - step_s) + token_s * others)
         memory = both.memory - both.preemptible_memory + 2.3 * math.sqrt(both.variance)
         ratios = (
             step_s / max(strictest_s, 1e-12),
@@ -255,7 +258,8 @@ def test_fit_expects_full_steps_while_other_prompts_wait() -> None:
         batch.backlog = backlog
         return bool(waiting_batch(requests, batch).fit(batch, NOW, np.array([0]))[0])
 
-    for options, first_s in (({}, 0.127), ({"others": 900}, 0.2145), ({"backlog": 50}, 0.234)):
+    # 100 tokens take one such step and an eighth of the next, which other prompts fill.
+    for options, first_s in (({}, 0.1375), ({"others": 900}, 0.3), ({"backlog": 50}, 0.2375)):
         assert fits(first_s + 0.002, **options)
         assert not fits(first_s - 0.002, **options)
 

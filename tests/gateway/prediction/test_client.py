@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.prediction.client import CircuitBreaker, LengthPredictor, LengthStatistics, Prediction
+from gateway.prediction.circuit_breaker import CircuitBreaker
+from gateway.prediction.client import LengthPredictor
+from gateway.prediction.lengths import LengthStatistics, Prediction
 from tests.fixtures.live_gateway import chat, live, serving
 from tests.fixtures.live_server import eventually
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from engine_adapter.engine import EngineState, Receive, Scope, Send
 from engine_adapter.step_time.linear_forms import StepTimes
+from gateway.api.call import Call
 from gateway.policies.fcfs import Fcfs
 from gateway.policies.registry import make_policy
 from gateway.requests.request import Request
@@ -156,11 +159,11 @@ def test_has_ample_room_is_false_behind_a_waiting_request() -> None:
     assert not admission.has_ample_room(0.0, request(0))
 
 
-def test_predict_later_revises_a_length_that_is_exceeded() -> None:
+def test_replace_prediction_revises_a_length_that_is_exceeded() -> None:
     one = request(0, max_tokens=500.0)
     one.advance(5)
     pace_s = one.pace_s = 0.123
-    one.predict_later(3.0, 6.0)
+    one.replace_prediction(3.0, 6.0)
     assert one.predicted_at_arrival == 3.0
     assert one.predicted_tokens > 5
     assert one.pace_s == pace_s
@@ -199,3 +202,16 @@ def test_no_policy_decides_by_the_length_while_there_is_ample_room(policy: str, 
         assert not decision.reject
         admitted.append(len(decision.admit))
     assert admitted[0] == admitted[1]
+
+
+async def test_late_prediction_keeps_no_request_in_memory_and_counts_as_no_wait() -> None:
+    async with held() as (service, antares):
+        for _ in range(5):
+            answer = await antares.ask()
+        gc.collect()
+        # The engine may remember who observed its last request.
+        assert len([each for each in gc.get_objects() if isinstance(each, Call)]) <= 1
+        service.release.set()
+        await eventually(lambda: antares.gateway.predictor.reports.sent == 5)
+        record = (await antares.http.get(f"/v1/requests/{answer.headers['x-request-id']}")).json()
+        assert "predicting" not in orjson.dumps(record).decode()

@@ -15,7 +15,7 @@ import httpx
 import orjson
 import pytest
 
-from gateway.prediction.client import Prediction
+from gateway.prediction.lengths import Prediction
 from gateway.prediction.supervisor import Supervisor
 from tests.fixtures.live_gateway import Live, Load, live
 from tests.fixtures.live_server import eventually

@@ -14,8 +14,8 @@ from engine_adapter.service_kind import ServiceKind
 from gateway.policies.registry import POLICIES, make_policy
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
-from gateway.requests.waiting_arrays import WaitingArrays
-from gateway.requests.waiting_queue import WaitingQueue, arrays_of
+from gateway.requests.waiting_arrays import WaitingArrays, tenant_number
+from gateway.requests.waiting_queue import WaitingQueue, arrays_of, tenant_weights
 from tests.fixtures.policy_builders import make_request
 
 
@@ -174,6 +174,7 @@ def test_arrays_hold_the_numbers_of_the_requests() -> None:
         "shared": [0, 0, 8],
         "output": [60, 40, 50],
         "variance": pytest.approx([200.0, 0.0, 0.0]),
+        "tenant": [tenant_number("anonymous")] * 3,
     }
 
 
@@ -207,3 +208,14 @@ def test_arrays_of_a_queue_are_read_only() -> None:
     queue = queue_of(make_request("a"))
     with pytest.raises(ValueError, match="read-only"):
         queue.arrays().arrival[0] = 1.0
+
+
+def test_queue_knows_the_weights_of_the_tenants_that_wait() -> None:
+    queue = WaitingQueue(lambda request: (request.arrival_s,))
+    requests = [make_request(name, tenant=name[0], weight=weight) for name, weight in (("a1", 1.0), ("b1", 3.0))]
+    for request in requests:
+        queue.add(request)
+    assert tenant_weights(queue) == tenant_weights(requests) == {"a": 1.0, "b": 3.0}
+    assert queue.arrays().tenant.tolist() == [tenant_number("a"), tenant_number("b")]
+    queue.remove(requests[0])
+    assert tenant_weights(queue) == {"b": 3.0}

@@ -18,15 +18,8 @@ from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Rejection, 
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling.decision_schedule import MAX_DECIDING_SHARE
-from gateway.scheduling.engine_queue import (
-    PROBE_INTERVAL_S,
-    Admitted,
-    Clock,
-    Draining,
-    EngineDown,
-    EngineQueue,
-    QueueFull,
-)
+from gateway.scheduling.engine_queue import PROBE_INTERVAL_S, Clock, EngineQueue
+from gateway.scheduling.queue_outcome import Admitted, Draining, EngineDown, QueueFull
 from tests.fixtures.live_server import eventually
 from tests.fixtures.policy_builders import make_request
 

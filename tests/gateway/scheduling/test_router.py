@@ -12,7 +12,8 @@ from engine_adapter.simulated.engine import SimulatedEngine
 from gateway.policies.registry import make_policy
 from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling.circuit_breaker import FAILURES_TO_OPEN
-from gateway.scheduling.engine_queue import Admitted, Draining, EngineDown, EngineQueue, Reroute
+from gateway.scheduling.engine_queue import EngineQueue
+from gateway.scheduling.queue_outcome import Admitted, Draining, EngineDown, Reroute
 from gateway.scheduling.router import MAX_OWNED, Router
 from tests.fixtures.policy_builders import make_request
 

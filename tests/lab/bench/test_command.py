@@ -94,7 +94,7 @@ def test_plot_writes_png(plot: Path) -> None:
 
 def test_trace_needs_no_rate_and_default_output_is_table(url: str) -> None:
     options = ("--workload", "small", "--max-output", "4", "--arrivals", "trace", "--requests", "5", "--speed", "40")
-    result = run("--url", url, *options, "--endpoint", "chat", "--policy", "ours")
+    result = run("--url", url, *options, "--slo-scale", "20", "--endpoint", "chat", "--policy", "ours")
     assert result.exit_code == 0, result.stderr
     assert "ours" in result.stdout
     assert "100.0%" in result.stdout
@@ -150,7 +150,15 @@ def test_help_lists_every_workload_and_slo_table() -> None:
     assert all(name in options["slo_table"] for name in slo_table_names())
 
 
-@pytest.mark.process
+def test_missing_client_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    for module in ("lab.bench.load_client", "lab.bench.client_request"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    result = run("http://127.0.0.1:9", "--qps", "1")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "antares: bench needs aiohttp: pip install 'antares-gateway[bench]'\n"
+
+
 def test_import_of_command_is_light() -> None:
     code = "import sys, lab.bench.cli; assert not {'numpy', 'aiohttp', 'matplotlib'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=20).returncode == 0

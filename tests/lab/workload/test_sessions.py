@@ -121,7 +121,7 @@ def test_invalid_argument_of_sessions_raises_with_the_fix(wrong: dict, error: st
 
 
 def test_many_sessions_are_made_fast() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(make_workload("multi-turn", qps=60, duration_s=120)) > 5000
     # 0.4 s on an idle core; the limit allows for a busy machine.
-    assert time.perf_counter() - started < 4
+    assert time.process_time() - started < 4

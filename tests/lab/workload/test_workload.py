@@ -166,10 +166,10 @@ def test_invalid_argument_raises_with_accepted_values(wrong: dict, error: str) -
 
 def test_hundred_thousand_requests_are_fast() -> None:
     dataset("sharegpt")
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(make_workload("sharegpt", qps=50, requests=100_000)) == 100_000
-    # 0.2 s on an idle core; the limit allows for a busy machine.
-    assert time.perf_counter() - started < 1.5
+    # 0.2 s on an idle core. CPU time, since others may use the machine.
+    assert time.process_time() - started < 1.5
 
 
 def test_data_files_are_small_and_hold_only_integers() -> None:
