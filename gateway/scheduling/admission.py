@@ -140,10 +140,10 @@ class AdmissionController:
         self.engine.shared_tokens = int(self.prefixes.shared_tokens)
 
     def has_ample_room(self, now: float, request: Request) -> bool:
-        """Whether the output length of ``request`` decides nothing: not if it is admitted, nor when.
+        """Whether every policy admits ``request`` at once, so that its output length decides nothing.
 
-        Nothing waits, and with this request the engine uses at most `AMPLE` of its sequences and its memory, and of the
-        time that each bound leaves.
+        Nothing waits, no other prompt is prefilled, and with this request the engine uses at most `AMPLE` of its
+        sequences and its memory, and of the time that each bound leaves.
         """
         engine, running = self.engine, self.running.values()
         if self.waiting or request.slo.e2e_s is not None or len(running) >= AMPLE * engine.max_num_seqs:
@@ -152,13 +152,13 @@ class AdmissionController:
         pace_s = math.inf if request.pace_s is None else request.pace_s
         prefill_s = self.prefill_s(request)
         for other in running:
+            if other.prefilling:
+                return False
             sequences += other.sequences
             context += other.length * other.sequences
             memory += _memory(other)
             if other.pace_s is not None and other.pace_s < pace_s:
                 pace_s = other.pace_s
-            if other.prefilling:
-                prefill_s += engine.step_time.prefill(other.uncached_tokens)
         if sequences > AMPLE * engine.max_num_seqs or memory > AMPLE * (engine.kv_tokens or math.inf):
             return False
         step_s = engine.step_time.curve.step_s(sequences, context)
