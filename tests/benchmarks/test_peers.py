@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import typer
 import yaml
@@ -22,7 +23,7 @@ from benchmarks.overhead.peers.client import Answers, Connection, EventCounter, 
 from benchmarks.overhead.peers.measure import SHAPES, Shape, measure, served
 from benchmarks.overhead.peers.report import FIRST_BYTE, LOAD, PACED, Column, cell, failures, page, tables, values
 from benchmarks.overhead.peers.servers import DIRECT, OURS, PEERS, Server, chosen
-from benchmarks.overhead.peers.upstream import Upstream
+from benchmarks.overhead.peers.upstream import MODEL, Upstream
 from gateway.config.schema import GatewayConfig
 
 NAMES = (DIRECT, "antares")
@@ -140,6 +141,23 @@ async def test_answers_of_one_connection_are_complete(upstream: int, stream: boo
     answers, _ = await served(upstream, shape, 0)
     assert (len(answers.whole_s), answers.failures) == (5, 0)
     assert all(0 < first <= whole for first, whole in zip(answers.ttft_s, answers.whole_s, strict=True))
+
+
+async def test_upstream_reports_usage_only_if_asked(upstream: int) -> None:
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{upstream}") as session:
+        messages = [{"role": "user", "content": [{"type": "text", "text": "0 1 a"}]}]
+        body: dict[str, Any] = {"model": MODEL, "max_tokens": 3, "messages": messages}
+        whole = await (await session.post("/v1/chat/completions", json=body)).json()
+        plain = await (await session.post("/v1/chat/completions", json=body | {"stream": True})).text()
+        asked = body | {"stream": True, "stream_options": {"include_usage": True}}
+        with_usage = await (await session.post("/v1/chat/completions", json=asked)).text()
+        models = await (await session.get("/v1/models")).json()
+        absent = await session.get("/absent")
+    usage = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert (whole["usage"], models["data"][0]["id"], absent.status) == (usage, MODEL, 404)
+    events = [line.removeprefix("data: ") for line in with_usage.split("\n\n") if line]
+    assert (events[-1], json.loads(events[-2])["usage"], len(events)) == ("[DONE]", usage, 7)
+    assert plain.count("data: ") == 6
 
 
 async def test_paced_streams_keep_the_pace(upstream: int) -> None:

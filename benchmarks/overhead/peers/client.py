@@ -180,7 +180,7 @@ class Connection(asyncio.Protocol):
 
 
 async def connect(port: int, answers: Answers, count: int) -> list[Connection]:
-    """Open up to ``count`` connections to 127.0.0.1:``port``. Those that do not open count as failures."""
+    """Open up to ``count`` connections to 127.0.0.1:``port``. A connection that does not open counts as a failure."""
     loop = asyncio.get_running_loop()
     connections: list[Connection] = []
     for first in range(0, count, 100):

@@ -137,6 +137,7 @@ their range. In each round all servers start afresh and take turns, load by load
 - *antares*: a proxy (`kind: http`) with an API key, SLO headers, queueing, the default policy, the predictor and
   metrics. The CPU time and the memory include those of the predictor's process.
 - The other gateways run one worker with their default settings and route to one upstream. They do not schedule.
+- *CPU an event* is all CPU time over the tokens, so it includes the request's own cost.
 - *ITL*: time between two events of a stream, as the client reads them.
 - *memory a stream*: growth over the idle server, at the highest. *peak memory* counts shared pages once per process.
 

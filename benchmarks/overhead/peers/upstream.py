@@ -15,8 +15,6 @@ import orjson
 import uvloop
 
 MODEL = "scripted"
-PROMPT_TOKENS = 32
-
 _MODELS = orjson.dumps({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "scripted"}]})
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
@@ -24,14 +22,15 @@ _STREAM_HEAD = (
 )
 
 
-_WORDS = [
-    " ".join(f"word{number * 7919 % (997 + place)}" for place in range(PROMPT_TOKENS - 8)) for number in range(64)
-]
+_SIZES = [16 + 37 * number % 128 for number in range(128)]
+"""Prompt sizes in words. They differ, as those of real traffic do: a gateway may learn from them."""
+
+_WORDS = [" ".join(f"word{(place + 1) * size % 997}" for place in range(size - 2)) for size in _SIZES]
 
 
 def prompt(pace_ms: float, number: int) -> str:
     """Return a prompt for which the upstream sends a token every ``pace_ms`` (ms). ``number`` makes it unique."""
-    return f"{pace_ms} {number} Tell me about {_WORDS[number % len(_WORDS)]}"
+    return f"{pace_ms} {number} {_WORDS[number % len(_WORDS)]}"
 
 
 def _event(choice: dict[str, Any] | None, usage: dict[str, int] | None = None) -> bytes:
@@ -47,8 +46,8 @@ def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def _usage(tokens: int) -> dict[str, int]:
-    return {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": tokens, "total_tokens": PROMPT_TOKENS + tokens}
+def _usage(words: int, tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": words, "completion_tokens": tokens, "total_tokens": words + tokens}
 
 
 _ROLE = _event({"delta": {"role": "assistant", "content": ""}})
@@ -57,19 +56,19 @@ _FINISH = _event({"delta": {}, "finish_reason": "length"})
 _DONE = _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
-def _stream_end(tokens: int, with_usage: bool) -> bytes:
-    return _FINISH + (_event(None, _usage(tokens)) if with_usage else b"") + _DONE
+def _stream_end(words: int, tokens: int, with_usage: bool) -> bytes:
+    return _FINISH + (_event(None, _usage(words, tokens)) if with_usage else b"") + _DONE
 
 
 def _plain(body: bytes, kind: bytes = b"application/json", status: bytes = b"200 OK") -> bytes:
     return b"HTTP/1.1 %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n%b" % (status, kind, len(body), body)
 
 
-def _whole_answer(tokens: int) -> bytes:
+def _whole_answer(words: int, tokens: int) -> bytes:
     message = {"role": "assistant", "content": " token" * tokens}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}
     head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": MODEL}
-    return _plain(orjson.dumps({**head, "choices": [choice], "usage": _usage(tokens)}))
+    return _plain(orjson.dumps({**head, "choices": [choice], "usage": _usage(words, tokens)}))
 
 
 class Upstream(asyncio.Protocol):
@@ -126,13 +125,14 @@ class Upstream(asyncio.Protocol):
 
     def _answer(self, body: dict[str, Any]) -> None:
         tokens = int(body["max_tokens"])
-        if not body.get("stream"):
-            self._write(_whole_answer(tokens))
-            return
         content = body["messages"][-1]["content"]
         text = content if isinstance(content, str) else content[0]["text"]
+        words = text.count(" ") + 1
+        if not body.get("stream"):
+            self._write(_whole_answer(words, tokens))
+            return
         pace_s = float(text.partition(" ")[0]) / 1e3
-        end = _stream_end(tokens, bool((body.get("stream_options") or {}).get("include_usage")))
+        end = _stream_end(words, tokens, bool((body.get("stream_options") or {}).get("include_usage")))
         if pace_s == 0 or tokens == 1:
             self._write(_STREAM_HEAD + _ROLE + _TOKEN * tokens + end)
             return
