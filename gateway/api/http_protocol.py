@@ -395,6 +395,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._end_output()
 
     def _end_output(self) -> None:
+        held = self.cycle.transport if self.cycle is not None else None
+        if isinstance(held, HeadBuffer):
+            held.flush()
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
