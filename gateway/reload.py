@@ -102,18 +102,18 @@ class Reloader:
             await cancel_and_wait(self._next)  # type: ignore[arg-type]
 
     async def _watch_keys(self) -> None:
-        await self._gateway.can_reload.wait()
         seen: object = None
         while True:
-            keys_file = self._gateway.config.keys_file
-            if keys_file is not None:
-                path = keys_path(keys_file.path, self._file)
-                # In a thread, because the folder may be on another machine.
-                version = await asyncio.to_thread(_version, path)
-                if version != seen:
-                    async with self._running:
+            # A reload may name another file.
+            async with self._running:
+                keys_file = self._gateway.config.keys_file
+                if keys_file is not None:
+                    path = keys_path(keys_file.path, self._file)
+                    # In a thread, because the folder may be on another machine.
+                    version = await asyncio.to_thread(_version, path)
+                    if version != seen:
                         await self._apply_keys(path)
-                    seen = version
+                        seen = version
             await asyncio.sleep(KEYS_EVERY_S)
 
     async def _apply_keys(self, path: Path) -> None:
@@ -127,7 +127,7 @@ class Reloader:
                 raise await asyncio.to_thread(self._located, error) from error
             if change.keys:
                 self._gateway.apply(change, await asyncio.to_thread(Access.of, change.config))
-                log.info("%s: %d keys count now", path, len(entries))
+                log.info("%s: %d keys are valid now", path, len(entries))
         except ConfigError as error:
             _log_mistakes(error)
         except Exception as error:
@@ -180,7 +180,8 @@ def _version(path: Path) -> object:
         state = path.stat()
     except OSError:
         return None
-    return state.st_mtime_ns, state.st_size, state.st_ino
+    # The last one also changes with the rights of the file.
+    return state.st_mtime_ns, state.st_size, state.st_ino, state.st_ctime_ns
 
 
 def _log_mistakes(error: ConfigError) -> None:

@@ -120,8 +120,8 @@ class Upstream:
         return ended
 
     def silent_s(self) -> float:
-        """Seconds since any response got bytes, while a reader waits for some; 0 if none waits."""
-        if not any(response.awaited for response in self._active):
+        """Seconds since any response got bytes, while the reader of a begun one waits for more; 0 if none waits."""
+        if not any(response.awaited and response.status for response in self._active):
             return 0.0
         return time.monotonic() - max(response.read_at for response in self._active)
 

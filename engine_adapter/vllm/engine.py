@@ -233,15 +233,16 @@ class VllmEngine:
                 continue
             if llm.errored:
                 self._mark_dead(llm)
-            elif self._is_hung(llm, checked - before):
+            elif await self._is_hung(llm, checked - before):
                 self.state.hangs += 1
                 self._mark_dead(llm, f"hung for {self._watchdog.silent_s:.0f} s")
-                kill(core_pids(llm))
+                # NOTE: it walks the process tree, which takes milliseconds.
+                await asyncio.to_thread(kill, core_pids(llm))
             else:
                 continue
             await self._restart()
 
-    def _is_hung(self, llm: Any, elapsed_s: float) -> bool:
+    async def _is_hung(self, llm: Any, elapsed_s: float) -> bool:
         """Whether ``llm`` hangs. ``elapsed_s``: seconds since the previous call."""
         sequences, prompt_tokens = pending(llm)
         # The EngineCore computes no step while it loads an adapter.
@@ -250,7 +251,7 @@ class VllmEngine:
         watchdog = self._watchdog
         watchdog.add_silence(elapsed_s)
         if watchdog.wants_cpu_s:
-            watchdog.on_cpu_s(cpu_s(core_pids(llm)))
+            watchdog.on_cpu_s(await asyncio.to_thread(cpu_s, core_pids(llm)))
         return watchdog.is_hung(sequences, prompt_tokens, self.state.max_num_batched_tokens)
 
     def _mark_dead(self, llm: Any, why: str = "died") -> None:

@@ -132,7 +132,7 @@ def cpu_s(pids: Iterable[int]) -> float | None:
 def kill(pids: Iterable[int]) -> None:
     """Kill processes and their descendants. SIGKILL also ends a stopped process."""
     for process in list(_trees(pids)):
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process.pid, signal.SIGKILL)
 
 

@@ -21,7 +21,10 @@ OVERDUE_S, OVERDUE_FACTOR = 0.5, 4.0
 
 def note_handover(engine: EngineState, seconds: float) -> None:
     """Note that ``engine`` had a request ``seconds`` after its admission: the gateway's own time."""
-    engine.handover_s = max(LEAST_S, engine.handover_s * (RISE if seconds > engine.handover_s else FALL))
+    if seconds > engine.handover_s:
+        engine.handover_s = max(LEAST_S, min(seconds, engine.handover_s * RISE))
+    else:
+        engine.handover_s = max(LEAST_S, engine.handover_s * FALL)
 
 
 def overdue_s(now: float, running: Collection[Request], engine: EngineState) -> float:

@@ -148,7 +148,9 @@ class EngineQueue:
 
     def on_handover(self, request: Request) -> None:
         """Note that ``request``, which was admitted, now goes to the engine."""
-        note_handover(self.engine.state, self._clock() - (request.admitted_s or 0.0))
+        if request.admitted_s is not None:
+            # A request that the engine will refuse is sent on without an admission.
+            note_handover(self.engine.state, self._clock() - request.admitted_s)
 
     def leave(self, request: Request) -> None:
         """Remove an admitted request that has ended in any way."""

@@ -149,6 +149,7 @@ class Tenants:
             if limits.get(tenant, TenantLimits()) == TenantLimits():
                 use.set_limits(TenantLimits(), now)
                 if not use.open:
+                    # Its debts are forgiven: a key that is made anew for the tenant begins with full buckets.
                     del self._uses[tenant]
 
     def of(self, tenant: str) -> TenantUse | None:

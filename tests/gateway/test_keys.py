@@ -178,7 +178,7 @@ async def test_bad_keys_file_changes_nothing_and_is_logged_with_its_place(
         await asyncio.sleep(0.2)
         assert "nothing changed" not in caplog.text, "the same mistake is logged once"
         file.write_text(good.replace("alice", "carol"))
-        await eventually(lambda: "1 keys count now" in caplog.text)
+        await eventually(lambda: "1 keys are valid now" in caplog.text)
         answer = await antares.ask(x_api_key=key)
         assert (answer.status_code, antares.gateway.config.api_keys()[0].tenant) == (200, "carol")
 

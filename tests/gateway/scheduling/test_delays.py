@@ -13,6 +13,7 @@ from gateway.policies.slack.policy import Slack
 from gateway.requests.request import Request
 from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.delays import OVERDUE_FACTOR, OVERDUE_S, note_handover, overdue_s, work_ahead_s
+from tests.fixtures.live_gateway import chat, live
 from tests.fixtures.policy_builders import NOW, admitted, engine, make_request, rejected, running
 
 STEP_S = 0.0102
@@ -142,3 +143,11 @@ def test_prediction_counts_half_a_step_of_an_engine_that_reports_none() -> None:
 def test_prediction_counts_the_prompts_in_the_engine() -> None:
     prompt = running(prompt=400, generated=0, first_token_s=None)
     assert work_ahead_s(NOW, [prompt], engine()) > 0.4
+
+
+async def test_requests_that_the_engine_refuses_do_not_count_as_slow_handovers() -> None:
+    async with live() as antares:
+        for _ in range(80):
+            assert (await antares.ask(chat("word " * 20_000))).status_code == 400
+        assert antares.engine.state.handover_s < 0.1
+        assert (await antares.ask()).status_code == 200
