@@ -11,9 +11,10 @@ that cost more than they compute.
 `refitted` fits f by weighted least squares, with a penalty on changes of slope that the previous curve did not have.
 Where there are no samples, the curve keeps its shape and is scaled to the speed of the latest steps.
 
-That speed is a median. Least squares fit skewed times lower or higher than their median, so every refit would scale the
-part without samples by the difference once more. `StepCurve.drift` sums up these differences, and `MAX_DRIFT` bounds
-their effect.
+That speed is a median, but least squares fit skewed times below or above their median. A refit scales the part without
+samples by this difference, and corrects only the part with samples. Repeated, that grows without bound: with
+exponential times by half at every refit. So `StepCurve.drift` accumulates the differences, and `refitted` divides the
+speed by what exceeds `MAX_DRIFT`. From then on, both parts move by the same factor.
 
 All times in seconds, sizes in tokens.
 """
@@ -53,9 +54,9 @@ _PRIOR_STEPS = 3.0
 """Weight of the previous a, e and h, in steps (as in `linear_forms.fit_itl`)."""
 
 MAX_DRIFT = 2.0
-"""Most by which the refits together may scale the part without samples more, or less, than the part with samples.
+"""Bound of `StepCurve.drift`, as a factor up or down.
 
-Convention. Low enough to be harmless, and not reached by symmetric noise of a few percent.
+Step times with 5% jitter stay within it, so it changes nothing for them. Exponential times reach it in two refits.
 """
 
 
@@ -78,7 +79,8 @@ class _Slopes:
 class StepCurve:
     """f at `KNOTS` (s, shape (knots,)), and the coefficients a, e and h of T(D, C, p).
 
-    ``drift``: by how much all refits so far scaled the part without samples more than the part with samples.
+    ``drift``: product of the median ratios of observed to fitted times that the refits left. The next refit scales the
+    part without samples by the latest one, so this is how far it is, or will be, scaled away from the observed part.
     """
 
     at_knots: Floats
