@@ -11,6 +11,11 @@ that cost more than they compute.
 `refitted` fits f by weighted least squares, with a penalty on changes of slope that the previous curve did not have.
 Where there are no samples, the curve keeps its shape and is scaled to the speed of the latest steps.
 
+That speed is a median, but least squares fit skewed times below or above their median. A refit scales the part without
+samples by this difference, and corrects only the part with samples. Repeated, that grows without bound: with
+exponential times by half at every refit. So `StepCurve.drift` accumulates the differences, and `refitted` divides the
+speed by what exceeds `MAX_DRIFT`. From then on, both parts move by the same factor.
+
 All times in seconds, sizes in tokens.
 """
 
@@ -48,6 +53,12 @@ _KNOT_MEMORY = 3e-4
 _PRIOR_STEPS = 3.0
 """Weight of the previous a, e and h, in steps (as in `linear_forms.fit_itl`)."""
 
+MAX_DRIFT = 2.0
+"""Bound of `StepCurve.drift`, as a factor up or down.
+
+Step times with 5% jitter stay within it, so it changes nothing for them. Exponential times reach it in two refits.
+"""
+
 
 @dataclass(slots=True, frozen=True)
 class _Slopes:
@@ -66,12 +77,17 @@ class _Slopes:
 
 @dataclass(slots=True, frozen=True)
 class StepCurve:
-    """f at `KNOTS` (s, shape (knots,)), and the coefficients a, e and h of T(D, C, p)."""
+    """f at `KNOTS` (s, shape (knots,)), and the coefficients a, e and h of T(D, C, p).
+
+    ``drift``: product of the median ratios of observed to fitted times that the refits left. The next refit scales the
+    part without samples by the latest one, so this is how far it is, or will be, scaled away from the observed part.
+    """
 
     at_knots: Floats
     a: float
     e: float
     h: float
+    drift: float = field(default=1.0, compare=False)
     _knots: list[float] = field(init=False, repr=False, compare=False)
     _values: list[float] = field(init=False, repr=False, compare=False)
     _slopes: dict[int, _Slopes] = field(init=False, repr=False, compare=False, default_factory=dict)
@@ -242,7 +258,8 @@ def refitted(previous: StepCurve, decodes: Floats, context: Floats, prefill: Flo
     """Return ``previous`` corrected by steps that took ``seconds``. All arrays have shape (samples,)."""
     guess = np.concatenate([previous.at_knots, [previous.a, previous.e, previous.h]])
     terms = _Terms.of(decodes, context, prefill)
-    speed = float(np.median(seconds / np.maximum(terms.predict(guess), 1e-9)))
+    drift = min(max(previous.drift, 1 / MAX_DRIFT), MAX_DRIFT)
+    speed = _speed(terms.predict(guess), seconds) * (drift / previous.drift)
     # Without prefill samples, e and h stay as they are. Otherwise they would drift with the noise of decode steps.
     guess[: len(KNOTS) + 1 if not prefill.any() else None] *= speed
     # Weight by relative error, so that short steps count as much as long ones. The weight of an outlier that took
@@ -254,7 +271,16 @@ def refitted(previous: StepCurve, decodes: Floats, context: Floats, prefill: Flo
     usual = max(3 * float(np.median(error)), 0.02)
     fit = terms.solve(guess, seconds, weight * np.minimum(1.0, usual / np.maximum(error, 1e-9)))
     a, e, h = fit[len(KNOTS) :].tolist()
-    return StepCurve(np.maximum.accumulate(np.maximum(fit[: len(KNOTS)], 0.0)), max(a, 0.0), e, max(h, 0.0))
+    fit[: len(KNOTS)] = np.maximum.accumulate(np.maximum(fit[: len(KNOTS)], 0.0))
+    a, h = max(a, 0.0), max(h, 0.0)
+    fit[len(KNOTS) :] = a, e, h
+    # The next refit scales by what this one left between the fit and the median.
+    return StepCurve(fit[: len(KNOTS)], a, e, h, drift * _speed(terms.predict(fit), seconds))
+
+
+def _speed(predicted: Floats, seconds: Floats) -> float:
+    """Return the median ratio of ``seconds`` to the ``predicted`` ones."""
+    return float(np.median(seconds / np.maximum(predicted, 1e-9)))
 
 
 @dataclass(slots=True, frozen=True)

@@ -1,0 +1,87 @@
+"""The step curve at step sizes that were never observed, after many refits to noisy steps of one or a few sizes."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from engine_adapter.step_time.curve import StepCurve, refitted
+from engine_adapter.step_time.linear_forms import StepTimes
+from engine_adapter.step_time.model import StepTimeModel
+
+NOISE = {
+    "exponential": lambda random: random.expovariate(1.0),
+    "log-normal": lambda random: random.lognormvariate(0.0, 1.0),
+    "fast or stalled": lambda random: random.choice([0.1, 1.0, 1.0, 8.0]),
+}
+"""Skewed factors on the step times."""
+
+SIZES = st.lists(st.sampled_from([1, 2, 5, 16, 32, 48, 100, 300, 1000, 2048, 8000]), min_size=1, max_size=3)
+UNSEEN = [2**n for n in range(14)]
+
+
+@pytest.mark.parametrize("sizes", [[32], [16, 32], range(16, 97)], ids=["one", "two", "many"])
+@pytest.mark.parametrize("seed", range(10))
+def test_prefill_only_steps_give_no_growing_extrapolation(sizes: list[int], seed: int) -> None:
+    model, random = StepTimeModel(), Random(seed)
+    for _ in range(3000):
+        model.observe(0, random.choice(sizes), 0.0, random.expovariate(1 / 0.002) + 0.0002)
+        curve = model.curve
+        if model.steps_seen > model.refit_every:
+            assert curve.step_s(1, 0) + curve.h + 32 * curve.prefill_token_s(0.0, 2048, math.inf) < 0.03
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["decode", "prefill", "beside", "apart"]), SIZES, st.sampled_from([1, 4, 33]),
+    st.floats(5e-4, 0.1), st.sampled_from([0.0, 1e-5, 1e-4]), st.sampled_from(list(NOISE)), st.integers(0, 1000),
+)  # fmt: skip
+@example("prefill", [32], 1, 0.002, 0.0, "exponential", 0)
+@example("apart", [32], 4, 0.002, 0.0, "exponential", 0)
+def test_unseen_step_is_within_twice_the_linear_extrapolation(
+    kind: str, sizes: list[int], decodes: int, fixed_s: float, token_s: float, noise: str, seed: int
+) -> None:
+    """``kind``: decode steps or prompts alone, prompts beside ``decodes``, or some of these and prompts alone."""
+    model, random = StepTimeModel(), Random(seed)
+    found: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for _ in range(4000):
+        size = random.choice(sizes)
+        shapes = {"decode": [(size, 0)], "prefill": [(0, size)], "beside": [(decodes, size)]}
+        step = random.choice(shapes.get(kind, [(decodes, 0), (0, size)]))
+        seconds = (fixed_s + token_s * sum(step)) * NOISE[noise](random) + 1e-4
+        model.observe(*step, 0.0, seconds)
+        found[step].append(seconds)
+    means = {step: float(np.mean(seconds)) for step, seconds in found.items()}
+    most_s, most_token_s = max(means.values()), max(mean_s / sum(step) for step, mean_s in means.items())
+    for size in UNSEEN:
+        decode_s = model.curve.step_s(size, 0) if kind != "prefill" else 0.0
+        prefill_s = model.curve.step_s(0, 0, size) if kind != "decode" else 0.0
+        limit_s = 2 * (most_s + most_token_s * size)
+        assert 0 <= decode_s < limit_s
+        assert -limit_s < prefill_s < limit_s, "skewed noise may make a prompt token seem cheaper than free"
+
+
+def test_more_refits_do_not_change_unseen_sizes() -> None:
+    random = np.random.default_rng(0)
+    curve, sizes = StepCurve.of(StepTimes()), np.full(512, 32.0)
+    unseen: dict[int, float] = {}
+    for refits in range(1001):
+        curve = refitted(curve, sizes, 0 * sizes, 0 * sizes, random.exponential(0.002, 512))
+        unseen[refits] = curve.step_s(2048, 0)
+    assert unseen[1000] == pytest.approx(unseen[10], rel=0.3)
+    assert max(unseen[at] for at in range(10, 1001)) < 2 * unseen[10]
+
+
+def test_unseen_sizes_follow_a_slower_engine_beyond_the_drift_bound() -> None:
+    curve, sizes, random = StepCurve.of(StepTimes()), np.full(256, 32.0), np.random.default_rng(1)
+    before = curve.step_s(512, 0)
+    for slower in (2.0, 4.0, 8.0, 16.0):
+        seconds = slower * StepTimes().itl(32, 0) * random.normal(1, 0.05, 256)
+        curve = refitted(curve, sizes, 0 * sizes, 0 * sizes, seconds)
+    assert curve.step_s(512, 0) == pytest.approx(16 * before, rel=0.1)
