@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 
 class HeadBuffer:
@@ -50,4 +51,6 @@ class HeadBuffer:
             self._flush = None
             head, self._head = self._head, b""
             if not self._transport.is_closing():
-                self._transport.write(head)
+                # The output has ended if the client was answered with an error meanwhile.
+                with contextlib.suppress(RuntimeError):
+                    self._transport.write(head)

@@ -15,7 +15,12 @@ class RecordingTransport(asyncio.Transport):
         self.calls: list[bytes | str] = []
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
+        if "eof" in self.calls:
+            raise RuntimeError("Cannot call write() after write_eof()")
         self.calls.append(bytes(data))
+
+    def write_eof(self) -> None:
+        self.calls.append("eof")
 
     def close(self) -> None:
         self.calls.append("close")
@@ -67,3 +72,11 @@ async def test_nothing_is_sent_on_a_closed_connection() -> None:
     transport.close()
     await asyncio.sleep(0)
     assert transport.calls == ["close"]
+
+
+async def test_head_that_is_held_when_the_output_ends_is_dropped() -> None:
+    head, transport = buffer()
+    head.write(b"head")
+    transport.write_eof()
+    head.flush()
+    assert transport.calls == ["eof"]
