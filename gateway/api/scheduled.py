@@ -152,8 +152,8 @@ class Scheduled:
     async def _predict(self, call: Call, entry: Entry, engine_queue: EngineQueue) -> None:
         """Predict the output length, unless the client states it. `LengthPredictor` bounds the time that this takes.
 
-        While the engine has ample room, the length decides nothing: the request goes on with the usual length of its
-        class, and the predictor's answer replaces that when it comes.
+        While the engine has ample room, the request does not wait for the predictor. It starts with the usual length of
+        its class, and the prediction replaces that later.
         """
         started, request, prompt = self._clock(), call.request, call.prompt
         if call.output_tokens is not None:

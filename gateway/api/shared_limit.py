@@ -1,8 +1,9 @@
 """A bounded resource that tenants share, such that no tenant can take all of it.
 
-The rule is that of dynamic thresholds for shared buffers in switches (Choudhury and Hahne, 1998): a tenant that holds
-any of the resource may hold at most `FREE_FACTOR` times what stays free, by weight. So one tenant alone gets nearly
-all, n tenants that want more get equal parts, and there is always room for a tenant that holds nothing.
+The rule is the dynamic threshold of shared switch buffers (Choudhury and Hahne, 1998). A tenant that already holds
+units may hold at most `FREE_FACTOR` times the free units, scaled by its weight. A single tenant gets nearly all of the
+units. Several tenants that want more get equal parts. A tenant that holds none can always take a unit while one is
+free.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class SharedLimit:
         self.wake()
 
     def wake(self) -> None:
-        """Have those that wait look again."""
+        """Let waiting requests check again whether they fit."""
         self._freed.set()
         self._freed.clear()
 

@@ -67,7 +67,7 @@ class TenantAccounts:
         return None
 
     def settle(self, call: Call, entry: Entry) -> None:
-        """Replace the reserved tokens by those that the request used: none if an engine refused or failed it."""
+        """Replace the reserved tokens by the used ones. A request that an engine refused or failed used none."""
         use, request = call.http.use, call.request
         if use is None or not call.reserved_tokens:
             return

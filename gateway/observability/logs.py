@@ -25,7 +25,7 @@ class TextFormatter(logging.Formatter):
     """Formats each record as text. NOTE: an exception's own text may quote a request, so only its frames are logged."""
 
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - the name is logging's
-        """Return the types and frames of an exception and of those that caused it, the last one first."""
+        """Return types and frames of the exception, then those of its causes."""
         parts: list[str] = []
         error = ei[1]
         while error is not None and len(parts) < _MAX_CHAIN:

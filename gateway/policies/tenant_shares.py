@@ -1,8 +1,9 @@
 """Max-min fairness between the tenants of one engine: what a tenant uses above its share gives way to the others.
 
-A tenant's *usage* is its largest share of what the engine has: of time (its decodes, what its prompts took lately, and
-what a strict pace costs all), of the KV memory, or of the slots. It counts what runs now, so a wrong length hint
-changes nothing. A tenant is *above its share* while it uses more than its weight's part of what all active tenants use.
+A tenant uses a share of the engine's time, of its KV memory and of its slots. The largest of the three is its *usage*.
+Time includes its decodes, its recent prompts, and the extra cost of short steps that a strict pace causes. Usage is
+computed from the running requests, so a wrong length hint does not affect it. A tenant is *above its share* while it
+uses more than its weight's part of what all active tenants use.
 
 A tenant within its share is served as if the tenants above theirs were not there. These get what it leaves: their
 requests are admitted as `ServiceKind.YIELDING`. So a tenant that asks for less than its share gets all of it, and

@@ -23,7 +23,7 @@ BOUND = 0.03
 
 
 def above(old: list[Request], waiting: dict[str, float] | None = None, **changes: Any) -> set[str]:
-    """Return the tenants above their share, of those that run ``old`` or wait."""
+    """Return the tenants above their share. ``old``: the running requests; ``waiting``: weights by tenant."""
     batch = RunningBatch.of(old, engine(**changes))
     return TenantShares().above(NOW, waiting or {}, old, batch)[0]
 
