@@ -153,7 +153,7 @@ STATE_FILES: tuple[bytes, ...] = (
 async def corrupt_state(running: Rig, ends: Ends) -> None:
     """Replace the predictor's state by garbage, and kill the predictor so that it reads it. One of `STATE_FILES`."""
     state = Path(running.config["predictor"]["state_dir"])
-    pid = await predictor(running, ends)
+    pid = await predictor(running)
     content = STATE_FILES[len(list(running.folder.glob("seen-*"))) % len(STATE_FILES)]
     (running.folder / f"seen-{time.monotonic_ns()}").touch()
     async with load(running, ends):
@@ -162,7 +162,7 @@ async def corrupt_state(running: Rig, ends: Ends) -> None:
         os.kill(pid, signal.SIGKILL)
         ends.recovery_s = await until(lambda: running.predictor_pid() not in (None, pid), 60)
         started = time.monotonic()
-        await predictor(running, ends)
+        await predictor(running)
         ends.recovery_s += time.monotonic() - started
 
 

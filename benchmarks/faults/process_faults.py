@@ -91,19 +91,18 @@ async def with_predictor(folder: Path) -> AsyncIterator[dict[str, Any]]:
     yield {"predictor": {"timeout_ms": 50, "state_dir": str(folder / "state"), "expected_tokens": 64}}
 
 
-async def _predicts(running: Rig, ends: Ends) -> float:
-    """Wait until the predictor predicts, and return the seconds. NOTE: only requests notice that it is back."""
+async def _predicts(running: Rig) -> float:
+    """Wait until the predictor predicts, and return the seconds. The gateway idles: no request notices it first."""
 
     async def predicts() -> bool:
-        ends.probes[(await exchange(running.port, chat(max_tokens=1))).end] += 1
         return b"\nantares_predictor_up 1.0" in (await running.get("/metrics")).body
 
     return await until(predicts, 30, 0.1)
 
 
-async def predictor(running: Rig, ends: Ends) -> int:
+async def predictor(running: Rig) -> int:
     """Return the predictor's process id, once it predicts."""
-    await _predicts(running, ends)
+    await _predicts(running)
     pid = running.predictor_pid()
     assert pid is not None
     return pid
@@ -111,17 +110,17 @@ async def predictor(running: Rig, ends: Ends) -> int:
 
 async def kill_predictor(running: Rig, ends: Ends) -> None:
     """SIGKILL the predictor while it predicts. The gateway starts it again."""
-    pid = await predictor(running, ends)
+    pid = await predictor(running)
     async with load(running, ends):
         await asyncio.sleep(0.3)
         os.kill(pid, signal.SIGKILL)
         ends.recovery_s = await until(lambda: running.predictor_pid() not in (None, pid), 30)
-    ends.recovery_s += await _predicts(running, ends)
+    ends.recovery_s += await _predicts(running)
 
 
 async def hang_predictor(running: Rig, ends: Ends) -> None:
     """SIGSTOP the predictor while it predicts, for a second."""
-    pid = await predictor(running, ends)
+    pid = await predictor(running)
     async with load(running, ends):
         await asyncio.sleep(0.3)
         os.kill(pid, signal.SIGSTOP)
@@ -129,7 +128,7 @@ async def hang_predictor(running: Rig, ends: Ends) -> None:
             await asyncio.sleep(1)
         finally:
             os.kill(pid, signal.SIGCONT)
-        ends.recovery_s = await _predicts(running, ends)
+        ends.recovery_s = await _predicts(running)
 
 
 _OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"

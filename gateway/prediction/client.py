@@ -18,6 +18,7 @@ from functools import partial
 
 import orjson
 
+from engine_adapter.asgi import cancel_and_wait
 from engine_adapter.engine import EngineLost
 from engine_adapter.remote.client import Upstream
 from gateway.prediction.circuit_breaker import CircuitBreaker
@@ -33,6 +34,9 @@ its length features do not distinguish longer prompts."""
 LATER_S = 0.02
 """Seconds for which questions are collected that no request waits for: a request that ends before needs no answer.
 Convention: a few steps of an engine."""
+
+PROBE_S = 1.0
+"""Seconds between probes of a service whose circuit breaker is open. The breaker's own pause is as long."""
 
 HINT_P90 = 1.25
 """Ratio of the p90 to a length that a client states. Convention: a client knows its length better than a predictor,
@@ -80,8 +84,9 @@ class LengthPredictor:
     """Client of the predictor service. With ``url`` None it uses only the fallback.
 
     A request waits at most ``timeout_s`` seconds. Failures open a circuit breaker, so that requests do not wait for a
-    dead predictor. There is one call at a time: questions that arrive during a call form the batch of the next one.
-    Questions for which no request waits are collected for `LATER_S`, and then asked for those that have not ended.
+    dead predictor. While it is open, one task probes the service, so an idle gateway notices the recovery too.
+    There is one call at a time: questions that arrive during a call form the batch of the next one. Questions for which
+    no request waits are collected for `LATER_S`, and then asked for those that have not ended.
     """
 
     def __init__(self, url: str | None, timeout_s: float, statistics: LengthStatistics) -> None:
@@ -96,6 +101,7 @@ class LengthPredictor:
         self._later: list[_Later] = []
         self._later_timer: asyncio.TimerHandle | None = None
         self._sender: asyncio.Task[None] | None = None
+        self._prober: asyncio.Task[None] | None = None
         self._calls = 0
         self._rejections = 0
         self._failed_call = -1
@@ -169,7 +175,7 @@ class LengthPredictor:
         deadline = time.monotonic() + max_wait_s
         while self.url is not None and time.monotonic() < deadline:
             with contextlib.suppress(_CallFailedError, _RejectedError):
-                await self._post([{"prompt": "", "prompt_tokens": 1, "max_tokens": None}])
+                await self._post([_PROBE])
                 return True
             await asyncio.sleep(0.2)
         return False
@@ -194,11 +200,10 @@ class LengthPredictor:
         if self._later_timer is not None:
             self._later_timer.cancel()
         await self.reports.close()
-        sender, self._sender = self._sender, None
-        if sender is not None:
-            sender.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sender
+        for task in (self._sender, self._prober):
+            if task is not None:
+                await cancel_and_wait(task)
+        self._sender = self._prober = None
         client, self._client = self._client, None
         if client is not None:
             await client.close()
@@ -237,6 +242,20 @@ class LengthPredictor:
         if self._failed_call != self._calls:
             self._failed_call = self._calls
             self._breaker.record(False)
+            if not self._breaker.closed and (self._prober is None or self._prober.done()):
+                self._prober = asyncio.create_task(self._probe(), name="probe the predictor")
+
+    async def _probe(self) -> None:
+        """Call the service every `PROBE_S` seconds until the breaker is closed, by a probe or by a request."""
+        while not self._breaker.closed:
+            await asyncio.sleep(PROBE_S)
+            if not self._breaker.closed and self._breaker.allows():
+                try:
+                    await self._post([_PROBE])
+                except (_CallFailedError, _RejectedError):
+                    self._breaker.record(False)
+                else:
+                    self._breaker.record(True)
 
     async def _send(self) -> None:
         # A request's timeout does not cancel the call, which has other questions too. It ends by its own timeout.
@@ -303,6 +322,9 @@ class LengthPredictor:
             with await self._client.send("POST", path, _HEADERS, orjson.dumps(document)) as response:
                 return response.status, await response.read_all(_MAX_ANSWER_BYTES)
 
+
+_PROBE: dict[str, object] = {"prompt": "", "prompt_tokens": 1, "max_tokens": None}
+"""The question of a call that no request makes."""
 
 _MAX_BATCH = 64
 _MAX_PENDING = 1024

@@ -140,7 +140,7 @@ class AdmissionController:
         self.engine.shared_tokens = int(self.prefixes.shared_tokens)
 
     def has_ample_room(self, now: float, request: Request) -> bool:
-        """Whether every policy admits ``request`` at once, so that its output length decides nothing.
+        """Whether the output length of ``request`` decides nothing, because policies admit it at once in any case.
 
         Nothing waits, no other prompt is prefilled, and with this request the engine uses at most `AMPLE` of its
         sequences and its memory, and of the time that each bound leaves.

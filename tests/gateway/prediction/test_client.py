@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.prediction import client as prediction_client
 from gateway.prediction.circuit_breaker import CircuitBreaker
 from gateway.prediction.client import LengthPredictor, Question
 from gateway.prediction.lengths import LengthStatistics, Prediction
-from tests.fixtures.live_gateway import chat, live, serving
+from tests.fixtures.live_gateway import Live, chat, live, serving
 from tests.fixtures.live_server import eventually
 
 
@@ -54,6 +55,14 @@ class Service:
 
 def prediction(length: Any, p90: Any = 99.0) -> dict[str, Any]:
     return {"predictions": [{"length": length, "p90": p90}]}
+
+
+async def eventually_down(antares: Live) -> None:
+    """Send requests until their failed predictions open the breaker."""
+    async with asyncio.timeout(10):
+        while antares.gateway.predictor.up:
+            assert (await antares.ask()).status_code == 200
+    assert "antares_predictor_up 0.0" in (await antares.http.get("/metrics")).text
 
 
 def make_client(url: str | None, timeout_s: float = 0.5) -> LengthPredictor:
@@ -133,6 +142,46 @@ async def test_predict_stops_calling_after_three_failures(status: int) -> None:
             await client.predict(Question("hi", 1, "chat", None))
         assert (len(service.calls), client.up) == (3, False)
         await client.close()
+
+
+async def test_client_notices_without_a_request_that_the_service_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction_client, "PROBE_S", 0.05)
+    service = Service({}, 503)
+    async with serving(service) as url:
+        client = make_client(url)
+        client._breaker = CircuitBreaker(pause_s=0.01)
+        for _ in range(3):
+            await client.predict(Question("hi", 1, "chat", None))
+        assert not client.up
+        await eventually(lambda: len(service.calls) >= 6)
+        assert not client.up
+        service.answer, service.status = prediction(7), 200
+        await eventually(lambda: client.up)
+        calls = len(service.calls)
+        await asyncio.sleep(0.2)
+        assert len(service.calls) == calls, "a closed breaker needs no probe"
+        await client.close()
+
+
+async def test_failed_requests_share_one_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction_client, "PROBE_S", 60)
+    client = make_client("http://127.0.0.1:1")
+    client._breaker = CircuitBreaker(pause_s=0.0)
+    for _ in range(10):
+        await client.predict(Question("hi", 1, "chat", None))
+    assert [task.get_name() for task in asyncio.all_tasks()].count("probe the predictor") == 1
+    await client.close()
+    assert "probe the predictor" not in {task.get_name() for task in asyncio.all_tasks()}
+
+
+async def test_predictor_up_returns_while_the_gateway_idles() -> None:
+    service = Service({}, 500)
+    async with serving(service) as url, live(predictor_url=url, predictor={"timeout_ms": 5000}) as antares:
+        await eventually_down(antares)
+        service.answer, service.status = prediction(7), 200
+        async with asyncio.timeout(10):
+            while "antares_predictor_up 1.0" not in (await antares.http.get("/metrics")).text:
+                await asyncio.sleep(0.05)
 
 
 async def test_predict_sends_only_both_ends_of_a_long_prompt() -> None:

