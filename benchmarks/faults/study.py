@@ -177,8 +177,7 @@ of them streamed, with a TTFT bound of {TTFT_MS / 1000:g} s. Engine A has the fa
 - *rests after*: seconds from the first request until A gets no more traffic, except probes.
 - *requests to A*: requests that A was sent while it had the fault, probes included.
 - *back after*: seconds from the repair of A until it gets {RETURN_SHARE:.0%} of the requests again; "-": not within
-  {RETURN_LIMIT_S:g} s. Then A serves again, but fewer requests. The router prefers the engine with the least predicted
-  prefill work. It learns the step times of each engine, and they can differ between equal engines.
+  {RETURN_LIMIT_S:g} s.
 
 ```
 python -m benchmarks.faults.study --json > docs/results/failover.json

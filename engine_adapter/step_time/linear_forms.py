@@ -134,8 +134,21 @@ def fit_itl(
     return float(a), float(b), float(c), float(d)
 
 
-def fit_prefill(tokens: Floats, seconds: Floats) -> tuple[float, float, float, float]:
+_FIXED_COST_TOKENS = StepTimes().d / StepTimes().alpha
+"""Prompt tokens that take as long as the fixed cost of a step, a priori. It decides what equal prompts teach: the time
+of longer ones is mostly that of their tokens, the time of shorter ones mostly fixed cost (network, step overhead)."""
+
+_LEAST_NOISE = 0.01
+"""Least noise of a step time, relative to the root mean square of all of them; keeps exact samples solvable."""
+
+
+def fit_prefill(tokens: Floats, seconds: Floats, prior: StepTimes | None = None) -> tuple[float, float, float, float]:
     """Coefficients (alpha, beta, theta, delta) of eq. 6. theta is the best of 0 and five quantiles of ``tokens``.
+
+    Prompts of similar lengths do not separate the time per token from the fixed cost. With ``prior``, samples count by
+    their information: the fit is the mode of the posterior under Gaussian noise, whose variance is that of the
+    residuals. The prior of alpha and beta is centred at ``prior``. Its deviation of alpha*p equals that of beta for
+    prompts of `_FIXED_COST_TOKENS` tokens, and their sum is as large as the times themselves.
 
     ``tokens`` and ``seconds``: shape (samples,).
     """
@@ -145,11 +158,25 @@ def fit_prefill(tokens: Floats, seconds: Floats) -> tuple[float, float, float, f
         short = tokens < theta
         if (~short).sum() < 2:
             continue
-        columns = np.stack([tokens[~short], np.ones(int((~short).sum()))], axis=1)
-        alpha, beta = nonnegative_least_squares(columns, seconds[~short], parsimonious=False)
+        alpha, beta = _fit_line(tokens[~short], seconds[~short], prior)
         delta = float(seconds[short].mean()) if short.any() else 0.0
         predicted = np.where(short, delta, alpha * tokens + beta)
         loss = float(((predicted - seconds) ** 2).sum())
         if loss < best_loss * (1 - 1e-3):
             best_loss, best = loss, (float(alpha), float(beta), float(theta), delta)
     return best
+
+
+def _fit_line(tokens: Floats, seconds: Floats, prior: StepTimes | None) -> tuple[float, float]:
+    """Return alpha and beta, both at least 0, of seconds = alpha * tokens + beta."""
+    columns = np.stack([tokens, np.ones_like(tokens)], axis=1)
+    w = nonnegative_least_squares(columns, seconds, parsimonious=False)
+    energy = float((seconds**2).mean())
+    if prior is not None and energy > 0:
+        noise = float(((columns @ w - seconds) ** 2).mean()) + _LEAST_NOISE**2 * energy
+        alpha_deviation = np.sqrt(energy) / (float(tokens.mean()) + _FIXED_COST_TOKENS)
+        weight = np.sqrt(noise) / (alpha_deviation * np.array([1.0, _FIXED_COST_TOKENS]))
+        columns = np.concatenate([columns, np.diag(weight)])
+        seconds = np.concatenate([seconds, weight * np.array([prior.alpha, prior.beta])])
+        w = nonnegative_least_squares(columns, seconds, parsimonious=False)
+    return float(w[0]), float(w[1])

@@ -154,7 +154,7 @@ class StepTimeModel:
         decode_s += np.where(batch > 0, self.times.d, 0.0)
         extra = np.maximum(seconds - decode_s, 0.0)
         kept = extra <= 5 * max(float(np.median(extra)), 1e-6) * np.maximum(tokens / np.median(tokens), 1.0)
-        alpha, beta, theta, delta = fit_prefill(tokens[kept], extra[kept])
+        alpha, beta, theta, delta = fit_prefill(tokens[kept], extra[kept], prior=self.times)
         if alpha > 0:
             self.times = replace(self.times, alpha=alpha, beta=beta, theta=theta, delta=delta)
             predicted = np.where(tokens < theta, delta, alpha * tokens + beta)

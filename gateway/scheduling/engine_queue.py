@@ -69,6 +69,8 @@ class EngineQueue:
         self.shadows = ShadowRunner(shadows, engine.state, clock)
         self.calls = 0
         """Calls of the engine's app outside scheduling that have not returned."""
+        self.passed_over = 0
+        """Requests of its models that other engines got since this one's last request. Counted by the router."""
         self.retired = False
         """Whether the engine is no longer configured: it finishes what it has and gets no new requests."""
         self.decisions = 0

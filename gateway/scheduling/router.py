@@ -11,7 +11,7 @@ from functools import partial
 from engine_adapter.model_card import ModelCard
 from gateway.requests.request import Request
 from gateway.scheduling.engine_queue import EngineQueue
-from gateway.scheduling.placement import keeps_share, load
+from gateway.scheduling.placement import keeps_share, load, ranks
 
 log = logging.getLogger("antares.router")
 
@@ -97,14 +97,15 @@ class Router:
         now = self._clock()
         alive = [queue for queue in pool if queue.engine.state.alive]
         if not alive:
-            return min(pool, key=lambda queue: load(queue.admission, request))
+            return _by_load(pool, request)[0]
         ready = [queue for queue in alive if queue.circuit.admits(now)]
         if not ready:
-            return min(alive, key=lambda queue: (queue.circuit.back_at, *load(queue.admission, request)))
+            return min(_by_load(alive, request), key=lambda queue: queue.circuit.back_at)
         due = [queue for queue in ready if queue.circuit.due_for_probe(now)]
         if 0 < len(due) < len(alive) and not request.failed_on:
             return due[0]
-        ready.sort(key=lambda queue: (queue in due, queue.circuit.suspected(now), *load(queue.admission, request)))
+        ready = _by_load(ready, request)
+        ready.sort(key=lambda queue: (queue in due, queue.circuit.suspected(now)))
         return next((queue for queue in ready if keeps_share(request, queue.circuit.share(now))), ready[0])
 
     def others(self, request: Request) -> list[EngineQueue]:
@@ -145,6 +146,10 @@ class Router:
 
     def on_sent(self, engine_queue: EngineQueue, request: Request) -> None:
         """Note that ``request`` was queued for the engine."""
+        if len(self.engine_queues) > 1:
+            for other in self.others(request):
+                other.passed_over += 1
+            engine_queue.passed_over = 0
         engine_queue.circuit.on_sent(request.id, self._clock())
 
     def on_ended(self, engine_queue: EngineQueue, request: Request) -> None:
@@ -232,6 +237,14 @@ class Router:
         """Close every queue."""
         for engine_queue in self.engine_queues:
             engine_queue.close()
+
+
+def _by_load(queues: list[EngineQueue], request: Request) -> list[EngineQueue]:
+    """Return ``queues``, the best one for ``request`` first."""
+    if len(queues) == 1:
+        return queues
+    keys = ranks([load(queue.admission, request, queue.passed_over) for queue in queues])
+    return [queues[at] for at in sorted(range(len(queues)), key=keys.__getitem__)]
 
 
 def _merged(name: str, card: ModelCard, other: ModelCard | None) -> ModelCard:

@@ -18,7 +18,7 @@ from gateway.policies.base import Policy
 from gateway.requests.progress import tpot
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
-from gateway.scheduling.placement import load
+from gateway.scheduling.placement import load, ranks
 from lab.records.run_record import RequestResult
 from lab.simulate.predictions import PredictedLength
 from lab.simulate.replica import Replica
@@ -208,7 +208,10 @@ def _next_event_s(engine: Replica) -> float:
 
 
 def _least_loaded(engines: Sequence[Replica], request: Request) -> Replica:
-    return min(engines, key=lambda engine: load(engine.admission, request))
+    if len(engines) == 1:
+        return engines[0]
+    keys = ranks([load(engine.admission, request) for engine in engines])
+    return engines[min(range(len(engines)), key=keys.__getitem__)]
 
 
 def slo_of(request: WorkloadRequest) -> Slo:

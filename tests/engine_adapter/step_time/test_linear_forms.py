@@ -177,3 +177,44 @@ def test_latest_steps_of_each_kind_come_newest_first() -> None:
         (4.0, 100.0, 50.0, 0.4),
     ]
     assert len(model.latest(100)) == 10
+
+
+def learned(tokens: np.ndarray, seconds: np.ndarray, prior: StepTimes, refits: int = 30) -> StepTimes:
+    """Return ``prior`` after ``refits`` refits to the same prompts."""
+    for _ in range(refits):
+        alpha, beta, theta, delta = fit_prefill(tokens, seconds, prior)
+        prior = StepTimes(alpha=alpha, beta=beta, theta=theta, delta=delta)
+    return prior
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_fit_prefill_attributes_the_time_of_tiny_prompts_to_the_fixed_cost(tokens: int) -> None:
+    seconds = np.random.default_rng(tokens).lognormal(np.log(5e-3), 0.2, 100)
+    fitted = learned(np.full(100, float(tokens)), seconds, StepTimes())
+    assert fitted.alpha == pytest.approx(StepTimes().alpha, rel=0.25)
+    assert fitted.prefill(tokens) == pytest.approx(seconds.mean(), rel=0.02)
+
+
+@pytest.mark.parametrize("token_s", [2e-5, 2e-3])
+def test_fit_prefill_attributes_the_time_of_long_prompts_to_their_tokens(token_s: float) -> None:
+    seconds = 800 * token_s * np.random.default_rng(5).lognormal(0, 0.05, 100)
+    fitted = learned(np.full(100, 800.0), seconds, StepTimes(), refits=1)
+    assert fitted.prefill(800) == pytest.approx(800 * token_s, rel=0.02)
+    assert fitted.prefill(1600) == pytest.approx(1600 * token_s, rel=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 2048), min_size=1, max_size=6), st.floats(1e-6, 5e-3), st.floats(0, 0.1),
+    st.floats(0, 0.4), st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_fit_prefill_with_a_prior_predicts_what_it_has_seen_and_stays_bounded(
+    lengths: list[int], token_s: float, fixed_s: float, noise: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    tokens = np.tile(np.array(lengths, dtype=np.float64), 60)
+    seconds = (token_s * tokens + fixed_s) * rng.lognormal(0, noise, len(tokens))
+    fitted = learned(tokens, seconds, StepTimes())
+    assert 0 <= fitted.alpha * min(lengths) <= 2 * max(seconds.max(), StepTimes().alpha * min(lengths))
+    predicted = np.array([fitted.prefill(one) for one in tokens])
+    assert predicted.mean() == pytest.approx(seconds.mean(), rel=0.1)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import math
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
+from engine_adapter.step_time.model import StepTimeModel
 from gateway.app import Gateway
 from gateway.policies.base import Decision
 from gateway.policies.registry import make_policy
 from gateway.requests.request import Request
+from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling.admission import AdmissionController
-from gateway.scheduling.placement import load
+from gateway.scheduling.engine_queue import EngineQueue
+from gateway.scheduling.placement import Load, load, ranks
+from gateway.scheduling.router import Router
 from tests.fixtures.live_gateway import CHAT, chat, fast_engine, gateway_config, serving
 from tests.fixtures.live_server import eventually
 from tests.fixtures.policy_builders import engine, make_request
@@ -122,3 +129,86 @@ async def test_waiting_request_moves_to_a_live_engine() -> None:
         answer = await task
         assert (answer.status_code, answer.json()["antares"]["engine"]) == (200, "right")
         await eventually(lambda: gateway.ledger.open_count == 0)
+
+
+# --- engines whose estimates differ -----------------------------------------------------------------------------------
+
+
+def model_of(fixed_s: float, token_s: float, seed: int = 0, tokens: int = 1) -> StepTimeModel:
+    """Return a model that has learned from lone prompts of ``tokens`` tokens, with 20% noise."""
+    model, noise = StepTimeModel(), random.Random(seed)
+    for _ in range(64):
+        model.observe(0, tokens, 0.0, (fixed_s + token_s * tokens) * noise.lognormvariate(0, 0.2))
+    return model
+
+
+def shares(service_s: list[float], models: list[StepTimeModel], clients: int, prompt: int) -> list[float]:
+    """Return each engine's share of 1000 requests by ``clients`` clients, as the router and `load` place them.
+
+    An engine serves its requests side by side, each in its ``service_s`` seconds.
+    """
+    queues = [
+        EngineQueue(SimulatedEngine(name=str(at)), make_policy("slack"), {"chat": SloClass("chat", Slo())})
+        for at in range(len(models))
+    ]
+    for queue, model in zip(queues, models, strict=True):
+        queue.engine.state.alive, queue.engine.state.step_time = True, model
+    router, served = Router(queues), [0] * len(queues)
+    ends: list[tuple[float, int, str]] = [(0.001 * number, -1, "") for number in range(clients)]
+    for number in range(1000):
+        now, at, name = heapq.heappop(ends)
+        if name:
+            del queues[at].admission.running[name]
+        request = make_request(str(number), prompt=prompt, at=now, first_token_s=now)
+        chosen = router.place(request)
+        router.on_sent(chosen, request)
+        at = queues.index(chosen)
+        served[at] += 1
+        chosen.admission.running[request.id] = request
+        heapq.heappush(ends, (now + service_s[at], at, request.id))
+    router.close()
+    return [count / 1000 for count in served]
+
+
+@pytest.mark.parametrize("clients", [2, 8, 40])
+async def test_equal_engines_share_requests_although_only_one_has_learned(clients: int) -> None:
+    for models in ([StepTimeModel(), model_of(1e-3, 1e-4)], [model_of(1e-3, 1e-4), StepTimeModel()]):
+        assert min(shares([0.01, 0.01], models, clients, prompt=1)) > 0.4
+
+
+@given(st.integers(1, 1000), st.integers(1, 400), st.floats(1e-5, 1e-3))
+@settings(max_examples=15, deadline=None)
+async def test_equal_engines_share_requests_although_their_estimates_differ(
+    seed: int, tokens: int, token_s: float
+) -> None:
+    models = [model_of(2e-3, token_s, seed + at, tokens) for at in range(2)]
+    assert min(shares([0.05, 0.05], models, clients=8, prompt=tokens)) > 0.4
+
+
+@pytest.mark.parametrize("factor", [2, 4, 10])
+async def test_slower_engine_gets_fewer_requests_but_is_not_forgotten(factor: int) -> None:
+    models = [model_of(0.02, 1e-3, tokens=200), model_of(0.02 * factor, 1e-3 * factor, tokens=200)]
+    fast, slow = shares([0.3, 0.3 * factor], models, clients=8, prompt=200)
+    assert 0 < slow <= fast / factor * 1.2
+
+
+async def test_estimate_that_no_request_tests_goes_out_of_date() -> None:
+    models = [model_of(5.0, 1e-3), model_of(1e-3, 1e-4)]
+    assert 0 < shares([0.01, 0.01], models, clients=1, prompt=1)[0] < 0.01
+
+
+def test_passed_over_engine_is_not_tried_by_a_request_that_would_miss_its_deadline() -> None:
+    admission = AdmissionController(make_policy("slack"), engine())
+    loads = [load(admission, make_request(prompt=1000, ttft=ttft), passed_over=10_000).work for ttft in (None, 5, 0.5)]
+    assert loads == pytest.approx([0, 0, 1])
+
+
+@given(st.lists(st.builds(Load, st.floats(0, 10), st.integers(0, 50), st.floats(0, 1)), min_size=1, max_size=6))
+def test_ranks_prefer_fewer_requests_only_within_the_errors(loads: list[Load]) -> None:
+    keys = ranks(loads)
+    best = loads[min(range(len(loads)), key=keys.__getitem__)]
+    least = min(loads)
+    assert best.work - least.work <= math.hypot(best.error, least.error)
+    assert best.requests <= least.requests
+    exact = [Load(work, requests) for work, requests, _ in loads]
+    assert exact[min(range(len(exact)), key=ranks(exact).__getitem__)] == min(exact)
