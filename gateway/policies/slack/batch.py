@@ -22,21 +22,25 @@ _UNPACED_SHARE = SLACK.best_effort_share  # of steps, for deadline-only and best
 
 @dataclass(slots=True)
 class RunningBatch:
-    """The running set R on ``engine``, as sums; ``memory_z`` standard deviations of its memory are to stay free.
+    """The running set R on ``engine``, as sums.
 
     Attributes:
-        slots, best_effort_slots, reserved_slots: sequences, the best-effort ones, and how many of these are protected.
+        memory_z: how many standard deviations of its memory are to stay free.
+        beside_yielding: whether yielding requests count like all others; otherwise they count like best-effort ones.
+        kept_free: the share of P* that is kept free for the requests of other tenants.
+        slots, best_effort_slots: sequences, and the best-effort ones.
         decoding, context: sequences in a step and their tokens; without a pace they count by their share of steps.
         strictest_s: P*, the strictest pace (s per token).
         memory, preemptible_memory, variance: tokens that R will reach, the unprotected best-effort part, the variance.
         backlog: uncached prompt tokens that are not prefilled yet.
         step_s: T(R), seconds of a step in which all of R decode; 0 when R is empty.
+        prefill_token_s: mu(R), seconds that a prompt token costs in chunks that fill what R leaves of P* seconds.
     """
 
     engine: EngineState
     memory_z: float = 0.0
     beside_yielding: bool = False
-    reserved_slots: int = 0
+    kept_free: float = 0.0
     slots: int = 0
     best_effort_slots: int = 0
     decoding: float = 0.0
@@ -47,24 +51,27 @@ class RunningBatch:
     variance: float = 0.0
     backlog: int = 0
     step_s: float = 0.0
-    _prefill_token_s: float | None = None
+    prefill_token_s: float = 0.0
 
     @classmethod
     def of(
-        cls, running: Collection[Request], engine: EngineState, memory_z: float = 0.0, beside_yielding: bool = False
+        cls,
+        running: Collection[Request],
+        engine: EngineState,
+        memory_z: float = 0.0,
+        beside_yielding: bool = False,
+        kept_free: float = 0.0,
     ) -> RunningBatch:
         """Return the sums over ``running``, oldest first."""
-        reserved = reserved_slots(engine.max_num_seqs)
-        batch = cls(engine, memory_z, beside_yielding, reserved, memory=-engine.shared_tokens)
+        batch = cls(engine, memory_z, beside_yielding, kept_free, memory=-engine.shared_tokens)
         batch.add(running)
         return batch
 
     def add(self, requests: Collection[Request], pace_s: float | None = None) -> None:
         """Add requests, each with its own pace or with ``pace_s``."""
         # Every running request is added in every decision, so the sums are local and the loop calls nothing.
-        slots, best_effort_slots = self.slots, self.best_effort_slots
-        preempts = self.engine.gate.preemptible and not self.beside_yielding
-        protected, beside_yielding = self.reserved_slots if preempts else self.engine.max_num_seqs, self.beside_yielding
+        slots, best_effort_slots, protected = self.slots, self.best_effort_slots, self.protected_slots
+        curve, beside_yielding = self.engine.step_time.curve, self.beside_yielding
         decoding, context, strictest_s = self.decoding, self.context, self.strictest_s
         memory, preemptible_memory = self.memory, self.preemptible_memory
         variance, backlog = self.variance, self.backlog
@@ -86,7 +93,10 @@ class RunningBatch:
             elif pace is not None and pace < strictest_s:
                 strictest_s = pace
             # A running request counts by its length now, because another takes its slot and begins short.
-            length = request.prompt_tokens + (generated if request.admitted_s is not None else predicted / 2)
+            length = request.prompt_tokens + generated
+            if request.admitted_s is None:
+                length = request.prompt_tokens + predicted / 2
+                memory -= request.shared_tokens
             decoding += weight
             context += length * weight
             variance += request.variance
@@ -95,15 +105,26 @@ class RunningBatch:
         self.slots, self.best_effort_slots = slots, best_effort_slots
         self.decoding, self.context, self.strictest_s = decoding, context, strictest_s
         self.memory, self.preemptible_memory = memory, preemptible_memory
-        self.variance, self.backlog, self._prefill_token_s = variance, backlog, None
-        self.step_s = self.engine.step_time.curve.step_s(decoding, context)
+        self.variance, self.backlog = variance, backlog
+        self.step_s = step_s = curve.step_s(decoding, context)
+        most = self.engine.max_num_batched_tokens
+        self.prefill_token_s = curve.prefill_token_s(decoding, most, strictest_s - step_s)
+
+    @property
+    def reserved_slots(self) -> int:
+        """Slots that best-effort requests keep in any case."""
+        return reserved_slots(self.engine.max_num_seqs)
+
+    @property
+    def protected_slots(self) -> int:
+        """Best-effort slots that cannot be preempted for the requests that this batch is for."""
+        preempts = self.engine.gate.preemptible and not self.beside_yielding
+        return self.reserved_slots if preempts else self.engine.max_num_seqs
 
     @property
     def free_slots(self) -> int:
         """Slots that are free for a request that may preempt best-effort ones."""
-        preempts = self.engine.gate.preemptible and not self.beside_yielding
-        preemptible = self.best_effort_slots - self.reserved_slots if preempts else 0
-        return self.engine.max_num_seqs - self.slots + max(0, preemptible)
+        return self.engine.max_num_seqs - self.slots + max(0, self.best_effort_slots - self.protected_slots)
 
     def has_capacity_for(self, request: Request) -> bool:
         """Whether slots and KV memory suffice for ``request`` too, without preempting any."""
@@ -111,14 +132,6 @@ class RunningBatch:
         memory += self.memory_z * math.sqrt(self.variance + request.variance) - request.shared_tokens
         has_memory = self.engine.kv_tokens <= 0 or memory <= self.engine.kv_tokens
         return has_memory and self.slots + request.sequences <= self.engine.max_num_seqs
-
-    @property
-    def prefill_token_s(self) -> float:
-        """mu(R): seconds that a prompt token costs in chunks that fill what R leaves of a step of P* seconds."""
-        if self._prefill_token_s is None:
-            spare_s, most = self.strictest_s - self.step_s, self.engine.max_num_batched_tokens
-            self._prefill_token_s = self.engine.step_time.curve.prefill_token_s(self.decoding, most, spare_s)
-        return self._prefill_token_s
 
     @property
     def prefill_share(self) -> float:
@@ -160,21 +173,13 @@ class WaitingBatch:
 
     def only(self, which: NDArray[np.bool_]) -> WaitingBatch:
         """Return the requests where ``which`` holds."""
-        return self.at(np.flatnonzero(which))
-
-    def at(self, at: NDArray[np.intp]) -> WaitingBatch:
-        """Return the requests with the numbers ``at``."""
+        at = np.flatnonzero(which)
         return WaitingBatch([self.requests[i] for i in at.tolist()], self.arrays.take(at), self.pace_s[at])
 
     def alone_s(self, engine: EngineState) -> Floats:
         """Return the seconds per token of each request in an idle engine."""
         of = self.arrays
         return engine.step_time.curve.steps_s(of.sequences, (of.prompt + of.output / 2) * of.sequences)
-
-    def token_s(self, batch: RunningBatch) -> Floats:
-        """Return what each request adds to a step (s), half way through its output."""
-        of = self.arrays
-        return of.sequences * (batch.prefill_token_s + batch.engine.step_time.curve.a * (of.prompt + of.output / 2))
 
     def cost_s(self, batch: RunningBatch) -> Floats:
         """Return w_i of each request: its seconds of engine time (line 3 of `policy`)."""
@@ -183,13 +188,13 @@ class WaitingBatch:
         decode_s = token_s + max(-curve.e, 0.0) + curve.a * (of.prompt + of.output / 2)
         return token_s * of.uncached + decode_s * of.sequences * of.output
 
-    def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp], room: float = 0.0) -> NDArray[np.bool_]:
+    def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Return whether each request ``at`` can be admitted beside ``batch`` at ``now`` (s).
 
             slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
             T(R + r) <= P*(R + r),   now + wait + prefill <= d_r,
 
-        where T leaves the share ``room`` of P* free. ``wait`` is the step under way; ``prefill`` are the steps that the
+        where T leaves ``kept_free`` of P*. ``wait`` is the step under way; ``prefill`` are the steps that the
         backlog and p_r take, each as long as P*, or as the token budget allows. A first token comes when its step ends,
         so the last step counts with the other prompts that fill it.
         """
@@ -206,7 +211,7 @@ class WaitingBatch:
         full_steps = np.ceil((ahead_s + own_s) / np.maximum(longest_s - step_s, 1e-12)) - 1
         rest_s = ahead_s + own_s - full_steps * (longest_s - step_s)
         first_s = wait_s + full_steps * longest_s + np.minimum(longest_s, step_s + rest_s + others_s)
-        fits = (sequences <= batch.free_slots) & (step_s <= (1 - room) * strictest_s)
+        fits = (sequences <= batch.free_slots) & (step_s <= (1 - batch.kept_free) * strictest_s)
         fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
             # What is preempted may hold all shared tokens, which the others then need for themselves.
