@@ -223,8 +223,8 @@ class Slack:
         if this.lookahead_left >= 0 and claims.any():
             enters[np.argmin(np.where(claims, key, math.inf))] = True
         order = np.flatnonzero(enters)
-        order = order[np.lexsort((key[order], ~claims[order]))]
-        return order
+        ranks: NDArray[np.intp] = np.lexsort((key[order], ~claims[order]))
+        return order[ranks]
 
     def _admit_best_effort(self, this: _Round, requests: Sequence[Request], slots: int, overdue: bool = False) -> None:
         """Line 7: in arrival order, up to ``slots`` best-effort slots. An overdue prompt may exceed the lookahead."""
