@@ -36,6 +36,7 @@ from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, reject_tpot, reject_ttft
+from gateway.policies.slack.alone import fits_alone
 from gateway.policies.slack.batch import RunningBatch, WaitingBatch
 from gateway.policies.slack.fair_share import FairShare
 from gateway.policies.tenant_shares import TenantShares
@@ -116,6 +117,8 @@ class Slack:
             return Decision()
         batch, decision = RunningBatch.of(running, engine, self._memory_z), Decision()
         this = _Round(now, batch, self.prefill_lookahead_steps * batch.chunk_tokens, decision)
+        if len(waiting) == 1 and self._admit_alone(this, waiting[0], running):
+            return self._noted(this, batch)
         count = bisect(waiting, False, key=lambda request: request.kind is ServiceKind.BEST_EFFORT)
         arrays, best_effort = arrays_of(waiting, count), waiting[count:]
         queue = WaitingBatch.of(waiting[:count], arrays, batch, now, self.tpot_target_fraction)
@@ -129,11 +132,30 @@ class Slack:
             this, queue = self._beside_yielding(this, running, others_share / batch.prefill_share), queue.only(over)
         waits |= self._serve(this, queue, overdue)
         self._admit_best_effort(this, best_effort, batch.reserved_slots if waits else engine.max_num_seqs)
+        return self._noted(this, batch)
+
+    def _noted(self, this: _Round, batch: RunningBatch) -> Decision:
+        """Return the decision, which counts for the shares of the classes and tenants from now on."""
+        decision = this.decision
         self._fair_share.note(decision)
-        self._tenants.note(now, decision.admit, batch.prefill_token_s)
+        self._tenants.note(this.now, decision.admit, batch.prefill_token_s)
         decision.hold_s = min(batch.step_s, MAX_DECISION_INTERVAL_S)
         decision.max_hold_s = min(SLACK.max_hold_s, self.prefill_lookahead_steps * batch.strictest_s)
         return decision
+
+    def _admit_alone(self, this: _Round, request: Request, running: Collection[Request]) -> bool:
+        """Admit the only waiting request if it surely fits and does not yield."""
+        bound_s = request.pace_s if request.kind is ServiceKind.PACED else None
+        pace_s = math.inf if bound_s is None else self.tpot_target_fraction * bound_s
+        if not fits_alone(request, pace_s, this.batch, this.now):
+            return False
+        weights = {request.tenant: request.weight}
+        if request.kind is not ServiceKind.BEST_EFFORT and self._tenants.several(this.now, weights):
+            above, _ = self._tenants.above(this.now, weights, running, this.batch)
+            if request.tenant in above:
+                return False
+        this.admit(request, pace_s)
+        return True
 
     def _beside_yielding(self, this: _Round, running: Collection[Request], kept_free: float) -> _Round:
         """Line 9: go on with the tenants above their share. The others' prompts take ``kept_free`` of the time."""
