@@ -35,7 +35,7 @@ from gateway.observability.metrics import Metrics
 from gateway.observability.recorder import Recorder
 from gateway.observability.trace_context import with_traceparent
 from gateway.policies.base import UNGATED
-from gateway.prediction.client import LengthPredictor
+from gateway.prediction.client import LengthPredictor, Question
 from gateway.prediction.lengths import Prediction
 from gateway.requests.progress import Progress
 from gateway.requests.request import Request
@@ -160,18 +160,18 @@ class Scheduled:
             limit = max(1.0, min(request.max_tokens, engine_queue.engine.state.max_model_len - request.prompt_tokens))
             prediction = self._predictor.from_hint(call.output_tokens, request.slo_class, limit, prompt.min_tokens)
         else:
-            question = (
+            question = Question(
                 prompt.text, request.prompt_tokens, request.slo_class, prompt.max_tokens, prompt.min_tokens,
                 request.model, request.id,
             )  # fmt: skip
             if self._predictor.up:
-                usual = self._predictor.usual(request.slo_class, prompt.max_tokens, prompt.min_tokens)
+                usual = self._predictor.usual(question)
                 request.predict(usual.tokens, usual.p90)
                 if engine_queue.has_ample_room(request):
                     entry.prediction = usual
-                    self._predictor.predict_later(partial(self._on_length, entry), *question)
+                    self._predictor.predict_later(question, entry.is_open, partial(self._on_length, entry))
                     return
-            prediction = await self._predictor.predict(*question)
+            prediction = await self._predictor.predict(question)
         entry.prediction, ended = prediction, self._clock()
         entry.predicting_s = started, ended
         request.predict(prediction.tokens, prediction.p90, prediction.beyond)

@@ -96,6 +96,10 @@ class Entry:
     trace: TraceContext | None = None
     closed_s: float | None = None
 
+    def is_open(self) -> bool:
+        """Whether the request has no outcome yet."""
+        return self.outcome is None
+
     def begin_attempt(self, attempt: Attempt) -> Attempt:
         """Note that the request was placed on another engine, or on the same one again."""
         self.engine = attempt.engine

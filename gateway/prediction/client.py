@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import orjson
 
@@ -29,17 +30,50 @@ HEAD_CHARS, TAIL_CHARS = 15_360, 1024
 """Characters sent from the start and the end of a longer prompt. The predictor reads fewer characters than these, and
 its length features do not distinguish longer prompts."""
 
+LATER_S = 0.02
+"""Seconds for which questions are collected that no request waits for: a request that ends before needs no answer.
+Convention: a few steps of an engine."""
+
 HINT_P90 = 1.25
 """Ratio of the p90 to a length that a client states. Convention: a client knows its length better than a predictor,
 whose p90 is about twice its p50."""
+
+
+@dataclass(slots=True, frozen=True)
+class Question:
+    """What the service is asked about one request: the output tokens of one sequence of ``model``.
+
+    The prediction is at most ``max_tokens`` and at least ``min_tokens``.
+    """
+
+    prompt: str
+    prompt_tokens: int
+    slo_class: str
+    max_tokens: int | None
+    min_tokens: int = 0
+    model: str = ""
+    request_id: str | None = None
+
+    def within(self, prediction: Prediction) -> Prediction:
+        """Return ``prediction`` between the request's limits."""
+        return within(prediction, self.max_tokens, self.min_tokens)
 
 
 @dataclass(slots=True)
 class _Pending:
     """One input of the service, and its prediction (None: failed)."""
 
-    question: dict[str, object]
+    document: dict[str, object]
     answer: asyncio.Future[Prediction | None]
+
+
+@dataclass(slots=True, frozen=True)
+class _Later:
+    """A question for which no request waits. ``wanted`` says whether its answer can still be used."""
+
+    wanted: Callable[[], bool]
+    on_answer: Callable[[Prediction | None], None]
+    question: Question
 
 
 class LengthPredictor:
@@ -47,6 +81,7 @@ class LengthPredictor:
 
     A request waits at most ``timeout_s`` seconds. Failures open a circuit breaker, so that requests do not wait for a
     dead predictor. There is one call at a time: questions that arrive during a call form the batch of the next one.
+    Questions for which no request waits are collected for `LATER_S`, and then asked for those that have not ended.
     """
 
     def __init__(self, url: str | None, timeout_s: float, statistics: LengthStatistics) -> None:
@@ -58,10 +93,12 @@ class LengthPredictor:
         self.reports = LengthReports(self._post_reports)
         """Actual lengths to send to the service."""
         self._pending: deque[_Pending] = deque()
+        self._later: list[_Later] = []
+        self._later_timer: asyncio.TimerHandle | None = None
         self._sender: asyncio.Task[None] | None = None
         self._calls = 0
         self._rejections = 0
-        self._failed_call = 0
+        self._failed_call = -1
         """Number of the latest call that counted as failed."""
 
     @property
@@ -74,54 +111,43 @@ class LengthPredictor:
         """Whether a request has timed out on the current call."""
         return self._sender is not None and not self._sender.done() and self._failed_call == self._calls
 
-    async def predict(
-        self,
-        prompt: str,
-        prompt_tokens: int,
-        slo_class: str,
-        max_tokens: int | None,
-        min_tokens: int = 0,
-        model: str = "",
-        request_id: str | None = None,
-    ) -> Prediction:
-        """Predict the output tokens of one sequence of ``model``, within the timeout. Never raises.
+    async def predict(self, question: Question) -> Prediction:
+        """Predict the output tokens of one sequence, within the timeout. Never raises.
 
         The prediction is at most ``max_tokens`` and at least ``min_tokens`` and 1.
         """
         prediction = None
         if self.url is not None and self._breaker.allows():
-            pending = self._ask(prompt, prompt_tokens, slo_class, max_tokens, model, request_id)
+            pending = self._ask(question)
             prediction = await self._answer(pending) if pending is not None else None
-        return within(prediction or self._statistics.predict(slo_class), max_tokens, min_tokens)
+        return question.within(prediction or self._statistics.predict(question.slo_class))
 
-    def usual(self, slo_class: str, max_tokens: int | None, min_tokens: int = 0) -> Prediction:
+    def usual(self, question: Question) -> Prediction:
         """Return what the recent lengths of the class predict, without asking the service."""
-        return within(self._statistics.predict(slo_class), max_tokens, min_tokens)
+        return question.within(self._statistics.predict(question.slo_class))
 
     def predict_later(
-        self,
-        on_answer: Callable[[Prediction | None], None],
-        prompt: str,
-        prompt_tokens: int,
-        slo_class: str,
-        max_tokens: int | None,
-        min_tokens: int = 0,
-        model: str = "",
-        request_id: str | None = None,
+        self, question: Question, wanted: Callable[[], bool], on_answer: Callable[[Prediction | None], None]
     ) -> None:
-        """Ask the service, and call ``on_answer`` once with its prediction; with None if it makes none."""
-        pending = None
-        if self.url is not None and len(self._pending) < _MAX_PENDING and self._breaker.allows():
-            pending = self._ask(prompt, prompt_tokens, slo_class, max_tokens, model, request_id)
-        if pending is None:
+        """Ask the service soon, and call ``on_answer`` once with its prediction; with None if it makes none.
+
+        ``wanted`` is called before. If it returns False, the service is not asked.
+        """
+        if self.url is None or len(self._later) + len(self._pending) >= _MAX_PENDING:
             on_answer(None)
             return
+        self._later.append(_Later(wanted, on_answer, question))
+        if self._later_timer is None:
+            self._later_timer = asyncio.get_running_loop().call_later(LATER_S, self._ask_later)
 
-        def answered(answer: asyncio.Future[Prediction | None]) -> None:
-            prediction = None if answer.cancelled() else answer.result()
-            on_answer(None if prediction is None else within(prediction, max_tokens, min_tokens))
-
-        pending.answer.add_done_callback(answered)
+    def _ask_later(self) -> None:
+        later, self._later, self._later_timer = self._later, [], None
+        for one in later:
+            pending = self._ask(one.question) if one.wanted() and self._breaker.allows() else None
+            if pending is None:
+                one.on_answer(None)
+            else:
+                pending.answer.add_done_callback(partial(_answer_later, one))
 
     def from_hint(self, hint: int, slo_class: str, limit: float, min_tokens: int = 0) -> Prediction:
         """Return the prediction for a client that expects ``hint`` output tokens per sequence.
@@ -165,6 +191,8 @@ class LengthPredictor:
 
     async def close(self) -> None:
         """Stop the background tasks and close the connection."""
+        if self._later_timer is not None:
+            self._later_timer.cancel()
         await self.reports.close()
         sender, self._sender = self._sender, None
         if sender is not None:
@@ -175,23 +203,21 @@ class LengthPredictor:
         if client is not None:
             await client.close()
 
-    def _ask(
-        self,
-        prompt: str,
-        prompt_tokens: int,
-        slo_class: str,
-        max_tokens: int | None,
-        model: str,
-        request_id: str | None,
-    ) -> _Pending | None:
+    def _ask(self, question: Question) -> _Pending | None:
         """Put a question into the next call; None if a call is late, after which that one would start."""
         if self._late:
             return None
         # The service rejects a whole batch for one invalid limit, so leave that limit out.
-        limit = max_tokens if max_tokens is not None and 1 <= max_tokens <= _MAX_TOKENS else None
-        question = {"prompt": _shortened(prompt), "prompt_tokens": prompt_tokens, "max_tokens": limit}
-        question |= {"model": _name(model), "slo_class": _name(slo_class), "id": request_id}
-        pending = _Pending(question, asyncio.get_running_loop().create_future())
+        limit = question.max_tokens
+        document = {
+            "prompt": _shortened(question.prompt),
+            "prompt_tokens": question.prompt_tokens,
+            "max_tokens": limit if limit is not None and 1 <= limit <= _MAX_TOKENS else None,
+            "model": _name(question.model),
+            "slo_class": _name(question.slo_class),
+            "id": question.request_id,
+        }
+        pending = _Pending(document, asyncio.get_running_loop().create_future())
         self._pending.append(pending)
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send(), name="call the predictor")
@@ -222,7 +248,7 @@ class LengthPredictor:
             answers: list[Prediction | None] = [None] * len(batch)
             self._calls += 1
             try:
-                answers = [*await self._post([pending.question for pending in batch])]
+                answers = [*await self._post([pending.document for pending in batch])]
                 self._rejections = 0
             except _RejectedError:
                 # One input may be at fault, but not every input.
@@ -319,6 +345,11 @@ def _shortened(prompt: str) -> str:
     if len(prompt) <= HEAD_CHARS + TAIL_CHARS:
         return prompt
     return prompt[:HEAD_CHARS] + prompt[-TAIL_CHARS:]
+
+
+def _answer_later(later: _Later, answer: asyncio.Future[Prediction | None]) -> None:
+    prediction = None if answer.cancelled() else answer.result()
+    later.on_answer(None if prediction is None else later.question.within(prediction))
 
 
 class _CallFailedError(Exception):

@@ -18,17 +18,27 @@ class DecisionSchedule:
 
     A decision is due after a change: an arrival, a first token, an end, the engine's return; or when the policy asked
     for it. While the engine is *busy* (requests wait and others run), changes wait for a step (`Decision.hold_s`), and
-    longer after a slow decision. An idle engine and an arrival at an empty queue never wait.
+    longer after a slow decision, unless the engine runs out of prompts. An idle engine and an arrival at an empty queue
+    never wait.
     """
 
     due_s: float = -math.inf
     _held_until_s: float = -math.inf
     _max_hold_s: float = 0.0
+    _drained_hold_until_s: float = -math.inf
 
     def on_change(self, busy: bool) -> None:
         """Note a change: a request arrived, began its response, ended or left, or the engine came up or died."""
         if not busy:
             self._held_until_s = -math.inf
+        self.due_s = min(self.due_s, self._held_until_s)
+
+    def on_drained(self) -> None:
+        """Note that the engine has no prompt left to prefill, so that waiting longer would waste its time.
+
+        The hold for a slow decision shrinks to the time that the decision took.
+        """
+        self._held_until_s = min(self._held_until_s, self._drained_hold_until_s)
         self.due_s = min(self.due_s, self._held_until_s)
 
     def is_due(self, now: float) -> bool:
@@ -42,10 +52,13 @@ class DecisionSchedule:
         if decision.recheck_at is not None:
             self.due_s = min(self.due_s, decision.recheck_at)
         self._hold(now + decision.hold_s, busy)
+        self._drained_hold_until_s = self._held_until_s
 
     def on_cost(self, now: float, seconds: float, busy: bool) -> None:
-        """Note that the latest decision took ``seconds`` to compute; hold the next one accordingly."""
+        """Note that the latest decision, of ``now``, took ``seconds`` to compute; hold the next one accordingly."""
         self._hold(now + min(seconds / MAX_DECIDING_SHARE, self._max_hold_s), busy)
+        # NOTE: `now` is when it began, so half of the time is left for everything else.
+        self._drained_hold_until_s = max(self._drained_hold_until_s, now + 2 * seconds)
 
     def _hold(self, until_s: float, busy: bool) -> None:
         if busy:

@@ -192,6 +192,9 @@ class EngineQueue:
 
     def on_first_token(self) -> None:
         """Note that a response began, so its prompt is prefilled."""
+        # The latest requests are the likeliest to have no first token yet.
+        if self.waiting and not any(request.prefilling for request in reversed(self.running.values())):
+            self.admission.schedule.on_drained()
         self.admission.capacity_changed()
         self.wake()
 

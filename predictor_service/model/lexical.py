@@ -36,14 +36,16 @@ KEYWORDS: dict[str, str] = {
 """Words that request a kind of answer. A word belongs to one kind only."""
 
 UNITS = {
-    "words": r"words?",
-    "paragraphs": r"paragraphs?",
-    "sentences": r"sentences?|lines?",
-    "pages": r"pages?",
-    "minutes": r"minutes?|hours?|days?|weeks?",
-    "items": r"items?|ideas?|examples?|questions?|tips?|ways?|points?|steps?|names?|titles?|reasons?|topics?|bullets?|"
-    r"options?|tweets?|posts?",
-    "chars": r"characters?|chars?|letters?",
+    "words": ("word",),
+    "paragraphs": ("paragraph",),
+    "sentences": ("sentence", "line"),
+    "pages": ("page",),
+    "minutes": ("minute", "hour", "day", "week"),
+    "items": (
+        *("item", "idea", "example", "question", "tip", "way", "point", "step", "name", "title", "reason", "topic"),
+        *("bullet", "option", "tweet", "post"),
+    ),
+    "chars": ("character", "char", "letter"),
 }
 
 HEAD, TAIL = 120, 160
@@ -97,12 +99,9 @@ LEXICAL_NAMES = (
 )
 LEXICAL_SIZE = len(LEXICAL_NAMES)
 
-_AMOUNT = re.compile(
-    r"(?<![\d.,])(\d{1,5})(?: ?\+)?[ -]{0,2}(?:\w+ )?(?:"
-    + "|".join(f"(?P<{k}>{v})" for k, v in UNITS.items())
-    + r")\b",
-    re.IGNORECASE,
-)
+_UNIT_OF = {noun: unit for unit, nouns in UNITS.items() for noun in nouns}
+# NOTE: it begins with a digit and its repeats do not backtrack, so that many numbers in a prompt cost little.
+_AMOUNT = re.compile(r"(\d(?<![\d.,]\d)\d{0,4}+)(?: ?\+)?[ -]{0,2}+(?:\w++ )?(" + "|".join(_UNIT_OF) + r")s?\b")
 _LIST_LINE = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
 
 # Code points at which the script changes, and the column that each range counts towards (0: none).
@@ -203,9 +202,9 @@ def _requested_amounts(kept: str, digits: int) -> list[float]:
     """Return the log of the first amount requested in each unit; 0 if there is none."""
     amounts = dict.fromkeys(UNITS, 0.0)
     if digits:
-        for found in _AMOUNT.finditer(kept):
-            unit = found.lastgroup or ""
-            amounts[unit] = amounts[unit] or math.log1p(int(found.group(1)))
+        for found in _AMOUNT.finditer(kept.lower()):
+            unit = _UNIT_OF[found[2]]
+            amounts[unit] = amounts[unit] or math.log1p(int(found[1]))
     return list(amounts.values())
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.prediction.circuit_breaker import CircuitBreaker
-from gateway.prediction.client import LengthPredictor
+from gateway.prediction.client import LengthPredictor, Question
 from gateway.prediction.lengths import LengthStatistics, Prediction
 from tests.fixtures.live_gateway import chat, live, serving
 from tests.fixtures.live_server import eventually
@@ -64,7 +64,7 @@ async def test_predict_returns_the_prediction_of_the_service() -> None:
     service = Service(prediction(12.5, 60))
     async with serving(service) as url:
         client = make_client(url)
-        assert await client.predict("hello", 3, "chat", 100) == Prediction(12.5, 60.0, "service")
+        assert await client.predict(Question("hello", 3, "chat", 100)) == Prediction(12.5, 60.0, "service")
         ((body, headers),) = service.calls
         question = {"prompt": "hello", "prompt_tokens": 3, "max_tokens": 100}
         assert body == {"inputs": [{**question, "model": None, "slo_class": "chat", "id": None}]}
@@ -77,14 +77,14 @@ async def test_predict_falls_back_after_its_timeout() -> None:
     async with silent_server() as url:
         client = make_client(url, timeout_s=0.05)
         started = time.monotonic()
-        assert (await client.predict("hi", 1, "chat", None)).source == "fallback"
+        assert (await client.predict(Question("hi", 1, "chat", None))).source == "fallback"
         assert time.monotonic() - started < 0.2
         started = time.monotonic()
-        await client.predict("hi", 1, "chat", None)
+        await client.predict(Question("hi", 1, "chat", None))
         assert time.monotonic() - started < 0.02, "requests must not wait behind a late call"
         async with asyncio.timeout(10):
             while client.up:
-                await client.predict("hi", 1, "chat", None)
+                await client.predict(Question("hi", 1, "chat", None))
                 await asyncio.sleep(0.05)
         await client.close()
 
@@ -99,14 +99,14 @@ async def test_predict_falls_back_after_its_timeout() -> None:
 async def test_predict_falls_back_on_an_invalid_response(answer: Any) -> None:
     async with serving(Service(answer)) as url:
         client = make_client(url)
-        assert (await client.predict("hi", 1, "chat", None)).source == "fallback"
+        assert (await client.predict(Question("hi", 1, "chat", None))).source == "fallback"
         await client.close()
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://[oops", "http://", "http://no host"])
 async def test_predict_falls_back_on_an_unreachable_url(url: str) -> None:
     client = make_client(url)
-    assert (await client.predict("hi", 1, "chat", None)).source == "fallback"
+    assert (await client.predict(Question("hi", 1, "chat", None))).source == "fallback"
     assert not await client.warm_up(max_wait_s=0.05)
     await client.close()
 
@@ -117,10 +117,10 @@ async def test_rejected_input_does_not_open_the_breaker(status: int) -> None:
     async with serving(service) as url:
         client = make_client(url)
         for _ in range(5):
-            assert (await client.predict("hi", 1, "chat", None)).source == "fallback"
+            assert (await client.predict(Question("hi", 1, "chat", None))).source == "fallback"
         assert client.up
         service.answer, service.status = prediction(7), 200
-        assert (await client.predict("hi", 1, "chat", None)).tokens == 7
+        assert (await client.predict(Question("hi", 1, "chat", None))).tokens == 7
         await client.close()
 
 
@@ -130,7 +130,7 @@ async def test_predict_stops_calling_after_three_failures(status: int) -> None:
     async with serving(service) as url:
         client = make_client(url)
         for _ in range(6):
-            await client.predict("hi", 1, "chat", None)
+            await client.predict(Question("hi", 1, "chat", None))
         assert (len(service.calls), client.up) == (3, False)
         await client.close()
 
@@ -139,7 +139,7 @@ async def test_predict_sends_only_both_ends_of_a_long_prompt() -> None:
     service = Service(prediction(7))
     async with serving(service) as url:
         client = make_client(url)
-        await client.predict("a" * 10_000 + "b" * 10_000, 5000, "chat", 10)
+        await client.predict(Question("a" * 10_000 + "b" * 10_000, 5000, "chat", 10))
         ((question,),) = service.inputs
         assert question["prompt"] == "a" * 10_000 + "b" * 6_384
         await client.close()
@@ -149,7 +149,7 @@ async def test_predict_sends_model_and_class_and_keeps_raw_quantiles() -> None:
     service = Service({"predictions": [{"length": 7, "p90": 20, "raw_p50": 70, "raw_p90": 200}]})
     async with serving(service) as url:
         client = make_client(url)
-        made = await client.predict("hi", 1, "chat", None, model="llama", request_id="r1")
+        made = await client.predict(Question("hi", 1, "chat", None, model="llama", request_id="r1"))
         assert made == Prediction(7, 20, "service", (70, 200))
         ((question,),) = service.inputs
         assert (question["model"], question["slo_class"], question["id"]) == ("llama", "chat", "r1")
@@ -159,7 +159,7 @@ async def test_predict_leaves_out_an_unprintable_model_name() -> None:
     service = Service(prediction(7))
     async with serving(service) as url:
         client = make_client(url)
-        await client.predict("hi", 1, "chat", None, model="two\nlines" * 99)
+        await client.predict(Question("hi", 1, "chat", None, model="two\nlines" * 99))
         assert service.inputs[0][0]["model"] is None
         await client.close()
 
@@ -169,7 +169,7 @@ async def test_predict_leaves_out_a_limit_that_the_service_rejects(limit: int) -
     service = Service(prediction(7))
     async with serving(service) as url:
         client = make_client(url)
-        await client.predict("hi", 1, "chat", limit)
+        await client.predict(Question("hi", 1, "chat", limit))
         assert service.inputs[0][0]["max_tokens"] is None
         await client.close()
 
@@ -181,9 +181,9 @@ async def test_predict_batches_questions_that_arrive_during_a_call() -> None:
     service = Service(length_from_prompt)
     async with serving(service) as url:
         client = make_client(url)
-        first = asyncio.create_task(client.predict("9", 1, "chat", None))
+        first = asyncio.create_task(client.predict(Question("9", 1, "chat", None)))
         await asyncio.sleep(0)
-        others = [client.predict(str(i), 1, "chat", None) for i in range(1, 6)]
+        others = [client.predict(Question(str(i), 1, "chat", None)) for i in range(1, 6)]
         made = [*await asyncio.gather(*others)]
         assert (await first).tokens == 9
         assert [p.tokens for p in made] == [1, 2, 3, 4, 5]
@@ -232,7 +232,7 @@ def test_statistics_predict_recent_quantiles_of_the_class() -> None:
 
 @given(st.none() | st.integers(0, 2**63), st.integers(0, 2**63))
 def test_predict_respects_the_token_limits_of_the_request(max_tokens: int | None, min_tokens: int) -> None:
-    made = asyncio.run(make_client(None).predict("hi", 1, "chat", max_tokens, min_tokens))
+    made = asyncio.run(make_client(None).predict(Question("hi", 1, "chat", max_tokens, min_tokens)))
     assert made.tokens >= max(1, min_tokens)
     assert made.p90 >= made.tokens
     assert max_tokens is None or made.tokens <= max(1, max_tokens, min_tokens)
@@ -247,9 +247,10 @@ def corrected_predictions(body: Any) -> Any:
 async def test_gateway_reports_lengths_with_the_raw_prediction() -> None:
     service = Service(corrected_predictions)
     async with serving(service) as url, live(predictor_url=url, predictor={"timeout_ms": 5000}) as antares:
-        await antares.ask()
-        await antares.ask(chat(max_tokens=3), x_slo_class="free")
-        await antares.ask(chat(n=2))
+        # End-to-end bounds, whose paces depend on the length: the requests wait for their predictions.
+        await antares.ask(x_slo_e2e_ms="60000")
+        await antares.ask(chat(max_tokens=3), x_slo_class="free", x_slo_e2e_ms="60000")
+        await antares.ask(chat(n=2), x_slo_e2e_ms="60000")
         await eventually(lambda: antares.gateway.predictor.reports.sent == 2)
         ids = [inputs[0]["id"] for inputs in service.inputs]
         reported = [report for body, _ in service.calls for report in body.get("observations", [])]
@@ -258,6 +259,42 @@ async def test_gateway_reports_lengths_with_the_raw_prediction() -> None:
         {**common, "id": ids[0], "slo_class": "chat", "tokens": 8, "censored": False},
         {**common, "id": ids[1], "slo_class": "free", "tokens": 3, "censored": True},
     ]
+
+
+async def test_service_is_asked_later_about_all_requests_that_do_not_wait() -> None:
+    service = Service(corrected_predictions)
+    found: list[Prediction | None] = []
+    async with serving(service) as url:
+        client = make_client(url)
+        for number in range(3):
+            client.predict_later(Question(str(number), 1, "chat", 45), lambda: True, found.append)
+        assert service.calls == []
+        await eventually(lambda: len(found) == 3)
+        await client.close()
+    assert [len(inputs) for inputs in service.inputs] == [3]
+    assert found == [Prediction(45, 45, "service", (40, 80))] * 3
+
+
+async def test_service_is_not_asked_later_about_requests_that_have_ended() -> None:
+    service = Service(corrected_predictions)
+    found: list[tuple[str, Prediction | None]] = []
+    async with serving(service) as url:
+        client = make_client(url)
+        for name, open_ in (("ended", False), ("open", True)):
+            question = Question(name, 1, "chat", None)
+            client.predict_later(
+                question, lambda open_=open_: open_, lambda made, name=name: found.append((name, made))
+            )
+        await eventually(lambda: len(found) == 2)
+        await client.close()
+    assert [[entry["prompt"] for entry in inputs] for inputs in service.inputs] == [["open"]]
+    assert [(name, made is None) for name, made in found] == [("ended", True), ("open", False)]
+
+
+async def test_question_that_may_be_asked_later_is_answered_at_once_without_a_service() -> None:
+    found: list[Prediction | None] = []
+    make_client(None).predict_later(Question("hi", 1, "chat", None), lambda: True, found.append)
+    assert found == [None]
 
 
 async def test_gateway_does_not_report_lengths_of_fallback_predictions() -> None:
@@ -320,7 +357,7 @@ async def test_answer_without_end_is_cut_and_opens_the_breaker(chunk: bytes, pau
         client = make_client(url, timeout_s=0.05)
         async with asyncio.timeout(20):
             while client._breaker.closed:
-                assert (await client.predict("hi", 1, "chat", None)).source == "fallback"
+                assert (await client.predict(Question("hi", 1, "chat", None))).source == "fallback"
                 await asyncio.sleep(0.02)
         assert not client.up
         await client.close()
@@ -330,9 +367,9 @@ async def test_answer_without_end_is_cut_and_opens_the_breaker(chunk: bytes, pau
 async def test_service_that_rejects_everything_counts_as_down(status: int) -> None:
     async with serving(Service({}, status)) as url:
         client = make_client(url)
-        assert (await client.predict("hi", 1, "chat", None)).source == "fallback"
+        assert (await client.predict(Question("hi", 1, "chat", None))).source == "fallback"
         assert client.up, "one input may be at fault"
         for _ in range(20):
-            assert (await client.predict("hi", 1, "chat", None)).source == "fallback"
+            assert (await client.predict(Question("hi", 1, "chat", None))).source == "fallback"
         assert not client.up
         await client.close()

@@ -18,6 +18,7 @@ from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.api.call import Call
 from gateway.policies.fcfs import Fcfs
 from gateway.policies.registry import POLICIES, make_policy
+from gateway.prediction.client import LATER_S
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
 from gateway.scheduling.admission import AdmissionController
@@ -64,9 +65,19 @@ async def test_request_is_served_before_its_prediction_while_there_is_room() -> 
         answer = await antares.ask(x_slo_report="1")
         assert answer.status_code == 200
         assert answer.json()["antares"]["predicted_tokens"] == 8
-        assert service.asked == 1
+        # It has ended before the service would have been asked.
+        await asyncio.sleep(5 * LATER_S)
+        assert service.asked == 0
+        metrics = (await antares.http.get("/metrics")).text
+        assert 'antares_predictions_total{source="fallback"} 1.0' in metrics
+
+
+async def test_request_that_ends_before_its_prediction_is_reported_all_the_same() -> None:
+    async with held(output_tokens=300) as (service, antares):
+        asking = asyncio.create_task(antares.ask(chat(max_tokens=300)))
+        await eventually(lambda: service.asked == 1)
+        assert (await asking).status_code == 200
         service.release.set()
-        # The length is reported all the same, so that the predictor learns from short answers too.
         await eventually(lambda: antares.gateway.predictor.reports.sent == 1)
         metrics = (await antares.http.get("/metrics")).text
         assert 'antares_predictions_total{source="service"} 1.0' in metrics

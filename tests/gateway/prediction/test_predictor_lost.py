@@ -15,6 +15,7 @@ import httpx
 import orjson
 import pytest
 
+from gateway.prediction.client import Question
 from gateway.prediction.lengths import Prediction
 from gateway.prediction.supervisor import Supervisor
 from tests.fixtures.live_gateway import Live, Load, live
@@ -68,7 +69,9 @@ async def test_predictor_hang_and_crash_fail_no_request_and_lose_no_correction(t
                 """Return the next prediction that comes from the service."""
                 async with asyncio.timeout(20):
                     while True:
-                        prediction = await predictor.predict("tell me a story", 4, "chat", None, model="simulated")
+                        prediction = await predictor.predict(
+                            Question("tell me a story", 4, "chat", None, model="simulated")
+                        )
                         if prediction.source == "service":
                             return prediction
                         await asyncio.sleep(0.05)

@@ -343,3 +343,24 @@ async def test_full_class_answers_the_flooding_tenant_and_queues_its_neighbour()
     assert len(engine_queue.waiting) == 3
     engine_queue.close()
     assert isinstance(victim.result(), Draining)
+
+
+async def test_engine_without_prompts_to_prefill_is_not_kept_idle_by_a_slow_decision(
+    deciding_takes: Any, timers: list[float]
+) -> None:
+    deciding_takes(0.01 * MAX_DECISION_INTERVAL_S)
+    policy = Closed()
+    engine_queue = busy_queue(policy)
+    second = make_request("second", at=0.0)
+    engine_queue.admission.running["second"] = second
+    await turns(engine_queue)
+    engine_queue.admission.running["running"].first_token_s = NOW
+    engine_queue.on_first_token()
+    await turns(engine_queue)
+    assert timers[-1] == pytest.approx(0.5 * MAX_DECISION_INTERVAL_S), "the other prompt keeps the engine busy"
+    second.first_token_s = NOW
+    engine_queue.on_first_token()
+    await turns(engine_queue)
+    assert timers[-1] == pytest.approx(0.02 * MAX_DECISION_INTERVAL_S)
+    assert policy.calls == [1]
+    engine_queue.close()
