@@ -59,7 +59,8 @@ class SlackGate:
         if all_fit and self._steps_with_slack >= SLACK.steps_per_turn:
             self._sat_out = 0
             return plan
-        if unpaced and self._unpaced_sit_out():
+        self._sat_out = (self._sat_out + bool(unpaced)) % SLACK.steps_per_turn
+        if unpaced and self._sat_out:
             plan.sit_out.update([r.request_id for r in unpaced])
         else:
             decodes, context = all_decodes, all_context
@@ -88,11 +89,6 @@ class SlackGate:
             if now <= own < due:
                 due = own
         return count, context, due, strictest
-
-    def _unpaced_sit_out(self) -> bool:
-        """Return whether the requests without a pace sit out, counting the step; in one of N it is their turn."""
-        self._sat_out = (self._sat_out + 1) % SLACK.steps_per_turn
-        return self._sat_out > 0
 
     def preemptible(self, request: GatedRequest) -> bool:
         """Whether the request is best-effort or yielding."""
