@@ -9,7 +9,7 @@ import math
 
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
-from gateway.policies.slack.batch import RunningBatch
+from gateway.policies.running_batch import RunningBatch
 from gateway.requests.request import Request
 
 _MARGIN = 0.95

@@ -36,8 +36,9 @@ from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, reject_tpot, reject_ttft
+from gateway.policies.running_batch import RunningBatch
 from gateway.policies.slack.alone import fits_alone
-from gateway.policies.slack.batch import RunningBatch, WaitingBatch
+from gateway.policies.slack.batch import WaitingBatch
 from gateway.policies.slack.fair_share import FairShare
 from gateway.policies.tenant_shares import TenantShares
 from gateway.requests.request import Request
