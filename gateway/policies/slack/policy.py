@@ -118,8 +118,17 @@ class Slack:
             return Decision()
         batch, decision = RunningBatch.of(running, engine, self._memory_z), Decision()
         this = _Round(now, batch, self.prefill_lookahead_steps * batch.chunk_tokens, decision)
-        if len(waiting) == 1 and self._admit_alone(this, waiting[0], running):
-            return self._noted(this, batch)
+        if len(waiting) > 1 or not self._admit_alone(this, waiting[0], running):
+            self._serve_all(this, waiting, running)
+        self._fair_share.note(decision)
+        self._tenants.note(now, decision.admit, batch.prefill_token_s)
+        decision.hold_s = min(batch.step_s, MAX_DECISION_INTERVAL_S)
+        decision.max_hold_s = min(SLACK.max_hold_s, self.prefill_lookahead_steps * batch.strictest_s)
+        return decision
+
+    def _serve_all(self, this: _Round, waiting: Sequence[Request], running: Collection[Request]) -> None:
+        """Lines 1 to 9."""
+        now, batch = this.now, this.batch
         count = bisect(waiting, False, key=lambda request: request.kind is ServiceKind.BEST_EFFORT)
         arrays, best_effort = arrays_of(waiting, count), waiting[count:]
         queue = WaitingBatch.of(waiting[:count], arrays, batch, now, self.tpot_target_fraction)
@@ -132,17 +141,7 @@ class Slack:
             waits = self._serve(this, queue.only(~over), ())
             this, queue = self._beside_yielding(this, running, others_share / batch.prefill_share), queue.only(over)
         waits |= self._serve(this, queue, overdue)
-        self._admit_best_effort(this, best_effort, batch.reserved_slots if waits else engine.max_num_seqs)
-        return self._noted(this, batch)
-
-    def _noted(self, this: _Round, batch: RunningBatch) -> Decision:
-        """Return the decision, which counts for the shares of the classes and tenants from now on."""
-        decision = this.decision
-        self._fair_share.note(decision)
-        self._tenants.note(this.now, decision.admit, batch.prefill_token_s)
-        decision.hold_s = min(batch.step_s, MAX_DECISION_INTERVAL_S)
-        decision.max_hold_s = min(SLACK.max_hold_s, self.prefill_lookahead_steps * batch.strictest_s)
-        return decision
+        self._admit_best_effort(this, best_effort, batch.reserved_slots if waits else batch.engine.max_num_seqs)
 
     def _admit_alone(self, this: _Round, request: Request, running: Collection[Request]) -> bool:
         """Admit the only waiting request if it surely fits and does not yield."""
