@@ -18,8 +18,8 @@ class ServiceKind(IntEnum):
     """Nothing: no bound, or bounds that the class waived. It may sit out steps, and may be preempted for the others."""
 
     YIELDING = 3
-    """Paced or deadline-only, of a tenant above its share. It keeps what the others leave: when their prompts or tokens
-    need the time it sits out steps, and it may be preempted for them."""
+    """Paced or deadline-only, of a tenant above its share. It keeps what the others leave: its prompt waits for
+    theirs, it sits out steps when their tokens need the time, and it may be preempted for them."""
 
     @property
     def label(self) -> str:

@@ -67,7 +67,7 @@ def page(document: Mapping[str, Any]) -> str:
         per second."""
     result = f"""Under `slack` no abuse lowers the victim's adherence by more than **{max(lost):.1f} points** in any
         run (median {median(lost):.1f}). *Without*: the same requests, all of one tenant. What the abuser attains less
-        is the cost of isolation: its requests give way while the victim's prompts need the engine."""
+        is the cost of isolation: its prompts wait for the victim's, and part of each step is kept free for these."""
     sections = [
         "# One tenant beside an abuser",
         wrapped(head),

@@ -71,7 +71,7 @@ class NoSkipOver(Slack):
     def _admit(self, this: _Round, queue: WaitingBatch) -> bool:
         batch = this.batch
         # `_order` omits prompts longer than `lookahead_left`; here they must block the ones behind them.
-        order, _ = self._order(replace(this, lookahead_tokens=math.inf), queue)
+        order = self._order(replace(this, lookahead_tokens=math.inf), queue)
         for at in order.tolist():
             request = queue.requests[at]
             fits = request.prompt_tokens <= this.lookahead_left and queue.fit(batch, this.now, np.array([at]))[0]

@@ -75,7 +75,7 @@ class BestEffortPreemption:
     def __init__(self, capacity: Capacity) -> None:
         self._capacity = capacity
         self._reserved = reserved_slots(capacity.slots)
-        self._peaks = RecentPeak(), RecentPeak()
+        self._slots, self._blocks = RecentPeak(), RecentPeak()
 
     def plan(
         self, now: float, free: Capacity, running: Sequence[Member], waiting: Sequence[Member]
@@ -84,38 +84,37 @@ class BestEffortPreemption:
 
         Only preemptible and prefilling requests matter in ``running``; without preemptible ones, both may be empty.
         """
-        preemptible = [m for m in running if m.preemptible]
+        capacity, preemptible = self._capacity, [m for m in running if m.preemptible]
         arrivals = [m for m in waiting if not m.preemptible]
-        used, held, count = self._capacity.slots - free.slots, sum(m.held for m in preemptible), len(preemptible)
         prompts = [*arrivals, *(m for m in running if m.prefilling and not m.preemptible)]
-        want = Capacity(len(arrivals), sum(m.needed - m.held for m in prompts))
-        others = Capacity(used - count + want.slots, self._capacity.blocks - free.blocks - held + want.blocks)
-        peak = Capacity(*(peak.note(now, value) for peak, value in zip(self._peaks, others, strict=True)))
-        if not peak.slots or not (preemptible or waiting):
+        wanted, used = sum(m.needed - m.held for m in prompts), capacity.slots - free.slots
+        held, count = sum(m.held for m in preemptible), len(preemptible)
+        peak_slots = self._slots.note(now, used - count + len(arrivals))
+        peak_blocks = self._blocks.note(now, capacity.blocks - free.blocks - held + wanted)
+        if not peak_slots or not (preemptible or waiting):
             return None
-        victims = self._victims(preemptible, Capacity(want.slots - free.slots, want.blocks + used - free.blocks))
+        victims = self._victims(preemptible, len(arrivals) - free.slots, wanted + used - free.blocks)
         resumable = [*reversed(victims), *(m for m in waiting if m.preemptible and m.preempted_before)]
         new = [m for m in waiting if m.preemptible and not m.preempted_before]
         recomputing = any(m.prefilling and m.preempted_before for m in preemptible)
         front: list[Member] = []
         if (resumable or new) and not victims and not recomputing:
             first = (resumable or new)[0]
-            spare_slots, spare_blocks = (most - value for most, value in zip(self._capacity, peak, strict=True))
+            fits = peak_slots + count < capacity.slots and peak_blocks + held + first.needed + used < capacity.blocks
             if count < self._reserved and free.slots > 0 and free.blocks > first.needed + used:
                 front.append((resumable or new).pop(0))
-            elif resumable and not want.slots and count < spare_slots and held + first.needed + used < spare_blocks:
+            elif resumable and not arrivals and fits:
                 new.append(resumable.pop(0))
         return PreemptionPlan(*([m.request for m in members] for members in (victims, front, new, resumable)))
 
-    def _victims(self, preemptible: Sequence[Member], short: Capacity) -> list[Member]:
-        """Return the newest decoding best-effort requests whose slots and blocks cover what is ``short``."""
+    def _victims(self, preemptible: Sequence[Member], slots: int, blocks: int) -> list[Member]:
+        """Return the newest decoding best-effort requests that together have ``slots`` and ``blocks``."""
         victims: list[Member] = []
-        freed = 0
         for member in reversed([m for m in preemptible[self._reserved :] if not m.prefilling]):
-            if len(victims) >= short.slots and freed >= short.blocks:
+            if len(victims) >= slots and blocks <= 0:
                 break
             victims.append(member)
-            freed += member.held
+            blocks -= member.held
         return victims
 
 

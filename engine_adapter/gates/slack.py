@@ -5,8 +5,8 @@ due at f_i + g * P_i, and a step that ends before the earliest due token makes n
 fits, the step is stock vLLM's; otherwise it takes the chunk that spends the slack best (`StepCurve.chunk`). A request
 that is already late does not limit the step.
 
-Yielding requests (of tenants above their share) have a pace too. They sit out a step of all decodes and of the others'
-prompts that would make a paced request late, and their own prompts wait for those of the others.
+Yielding requests (of tenants above their share) have a pace too, but it limits only their own prompts, which wait for
+those of the others. They sit out a step of all decodes that would make a paced request late, even without prompts.
 
 If a step of all requests and prompts would make a paced request late, requests without a pace sit out. They take part
 in one of `steps_per_turn` steps, until that many in a row had time for all: the next prompt may need the slack.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from engine_adapter.gates.base import Decoding, GatedRequest, StepPlan
 from engine_adapter.gates.constants import SLACK
@@ -24,18 +23,6 @@ from engine_adapter.service_kind import ServiceKind
 from engine_adapter.step_time.model import StepTimeModel
 
 _PACED, _YIELDING = ServiceKind.PACED, ServiceKind.YIELDING
-
-
-class _OfKind(NamedTuple):
-    """Decoding requests of one kind: number, tokens of context, strictest pace (s), and when the next token is due."""
-
-    number: int
-    context: int
-    strictest: float
-    due: float
-
-
-_NONE = _OfKind(0, 0, math.inf, math.inf)
 
 
 class SlackGate:
@@ -53,37 +40,38 @@ class SlackGate:
         self, now: float, decoding: Sequence[Decoding], prefill_backlog: int, yielding_prompts: bool = False
     ) -> StepPlan:
         """Return the requests that sit out, and the prefill tokens that fit before the earliest due token."""
-        plan, curve, decodes = StepPlan(), self._step_time.curve, len(decoding)
-        paced = self._of_kind(now, decoding, _PACED)
-        yielding, unpaced, context, due, strictest = _NONE, 0, paced.context, paced.due, paced.strictest
-        if paced.number < decodes:
-            yielding = self._of_kind(now, decoding, _YIELDING)
-            unpaced, context = decodes - paced.number - yielding.number, sum([r.length for r in decoding])
-        if yielding.number:
-            if curve.step_s(decodes, context, 0 if yielding_prompts else prefill_backlog) > due - now:
+        plan, curve, unpaced = StepPlan(), self._step_time.curve, list[Decoding]()
+        decodes, context, due, strictest = self._of_kind(now, decoding, _PACED)
+        if decodes < len(decoding):
+            yielding, yielding_context, yielding_due, yielding_strictest = self._of_kind(now, decoding, _YIELDING)
+            unpaced = [r for r in decoding if r.pace_s is None or (r.kind is not _PACED and r.kind is not _YIELDING)]
+            if yielding and curve.step_s(decodes + yielding, context + yielding_context) > due - now:
                 plan.sit_out.update([r.request_id for r in decoding if r.kind is _YIELDING])
-                decodes, context, yielding = decodes - yielding.number, context - yielding.context, _NONE
-            elif yielding_prompts or not prefill_backlog:
-                due, strictest = min(due, yielding.due), min(strictest, yielding.strictest)
+            else:
+                decodes, context = decodes + yielding, context + yielding_context
+                if yielding_prompts or not prefill_backlog:
+                    due, strictest = min(due, yielding_due), min(strictest, yielding_strictest)
         if due == math.inf:
             return plan
-        left_s = due - now
-        all_fit = curve.step_s(decodes, context, prefill_backlog) <= left_s
+        all_decodes, all_context = decodes + len(unpaced), context + sum([r.length for r in unpaced])
+        all_fit = curve.step_s(all_decodes, all_context, prefill_backlog) <= due - now
         self._steps_with_slack = self._steps_with_slack + 1 if all_fit else 0
         if all_fit and self._steps_with_slack >= SLACK.steps_per_turn:
             self._sat_out = 0
             return plan
-        if unpaced and self._unpaced_sit_out():
-            plan.sit_out.update([r.request_id for r in decoding if r.kind is not _PACED and r.kind is not _YIELDING])
-            decodes, context = decodes - unpaced, paced.context + yielding.context
+        self._sat_out = (self._sat_out + bool(unpaced)) % SLACK.steps_per_turn
+        if unpaced and self._sat_out:
+            plan.sit_out.update([r.request_id for r in unpaced])
+        else:
+            decodes, context = all_decodes, all_context
         if prefill_backlog and not all_fit:
-            chunk = curve.chunk(decodes, context, left_s, strictest, prefill_backlog)
+            chunk = curve.chunk(decodes, context, due - now, strictest, prefill_backlog)
             if chunk < prefill_backlog:
                 plan.max_prefill_tokens = chunk
         return plan
 
-    def _of_kind(self, now: float, decoding: Sequence[Decoding], kind: ServiceKind) -> _OfKind:
-        """Return the sums over the requests of ``kind`` that have a pace."""
+    def _of_kind(self, now: float, decoding: Sequence[Decoding], kind: ServiceKind) -> tuple[int, int, float, float]:
+        """Return of the requests of ``kind`` that have a pace: number, context, when a token is due, strictest pace."""
         offsets, due, strictest, count, context = self._due_offset, math.inf, math.inf, 0, 0
         for request in decoding:
             pace = request.pace_s
@@ -100,12 +88,7 @@ class SlackGate:
             own = offset + length * pace
             if now <= own < due:
                 due = own
-        return _OfKind(count, context, strictest, due)
-
-    def _unpaced_sit_out(self) -> bool:
-        """Return whether the requests without a pace sit out, counting the step; in one of N it is their turn."""
-        self._sat_out = (self._sat_out + 1) % SLACK.steps_per_turn
-        return self._sat_out > 0
+        return count, context, due, strictest
 
     def preemptible(self, request: GatedRequest) -> bool:
         """Whether the request is best-effort or yielding."""

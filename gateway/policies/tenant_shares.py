@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from gateway.policies.slack.batch import RunningBatch
+from gateway.policies.running_batch import RunningBatch
 from gateway.requests.request import Request
 
 MEMORY_S = 10.0

@@ -1,135 +1,20 @@
-"""What `slack` computes with: the running set as sums, and the waiting requests as arrays."""
+"""The waiting requests as arrays, with which `slack` computes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
-from engine_adapter.gates.best_effort_preemption import reserved_slots
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
+from gateway.policies.running_batch import RunningBatch
 from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import Floats, WaitingArrays
-
-_PACED, _DEADLINE_ONLY, _YIELDING = ServiceKind.PACED, ServiceKind.DEADLINE_ONLY, ServiceKind.YIELDING
-_UNPACED_SHARE = SLACK.best_effort_share  # of steps, for deadline-only and best-effort requests
-
-
-@dataclass(slots=True)
-class RunningBatch:
-    """The running set R on ``engine``, as sums; ``memory_z`` standard deviations of its memory are to stay free.
-
-    Attributes:
-        slots, best_effort_slots, reserved_slots: sequences, the best-effort ones, and how many of these are protected.
-        decoding, context: sequences in a step and their tokens; without a pace they count by their share of steps.
-        strictest_s: P*, the strictest pace (s per token).
-        memory, preemptible_memory, variance: tokens that R will reach, the unprotected best-effort part, the variance.
-        backlog: uncached prompt tokens that are not prefilled yet.
-        step_s: T(R), seconds of a step in which all of R decode; 0 when R is empty.
-    """
-
-    engine: EngineState
-    memory_z: float = 0.0
-    beside_yielding: bool = False
-    reserved_slots: int = 0
-    slots: int = 0
-    best_effort_slots: int = 0
-    decoding: float = 0.0
-    context: float = 0.0
-    strictest_s: float = math.inf
-    memory: float = 0.0
-    preemptible_memory: float = 0.0
-    variance: float = 0.0
-    backlog: int = 0
-    step_s: float = 0.0
-    _prefill_token_s: float | None = None
-
-    @classmethod
-    def of(
-        cls, running: Collection[Request], engine: EngineState, memory_z: float = 0.0, beside_yielding: bool = False
-    ) -> RunningBatch:
-        """Return the sums over ``running``, oldest first."""
-        reserved = reserved_slots(engine.max_num_seqs)
-        batch = cls(engine, memory_z, beside_yielding, reserved, memory=-engine.shared_tokens)
-        batch.add(running)
-        return batch
-
-    def add(self, requests: Collection[Request], pace_s: float | None = None) -> None:
-        """Add requests, each with its own pace or with ``pace_s``."""
-        # Every running request is added in every decision, so the sums are local and the loop calls nothing.
-        slots, best_effort_slots = self.slots, self.best_effort_slots
-        preempts = self.engine.gate.preemptible and not self.beside_yielding
-        protected, beside_yielding = self.reserved_slots if preempts else self.engine.max_num_seqs, self.beside_yielding
-        decoding, context, strictest_s = self.decoding, self.context, self.strictest_s
-        memory, preemptible_memory = self.memory, self.preemptible_memory
-        variance, backlog = self.variance, self.backlog
-        for request in requests:
-            sequences, predicted = request.sequences, request.predicted_tokens
-            generated = request.generated / sequences
-            weight: float = sequences
-            slots += sequences
-            expected = (request.prompt_tokens + (predicted if predicted - generated > 1 else generated + 1)) * sequences
-            memory += expected
-            kind, pace = request.kind, request.pace_s if pace_s is None else pace_s
-            yields = kind is _YIELDING and not beside_yielding
-            if yields or (kind is not _PACED and (kind is not _YIELDING or pace is None)):
-                weight *= _UNPACED_SHARE
-                if kind is not _DEADLINE_ONLY:
-                    best_effort_slots += sequences
-                    if best_effort_slots > protected:
-                        preemptible_memory += expected
-            elif pace is not None and pace < strictest_s:
-                strictest_s = pace
-            # A running request counts by its length now, because another takes its slot and begins short.
-            length = request.prompt_tokens + (generated if request.admitted_s is not None else predicted / 2)
-            decoding += weight
-            context += length * weight
-            variance += request.variance
-            if request.first_token_s is None and not request.unobserved and not yields:
-                backlog += request.uncached_tokens
-        self.slots, self.best_effort_slots = slots, best_effort_slots
-        self.decoding, self.context, self.strictest_s = decoding, context, strictest_s
-        self.memory, self.preemptible_memory = memory, preemptible_memory
-        self.variance, self.backlog, self._prefill_token_s = variance, backlog, None
-        self.step_s = self.engine.step_time.curve.step_s(decoding, context)
-
-    @property
-    def free_slots(self) -> int:
-        """Slots that are free for a request that may preempt best-effort ones."""
-        preempts = self.engine.gate.preemptible and not self.beside_yielding
-        preemptible = self.best_effort_slots - self.reserved_slots if preempts else 0
-        return self.engine.max_num_seqs - self.slots + max(0, preemptible)
-
-    def has_capacity_for(self, request: Request) -> bool:
-        """Whether slots and KV memory suffice for ``request`` too, without preempting any."""
-        memory = self.memory + (request.prompt_tokens + max(request.predicted_tokens, 1.0)) * request.sequences
-        memory += self.memory_z * math.sqrt(self.variance + request.variance) - request.shared_tokens
-        has_memory = self.engine.kv_tokens <= 0 or memory <= self.engine.kv_tokens
-        return has_memory and self.slots + request.sequences <= self.engine.max_num_seqs
-
-    @property
-    def prefill_token_s(self) -> float:
-        """mu(R): seconds that a prompt token costs in chunks that fill what R leaves of a step of P* seconds."""
-        if self._prefill_token_s is None:
-            spare_s, most = self.strictest_s - self.step_s, self.engine.max_num_batched_tokens
-            self._prefill_token_s = self.engine.step_time.curve.prefill_token_s(self.decoding, most, spare_s)
-        return self._prefill_token_s
-
-    @property
-    def prefill_share(self) -> float:
-        """1 - T(R)/P*: the share of time that is left for prefill."""
-        return max(SLACK.min_prefill_share, 1 - self.step_s / self.strictest_s)
-
-    @property
-    def chunk_tokens(self) -> float:
-        """Prompt tokens that a step of P* seconds has time for beside the decodes, at least one."""
-        spare_s, most = self.strictest_s - self.step_s, self.engine.max_num_batched_tokens
-        return most if spare_s == math.inf else min(max(spare_s / max(self.prefill_token_s, 1e-12), 1.0), most)
 
 
 @dataclass(slots=True)
@@ -160,21 +45,13 @@ class WaitingBatch:
 
     def only(self, which: NDArray[np.bool_]) -> WaitingBatch:
         """Return the requests where ``which`` holds."""
-        return self.at(np.flatnonzero(which))
-
-    def at(self, at: NDArray[np.intp]) -> WaitingBatch:
-        """Return the requests with the numbers ``at``."""
+        at = np.flatnonzero(which)
         return WaitingBatch([self.requests[i] for i in at.tolist()], self.arrays.take(at), self.pace_s[at])
 
     def alone_s(self, engine: EngineState) -> Floats:
         """Return the seconds per token of each request in an idle engine."""
         of = self.arrays
         return engine.step_time.curve.steps_s(of.sequences, (of.prompt + of.output / 2) * of.sequences)
-
-    def token_s(self, batch: RunningBatch) -> Floats:
-        """Return what each request adds to a step (s), half way through its output."""
-        of = self.arrays
-        return of.sequences * (batch.prefill_token_s + batch.engine.step_time.curve.a * (of.prompt + of.output / 2))
 
     def cost_s(self, batch: RunningBatch) -> Floats:
         """Return w_i of each request: its seconds of engine time (line 3 of `policy`)."""
@@ -183,19 +60,19 @@ class WaitingBatch:
         decode_s = token_s + max(-curve.e, 0.0) + curve.a * (of.prompt + of.output / 2)
         return token_s * of.uncached + decode_s * of.sequences * of.output
 
-    def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp], room: float = 0.0) -> NDArray[np.bool_]:
+    def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Return whether each request ``at`` can be admitted beside ``batch`` at ``now`` (s).
 
             slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
             T(R + r) <= P*(R + r),   now + wait + prefill <= d_r,
 
-        where T leaves the share ``room`` of P* free. ``wait`` is the step under way; ``prefill`` are the steps that the
+        where T leaves ``kept_free`` of P*. ``wait`` is the step under way; ``prefill`` are the steps that the
         backlog and p_r take, each as long as P*, or as the token budget allows. A first token comes when its step ends,
         so the last step counts with the other prompts that fill it.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
-        weight = np.where(of.kind[at] == float(_PACED), sequences, _UNPACED_SHARE * sequences)
+        weight = np.where(of.kind[at] == float(ServiceKind.PACED), sequences, SLACK.best_effort_share * sequences)
         strictest_s, decoding = np.minimum(self.pace_s[at], batch.strictest_s), batch.decoding + weight
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
@@ -206,7 +83,7 @@ class WaitingBatch:
         full_steps = np.ceil((ahead_s + own_s) / np.maximum(longest_s - step_s, 1e-12)) - 1
         rest_s = ahead_s + own_s - full_steps * (longest_s - step_s)
         first_s = wait_s + full_steps * longest_s + np.minimum(longest_s, step_s + rest_s + others_s)
-        fits = (sequences <= batch.free_slots) & (step_s <= (1 - room) * strictest_s)
+        fits = (sequences <= batch.free_slots) & (step_s <= (1 - batch.kept_free) * strictest_s)
         fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
             # What is preempted may hold all shared tokens, which the others then need for themselves.

@@ -36,7 +36,9 @@ from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, reject_tpot, reject_ttft
-from gateway.policies.slack.batch import RunningBatch, WaitingBatch
+from gateway.policies.running_batch import RunningBatch
+from gateway.policies.slack.alone import fits_alone
+from gateway.policies.slack.batch import WaitingBatch
 from gateway.policies.slack.fair_share import FairShare
 from gateway.policies.tenant_shares import TenantShares
 from gateway.requests.request import Request
@@ -46,13 +48,12 @@ from gateway.requests.waiting_queue import arrays_of, tenant_weights
 
 @dataclass(slots=True)
 class _Round:
-    """One call of `Slack.decide`: its time, its answers so far, and the engine as they leave it."""
+    """The requests of some tenants in one call of `Slack.decide`: its time, the engine as they see it, its answers."""
 
     now: float
     batch: RunningBatch
     lookahead_tokens: float
-    decision: Decision = field(default_factory=Decision)
-    others_share: float | None = None
+    decision: Decision
 
     @property
     def lookahead_left(self) -> float:
@@ -61,21 +62,11 @@ class _Round:
 
     def admit(self, request: Request, pace_s: float) -> None:
         self.batch.add((request,), pace_s)
-        self.batch.memory -= request.shared_tokens
         self.decision.admit.append(request)
         if request.kind is ServiceKind.PACED and pace_s != request.pace_s:
             self.decision.paces[request.id] = pace_s
-        if self.others_share is not None and request.kind is not ServiceKind.BEST_EFFORT:
+        if self.batch.beside_yielding and request.kind is not ServiceKind.BEST_EFFORT:
             self.decision.yielding.add(request.id)
-
-    def serve_yielding(self, running: Collection[Request], others_share: float, lookahead_steps: float) -> None:
-        """Go on with the requests of tenants above their share. The others' prompts take ``others_share`` of time."""
-        before, admitted, paces = self.batch, self.decision.admit, self.decision.paces
-        self.batch = RunningBatch.of(running, before.engine, before.memory_z, beside_yielding=True)
-        for request in admitted:
-            self.batch.add((request,), paces.get(request.id, request.pace_s))
-            self.batch.memory -= request.shared_tokens
-        self.others_share, self.lookahead_tokens = others_share, lookahead_steps * self.batch.chunk_tokens
 
 
 @dataclass(slots=True)
@@ -101,6 +92,7 @@ class Slack:
     prefill_lookahead_steps: float = 2.0
     name: str = "slack"
     gate: str = "slack"
+    _memory_z: float = field(init=False, repr=False, compare=False)
     _fair_share: FairShare = field(init=False, repr=False, compare=False)
     _tenants: TenantShares = field(init=False, repr=False, compare=False, default_factory=TenantShares)
 
@@ -109,6 +101,7 @@ class Slack:
             raise ValueError(f"tpot_target_fraction must be above 0 and at most 1, not {self.tpot_target_fraction!r}")
         if not 0 < self.memory_risk < 1:
             raise ValueError(f"memory_risk must be between 0 and 1, but it is {self.memory_risk!r}")
+        self._memory_z = NormalDist().inv_cdf(1 - self.memory_risk)
         self._fair_share = FairShare(self.min_admission_share)
 
     def order(self, request: Request) -> tuple[float, ...]:
@@ -123,8 +116,19 @@ class Slack:
         """Apply the lines of the module's docstring, in their order."""
         if not waiting:
             return Decision()
-        batch = RunningBatch.of(running, engine, NormalDist().inv_cdf(1 - self.memory_risk))
-        this = _Round(now, batch, self.prefill_lookahead_steps * batch.chunk_tokens)
+        batch, decision = RunningBatch.of(running, engine, self._memory_z), Decision()
+        this = _Round(now, batch, self.prefill_lookahead_steps * batch.chunk_tokens, decision)
+        if len(waiting) > 1 or not self._admit_alone(this, waiting[0], running):
+            self._serve_all(this, waiting, running)
+        self._fair_share.note(decision)
+        self._tenants.note(now, decision.admit, batch.prefill_token_s)
+        decision.hold_s = min(batch.step_s, MAX_DECISION_INTERVAL_S)
+        decision.max_hold_s = min(SLACK.max_hold_s, self.prefill_lookahead_steps * batch.strictest_s)
+        return decision
+
+    def _serve_all(self, this: _Round, waiting: Sequence[Request], running: Collection[Request]) -> None:
+        """Lines 1 to 9."""
+        now, batch = this.now, this.batch
         count = bisect(waiting, False, key=lambda request: request.kind is ServiceKind.BEST_EFFORT)
         arrays, best_effort = arrays_of(waiting, count), waiting[count:]
         queue = WaitingBatch.of(waiting[:count], arrays, batch, now, self.tpot_target_fraction)
@@ -135,16 +139,30 @@ class Slack:
             above, others_share = self._tenants.above(now, weights, running, batch)
             over = np.isin(queue.arrays.tenant, [tenant_number(name) for name in above])
             waits = self._serve(this, queue.only(~over), ())
-            this.serve_yielding(running, others_share / batch.prefill_share, self.prefill_lookahead_steps)
-            queue = queue.only(over)
+            this, queue = self._beside_yielding(this, running, others_share / batch.prefill_share), queue.only(over)
         waits |= self._serve(this, queue, overdue)
-        slots = batch.reserved_slots if waits else engine.max_num_seqs
-        self._admit_best_effort(this, best_effort, slots)
-        self._fair_share.note(this.decision)
-        self._tenants.note(now, this.decision.admit, batch.prefill_token_s)
-        this.decision.hold_s = min(batch.step_s, MAX_DECISION_INTERVAL_S)
-        this.decision.max_hold_s = min(SLACK.max_hold_s, self.prefill_lookahead_steps * batch.strictest_s)
-        return this.decision
+        self._admit_best_effort(this, best_effort, batch.reserved_slots if waits else batch.engine.max_num_seqs)
+
+    def _admit_alone(self, this: _Round, request: Request, running: Collection[Request]) -> bool:
+        """Admit the only waiting request if it surely fits and does not yield."""
+        bound_s = request.pace_s if request.kind is ServiceKind.PACED else None
+        pace_s = math.inf if bound_s is None else self.tpot_target_fraction * bound_s
+        if not fits_alone(request, pace_s, this.batch, this.now):
+            return False
+        weights = {request.tenant: request.weight}
+        if request.kind is not ServiceKind.BEST_EFFORT and self._tenants.several(this.now, weights):
+            above, _ = self._tenants.above(this.now, weights, running, this.batch)
+            if request.tenant in above:
+                return False
+        this.admit(request, pace_s)
+        return True
+
+    def _beside_yielding(self, this: _Round, running: Collection[Request], kept_free: float) -> _Round:
+        """Line 9: go on with the tenants above their share. The others' prompts take ``kept_free`` of the time."""
+        batch = RunningBatch.of(running, this.batch.engine, self._memory_z, beside_yielding=True, kept_free=kept_free)
+        for request in this.decision.admit:
+            batch.add((request,), this.decision.paces.get(request.id, request.pace_s))
+        return _Round(this.now, batch, self.prefill_lookahead_steps * batch.chunk_tokens, this.decision)
 
     def _serve(self, this: _Round, queue: WaitingBatch, overdue: Sequence[Request]) -> bool:
         """Lines 2 to 6, and the ``overdue`` best-effort requests. Return whether any of ``queue`` is left waiting."""
@@ -194,40 +212,41 @@ class Slack:
 
     def _admit(self, this: _Round, queue: WaitingBatch) -> bool:
         """Lines 3 to 6. Return whether any request is left waiting."""
-        batch, admitted = this.batch, 0
-        if not queue.requests or batch.free_slots <= 0:
-            return bool(queue.requests)
-        order, claim = self._order(this, queue)
+        batch, left = this.batch, len(queue.requests)
+        if not left or batch.free_slots <= 0:
+            return left > 0
+        order = self._order(this, queue)
         while len(order) and batch.free_slots > 0:
             # Most candidates pass, so test them one at a time and re-filter only after a failure.
-            at, order = order[:1], order[1:]
-            request = queue.requests[at[0]]
-            in_lookahead = at[0] == claim or request.uncached_tokens <= this.lookahead_left
-            if not batch.slots or (in_lookahead and queue.fit(batch, this.now, at, this.others_share or 0.0)[0]):
-                tpot_s = math.inf if request.slo.tpot_s is None else self.tpot_target_fraction * request.slo.tpot_s
-                this.admit(request, min(SLACK.e2e_pace_factor * float(queue.pace_s[at[0]]), tpot_s))
-                admitted += 1
-            else:
-                order = order[queue.arrays.uncached[order] <= this.lookahead_left]
-                order = order[queue.fit(batch, this.now, order, this.others_share or 0.0)]
-        return admitted < len(queue.requests)
+            first, order = order[:1], order[1:]
+            if batch.slots and not queue.fit(batch, this.now, first)[0]:
+                order = order[queue.fit(batch, this.now, order)]
+                continue
+            at = int(first[0])
+            tpot_s = queue.requests[at].slo.tpot_s
+            most_s = math.inf if tpot_s is None else self.tpot_target_fraction * tpot_s
+            this.admit(queue.requests[at], min(SLACK.e2e_pace_factor * float(queue.pace_s[at]), most_s))
+            order = order[queue.arrays.uncached[order] <= this.lookahead_left]
+            left -= 1
+        return left > 0
 
-    def _order(self, this: _Round, queue: WaitingBatch) -> tuple[NDArray[np.intp], int | None]:
-        """Line 3. Return the order, and the first request with a claim: it is overdue, or its class is behind.
+    def _order(self, this: _Round, queue: WaitingBatch) -> NDArray[np.intp]:
+        """Line 3, of the requests whose prompts the lookahead has tokens for.
 
-        NOTE: this request leads and may exceed the lookahead. Otherwise shorter prompts could always overtake it.
+        NOTE: the first request with a claim (it is overdue, or its class is behind) leads and may exceed the lookahead.
+        Otherwise shorter prompts could always overtake it.
         """
         due_s = np.minimum(queue.arrays.deadline, queue.arrays.arrival + self.max_wait_s)
         claims, behind = due_s < this.now, self._fair_share.behind(queue.requests)
         if behind:
             claims |= np.array(behind)
         key = due_s + self.cost_weight * queue.cost_s(this.batch)
-        order = np.flatnonzero(queue.arrays.uncached <= this.lookahead_left)
-        order = order[np.lexsort((key[order], ~claims[order]))]
-        if not claims.any() or this.lookahead_left < 0:
-            return order, None
-        claim = int(np.argmin(np.where(claims, key, math.inf)))
-        return np.concatenate([[claim], order[order != claim]]), claim
+        enters = queue.arrays.uncached <= this.lookahead_left
+        if this.lookahead_left >= 0 and claims.any():
+            enters[np.argmin(np.where(claims, key, math.inf))] = True
+        order = np.flatnonzero(enters)
+        ranks: NDArray[np.intp] = np.lexsort((key[order], ~claims[order]))
+        return order[ranks]
 
     def _admit_best_effort(self, this: _Round, requests: Sequence[Request], slots: int, overdue: bool = False) -> None:
         """Line 7: in arrival order, up to ``slots`` best-effort slots. An overdue prompt may exceed the lookahead."""

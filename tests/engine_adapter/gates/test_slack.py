@@ -230,13 +230,18 @@ def yielding(request_id: str, pace_s: float = 0.03) -> DecodingRequest:
     return DecodingRequest(request_id, pace_s, kind=ServiceKind.YIELDING)
 
 
-def test_yielding_requests_sit_out_when_a_prompt_of_another_needs_the_time() -> None:
+def test_yielding_requests_decode_beside_a_prompt_that_fills_the_slack() -> None:
     # A step of both takes 12 ms; a backlog of 250 tokens takes 25 ms more, and the pace is 30 ms.
-    batch = [DecodingRequest("paced"), yielding("y")]
-    assert slack_gate().plan(0.0, batch, 100).sit_out == set()
-    plan = slack_gate().plan(0.0, batch, 250)
-    assert plan.sit_out == {"y"}
-    assert plan.max_prefill_tokens == pytest.approx(SPENT * 190, abs=1)
+    plan = slack_gate().plan(0.0, [DecodingRequest("paced"), yielding("y")], 250)
+    assert plan.sit_out == set()
+    assert plan.max_prefill_tokens == pytest.approx(SPENT * 180, abs=1)
+
+
+def test_yielding_requests_without_a_pace_take_turns() -> None:
+    batch = [DecodingRequest("paced"), DecodingRequest("y", None, kind=ServiceKind.YIELDING)]
+    gate = slack_gate()
+    turns = ["y" not in gate.plan(0.0, batch, 500).sit_out for _ in range(2 * SLACK.steps_per_turn)]
+    assert sum(turns) == 2
 
 
 def test_pace_of_yielding_requests_limits_only_their_own_prompts() -> None:

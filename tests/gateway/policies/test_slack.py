@@ -16,7 +16,8 @@ from engine_adapter.service_kind import ServiceKind
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from gateway.policies.base import MAX_DECISION_INTERVAL_S
-from gateway.policies.slack.batch import RunningBatch, WaitingBatch
+from gateway.policies.running_batch import RunningBatch
+from gateway.policies.slack.batch import WaitingBatch
 from gateway.policies.slack.policy import Slack
 from gateway.requests.progress import Progress
 from gateway.requests.request import Request

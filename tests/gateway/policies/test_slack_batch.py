@@ -15,7 +15,8 @@ from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
-from gateway.policies.slack.batch import RunningBatch, WaitingBatch
+from gateway.policies.running_batch import RunningBatch
+from gateway.policies.slack.batch import WaitingBatch
 from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import WaitingArrays
 from tests.fixtures.policy_builders import NOW, RUNNING, TIMES, WAITING, engine, make_request, running

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.isolation.study import ABUSES, adherence
 from engine_adapter.engine import EngineState, GateReport
 from engine_adapter.service_kind import ServiceKind
-from gateway.policies.slack.batch import RunningBatch
+from gateway.policies.running_batch import RunningBatch
 from gateway.policies.slack.policy import Slack
 from gateway.policies.tenant_shares import MAX_TENANTS, MEMORY_S, TenantShares
 from gateway.requests.request import Request
