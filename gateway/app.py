@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -53,10 +53,10 @@ class Reloaded:
         leaving: engines that finish their last requests.
     """
 
-    changed: list[str]
-    needs_restart: list[str]
-    starting: list[str]
-    leaving: list[str]
+    changed: list[str] = field(default_factory=list)
+    needs_restart: list[str] = field(default_factory=list)
+    starting: list[str] = field(default_factory=list)
+    leaving: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
