@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.routing import Route
 
 from engine_adapter.engine import ASGIApp, Engine, EngineEvents, Receive, Scope, Send
@@ -13,7 +14,7 @@ from gateway.api.auth import KeyRing
 from gateway.api.connections import Connections, connections_for, descriptor_limit
 from gateway.api.cors import Cors
 from gateway.api.errors import ApiError
-from gateway.api.operator_auth import UNGUARDED, check_operator_key
+from gateway.api.operator_auth import UNGUARDED, check_operator
 from gateway.api.operator_routes import operator_routes
 from gateway.api.paths import API_PREFIX, unknown_path
 from gateway.api.proxy import Proxy
@@ -52,10 +53,10 @@ class Reloaded:
         leaving: engines that finish their last requests.
     """
 
-    changed: list[str]
-    needs_restart: list[str]
-    starting: list[str]
-    leaving: list[str]
+    changed: list[str] = field(default_factory=list)
+    needs_restart: list[str] = field(default_factory=list)
+    starting: list[str] = field(default_factory=list)
+    leaving: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class Gateway:
             return
         if self._config.operator_key_required and scope["path"] not in UNGUARDED:
             try:
-                check_operator_key(scope["headers"], self.proxy.keys)
+                check_operator(Headers(scope=scope), self.proxy.keys)
             except ApiError as error:
                 await send_error(send, error)
                 return

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from engine_adapter.asgi import cancel_and_wait
-from gateway.app import Access, Gateway
+from gateway.app import Access, Gateway, Reloaded
 from gateway.config.file import located
 from gateway.config.keys_file import keys_path, read_keys
 from gateway.config.mistakes import ConfigError, Mistake, mistake_of
@@ -33,26 +33,16 @@ KEYS_EVERY_S = 1.0
 
 @dataclass(slots=True)
 class Report:
-    """What a reload did, for operators.
+    """What an attempt to reload ``file`` did, for operators. ``mistakes``: why nothing changed; empty after success."""
 
-    Attributes:
-        mistakes: why nothing changed; empty after success. ``file`` is where they are.
-        changed: keys whose values changed and count now.
-        needs_restart: keys whose values changed, but count only after a restart.
-        starting: engines that were added and are not up yet.
-        leaving: engines that finish their last requests.
-    """
-
-    file: str = ""
+    file: str
     mistakes: list[Mistake] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    needs_restart: list[str] = field(default_factory=list)
-    starting: list[str] = field(default_factory=list)
-    leaving: list[str] = field(default_factory=list)
+    reloaded: Reloaded = field(default_factory=Reloaded)
 
     def document(self) -> dict[str, Any]:
         """Return the report as a JSON object."""
-        return {"ok": not self.mistakes, **asdict(self)}
+        mistakes = [asdict(mistake) for mistake in self.mistakes]
+        return {"ok": not mistakes, "file": self.file, "mistakes": mistakes, **asdict(self.reloaded)}
 
 
 class Reloader:
@@ -171,7 +161,7 @@ class Reloader:
             log.warning("needs a restart to take effect: %s", ", ".join(done.needs_restart))
         for caution in config.cautions():
             log.warning("%s", caution)
-        return Report(file, [], done.changed, done.needs_restart, done.starting, done.leaving)
+        return Report(file, reloaded=done)
 
 
 def _version(path: Path) -> object:

@@ -34,6 +34,9 @@ PROBE_INTERVAL_S = 10.0
 """Minimum interval between probes of an idle engine that rejects requests. Skipped if its step-time model was just
 updated by a request that it served."""
 
+MAX_OUTAGE_WAIT_S = 120.0
+"""Seconds that a request without a TTFT bound waits for an engine that is down. Convention."""
+
 MIN_TIMER_S = 0.001
 """Resolution of the timer for the next decision."""
 
@@ -46,7 +49,6 @@ class EngineQueue:
         policy: decides about this engine's requests.
         classes: the SLO classes by name.
         clock: monotonic seconds.
-        unbounded_wait_s: how long a request without a TTFT bound waits for an engine that is down.
         on_decided: called with the seconds that each decision took.
         shadow: policies by name that run on copies and decide nothing (`gateway.scheduling.shadow`).
     """
@@ -58,7 +60,6 @@ class EngineQueue:
         classes: dict[str, SloClass],
         *,
         clock: Clock = time.monotonic,
-        unbounded_wait_s: float = 120.0,
         on_decided: Callable[[float], None] = lambda seconds: None,
         shadow: Mapping[str, Policy] | None = None,
     ) -> None:
@@ -79,7 +80,6 @@ class EngineQueue:
         self.can_move: Callable[[Request], bool] = lambda request: False
         """Whether another engine could serve a request that waits here. Set by the router."""
         self._clock = clock
-        self._unbounded_wait_s = unbounded_wait_s
         self._on_decided = on_decided
         self._outcomes: dict[str, asyncio.Future[QueueOutcome]] = {}
         self._answers = Answers()
@@ -352,7 +352,7 @@ class EngineQueue:
         self.reroute()
         expected_in_s = self._expected_in_s(now)
         for request in list(self.waiting):
-            waits_until = min(request.deadline_s, request.arrival_s + self._unbounded_wait_s)
+            waits_until = min(request.deadline_s, request.arrival_s + MAX_OUTAGE_WAIT_S)
             if now + expected_in_s > waits_until:
                 self._remove(request, EngineDown(retry_after_s=self.back_in_s(now)))
         # The engine may come back later than expected, so check again.
