@@ -140,7 +140,10 @@ async def _receive(reader: asyncio.StreamReader, hang_up_at: int | None) -> Repl
         if not data:
             end = BROKEN if collected.status >= 200 else CLOSED
             return Reply(collected.status, bytes(collected.body), end)
-        collected.parser.feed_data(data)
+        try:
+            collected.parser.feed_data(data)
+        except httptools.HttpParserError:
+            return Reply(collected.status, bytes(collected.body), BROKEN)
         received += len(data)
         if hang_up_at is not None and received >= hang_up_at:
             return Reply(end=HUNG_UP)

@@ -93,7 +93,7 @@ async def recovered(running: Rig, ends: Ends) -> None:
 
 
 async def _serves(running: Rig, ends: Ends) -> bool:
-    reply = await exchange(running.port, chat(max_tokens=2), limit_s=RECOVERY_S)
+    reply = await exchange(running.port, chat(model=running.model, max_tokens=2), limit_s=RECOVERY_S)
     ends.probes[reply.end] += 1
     return reply.is_complete
 

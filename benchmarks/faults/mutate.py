@@ -85,12 +85,12 @@ class Mutation:
     data: bytes
 
 
-def mutation(r: random.Random) -> Mutation:
-    """Return a request with one to three mutations."""
+def mutation(r: random.Random, model: str = "simulated") -> Mutation:
+    """Return a request for ``model`` with one to three mutations."""
     path = r.choice(list(VALID))
     head = [(name.encode(), value.encode()) for name, value in HEADERS.items() if r.random() < 0.5]
     done: list[str] = []
-    document, body = copy.deepcopy(VALID[path]), b""
+    document, body = {**copy.deepcopy(VALID[path]), "model": model}, b""
     if r.random() < 0.5:
         document["stream"] = r.choice([True, False])
     if r.random() < 0.75:

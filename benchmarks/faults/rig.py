@@ -170,9 +170,13 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def vllm_rig(folder: Path, model: str, **config: Any) -> AsyncIterator[Rig]:
-    """Run a gateway with a real vLLM on CPU until the block ends, as `make serve` configures it."""
+async def vllm_rig(folder: Path, model: str, max_model_len: int, **config: Any) -> AsyncIterator[Rig]:
+    """Run a gateway with a real vLLM on CPU until the block ends, as `make serve` configures it.
+
+    ``max_model_len``: bounds what a request without a limit of output tokens takes.
+    """
     document = {**yaml.safe_load(QUICKSTART.read_text(encoding="utf-8")), **config}
+    document["engines"][0]["flags"]["max-model-len"] = max_model_len
     port = free_port()
     document["server"] = {**document["server"], "port": port}
     slots = document["engines"][0]["flags"]["max-num-seqs"]
@@ -192,7 +196,6 @@ async def rig(
     slots: int = 64,
     step_times: dict[str, float] | None = None,
     file_limit: int = 0,
-    wait_for_server: bool = True,
     **config: Any,
 ) -> AsyncIterator[Rig]:
     """Run a gateway with an engine of ``kind`` until the block ends. ``config`` replaces sections of its file.

@@ -1,11 +1,12 @@
 """A gateway at twice its capacity while clients disconnect and random parts break.
 
-    python -m benchmarks.faults.soak --minutes 10 --json > docs/results/soak.json
-    python -m benchmarks.faults.soak --minutes 3 --engine vllm --json > docs/results/soak_vllm.json
-    python -m benchmarks.faults.soak --page docs/results/soak.json
+    python -m benchmarks.faults.soak --minutes 10 --json > soak.json
+    python -m benchmarks.faults.soak --minutes 3 --engine vllm --json > soak_vllm.json
+    python -m benchmarks.faults.soak --page docs/results/soak.json --of soak.json --of soak_vllm.json
 
-By default the engine is a simulated server, which is a process of its own behind ``kind: http``. It reports the slope
-of the gateway's memory after a warm-up, its descriptors, and whether the ledger balances with what clients saw.
+By default the engine is a simulated server, which is a process of its own behind ``kind: http``. After a warm-up under
+the same load it measures the slope of the gateway's memory, its descriptors, and whether the ledger balances with what
+clients saw. The exit code is 1 if one of them is wrong, and the reasons go to stderr.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -25,20 +27,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 import yaml
 
 from benchmarks import results_json
-from benchmarks.faults.checks import Ends, snapshot, verdict
+from benchmarks.faults.checks import OUTCOMES, Ends, Snapshot, snapshot, verdict
 from benchmarks.faults.client import HUNG_UP, Reply, chat, exchange
 from benchmarks.faults.fault import recovered
+from benchmarks.faults.memory_slope import Point, levels, slope
 from benchmarks.faults.mutate import mutation
-from benchmarks.faults.rig import LIMITS, Rig, child_of, descriptors, memory_mb, rig, vllm_rig
-from benchmarks.markdown import table, wrapped
+from benchmarks.faults.rig import LIMITS, Rig, child_of, descriptors, memory_mb, rig, until, vllm_rig
+from benchmarks.faults.soak_page import page
 
 Engine = Literal["simulated", "vllm"]
-VLLM_MODEL = "smollm2-135m-instruct"
+VLLM_MODEL, VLLM_CONTEXT = "smollm2-135m-instruct", 512
+"""The real model, and its context in the soak: a mutated request may have no limit of output tokens."""
 
 LOAD = 2.0
 """Requests offered, as a multiple of what the engine completes."""
@@ -55,8 +58,17 @@ SLOTS, STEP_S = 16, 0.02
 CALIBRATING = 16
 """Most clients that measure the capacity. A real vLLM on CPU would serve many more, each too slowly."""
 
-WARM_UP = 0.25
-"""Share of the time before the slope of the memory is measured. Caches, records and pools fill meanwhile."""
+WARM_UP_MIN = 3.0
+"""Warm-up (minutes) under the same load and faults. Caches, records and pools fill, and the allocator's pools grow."""
+
+MAX_SLOPE = 1.0
+"""Largest slope (MB a minute) that is no leak."""
+
+EXPECTED = r"200|429 \w+|503 engine_(lost|unavailable)|200, then engine_lost"
+"""Ends that clients may see. A pause is shorter than what counts as a hang, but a starved machine may lengthen it."""
+
+PREDICTOR_S = 60.0
+"""Longest time (s) until the predictor predicts again: its last restart waits up to 15 s."""
 
 FAULT_EVERY_S = (2.0, 6.0)
 """Range of the time (s) between two faults."""
@@ -71,15 +83,15 @@ CLASSES: dict[str, Any] = {
 KEPT = 1000
 """Records of ended requests that the gateway keeps. By default 10,000, which takes minutes to fill."""
 
-ANSWER_S = 120.0
-"""Longest time (s) of a request."""
+ANSWER_S = 300.0
+"""Longest time (s) of a request. Several times what a busy machine needs, so that only a lost request takes longer."""
 
 
 @dataclass(slots=True)
 class Soak:
     """One soak: the gateway, what its clients saw, and what broke how often.
 
-    ``samples``: (seconds, MB, descriptors) of the gateway process.
+    ``samples``: (monotonic seconds, MB, descriptors) of the gateway process.
     """
 
     running: Rig
@@ -128,46 +140,50 @@ class Soak:
         return ends.seen["200"] / (time.monotonic() - started)
 
     async def sample(self) -> None:
-        """Note memory and descriptors every second."""
-        pid, started = self.running.process.pid, time.monotonic()
-        while True:
-            self.samples.append((time.monotonic() - started, memory_mb(pid), descriptors(pid)))
-            await asyncio.sleep(1)
+        """Note memory and descriptors every second, until the gateway's process ends."""
+        pid = self.running.process.pid
+        with contextlib.suppress(OSError):
+            while True:
+                self.samples.append((time.monotonic(), memory_mb(pid), descriptors(pid)))
+                await asyncio.sleep(1)
 
     # --- faults -------------------------------------------------------------------------------------------------------
 
     async def break_things(self, until: float) -> None:
-        """Inject one random fault after the other until then (monotonic s)."""
-        faults: list[Callable[[], Awaitable[None]]] = [
+        """Inject one random fault after the other until then (monotonic s). Counts those that took place."""
+        faults: list[Callable[[], Awaitable[bool]]] = [
             self.kill_predictor, self.pause_engine, self.read_nothing, self.send_garbage, self.reload,
         ]  # fmt: skip
         while time.monotonic() < until - FAULT_EVERY_S[1]:
             await asyncio.sleep(self.random.uniform(*FAULT_EVERY_S))
             fault = self.random.choice(faults)
-            self.faults[fault.__name__.replace("_", " ")] += 1
-            await fault()
+            if await fault():
+                self.faults[fault.__name__.replace("_", " ")] += 1
 
-    async def kill_predictor(self) -> None:
-        """SIGKILL the predictor."""
+    async def kill_predictor(self) -> bool:
+        """SIGKILL the predictor. False if it is not up yet after the last kill."""
         pid = self.running.predictor_pid()
-        if pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if pid is None:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        return True
 
-    async def pause_engine(self) -> None:
-        """SIGSTOP the server or vLLM's EngineCore for up to three seconds."""
+    async def pause_engine(self) -> bool:
+        """SIGSTOP the server or vLLM's EngineCore for up to three seconds. False while the EngineCore restarts."""
         running = self.running
         pid = running.server.pid if running.server else child_of(running.process.pid, "EngineCore")
         if pid is None:
-            return
+            return False
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
             try:
                 await asyncio.sleep(self.random.uniform(0.3, 3.0))
             finally:
                 os.kill(pid, signal.SIGCONT)
+        return True
 
-    async def read_nothing(self) -> None:
+    async def read_nothing(self) -> bool:
         """Eight clients ask for a stream and read nothing."""
 
         async def client() -> Reply:
@@ -178,24 +194,80 @@ class Soak:
             return Reply(end=HUNG_UP)
 
         await asyncio.gather(*(self.ends.add_abuse(client()) for _ in range(8)))
+        return True
 
-    async def send_garbage(self) -> None:
+    async def send_garbage(self) -> bool:
         """Twenty mutated requests."""
-        calls = [exchange(self.running.port, mutation(self.random).data, limit_s=ANSWER_S) for _ in range(20)]
+        mutations = [mutation(self.random, self.running.model) for _ in range(20)]
+        calls = [exchange(self.running.port, each.data, limit_s=ANSWER_S) for each in mutations]
         await asyncio.gather(*(self.ends.add_abuse(call) for call in calls))
+        return True
 
-    async def reload(self) -> None:
+    async def reload(self) -> bool:
         """Reload a changed file, or a broken one."""
         text = yaml.safe_dump({**self.running.config, "failover": {"max_rest_s": self.random.randint(20, 40)}})
         self.running.write_config(self.random.choice([text, text, text + "\nx: [", "\0"]))
         self.running.signal(signal.SIGHUP)
+        return True
+
+    # --- afterwards ---------------------------------------------------------------------------------------------------
+
+    async def settle(self, before: Snapshot) -> dict[str, Any]:
+        """Wait until the gateway idles, and return what is left behind.
+
+        Raises `RuntimeError` if it has died or still holds requests.
+        """
+        running = self.running
+        if running.process.returncode is not None:
+            raise RuntimeError(f"antares serve ended with {running.process.returncode}:\n{running.log[-4000:]}")
+        running.write_config()
+        await recovered(running, self.ends)
+        try:
+            left = await verdict(running, before, self.ends)
+        except TimeoutError:
+            raise RuntimeError(f"requests are left: {await running.status()}") from None
+        predictor_up = True
+        try:
+            await until(lambda: self._metric_is("antares_predictor_up", 1), PREDICTOR_S, 0.5)
+        except TimeoutError:
+            predictor_up = False
+        return {
+            "ledger": (await running.status())["ledger"],
+            "lost": left.lost,
+            "leaked_requests": left.leaked_requests,
+            "leaked_descriptors": left.leaked_descriptors,
+            "descriptors": {
+                "before": before.descriptors,
+                "peak": max(count for _, _, count in self.samples),
+                "after": descriptors(running.process.pid),
+            },
+            "tracebacks": left.tracebacks,
+            "predictor_up": predictor_up,
+            "engine_hangs": await self._metric("antares_engine_hangs_total"),
+            "engine_restarts": await self._metric("antares_engine_restarts_total"),
+        }
+
+    async def _metric(self, name: str) -> int:
+        """Return the sum of a metric over its labels."""
+        text = (await self.running.get("/metrics")).body.decode()
+        return int(sum(float(found) for found in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)))
+
+    async def _metric_is(self, name: str, value: int) -> bool:
+        return await self._metric(name) == value
 
 
-def slope(samples: list[tuple[float, float, int]], since_s: float) -> float:
-    """Return the slope of the memory (MB a minute) by least squares over the samples since then (s)."""
-    times = np.array([at for at, _, _ in samples if at >= since_s])
-    memory = np.array([mb for at, mb, _ in samples if at >= since_s])
-    return float(np.polyfit(times / 60, memory, 1)[0]) if len(times) > 1 else 0.0
+def problems(row: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a soak, one line each; empty if all is well."""
+    ledger = row["ledger"]
+    ended = sum(ledger[outcome] for outcome in OUTCOMES)
+    zero = ("lost", "leaked_requests", "leaked_descriptors", "tracebacks", "engine_hangs")
+    found = [f"{name}: {row[name]}" for name in zero if row[name]]
+    found += [f"{n} x {end}" for end, n in row["seen"].items() if not re.fullmatch(EXPECTED, end)]
+    if ledger["open"] or ledger["accepted"] != ended:
+        found.append(f"the ledger does not balance: {ledger}")
+    if row["slope_mb_per_min"] > MAX_SLOPE:
+        found.append(f"memory grows by {row['slope_mb_per_min']} MB a minute, above {MAX_SLOPE:g}")
+    return found if row["predictor_up"] else [*found, f"the predictor is not back after {PREDICTOR_S:g} s"]
 
 
 @contextlib.asynccontextmanager
@@ -210,7 +282,7 @@ async def gateway(engine: Engine, folder: Path) -> AsyncIterator[Rig]:
     }
     times = {"b": 0.0, "d": STEP_S, "alpha": 1e-5}
     started = (
-        vllm_rig(folder, VLLM_MODEL, **sections)
+        vllm_rig(folder, VLLM_MODEL, VLLM_CONTEXT, **sections)
         if engine == "vllm"
         else rig("http", folder, slots=SLOTS, step_times=times, **sections)
     )
@@ -218,91 +290,50 @@ async def gateway(engine: Engine, folder: Path) -> AsyncIterator[Rig]:
         yield running
 
 
-async def measure(engine: Engine, minutes: float, seed: int, calibrate_s: float = 8.0) -> dict[str, Any]:
-    """Soak a gateway for ``minutes``, and return what happened. Its capacity is measured for ``calibrate_s`` (s)."""
+async def measure(
+    engine: Engine, minutes: float, seed: int, warm_up_min: float = WARM_UP_MIN, calibrate_s: float = 8.0
+) -> dict[str, Any]:
+    """Soak a gateway for ``minutes`` after the warm-up, and return what happened and what is wrong.
+
+    Its capacity is measured for ``calibrate_s`` (s) before.
+    """
     with tempfile.TemporaryDirectory(prefix="antares-soak-") as name:
         async with gateway(engine, Path(name)) as running:
             soak = Soak(running, random.Random(seed))
             capacity = await soak.capacity(min(running.slots, CALIBRATING), calibrate_s)
             before = await snapshot(running)
             sampling = asyncio.create_task(soak.sample())
-            end = time.monotonic() + 60 * minutes
+            judged = time.monotonic() + 60 * warm_up_min
+            end = judged + 60 * minutes
             await asyncio.gather(soak.send(LOAD * capacity, end), soak.break_things(end))
+            left = await soak.settle(before)
             sampling.cancel()
-            running.write_config()
-            await recovered(running, soak.ends)
-            left = await verdict(running, before, soak.ends)
-            ledger = (await running.status())["ledger"]
-    memory = [mb for _, mb, _ in soak.samples]
-    return {
+    served = soak.ends.seen["200"] / (60 * (warm_up_min + minutes))
+    points: list[Point] = [(at - judged, mb) for at, mb, _ in soak.samples if judged <= at <= end]
+    row = {
         "engine": engine,
         "minutes": minutes,
+        "warm_up_min": warm_up_min,
         "seed": seed,
         "capacity_per_s": round(capacity, 2),
+        "served_per_s": round(served, 2),
         "requests": soak.ends.seen.total() + soak.ends.abusive.total(),
         "seen": dict(soak.ends.seen.most_common()),
         "abusive": dict(soak.ends.abusive.most_common()),
         "faults": dict(soak.faults.most_common()),
-        "ledger": ledger,
-        "memory_mb": {"start": round(before.memory_mb, 1), "peak": round(max(memory), 1), "end": round(memory[-1], 1)},
-        "slope_mb_per_min": round(slope(soak.samples, WARM_UP * 60 * minutes), 2),
-        "descriptors": {"before": before.descriptors, "peak": max(count for _, _, count in soak.samples),
-                        "after": before.descriptors + left.leaked_descriptors},
-        "lost": left.lost,
-        "leaked_requests": left.leaked_requests,
-        "leaked_descriptors": left.leaked_descriptors,
-        "tracebacks": left.tracebacks,
+        "memory_mb": {"start": round(before.memory_mb, 1), "warm": round(levels(points)[0][1], 1),
+                      "peak": round(max(mb for _, mb, _ in soak.samples), 1), "end": round(points[-1][1], 1)},
+        "slope_mb_per_min": round(slope(points), 2),
+        **left,
     }  # fmt: skip
-
-
-def page(found: dict[str, Any]) -> str:
-    """The page: the set-up, the commands, and the tables."""
-    heads = ["engine", "minutes", "requests", "lost", "leaked", "MB at start, peak, end", "MB a minute", "descriptors"]
-    rows, ends = [], []
-    for row in found["soaks"]:
-        memory, opened = row["memory_mb"], row["descriptors"]
-        rows.append(
-            [
-                row["engine"],
-                f"{row['minutes']:g}",
-                f"{row['requests']:,}",
-                str(row["lost"]),
-                f"{row['leaked_requests']} / {row['leaked_descriptors']}",
-                f"{memory['start']:.0f}, {memory['peak']:.0f}, {memory['end']:.0f}",
-                f"{row['slope_mb_per_min']:+.2f}",
-                f"{opened['before']}, {opened['peak']}, {opened['after']}",
-            ]
-        )
-        seen, faults = (", ".join(f"{n:,} x {name}" for name, n in row[key].items()) for key in ("seen", "faults"))
-        ends.append([row["engine"], seen, faults, f"{row['ledger']['accepted']:,}, {row['ledger']['open']} open"])
-    text = f"""# Soak
-
-`antares serve` at {LOAD:g} times what its engine completes. {DISCONNECTS:.0%} of the clients disconnect. Every
-{FAULT_EVERY_S[0]:g} to {FAULT_EVERY_S[1]:g} seconds one fault: the predictor is killed, the engine's process pauses for
-up to three seconds, clients read nothing, requests are mutated, or the configuration is reloaded, sometimes broken.
-The gateway keeps {KEPT:,} records.
-*simulated*: a simulated server behind `kind: http`. *vllm*: the real engine of `make serve`, on CPU.
-
-The slope of the memory is by least squares over the time after the first {WARM_UP:.0%}. Descriptors are those before,
-at the peak, and after.
-
-```
-python -m benchmarks.faults.soak --minutes 10 --json > soak.json
-python -m benchmarks.faults.soak --minutes 3 --engine vllm --json > soak_vllm.json
-python -m benchmarks.faults.soak --page docs/results/soak.json --of soak.json --of soak_vllm.json
-```
-
-{table(heads, rows)}
-
-{table(["engine", "clients saw", "faults", "ledger"], ends)}
-
-[Every fault alone](faults.md). [What happens when a part fails](../faults.md).
-"""
-    return wrapped(text) + "\n"
+    return {**row, "problems": problems(row)}
 
 
 def main(
-    minutes: Annotated[float, typer.Option(min=0.1, help="Length of the soak.")] = 10.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Length of the soak after the warm-up.")] = 10.0,
+    warm_up_min: Annotated[
+        float, typer.Option("--warm-up", min=0.0, help="Minutes of the same load before the memory is judged.")
+    ] = WARM_UP_MIN,
     engine: Annotated[str, typer.Option(help="simulated or vllm.")] = "simulated",
     seed: Annotated[int, typer.Option(help="Seed of requests and faults.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
@@ -320,10 +351,12 @@ def main(
         return
     if engine not in ("simulated", "vllm"):
         raise typer.BadParameter("use simulated or vllm", param_hint="--engine")
-    row = asyncio.run(measure("vllm" if engine == "vllm" else "simulated", minutes, seed))
-    sys.stdout.write(results_json.dumps({"soaks": [row]}) if as_json else page({"soaks": [row]}))
-    bad = row["lost"] or row["leaked_requests"] or row["leaked_descriptors"] or row["tracebacks"]
-    raise typer.Exit(int(bool(bad)))
+    row = asyncio.run(measure("vllm" if engine == "vllm" else "simulated", minutes, seed, warm_up_min))
+    found = {"soaks": [row]}
+    sys.stdout.write(results_json.dumps(found) if as_json else page(found))
+    for problem in row["problems"]:
+        sys.stderr.write(f"problem: {problem}\n")
+    raise typer.Exit(int(bool(row["problems"])))
 
 
 if __name__ == "__main__":

@@ -140,6 +140,9 @@ class Connection(asyncio.Protocol):
         self.usable = False
         if self._finishing is not None:
             self._finishing.cancel()
+            self._finishing = None
+        # The parser refers to this object. Without it, reference counting frees both.
+        self._parser = self._transport = None  # type: ignore[assignment]
         response, self._response = self._response, None
         if response is None:
             return

@@ -114,6 +114,8 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         self.pipeline.clear()
         super().connection_lost(exc)
+        # Break the cycles with the parser, the scope and the request: else only a full garbage collection frees them.
+        self.parser = self.scope = self.cycle = self._serving = None  # type: ignore[assignment]
 
     def disconnected(self) -> asyncio.Future[None]:
         """Return a future for the request that is served: it is done when its client is gone or has its response."""

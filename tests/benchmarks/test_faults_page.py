@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.faults import soak, table
+from benchmarks.faults import table
 from benchmarks.faults.checks import Ends, Verdict
 from benchmarks.faults.client import end_of
 from benchmarks.faults.fault import Fault, Result, unexpected
+from benchmarks.faults.memory_slope import slope
+from benchmarks.faults.soak_page import page
 
 CLEAN = Verdict(lost=0, leaked_requests=0, leaked_descriptors=0, memory_mb=1.0, tracebacks=0)
 
@@ -63,17 +65,27 @@ def test_end_names_status_and_code(status: int, body: bytes, end: str) -> None:
     assert end_of(status, body) == end
 
 
-def test_slope_is_in_mb_a_minute_after_the_warm_up() -> None:
-    samples = [(float(second), 100.0 + (50 if second < 60 else second / 30), 10) for second in range(240)]
-    assert soak.slope(samples, 60) == pytest.approx(2.0)
+def test_slope_is_in_mb_a_minute() -> None:
+    assert slope([(float(second), 100.0 + second / 30) for second in range(240)]) == pytest.approx(2.0)
+
+
+def test_slope_ignores_one_step_and_short_peaks() -> None:
+    samples = [(float(t), 100.0 + 30 * (t >= 50) + 200 * (t % 40 == 7)) for t in range(600)]
+    assert slope(samples) == pytest.approx(0.0)
+
+
+def test_slope_of_a_moment_is_zero() -> None:
+    assert slope([(0.0, 100.0), (1.0, 120.0)]) == 0.0
 
 
 def test_soak_page_has_the_figures() -> None:
     row = {
-        "engine": "simulated", "minutes": 10.0, "requests": 20_000, "lost": 0, "leaked_requests": 0,
-        "leaked_descriptors": 0, "memory_mb": {"start": 85.0, "peak": 110.0, "end": 99.0}, "slope_mb_per_min": 0.05,
-        "descriptors": {"before": 30, "peak": 300, "after": 30}, "seen": {"200": 9}, "faults": {"reload": 3},
-        "ledger": {"accepted": 19_000, "open": 0},
+        "engine": "simulated", "minutes": 10.0, "warm_up_min": 3.0, "requests": 20_000, "lost": 0, "leaked_requests": 0,
+        "leaked_descriptors": 0, "memory_mb": {"start": 85.0, "warm": 98.0, "peak": 110.0, "end": 99.0},
+        "slope_mb_per_min": 0.05, "descriptors": {"before": 30, "peak": 300, "after": 30}, "seen": {"200": 9},
+        "faults": {"reload": 3}, "ledger": {"accepted": 19_000, "open": 0}, "problems": [],
     }  # fmt: skip
-    text = soak.page({"soaks": [row]})
-    assert "| simulated | 10 | 20,000 | 0 | 0 / 0 | 85, 110, 99 | +0.05 | 30, 300, 30 |" in text
+    text = page({"soaks": [row]})
+    assert "| simulated | 3 + 10 | 20,000 | 0 | 0 / 0 | 85, 98, 99, 110 | +0.05 | 30, 300, 30 |" in text
+    assert "Nothing." in text
+    assert "* simulated: lost: 2" in page({"soaks": [{**row, "problems": ["lost: 2"]}]})

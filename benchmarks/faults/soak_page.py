@@ -1,0 +1,67 @@
+"""The page of the soaks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.markdown import table, wrapped
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page: the set-up, the commands, and the tables."""
+    heads = [
+        "engine",
+        "minutes",
+        "requests",
+        "lost",
+        "leaked",
+        "MB: start, warm, end, peak",
+        "MB a minute",
+        "descriptors",
+    ]
+    rows, ends, wrong = [], [], []
+    for row in found["soaks"]:
+        memory, opened = row["memory_mb"], row["descriptors"]
+        rows.append(
+            [
+                row["engine"],
+                f"{row['warm_up_min']:g} + {row['minutes']:g}",
+                f"{row['requests']:,}",
+                str(row["lost"]),
+                f"{row['leaked_requests']} / {row['leaked_descriptors']}",
+                ", ".join(f"{memory[key]:.0f}" for key in ("start", "warm", "end", "peak")),
+                f"{row['slope_mb_per_min']:+.2f}",
+                f"{opened['before']}, {opened['peak']}, {opened['after']}",
+            ]
+        )
+        seen, faults = (", ".join(f"{n:,} x {name}" for name, n in row[key].items()) for key in ("seen", "faults"))
+        wrong += [f"* {row['engine']}: {problem}" for problem in row["problems"]]
+        ends.append([row["engine"], seen, faults, f"{row['ledger']['accepted']:,}, {row['ledger']['open']} open"])
+    text = f"""# Soak
+
+`antares serve` at twice what its engine completes. 5% of the clients disconnect. Every 2 to 6 seconds one fault: the
+predictor is killed, the engine's process pauses for up to three seconds, clients read nothing, requests are mutated, or
+the configuration is reloaded, sometimes broken. The gateway keeps 1,000 records.
+*simulated*: a simulated server behind `kind: http`. *vllm*: the real engine of `make serve`, on CPU.
+
+*Minutes* are those of the warm-up and those that are judged, under the same load and faults. *MB a minute* is the
+median of the slopes between all pairs of 10-second medians (Theil and Sen). Descriptors are those before, at the
+peak, and after. *Leaked* are requests and descriptors.
+
+```
+python -m benchmarks.faults.soak --minutes 10 --json > soak.json
+python -m benchmarks.faults.soak --minutes 3 --engine vllm --json > soak_vllm.json
+python -m benchmarks.faults.soak --page docs/results/soak.json --of soak.json --of soak_vllm.json
+```
+
+{table(heads, rows)}
+
+{table(["engine", "clients saw", "faults", "ledger"], ends)}
+
+What was wrong:
+
+{chr(10).join(wrong) or "Nothing."}
+
+[Every fault alone](faults.md). [What happens when a part fails](../faults.md).
+"""
+    return wrapped(text) + "\n"
