@@ -128,7 +128,7 @@ async def test_list_has_one_card_for_a_model_of_several_engines_with_the_smalles
     async with live(one, more_engines=[two]) as antares:
         (card,) = (await antares.http.get("/v1/models")).json()["data"]
         assert (card["id"], card["object"], card["max_model_len"]) == ("a", "model", 2048)
-        assert {await served_by(antares, "a") for _ in range(3)} == {"one"}
+        assert {await served_by(antares, "a") for _ in range(3)} <= {"one", "two"}
 
 
 async def test_one_name_may_mean_different_models_of_different_engines() -> None:
@@ -312,11 +312,13 @@ async def test_missing_stored_response_is_no_failure_of_the_engine() -> None:
 
     engines = [fast_engine(name=name, model="m") for name in ("one", "two")]
     async with live(engines[0], more_engines=engines[1:]) as antares:
-        engines[0].stub = missing
+        for engine in engines:
+            engine.stub = missing
         body = {"model": "m", "input": "y", "previous_response_id": "resp_x"}
         answers = [await antares.ask(body, RESPONSES) for _ in range(5)]
         assert {answer.status_code for answer in answers} == {404}
-        assert antares.gateway.engine_queues[0].circuit.current(time.monotonic()) == "closed"
+        for queue in antares.gateway.engine_queues:
+            assert queue.circuit.current(time.monotonic()) == "closed"
 
 
 # --- cards ------------------------------------------------------------------------------------------------------------
