@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from engine_adapter.remote.sse import ParsedEvent
+from engine_adapter.remote.text_events import Place
 from engine_adapter.remote.tool_calls import ToolCalls, UnreadableStream, merged_function
 from engine_adapter.remote.upstream_error import error_in, error_status
 
@@ -68,12 +69,21 @@ class Assembler:
         self._error: Json | None = None
         self._done = False
         self._bytes = 0
+        self._texts: list[bytes] = []
+        self._place: Place = (0, "")
+
+    def add_text(self, place: Place, text: bytes, size: int) -> None:
+        """Merge an event of ``size`` bytes that differs from an earlier one in its text only (`TextEvents`)."""
+        self._count_bytes(size)
+        if place != self._place:
+            self._merge_texts()
+            self._place = place
+        self._texts.append(text)
 
     def add(self, event: ParsedEvent) -> None:
         """Merge one event. Comments and events without a JSON object are skipped. Raises `UnreadableStream`."""
-        self._bytes += len(event.raw)
-        if self._bytes > MAX_RESPONSE_BYTES:
-            raise UnreadableStream(f"the response is larger than {MAX_RESPONSE_BYTES >> 20} MiB")
+        self._count_bytes(len(event.raw))
+        self._merge_texts()
         data, chunk = event.data, event.chunk
         if chunk is None and data.lstrip().startswith(b"{") and event.raw.endswith(_BLANK_LINES):
             chunk = _parse_leniently(data)
@@ -101,6 +111,7 @@ class Assembler:
 
         Raises `UnreadableStream` if there was no choice.
         """
+        self._merge_texts()
         if self._error is not None:
             return error_status(self._error), {"error": self._error}
         if not self._choices:
@@ -115,6 +126,21 @@ class Assembler:
         if "usage" in body:
             body["usage"] = body.pop("usage")
         return 200, body
+
+    def _count_bytes(self, size: int) -> None:
+        self._bytes += size
+        if self._bytes > MAX_RESPONSE_BYTES:
+            raise UnreadableStream(f"the response is larger than {MAX_RESPONSE_BYTES >> 20} MiB")
+
+    def _merge_texts(self) -> None:
+        """Merge the texts of `add_text`, whose events were otherwise merged before."""
+        if self._texts:
+            index, key = self._place
+            text = _unescaped(self._texts)
+            self._texts = []
+            self._add_choice(
+                {"index": index, "text": text} if key == "text" else {"index": index, "delta": {key: text}}
+            )
 
     def _add_chunk(self, chunk: Json) -> None:
         for key, value in chunk.items():
@@ -165,6 +191,14 @@ class Assembler:
         # A role chunk has empty content; a message with tool calls has null instead.
         if "tool_calls" in message and not message["content"]:
             message["content"] = None
+
+
+def _unescaped(texts: list[bytes]) -> str:
+    """The concatenated ``texts``, each the inside of a JSON string without escapes."""
+    try:
+        return b"".join(texts).decode()
+    except UnicodeDecodeError:
+        return "".join([text.decode(errors="replace") for text in texts])
 
 
 def _parse_leniently(data: bytes) -> Json:

@@ -299,6 +299,10 @@ class HttpProxy:
         assembler = Assembler()
 
         def see(event: bytes, at: float) -> EventKind:
+            text = counter.see_text(event, at)
+            if text is not None:
+                assembler.add_text(counter.texts.place, text, len(event))
+                return EventKind.TOKEN
             parsed = ParsedEvent.of(event)
             kind = counter.see_parsed(parsed, at)
             assembler.add(parsed)

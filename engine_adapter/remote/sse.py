@@ -46,6 +46,9 @@ class SSESplitter:
             last = len(data) - 2
             if data.find(b"\n") == last or data.find(b"\n\n") == last:
                 return [data]
+            *events, rest = data.split(b"\n\n")
+            if not rest:
+                return [event + b"\n\n" for event in events]
         return self._split(data)
 
     def _split(self, data: bytes) -> list[bytes]:

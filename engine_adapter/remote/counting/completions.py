@@ -10,6 +10,7 @@ from engine_adapter.engine import TokenObserver
 from engine_adapter.remote.counting.output_text import output_text, shows_output
 from engine_adapter.remote.counting.token_counter import EventKind, Json, TokenCounter
 from engine_adapter.remote.sse import ParsedEvent
+from engine_adapter.remote.text_events import TextEvents
 from engine_adapter.remote.upstream_error import error_in
 from engine_adapter.remote.usage import Usage, completions_usage
 
@@ -26,9 +27,9 @@ def _is_unfinished(event: bytes) -> bool:
 class CompletionCounter(TokenCounter):
     """Counts ``/chat/completions`` and ``/completions``.
 
-    A few byte searches recognise an event with a token. The counter parses the first events, one in `SAMPLED_EVERY` of
-    the others, and events with a finish reason or usage. With several sequences, it parses every event for its choice
-    index.
+    A few byte searches recognise an event with a token. The first events and one in `SAMPLED_EVERY` of the others are
+    measured by their text, which `TextEvents` finds in most of them. The counter parses the rest, such as events with a
+    finish reason or usage. With several sequences, it parses every event for its choice index.
 
     * NOTE: the role chunk is not a token.
     * NOTE: an empty event that ends its sequence is a token for some servers and not for others. vLLM sends the
@@ -42,6 +43,7 @@ class CompletionCounter(TokenCounter):
         super().__init__(observer, sequences)
         self._empty_ends: dict[str, float] = {}
         self._finished: set[str] = set()
+        self.texts = TextEvents()
 
     def see(self, event: bytes, at: float) -> EventKind:
         """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
@@ -56,7 +58,18 @@ class CompletionCounter(TokenCounter):
             # Hot path: a token of the only sequence.
             self._report("0", 1, at)
             return EventKind.TOKEN
+        if self.see_text(event, at) is not None:
+            return EventKind.TOKEN
         return self.see_parsed(ParsedEvent.of(event), at)
+
+    def see_text(self, event: bytes, at: float) -> bytes | None:
+        """Count an event that differs from an earlier one in its text only, and return that; None for other events."""
+        text = self.texts.text_of(event)
+        if text is not None:
+            if self.total >= self._next_sample:
+                self._sample(text.decode(errors="replace"))
+            self._report("0", 1, at)
+        return text
 
     def see_parsed(self, event: ParsedEvent, at: float) -> EventKind:
         """As `see`, for an event that is parsed for another reason."""
@@ -80,6 +93,8 @@ class CompletionCounter(TokenCounter):
         for choice in choices:
             if isinstance(choice, dict) and self._see_choice(choice, at):
                 kind = EventKind.TOKEN
+        if kind is EventKind.TOKEN and not self._several:
+            self.texts.learn(event)
         return kind
 
     @property
