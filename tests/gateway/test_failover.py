@@ -105,10 +105,11 @@ async def test_rejection_that_forbids_a_retry_is_not_a_failure() -> None:
 
 @pytest.mark.parametrize("status", ["400", "413", "422"])
 async def test_error_of_the_clients_own_making_passes_and_opens_nothing(status: str) -> None:
-    async with pair(status) as engines:
+    async with pair(status, status) as engines:
         answers = [await engines.ask() for _ in range(8)]
         assert {(a.status_code, a.json()["error"]["message"]) for a in answers} == {(int(status), f"scripted {status}")}
-        assert (engines.circuit(), engines.b.asked) == ("closed", [])
+        assert len(engines.a.asked) + len(engines.b.asked) == 8, "no request is sent twice"
+        assert (engines.circuit(0), engines.circuit(1)) == ("closed", "closed")
 
 
 @pytest.mark.parametrize("fault", ["500", "404", "401"])
