@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.faults import study
+from benchmarks.faults import soak_page, study
 from benchmarks.faults import table as fault_table
 from benchmarks.figures import capacity
 from benchmarks.figures.page import index_text, load, page_text
@@ -33,6 +33,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "failover": study.page,
     "isolation": isolation_page.page,
     "faults": fault_table.page,
+    "soak": soak_page.page,
     "isolation_http": isolation_http.page,
 }
 
