@@ -35,7 +35,7 @@ def page(found: dict[str, Any]) -> str:
             ]
         )
         seen, faults = (", ".join(f"{n:,} x {name}" for name, n in row[key].items()) for key in ("seen", "faults"))
-        wrong += [f"* {row['engine']}: {problem}" for problem in row["problems"]]
+        wrong += [f"- {row['engine']}: {problem}" for problem in row["problems"]]
         ends.append([row["engine"], seen, faults, f"{row['ledger']['accepted']:,}, {row['ledger']['open']} open"])
     text = f"""# Soak
 
@@ -46,7 +46,8 @@ the configuration is reloaded, sometimes broken. The gateway keeps 1,000 records
 
 *Minutes* are those of the warm-up and those that are judged, under the same load and faults. *MB a minute* is the
 median of the slopes between all pairs of 10-second medians (Theil and Sen). Descriptors are those before, at the
-peak, and after. *Leaked* are requests and descriptors.
+peak, and after. *Lost* are requests without an answer within 300 s, after
+which their clients leave; those of the best-effort class wait behind all others. *Leaked* are requests and descriptors.
 
 ```
 python -m benchmarks.faults.soak --minutes 10 --json > soak.json

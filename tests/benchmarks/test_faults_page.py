@@ -88,4 +88,4 @@ def test_soak_page_has_the_figures() -> None:
     text = page({"soaks": [row]})
     assert "| simulated | 3 + 10 | 20,000 | 0 | 0 / 0 | 85, 98, 99, 110 | +0.05 | 30, 300, 30 |" in text
     assert "Nothing." in text
-    assert "* simulated: lost: 2" in page({"soaks": [{**row, "problems": ["lost: 2"]}]})
+    assert "- simulated: lost: 2" in page({"soaks": [{**row, "problems": ["lost: 2"]}]})
