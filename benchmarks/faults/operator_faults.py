@@ -120,6 +120,8 @@ def _overwrite(folder: Path, content: bytes) -> None:
     state = folder / "calibration.json"
     if state.exists() and (found := re.search(rb'"predictor": ?"([^"]+)"', state.read_bytes())):
         content = content.replace(b"ID", found[1])
+    # The predictor makes the folder with its first report of a length.
+    folder.mkdir(parents=True, exist_ok=True)
     for file in {*folder.iterdir(), state}:
         file.write_bytes(content)
 
