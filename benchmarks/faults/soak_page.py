@@ -39,15 +39,22 @@ def page(found: dict[str, Any]) -> str:
         ends.append([row["engine"], seen, faults, f"{row['ledger']['accepted']:,}, {row['ledger']['open']} open"])
     text = f"""# Soak
 
-`antares serve` at twice what its engine completes. 5% of the clients disconnect. Every 2 to 6 seconds one fault: the
-predictor is killed, the engine's process pauses for up to three seconds, clients read nothing, requests are mutated, or
-the configuration is reloaded, sometimes broken. The gateway keeps 1,000 records.
+`antares serve` gets twice the requests that its engine completes. 5% of the clients disconnect. The gateway keeps 1,000
+records. A random fault follows every 2 to 6 seconds:
+
+- the predictor is killed;
+- the engine's process pauses for up to three seconds;
+- eight clients read nothing;
+- 20 requests are mutated;
+- the configuration is reloaded, sometimes from a broken file.
+
 *simulated*: a simulated server behind `kind: http`. *vllm*: the real engine of `make serve`, on CPU.
 
-*Minutes* are those of the warm-up and those that are judged, under the same load and faults. *MB a minute* is the
-median of the slopes between all pairs of 10-second medians (Theil and Sen). Descriptors are those before, at the
-peak, and after. *Lost* are requests without an answer within 300 s, after
-which their clients leave; those of the best-effort class wait behind all others. *Leaked* are requests and descriptors.
+- *minutes*: the warm-up and the measured time, both under the same load and faults.
+- *lost*: requests without an answer within 300 s. Their clients then leave. Best-effort requests wait longest.
+- *leaked*: requests and descriptors.
+- *MB a minute*: the slope of the gateway's memory, as the median over all pairs of 10-second windows.
+- *descriptors*: before, at the peak, and after.
 
 ```
 python -m benchmarks.faults.soak --minutes 10 --json > soak.json
