@@ -32,7 +32,6 @@ from gateway.api.body_memory import BodyMemory, BodyReservation
 from gateway.api.call import Call
 from gateway.api.engine_call import ClientStalled
 from gateway.api.errors import ApiError, bad_request, draining, engine_removed, loading, unavailable
-from gateway.api.holders import holder_of
 from gateway.api.http_request import HttpRequest
 from gateway.api.keep_alive import KeepAlive
 from gateway.api.limits import Limits
@@ -58,6 +57,7 @@ from gateway.api.routes.generation import GenerationRoute
 from gateway.api.routes.table import RouteTable
 from gateway.api.scheduled import LEAVE_GRACE_S, Scheduled
 from gateway.api.shared_limit import SharedLimit
+from gateway.api.sharers import sharer_of
 from gateway.api.slo_headers import read_output_tokens, read_slo
 from gateway.api.tenants import TenantAccounts
 from gateway.api.unscheduled import EngineFailed, NoEngineAlive, Unscheduled
@@ -174,20 +174,20 @@ class Proxy:
         try:
             key = self._authenticate(http)
             http.tenant = key.tenant
-            http.belongs_to(holder_of(http.scope, key, self.keys))
+            http.belongs_to(sharer_of(http.scope, key, self.keys))
             self.accounts.enter(http, key)
-            with self.bodies.reservation(http.holder) as memory:
+            with self.bodies.reservation(http.sharer) as memory:
                 # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for each open request.
                 if http.route.generation is not None:
                     call = self._read(http, key, http.route.generation, await self._receive_body(http, memory))
                     with self._keep_alive(call):
                         # NOTE: before the prompt is measured, which takes an engine's tokenizer.
-                        if not self.open_requests.try_take(http.holder):
+                        if not self.open_requests.try_take(http.sharer):
                             raise self._scheduled.reject(call, *self._too_many_open())
                         try:
                             await self._scheduled.serve(call)
                         finally:
-                            self.open_requests.free(http.holder)
+                            self.open_requests.free(http.sharer)
                 else:
                     await self._pass_through(http, key, await self._receive_body(http, memory))
         except ApiError as error:
@@ -310,7 +310,7 @@ class Proxy:
         if asks_for_records(http):
             await send_records(http, self.recorder.decisions, key)
             return
-        if not self.open_requests.try_take(http.holder):
+        if not self.open_requests.try_take(http.sharer):
             raise self._too_many_open()[1]
         try:
             body = permitted_body(http, body, key, self._router)
@@ -328,7 +328,7 @@ class Proxy:
                     return
             raise answer from failed
         finally:
-            self.open_requests.free(http.holder)
+            self.open_requests.free(http.sharer)
 
     def _too_many_open(self) -> tuple[str, ApiError]:
         """Return the reason and the response for a request beyond the limit on open requests."""
