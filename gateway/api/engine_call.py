@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine_adapter.asgi import ClientConnection, ClientDisconnected, JsonBody
+from engine_adapter.asgi import ClientDisconnected, DisconnectWatch, JsonBody
 from engine_adapter.engine import ASGIApp, Scope
 from gateway.api.failover import EngineHung, HangWatch
 from gateway.api.response_relay import ResponseRelay
@@ -25,7 +25,7 @@ async def call_engine(
     scope: Scope,
     body: JsonBody,
     relay: ResponseRelay,
-    client: ClientConnection,
+    client: DisconnectWatch,
     stall_s: float,
     grace_s: float,
     watch: HangWatch | None = None,
@@ -76,7 +76,7 @@ class _CallObserver:
 
     limit: asyncio.Timeout
     relay: ResponseRelay
-    client: ClientConnection
+    client: DisconnectWatch
     check_s: float
     grace_s: float
     watch: HangWatch | None

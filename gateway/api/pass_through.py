@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 from prometheus_client import Gauge
 from starlette.datastructures import Headers as HeaderView
 
-from engine_adapter.asgi import BodyTooDeep, ClientConnection, ClientDisconnected, encode_json
+from engine_adapter.asgi import BodyTooDeep, ClientDisconnected, DisconnectWatch, encode_json
 from engine_adapter.engine import Engine, Message, Scope, Send
 from gateway.api.auth import ApiKey
 from gateway.api.body_fields import GUARDED_FIELDS, FieldGuard
@@ -71,7 +71,7 @@ class PassThrough:
             EngineLost: the engine died, or was down already.
         """
         body = checked_body(http.scope, http.headers, body, engine, key, guard)
-        client = ClientConnection(http.receive, http.disconnected)
+        client = DisconnectWatch(http.receive, http.disconnected)
         try:
             if http.scope["method"] in ("GET", "HEAD"):
                 await self._call(http, body, engine, client, send)
@@ -89,7 +89,7 @@ class PassThrough:
         finally:
             client.close()
 
-    async def _call(self, http: HttpRequest, body: bytes, engine: Engine, client: ClientConnection, send: Send) -> None:
+    async def _call(self, http: HttpRequest, body: bytes, engine: Engine, client: DisconnectWatch, send: Send) -> None:
         stalled = False
 
         async def send_in_time(message: Message) -> None:
@@ -114,7 +114,7 @@ class PassThrough:
         if not http.response_started and client.disconnected.done():
             raise ClientDisconnected
 
-    async def _wait(self, slots: SharedLimit, sharer: Sharer, client: ClientConnection) -> None:
+    async def _wait(self, slots: SharedLimit, sharer: Sharer, client: DisconnectWatch) -> None:
         """Take a slot, in order of arrival among the calls of ``sharer``."""
         turn = asyncio.ensure_future(slots.acquire(sharer))
         try:

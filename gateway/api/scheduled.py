@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from engine_adapter.asgi import BODY_KEY, BodyTooDeep, ClientConnection, ClientDisconnected, JsonBody
+from engine_adapter.asgi import BODY_KEY, BodyTooDeep, ClientDisconnected, DisconnectWatch, JsonBody
 from engine_adapter.engine import OBSERVER_KEY, RENDERING_KEY, XARGS_KEY, Engine, EngineLost, EngineUnreachable, Send
 from gateway.api.attempts import Attempts
 from gateway.api.call import Call
@@ -85,7 +85,7 @@ class Scheduled:
         """Take the request from placement to its outcome. The ledger entry is opened and closed once."""
         engine_queue = await self._place(call)
         entry = self._open(call)
-        client = ClientConnection(call.http.receive, call.http.disconnected)
+        client = DisconnectWatch(call.http.receive, call.http.disconnected)
         try:
             if call.size.invalid and await self._refused(call, entry, client):
                 return
@@ -114,7 +114,7 @@ class Scheduled:
         self._recorder.opened(entry, headers.get("traceparent"), headers.get("tracestate"))
         return entry
 
-    async def _refused(self, call: Call, entry: Entry, client: ClientConnection) -> bool:
+    async def _refused(self, call: Call, entry: Entry, client: DisconnectWatch) -> bool:
         """Have the engine answer a request that it will refuse, without any wait. Returns False if it did not."""
         engine_queue = await self._place(call)
         if not call.size.invalid:
@@ -194,7 +194,7 @@ class Scheduled:
             entry.prediction = prediction
             self._report_length(entry, engine_queue.engine)
 
-    async def _serve(self, call: Call, entry: Entry, client: ClientConnection) -> None:
+    async def _serve(self, call: Call, entry: Entry, client: DisconnectWatch) -> None:
         """Queue the request and send it to the engine that admits it, and to another one if that engine fails it."""
         self.attempts.budget.on_request(self._clock())
         served = False
@@ -212,7 +212,7 @@ class Scheduled:
             for queue, _, _ in call.suspects:
                 self._router.on_ended(queue, call.request)
 
-    async def _admit(self, call: Call, entry: Entry, client: ClientConnection) -> EngineQueue:
+    async def _admit(self, call: Call, entry: Entry, client: DisconnectWatch) -> EngineQueue:
         """Queue the request until a policy admits it, and return that engine's queue. Raises `ApiError` if none does.
 
         The request is placed again first: since the last time, its length was predicted and the engines' loads changed.
@@ -241,7 +241,7 @@ class Scheduled:
         attempt.predicted_tpot_s = _next_step_s(engine_queue)
         return engine_queue
 
-    async def _forward(self, call: Call, entry: Entry, engine_queue: EngineQueue, client: ClientConnection) -> bool:
+    async def _forward(self, call: Call, entry: Entry, engine_queue: EngineQueue, client: DisconnectWatch) -> bool:
         """Have the engine serve the request. Returns False if it failed and the request is to be queued again."""
         request, http, engine = call.request, call.http, engine_queue.engine
         # An engine that was down when the request was placed knows its limits only now.
@@ -370,7 +370,7 @@ def _next_step_s(engine_queue: EngineQueue) -> float:
 
 
 async def _wait_in_queue(
-    request: Request, engine_queue: EngineQueue, client: ClientConnection, attempt: Attempt
+    request: Request, engine_queue: EngineQueue, client: DisconnectWatch, attempt: Attempt
 ) -> QueueOutcome:
     """Queue the request and return what was decided. Raises `ClientDisconnected` if the client disconnects first."""
     decision = engine_queue.submit(request, at_once=engine_queue.has_ample_room(request))
