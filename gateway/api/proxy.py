@@ -25,13 +25,13 @@ from engine_adapter.engine import (
     Scope,
     Send,
 )
-from gateway.api.attempts import Attempts
 from gateway.api.auth import ApiKey, KeyRing
 from gateway.api.body_fields import FieldGuard
 from gateway.api.body_memory import BodyMemory, BodyReservation
 from gateway.api.call import Call
 from gateway.api.engine_call import ClientStalled
 from gateway.api.errors import ApiError, bad_request, draining, engine_removed, loading, unavailable
+from gateway.api.failover_decisions import Failover
 from gateway.api.http_request import HttpRequest
 from gateway.api.keep_alive import KeepAlive
 from gateway.api.limits import Limits
@@ -128,9 +128,9 @@ class Proxy:
         self.recorder = recorder or Recorder()
         self._clock = clock
         self.accounts = TenantAccounts(metrics.usage, clock)
-        self._attempts = Attempts(router, self._retries, metrics, first_token_timeout_s, clock)
+        self._failover = Failover(router, self._retries, metrics, first_token_timeout_s, clock)
         self._scheduled = Scheduled(
-            router, predictor, ledger, self.recorder, metrics, self._attempts, self.accounts, self._limits.stall_s,
+            router, predictor, ledger, self.recorder, metrics, self._failover, self.accounts, self._limits.stall_s,
             self._engine_lost, clock,
         )  # fmt: skip
         self.sizer = self._scheduled.sizer
@@ -148,7 +148,7 @@ class Proxy:
     ) -> None:
         """Replace the arguments of these names."""
         self._max_body_bytes, self.open_requests.limit = max_body_bytes, max_open_requests
-        self._attempts.first_token_timeout_s, self._scheduled.stall_s = first_token_timeout_s, limits.stall_s
+        self._failover.first_token_timeout_s, self._scheduled.stall_s = first_token_timeout_s, limits.stall_s
         self._keep_alive_s, self._routes = keep_alive_s, routes
         self._limits, self.bodies.shared.limit = limits, limits.body_memory_bytes
         self._passing.set_limits(max_pass_through, limits.stall_s)

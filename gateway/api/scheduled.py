@@ -16,11 +16,11 @@ from typing import Any
 
 from engine_adapter.asgi import BODY_KEY, BodyTooDeep, ClientDisconnected, DisconnectWatch, JsonBody
 from engine_adapter.engine import OBSERVER_KEY, RENDERING_KEY, XARGS_KEY, Engine, EngineLost, EngineUnreachable, Send
-from gateway.api.attempts import Attempts
 from gateway.api.call import Call
 from gateway.api.engine_call import ClientStalled, call_engine
 from gateway.api.errors import ApiError, bad_request, unavailable
 from gateway.api.failover import HeldResponse, may_fail_over
+from gateway.api.failover_decisions import Failover
 from gateway.api.http_request import HttpRequest
 from gateway.api.models import for_engine, model_not_found
 from gateway.api.prompt_size import PromptSizer
@@ -63,7 +63,7 @@ class Scheduled:
         ledger: Ledger,
         recorder: Recorder,
         metrics: Metrics,
-        attempts: Attempts,
+        failover: Failover,
         accounts: TenantAccounts,
         stall_s: float,
         engine_lost: Callable[[EngineQueue], ApiError],
@@ -74,7 +74,7 @@ class Scheduled:
         self._ledger = ledger
         self._recorder = recorder
         self._metrics = metrics
-        self.attempts = attempts
+        self.failover = failover
         self._accounts = accounts
         self.stall_s = stall_s
         self._engine_lost = engine_lost
@@ -196,7 +196,7 @@ class Scheduled:
 
     async def _serve(self, call: Call, entry: Entry, client: DisconnectWatch) -> None:
         """Queue the request and send it to the engine that admits it, and to another one if that engine fails it."""
-        self.attempts.budget.on_request(self._clock())
+        self.failover.budget.on_request(self._clock())
         served = False
         try:
             while not served:
@@ -247,7 +247,7 @@ class Scheduled:
         # An engine that was down when the request was placed knows its limits only now.
         _check_limits(call, engine)
         sent_at = self._clock()
-        began = partial(self.attempts.on_first_token, call, engine_queue, sent_at)
+        began = partial(self.failover.on_first_token, call, engine_queue, sent_at)
         progress = Progress(request, began, partial(engine_queue.on_cache_hit, request))
         entry.estimated_prompt_tokens = request.prompt_tokens if call.size.estimated else None
         entry.predicted_cached_tokens = request.cached_tokens
@@ -258,7 +258,7 @@ class Scheduled:
         stored = bool(call.document.get("previous_response_id"))
         held = HeldResponse(
             partial(may_fail_over, scheduled=True, moves_on_404=not stored),
-            partial(self.attempts.has_others, call, engine_queue),
+            partial(self.failover.has_others, call, engine_queue),
         )
         relay = ResponseRelay(
             entry, progress, send, http.request_id, call.route, report=report, held=held, clock=self._clock
@@ -273,11 +273,11 @@ class Scheduled:
             scope["headers"] = with_traceparent(scope["headers"], entry.trace)
         scope[BODY_KEY], scope[OBSERVER_KEY], scope[XARGS_KEY] = body, progress, xargs
         scope[RENDERING_KEY] = call.size.handle
-        watch = self.attempts.hang_watch(call, engine_queue, relay, sent_at)
+        watch = self.failover.hang_watch(call, engine_queue, relay, sent_at)
         stall_s, grace_s = self.stall_s, LEAVE_GRACE_S if engine.watches_disconnect else 0.0
         engine_queue.on_handover(request)
         error = await call_engine(engine.app, scope, body, relay, client, stall_s, grace_s, watch, self._clock)
-        if await self.attempts.fails_over(call, entry, engine_queue, relay, error, sent_at):
+        if await self.failover.fails_over(call, entry, engine_queue, relay, error, sent_at):
             return False
         relay.measure(self._clock())
         entry.cached_tokens = progress.cached_tokens

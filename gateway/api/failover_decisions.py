@@ -1,4 +1,4 @@
-"""Judges each attempt to serve a scheduled request: how its engine did, and whether another engine is tried."""
+"""Decides after each attempt to serve a scheduled request how its engine did, and whether another engine is tried."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_TRIES = 3
 
 
 @dataclass(slots=True)
-class Attempts:
+class Failover:
     """Tells the router how each attempt went, and decides about another one.
 
     ``first_token_timeout_s``: shortest time without a token after which an engine may count as hung; None: never.
