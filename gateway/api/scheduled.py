@@ -67,7 +67,6 @@ class Scheduled:
         accounts: TenantAccounts,
         stall_s: float,
         engine_lost: Callable[[EngineQueue], ApiError],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._router = router
         self._predictor = predictor
@@ -78,7 +77,6 @@ class Scheduled:
         self._accounts = accounts
         self.stall_s = stall_s
         self._engine_lost = engine_lost
-        self._clock = clock
         self.sizer = PromptSizer()
 
     async def serve(self, call: Call) -> None:
@@ -120,7 +118,7 @@ class Scheduled:
         if not call.size.invalid:
             # It is placed on another engine now, which can serve it.
             return False
-        now = self._clock()
+        now = time.monotonic()
         entry.begin_attempt(Attempt(engine_queue.engine.name, now, admitted_s=now))
         answered = await self._forward(call, entry, engine_queue, client)
         # The next engine, which may be this one after a restart, may find it valid.
@@ -155,7 +153,7 @@ class Scheduled:
         While the engine has ample room, the request does not wait for the predictor. It starts with the usual length of
         its class, and the prediction replaces that later.
         """
-        started, request, prompt = self._clock(), call.request, call.prompt
+        started, request, prompt = time.monotonic(), call.request, call.prompt
         if call.output_tokens is not None:
             limit = max(1.0, min(request.max_tokens, engine_queue.engine.state.max_model_len - request.prompt_tokens))
             prediction = self._predictor.from_hint(call.output_tokens, request.slo_class, limit, prompt.min_tokens)
@@ -172,7 +170,7 @@ class Scheduled:
                     self._predictor.predict_later(question, entry.is_open, partial(self._on_length, entry))
                     return
             prediction = await self._predictor.predict(question)
-        entry.prediction, ended = prediction, self._clock()
+        entry.prediction, ended = prediction, time.monotonic()
         entry.predicting_s = started, ended
         request.predict(prediction.tokens, prediction.p90, prediction.beyond)
         self._metrics.on_prediction(prediction.source, ended - started)
@@ -196,7 +194,7 @@ class Scheduled:
 
     async def _serve(self, call: Call, entry: Entry, client: DisconnectWatch) -> None:
         """Queue the request and send it to the engine that admits it, and to another one if that engine fails it."""
-        self.failover.budget.on_request(self._clock())
+        self.failover.budget.on_request(time.monotonic())
         served = False
         try:
             while not served:
@@ -220,7 +218,7 @@ class Scheduled:
         outcome: QueueOutcome = Reroute()
         while isinstance(outcome, Reroute):
             engine_queue = await self._place(call)
-            attempt = entry.begin_attempt(Attempt(engine_queue.engine.name, self._clock()))
+            attempt = entry.begin_attempt(Attempt(engine_queue.engine.name, time.monotonic()))
             attempt.waiting, attempt.running = len(engine_queue.waiting), len(engine_queue.running)
             entry.prompt_source = call.size.source
             self._router.on_sent(engine_queue, call.request)
@@ -230,8 +228,8 @@ class Scheduled:
                 if not isinstance(outcome, Admitted):
                     self._router.on_ended(engine_queue, call.request)
             if isinstance(outcome, Reroute):
-                attempt.stop("moved", self._clock())
-        now = self._clock()
+                attempt.stop("moved", time.monotonic())
+        now = time.monotonic()
         entry.queue_s = now - call.request.arrival_s
         if not isinstance(outcome, Admitted):
             entry.answer = outcome
@@ -246,7 +244,7 @@ class Scheduled:
         request, http, engine = call.request, call.http, engine_queue.engine
         # An engine that was down when the request was placed knows its limits only now.
         _check_limits(call, engine)
-        sent_at = self._clock()
+        sent_at = time.monotonic()
         began = partial(self.failover.on_first_token, call, engine_queue, sent_at)
         progress = Progress(request, began, partial(engine_queue.on_cache_hit, request))
         entry.estimated_prompt_tokens = request.prompt_tokens if call.size.estimated else None
@@ -260,9 +258,7 @@ class Scheduled:
             partial(may_fail_over, scheduled=True, moves_on_404=not stored),
             partial(self.failover.has_others, call, engine_queue),
         )
-        relay = ResponseRelay(
-            entry, progress, send, http.request_id, call.route, report=report, held=held, clock=self._clock
-        )
+        relay = ResponseRelay(entry, progress, send, http.request_id, call.route, report=report, held=held)
         gate = engine_queue.policy.gate if engine_queue.policy.gate != UNGATED else ""
         xargs = gate_xargs(request.kind, request.pace_s, gate)
         in_body = engine.takes_xargs and call.route.takes_xargs
@@ -276,10 +272,10 @@ class Scheduled:
         watch = self.failover.hang_watch(call, engine_queue, relay, sent_at)
         stall_s, grace_s = self.stall_s, LEAVE_GRACE_S if engine.watches_disconnect else 0.0
         engine_queue.on_handover(request)
-        error = await call_engine(engine.app, scope, body, relay, client, stall_s, grace_s, watch, self._clock)
+        error = await call_engine(engine.app, scope, body, relay, client, stall_s, grace_s, watch)
         if await self.failover.fails_over(call, entry, engine_queue, relay, error, sent_at):
             return False
-        relay.measure(self._clock())
+        relay.measure(time.monotonic())
         entry.cached_tokens = progress.cached_tokens
         if call.size.estimated and progress.prompt_tokens:
             self.sizer.learn(call.prompt, engine.state.model, progress.prompt_tokens)

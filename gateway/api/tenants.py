@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,10 +27,9 @@ class TenantAccounts:
     A request of a tenant without limits costs one look-up.
     """
 
-    def __init__(self, usage: Usage, clock: Callable[[], float] = time.monotonic) -> None:
-        self.tenants = Tenants(clock)
+    def __init__(self, usage: Usage) -> None:
+        self.tenants = Tenants()
         self.usage = usage
-        self._clock = clock
 
     def enter(self, http: HttpRequest, key: ApiKey) -> None:
         """Count a request of ``key`` that begins. Raises `ApiError` 429 if it exceeds a limit of the tenant.
@@ -41,10 +39,10 @@ class TenantAccounts:
         limiter = self.tenants.of(key.tenant)
         if limiter is None:
             return
-        http.rate_headers = partial(rate_limit_headers, limiter, self._clock)
+        http.rate_headers = partial(rate_limit_headers, limiter)
         if http.route.generation is None and (asks_for_models(http) or asks_for_records(http)):
             return
-        exceeded = limiter.enter(self._clock(), http.route.generation is not None)
+        exceeded = limiter.enter(time.monotonic(), http.route.generation is not None)
         if exceeded is not None:
             http.limited = True
             raise self._rejected(key.tenant, exceeded)
@@ -60,7 +58,7 @@ class TenantAccounts:
             return None
         call.reserved_prompt_tokens = request.prompt_tokens * call.prompt.prompts
         expected = request.predicted_tokens * request.sequences
-        reserved = limiter.reserve(call.reserved_prompt_tokens, expected, self._clock())
+        reserved = limiter.reserve(call.reserved_prompt_tokens, expected, time.monotonic())
         if isinstance(reserved, Exceeded):
             return self._rejected(request.tenant, reserved)
         call.reserved_tokens = reserved
@@ -99,7 +97,7 @@ class TenantAccounts:
     def document(self, limit: int) -> dict[str, Any]:
         """Return usage by tenant for `/status`, with what is left of its limits. At most ``limit`` tenants by name."""
         document = self.usage.document(limit)
-        now = self._clock()
+        now = time.monotonic()
         for tenant, usage in document.items():
             limiter = self.tenants.of(tenant)
             if limiter is not None:
