@@ -40,7 +40,8 @@ def page(found: dict[str, Any]) -> str:
     text = f"""# Soak
 
 `antares serve` gets twice the requests that its engine completes. 5% of the clients disconnect. The gateway keeps 1,000
-records. 400 mutated requests come first, so that whatever loads on its first use is loaded. A random fault follows every 2 to 6 seconds:
+records. 400 mutated requests come first, so that whatever loads on its first use is loaded.
+A random fault follows every 2 to 6 seconds:
 
 - the predictor is killed;
 - the engine's process pauses for up to three seconds;
