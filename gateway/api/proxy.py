@@ -15,8 +15,8 @@ import contextlib
 import logging
 import math
 import time
-import uuid
 from collections.abc import Callable
+from secrets import token_hex
 from typing import Any
 
 from engine_adapter.asgi import ClientDisconnected
@@ -249,7 +249,9 @@ class Proxy:
 
     async def _receive_body(self, http: HttpRequest, memory: BodyReservation) -> bytes:
         try:
-            return await read_limited_body(http.headers, http.receive, self._max_body_bytes, memory, self._limits)
+            return await read_limited_body(
+                http.headers, http.receive, self._max_body_bytes, memory, self._limits, http.arrived_body
+            )
         except ApiError:
             http.give_up_body()
             raise
@@ -265,7 +267,7 @@ class Proxy:
         slo_class, slo = read_slo(http.headers, key, self.classes)
         prompt = route.read_prompt(document)
         request = Request(
-            id=uuid.uuid4().hex,
+            id=token_hex(16),
             slo_class=slo_class.name,
             arrival_s=http.arrival_s,
             slo=slo,
