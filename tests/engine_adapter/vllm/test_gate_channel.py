@@ -59,9 +59,9 @@ def test_gate_accepts_versions_in_range(version: str) -> None:
     require_gate(version)
 
 
-@pytest.mark.parametrize("version", ["0.28.9", "0.33.0", "1.0.0", "dev"])
+@pytest.mark.parametrize("version", ["0.29.9", "0.33.0", "1.0.0", "dev"])
 def test_in_process_engine_rejects_other_versions_with_a_fix(version: str) -> None:
-    with pytest.raises(UnsupportedVllmError, match=r">=0\.29,<0\.33.*kind: http"):
+    with pytest.raises(UnsupportedVllmError, match=r">=0\.30,<0\.33.*kind: http"):
         require_in_process(version)
 
 
