@@ -28,6 +28,10 @@ GATE: Uses = {
         "max_num_scheduled_tokens",
         "kv_cache_manager",
         "block_size",
+        "cache_config",
+        "scheduler_config",
+        "vllm_config",
+        "need_mamba_block_aligned_split",
     ),
     f"{_SCHED}.interface.PauseState": ("UNPAUSED",),
     f"{_SCHED}.output.SchedulerOutput": ("num_scheduled_tokens", "total_num_scheduled_tokens"),
@@ -54,11 +58,40 @@ GATE: Uses = {
         "block_hashes",
         "next_decode_eligible_step",
         "resumable",
+        "has_encoder_inputs",
+        "mm_features",
+    ),
+    "vllm.multimodal.inputs.MultiModalFeatureSpec": ("mm_position",),
+    "vllm.multimodal.inputs.PlaceholderRange": ("offset", "length"),
+    "vllm.config.CacheConfig": ("block_size", "enable_prefix_caching"),
+    "vllm.config.ModelConfig": ("enable_sleep_mode", "is_multimodal_model"),
+    "vllm.config.ParallelConfig": (
+        "data_parallel_size",
+        "enable_expert_parallel",
+        "pipeline_parallel_size",
+        "tensor_parallel_size",
+    ),
+    "vllm.config.SchedulerConfig": (
+        "async_scheduling",
+        "disable_chunked_mm_input",
+        "enable_chunked_prefill",
+        "policy",
+    ),
+    "vllm.config.SpeculativeConfig": ("method",),
+    "vllm.config.VllmConfig": (
+        "cache_config",
+        "ec_transfer_config",
+        "kv_transfer_config",
+        "lora_config",
+        "model_config",
+        "parallel_config",
+        "scheduler_config",
+        "speculative_config",
     ),
     "vllm.v1.request.RequestStatus": ("WAITING", "PREEMPTED"),
     _PARAMS: ("extra_args",),
 }
-"""Step gate: `scheduler.py`."""
+"""Step gate: `scheduler.py`, `features.py` and `unsplittable.py`."""
 
 PREEMPTION: Uses = {
     f"{_SCHED}.async_scheduler.AsyncScheduler": (

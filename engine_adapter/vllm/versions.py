@@ -12,14 +12,14 @@ from engine_adapter.vllm.sources import Members, installed
 
 Range = tuple[tuple[int, int], tuple[int, int]]
 
-GATE_VERSIONS: Range = ((0, 26), (0, 33))
-"""Half-open range for the step gate. Run on 0.32.0."""
+GATE_VERSIONS: Range = ((0, 26), (0, 34))
+"""Half-open range for the step gate. The scheduler was stepped on 0.26, 0.29, 0.31, 0.32 and 0.33, engines on 0.32."""
 
-PREEMPTION_VERSIONS: Range = ((0, 32), (0, 33))
-"""Half-open range in which a request can be preempted between steps while a token is in flight. Run on 0.32.0."""
+PREEMPTION_VERSIONS: Range = ((0, 31), (0, 34))
+"""Half-open range in which a request can be preempted between steps while a token is in flight. Stepped on all."""
 
 IN_PROCESS_VERSIONS: Range = ((0, 30), (0, 33))
-"""Half-open range for the in-process engine. Run on 0.32.0."""
+"""Half-open range for the in-process engine. Run on 0.32."""
 
 USES: dict[str, tuple[Range, Uses]] = {
     "gate": (GATE_VERSIONS, GATE),
