@@ -18,6 +18,7 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -34,6 +35,7 @@ from engine_adapter.gates.phase import is_prefilling, tokens_left
 from engine_adapter.service_kind import KINDS_BY_LABEL, ServiceKind, default_kind
 from engine_adapter.vllm.gate_channel import GateReporter
 from engine_adapter.vllm.orphan import PARENT_ENV, exit_with_parent
+from engine_adapter.vllm.unsplittable import least_prefill_tokens
 from engine_adapter.vllm.versions import PREEMPTION_VERSIONS, require_gate, within
 
 if TYPE_CHECKING:
@@ -116,7 +118,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             sat_out = plan.sit_out
             if plan.max_prefill_tokens is not None:
                 # NOTE: cap the step's budget, not long_prefill_token_threshold, which caps each request.
-                cap = len(decoding) - len(sat_out) + plan.max_prefill_tokens
+                prefill = plan.max_prefill_tokens and max(plan.max_prefill_tokens, self._least_prefill_tokens())
+                cap = len(decoding) - len(sat_out) + prefill
                 self.max_num_scheduled_tokens = max(1, min(budget, cap))
             for request_id in sat_out:
                 self._skip_step(self.requests[request_id])
@@ -277,6 +280,11 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
                 break
             tokens += _left(request) - self._cached_tokens(request)
         return min(int(tokens), limit)
+
+    def _least_prefill_tokens(self) -> int:
+        """Return the fewest prefill tokens with which the next prompt makes progress."""
+        running = (r for r in self.running if _is_prefilling(r))
+        return least_prefill_tokens(self, chain(running, (r for r in self.waiting if r.status in _READY)))
 
     def _cached_tokens(self, request: Request) -> int:
         """Return the tokens of a waiting request that are in the prefix cache.
