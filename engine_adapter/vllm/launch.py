@@ -67,6 +67,7 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
             "engines: kind is 'vllm', but vLLM is not importable "
             f"({error}). Run `make install` for vLLM on CPU or `pip install 'antares-gateway[gpu]'` for GPUs."
         ) from error
+    from engine_adapter.vllm.features import Part, UnsupportedFeatureError, check
     from engine_adapter.vllm.versions import UnsupportedVllmError, require_in_process
 
     try:
@@ -87,6 +88,7 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
         validate_parsed_serve_args(args)
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        check(config, Part.IN_PROCESS)
         if stopped():
             raise EngineStartError("the engine was stopped during its start")
         return AsyncLLM.from_vllm_config(config, stat_loggers=[_stat_logger(on_stats)]), args
@@ -94,6 +96,8 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
         raise EngineStartError("vLLM rejected engines: flags; the lines above name the flag and the reason") from error
     except EngineStartError:
         raise
+    except UnsupportedFeatureError as error:
+        raise EngineStartError(str(error)) from error
     except Exception as error:
         raise EngineStartError(f"vLLM could not start: {error}") from error
     finally:

@@ -19,10 +19,10 @@ def least_prefill_tokens(scheduler: Any, prompts: Iterable[Request]) -> int:
     prompt = next(iter(prompts), None)
     if prompt is None:
         return 0
-    left = prompt.num_tokens - prompt.num_computed_tokens
+    left: int = prompt.num_tokens - prompt.num_computed_tokens
     if not config.enable_chunked_prefill:
         return left
-    least = 1
+    least: int = 1
     if scheduler.need_mamba_block_aligned_split:
         # A chunk ends at the end of a block, because only there is the state of Mamba layers kept.
         least = scheduler.cache_config.block_size
@@ -31,4 +31,5 @@ def least_prefill_tokens(scheduler: Any, prompts: Iterable[Request]) -> int:
         ahead = [item.length for item in items if item.offset + item.length > prompt.num_computed_tokens]
         least = max([least, *ahead])
     # A drafter that reads tokens ahead needs them in the step too. NOTE: vLLM 0.26 has no such drafter.
-    return min(left, least + getattr(scheduler, "num_prefill_lookahead", 0))
+    lookahead: int = getattr(scheduler, "num_prefill_lookahead", 0)
+    return min(left, least + lookahead)
