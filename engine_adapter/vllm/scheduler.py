@@ -31,6 +31,7 @@ from engine_adapter.engine import GATE_XARG, KIND_XARG, TPOT_XARG
 from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Capacity, Member
 from engine_adapter.gates.composite import Gates
 from engine_adapter.gates.pace_labels import PaceLabels
+from engine_adapter.gates.phase import is_prefilling, tokens_left
 from engine_adapter.service_kind import KINDS_BY_LABEL, ServiceKind, default_kind
 from engine_adapter.vllm.features import check_server
 from engine_adapter.vllm.gate_channel import GateReporter
@@ -275,12 +276,12 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         """Return the tokens left to compute, at most ``limit``, including what preempted requests compute again."""
         skipped = self.current_step + 2
         prefilling = [r for r in self.running if _is_prefilling(r) and r.next_decode_eligible_step < skipped]
-        tokens = sum([r.num_tokens - r.num_computed_tokens for r in prefilling])
+        tokens = sum([_left(r) for r in prefilling])
         for request in self.waiting:
             # Each lookup in the prefix cache takes time, in every step.
             if tokens >= limit:
                 break
-            tokens += request.num_tokens - self._cached_tokens(request)
+            tokens += _left(request) - self._cached_tokens(request)
         return min(int(tokens), limit)
 
     def _least_prefill_tokens(self) -> int:
@@ -347,7 +348,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         )
 
 
+def _left(request: Request) -> int:
+    return tokens_left(request.num_tokens, request.num_computed_tokens, request.num_output_placeholders)
+
+
 def _is_prefilling(request: Request) -> bool:
-    """Whether more than one token is left to compute: a prompt, or all tokens of a preempted request again."""
-    left = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
-    return bool(request.num_computed_tokens < request.num_prompt_tokens or left > 1)
+    return is_prefilling(_left(request), request.num_computed_tokens, request.num_prompt_tokens)
