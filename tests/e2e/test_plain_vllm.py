@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.live.dummy_adapter import RANK, write_lora_adapter
 from benchmarks.live.dummy_model import write_dummy_model
-from tests.fixtures.lora_adapter import RANK, write_lora_adapter
 from tests.fixtures.plain_vllm import plain_vllm
 from tests.fixtures.served import Served, serve
 
