@@ -103,7 +103,7 @@ def _environment(trial: Trial) -> dict[str, str]:
 def _why(log: Any, code: int) -> str:
     """Return the line of the log that says why vLLM failed."""
     log.seek(0)
-    lines = [line.strip() for line in log if line.strip()]
+    lines: list[str] = [line.strip() for line in log if line.strip()]
     ours = [line for line in lines if line.startswith("Antares: ")]
     errors = [line for line in lines if "Error" in line]
     return (ours or errors or [f"exit code {code}"])[0][-400:]

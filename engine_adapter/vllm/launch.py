@@ -1,7 +1,11 @@
-"""Creates an AsyncLLM from the configuration: environment, command line, engine. Blocking, so it runs in a thread."""
+"""Creates an AsyncLLM from the configuration: environment, command line, engine. Shuts it down again.
+
+Creating blocks, so it runs in a thread.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -102,6 +106,24 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
         raise EngineStartError(f"vLLM could not start: {error}") from error
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+async def shut_down(llm: Any) -> None:
+    """Shut down ``llm``, an AsyncLLM, and end its requests with vLLM's `EngineDeadError`."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    # End all requests that still wait for tokens, because no output task will do so after the shutdown.
+    llm.output_processor.propagate_error(EngineDeadError())
+    if llm.output_handler is not None:
+        llm.output_handler.cancel()  # otherwise it reports the shutdown as an engine failure
+    await asyncio.sleep(0)
+    await asyncio.to_thread(llm.shutdown)
+    # NOTE: vLLM's destructor calls shutdown() again, which logs errors while the interpreter exits.
+    llm.shutdown = _already_shut_down
+
+
+def _already_shut_down(timeout: float | None = None) -> None:
+    """Replaces `AsyncLLM.shutdown` once it has run."""
 
 
 def _stat_logger(on_stats: Callable[[Any], None]) -> Any:
