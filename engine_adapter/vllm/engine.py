@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import multiprocessing
 import threading
@@ -39,7 +38,7 @@ from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.vllm import openai_app
 from engine_adapter.vllm.gate_channel import GateListener
 from engine_adapter.vllm.kv_events import receive_events, subscription
-from engine_adapter.vllm.launch import command_line, create_llm, prepare_environment, shut_down
+from engine_adapter.vllm.launch import command_line, create_llm, freeze_heap, prepare_environment, shut_down
 from engine_adapter.vllm.rendering import PromptRenderer, reuse_renderings
 from engine_adapter.vllm.token_observation import observe_outputs
 from engine_adapter.vllm.watchdog import Watchdog, core_pids, kill, pending, usage
@@ -162,7 +161,7 @@ class VllmEngine:
             self._llm, args = await asyncio.to_thread(self._create_llm)
             async with asyncio.timeout(FIRST_ANSWERS_S):
                 await self._prepare(args)
-            _freeze_heap()
+            freeze_heap()
         except EngineStartError:
             raise
         except Exception as error:
@@ -389,14 +388,3 @@ class VllmEngine:
         self.state.engine_running = stats.num_running_reqs
         self.state.engine_waiting = stats.num_waiting_reqs
         self.state.kv_usage = stats.kv_cache_usage
-
-
-def _freeze_heap() -> None:
-    """Exclude all current objects from garbage collection.
-
-    NOTE: vLLM's import and start create many long-lived objects. A full collection that scans them stops the event
-    loop, and with it every stream, for most of a second. It runs once here to free the objects of an engine that died.
-    """
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
