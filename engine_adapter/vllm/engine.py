@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import multiprocessing
 import threading
@@ -39,7 +38,7 @@ from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.vllm import openai_app
 from engine_adapter.vllm.gate_channel import GateListener
 from engine_adapter.vllm.kv_events import receive_events, subscription
-from engine_adapter.vllm.launch import command_line, create_llm, prepare_environment
+from engine_adapter.vllm.launch import command_line, create_llm, freeze_heap, prepare_environment, shut_down
 from engine_adapter.vllm.rendering import PromptRenderer, reuse_renderings
 from engine_adapter.vllm.token_observation import observe_outputs
 from engine_adapter.vllm.watchdog import Watchdog, core_pids, kill, pending, usage
@@ -162,7 +161,7 @@ class VllmEngine:
             self._llm, args = await asyncio.to_thread(self._create_llm)
             async with asyncio.timeout(FIRST_ANSWERS_S):
                 await self._prepare(args)
-            _freeze_heap()
+            freeze_heap()
         except EngineStartError:
             raise
         except Exception as error:
@@ -213,16 +212,7 @@ class VllmEngine:
         for call in calls:
             call.cancel()  # vLLM ends no call into an EngineCore that died
         if llm is not None:
-            from vllm.v1.engine.exceptions import EngineDeadError
-
-            # End all requests that still wait for tokens, because no output task will do so after the shutdown.
-            llm.output_processor.propagate_error(EngineDeadError())
-            if llm.output_handler is not None:
-                llm.output_handler.cancel()  # otherwise it reports the shutdown as an engine failure
-            await asyncio.sleep(0)
-            await asyncio.to_thread(llm.shutdown)
-            # NOTE: vLLM's destructor calls shutdown() again, which logs errors while the interpreter exits.
-            llm.shutdown = _already_shut_down
+            await shut_down(llm)
         self._sequences.clear()
         self.state.engine_running = self.state.engine_waiting = 0
         self.state.kv_usage = 0.0
@@ -398,18 +388,3 @@ class VllmEngine:
         self.state.engine_running = stats.num_running_reqs
         self.state.engine_waiting = stats.num_waiting_reqs
         self.state.kv_usage = stats.kv_cache_usage
-
-
-def _already_shut_down(timeout: float | None = None) -> None:
-    """Replaces `AsyncLLM.shutdown` once it has run."""
-
-
-def _freeze_heap() -> None:
-    """Exclude all current objects from garbage collection.
-
-    NOTE: vLLM's import and start create many long-lived objects. A full collection that scans them stops the event
-    loop, and with it every stream, for most of a second. It runs once here to free the objects of an engine that died.
-    """
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()

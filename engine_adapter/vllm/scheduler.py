@@ -33,6 +33,7 @@ from engine_adapter.gates.composite import Gates
 from engine_adapter.gates.pace_labels import PaceLabels
 from engine_adapter.gates.phase import is_prefilling, tokens_left
 from engine_adapter.service_kind import KINDS_BY_LABEL, ServiceKind, default_kind
+from engine_adapter.vllm.features import check_server
 from engine_adapter.vllm.gate_channel import GateReporter
 from engine_adapter.vllm.orphan import PARENT_ENV, exit_with_parent
 from engine_adapter.vllm.unsplittable import least_prefill_tokens
@@ -85,6 +86,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if PARENT_ENV not in os.environ:
+            check_server(self.vllm_config)
         try:
             self._gate = Gates(os.environ.get(GATE_ENV, "credit"))
         except ValueError as error:
