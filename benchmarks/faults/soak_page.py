@@ -37,10 +37,17 @@ def page(found: dict[str, Any]) -> str:
         seen, faults = (", ".join(f"{n:,} x {name}" for name, n in row[key].items()) for key in ("seen", "faults"))
         wrong += [f"- {row['engine']}: {problem}" for problem in row["problems"]]
         ends.append([row["engine"], seen, faults, f"{row['ledger']['accepted']:,}, {row['ledger']['open']} open"])
+    commands = [
+        f"python -m benchmarks.faults.soak --engine {row['engine']} --minutes {row['minutes']:g} --json > {number}.json"
+        for number, row in enumerate(found["soaks"], 1)
+    ]
+    of = " ".join(f"--of {number}.json" for number in range(1, len(commands) + 1))
+    commands.append(f"python -m benchmarks.faults.soak --page docs/results/soak.json {of}")
     text = f"""# Soak
 
 `antares serve` gets twice the requests that its engine completes. 5% of the clients disconnect. The gateway keeps 1,000
-records. A random fault follows every 2 to 6 seconds:
+records. 400 mutated requests come first, so that whatever loads on its first use is loaded.
+A random fault follows every 2 to 6 seconds:
 
 - the predictor is killed;
 - the engine's process pauses for up to three seconds;
@@ -51,15 +58,14 @@ records. A random fault follows every 2 to 6 seconds:
 *simulated*: a simulated server behind `kind: http`. *vllm*: the real engine of `make serve`, on CPU.
 
 - *minutes*: the warm-up and the measured time, both under the same load and faults.
-- *lost*: requests without an answer within 300 s. Their clients then leave. Best-effort requests wait longest.
+- *lost*: requests without an answer within 300 s. Their clients then leave. Best-effort requests of `batch` take
+  longest: they decode in one step of 20.
 - *leaked*: requests and descriptors.
 - *MB a minute*: the slope of the gateway's memory, as the median over all pairs of 10-second windows.
 - *descriptors*: before, at the peak, and after.
 
 ```
-python -m benchmarks.faults.soak --minutes 10 --json > soak.json
-python -m benchmarks.faults.soak --minutes 3 --engine vllm --json > soak_vllm.json
-python -m benchmarks.faults.soak --page docs/results/soak.json --of soak.json --of soak_vllm.json
+{chr(10).join(commands)}
 ```
 
 {table(heads, rows)}

@@ -171,7 +171,7 @@ class SimulatedScheduler:
         if not self._prefill_first:
             held = self._preempt_best_effort(now)
             yielding_prompts = self._yielding > 0 and self._hold_yielding(held)
-            unfinished = sum([s.to_prefill - s.prefilled for s in self._prefilling if not s.held])
+            unfinished = sum([s.left for s in self._prefilling if not s.held])
             prefill_backlog = min(self._waiting_tokens + unfinished, self._budget)
         plan = self.gate.plan(now, self._decoding, prefill_backlog, yielding_prompts)
         step.sat_out = plan.sit_out
@@ -256,7 +256,7 @@ class SimulatedScheduler:
     def _preempt(self, victim: SimulatedSequence) -> None:
         """Free the memory of ``victim`` and put it in front of the queue; all its tokens are computed again later."""
         self._release(victim)
-        victim.to_prefill, victim.prefilled = victim.length, 0
+        victim.computed = 0
         victim.preemptions += 1
         self.preemptions += 1
         self._waiting.appendleft(victim)
@@ -280,10 +280,10 @@ class SimulatedScheduler:
         while self._waiting and budget > 0 and self.running < self._max_num_seqs:
             sequence = self._waiting[0]
             hit, idle = self._hit(sequence)
-            uncached = sequence.to_prefill - hit * BLOCK_TOKENS
+            uncached = sequence.length - hit * BLOCK_TOKENS
             if whole and uncached > budget and step.chunks:
                 break
-            blocks = -(-sequence.to_prefill // BLOCK_TOKENS)
+            blocks = -(-sequence.length // BLOCK_TOKENS)
             if blocks - hit + idle > self._kv.free:
                 break
             self._waiting.popleft()
@@ -296,11 +296,11 @@ class SimulatedScheduler:
         """Return how many leading blocks of ``sequence`` are cached, and how many of these no sequence holds."""
         if not (self._prefix_caching and sequence.blocks):
             return 0, 0
-        return self._kv.hit(sequence.blocks, (sequence.to_prefill - 1) // BLOCK_TOKENS)
+        return self._kv.hit(sequence.blocks, (sequence.length - 1) // BLOCK_TOKENS)
 
     def _count_backlog(self, sequence: SimulatedSequence) -> None:
         """Count the tokens that a queued ``sequence`` would compute if it were admitted now."""
-        sequence.backlog = sequence.to_prefill - self._hit(sequence)[0] * BLOCK_TOKENS
+        sequence.backlog = sequence.length - self._hit(sequence)[0] * BLOCK_TOKENS
         self._waiting_tokens += sequence.backlog
 
     def _allocate(self, sequence: SimulatedSequence, blocks: int, hit: int) -> None:
@@ -312,17 +312,17 @@ class SimulatedScheduler:
         self._kv.allocate(blocks - hit)
         sequence.capacity = blocks * BLOCK_TOKENS
         sequence.full_blocks = hit
-        sequence.prefilled = hit * BLOCK_TOKENS
+        sequence.computed = hit * BLOCK_TOKENS
         if sequence.cached_tokens is None:
-            sequence.cached_tokens = sequence.prefilled
-            sequence.on_cached(sequence.prefilled)
+            sequence.cached_tokens = sequence.computed
+            sequence.on_cached(sequence.computed)
 
     def _add_chunk(self, step: Step, sequence: SimulatedSequence, max_tokens: int) -> int:
-        chunk = min(sequence.to_prefill - sequence.prefilled, max_tokens)
+        chunk = min(sequence.left, max_tokens)
         step.chunks.append((sequence, chunk))
         step.prefill_tokens += chunk
-        step.prefill_context += sequence.prefilled
-        self._publish(sequence, sequence.prefilled + chunk)
+        step.prefill_context += sequence.computed
+        self._publish(sequence, sequence.computed + chunk)
         return chunk
 
     def _publish(self, sequence: SimulatedSequence, tokens: int) -> None:
@@ -339,22 +339,22 @@ class SimulatedScheduler:
         """Apply the result of ``step``."""
         done: list[SimulatedSequence] = []
         for sequence in step.decodes:
+            sequence.computed = sequence.length
             sequence.length += 1
             if sequence.length >= sequence.final_length:
                 done.append(sequence)
         prefilled: list[SimulatedSequence] = []
         if step.chunks:
             for sequence, chunk in step.chunks:
-                sequence.prefilled += chunk
+                sequence.computed += chunk
                 # The step that completes a prefill also samples a token.
-                if sequence.prefilled >= sequence.to_prefill:
+                if not sequence.left:
                     sequence.length += 1
                     prefilled.append(sequence)
                     if sequence.length >= sequence.final_length:
                         done.append(sequence)
-            if prefilled:
-                self._prefilling = [s for s in self._prefilling if s.prefilled < s.to_prefill]
-                self._decoding += prefilled
+            self._decoding += [s for s in self._prefilling if not s.prefilling]
+            self._prefilling = [s for s in self._prefilling if s.prefilling]
         if done:
             for sequence in done:
                 self._remove(sequence)
@@ -369,9 +369,7 @@ class SimulatedScheduler:
         self._yielding -= sequence.kind is ServiceKind.YIELDING
 
     def _release(self, sequence: SimulatedSequence) -> None:
-        if sequence.blocks and sequence.prefilled >= sequence.to_prefill:
-            # The last token was sampled, but not computed.
-            self._publish(sequence, min(sequence.length - 1, sequence.capacity))
+        self._publish(sequence, sequence.computed)
         hashes = sequence.held_hashes
         self._kv.release(hashes, sequence.capacity // BLOCK_TOKENS - len(hashes))
         sequence.held_hashes = []
@@ -383,7 +381,7 @@ def _member(sequence: SimulatedSequence, *, prefilling: bool = False) -> Member:
         sequence,
         sequence.preemptible,
         held=sequence.capacity // BLOCK_TOKENS,
-        needed=-(-sequence.to_prefill // BLOCK_TOKENS),
+        needed=-(-sequence.length // BLOCK_TOKENS),
         prefilling=prefilling,
         preempted_before=sequence.preemptions > 0,
     )

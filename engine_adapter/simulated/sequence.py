@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from engine_adapter.gates.phase import is_prefilling, tokens_left
 from engine_adapter.service_kind import ServiceKind, default_kind
 
 
@@ -26,9 +27,8 @@ class SimulatedSequence:
         abandoned: set by the app once the sequence is aborted.
         length: the context, that is, the prompt and the generated tokens.
         final_length: ``length`` of the finished sequence.
-        to_prefill: tokens to compute before the sequence decodes; all of ``length`` again after a preemption.
         backlog: tokens to compute, by the prefix cache at the time the sequence was queued.
-        prefilled: the part of ``to_prefill`` that is computed or was found in the prefix cache.
+        computed: the part of ``length`` that is computed or was found in the prefix cache; 0 after a preemption.
         cached_tokens: prefix-cache hit of the prompt (tokens); None until the scheduler first admits it.
         capacity: tokens that fit in the KV blocks of the sequence.
         held_hashes: the cached blocks among them.
@@ -50,9 +50,8 @@ class SimulatedSequence:
     abandoned: bool = False
     length: int = field(init=False)
     final_length: int = field(init=False)
-    to_prefill: int = field(init=False)
     backlog: int = 0
-    prefilled: int = 0
+    computed: int = 0
     capacity: int = 0
     preemptions: int = 0
     preemptible: bool = False
@@ -64,10 +63,20 @@ class SimulatedSequence:
     def __post_init__(self) -> None:
         if self.kind is None:
             self.kind = default_kind(self.pace_s)
-        self.length = self.to_prefill = self.prompt_tokens
+        self.length = self.prompt_tokens
         self.final_length = self.prompt_tokens + self.output_tokens
 
     @property
     def generated(self) -> int:
         """Output tokens so far."""
         return self.length - self.prompt_tokens
+
+    @property
+    def left(self) -> int:
+        """Tokens that remain to be computed."""
+        return tokens_left(self.length, self.computed)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether the next step computes a chunk of the sequence."""
+        return is_prefilling(self.left, self.computed, self.prompt_tokens)

@@ -18,6 +18,7 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -30,9 +31,12 @@ from engine_adapter.engine import GATE_XARG, KIND_XARG, TPOT_XARG
 from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Capacity, Member
 from engine_adapter.gates.composite import Gates
 from engine_adapter.gates.pace_labels import PaceLabels
+from engine_adapter.gates.phase import is_prefilling, tokens_left
 from engine_adapter.service_kind import KINDS_BY_LABEL, ServiceKind, default_kind
+from engine_adapter.vllm.features import check_server
 from engine_adapter.vllm.gate_channel import GateReporter
 from engine_adapter.vllm.orphan import PARENT_ENV, exit_with_parent
+from engine_adapter.vllm.unsplittable import least_prefill_tokens
 from engine_adapter.vllm.versions import PREEMPTION_VERSIONS, require_gate, within
 
 if TYPE_CHECKING:
@@ -82,6 +86,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if PARENT_ENV not in os.environ:
+            check_server(self.vllm_config)
         try:
             self._gate = Gates(os.environ.get(GATE_ENV, "credit"))
         except ValueError as error:
@@ -115,7 +121,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             sat_out = plan.sit_out
             if plan.max_prefill_tokens is not None:
                 # NOTE: cap the step's budget, not long_prefill_token_threshold, which caps each request.
-                cap = len(decoding) - len(sat_out) + plan.max_prefill_tokens
+                prefill = plan.max_prefill_tokens and max(plan.max_prefill_tokens, self._least_prefill_tokens())
+                cap = len(decoding) - len(sat_out) + prefill
                 self.max_num_scheduled_tokens = max(1, min(budget, cap))
             for request_id in sat_out:
                 self._skip_step(self.requests[request_id])
@@ -269,13 +276,18 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         """Return the tokens left to compute, at most ``limit``, including what preempted requests compute again."""
         skipped = self.current_step + 2
         prefilling = [r for r in self.running if _is_prefilling(r) and r.next_decode_eligible_step < skipped]
-        tokens = sum([r.num_tokens - r.num_computed_tokens for r in prefilling])
+        tokens = sum([_left(r) for r in prefilling])
         for request in self.waiting:
             # Each lookup in the prefix cache takes time, in every step.
             if tokens >= limit:
                 break
-            tokens += request.num_tokens - self._cached_tokens(request)
+            tokens += _left(request) - self._cached_tokens(request)
         return min(int(tokens), limit)
+
+    def _least_prefill_tokens(self) -> int:
+        """Return the fewest prefill tokens with which the next prompt makes progress."""
+        running = (r for r in self.running if _is_prefilling(r))
+        return least_prefill_tokens(self, chain(running, (r for r in self.waiting if r.status in _READY)))
 
     def _cached_tokens(self, request: Request) -> int:
         """Return the tokens of a waiting request that are in the prefix cache.
@@ -336,7 +348,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         )
 
 
+def _left(request: Request) -> int:
+    return tokens_left(request.num_tokens, request.num_computed_tokens, request.num_output_placeholders)
+
+
 def _is_prefilling(request: Request) -> bool:
-    """Whether more than one token is left to compute: a prompt, or all tokens of a preempted request again."""
-    left = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
-    return bool(request.num_computed_tokens < request.num_prompt_tokens or left > 1)
+    return is_prefilling(_left(request), request.num_computed_tokens, request.num_prompt_tokens)

@@ -149,6 +149,18 @@ class HttpProtocol(HttpToolsProtocol):
         """Close the connection after the response if the rest of the request's body has not arrived by then."""
         self._gives_up = True
 
+    def arrived_body(self, most: int) -> bytes | None:
+        """Return the body of the request that is served, once. None if it is incomplete or above ``most`` bytes.
+
+        A small request needs no timer for its body then.
+        """
+        cycle = self._serving
+        if cycle is None or cycle.more_body or cycle.disconnected or len(cycle.body) > most:
+            return None
+        body, cycle.body = bytes(cycle.body), bytearray()
+        cycle.message_event.clear()
+        return body
+
     @property
     def is_idle(self) -> bool:
         """Whether no request is in flight, and nothing waits for the client."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from secrets import token_hex
 from typing import Any
 
 from starlette.datastructures import Headers as HeaderView
@@ -109,6 +109,11 @@ class HttpRequest:
         if connection is not None:
             connection.cut(reason)
 
+    def arrived_body(self, most: int) -> bytes | None:
+        """Return the whole body, once, if it has arrived and is at most ``most`` bytes; None otherwise."""
+        connection = self.scope.get(CONNECTION_KEY)
+        return None if connection is None else connection.arrived_body(most)
+
     def give_up_body(self) -> None:
         """Close the connection after the response if the rest of the body has not arrived by then."""
         connection = self.scope.get(CONNECTION_KEY)
@@ -179,4 +184,4 @@ def _request_id(given: str | None) -> bytes:
     given = (given or "").strip()
     if _SAFE_ID.fullmatch(given):
         return given.encode()
-    return uuid.uuid4().hex.encode()
+    return token_hex(16).encode()

@@ -15,8 +15,8 @@ import contextlib
 import logging
 import math
 import time
-import uuid
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import Any
 
 from engine_adapter.asgi import ClientDisconnected
@@ -242,7 +242,7 @@ class Proxy:
     async def _receive_body(self, http: HttpRequest, memory: BodyReservation) -> bytes:
         most, limits = self._settings.max_body_bytes, self._settings.limits
         try:
-            return await read_limited_body(http.headers, http.receive, most, memory, limits)
+            return await read_limited_body(http.headers, http.receive, most, memory, limits, http.arrived_body)
         except ApiError:
             http.give_up_body()
             raise
@@ -258,7 +258,7 @@ class Proxy:
         slo_class, slo = read_slo(http.headers, key, self.classes)
         prompt = route.read_prompt(document)
         request = Request(
-            id=uuid.uuid4().hex,
+            id=token_hex(16),
             slo_class=slo_class.name,
             arrival_s=http.arrival_s,
             slo=slo,

@@ -225,7 +225,7 @@ def test_memory_holds_all_used_blocks_and_no_token_is_lost(
         assert blocks_in_use(scheduler) <= blocks
         assert scheduler.kv_usage == pytest.approx(blocks_in_use(scheduler) / blocks)
         assert all(s.capacity >= s.length for s in step.decodes)
-        assert all(0 < chunk <= s.to_prefill - s.prefilled for s, chunk in step.chunks)
+        assert all(0 < chunk <= s.left for s, chunk in step.chunks)
         assert step.prefill_tokens == sum(chunk for _, chunk in step.chunks)
 
     def record(step: Step, finished: Finished) -> None:

@@ -66,9 +66,9 @@ def test_kv_blocks_are_free_or_held_and_hold_all_computed_tokens(
         assert 0 <= held_blocks(scheduler) <= blocks
         assert scheduler.kv_usage == pytest.approx(held_blocks(scheduler) / blocks)
         assert all(s.capacity >= s.length for s in step.decodes)
-        assert all(s.capacity >= s.prefilled + tokens for s, tokens in step.chunks)
+        assert all(s.capacity >= s.computed + tokens for s, tokens in step.chunks)
         assert step.decode_context == sum(s.length for s in step.decodes)
-        assert step.prefill_context == sum(s.prefilled for s, _ in step.chunks)
+        assert step.prefill_context == sum(s.computed for s, _ in step.chunks)
 
     run_to_completion(scheduler, arrivals, check)
     assert scheduler.kv_usage == 0
@@ -125,7 +125,7 @@ def test_prefill_first_steps_have_whole_prompts_and_no_decodes(
 ) -> None:
     def check(step: Step) -> None:
         assert not (step.decodes and step.chunks)
-        assert all((s.prefilled, tokens) == (0, s.to_prefill) for s, tokens in step.chunks)
+        assert all((s.computed, tokens) == (0, s.length) for s, tokens in step.chunks)
 
     run_to_completion(SimulatedScheduler(**limits, gate=gate, step_mode="prefill-first"), arrivals, check)
 
@@ -205,7 +205,7 @@ def test_newest_sequence_is_preempted_and_recomputed_with_its_output() -> None:
     assert stepped(scheduler, 3)[1:] == [(["old", "young"], {})] * 2
     assert (old.length, young.length) == (33, 31)
     assert stepped(scheduler) == [(["old"], {})]
-    assert (young.preemptions, young.to_prefill, young.prefilled, young.capacity) == (1, 31, 0, 0)
+    assert (young.preemptions, young.left, young.computed, young.capacity) == (1, 31, 0, 0)
     assert (scheduler.running, scheduler.waiting, scheduler.preemptions) == (1, 1, 1)
     until_it_fits = stepped(scheduler, 17)
     assert until_it_fits[-1] == ([], {"young": 31})
@@ -268,7 +268,7 @@ def test_aborted_prefilling_and_waiting_sequences_leave() -> None:
     half, queued = SimulatedSequence("half", 80, 9), SimulatedSequence("queued", 80, 9)
     scheduler = submitted(half, queued, max_num_batched_tokens=50, max_num_seqs=1)
     stepped(scheduler)
-    assert (half.prefilled, scheduler.running, scheduler.waiting) == (50, 1, 1)
+    assert (half.computed, scheduler.running, scheduler.waiting) == (50, 1, 1)
     half.abandoned = queued.abandoned = True
     scheduler.drop_abandoned()
     assert (scheduler.running, scheduler.waiting, scheduler.kv_usage) == (0, 0, 0.0)
