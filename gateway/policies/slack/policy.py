@@ -63,7 +63,7 @@ class ClassShares:
         """Return which requests are of a class whose share is below ``min_share`` times the share of all."""
         least = min_share * self._classes.get(None, (1.0, 0))[0]
         behind = {name for name, (share, _) in self._classes.items() if share < least}
-        return np.array([r.slo_class in behind for r in requests] if behind else [False] * len(requests), np.bool_)
+        return np.array([r.slo_class in behind for r in requests]) if behind else np.zeros(len(requests), np.bool_)
 
 
 @dataclass(slots=True)
