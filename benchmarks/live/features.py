@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -105,7 +106,7 @@ def _why(log: Any, code: int) -> str:
     log.seek(0)
     lines: list[str] = [line.strip() for line in log if line.strip()]
     ours = [line for line in lines if line.startswith("Antares: ")]
-    errors = [line for line in lines if "Error" in line]
+    errors = [line for line in lines if re.search(r"(Error|Exception): \S", line)]
     return (ours or errors or [f"exit code {code}"])[0][-400:]
 
 
@@ -228,4 +229,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    app()
