@@ -211,8 +211,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     text = f"""# Features of vLLM, tried with the step gate
 
 Every row is a real vLLM engine with our scheduler class. Four prompts run together: without a pace, as stock vLLM
-schedules them, then with a pace and the gates `credit` and `slack`. Answers at temperature 0 are compared token by token.
-`served`: no answer lacks a token. [What is supported](../vllm-features.md) says what the tests show, and what is refused.
+schedules them, then with a pace and the gates `credit` and `slack`. Answers at temperature 0 are compared by token.
+`served`: no answer lacks a token. [The table](../vllm-features.md) says what the tests show and what is refused.
 
 {table(heads, cells)}
 
