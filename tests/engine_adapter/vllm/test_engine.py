@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from engine_adapter.engine import EngineEvents, GateReport, StepReport
+from engine_adapter.engine import EngineEvents
+from engine_adapter.step_report import GateReport, StepReport
 from engine_adapter.vllm import engine as engine_module
 from engine_adapter.vllm.engine import VllmEngine
 from engine_adapter.vllm.watchdog import FIRST_STEPS
