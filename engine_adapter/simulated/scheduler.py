@@ -75,6 +75,7 @@ class SimulatedScheduler:
         """Number of sequences here that may be preempted for others."""
         self._yielding = 0
         """Number of yielding sequences here."""
+        self._idle = False
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -165,6 +166,7 @@ class SimulatedScheduler:
                 self._admit_prompts(step, budget, whole=False)
         self._waiting.extend(held)
         self._waiting_tokens += sum([s.backlog for s in held])
+        self._idle = step.empty
         return step
 
     def _preempt_best_effort(self, now: float) -> list[SimulatedSequence]:
@@ -189,11 +191,11 @@ class SimulatedScheduler:
     def _hold_yielding(self, held: list[SimulatedSequence]) -> bool:
         """Hold the prompts of yielding sequences while paced or deadline-only ones have any.
 
-        Waiting ones move from the queue to ``held``. Return whether no such prompt is there.
+        Waiting ones move from the queue to ``held``. Return whether no such prompt is there, or none can be computed.
         """
         self._prefilling.sort(key=lambda sequence: sequence.kind is ServiceKind.YIELDING)
         prompts = [*self._prefilling, *self._waiting]
-        others = any(s.kind < ServiceKind.BEST_EFFORT for s in prompts)
+        others = not self._idle and any(s.kind < ServiceKind.BEST_EFFORT for s in prompts)
         for sequence in prompts:
             sequence.held = others and sequence.kind is ServiceKind.YIELDING
         moved = [s for s in self._waiting if s.held]
@@ -281,7 +283,8 @@ class SimulatedScheduler:
             self._allocate(sequence, blocks, hit)
             self._prefilling.append(sequence)
             budget -= self._add_chunk(step, sequence, uncached if whole else budget) + padding
-            step.padding += padding
+            if padding:
+                step.padding[sequence.request_id] = padding
 
     def _padding(self, step: Step, sequence: SimulatedSequence, uncached: int) -> int:
         """Return the drafts that pad the only token of an admitted ``sequence``, so that all decodes have one size."""
@@ -337,8 +340,8 @@ class SimulatedScheduler:
         """Apply the result of ``step``."""
         done: list[SimulatedSequence] = []
         if step.drafts:
-            step.accepted = self._accept(step)
-        for sequence, tokens in step.gained():
+            self._accept(step)
+        for sequence, tokens in step.tokens():
             sequence.computed += tokens
             sequence.length += tokens
             if sequence.length >= sequence.final_length:
@@ -362,15 +365,14 @@ class SimulatedScheduler:
             self._decoding = [s for s in self._decoding if s.length < s.final_length]
         return Finished(prefilled, done)
 
-    def _accept(self, step: Step) -> list[int]:
-        """Return the accepted drafts of each decode, and give each sequence new drafts."""
-        accepted = []
+    def _accept(self, step: Step) -> None:
+        """Find the accepted drafts of each decode, and give each sequence new drafts."""
         for sequence, drafts in zip(step.decodes, step.drafts, strict=True):
             sequence.drafts = self._drafts
-            tokens = self._speculation.accepted(sequence, drafts) if drafts else 0
-            self._publish(sequence, sequence.length + tokens)
-            accepted.append(min(tokens, sequence.final_length - sequence.length - 1))
-        return accepted
+            accepted = self._speculation.accepted(sequence, drafts) if drafts else 0
+            step.accepted_tokens += accepted
+            step.gained.append(min(1 + accepted, sequence.final_length - sequence.length))
+            self._publish(sequence, sequence.computed + step.gained[-1])
 
     def _remove(self, sequence: SimulatedSequence) -> None:
         """Drop the state of a sequence that leaves the engine."""

@@ -286,6 +286,8 @@ class VllmEngine:
         state.max_num_seqs = config.scheduler_config.max_num_seqs
         state.max_num_batched_tokens = config.scheduler_config.max_num_batched_tokens
         state.max_model_len = config.model_config.max_model_len
+        cache = config.cache_config
+        state.kv_tokens = getattr(cache, "kv_cache_size_tokens", 0) or cache.num_gpu_blocks * cache.block_size
         blocks, group_tokens = config.cache_config.num_gpu_blocks or 0, config.cache_config.kv_cache_size_tokens
         state.kv_tokens = group_tokens or blocks * (config.cache_config.block_size or 0)
         self._on_cpu = config.device_config.device_type == "cpu"

@@ -88,6 +88,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         """Ids of yielding requests; some of them may have ended."""
         self._in_flight: deque[_Step] = deque()
         self._last_step_end = 0.0
+        self._idle = False
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Apply best-effort preemption and the gate's plan, then schedule as vLLM does."""
@@ -115,6 +116,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             self.waiting.add_request(request)
 
         started = time.perf_counter()
+        self._idle = not output.total_num_scheduled_tokens
         self._count(output, decoding, plan.sit_out)
         self._reporter.report.gate_seconds += gate_seconds + time.perf_counter() - started
         return output
@@ -190,14 +192,15 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
     def _hold_yielding(self, held: list[Request]) -> bool:
         """Hold the prompts of yielding requests while paced or deadline-only ones have any.
 
-        Waiting ones move from the queue to ``held``. Return whether no such prompt is there.
+        Waiting ones move from the queue to ``held``. Return whether no such prompt is there, or none can be computed:
+        the last step was empty, because the held prompts have the slots or the memory.
         """
         self._yielding &= self.requests.keys()
         self._decodes_first()
         waiting = [r for r in self.waiting if r.status in _READY]
         chunks = [r for r in self.running if prefilling(r)]
         prompts = [*chunks, *waiting]
-        if not any(self._gated.of(r).kind < ServiceKind.BEST_EFFORT for r in prompts):
+        if self._idle or not any(self._gated.of(r).kind < ServiceKind.BEST_EFFORT for r in prompts):
             return True
         if self._pause_state == PauseState.UNPAUSED:
             moved = [r for r in waiting if r.request_id in self._yielding]

@@ -214,7 +214,7 @@ class Replica:
             # The engine planned this step before the gateway could react to the tokens of the last one.
             self.start_step(now)
         prefilled, done = cast(list[ReplicaSequence], finished.prefilled), cast(list[ReplicaSequence], finished.done)
-        for sequence, tokens in step.gained():
+        for sequence, tokens in step.tokens():
             cast(ReplicaSequence, sequence).request.advance(tokens)
         for sequence in prefilled:
             sequence.request.advance(1)
