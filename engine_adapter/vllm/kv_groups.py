@@ -35,12 +35,11 @@ class KvGroups:
         return sum([min(-(-tokens // size), most) for _, size, most in self._groups])
 
     def held(self, request: Request) -> int:
-        """Return the blocks that ``request`` holds. Blocks outside a sliding window are free again."""
-        held = 0
+        """Return the blocks that ``request`` holds, without those that its next step frees: they left a window."""
+        held, settled = 0, request.num_computed_tokens - request.num_in_flight_tokens
         for manager, size, _ in self._groups:
             blocks = len(manager.req_to_blocks.get(request.request_id, ()))
-            skipped = manager.get_num_skipped_tokens(request.num_computed_tokens) // size if blocks else 0
-            held += max(0, blocks - skipped)
+            held += max(0, blocks - manager.get_num_skipped_tokens(settled) // size) if blocks else 0
         return held
 
     @property

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 Make = Callable[..., "SteppedScheduler"]
 
-HISTORIES, STEPS, ARRIVALS = 200, 120, 80
+HISTORIES, STEPS, ARRIVALS = 200, 80, 60
 """Histories in all, the steps of one, and the steps in which requests arrive."""
 
 
@@ -81,7 +81,7 @@ def history(make: Make, seed: int) -> dict[str, int]:
     drafts, budget, overlap = rng.choice([0, 1, 3, 5]), rng.choice([32, 64, 300]), rng.random() < 0.7
     engine = make(
         seqs=rng.choice([2, 8, 24, 24]),
-        blocks=rng.choice([30, 80, 200]),
+        blocks=rng.choice([40, 80, 200]),
         budget=budget,
         overlap=overlap,
         caching=rng.random() < 0.5,
@@ -89,15 +89,19 @@ def history(make: Make, seed: int) -> dict[str, int]:
         accept=lambda name, length, offered: rng.randint(0, offered),
         keeps_drafts=overlap and rng.random() < 0.5,
         long_prefill=rng.choice([0, 0, 20]),
+        window=rng.choice([0, 0, 40]),
     )
     steps = CheckedSteps(engine, budget)
     requests, aborted = {}, set()
     shared = [rng.randint(10, 60) for _ in range(100)]
     gates = rng.choice([["slack"], ["credit"], ["slack", "slack", "credit", "open"]])
+    long_share = rng.choice([0.0, 0.5, 1.0])
     for step in range(STEPS):
         if step < ARRIVALS and rng.random() < 0.7:
             name, kind = f"r{step}", rng.choice([None, None, None, "deadline_only", "best_effort", "yielding"])
-            prompt = shared[: rng.randint(0, 80)] + [rng.randint(10, 60) for _ in range(rng.randint(1, 70))]
+            prompt = [rng.randint(10, 60) for _ in range(rng.randint(1, 12))]
+            if rng.random() < long_share:
+                prompt = shared[: rng.randint(0, 80)] + prompt * 6
             tpot_ms = rng.choice([None, None, 30, 50, 500])
             structured = rng.random() < 0.3
             requests[name] = engine.add(
