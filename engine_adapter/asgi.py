@@ -88,8 +88,8 @@ async def read_document_or_body(scope: Scope, receive: Receive) -> tuple[dict[st
     return None, await read_body(receive)
 
 
-class ClientConnection:
-    """The client's connection after its request body was read.
+class DisconnectWatch:
+    """Watches whether the client disconnects after its request body was read.
 
     Args:
         receive: tells of the disconnect, if ``disconnected`` does not.
@@ -131,7 +131,7 @@ async def run_until_disconnect(work: Coroutine[object, object, None], receive: R
 
     Raises what ``work`` raises. Returns normally if the client disconnects. Call it after the body has been read.
     """
-    client = ClientConnection(receive)
+    client = DisconnectWatch(receive)
     working = asyncio.ensure_future(work)
     try:
         await asyncio.wait((working, client.disconnected), return_when=asyncio.FIRST_COMPLETED)

@@ -17,7 +17,7 @@ from gateway.api.errors import ApiError
 from gateway.api.operator_auth import UNGUARDED, check_operator
 from gateway.api.operator_routes import operator_routes
 from gateway.api.paths import API_PREFIX, unknown_path
-from gateway.api.proxy import Proxy
+from gateway.api.proxy import Proxy, ProxySettings
 from gateway.api.reload_route import Reload, add_reload_route
 from gateway.api.response_relay import send_error
 from gateway.api.routes.table import RouteTable
@@ -129,10 +129,10 @@ class Gateway:
             self.predictor,
             self.ledger,
             self.metrics,
-            retries=self._retries,
-            guard=config.field_guard(),
-            recorder=self.recorder,
-            limits=limits,
+            self._retries,
+            config.field_guard(),
+            self.recorder,
+            self._proxy_settings(),
         )
         self.metrics.watch_edge(self.connections, self.proxy.bodies)
         self._operator = operator_routes(self.why_not_ready, self.metrics, self.status, self.live)
@@ -260,17 +260,9 @@ class Gateway:
 
     def _apply_limits(self) -> None:
         """Apply the limits of the configuration. Requests that are open keep theirs."""
-        server, failover, limits = self._config.server, self._config.failover, self._config.limits.limits()
-        self.connections.set_limits(limits)
-        self.proxy.set_limits(
-            max_body_bytes=server.max_body_bytes,
-            max_open_requests=server.max_open_requests,
-            max_pass_through=server.max_pass_through,
-            first_token_timeout_s=failover.first_token_timeout_s,
-            keep_alive_s=server.sse_keep_alive_s,
-            routes=RouteTable(server.pass_through_routes),
-            limits=limits,
-        )
+        server, failover = self._config.server, self._config.failover
+        self.connections.set_limits(self._config.limits.limits())
+        self.proxy.set_settings(self._proxy_settings())
         self._retries.ratio, self._retries.per_second = failover.retry_ratio, failover.min_retries_per_s
         self.predictor.timeout_s = self._config.predictor.timeout_ms / 1000
         self.engines.drain_s = server.drain_s
@@ -278,6 +270,18 @@ class Gateway:
         self._api = self._serve_api
         if cors is not None:
             self._api = Cors(self._serve_api, cors.allow_origins, cors.allow_headers, cors.max_age_s)
+
+    def _proxy_settings(self) -> ProxySettings:
+        server = self._config.server
+        return ProxySettings(
+            server.max_body_bytes,
+            server.max_open_requests,
+            server.max_pass_through,
+            self._config.failover.first_token_timeout_s,
+            server.sse_keep_alive_s,
+            RouteTable(server.pass_through_routes),
+            self._config.limits.limits(),
+        )
 
     def _make_policy(self) -> Policy:
         return make_policy(self._config.policy.name, dict(self._config.policy.options))

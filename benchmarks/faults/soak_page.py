@@ -40,7 +40,8 @@ def page(found: dict[str, Any]) -> str:
     text = f"""# Soak
 
 `antares serve` gets twice the requests that its engine completes. 5% of the clients disconnect. The gateway keeps 1,000
-records. A random fault follows every 2 to 6 seconds:
+records. 400 mutated requests come first, so that whatever loads on its first use is loaded.
+A random fault follows every 2 to 6 seconds:
 
 - the predictor is killed;
 - the engine's process pauses for up to three seconds;
@@ -51,7 +52,8 @@ records. A random fault follows every 2 to 6 seconds:
 *simulated*: a simulated server behind `kind: http`. *vllm*: the real engine of `make serve`, on CPU.
 
 - *minutes*: the warm-up and the measured time, both under the same load and faults.
-- *lost*: requests without an answer within 300 s. Their clients then leave. Best-effort requests wait longest.
+- *lost*: requests without an answer within 300 s. Their clients then leave. Best-effort requests of `batch` take
+  longest: they decode in one step of 20.
 - *leaked*: requests and descriptors.
 - *MB a minute*: the slope of the gateway's memory, as the median over all pairs of 10-second windows.
 - *descriptors*: before, at the peak, and after.

@@ -53,9 +53,17 @@ class StreamTiming:
     _since_sample: float = 0.0
 
     @property
-    def context(self) -> float:
-        """Mean KV-cache tokens per sequence."""
-        return self.prompt_tokens + self.tokens / self.sequences
+    def kv_tokens(self) -> float:
+        """Its tokens in the KV cache."""
+        return self.prompt_tokens * self.sequences + self.tokens
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """The sequences of the decoding streams with one pace, and their tokens in the KV cache."""
+
+    sequences: int = 0
+    kv_tokens: float = 0.0
 
 
 class StepSampler:
@@ -65,6 +73,9 @@ class StepSampler:
         self._state = state
         self._streams: set[StreamTiming] = set()
         self._prefilling = 0
+        self._alone: StreamTiming | None = None
+        # By pace (ms per token). Sums, because each first token asks for them and there may be thousands of streams.
+        self._decoding: dict[float | None, _Decoding] = {}
         self._longest_gap_s = 0.0
 
     def sent(self, at: float, prompt_tokens: float, sequences: int, tpot_ms: float | None = None) -> StreamTiming:
@@ -76,12 +87,11 @@ class StepSampler:
             sequences: sequences that the request generates.
             tpot_ms: pace (ms per token) by which the step gate makes the request skip steps.
         """
-        if self._prefilling:
+        if self._alone is not None and self._prefilling:
             # Concurrent prompts share the engine's prefill, so none of their TTFTs measures a single prefill.
-            for other in self._streams:
-                if other.first_at is None:
-                    other.alone = False
+            self._alone.alone = False
         stream = StreamTiming(at, prompt_tokens, max(1, sequences), alone=not self._prefilling, tpot_ms=tpot_ms)
+        self._alone = None if self._prefilling else stream
         self._prefilling += 1
         self._streams.add(stream)
         return stream
@@ -96,9 +106,13 @@ class StepSampler:
         stream.tokens += count
         if stream.first_at is None:
             self._prefilling -= 1
-            stream.batch_at_first, stream.context_at_first = self._decoding()
+            stream.batch_at_first, stream.context_at_first = self._batch()
             stream.first_at = stream._last_at = at
+            decoding = self._decoding.setdefault(stream.tpot_ms, _Decoding())
+            decoding.sequences += stream.sequences
+            decoding.kv_tokens += stream.kv_tokens
             return False
+        self._decoding[stream.tpot_ms].kv_tokens += count
         gap = at - stream._last_at
         self._longest_gap_s = max(self._longest_gap_s, gap)
         stream._gaps.append(gap * stream.sequences / count)
@@ -112,7 +126,7 @@ class StepSampler:
         stream._since_sample = 0.0
         if stream.tpot_ms is not None and stream.tpot_ms > self._strictest():
             return False  # the request skips steps, so its gaps span several steps
-        batch, context = self._decoding()
+        batch, context = self._batch()
         self._state.step_time.observe(batch, 0, context, step)
         return True
 
@@ -134,6 +148,11 @@ class StepSampler:
         if stream.first_at is None:
             self._prefilling -= 1
             return False
+        decoding = self._decoding[stream.tpot_ms]
+        decoding.sequences -= stream.sequences
+        decoding.kv_tokens -= stream.kv_tokens
+        if not decoding.sequences:
+            del self._decoding[stream.tpot_ms]
         # A longer prompt takes several steps, and their decode time would count as prefill.
         if not stream.alone or not computed or computed > self._state.max_num_batched_tokens:
             return False
@@ -146,17 +165,14 @@ class StepSampler:
 
     def _strictest(self) -> float:
         """The strictest pace (ms per token) of the decoding streams; infinite if none has one."""
-        bounds = (s.tpot_ms for s in self._streams if s.first_at is not None and s.tpot_ms is not None)
-        return min(bounds, default=math.inf)
+        return min((pace for pace in self._decoding if pace is not None), default=math.inf)
 
-    def _decoding(self) -> tuple[float, float]:
+    def _batch(self) -> tuple[float, float]:
         """Current virtual batch size and mean context of the decoding streams."""
         strictest = self._strictest()
-        batch, sequences, context = 0.0, 0, 0.0
-        for stream in self._streams:
-            if stream.first_at is not None:
-                share = 1.0 if stream.tpot_ms is None else strictest / stream.tpot_ms
-                batch += share * stream.sequences
-                sequences += stream.sequences
-                context += stream.context * stream.sequences
-        return batch, context / sequences if sequences else 0.0
+        batch, sequences, kv_tokens = 0.0, 0, 0.0
+        for pace, decoding in self._decoding.items():
+            batch += decoding.sequences * (1.0 if pace is None else strictest / pace)
+            sequences += decoding.sequences
+            kv_tokens += decoding.kv_tokens
+        return batch, kv_tokens / sequences if sequences else 0.0

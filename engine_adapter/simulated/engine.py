@@ -190,11 +190,6 @@ class SimulatedEngine:
         """Returns None: every request is supported."""
         return None
 
-    def running_ids(self) -> list[str]:
-        """Ids of the running sequences, oldest first."""
-        waiting = self._scheduler.waiting
-        return [sequence.request_id for sequence in self._scheduler.sequences()][: -waiting or None]
-
     def submit(self, sequences: Iterable[SimulatedSequence]) -> None:
         """Queue sequences for prefill. Raises `EngineUnreachable` if the engine is down."""
         if not self.state.alive:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import multiprocessing
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from engine_adapter.engine import (
@@ -38,10 +37,10 @@ from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.vllm import openai_app
 from engine_adapter.vllm.gate_channel import GateListener
 from engine_adapter.vllm.kv_events import receive_events, subscription
-from engine_adapter.vllm.launch import command_line, create_llm, prepare_environment
+from engine_adapter.vllm.launch import command_line, create_llm, freeze_heap, prepare_environment, shut_down
 from engine_adapter.vllm.rendering import PromptRenderer, reuse_renderings
 from engine_adapter.vllm.token_observation import observe_outputs
-from engine_adapter.vllm.watchdog import Watchdog, core_pids, cpu_s, kill, pending
+from engine_adapter.vllm.watchdog import Watchdog, core_pids, kill, pending, usage
 
 log = logging.getLogger("antares.engine.vllm")
 
@@ -111,7 +110,7 @@ class VllmEngine:
         self._renderer: PromptRenderer | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._watchdog = Watchdog(hang_timeout_s, self.state.step_time)
-        self._adapter_calls = 0
+        self._adapter_calls: set[asyncio.Task[None]] = set()
         self._kv_events: asyncio.Task[None] | None = None
         self._sequences: dict[str, TokenObserver] = {}
         self._on_cpu = False
@@ -161,7 +160,7 @@ class VllmEngine:
             self._llm, args = await asyncio.to_thread(self._create_llm)
             async with asyncio.timeout(FIRST_ANSWERS_S):
                 await self._prepare(args)
-            _freeze_heap()
+            freeze_heap()
         except EngineStartError:
             raise
         except Exception as error:
@@ -208,17 +207,11 @@ class VllmEngine:
             self._kv_events.cancel()
             self._kv_events = None
         llm, self._llm, self._vllm_app, self._renderer = self._llm, None, None, None
+        calls, self._adapter_calls = self._adapter_calls, set()
+        for call in calls:
+            call.cancel()  # vLLM ends no call into an EngineCore that died
         if llm is not None:
-            from vllm.v1.engine.exceptions import EngineDeadError
-
-            # End all requests that still wait for tokens, because no output task will do so after the shutdown.
-            llm.output_processor.propagate_error(EngineDeadError())
-            if llm.output_handler is not None:
-                llm.output_handler.cancel()  # otherwise it reports the shutdown as an engine failure
-            await asyncio.sleep(0)
-            await asyncio.to_thread(llm.shutdown)
-            # NOTE: vLLM's destructor calls shutdown() again, which logs errors while the interpreter exits.
-            llm.shutdown = _already_shut_down
+            await shut_down(llm)
         self._sequences.clear()
         self.state.engine_running = self.state.engine_waiting = 0
         self.state.kv_usage = 0.0
@@ -245,13 +238,14 @@ class VllmEngine:
         """Whether ``llm`` hangs. ``elapsed_s``: seconds since the previous call."""
         sequences, prompt_tokens = pending(llm)
         # The EngineCore computes no step while it loads an adapter.
-        if not sequences or self._adapter_calls:
+        loading = bool(self._adapter_calls)
+        if not sequences and not loading:
             return False
         watchdog = self._watchdog
         watchdog.add_silence(elapsed_s)
-        if watchdog.wants_cpu_s:
-            watchdog.on_cpu_s(await asyncio.to_thread(cpu_s, core_pids(llm)))
-        return watchdog.is_hung(sequences, prompt_tokens, self.state.max_num_batched_tokens)
+        if watchdog.wants_usage:
+            watchdog.on_usage(await asyncio.to_thread(usage, core_pids(llm)))
+        return watchdog.is_hung(sequences, prompt_tokens, self.state.max_num_batched_tokens, loading)
 
     def _mark_dead(self, llm: Any, why: str = "died") -> None:
         """Report that ``llm`` died or hung. Ignored for an earlier engine, whose requests may end after a restart."""
@@ -287,9 +281,8 @@ class VllmEngine:
         state.max_num_batched_tokens = config.scheduler_config.max_num_batched_tokens
         state.max_model_len = config.model_config.max_model_len
         cache = config.cache_config
-        state.kv_tokens = getattr(cache, "kv_cache_size_tokens", 0) or cache.num_gpu_blocks * cache.block_size
-        blocks, group_tokens = config.cache_config.num_gpu_blocks or 0, config.cache_config.kv_cache_size_tokens
-        state.kv_tokens = group_tokens or blocks * (config.cache_config.block_size or 0)
+        # Where the gate reports the memory, its figure replaces this one. Older versions do not have vLLM's own.
+        state.kv_tokens = getattr(cache, "kv_cache_size_tokens", 0) or (cache.num_gpu_blocks or 0) * cache.block_size
         self._on_cpu = config.device_config.device_type == "cpu"
         state.prefix_caching = bool(config.cache_config.enable_prefix_caching)
         state.plans_ahead = bool(config.scheduler_config.async_scheduling)
@@ -346,18 +339,30 @@ class VllmEngine:
             raise EngineUnreachable(f"engine {self.name} is down")
         observer: TokenObserver | None = scope.get(OBSERVER_KEY)
         for_adapter = scope["path"].endswith(_LORA_PATHS)
-        self._adapter_calls += for_adapter
+        call = openai_app.call(vllm_app, scope, receive, send, lambda: llm is not self._llm or bool(llm.errored))
         try:
-            await openai_app.call(vllm_app, scope, receive, send, lambda: llm is not self._llm or bool(llm.errored))
+            await (self._change_adapters(call) if for_adapter else call)
         except EngineLost as error:
             self._mark_dead(llm)
             raise EngineLost(f"engine {self.name} died") from error.__cause__
         finally:
-            self._adapter_calls -= for_adapter
             if observer is not None:
                 await self._abort_unfinished(observer, llm)
         if for_adapter:
             await self._read_models()
+
+    async def _change_adapters(self, call: Coroutine[Any, Any, None]) -> None:
+        """Await a call that loads or unloads an adapter. Raises `EngineLost` if the engine goes away meanwhile."""
+        task = asyncio.create_task(call)
+        self._adapter_calls.add(task)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if task in self._adapter_calls:
+                raise
+            raise EngineLost("the engine died") from None
+        finally:
+            self._adapter_calls.discard(task)
 
     async def _abort_unfinished(self, observer: TokenObserver, llm: Any) -> None:
         """Abort the sequences that a request left in the engine, for example because the client disconnected."""
@@ -384,18 +389,3 @@ class VllmEngine:
         self.state.engine_running = stats.num_running_reqs
         self.state.engine_waiting = stats.num_waiting_reqs
         self.state.kv_usage = stats.kv_cache_usage
-
-
-def _already_shut_down(timeout: float | None = None) -> None:
-    """Replaces `AsyncLLM.shutdown` once it has run."""
-
-
-def _freeze_heap() -> None:
-    """Exclude all current objects from garbage collection.
-
-    NOTE: vLLM's import and start create many long-lived objects. A full collection that scans them stops the event
-    loop, and with it every stream, for most of a second. It runs once here to free the objects of an engine that died.
-    """
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()

@@ -17,6 +17,7 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -35,6 +36,7 @@ from engine_adapter.vllm.gate_channel import GateReporter
 from engine_adapter.vllm.gated import Gated, GatedRequests, left, prefilling
 from engine_adapter.vllm.kv_groups import KvGroups
 from engine_adapter.vllm.orphan import PARENT_ENV, exit_with_parent
+from engine_adapter.vllm.unsplittable import least_prefill_tokens
 from engine_adapter.vllm.versions import PREEMPTION_VERSIONS, require_gate, within
 
 if TYPE_CHECKING:
@@ -103,7 +105,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             decode_tokens = fit_drafts(decoding, plan, budget)
             if plan.max_prefill_tokens is not None:
                 # NOTE: cap the step's budget, not long_prefill_token_threshold, which caps each request.
-                self.max_num_scheduled_tokens = max(1, min(budget, decode_tokens + plan.max_prefill_tokens))
+                prefill = plan.max_prefill_tokens and max(plan.max_prefill_tokens, self._least_prefill_tokens())
+                self.max_num_scheduled_tokens = max(1, min(budget, decode_tokens + prefill))
             for request_id in plan.sit_out:
                 self._skip_step(self.requests[request_id])
             for request_id in plan.drop_drafts:
@@ -280,6 +283,11 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
                 break
             tokens += left(request) - self._cached_tokens(request)
         return min(int(tokens), limit)
+
+    def _least_prefill_tokens(self) -> int:
+        """Return the fewest prefill tokens with which the next prompt makes progress."""
+        running = (r for r in self.running if prefilling(r))
+        return least_prefill_tokens(self, chain(running, (r for r in self.waiting if r.status in _READY)))
 
     def _cached_tokens(self, request: Request) -> int:
         """Return the tokens of a waiting request that are in the prefix cache.

@@ -1,4 +1,11 @@
-"""Finds a hung EngineCore: one that has work, lives, and computes no step. Also kills its processes."""
+"""Finds a hung EngineCore: one that has work, lives, and computes no step. Also kills its processes.
+
+Silence is the time in which the EngineCore had work and reported no step. Two limits apply to it:
+
+- An EngineCore that waits for something is hung after ``timeout_s``, or five times as long as a step may take.
+- An EngineCore that may be working is hung after `WORKING_S`, if that is longer. Its processes use the CPU or read from
+  storage, it loads an adapter, or it has computed few steps yet and may compile.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine_adapter.step_time.model import StepTimeModel
 
@@ -16,20 +23,26 @@ STEP_FACTOR = 5.0
 RECENT_STEPS = 64
 """Steps of each kind among which the longest recent step is sought."""
 
-BUSY_FACTOR = 12.0
-"""The limit grows by this factor while the EngineCore uses the CPU: it may be compiling a kernel, or be starved of CPU
-time by other processes. With the default limit that is one minute."""
+WORKING_S = 180.0
+"""Least limit (s) of an EngineCore that may be working. A compilation, a step on a slow CPU or the load of an adapter
+takes up to minutes. A GPU that hangs keeps the CPU busy too, so this is also how long such a hang lasts. Convention."""
 
 BUSY_SHARE = 0.05
-"""Share of one CPU above which the EngineCore counts as busy. One that waits uses less than 0.01: its threads poll."""
+"""Share of one CPU above which the EngineCore counts as working. The threads of one that waits poll: less than 0.01."""
 
 FIRST_STEPS = 16
-FIRST_STEPS_S = 180.0
-"""Limit (s) of the first `FIRST_STEPS` steps of an EngineCore, which may compile and allocate."""
+"""Steps of an EngineCore that may compile and allocate."""
 
 LOOK_S = 1.0
-"""Seconds between looks at the CPU time of a silent EngineCore. No interval between two checks counts for more silence
+"""Seconds between looks at the processes of a silent EngineCore. No interval between two checks counts for more silence
 than that, so a gateway that was itself stopped does not blame the engine."""
+
+
+class Usage(NamedTuple):
+    """What processes have used so far: CPU time (s), and bytes read from storage."""
+
+    cpu_s: float
+    read_bytes: int
 
 
 class Watchdog:
@@ -39,8 +52,7 @@ class Watchdog:
         timeout_s: shortest silence after which an engine with work counts as hung; None never does.
         step_time: the engine's step-time model.
 
-    Silence is the time in which the engine had work and reported no step. Time without work neither adds to it nor
-    ends it: clients may give up on a hung engine one by one.
+    Time without work neither adds to the silence nor ends it: clients may give up on a hung engine one by one.
     """
 
     def __init__(self, timeout_s: float | None, step_time: StepTimeModel) -> None:
@@ -48,9 +60,10 @@ class Watchdog:
         self._timeout_s = timeout_s
         self._step_time = step_time
         self._steps = 0
-        self._cpu_s: float | None = None
-        self._cpu_since_s = self._looked_s = 0.0
-        self._busy = False
+        self._usage: Usage | None = None
+        self._looked_s = 0.0
+        self._idle_s = 0.0
+        """The end of the silence, in which the processes did nothing."""
 
     def restart(self) -> None:
         """Begin anew, for a new EngineCore."""
@@ -60,49 +73,51 @@ class Watchdog:
     def on_progress(self, steps: int = 0) -> None:
         """Note that the engine reported something, ``steps`` steps among it."""
         self._steps += steps
-        self.silent_s = self._looked_s = 0.0
-        self._cpu_s = None
-        self._busy = False
+        self.silent_s = self._idle_s = self._looked_s = 0.0
+        self._usage = None
 
     def add_silence(self, elapsed_s: float) -> None:
         """Note that ``elapsed_s`` passed since the previous check while the engine had work."""
         self.silent_s += min(elapsed_s, LOOK_S)
+        self._idle_s += min(elapsed_s, LOOK_S)
 
     @property
-    def wants_cpu_s(self) -> bool:
-        """Whether `on_cpu_s` should be called now."""
+    def wants_usage(self) -> bool:
+        """Whether `on_usage` should be called now."""
         return self._timeout_s is not None and self.silent_s >= self._looked_s + LOOK_S
 
-    def on_cpu_s(self, cpu_s: float | None) -> None:
-        """Note the CPU time (s) that the engine's processes have used so far; None if that cannot be read."""
-        self._looked_s = self.silent_s
-        if cpu_s is None:
-            self._busy = True
-        elif self._cpu_s is None:
-            self._cpu_s, self._cpu_since_s = cpu_s, self.silent_s
-        else:
-            self._busy = cpu_s - self._cpu_s > BUSY_SHARE * (self.silent_s - self._cpu_since_s)
+    def on_usage(self, usage: Usage | None) -> None:
+        """Note what the engine's processes have used so far; None if that cannot be read."""
+        before, since_s = self._usage, self._looked_s
+        self._usage, self._looked_s = usage, self.silent_s
+        if usage is None:
+            self._idle_s = 0.0
+        elif before is not None:
+            busy = usage.cpu_s - before.cpu_s > BUSY_SHARE * (self.silent_s - since_s)
+            if busy or usage.read_bytes > before.read_bytes:
+                self._idle_s = 0.0
 
-    def is_hung(self, sequences: int, prompt_tokens: int, max_num_batched_tokens: int) -> bool:
+    def is_hung(self, sequences: int, prompt_tokens: int, max_num_batched_tokens: int, loading: bool = False) -> bool:
         """Whether the silence is over the limit, with ``sequences`` in the engine.
 
-        ``prompt_tokens``: the sum of those prompts that have not produced a token.
+        ``prompt_tokens``: the sum of those prompts that have not produced a token. ``loading``: an adapter is loaded.
         """
-        if self._timeout_s is None or self.silent_s < self._timeout_s or not self._looked_s:
+        # NOTE: the first look is only compared with. The second one is the first that can find the processes working.
+        if self._timeout_s is None or self._looked_s < 2 * LOOK_S:
             return False
-        return self.silent_s >= self.limit_s(sequences, min(prompt_tokens, max_num_batched_tokens))
+        limit_s = self.limit_s(sequences, min(prompt_tokens, max_num_batched_tokens))
+        if self.silent_s >= max(limit_s, WORKING_S):
+            return True
+        return self._idle_s >= limit_s and self._steps >= FIRST_STEPS and not loading
 
     def limit_s(self, sequences: int, prompt_tokens: int) -> float:
-        """Return the silence (s) after which the engine counts as hung, with ``prompt_tokens`` in the next step."""
+        """Return the limit (s) of an EngineCore that waits, with ``prompt_tokens`` in the next step."""
         assert self._timeout_s is not None
         recent = self._step_time.latest(RECENT_STEPS)
         context = sequences * max((context for _, context, _, _ in recent), default=0.0)
         step_s = self._step_time.curve.step_s(sequences, context, prompt_tokens)
         longest_s = max((seconds for _, _, _, seconds in recent), default=0.0)
-        limit_s = max(self._timeout_s, STEP_FACTOR * max(step_s, longest_s))
-        if self._busy:
-            limit_s *= BUSY_FACTOR
-        return limit_s if self._steps >= FIRST_STEPS else max(limit_s, FIRST_STEPS_S)
+        return max(self._timeout_s, STEP_FACTOR * max(step_s, longest_s))
 
 
 def pending(llm: Any) -> tuple[int, int]:
@@ -117,16 +132,18 @@ def core_pids(llm: Any) -> list[int]:
     return [process.pid for process in processes if process.pid is not None]
 
 
-def cpu_s(pids: Iterable[int]) -> float | None:
-    """Return the CPU time (s) that processes and their descendants have used; None if it cannot be read."""
-    import psutil  # installed with vLLM
+def usage(pids: Iterable[int]) -> Usage | None:
+    """Return what processes and their descendants have used so far; None if it cannot be read."""
+    import psutil
 
-    total: float | None = None
+    found, cpu_s, read_bytes = False, 0.0, 0
     for process in _trees(pids):
-        with contextlib.suppress(psutil.Error):
+        # NOTE: psutil has no io_counters on macOS.
+        with contextlib.suppress(psutil.Error, AttributeError):
             times = process.cpu_times()
-            total = (total or 0.0) + times.user + times.system
-    return total
+            found, cpu_s = True, cpu_s + times.user + times.system
+            read_bytes += process.io_counters().read_bytes
+    return Usage(cpu_s, read_bytes) if found else None
 
 
 def kill(pids: Iterable[int]) -> None:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from gateway.api.errors import ApiError, unavailable
-from gateway.api.shared_limit import ONLY_HOLDER, Holder, SharedLimit
+from gateway.api.shared_limit import ONLY_SHARER, SharedLimit, Sharer
 
 FREE_BYTES = 64 << 10
 """Bytes of each body that do not count, so small requests never wait. The server reads as much ahead of the gateway,
@@ -32,12 +32,12 @@ class BodyReservation:
     ``bytes``: what is reserved. ``evicted``: the body lost its memory while it was received.
     """
 
-    __slots__ = ("_memory", "_timer", "bytes", "evicted", "holder")
+    __slots__ = ("_memory", "_timer", "bytes", "evicted", "sharer")
 
-    def __init__(self, memory: BodyMemory, holder: Holder) -> None:
+    def __init__(self, memory: BodyMemory, sharer: Sharer) -> None:
         self.bytes = 0
         self.evicted = False
-        self.holder = holder
+        self.sharer = sharer
         self._memory = memory
         self._timer: asyncio.Timeout | None = None
 
@@ -103,46 +103,46 @@ class BodyMemory:
         """Bytes that are reserved."""
         return self.shared.used
 
-    def reservation(self, holder: Holder = ONLY_HOLDER) -> BodyReservation:
-        """Return the reservation of a new request of ``holder``, which is empty."""
-        return BodyReservation(self, holder)
+    def reservation(self, sharer: Sharer = ONLY_SHARER) -> BodyReservation:
+        """Return the reservation of a new request of ``sharer``, which is empty."""
+        return BodyReservation(self, sharer)
 
     async def take(self, reservation: BodyReservation, count: int) -> None:
         """Add ``count`` bytes to ``reservation``, in the order of arrival of its tenant's requests.
 
         Raises `ApiError` 503 after `WAIT_S`.
         """
-        holder = reservation.holder
-        if not self.shared.try_take(holder, count):
+        sharer = reservation.sharer
+        if not self.shared.try_take(sharer, count):
             # Its body waits for the gateway now, not for the client.
             self.receiving.pop(reservation, None)
             try:
-                async with asyncio.timeout(WAIT_S), self.shared.turn(holder):
-                    await self._make_room(holder, count)
-                    self.shared.take(holder, count)
+                async with asyncio.timeout(WAIT_S), self.shared.turn(sharer):
+                    await self._make_room(sharer, count)
+                    self.shared.take(sharer, count)
             except TimeoutError:
                 raise no_memory(of_tenant=self.shared.has_room(count)) from None
         reservation.bytes += count
 
-    async def _make_room(self, holder: Holder, count: int) -> None:
+    async def _make_room(self, sharer: Sharer, count: int) -> None:
         loop = asyncio.get_running_loop()
-        while not self.shared.fits(holder, count):
-            self._evict(holder, count, loop.time())
+        while not self.shared.fits(sharer, count):
+            self._evict(sharer, count, loop.time())
             with contextlib.suppress(TimeoutError):
                 # Not for long, since another body may be slow enough by then.
                 async with asyncio.timeout(_RETRY_INTERVAL_S):
                     await self.shared.until_freed()
 
-    def _evict(self, holder: Holder, count: int, now: float) -> None:
+    def _evict(self, sharer: Sharer, count: int, now: float) -> None:
         """End the reception of the slowest bodies, so that ``count`` bytes fit."""
         shared, freed, own = self.shared, 0, 0
-        level = shared.level(holder, count)
+        level = shared.level(sharer, count)
         for slow, since in list(self.receiving.items()):
-            if now < since + UPLOAD_S or shared.fits(holder, count, freed=freed, own=own):
+            if now < since + UPLOAD_S or shared.fits(sharer, count, freed=freed, own=own):
                 return
-            if slow.holder.name == holder.name:
+            if slow.sharer.name == sharer.name:
                 own += slow.bytes
-            elif shared.level(slow.holder) <= level:
+            elif shared.level(slow.sharer) <= level:
                 continue
             freed += slow.bytes
             del self.receiving[slow]
@@ -152,7 +152,7 @@ class BodyMemory:
         """Take back ``count`` bytes."""
         if not reservation.bytes:
             self.receiving.pop(reservation, None)
-        self.shared.free(reservation.holder, count)
+        self.shared.free(reservation.sharer, count)
 
 
 def no_memory(of_tenant: bool = False) -> ApiError:

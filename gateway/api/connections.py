@@ -13,7 +13,7 @@ from typing import Protocol
 
 from gateway.api.errors import ApiError, retry_headers, unavailable
 from gateway.api.limits import Limits
-from gateway.api.shared_limit import Holder
+from gateway.api.shared_limit import Sharer
 
 resource: ModuleType | None
 try:
@@ -50,7 +50,7 @@ class Connection(Protocol):
 
     address: str
     is_shared: bool
-    holder: Holder
+    sharer: Sharer
 
     @property
     def is_idle(self) -> bool:
@@ -198,17 +198,17 @@ class Connections:
     def _free_buffers(self, behind: list[Connection]) -> None:
         """Cut connections until the responses that wait fit: that of the tenant with most, behind for longest."""
         behind.sort(key=lambda connection: connection.behind_since, reverse=True)
-        of_holder: dict[str, list[Connection]] = {}
+        of_sharer: dict[str, list[Connection]] = {}
         size: Counter[str] = Counter()
         weight: dict[str, float] = {}
         for connection in behind:
-            name = connection.holder.name or connection.address
-            of_holder.setdefault(name, []).append(connection)
+            name = connection.sharer.name or connection.address
+            of_sharer.setdefault(name, []).append(connection)
             size[name] += connection.buffered
-            weight[name] = connection.holder.weight
+            weight[name] = connection.sharer.weight
         while self.buffered > self.limits.response_memory_bytes:
             largest = max(size, key=lambda name: size[name] / weight[name])
-            connection = of_holder[largest].pop()
+            connection = of_sharer[largest].pop()
             size[largest] -= connection.buffered
             self.buffered -= connection.buffered
             connection.cut("response_memory")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine_adapter.asgi import ClientConnection, ClientDisconnected, JsonBody
+from engine_adapter.asgi import ClientDisconnected, DisconnectWatch, JsonBody
 from engine_adapter.engine import ASGIApp, Scope
 from gateway.api.failover import EngineHung, HangWatch
 from gateway.api.response_relay import ResponseRelay
@@ -25,11 +24,10 @@ async def call_engine(
     scope: Scope,
     body: JsonBody,
     relay: ResponseRelay,
-    client: ClientConnection,
+    client: DisconnectWatch,
     stall_s: float,
     grace_s: float,
-    watch: HangWatch | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    watch: HangWatch | None,
 ) -> BaseException | None:
     """Call an engine's app and return the exception that it raised, or None. `EngineHung` if ``watch`` says so.
 
@@ -45,7 +43,7 @@ async def call_engine(
     assert task is not None
     cancellations = task.cancelling()
     limit = asyncio.timeout(None)
-    observer = _CallObserver(limit, relay, client, stall_s / STALL_CHECKS, grace_s, watch, clock)
+    observer = _CallObserver(limit, relay, client, stall_s / STALL_CHECKS, grace_s, watch)
     try:
         async with limit:
             observer.start()
@@ -76,11 +74,10 @@ class _CallObserver:
 
     limit: asyncio.Timeout
     relay: ResponseRelay
-    client: ClientConnection
+    client: DisconnectWatch
     check_s: float
     grace_s: float
     watch: HangWatch | None
-    clock: Callable[[], float]
     left_early: bool = False
     stalled: bool = False
     hung: bool = False
@@ -108,14 +105,14 @@ class _CallObserver:
             self._timer.cancel()
 
     def _wait(self) -> None:
-        hang_in_s = self.check_s if self.watch is None else self.watch.wait_s(self.clock())
+        hang_in_s = self.check_s if self.watch is None else self.watch.wait_s(time.monotonic())
         if hang_in_s < self.check_s:
             self._timer = self._loop.call_later(max(0.0, hang_in_s), self._check_engine)
         else:
             self._timer = self._loop.call_later(self.check_s, self._check_client)
 
     def _check_engine(self) -> None:
-        if self.watch is not None and self.watch.is_hung(self.clock()):
+        if self.watch is not None and self.watch.is_hung(time.monotonic()):
             self.hung = self._ending = True
             self._expire()
         else:

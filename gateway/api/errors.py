@@ -21,7 +21,7 @@ class ApiError(Exception):
     status: int
     message: str
     type: str
-    code: str | None = None
+    code: str | None
     param: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     headers: Headers = field(default_factory=list)

@@ -68,7 +68,7 @@ def failure_of(error: BaseException | None, held: HeldResponse) -> Failure | Non
     return Failure(held.reason, held.retry_after_s, held.status in SUSPECT_STATUSES)
 
 
-def may_fail_over(status: int, headers: Headers, *, scheduled: bool = False, moves_on_404: bool = False) -> bool:
+def may_fail_over(status: int, headers: Headers, *, scheduled: bool = False, moves_on_404: bool) -> bool:
     """Whether an error response means that another engine should serve the request.
 
     ``scheduled``: the request generates tokens. ``moves_on_404``: another engine may have what the request names. A
@@ -91,8 +91,8 @@ class HeldResponse:
         in_stream: it is an error event at the start of a 200 stream.
     """
 
-    fails: Callable[[int, Headers], bool] = lambda status, headers: False
-    can_move: Callable[[], bool] = lambda: False
+    fails: Callable[[int, Headers], bool]
+    can_move: Callable[[], bool]
     error: Message | None = None
     active: bool = False
     in_stream: bool = False

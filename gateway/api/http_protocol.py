@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from gateway.api.connections import CONNECTION_KEY, Connections, client_address
 from gateway.api.errors import ApiError, bad_request
 from gateway.api.head_buffer import HeadBuffer
-from gateway.api.shared_limit import ONLY_HOLDER
+from gateway.api.shared_limit import ONLY_SHARER
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
@@ -60,7 +60,7 @@ class HttpProtocol(HttpToolsProtocol):
     Attributes:
         address: what counts as one client.
         is_shared: whether many clients may have that address.
-        holder: the tenant of the last request.
+        sharer: the tenant of the last request.
         behind_since: when the client was last seen without a backlog (monotonic s).
         cut_reason: why the gateway closed the connection; "" if it did not.
     """
@@ -69,7 +69,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(**options)
         self.address = ""
         self.is_shared = True
-        self.holder = ONLY_HOLDER
+        self.sharer = ONLY_SHARER
         self.behind_since = 0.0
         self.cut_reason = ""
         self._watch = Connections() if connections is None else connections
@@ -148,6 +148,18 @@ class HttpProtocol(HttpToolsProtocol):
     def give_up_body(self) -> None:
         """Close the connection after the response if the rest of the request's body has not arrived by then."""
         self._gives_up = True
+
+    def arrived_body(self, most: int) -> bytes | None:
+        """Return the body of the request that is served, once. None if it is incomplete or above ``most`` bytes.
+
+        A small request needs no timer for its body then.
+        """
+        cycle = self._serving
+        if cycle is None or cycle.more_body or cycle.disconnected or len(cycle.body) > most:
+            return None
+        body, cycle.body = bytes(cycle.body), bytearray()
+        cycle.message_event.clear()
+        return body
 
     @property
     def is_idle(self) -> bool:

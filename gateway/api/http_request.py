@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from secrets import token_hex
 from typing import Any
 
 from starlette.datastructures import Headers as HeaderView
@@ -15,9 +15,9 @@ from engine_adapter.engine import Message, Receive, Scope, Send
 from gateway.api.connections import CONNECTION_KEY, SLOW_READER_REASONS
 from gateway.api.errors import Headers
 from gateway.api.routes.table import Route
-from gateway.api.shared_limit import ONLY_HOLDER, Holder
+from gateway.api.shared_limit import ONLY_SHARER, Sharer
 from gateway.observability.ledger import Entry
-from gateway.tenants.limits import TenantUse
+from gateway.tenants.limits import TenantLimiter
 
 _REQUEST_ID = b"x-request-id"
 _STREAM_TYPE = b"text/event-stream"
@@ -56,9 +56,9 @@ class HttpRequest:
     ``status`` is the status in metrics: that of the response, and 500 before a response started. `Proxy` sets 499 if
     the client disconnected before its response was complete; on routes that are not scheduled, before it started.
     ``streaming``: an event stream has started. ``entry``: its ledger entry, once it is accepted for scheduling.
-    ``tenant``: its key's, once that is known. ``holder``: whose part of the shared limits it counts to. ``use``: what
-    this request counts in, of a tenant with limits. ``limited``: it exceeded one of them. ``rate_headers``: returns the
-    headers about them. Every response gets the header ``x-request-id``.
+    ``tenant``: its key's, once that is known. ``sharer``: whose part of the shared limits it counts to. ``limiter``:
+    what counts this request, if its tenant has limits. ``limited``: it exceeded one of them. ``rate_headers``: returns
+    the headers about them. Every response gets the header ``x-request-id``.
     """
 
     scope: Scope
@@ -71,8 +71,8 @@ class HttpRequest:
     streaming: bool = False
     entry: Entry | None = None
     tenant: str = ""
-    holder: Holder = ONLY_HOLDER
-    use: TenantUse | None = None
+    sharer: Sharer = ONLY_SHARER
+    limiter: TenantLimiter | None = None
     limited: bool = False
     rate_headers: Callable[[], Headers] | None = None
     headers: RequestHeaders = field(init=False)
@@ -96,18 +96,23 @@ class HttpRequest:
         connection = self.scope.get(CONNECTION_KEY)
         return None if connection is None else connection.disconnected()
 
-    def belongs_to(self, holder: Holder) -> None:
+    def belongs_to(self, sharer: Sharer) -> None:
         """Note whose part of the shared limits the request counts to."""
-        self.holder = holder
+        self.sharer = sharer
         connection = self.scope.get(CONNECTION_KEY)
         if connection is not None:
-            connection.holder = holder
+            connection.sharer = sharer
 
     def cut(self, reason: str) -> None:
         """Close the client's connection because of ``reason``."""
         connection = self.scope.get(CONNECTION_KEY)
         if connection is not None:
             connection.cut(reason)
+
+    def arrived_body(self, most: int) -> bytes | None:
+        """Return the whole body, once, if it has arrived and is at most ``most`` bytes; None otherwise."""
+        connection = self.scope.get(CONNECTION_KEY)
+        return None if connection is None else connection.arrived_body(most)
 
     def give_up_body(self) -> None:
         """Close the connection after the response if the rest of the body has not arrived by then."""
@@ -179,4 +184,4 @@ def _request_id(given: str | None) -> bytes:
     given = (given or "").strip()
     if _SAFE_ID.fullmatch(given):
         return given.encode()
-    return uuid.uuid4().hex.encode()
+    return token_hex(16).encode()

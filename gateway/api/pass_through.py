@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 from prometheus_client import Gauge
 from starlette.datastructures import Headers as HeaderView
 
-from engine_adapter.asgi import BodyTooDeep, ClientConnection, ClientDisconnected, encode_json
+from engine_adapter.asgi import BodyTooDeep, ClientDisconnected, DisconnectWatch, encode_json
 from engine_adapter.engine import Engine, Message, Scope, Send
 from gateway.api.auth import ApiKey
 from gateway.api.body_fields import GUARDED_FIELDS, FieldGuard
@@ -21,7 +21,7 @@ from gateway.api.errors import bad_request
 from gateway.api.http_request import HttpRequest
 from gateway.api.rejections import queue_full
 from gateway.api.request_body import check_with_engine, document_for_engine, engine_scope, parse_json, too_deep
-from gateway.api.shared_limit import Holder, SharedLimit
+from gateway.api.shared_limit import SharedLimit, Sharer
 
 WAIT_S = 60.0
 """Longest wait of a call (s) for its turn at an engine. Convention."""
@@ -71,7 +71,7 @@ class PassThrough:
             EngineLost: the engine died, or was down already.
         """
         body = checked_body(http.scope, http.headers, body, engine, key, guard)
-        client = ClientConnection(http.receive, http.disconnected)
+        client = DisconnectWatch(http.receive, http.disconnected)
         try:
             if http.scope["method"] in ("GET", "HEAD"):
                 await self._call(http, body, engine, client, send)
@@ -79,17 +79,17 @@ class PassThrough:
             slots = self._slots.get(engine.name)
             if slots is None:
                 slots = self._slots[engine.name] = SharedLimit(self._limit)
-            if not slots.try_take(http.holder):
-                await self._wait(slots, http.holder, client)
+            if not slots.try_take(http.sharer):
+                await self._wait(slots, http.sharer, client)
             try:
                 with self._serving.labels(engine.name).track_inprogress():
                     await self._call(http, body, engine, client, send)
             finally:
-                slots.free(http.holder)
+                slots.free(http.sharer)
         finally:
             client.close()
 
-    async def _call(self, http: HttpRequest, body: bytes, engine: Engine, client: ClientConnection, send: Send) -> None:
+    async def _call(self, http: HttpRequest, body: bytes, engine: Engine, client: DisconnectWatch, send: Send) -> None:
         stalled = False
 
         async def send_in_time(message: Message) -> None:
@@ -114,9 +114,9 @@ class PassThrough:
         if not http.response_started and client.disconnected.done():
             raise ClientDisconnected
 
-    async def _wait(self, slots: SharedLimit, holder: Holder, client: ClientConnection) -> None:
-        """Take a slot, in order of arrival among the calls of ``holder``."""
-        turn = asyncio.ensure_future(slots.acquire(holder))
+    async def _wait(self, slots: SharedLimit, sharer: Sharer, client: DisconnectWatch) -> None:
+        """Take a slot, in order of arrival among the calls of ``sharer``."""
+        turn = asyncio.ensure_future(slots.acquire(sharer))
         try:
             await asyncio.wait({turn, client.disconnected}, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
             if client.disconnected.done():
@@ -127,7 +127,7 @@ class PassThrough:
                 raise queue_full(message, self._limit, 1.0)
         except BaseException:
             if turn.done():
-                slots.free(holder)
+                slots.free(sharer)
             turn.cancel()
             raise
 

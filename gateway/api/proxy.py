@@ -15,8 +15,8 @@ import contextlib
 import logging
 import math
 import time
-import uuid
-from collections.abc import Callable
+from dataclasses import dataclass
+from secrets import token_hex
 from typing import Any
 
 from engine_adapter.asgi import ClientDisconnected
@@ -25,14 +25,13 @@ from engine_adapter.engine import (
     Scope,
     Send,
 )
-from gateway.api.attempts import Attempts
 from gateway.api.auth import ApiKey, KeyRing
 from gateway.api.body_fields import FieldGuard
 from gateway.api.body_memory import BodyMemory, BodyReservation
 from gateway.api.call import Call
 from gateway.api.engine_call import ClientStalled
 from gateway.api.errors import ApiError, bad_request, draining, engine_removed, loading, unavailable
-from gateway.api.holders import holder_of
+from gateway.api.failover_decisions import Failover
 from gateway.api.http_request import HttpRequest
 from gateway.api.keep_alive import KeepAlive
 from gateway.api.limits import Limits
@@ -58,6 +57,7 @@ from gateway.api.routes.generation import GenerationRoute
 from gateway.api.routes.table import RouteTable
 from gateway.api.scheduled import LEAVE_GRACE_S, Scheduled
 from gateway.api.shared_limit import SharedLimit
+from gateway.api.sharers import sharer_of
 from gateway.api.slo_headers import read_output_tokens, read_slo
 from gateway.api.tenants import TenantAccounts
 from gateway.api.unscheduled import EngineFailed, NoEngineAlive, Unscheduled
@@ -77,14 +77,30 @@ MAX_HEADERS = 128
 """Limit on the header lines of a request."""
 
 
+@dataclass(frozen=True, slots=True)
+class ProxySettings:
+    """The settings of `Proxy` that may change while it serves.
+
+    ``first_token_timeout_s`` is that of `Failover`, ``keep_alive_s`` the interval of `KeepAlive`; None: neither.
+    """
+
+    max_body_bytes: int
+    max_open_requests: int
+    max_pass_through: int
+    first_token_timeout_s: float | None
+    keep_alive_s: float | None
+    routes: RouteTable
+    limits: Limits
+
+
 class Proxy:
     """Schedules the requests of generation routes, and passes those of other known routes on to an engine.
 
     ``draining``: every new request is answered with 503. ``stopping``: the engines stop, so a request that loses its
     engine is answered likewise. ``loading``: the gateway starts, so requests are answered with 503 until an engine is
     up. ``in_flight``: requests that have no complete response yet.
-    ``classes``, ``keys`` and ``guard`` may be replaced while requests are served, and `set_limits` may be called; each
-    request keeps what it was judged with.
+    ``classes``, ``keys`` and ``guard`` may be replaced while requests are served, and `set_settings` may be called;
+    each request keeps what it was judged with.
     """
 
     def __init__(
@@ -95,18 +111,10 @@ class Proxy:
         predictor: LengthPredictor,
         ledger: Ledger,
         metrics: Metrics,
-        *,
-        max_body_bytes: int = 8 << 20,
-        max_open_requests: int = 4096,
-        retries: RetryBudget | None = None,
-        first_token_timeout_s: float | None = 20.0,
-        max_pass_through: int = 32,
-        routes: RouteTable | None = None,
-        keep_alive_s: float | None = None,
-        guard: FieldGuard | None = None,
-        recorder: Recorder | None = None,
-        limits: Limits | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        retries: RetryBudget,
+        guard: FieldGuard,
+        recorder: Recorder,
+        settings: ProxySettings,
     ) -> None:
         self.draining = self.stopping = self.loading = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -114,48 +122,32 @@ class Proxy:
         self._router = router
         self.classes = classes
         self.keys = keys
+        self.guard = guard
         self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
-        self.open_requests = SharedLimit(max_open_requests)
-        self._retries = retries or RetryBudget()
-        self._limits = limits or Limits()
-        self.bodies = BodyMemory(self._limits.body_memory_bytes)
-        self._passing = PassThrough(max_pass_through, self._limits.stall_s, metrics.pass_through)
-        self._unscheduled = Unscheduled(router, self._passing, self._retries, metrics, clock)
-        self._routes = routes or RouteTable()
-        self._keep_alive_s = keep_alive_s
-        self.guard = guard or FieldGuard()
-        self.recorder = recorder or Recorder()
-        self._clock = clock
-        self.accounts = TenantAccounts(metrics.usage, clock)
-        self._attempts = Attempts(router, self._retries, metrics, first_token_timeout_s, clock)
+        self.recorder = recorder
+        self._settings, stall_s = settings, settings.limits.stall_s
+        self.open_requests = SharedLimit(settings.max_open_requests)
+        self.bodies = BodyMemory(settings.limits.body_memory_bytes)
+        self._passing = PassThrough(settings.max_pass_through, stall_s, metrics.pass_through)
+        self._unscheduled = Unscheduled(router, self._passing, retries, metrics)
+        self.accounts = TenantAccounts(metrics.usage)
+        self._failover = Failover(router, retries, metrics, settings.first_token_timeout_s)
         self._scheduled = Scheduled(
-            router, predictor, ledger, self.recorder, metrics, self._attempts, self.accounts, self._limits.stall_s,
-            self._engine_lost, clock,
-        )  # fmt: skip
+            router, predictor, ledger, recorder, metrics, self._failover, self.accounts, stall_s, self._engine_lost
+        )
         self.sizer = self._scheduled.sizer
 
-    def set_limits(
-        self,
-        *,
-        max_body_bytes: int,
-        max_open_requests: int,
-        max_pass_through: int,
-        first_token_timeout_s: float | None,
-        keep_alive_s: float | None,
-        routes: RouteTable,
-        limits: Limits,
-    ) -> None:
-        """Replace the arguments of these names."""
-        self._max_body_bytes, self.open_requests.limit = max_body_bytes, max_open_requests
-        self._attempts.first_token_timeout_s, self._scheduled.stall_s = first_token_timeout_s, limits.stall_s
-        self._keep_alive_s, self._routes = keep_alive_s, routes
-        self._limits, self.bodies.shared.limit = limits, limits.body_memory_bytes
-        self._passing.set_limits(max_pass_through, limits.stall_s)
+    def set_settings(self, settings: ProxySettings) -> None:
+        """Apply ``settings`` to later requests."""
+        self._settings, stall_s = settings, settings.limits.stall_s
+        self.open_requests.limit = settings.max_open_requests
+        self.bodies.shared.limit = settings.limits.body_memory_bytes
+        self._passing.set_limits(settings.max_pass_through, stall_s)
+        self._failover.first_token_timeout_s, self._scheduled.stall_s = settings.first_token_timeout_s, stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        http = HttpRequest(scope, receive, send, self._clock(), self._routes.find(scope["path"]))
+        http = HttpRequest(scope, receive, send, time.monotonic(), self._settings.routes.find(scope["path"]))
         task = asyncio.current_task()
         assert task is not None
         self.in_flight += 1
@@ -174,20 +166,20 @@ class Proxy:
         try:
             key = self._authenticate(http)
             http.tenant = key.tenant
-            http.belongs_to(holder_of(http.scope, key, self.keys))
+            http.belongs_to(sharer_of(http.scope, key, self.keys))
             self.accounts.enter(http, key)
-            with self.bodies.reservation(http.holder) as memory:
+            with self.bodies.reservation(http.sharer) as memory:
                 # NOTE: no local variable for the body here. It would keep up to `max_body_bytes` for each open request.
                 if http.route.generation is not None:
                     call = self._read(http, key, http.route.generation, await self._receive_body(http, memory))
                     with self._keep_alive(call):
                         # NOTE: before the prompt is measured, which takes an engine's tokenizer.
-                        if not self.open_requests.try_take(http.holder):
+                        if not self.open_requests.try_take(http.sharer):
                             raise self._scheduled.reject(call, *self._too_many_open())
                         try:
                             await self._scheduled.serve(call)
                         finally:
-                            self.open_requests.free(http.holder)
+                            self.open_requests.free(http.sharer)
                 else:
                     await self._pass_through(http, key, await self._receive_body(http, memory))
         except ApiError as error:
@@ -244,19 +236,20 @@ class Proxy:
         if self.draining:
             raise draining()
         if self.loading and not self._router.alive:
-            raise loading(min(queue.back_in_s(self._clock()) for queue in self._router.engine_queues))
+            raise loading(min(queue.back_in_s(time.monotonic()) for queue in self._router.engine_queues))
         return key
 
     async def _receive_body(self, http: HttpRequest, memory: BodyReservation) -> bytes:
+        most, limits = self._settings.max_body_bytes, self._settings.limits
         try:
-            return await read_limited_body(http.headers, http.receive, self._max_body_bytes, memory, self._limits)
+            return await read_limited_body(http.headers, http.receive, most, memory, limits, http.arrived_body)
         except ApiError:
             http.give_up_body()
             raise
 
     def _read(self, http: HttpRequest, key: ApiKey, route: GenerationRoute, body: bytes) -> Call:
         """Parse the body, read the SLO, estimate the prompt size. Nothing here depends on an engine."""
-        received_s = self._clock()
+        received_s = time.monotonic()
         document = parse_document(body)
         output_tokens = read_output_tokens(http.headers, document)
         self.guard.apply(document, key)
@@ -265,7 +258,7 @@ class Proxy:
         slo_class, slo = read_slo(http.headers, key, self.classes)
         prompt = route.read_prompt(document)
         request = Request(
-            id=uuid.uuid4().hex,
+            id=token_hex(16),
             slo_class=slo_class.name,
             arrival_s=http.arrival_s,
             slo=slo,
@@ -287,9 +280,9 @@ class Proxy:
 
     def _keep_alive(self, call: Call) -> contextlib.AbstractContextManager[object]:
         """Return what keeps the connection of a stream alive until its answer begins; nothing by default."""
-        if self._keep_alive_s is None or call.document.get("stream") is not True:
+        if self._settings.keep_alive_s is None or call.document.get("stream") is not True:
             return contextlib.nullcontext()
-        return KeepAlive(call.http, self._keep_alive_s)
+        return KeepAlive(call.http, self._settings.keep_alive_s)
 
     def _model_of(self, document: dict[str, Any], key: ApiKey) -> tuple[str, list[EngineQueue]]:
         """Return the model that the request names, or the default, and its pool. Raises `ApiError` 404 without one."""
@@ -310,7 +303,7 @@ class Proxy:
         if asks_for_records(http):
             await send_records(http, self.recorder.decisions, key)
             return
-        if not self.open_requests.try_take(http.holder):
+        if not self.open_requests.try_take(http.sharer):
             raise self._too_many_open()[1]
         try:
             body = permitted_body(http, body, key, self._router)
@@ -328,11 +321,11 @@ class Proxy:
                     return
             raise answer from failed
         finally:
-            self.open_requests.free(http.holder)
+            self.open_requests.free(http.sharer)
 
     def _too_many_open(self) -> tuple[str, ApiError]:
         """Return the reason and the response for a request beyond the limit on open requests."""
-        now, limit = self._clock(), self.open_requests.limit
+        now, limit = time.monotonic(), self.open_requests.limit
         ends = [queue.admission.first_end_in_s(now) for queue in self._router.engine_queues if queue.running]
         of_tenant = self.open_requests.has_room()
         whose = "This tenant" if of_tenant else "The gateway"
@@ -345,7 +338,7 @@ class Proxy:
             return draining()
         if engine_queue.retired:
             return engine_removed()
-        retry_after_s = engine_queue.back_in_s(self._clock())
+        retry_after_s = engine_queue.back_in_s(time.monotonic())
         return unavailable("The engine died while it served this request. Send it again.", "engine_lost", retry_after_s)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 
 from gateway.api.errors import ApiError, Headers, retry_headers
-from gateway.tenants.limits import Bucket, Exceeded, TenantUse
+from gateway.tenants.limits import Bucket, Exceeded, TenantLimiter
 
 _KINDS = {
     "requests_per_minute": ("requests", "requests per minute (RPM)"),
@@ -39,11 +39,11 @@ def rate_limited(tenant: str, exceeded: Exceeded) -> ApiError:
     )
 
 
-def rate_limit_headers(use: TenantUse, clock: Callable[[], float]) -> Headers:
+def rate_limit_headers(limiter: TenantLimiter) -> Headers:
     """Return the headers for a response to a tenant: the limit, what is left, and when all of it will be."""
     headers: Headers = []
-    now = clock()
-    for name, bucket in ((b"requests", use.requests), (b"tokens", use.tokens)):
+    now = time.monotonic()
+    for name, bucket in ((b"requests", limiter.requests), (b"tokens", limiter.tokens)):
         if bucket is not None:
             headers += _headers_of(name, bucket, now)
     return headers

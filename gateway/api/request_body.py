@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -50,8 +51,11 @@ async def read_limited_body(
     max_bytes: int,
     memory: BodyReservation | None = None,
     limits: Limits = _DEFAULT_LIMITS,
+    arrived: Callable[[int], bytes | None] = lambda most: None,
 ) -> bytes:
     """Return the whole body, decompressed. ``memory`` grows with it, and keeps its size.
+
+    ``arrived``: returns the body, once, if it has arrived and is at most that many bytes.
 
     Raises:
         ApiError: 413 above ``max_bytes``, before or after decompression; 415 for an unsupported ``content-encoding``;
@@ -66,6 +70,8 @@ async def read_limited_body(
         raise _too_large(max_bytes)
     if memory is None:
         memory = BodyMemory(limits.body_memory_bytes).reservation()
+    if not coding and (whole := arrived(min(FREE_BYTES, max_bytes))) is not None:
+        return whole
     until = asyncio.get_running_loop().time() + BODY_TIMEOUT_S + max_bytes / BODY_BYTES_PER_S
     try:
         async with asyncio.timeout(None) as timer:

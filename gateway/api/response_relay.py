@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from engine_adapter.engine import FAILED_KEY, Message, Send
 from gateway.api.errors import ApiError, Headers
@@ -49,14 +49,13 @@ class ResponseRelay:
         request_id: bytes,
         route: GenerationRoute,
         *,
-        report: bool = False,
-        held: HeldResponse | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        report: bool,
+        held: HeldResponse,
     ) -> None:
         self.status = 0
         self.failed_in_stream = self.refused_in_stream = False
         self.complete = False
-        self.held = held or HeldResponse()
+        self.held = held
         self._entry = entry
         self._progress = progress
         self._send = send
@@ -64,7 +63,6 @@ class ResponseRelay:
         self._errors = route.errors
         self._format = route.stream
         self._report = report
-        self._clock = clock
         self._pending_start: Message | None = None
         self._started = self._ended = False
         self._streaming = False
@@ -103,13 +101,13 @@ class ResponseRelay:
             self._writes_begun += 1
             # A server may open the stream before its first token. Then no TTFT is known yet.
             has_token = bool(body) and self._progress.request.generated > 0
-            await self._send_start(self._clock() - self._entry.request.arrival_s if has_token else None)
+            await self._send_start(time.monotonic() - self._entry.request.arrival_s if has_token else None)
         several = may_hold_several_events(body)
         if self._format.has_error(body, several):
             self.failed_in_stream = True
         end = self._format.end_in(body, several)
         if end >= 0 and self._report and not self.failed_in_stream:
-            self.measure(self._clock())
+            self.measure(time.monotonic())
             message = {**message, "body": body[:end] + sse_comment(self._entry) + body[end:]}
         self._writes_begun += 1
         await self._send(message)
@@ -121,7 +119,7 @@ class ResponseRelay:
 
     def _note_event(self, body: bytes, end: int) -> None:
         """Stamp the first and the last token, and note the end of the stream, which starts at ``end`` of ``body``."""
-        now = self._clock()
+        now = time.monotonic()
         if self._first_token_sent_s is None and self._progress.request.generated and not self._format.opens(body):
             self._first_token_sent_s = now
         if end != 0:
@@ -140,7 +138,7 @@ class ResponseRelay:
             self._buffered.append(message.get("body", b""))
             if not last:
                 return
-            self.measure(self._clock())
+            self.measure(time.monotonic())
             message = {"type": "http.response.body", "body": with_slo_report(b"".join(self._buffered), self._entry)}
         self._writes_begun += 1
         if self._pending_start is not None:

@@ -17,17 +17,17 @@ FREE_FACTOR = 8
 """How many times the free rest one tenant may hold: alone 8/9 of the resource. Convention, usual in switches."""
 
 
-class Holder(NamedTuple):
-    """Whose part of a resource a request counts to: a tenant, or the address of a client without a key.
+class Sharer(NamedTuple):
+    """One of those that share a resource: a tenant, or the address of a client without a key.
 
-    The holder without a name may take everything: no other one is known.
+    The sharer without a name may take everything: no other one is known.
     """
 
     name: str = ""
     weight: float = 1.0
 
 
-ONLY_HOLDER = Holder()
+ONLY_SHARER = Sharer()
 
 
 @dataclass(slots=True)
@@ -47,52 +47,52 @@ class SharedLimit:
         self._freed = asyncio.Event()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    def fits(self, holder: Holder, count: int = 1, *, freed: int = 0, own: int = 0) -> bool:
-        """Return whether ``holder`` may take ``count`` units once ``freed`` more are free, ``own`` of them its own."""
+    def fits(self, sharer: Sharer, count: int = 1, *, freed: int = 0, own: int = 0) -> bool:
+        """Return whether ``sharer`` may take ``count`` units once ``freed`` more are free, ``own`` of them its own."""
         free = self.limit - self.used + freed - count
-        if free < 0 or not holder.name:
+        if free < 0 or not sharer.name:
             return free >= 0
-        part = self._parts.get(holder.name)
+        part = self._parts.get(sharer.name)
         if part is None or part.count <= own:
             return True
         relative_weight = part.weight * len(self._parts) / self._weights
         return part.count - own + count <= FREE_FACTOR * free * relative_weight
 
     def has_room(self, count: int = 1) -> bool:
-        """Return whether ``count`` units are free, so that only its part can keep a holder from them."""
+        """Return whether ``count`` units are free, so that only its part can keep a sharer from them."""
         return self.used + count <= self.limit
 
-    def level(self, holder: Holder, count: int = 0) -> float:
-        """Return the units by weight that ``holder`` would hold with ``count`` more."""
-        part = self._parts.get(holder.name)
-        return ((0 if part is None else part.count) + count) / holder.weight
+    def level(self, sharer: Sharer, count: int = 0) -> float:
+        """Return the units by weight that ``sharer`` would hold with ``count`` more."""
+        part = self._parts.get(sharer.name)
+        return ((0 if part is None else part.count) + count) / sharer.weight
 
-    def try_take(self, holder: Holder, count: int = 1) -> bool:
+    def try_take(self, sharer: Sharer, count: int = 1) -> bool:
         """Take ``count`` units if that is possible at once. Return False otherwise."""
-        turn = self._turns.get(holder.name) if self._turns else None
-        if (turn is not None and turn.locked()) or not self.fits(holder, count):
+        turn = self._turns.get(sharer.name) if self._turns else None
+        if (turn is not None and turn.locked()) or not self.fits(sharer, count):
             return False
-        self.take(holder, count)
+        self.take(sharer, count)
         return True
 
-    def take(self, holder: Holder, count: int = 1) -> None:
+    def take(self, sharer: Sharer, count: int = 1) -> None:
         """Take ``count`` units, which must fit."""
         self.used += count
-        if holder.name:
-            part = self._parts.get(holder.name)
+        if sharer.name:
+            part = self._parts.get(sharer.name)
             if part is None:
-                part = self._parts[holder.name] = _Part(holder.weight)
+                part = self._parts[sharer.name] = _Part(sharer.weight)
                 self._weights += part.weight
             part.count += count
 
-    def free(self, holder: Holder, count: int = 1) -> None:
+    def free(self, sharer: Sharer, count: int = 1) -> None:
         """Give ``count`` units back."""
         self.used -= count
-        part = self._parts.get(holder.name)
+        part = self._parts.get(sharer.name)
         if part is not None:
             part.count -= count
             if not part.count:
-                del self._parts[holder.name]
+                del self._parts[sharer.name]
                 # Without parts, rounding errors end too.
                 self._weights = self._weights - part.weight if self._parts else 0.0
         self.wake()
@@ -102,19 +102,19 @@ class SharedLimit:
         self._freed.set()
         self._freed.clear()
 
-    def turn(self, holder: Holder) -> asyncio.Lock:
-        """Return the lock that puts the requests of ``holder`` which wait in order of arrival."""
-        turn = self._turns.get(holder.name)
+    def turn(self, sharer: Sharer) -> asyncio.Lock:
+        """Return the lock that puts the requests of ``sharer`` which wait in order of arrival."""
+        turn = self._turns.get(sharer.name)
         if turn is None:
-            turn = self._turns[holder.name] = asyncio.Lock()
+            turn = self._turns[sharer.name] = asyncio.Lock()
         return turn
 
-    async def acquire(self, holder: Holder) -> None:
-        """Take one unit, after the requests of ``holder`` that wait already."""
-        async with self.turn(holder):
-            while not self.fits(holder):
+    async def acquire(self, sharer: Sharer) -> None:
+        """Take one unit, after the requests of ``sharer`` that wait already."""
+        async with self.turn(sharer):
+            while not self.fits(sharer):
                 await self._freed.wait()
-            self.take(holder)
+            self.take(sharer)
 
     async def until_freed(self) -> None:
         """Wait until units are given back."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from gateway.api.models import asks_for_models
 from gateway.api.rate_limits import rate_limit_headers, rate_limited
 from gateway.api.request_records import asks_for_records
 from gateway.observability.ledger import Entry
-from gateway.tenants.limits import Exceeded, Tenants, TenantUse
+from gateway.tenants.limits import Exceeded, TenantLimiter, Tenants
 from gateway.tenants.usage import Usage
 
 RATE_LIMITED = "rate_limited"
@@ -28,39 +27,38 @@ class TenantAccounts:
     A request of a tenant without limits costs one look-up.
     """
 
-    def __init__(self, usage: Usage, clock: Callable[[], float] = time.monotonic) -> None:
-        self.tenants = Tenants(clock)
+    def __init__(self, usage: Usage) -> None:
+        self.tenants = Tenants()
         self.usage = usage
-        self._clock = clock
 
     def enter(self, http: HttpRequest, key: ApiKey) -> None:
         """Count a request of ``key`` that begins. Raises `ApiError` 429 if it exceeds a limit of the tenant.
 
         Reading the models or the records of requests does not count: no engine is asked.
         """
-        use = self.tenants.of(key.tenant)
-        if use is None:
+        limiter = self.tenants.of(key.tenant)
+        if limiter is None:
             return
-        http.rate_headers = partial(rate_limit_headers, use, self._clock)
+        http.rate_headers = partial(rate_limit_headers, limiter)
         if http.route.generation is None and (asks_for_models(http) or asks_for_records(http)):
             return
-        exceeded = use.enter(self._clock(), http.route.generation is not None)
+        exceeded = limiter.enter(time.monotonic(), http.route.generation is not None)
         if exceeded is not None:
             http.limited = True
             raise self._rejected(key.tenant, exceeded)
-        http.use = use
+        http.limiter = limiter
 
     def reserve(self, call: Call) -> ApiError | None:
         """Reserve the tokens of the prompt and the predicted output; return the 429 if the tenant has too few left.
 
         Of several prompts, each counts like the longest.
         """
-        use, request = call.http.use, call.request
-        if use is None:
+        limiter, request = call.http.limiter, call.request
+        if limiter is None:
             return None
         call.reserved_prompt_tokens = request.prompt_tokens * call.prompt.prompts
         expected = request.predicted_tokens * request.sequences
-        reserved = use.reserve(call.reserved_prompt_tokens, expected, self._clock())
+        reserved = limiter.reserve(call.reserved_prompt_tokens, expected, time.monotonic())
         if isinstance(reserved, Exceeded):
             return self._rejected(request.tenant, reserved)
         call.reserved_tokens = reserved
@@ -68,21 +66,21 @@ class TenantAccounts:
 
     def settle(self, call: Call, entry: Entry) -> None:
         """Replace the reserved tokens by the used ones. A request that an engine refused or failed used none."""
-        use, request = call.http.use, call.request
-        if use is None or not call.reserved_tokens:
+        limiter, request = call.http.limiter, call.request
+        if limiter is None or not call.reserved_tokens:
             return
         served = request.admitted_s is not None and (entry.outcome in ("finished", "cancelled") or request.generated)
         prompt = request.prompt_tokens
         if call.prompt.prompts > 1:
             # Engines count only the longest one, or all together.
             prompt = max(prompt, call.reserved_prompt_tokens)
-        use.settle(call.reserved_tokens, prompt + request.generated if served else 0)
+        limiter.settle(call.reserved_tokens, prompt + request.generated if served else 0)
         call.reserved_tokens = 0.0
 
     def leave(self, http: HttpRequest) -> None:
         """Count a request that has ended. A scheduled one is counted by `on_close`."""
-        if http.use is not None:
-            http.use.leave()
+        if http.limiter is not None:
+            http.limiter.leave()
         if http.tenant and http.entry is None:
             is_served = http.route.generation is None and http.status < 400
             outcome = "unscheduled" if is_served else RATE_LIMITED if http.limited else "refused"
@@ -99,11 +97,11 @@ class TenantAccounts:
     def document(self, limit: int) -> dict[str, Any]:
         """Return usage by tenant for `/status`, with what is left of its limits. At most ``limit`` tenants by name."""
         document = self.usage.document(limit)
-        now = self._clock()
+        now = time.monotonic()
         for tenant, usage in document.items():
-            use = self.tenants.of(tenant)
-            if use is not None:
-                usage["limits"] = _limits(use, now)
+            limiter = self.tenants.of(tenant)
+            if limiter is not None:
+                usage["limits"] = _limits(limiter, now)
         return document
 
     def _rejected(self, tenant: str, exceeded: Exceeded) -> ApiError:
@@ -111,13 +109,13 @@ class TenantAccounts:
         return rate_limited(tenant, exceeded)
 
 
-def _limits(use: TenantUse, now: float) -> dict[str, Any]:
+def _limits(limiter: TenantLimiter, now: float) -> dict[str, Any]:
     """Return each limit and what is left of it."""
     left: dict[str, int] = {}
-    for name, bucket in (("requests_per_minute", use.requests), ("tokens_per_minute", use.tokens)):
+    for name, bucket in (("requests_per_minute", limiter.requests), ("tokens_per_minute", limiter.tokens)):
         if bucket is not None:
             bucket.refill(now)
             left[name] = int(bucket.level)
-    if use.limits.max_concurrent is not None:
-        left["max_concurrent"] = use.limits.max_concurrent - use.open
-    return {name: {"limit": getattr(use.limits, name), "remaining": max(0, count)} for name, count in left.items()}
+    if limiter.limits.max_concurrent is not None:
+        left["max_concurrent"] = limiter.limits.max_concurrent - limiter.open
+    return {name: {"limit": getattr(limiter.limits, name), "remaining": max(0, count)} for name, count in left.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -64,7 +63,6 @@ class Unscheduled:
     pass_through: PassThrough
     retries: RetryBudget
     metrics: Metrics
-    clock: Callable[[], float] = time.monotonic
 
     async def serve(self, http: HttpRequest, body: bytes, key: ApiKey, guard: FieldGuard) -> None:
         """Have an engine answer the request. ``guard`` applies the rights of ``key``.
@@ -75,7 +73,7 @@ class Unscheduled:
             EngineFailed: the engine died, and no other one can answer.
         """
         target = self._target(http, body)
-        self.retries.on_request(self.clock())
+        self.retries.on_request(time.monotonic())
         while True:
             queue = self._choose(target)
             if queue is None:
@@ -117,7 +115,7 @@ class Unscheduled:
         self, http: HttpRequest, body: bytes, queue: EngineQueue, send: Send, key: ApiKey, guard: FieldGuard
     ) -> EngineLost | None:
         """Have the engine answer through ``send``. Return the error if it died."""
-        sent_at = self.clock()
+        sent_at = time.monotonic()
         queue.calls += 1
         try:
             await self.pass_through.serve(http, body, queue.engine, send, key, guard)
@@ -140,11 +138,11 @@ class Unscheduled:
         may_repeat = target.repeatable or failure.reason in _NOT_STARTED
         if not may_repeat or self._choose(target) is None:
             return False
-        return failure.unsent or self.retries.spend(self.clock())
+        return failure.unsent or self.retries.spend(time.monotonic())
 
     def _back_in_s(self, target: _Target) -> float:
         pool = self.router.pool(target.model) if target.model else self.router.engine_queues
-        return min(queue.back_in_s(self.clock()) for queue in pool)
+        return min(queue.back_in_s(time.monotonic()) for queue in pool)
 
 
 async def _release(http: HttpRequest, held: HeldResponse) -> None:

@@ -80,7 +80,7 @@ def load(
         raise _placed(path, mistakes, named) from invalid
 
 
-def located(path: Path | None, mistakes: Sequence[tuple[str, str]], keys_file: str | None = None) -> ConfigError:
+def located(path: Path | None, mistakes: Sequence[tuple[str, str]], keys_file: str | None) -> ConfigError:
     """Return the error for ``mistakes`` (dotted key, reason) that a valid file at ``path`` has in this process.
 
     ``keys_file``: the keys file that it names.

@@ -60,7 +60,7 @@ class Part:
     name: str
     ms: float
     help: str
-    before_token: bool = True
+    before_token: bool
 
 
 def explain(document: Document) -> str:

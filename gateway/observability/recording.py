@@ -11,11 +11,11 @@ from gateway.observability.recorder import ObservabilityError, Recorder, RecordS
 
 def make_recorder(
     keep: int,
-    access_log: bool = False,
-    access_path: str | None = None,
-    tracing: bool = False,
-    endpoint: str | None = None,
-    sample_ratio: float | None = None,
+    access_log: bool,
+    access_path: str | None,
+    tracing: bool,
+    endpoint: str | None,
+    sample_ratio: float | None,
 ) -> Recorder:
     """Return what records requests.
 

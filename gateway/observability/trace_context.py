@@ -22,10 +22,10 @@ class TraceContext:
     """
 
     trace_id: str
-    parent_id: str = ""
-    span_id: str = ""
-    sampled: bool = False
-    state: str = ""
+    parent_id: str
+    span_id: str
+    sampled: bool
+    state: str
 
     def traceparent(self) -> bytes:
         """Return the header with which the engine's spans become children of the gateway's span."""

@@ -35,7 +35,7 @@ class Rejection:
     predicted_s: float
     attainable_s: float
     retry_after_s: float
-    infeasible: bool = False
+    infeasible: bool
 
 
 def reject_ttft(

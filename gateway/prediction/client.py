@@ -13,7 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import orjson
@@ -31,7 +31,7 @@ HEAD_CHARS, TAIL_CHARS = 15_360, 1024
 """Characters sent from the start and the end of a longer prompt. The predictor reads fewer characters than these, and
 its length features do not distinguish longer prompts."""
 
-LATER_S = 0.02
+LATER_S = 0.05
 """Seconds for which questions are collected that no request waits for: a request that ends before needs no answer.
 Convention: a few steps of an engine."""
 
@@ -192,7 +192,7 @@ class LengthPredictor:
         ``censored``: a token limit ended the output.
         """
         if prediction.raw is not None:
-            names = (_name(model) or "", _name(slo_class) or "")
+            names = _name(model), _name(slo_class)
             self.reports.add(LengthReport(request_id, *names, *prediction.raw, tokens, censored))
 
     async def close(self) -> None:
@@ -297,12 +297,8 @@ class LengthPredictor:
         return predictions
 
     async def _post_reports(self, reports: list[LengthReport]) -> None:
-        observations = [
-            {**asdict(report), "model": report.model or None, "slo_class": report.slo_class or None}
-            for report in reports
-        ]
         try:
-            status, _ = await self._call(b"/v1/observe", {"observations": observations})
+            status, _ = await self._call(b"/v1/observe", {"observations": reports})
         except (EngineLost, TimeoutError, ValueError) as error:
             raise UnreachableError from error
         if status >= 500:

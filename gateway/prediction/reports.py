@@ -28,8 +28,8 @@ class LengthReport:
     """
 
     id: str
-    model: str
-    slo_class: str
+    model: str | None
+    slo_class: str | None
     raw_p50: float
     raw_p90: float
     tokens: int

@@ -87,7 +87,7 @@ def _row(request: Request) -> tuple[float, ...]:
 class WaitingTable:
     """`WaitingArrays` with insertion and deletion at any row. A request is read when it is inserted."""
 
-    def __init__(self, requests: Sequence[Request] = ()) -> None:
+    def __init__(self, requests: Sequence[Request]) -> None:
         rows = [_row(request) for request in requests]
         self._count = len(rows)
         self._allocate(max(_INITIAL_CAPACITY, 2 * len(rows)))

@@ -159,7 +159,7 @@ class WaitingQueue(Sequence[Request]):
         return self._requests[index]
 
 
-def arrays_of(requests: Sequence[Request], first: int | None = None) -> WaitingArrays:
+def arrays_of(requests: Sequence[Request], first: int | None) -> WaitingArrays:
     """Return the arrays of the ``first`` of ``requests`` (None: all); a `WaitingQueue` has them at hand."""
     if isinstance(requests, WaitingQueue):
         return requests.arrays(first)

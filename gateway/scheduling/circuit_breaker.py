@@ -151,7 +151,7 @@ class CircuitBreaker:
         self._open(reason, now, max(self._rest_s, min(retry_after_s or 0.0, LONGEST_RETRY_AFTER_S)))
         return True
 
-    def on_overload(self, sent_at: float, now: float, retry_after_s: float | None = None) -> bool:
+    def on_overload(self, sent_at: float, now: float, retry_after_s: float | None) -> bool:
         """Note a 429: the engine is healthy but full, and rests briefly. Return whether it rests from now on."""
         if self.state == "open" or sent_at < self._since:
             return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 from engine_adapter.model_card import ModelCard
@@ -29,11 +29,10 @@ class Router:
     The *pool* of a model is the engines that serve it, dead ones included: they still own their models.
     """
 
-    def __init__(self, engine_queues: list[EngineQueue], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine_queues: list[EngineQueue]) -> None:
         self.engine_queues = engine_queues
         self._by_name = {engine_queue.engine.name: engine_queue for engine_queue in self.engine_queues}
         self._owners: OrderedDict[str, str] = OrderedDict()
-        self._clock = clock
         for engine_queue in self.engine_queues:
             engine_queue.can_move = partial(self._can_move, engine_queue)
 
@@ -94,7 +93,7 @@ class Router:
         pool = self._candidates(request)
         if len(pool) == 1:
             return pool[0]
-        now = self._clock()
+        now = time.monotonic()
         alive = [queue for queue in pool if queue.engine.state.alive]
         if not alive:
             return _by_load(pool, request)[0]
@@ -116,13 +115,13 @@ class Router:
             return []
         return [q for q in pool if q.engine.state.alive and q.engine.name not in request.failed_on]
 
-    def choose(self, model: str, owner: str, tried: Iterable[str] = ()) -> EngineQueue | None:
+    def choose(self, model: str, owner: str, tried: Iterable[str]) -> EngineQueue | None:
         """Return the engine for a request that is not scheduled: the first live one that does not rest.
 
         ``model``: what the request names, "" for none. ``owner``: the only engine that can serve it; "" for any.
         ``tried``: names of engines that have failed it. None if no live engine is left. Raises `UnknownModel`.
         """
-        now = self._clock()
+        now = time.monotonic()
         only = self._by_name.get(owner)
         pool = [only] if only is not None else self.pool(model) if model else self.engine_queues
         alive = [queue for queue in pool if queue.engine.state.alive and queue.engine.name not in tried]
@@ -138,7 +137,7 @@ class Router:
 
     def _can_move(self, engine_queue: EngineQueue, request: Request) -> bool:
         """Whether an engine other than that of ``engine_queue`` is alive. It must not rest, unless this one is down."""
-        now, is_down = self._clock(), not engine_queue.engine.state.alive
+        now, is_down = time.monotonic(), not engine_queue.engine.state.alive
         others = (queue for queue in self.others(request) if queue is not engine_queue)
         return any(is_down or queue.circuit.state != "open" or queue.circuit.admits(now) for queue in others)
 
@@ -150,15 +149,15 @@ class Router:
             for other in self.others(request):
                 other.passed_over += 1
             engine_queue.passed_over = 0
-        engine_queue.circuit.on_sent(request.id, self._clock())
+        engine_queue.circuit.on_sent(request.id, time.monotonic())
 
     def on_ended(self, engine_queue: EngineQueue, request: Request) -> None:
         """Note that ``request`` is no longer with the engine, whatever happened. Called after any other outcome."""
-        engine_queue.circuit.on_dropped(request.id, self._clock())
+        engine_queue.circuit.on_dropped(request.id, time.monotonic())
 
     def on_success(self, engine_queue: EngineQueue, sent_at: float) -> None:
         """Note that the engine began its response to a request that it was sent at ``sent_at`` (monotonic s)."""
-        if engine_queue.circuit.on_success(sent_at, self._clock()):
+        if engine_queue.circuit.on_success(sent_at, time.monotonic()):
             log.info("engine %s serves again; its share of requests grows", engine_queue.engine.name)
 
     def on_completed(self, engine_queue: EngineQueue) -> None:
@@ -176,7 +175,7 @@ class Router:
         """Note that the engine failed a request. If it rests from now on, its waiting requests move elsewhere."""
         if engine_queue.retired:
             return
-        now, circuit = self._clock(), engine_queue.circuit
+        now, circuit = time.monotonic(), engine_queue.circuit
         if reason == "http_429":
             rests = circuit.on_overload(sent_at, now, retry_after_s)
         else:
@@ -188,7 +187,7 @@ class Router:
 
     def suspect(self, engine_queue: EngineQueue) -> None:
         """Avoid the engine for a moment: it failed a request that may fail on every engine."""
-        engine_queue.circuit.suspect(self._clock())
+        engine_queue.circuit.suspect(time.monotonic())
 
     # --- stored responses ---------------------------------------------------------------------------------------------
 

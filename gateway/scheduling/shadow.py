@@ -103,7 +103,7 @@ class Shadow:
         policy: Policy,
         engine: EngineState,
         classes: Mapping[str, SloClass],
-        serves_best_effort: Callable[[Request], bool] = lambda request: False,
+        serves_best_effort: Callable[[Request], bool],
         max_tracked: int = MAX_TRACKED_REQUESTS,
     ) -> None:
         self.name = name

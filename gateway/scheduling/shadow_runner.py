@@ -42,9 +42,9 @@ class ShadowRunner:
 
     def __init__(
         self,
-        shadows: Iterable[Shadow] = (),
-        engine: EngineState | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        shadows: Iterable[Shadow],
+        engine: EngineState | None,
+        clock: Callable[[], float],
     ) -> None:
         self.all = tuple(shadows)
         self._active = list(self.all)

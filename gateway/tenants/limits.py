@@ -60,8 +60,8 @@ class Bucket:
         return max(0.0, (amount - self.level) * 60 / self.capacity)
 
 
-class TenantUse:
-    """What one tenant uses of its limits now. Costs the same however many tenants there are."""
+class TenantLimiter:
+    """Applies the limits of one tenant. Costs the same however many tenants there are."""
 
     __slots__ = ("limits", "open", "requests", "tokens")
 
@@ -134,27 +134,27 @@ class Tenants:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._uses: dict[str, TenantUse] = {}
+        self._limiters: dict[str, TenantLimiter] = {}
 
     def set_limits(self, limits: Mapping[str, TenantLimits]) -> None:
         """Replace the limits by tenant. Open requests of a tenant that has none now still count until they end."""
         now = self._clock()
         for tenant, of_tenant in limits.items():
-            use = self._uses.get(tenant)
-            if use is not None:
-                use.set_limits(of_tenant, now)
+            limiter = self._limiters.get(tenant)
+            if limiter is not None:
+                limiter.set_limits(of_tenant, now)
             elif of_tenant != TenantLimits():
-                self._uses[tenant] = TenantUse(of_tenant, now)
-        for tenant, use in list(self._uses.items()):
+                self._limiters[tenant] = TenantLimiter(of_tenant, now)
+        for tenant, limiter in list(self._limiters.items()):
             if limits.get(tenant, TenantLimits()) == TenantLimits():
-                use.set_limits(TenantLimits(), now)
-                if not use.open:
+                limiter.set_limits(TenantLimits(), now)
+                if not limiter.open:
                     # Its debts are forgiven: a key that is made anew for the tenant begins with full buckets.
-                    del self._uses[tenant]
+                    del self._limiters[tenant]
 
-    def of(self, tenant: str) -> TenantUse | None:
-        """Return the use of ``tenant``; None if it has no limits."""
-        return self._uses.get(tenant)
+    def of(self, tenant: str) -> TenantLimiter | None:
+        """Return the limiter of ``tenant``; None if it has no limits."""
+        return self._limiters.get(tenant)
 
 
 def _bucket(old: Bucket | None, capacity: int | None, now: float) -> Bucket | None:

@@ -19,7 +19,7 @@ beyond a limit of its tenant."""
 
 
 @dataclass(slots=True)
-class TenantUsage:
+class TenantTotals:
     """The totals of one tenant. ``limited``: requests beyond each of its limits."""
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -32,15 +32,15 @@ class Usage:
     """The totals by tenant."""
 
     def __init__(self) -> None:
-        self.tenants: dict[str, TenantUsage] = {}
+        self.tenants: dict[str, TenantTotals] = {}
 
-    def of(self, tenant: str) -> TenantUsage:
+    def of(self, tenant: str) -> TenantTotals:
         """Return the totals of ``tenant``, or of `OTHER` if it is new and there are too many."""
         found = self.tenants.get(tenant)
         if found is None:
             if len(self.tenants) >= MAX_TENANTS:
                 tenant = OTHER
-            found = self.tenants.setdefault(tenant, TenantUsage())
+            found = self.tenants.setdefault(tenant, TenantTotals())
         return found
 
     def label(self, tenant: str) -> str:
@@ -59,8 +59,8 @@ class Usage:
         return {name: _document(usage) for name, usage in shown}
 
 
-def _sum(usages: list[TenantUsage]) -> TenantUsage:
-    total = TenantUsage()
+def _sum(usages: list[TenantTotals]) -> TenantTotals:
+    total = TenantTotals()
     for usage in usages:
         total.requests.update(usage.requests)
         total.limited.update(usage.limited)
@@ -69,7 +69,7 @@ def _sum(usages: list[TenantUsage]) -> TenantUsage:
     return total
 
 
-def _document(usage: TenantUsage) -> dict[str, Any]:
+def _document(usage: TenantTotals) -> dict[str, Any]:
     return {
         "requests": {outcome: usage.requests[outcome] for outcome in OUTCOMES if usage.requests[outcome]},
         "prompt_tokens": usage.prompt_tokens,

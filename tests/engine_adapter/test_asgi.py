@@ -10,8 +10,8 @@ import pytest
 from engine_adapter.asgi import (
     BODY_KEY,
     BodyTooDeep,
-    ClientConnection,
     ClientDisconnected,
+    DisconnectWatch,
     JsonBody,
     encode_json,
     read_body,
@@ -50,7 +50,7 @@ async def test_read_body_raises_when_the_client_disconnects() -> None:
 
 
 async def test_document_in_the_scope_replaces_the_body() -> None:
-    client = ClientConnection(messages(DISCONNECT))
+    client = DisconnectWatch(messages(DISCONNECT))
     body = JsonBody({"a": 1})
     receive = client.receive_for(body)
     assert await read_document_or_body({BODY_KEY: body}, receive) == ({"a": 1}, b"")
@@ -58,7 +58,7 @@ async def test_document_in_the_scope_replaces_the_body() -> None:
 
 
 async def test_app_without_the_scope_key_reads_the_encoded_document() -> None:
-    client = ClientConnection(messages(DISCONNECT))
+    client = DisconnectWatch(messages(DISCONNECT))
     receive = client.receive_for(JsonBody({"a": 1}))
     assert await read_document_or_body({}, receive) == (None, b'{"a":1}')
     assert await receive() == DISCONNECT

@@ -31,4 +31,4 @@ def test_policies_see_the_part_of_a_step_that_brings_one_token() -> None:
     curve = state.step_time.curve
     assert curve.step_s(10, 0) == pytest.approx(0.06 / tokens, rel=0.05)
     mixed_s = curve.step_s(10, 0, 100 / tokens)
-    assert mixed_s == pytest.approx(0.07 / tokens, rel=0.05), "prompts keep their share of the time"
+    assert mixed_s == pytest.approx(0.07 / tokens, rel=0.1), "prompts keep their share of the time"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -161,3 +162,24 @@ def test_silence_limit_covers_the_prompts_that_the_server_has() -> None:
     sampler.tokens(sampler.sent(0.0, 10, 1), 1, 1.0)
     sampler.sent(1.0, 5000, 1)
     assert sampler.silence_limit_s() == pytest.approx(PREFILL_FACTOR * state.step_time.prefill(5000))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_batch_at_a_first_token_counts_every_decoding_stream(seed: int) -> None:
+    chance = random.Random(seed)
+    sampler, _ = make_sampler()
+    decoding: list[StreamTiming] = []
+    for at in range(60):
+        if decoding and chance.random() < 0.4:
+            sampler.finished(decoding.pop(chance.randrange(len(decoding))), None)
+        for stream in decoding:
+            sampler.tokens(stream, chance.choice([1, 2.5]), float(at))
+        stream = sampler.sent(at, chance.randint(1, 500), chance.randint(1, 3), chance.choice([None, 50.0, 100.0]))
+        sampler.tokens(stream, 1, float(at))
+        strictest = min((s.tpot_ms for s in decoding if s.tpot_ms), default=math.inf)
+        sequences = sum(s.sequences for s in decoding)
+        batch = sum(s.sequences * (strictest / s.tpot_ms if s.tpot_ms else 1) for s in decoding)
+        context = sum(s.prompt_tokens * s.sequences + s.tokens for s in decoding) / sequences if sequences else 0
+        assert stream.batch_at_first == pytest.approx(batch)
+        assert stream.context_at_first == pytest.approx(context)
+        decoding.append(stream)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from engine_adapter.engine import EngineEvents
+from engine_adapter.engine import EngineEvents, EngineLost, Message
 from engine_adapter.step_report import GateReport, StepReport
 from engine_adapter.vllm import engine as engine_module
+from engine_adapter.vllm import watchdog as watchdog_module
 from engine_adapter.vllm.engine import VllmEngine
 from engine_adapter.vllm.watchdog import FIRST_STEPS
 from tests.fixtures.live_server import eventually
@@ -52,6 +53,16 @@ class StubModels:
 
     async def show_available_models(self) -> SimpleNamespace:
         return SimpleNamespace(model_dump=lambda: {"data": [{"id": "m", "max_model_len": 1024}]})
+
+
+async def no_message() -> Message:
+    """An ASGI client that sends nothing more."""
+    await asyncio.sleep(60)
+    raise AssertionError
+
+
+async def ignore(message: Message) -> None:
+    """An ASGI client that ignores what it gets."""
 
 
 @pytest.fixture
@@ -114,7 +125,7 @@ async def test_seed_on_cpu_is_rejected_unless_it_has_no_effect(llm: StubLlm) -> 
 
 
 async def test_engine_without_steps_is_killed_and_restarted(llm: StubLlm, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("psutil")  # comes with vLLM
+    pytest.importorskip("psutil")
     monkeypatch.setattr(engine_module, "_BACKOFF_S", (0.0,))
     core = await asyncio.create_subprocess_exec("sleep", "60")
     alive: list[bool] = []
@@ -126,13 +137,61 @@ async def test_engine_without_steps_is_killed_and_restarted(llm: StubLlm, monkey
         llm.output_processor.request_states["one"] = SimpleNamespace(prompt_len=5, is_prefilling=False)
         await eventually(lambda: len(alive) == 3, within_s=10)
         llm.output_processor.request_states.clear()
-        assert engine.state.why_down == "it hung for 1 s and restarts"
+        assert engine.state.why_down == "it hung for 2 s and restarts"
         assert await asyncio.wait_for(core.wait(), 10) == -9
         assert (engine.state.hangs, engine.state.restarts) == (1, 1)
         assert alive == [True, False, True]
     finally:
         with contextlib.suppress(ProcessLookupError):
             core.kill()
+        await engine.stop()
+        gc.unfreeze()
+
+
+async def test_hung_load_of_an_adapter_ends_with_a_restart(llm: StubLlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client gets an error, although vLLM never ends a call into an EngineCore that died."""
+    pytest.importorskip("psutil")
+    monkeypatch.setattr(engine_module, "_BACKOFF_S", (0.0,))
+    monkeypatch.setattr(watchdog_module, "WORKING_S", 2.2)
+    monkeypatch.setattr(engine_module.openai_app, "call", lambda *arguments: asyncio.sleep(60))
+    engine = VllmEngine("engine", "model", calibrate=False, hang_timeout_s=1)
+    scope = {"type": "http", "path": "/v1/load_lora_adapter"}
+    try:
+        await engine.start(EngineEvents())
+        with pytest.raises(EngineLost):
+            await asyncio.wait_for(engine.app(scope, no_message, ignore), 10)
+        await eventually(lambda: engine.state.alive, within_s=10)
+        assert (engine.state.hangs, engine.state.restarts) == (1, 1)
+    finally:
+        await engine.stop()
+        gc.unfreeze()
+
+
+async def test_client_that_leaves_while_an_adapter_is_loaded_cancels_the_call(
+    llm: StubLlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled = asyncio.Event()
+
+    async def call(*arguments: Any) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.set()
+
+    monkeypatch.setattr(engine_module.openai_app, "call", call)
+    engine = VllmEngine("engine", "model", calibrate=False)
+    try:
+        await engine.start(EngineEvents())
+        client = asyncio.ensure_future(
+            engine.app({"type": "http", "path": "/v1/unload_lora_adapter"}, no_message, ignore)
+        )
+        await asyncio.sleep(0.05)
+        client.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await client
+        await asyncio.wait_for(cancelled.wait(), 10)
+        assert (engine.state.alive, engine.state.hangs) == (True, 0)
+    finally:
         await engine.stop()
         gc.unfreeze()
 

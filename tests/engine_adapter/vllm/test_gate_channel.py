@@ -54,18 +54,18 @@ async def test_listener_ignores_invalid_datagrams() -> None:
         listener.close()
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.32.1rc1"])
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1rc1"])
 def test_gate_accepts_versions_in_range(version: str) -> None:
     require_gate(version)
 
 
-@pytest.mark.parametrize("version", ["0.28.9", "0.33.0", "1.0.0", "dev"])
+@pytest.mark.parametrize("version", ["0.29.9", "0.33.0", "1.0.0", "dev"])
 def test_in_process_engine_rejects_other_versions_with_a_fix(version: str) -> None:
-    with pytest.raises(UnsupportedVllmError, match=r">=0\.29,<0\.33.*kind: http"):
+    with pytest.raises(UnsupportedVllmError, match=r">=0\.30,<0\.33.*kind: http"):
         require_in_process(version)
 
 
-@pytest.mark.parametrize("version", ["0.25.9", "0.33.0"])
+@pytest.mark.parametrize("version", ["0.25.9", "0.34.0"])
 def test_gate_rejects_other_versions_with_a_fix_for_servers(version: str) -> None:
-    with pytest.raises(UnsupportedVllmError, match=r">=0\.26,<0\.33.*without --scheduler-cls and set send_slo: false"):
+    with pytest.raises(UnsupportedVllmError, match=r">=0\.26,<0\.34.*without --scheduler-cls and set send_slo: false"):
         require_gate(version)

@@ -9,7 +9,7 @@ import pytest
 from gateway.api import body_memory
 from gateway.api.body_memory import FREE_BYTES, BodyMemory, BodyReservation
 from gateway.api.errors import ApiError
-from gateway.api.shared_limit import Holder
+from gateway.api.shared_limit import Sharer
 
 
 async def test_small_bodies_need_no_memory() -> None:
@@ -77,8 +77,8 @@ async def test_body_that_takes_longest_to_arrive_loses_its_memory(monkeypatch: p
     assert memory.used == 0
 
 
-async def held_by(memory: BodyMemory, holder: Holder, count: int, size: int) -> list[BodyReservation]:
-    bodies = [memory.reservation(holder) for _ in range(count)]
+async def held_by(memory: BodyMemory, sharer: Sharer, count: int, size: int) -> list[BodyReservation]:
+    bodies = [memory.reservation(sharer) for _ in range(count)]
     for body in bodies:
         await asyncio.wait_for(body.grow(FREE_BYTES + size), 1)
     return bodies
@@ -87,12 +87,12 @@ async def held_by(memory: BodyMemory, holder: Holder, count: int, size: int) -> 
 async def test_tenant_leaves_memory_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_memory, "WAIT_S", 0.1)
     memory = BodyMemory(9000)
-    bodies = await held_by(memory, Holder("a"), 8, 1000)
+    bodies = await held_by(memory, Sharer("a"), 8, 1000)
     with pytest.raises(ApiError, match=r"this tenant take its part of limits\.body_memory_bytes"):
-        await memory.reservation(Holder("a")).grow(FREE_BYTES + 1000)
-    (other,) = await held_by(memory, Holder("b"), 1, 1000)
+        await memory.reservation(Sharer("a")).grow(FREE_BYTES + 1000)
+    (other,) = await held_by(memory, Sharer("b"), 1, 1000)
     with pytest.raises(ApiError, match=r"limits\.body_memory_bytes is in use"):
-        await memory.reservation(Holder("b")).grow(FREE_BYTES + 500)
+        await memory.reservation(Sharer("b")).grow(FREE_BYTES + 500)
     for body in (*bodies, other):
         body.shrink(0)
     assert memory.used == 0
@@ -100,11 +100,11 @@ async def test_tenant_leaves_memory_for_another(monkeypatch: pytest.MonkeyPatch)
 
 async def test_waiting_bodies_of_one_tenant_do_not_delay_another() -> None:
     memory = BodyMemory(9000)
-    await held_by(memory, Holder("a"), 8, 1000)
-    waiting = [asyncio.create_task(memory.reservation(Holder("a")).grow(FREE_BYTES + 1000)) for _ in range(5)]
+    await held_by(memory, Sharer("a"), 8, 1000)
+    waiting = [asyncio.create_task(memory.reservation(Sharer("a")).grow(FREE_BYTES + 1000)) for _ in range(5)]
     await asyncio.sleep(0.01)
     started = asyncio.get_running_loop().time()
-    await held_by(memory, Holder("b"), 1, 1000)
+    await held_by(memory, Sharer("b"), 1, 1000)
     assert asyncio.get_running_loop().time() < started + 1
     for task in waiting:
         task.cancel()
@@ -119,7 +119,7 @@ async def test_slow_body_loses_its_memory_to_its_tenant_or_one_that_holds_less(
     lost: list[str] = []
 
     async def half_sent(tenant: str, size: int) -> None:
-        with memory.reservation(Holder(tenant)) as body:
+        with memory.reservation(Sharer(tenant)) as body:
             try:
                 async with asyncio.timeout(10) as timer:
                     await body.grow(FREE_BYTES + size, timer)
@@ -130,7 +130,7 @@ async def test_slow_body_loses_its_memory_to_its_tenant_or_one_that_holds_less(
     # The body of tenant b is the oldest.
     tasks = [asyncio.create_task(half_sent(*body)) for body in (("b", 1000), ("a", 5000), ("a", 2000))]
     await asyncio.sleep(0.01)
-    await asyncio.wait_for(memory.reservation(Holder(waits)).grow(FREE_BYTES + 1500), 2)
+    await asyncio.wait_for(memory.reservation(Sharer(waits)).grow(FREE_BYTES + 1500), 2)
     assert lost == evicted
     for task in tasks:
         task.cancel()

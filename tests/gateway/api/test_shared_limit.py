@@ -10,21 +10,21 @@ import pytest
 
 from gateway.api.auth import ApiKey, KeyRing
 from gateway.api.connections import CONNECTION_KEY, Connections
-from gateway.api.holders import holder_of
 from gateway.api.limits import Limits
-from gateway.api.shared_limit import ONLY_HOLDER, Holder, SharedLimit
+from gateway.api.shared_limit import ONLY_SHARER, SharedLimit, Sharer
+from gateway.api.sharers import sharer_of
 
-A, B, C = Holder("a"), Holder("b"), Holder("c")
+A, B, C = Sharer("a"), Sharer("b"), Sharer("c")
 
 
-def filled(shared: SharedLimit, *holders: Holder) -> list[int]:
-    """Have ``holders`` take units in turn until none gets more; return what each holds."""
-    counts = [0] * len(holders)
+def filled(shared: SharedLimit, *sharers: Sharer) -> list[int]:
+    """Have ``sharers`` take units in turn until none gets more; return what each holds."""
+    counts = [0] * len(sharers)
     took = True
     while took:
         took = False
-        for index, holder in enumerate(holders):
-            if shared.try_take(holder):
+        for index, sharer in enumerate(sharers):
+            if shared.try_take(sharer):
                 counts[index] += 1
                 took = True
     return counts
@@ -35,9 +35,9 @@ def test_tenant_alone_gets_nearly_all(limit: int, gets: int) -> None:
     assert filled(SharedLimit(limit), A) == [gets]
 
 
-def test_only_holder_gets_all() -> None:
+def test_only_sharer_gets_all() -> None:
     shared = SharedLimit(7)
-    assert filled(shared, ONLY_HOLDER) == [7]
+    assert filled(shared, ONLY_SHARER) == [7]
     assert not shared.has_room()
 
 
@@ -54,31 +54,31 @@ def test_other_tenant_gets_in_at_once_and_its_part_when_units_are_freed() -> Non
         if held:
             shared.free(A)
             held -= 1
-        for holder in random.Random(held).sample([A] * 20 + [B], 21):
-            if shared.try_take(holder):
-                held, later = held + (holder is A), later + (holder is B)
+        for sharer in random.Random(held).sample([A] * 20 + [B], 21):
+            if shared.try_take(sharer):
+                held, later = held + (sharer is A), later + (sharer is B)
     assert abs(held - later) <= 2
     assert held + later >= 840
 
 
 @pytest.mark.parametrize("weight", [0.25, 1.0, 4.0])
 def test_parts_follow_the_weights(weight: float) -> None:
-    shared, mine = SharedLimit(1000), Holder("a", weight)
+    shared, mine = SharedLimit(1000), Sharer("a", weight)
     held, chance = dict(zip((mine, B), filled(shared, mine, B), strict=True)), random.Random(0)
     for _ in range(10_000):
         ended = chance.choice((mine, B))
         if held[ended]:
             shared.free(ended)
             held[ended] -= 1
-        for holder in chance.choices((mine, B), k=4):
-            held[holder] += shared.try_take(holder)
+        for sharer in chance.choices((mine, B), k=4):
+            held[sharer] += shared.try_take(sharer)
     assert held[mine] / held[B] == pytest.approx(weight, rel=0.1)
     assert held[mine] + held[B] > 930
 
 
 @pytest.mark.parametrize("weight", [0.001, 1000.0])
 def test_weight_does_not_matter_to_a_tenant_alone(weight: float) -> None:
-    assert filled(SharedLimit(900), Holder("a", weight)) == [800]
+    assert filled(SharedLimit(900), Sharer("a", weight)) == [800]
 
 
 def test_many_units_at_once_leave_a_part_too() -> None:
@@ -91,17 +91,17 @@ def test_many_units_at_once_leave_a_part_too() -> None:
 
 def test_random_use_never_exceeds_the_limit_and_balances() -> None:
     chance, shared, taken = random.Random(1), SharedLimit(100), []
-    holders = [Holder(f"tenant {n}", chance.choice((0.1, 1, 7))) for n in range(20)] + [ONLY_HOLDER]
+    sharers = [Sharer(f"tenant {n}", chance.choice((0.1, 1, 7))) for n in range(20)] + [ONLY_SHARER]
     for _ in range(20_000):
         if taken and chance.random() < 0.5:
             shared.free(*taken.pop(chance.randrange(len(taken))))
         else:
-            holder, count = chance.choice(holders), chance.choice((1, 1, 5, 60))
-            if shared.try_take(holder, count):
-                taken.append((holder, count))
+            sharer, count = chance.choice(sharers), chance.choice((1, 1, 5, 60))
+            if shared.try_take(sharer, count):
+                taken.append((sharer, count))
         assert shared.used == sum(count for _, count in taken) <= 100
-    for holder, count in taken:
-        shared.free(holder, count)
+    for sharer, count in taken:
+        shared.free(sharer, count)
     assert (shared.used, shared._parts, shared._weights) == (0, {}, 0.0)
 
 
@@ -110,8 +110,8 @@ async def test_waiting_requests_of_one_tenant_do_not_block_another() -> None:
     filled(shared, A)
     order: list[str] = []
 
-    async def one(holder: Holder, name: str) -> None:
-        await shared.acquire(holder)
+    async def one(sharer: Sharer, name: str) -> None:
+        await shared.acquire(sharer)
         order.append(name)
 
     waiting = [asyncio.create_task(one(A, f"a{n}")) for n in range(3)]
@@ -148,27 +148,27 @@ class FakeConnection:
 
 
 @pytest.mark.parametrize(
-    ("address", "holder"),
+    ("address", "sharer"),
     [
-        ("192.0.2.7", Holder("192.0.2.7")),
-        ("2001:db8::/64", Holder("2001:db8::/64")),
-        ("127.0.0.1", ONLY_HOLDER),
-        ("::/64", ONLY_HOLDER),
-        ("", ONLY_HOLDER),
-        ("198.51.100.1", ONLY_HOLDER),
+        ("192.0.2.7", Sharer("192.0.2.7")),
+        ("2001:db8::/64", Sharer("2001:db8::/64")),
+        ("127.0.0.1", ONLY_SHARER),
+        ("::/64", ONLY_SHARER),
+        ("", ONLY_SHARER),
+        ("198.51.100.1", ONLY_SHARER),
     ],
 )
-def test_clients_without_keys_are_told_apart_by_address(address: str, holder: Holder) -> None:
+def test_clients_without_keys_are_told_apart_by_address(address: str, sharer: Sharer) -> None:
     anonymous = ApiKey("anonymous", "chat")
     connection = FakeConnection(address, Limits(trusted_proxies=("198.51.100.0/24",)))
     scope: dict[str, Any] = {CONNECTION_KEY: connection}
-    assert holder_of(scope, anonymous, KeyRing([], anonymous)) == holder
-    assert holder_of({}, anonymous, KeyRing([], anonymous)) == ONLY_HOLDER
+    assert sharer_of(scope, anonymous, KeyRing([], anonymous)) == sharer
+    assert sharer_of({}, anonymous, KeyRing([], anonymous)) == ONLY_SHARER
 
 
 def test_keys_belong_to_their_tenant_and_a_single_tenant_has_no_limit() -> None:
     anonymous = ApiKey("anonymous", "chat")
     keys = [ApiKey("a", "chat", "1" * 64, weight=3), ApiKey("a", "chat", "2" * 64, weight=3)]
-    assert holder_of({}, keys[0], KeyRing(keys, anonymous)) == ONLY_HOLDER
+    assert sharer_of({}, keys[0], KeyRing(keys, anonymous)) == ONLY_SHARER
     keys.append(ApiKey("b", "chat", "3" * 64))
-    assert [holder_of({}, key, KeyRing(keys, anonymous)) for key in keys] == [Holder("a", 3)] * 2 + [Holder("b")]
+    assert [sharer_of({}, key, KeyRing(keys, anonymous)) for key in keys] == [Sharer("a", 3)] * 2 + [Sharer("b")]

@@ -151,7 +151,7 @@ async def test_buffered_responses_of_the_tenant_with_most_are_cut_first() -> Non
         await eventually(lambda: connections.buffered > 1 << 20)
         opened += [await stalled(antares, "abuser") for _ in range(8)]
         await eventually(lambda: len(connections) <= 4 and 0 < connections.buffered <= 12 << 20, 5)
-        assert "victim" in {connection.holder.name for connection in connections._open}
+        assert "victim" in {connection.sharer.name for connection in connections._open}
         for writer in opened:
             writer.transport.abort()
 

@@ -6,16 +6,16 @@ import random
 
 import pytest
 
-from gateway.tenants.limits import Bucket, Exceeded, TenantLimits, Tenants, TenantUse
+from gateway.tenants.limits import Bucket, Exceeded, TenantLimiter, TenantLimits, Tenants
 from gateway.tenants.usage import MAX_TENANTS, OTHER, Usage
 
 
-def use(**limits: int) -> TenantUse:
-    return TenantUse(TenantLimits(**limits), 0.0)
+def limiter(**limits: int) -> TenantLimiter:
+    return TenantLimiter(TenantLimits(**limits), 0.0)
 
 
 def test_requests_per_minute_allows_a_minutes_burst_and_then_the_rate() -> None:
-    tenant = use(requests_per_minute=60)
+    tenant = limiter(requests_per_minute=60)
     assert [tenant.enter(0.0, False) for _ in range(60)] == [None] * 60
     exceeded = tenant.enter(0.0, False)
     assert isinstance(exceeded, Exceeded)
@@ -31,7 +31,7 @@ def test_requests_per_minute_allows_a_minutes_burst_and_then_the_rate() -> None:
 
 @pytest.mark.parametrize("per_minute", [1, 7, 60, 10_000_000])
 def test_rate_over_many_minutes_is_the_limit(per_minute: int) -> None:
-    tenant, now, rng = use(requests_per_minute=per_minute), 0.0, random.Random(1)
+    tenant, now, rng = limiter(requests_per_minute=per_minute), 0.0, random.Random(1)
     bucket = tenant.requests
     assert bucket is not None
     taken = 0
@@ -44,14 +44,14 @@ def test_rate_over_many_minutes_is_the_limit(per_minute: int) -> None:
 
 
 def test_max_concurrent_counts_open_requests() -> None:
-    tenant = use(max_concurrent=2)
+    tenant = limiter(max_concurrent=2)
     assert [tenant.enter(0.0, False) is None for _ in range(3)] == [True, True, False]
     tenant.leave()
     assert tenant.enter(0.0, False) is None
 
 
 def test_rejected_request_uses_nothing() -> None:
-    tenant = use(requests_per_minute=10, max_concurrent=1, tokens_per_minute=5)
+    tenant = limiter(requests_per_minute=10, max_concurrent=1, tokens_per_minute=5)
     tenant.enter(0.0, True)
     for _ in range(100):
         tenant.enter(0.0, True)
@@ -60,7 +60,7 @@ def test_rejected_request_uses_nothing() -> None:
 
 
 def test_tokens_are_reserved_and_settled_with_what_was_used() -> None:
-    tenant = use(tokens_per_minute=1000)
+    tenant = limiter(tokens_per_minute=1000)
     reserved = tenant.reserve(100, 200.5, 0.0)
     assert reserved == 300.5
     assert tenant.tokens is not None
@@ -70,7 +70,7 @@ def test_tokens_are_reserved_and_settled_with_what_was_used() -> None:
 
 
 def test_request_longer_than_expected_leaves_a_debt_that_later_ones_wait_for() -> None:
-    tenant = use(tokens_per_minute=600)
+    tenant = limiter(tokens_per_minute=600)
     reserved = tenant.reserve(100, 100, 0.0)
     assert isinstance(reserved, float)
     tenant.settle(reserved, 1200)
@@ -82,7 +82,7 @@ def test_request_longer_than_expected_leaves_a_debt_that_later_ones_wait_for() -
 
 
 def test_expectation_beyond_the_bucket_is_cut_but_a_prompt_never_fits() -> None:
-    tenant = use(tokens_per_minute=100)
+    tenant = limiter(tokens_per_minute=100)
     assert tenant.reserve(50, 500, 0.0) == 100
     never = tenant.reserve(101, 1, 600.0)
     assert isinstance(never, Exceeded)
@@ -90,7 +90,7 @@ def test_expectation_beyond_the_bucket_is_cut_but_a_prompt_never_fits() -> None:
 
 
 def test_settling_a_request_never_fills_beyond_the_limit() -> None:
-    tenant = use(tokens_per_minute=100)
+    tenant = limiter(tokens_per_minute=100)
     reserved = tenant.reserve(50, 0, 0.0)
     assert isinstance(reserved, float)
     assert tenant.tokens is not None

@@ -1,9 +1,8 @@
-"""Judges each attempt to serve a scheduled request: how its engine did, and whether another engine is tried."""
+"""Decides after each attempt to serve a scheduled request how its engine did, and whether another engine is tried."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.api.call import Call
@@ -20,7 +19,7 @@ MAX_TRIES = 3
 
 
 @dataclass(slots=True)
-class Attempts:
+class Failover:
     """Tells the router how each attempt went, and decides about another one.
 
     ``first_token_timeout_s``: shortest time without a token after which an engine may count as hung; None: never.
@@ -30,7 +29,6 @@ class Attempts:
     budget: RetryBudget
     metrics: Metrics
     first_token_timeout_s: float | None
-    clock: Callable[[], float] = time.monotonic
 
     def hang_watch(
         self, call: Call, engine_queue: EngineQueue, relay: ResponseRelay, sent_at: float
@@ -74,7 +72,7 @@ class Attempts:
             elif relay.complete and relay.status < 400:
                 router.on_completed(engine_queue)
             return False
-        entry.attempts[-1].stop(failure.reason, self.clock())
+        entry.attempts[-1].stop(failure.reason, time.monotonic())
         if relay.started and relay.held.error is None:
             router.on_failure(engine_queue, "cut", sent_at, begun=True)
             return False
@@ -104,7 +102,7 @@ class Attempts:
         if denial:
             self.metrics.failovers_denied.labels(denial).inc()
             return False
-        return self.budget.spend(self.clock())
+        return self.budget.spend(time.monotonic())
 
     def has_others(self, call: Call, engine_queue: EngineQueue) -> bool:
         """Whether a live engine other than that of ``engine_queue`` serves the model and has not failed the request."""
@@ -112,7 +110,7 @@ class Attempts:
 
     def _denial(self, call: Call, engine_queue: EngineQueue) -> str:
         """Return why the request may not go to another engine: ``deadline`` or ``budget``; "" if it may."""
-        request, now = call.request, self.clock()
+        request, now = call.request, time.monotonic()
         waives = engine_queue.classes[request.slo_class].on_unattainable == "best_effort"
         if now > request.deadline_s and not waives:
             return "deadline"
