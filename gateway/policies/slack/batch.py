@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.running_batch import RunningBatch
@@ -38,6 +39,11 @@ class WaitingBatch:
         at = np.flatnonzero(which)
         return WaitingBatch([self.requests[i] for i in at.tolist()], self.arrays.take(at), self.pace_s[at])
 
+    def alone_s(self, engine: EngineState) -> Floats:
+        """Return the seconds per token of each request in an idle engine."""
+        of = self.arrays
+        return engine.step_time.curve.steps_s(of.sequences, (of.prompt + of.output / 2) * of.sequences)
+
     def cost_s(self, batch: RunningBatch) -> Floats:
         """Return w_i of each request: its seconds of engine time (line 3 of `policy`)."""
         of, curve, token_s = self.arrays, batch.engine.step_time.curve, batch.prefill_token_s
@@ -49,9 +55,11 @@ class WaitingBatch:
         """Return whether each request ``at`` can be admitted beside ``batch`` at ``now`` (s).
 
             slots(R + r) <= slots,   memory(R + r) <= KV memory,   T(R + r) <= (1 - kept_free) * P*(R + r),
-            now + (2 + mu * (backlog + p_r) / chunk) * (T(R + r) + chunk) <= d_r
+            now + n * T(R + r) + min(n * chunk, mu * (2 * backlog + all p)) <= d_r,
 
-        ``chunk``: the seconds of prefill in a step. The step under way must end, and a first token comes when its ends.
+        with n = 2 + mu * (backlog + p_r) / chunk. In each of these n steps prefill takes ``chunk`` seconds, as P* or
+        the token budget allows, unless less is left to compute. The step under way must end first, and the first token
+        comes when its own step ends.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
@@ -60,7 +68,9 @@ class WaitingBatch:
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
         chunk_s = np.maximum(np.minimum(strictest_s - step_s, token_s * engine.max_num_batched_tokens), 1e-12)
-        first_s = (2 + token_s * (batch.backlog + of.uncached[at]) / chunk_s) * (step_s + chunk_s)
+        steps = 2 + token_s * (batch.backlog + of.uncached[at]) / chunk_s
+        prefill_s = np.minimum(steps * chunk_s, token_s * (2 * batch.backlog + of.uncached.sum()))
+        first_s = steps * step_s + prefill_s
         fits = (sequences <= batch.free_slots) & (step_s <= (1 - batch.kept_free) * strictest_s)
         fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
@@ -85,7 +95,11 @@ def fits_alone(request: Request, batch: RunningBatch, now: float) -> bool:
     decoding = batch.decoding + weight
     step_s = curve.step_s(decoding, batch.context + (request.prompt_tokens + request.predicted_tokens / 2) * weight)
     spare_s = _MARGIN * min(math.inf if pace_s is None else pace_s, batch.strictest_s) - step_s
+    if spare_s <= 0:
+        return False
     token_s = curve.prefill_token_s(decoding, most, spare_s)
     chunk_s = max(min(spare_s, token_s * most), 1e-12)
-    first_s = (2 + token_s * request.uncached_tokens / chunk_s) * (step_s + chunk_s)
-    return spare_s > 0 and first_s + curve.h <= _MARGIN * (request.deadline_s - now)
+    own_s = token_s * request.uncached_tokens
+    steps = 2 + own_s / chunk_s
+    first_s = steps * step_s + min(steps * chunk_s, own_s)
+    return first_s + curve.h <= _MARGIN * (request.deadline_s - now)

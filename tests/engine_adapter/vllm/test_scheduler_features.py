@@ -59,6 +59,21 @@ def test_prompt_larger_than_the_slack_is_computed(make: Callable[..., SteppedSch
     assert engine.generated == {"paced": 400, "long": 5}
 
 
+def test_priority_policy_orders_paced_and_held_prompts(make: Callable[..., SteppedScheduler]) -> None:
+    """vLLM's order holds for paced requests, and for the prompts of yielding ones that the gate held for some steps."""
+    engine = make(seqs=1, blocks=1000, policy="priority")
+    engine.add("running", 10, 30, tpot_ms=31)
+    engine.step()
+    for number, kind in enumerate(["yielding", None, None, "yielding"]):
+        engine.add(f"priority {4 - number}", 10, 5, tpot_ms=31, kind=kind, priority=4 - number)
+    order = list(dict.fromkeys(name for _ in range(200) for name in engine.step()))
+    # Those of others come first, each group by priority.
+    assert order == ["running", "priority 2", "priority 3", "priority 1", "priority 4"]
+    assert engine.best_effort_preemptions == 0
+    engine.drain()
+    assert engine.generated == {"running": 30, **{f"priority {number}": 5 for number in range(1, 5)}}
+
+
 def test_scheduler_of_a_server_refuses_pipeline_parallel(make: Callable[..., SteppedScheduler]) -> None:
     with pytest.raises(SystemExit, match=r"^Antares: pipeline-parallel-size is not supported: with the step gate"):
         make(seqs=4, blocks=100, pipeline=2)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_adapter.engine import EngineState, GateReport
+from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
+from engine_adapter.step_report import GateReport
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from gateway.policies.running_batch import RunningBatch
@@ -198,9 +199,10 @@ def test_fit_equals_the_conditions_of_each_request(
         both = RunningBatch(old, state)
         both.add((request,), float(queue.pace_s[at]))
         step_s, strictest_s, token_s = both.step_s, both.strictest_s, both.prefill_token_s
-        longest_s = max(step_s, min(strictest_s, step_s + token_s * state.max_num_batched_tokens))
-        prefill_s = token_s * (batch.backlog + request.prompt_tokens)
-        first_s = 2 * longest_s + prefill_s * longest_s / max(longest_s - step_s, 1e-12)
+        chunk_s = max(min(strictest_s - step_s, token_s * state.max_num_batched_tokens), 1e-12)
+        steps = 2 + token_s * (batch.backlog + request.prompt_tokens) / chunk_s
+        left_s = token_s * (2 * batch.backlog + sum(other.prompt_tokens for other in requests))
+        first_s = steps * step_s + min(steps * chunk_s, left_s)
         memory = both.memory - both.preemptible_memory
         ratios = (
             step_s / max(strictest_s, 1e-12),
@@ -225,8 +227,9 @@ def test_fit_expects_full_steps_before_the_first_token() -> None:
     def fits(ttft: float) -> bool:
         return bool(waiting_batch([make_request(ttft=ttft, tpot=1.0)]).fit(batch, NOW, np.array([0]))[0])
 
-    # 100 tokens take 1.14 such steps and 150 take 1.71, after the step under way and with the whole last one.
-    for backlog, first_s in ((0, 0.3143), (50, 0.3714)):
+    # Decodes take 12.5 ms in each step: the one under way, the last one, and 1.14 or 1.71 others. Prefill takes 0.1 s
+    # for the prompt, and 0.05 s for the backlog, of which as much may be in the step under way.
+    for backlog, first_s in ((0, 3.143 * 0.0125 + 0.1), (50, 3.714 * 0.0125 + 0.2)):
         batch.backlog = backlog
         assert fits(first_s + 0.002)
         assert not fits(first_s - 0.002)
