@@ -46,8 +46,7 @@ class RunningBatch:
         """Add requests, each with its own pace or with ``pace_s``."""
         # Every running request is added in every decision, so the sums are local and the loop calls nothing.
         slots, best_effort_slots, protected = self.slots, self.best_effort_slots, self.protected_slots
-        curve, beside_yielding = self.engine.step_time.curve, self.beside_yielding
-        unpaced_share = SLACK.best_effort_share  # of steps, for deadline-only and best-effort requests
+        curve, beside_yielding, unpaced = self.engine.step_time.curve, self.beside_yielding, SLACK.best_effort_share
         decoding, context, strictest_s = self.decoding, self.context, self.strictest_s
         memory, preemptible_memory, backlog = self.memory, self.preemptible_memory, self.backlog
         for request in requests:
@@ -60,7 +59,7 @@ class RunningBatch:
             kind, pace = request.kind, request.pace_s if pace_s is None else pace_s
             yields = kind is _YIELDING and not beside_yielding
             if yields or (kind is not _PACED and (kind is not _YIELDING or pace is None)):
-                weight *= unpaced_share
+                weight *= unpaced
                 if kind is not _DEADLINE_ONLY:
                     best_effort_slots += sequences
                     if best_effort_slots > protected:

@@ -13,11 +13,9 @@ the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
     6 a request that does not fit never blocks the next one
     7 best-effort requests get what is left, in arrival order, and a reserved share of the slots in any case
     8 the slots and memory of best-effort requests beyond that share count as free for all others
-    9 with several tenants (`gateway.policies.tenant_shares`), lines 2 to 6 serve those within their share first, as if
-      yielding requests were not there, and then the others, whose requests yield
+    9 tenants within their share (`tenant_shares`) go through 2 to 6 first, as if yielding ones, all others, sat out
 
 INVARIANT: the running set keeps its strictest pace, and every waiting request can still meet its deadline.
-
 In the engine, `gates.slack` sizes each step, and `gates.best_effort_preemption` frees what line 8 counts on.
 """
 
@@ -38,11 +36,34 @@ from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, PrefillLookahead, reject_tpot, reject_ttft
 from gateway.policies.running_batch import RunningBatch
 from gateway.policies.slack.batch import WaitingBatch, fits_alone
-from gateway.policies.slack.fair_share import FairShare
 from gateway.policies.tenant_shares import TenantShares
 from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import tenant_number
 from gateway.requests.waiting_queue import arrays_of, tenant_weights
+
+
+@dataclass(slots=True)
+class ClassShares:
+    """The share of the latest decided requests that was admitted, by SLO class, on one engine."""
+
+    _classes: dict[str | None, tuple[float, int]] = field(default_factory=dict)
+    """Class (None: all) to (admitted share, decided requests): a moving average over `fair_share_window` of them."""
+
+    def note(self, decision: Decision) -> None:
+        """Count the decided requests, but no best-effort or infeasible ones. A waived one counts as rejected."""
+        decided = [(request, 1.0) for request in decision.admit if request.kind is not ServiceKind.BEST_EFFORT]
+        decided += [(rejection.request, 0.0) for rejection in decision.reject if not rejection.infeasible]
+        for request, admitted in decided:
+            for name in (request.slo_class, None):
+                share, count = self._classes.get(name, (1.0, 0))
+                count = min(count + 1, SLACK.fair_share_window)
+                self._classes[name] = (share + (admitted - share) / count, count)
+
+    def behind(self, requests: Sequence[Request], min_share: float) -> NDArray[np.bool_]:
+        """Return which requests are of a class whose share is below ``min_share`` times the share of all."""
+        least = min_share * self._classes.get(None, (1.0, 0))[0]
+        behind = {name for name, (share, _) in self._classes.items() if share < least}
+        return np.array([r.slo_class in behind for r in requests] if behind else [False] * len(requests), np.bool_)
 
 
 @dataclass(slots=True)
@@ -59,8 +80,7 @@ class _Round:
         pace_s, tpot_s = request.pace_s, request.slo.tpot_s
         if request.slo.e2e_s is not None and request.kind is ServiceKind.PACED:
             pace_s = min(SLACK.e2e_pace_factor * needed_s, math.inf if tpot_s is None else tpot_s)
-            if pace_s != request.pace_s:
-                self.decision.paces[request.id] = pace_s
+            self.decision.paces[request.id] = pace_s
         self.batch.add((request,), pace_s)
         self.lookahead.add(request)
         self.decision.admit.append(request)
@@ -87,11 +107,8 @@ class Slack:
     prefill_lookahead_steps: float = 2.0
     name: str = "slack"
     gate: str = "slack"
-    _fair_share: FairShare = field(init=False, repr=False, compare=False)
+    _classes: ClassShares = field(init=False, repr=False, compare=False, default_factory=ClassShares)
     _tenants: TenantShares = field(init=False, repr=False, compare=False, default_factory=TenantShares)
-
-    def __post_init__(self) -> None:
-        self._fair_share = FairShare(self.min_admission_share)
 
     def order(self, request: Request) -> tuple[float, ...]:
         """Earliest deadline first; best-effort requests last, in arrival order."""
@@ -109,7 +126,7 @@ class Slack:
         this = _Round(now, batch, batch.lookahead(self.prefill_lookahead_steps), decision)
         if len(waiting) > 1 or not self._admit_alone(this, waiting[0], running):
             self._serve_all(this, waiting, running)
-        self._fair_share.note(decision)
+        self._classes.note(decision)
         self._tenants.note(now, decision.admit, batch.prefill_token_s)
         decision.hold_s = min(batch.step_s, MAX_DECISION_INTERVAL_S)
         decision.max_hold_s = min(SLACK.max_hold_s, self.prefill_lookahead_steps * batch.strictest_s)
@@ -133,30 +150,23 @@ class Slack:
         best_effort, reserved = waiting[count:], reserved_slots(batch.engine.max_num_seqs)
         queue = self._reject_infeasible(this, WaitingBatch.of(waiting[:count], arrays_of(waiting, count), now))
         above, others_share = self._tenants.above(now, tenant_weights(waiting), running, batch)
+        self._admit_best_effort(this, [r for r in best_effort if now - r.arrival_s > self.max_wait_s], reserved, True)
         if above and queue.requests:
             over = np.isin(queue.arrays.tenant, [tenant_number(name) for name in above])
-            waits = self._serve(this, queue.only(~over))
-            this, queue = self._beside_yielding(this, running, others_share / batch.prefill_share), queue.only(over)
-        overdue = [r for r in best_effort if now - r.arrival_s > self.max_wait_s]
-        waits |= self._serve(this, queue, overdue, reserved)
+            waits = self._admit(this, self._reject_late(this, queue.only(~over)))
+            # The others get what is left: the prompts of those within their share take ``others_share`` of the time.
+            beside = RunningBatch(running, batch.engine, True, others_share / batch.prefill_share)
+            for request in this.decision.admit:
+                beside.add((request,), this.decision.paces.get(request.id))
+            this = _Round(now, beside, beside.lookahead(self.prefill_lookahead_steps), this.decision)
+            queue = queue.only(over)
+        waits |= self._admit(this, self._reject_late(this, queue))
         self._admit_best_effort(this, best_effort, reserved if waits else batch.engine.max_num_seqs)
-
-    def _beside_yielding(self, this: _Round, running: Collection[Request], kept_free: float) -> _Round:
-        """Line 9: go on with the tenants above their share. The others' prompts take ``kept_free`` of the time."""
-        batch = RunningBatch(running, this.batch.engine, beside_yielding=True, kept_free=kept_free)
-        for request in this.decision.admit:
-            batch.add((request,), this.decision.paces.get(request.id))
-        return _Round(this.now, batch, batch.lookahead(self.prefill_lookahead_steps), this.decision)
-
-    def _serve(self, this: _Round, queue: WaitingBatch, overdue: Sequence[Request] = (), reserved: int = 0) -> bool:
-        """Lines 2 to 6, and the ``overdue`` best-effort requests. Return whether any of ``queue`` is left waiting."""
-        queue = self._reject_late(this, queue)
-        self._admit_best_effort(this, overdue, reserved, overdue=True)
-        return self._admit(this, queue)
 
     def _reject_infeasible(self, this: _Round, queue: WaitingBatch) -> WaitingBatch:
         """Line 1."""
-        alone_s = queue.alone_s(this.batch.engine)
+        of, curve = queue.arrays, this.batch.engine.step_time.curve
+        alone_s = curve.steps_s(of.sequences, (of.prompt + of.output / 2) * of.sequences)
         infeasible = alone_s > queue.pace_s
         for at in np.flatnonzero(infeasible).tolist():
             request, attainable_s = queue.requests[at], float(alone_s[at])
@@ -211,18 +221,16 @@ class Slack:
     def _order(self, this: _Round, queue: WaitingBatch) -> NDArray[np.intp]:
         """Line 3, of the requests whose prompts the lookahead has tokens for.
 
-        NOTE: the first request with a claim (it is overdue, or its class is behind) leads and may exceed the lookahead.
-        Otherwise shorter prompts could always overtake it.
+        NOTE: the first one with a claim may exceed it. Otherwise shorter prompts could always overtake that one.
         """
         due_s = np.minimum(queue.arrays.deadline, queue.arrays.arrival + self.max_wait_s)
-        claims = (due_s < this.now) | self._fair_share.behind(queue.requests)
+        claims = (due_s < this.now) | self._classes.behind(queue.requests, self.min_admission_share)
         key = due_s + self.cost_weight * queue.cost_s(this.batch)
         enters = queue.arrays.uncached <= this.lookahead.left
         if this.lookahead.left >= 0 and claims.any():
             enters[np.argmin(np.where(claims, key, math.inf))] = True
         order = np.flatnonzero(enters)
-        ranks: NDArray[np.intp] = np.lexsort((key[order], ~claims[order]))
-        return order[ranks]
+        return np.asarray(order[np.lexsort((key[order], ~claims[order]))], dtype=np.intp)
 
     def _admit_best_effort(self, this: _Round, requests: Sequence[Request], slots: int, overdue: bool = False) -> None:
         """Line 7: in arrival order, up to ``slots`` best-effort slots. An overdue prompt may exceed the lookahead."""

@@ -59,7 +59,7 @@ def both(
         policy._tenants.note(NOW - 1, [make_request(tenant=tenant) for tenant in active], 1e-3)
         with mock.patch.object(slack_policy, "fits_alone", test):
             decision = decide(policy, NOW, [request], old, state)
-        found.append((decision, policy._fair_share, policy._tenants))
+        found.append((decision, policy._classes, policy._tenants))
     return found[0], found[1], took == [True]
 
 

@@ -236,7 +236,7 @@ def test_fit_expects_full_steps_before_the_first_token() -> None:
 
 
 @given(st.lists(PROMISED, min_size=1, max_size=6), st.lists(RUNNING, max_size=4))
-def test_cost_and_alone_time_equal_those_of_each_request(requests: list[Request], old: list[Request]) -> None:
+def test_cost_equals_that_of_each_request(requests: list[Request], old: list[Request]) -> None:
     batch = RunningBatch(old, engine())
     queue, curve, token_s = waiting_batch(requests), batch.engine.step_time.curve, batch.prefill_token_s
     for at, request in enumerate(requests):
@@ -244,8 +244,6 @@ def test_cost_and_alone_time_equal_those_of_each_request(requests: list[Request]
         decode_s = token_s + max(-curve.e, 0.0) + curve.a * mean_length
         output = request.sequences * request.predicted_tokens
         assert queue.cost_s(batch)[at] == pytest.approx(token_s * request.prompt_tokens + decode_s * output)
-        alone_s = curve.step_s(request.sequences, mean_length * request.sequences)
-        assert queue.alone_s(batch.engine)[at] == pytest.approx(alone_s)
 
 
 def test_cost_grows_with_prompt_output_and_sequences() -> None:
