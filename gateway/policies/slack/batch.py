@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.running_batch import RunningBatch
@@ -38,11 +37,6 @@ class WaitingBatch:
         """Return the requests where ``which`` holds."""
         at = np.flatnonzero(which)
         return WaitingBatch([self.requests[i] for i in at.tolist()], self.arrays.take(at), self.pace_s[at])
-
-    def alone_s(self, engine: EngineState) -> Floats:
-        """Return the seconds per token of each request in an idle engine."""
-        of = self.arrays
-        return engine.step_time.curve.steps_s(of.sequences, (of.prompt + of.output / 2) * of.sequences)
 
     def cost_s(self, batch: RunningBatch) -> Floats:
         """Return w_i of each request: its seconds of engine time (line 3 of `policy`)."""
@@ -95,11 +89,9 @@ def fits_alone(request: Request, batch: RunningBatch, now: float) -> bool:
     decoding = batch.decoding + weight
     step_s = curve.step_s(decoding, batch.context + (request.prompt_tokens + request.predicted_tokens / 2) * weight)
     spare_s = _MARGIN * min(math.inf if pace_s is None else pace_s, batch.strictest_s) - step_s
-    if spare_s <= 0:
-        return False
     token_s = curve.prefill_token_s(decoding, most, spare_s)
     chunk_s = max(min(spare_s, token_s * most), 1e-12)
     own_s = token_s * request.uncached_tokens
     steps = 2 + own_s / chunk_s
     first_s = steps * step_s + min(steps * chunk_s, own_s)
-    return first_s + curve.h <= _MARGIN * (request.deadline_s - now)
+    return spare_s > 0 and first_s + curve.h <= _MARGIN * (request.deadline_s - now)
