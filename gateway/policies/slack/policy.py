@@ -5,7 +5,7 @@ the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
 
     1 reject r if its pace is faster than a step with r alone                                      (infeasible)
     2 in deadline order, reject r if now + T(R)/2 + step + mu * (own + queue_discount * ahead) / share > deadline (late)
-    3 order the rest by deadline + cost_weight * (engine seconds of r); overdue ones and rarely admitted classes go first
+    3 order the rest by deadline + cost_weight * (engine seconds of r); overdue ones and rarely admitted classes lead
     4 admit r if slots and KV memory suffice and R + r keeps its strictest pace, T(R + r) <= P*(R + r),
     5   its own prefill ends before its deadline, and the prefill lookahead has tokens left for it
     6 a request that does not fit never blocks the next one
