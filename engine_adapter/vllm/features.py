@@ -190,7 +190,7 @@ FEATURES = (
         "sessions (resumable streaming input)",
         "`/v1/realtime`",
         None,
-        _untested("a session has a pace in its first turn only"),
+        _works(f"{_STEPPED}::test_second_turn_of_a_session_keeps_its_pace"),
         in_process=_refused("the gateway has no route `/v1/realtime`, and answers 404"),
     ),
     Feature(

@@ -74,6 +74,36 @@ def test_priority_policy_orders_paced_and_held_prompts(make: Callable[..., Stepp
     assert engine.generated == {"running": 30, **{f"priority {number}": 5 for number in range(1, 5)}}
 
 
+def test_second_turn_of_a_session_keeps_its_pace(make: Callable[..., SteppedScheduler]) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    def turn(tokens: int) -> Request:
+        xargs = {"antares_tpot_ms": 31, "antares_gate": "slack"}
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, extra_args=xargs)
+        params.update_from_generation_config({}, 2)
+        return Request("session", [1] * 10, params, None, resumable=True)
+
+    engine = make(seqs=4, blocks=1000, budget=4096)
+    engine.scheduler.add_request(turn(20))
+    for _ in range(40):
+        engine.step()
+    assert engine.generated["session"] == 20
+    engine.clock.now += 5  # the user thinks
+    engine.scheduler.add_request(turn(100))
+    for _ in range(5):
+        engine.step()
+    engine.add("long", 1000, 5, tpot_ms=31)
+    prompt = [tokens for _ in range(60) if (tokens := engine.step().get("long", 0)) > 1]
+    assert sum(prompt) == 1000
+    assert len(prompt) > 5, "the prompt gets the slack of the session only"
+    for _ in range(100):
+        engine.step()
+    assert engine.generated == {"session": 120, "long": 5}
+    engine.abort("session")
+    engine.drain()
+
+
 def test_scheduler_of_a_server_refuses_pipeline_parallel(make: Callable[..., SteppedScheduler]) -> None:
     with pytest.raises(SystemExit, match=r"^Antares: pipeline-parallel-size is not supported: with the step gate"):
         make(seqs=4, blocks=100, pipeline=2)
