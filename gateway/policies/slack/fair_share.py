@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import Decision
@@ -34,8 +37,9 @@ class FairShare:
                 count = min(count + 1, SLACK.fair_share_window)
                 self._classes[name] = (share + (admitted - share) / count, count)
 
-    def behind(self, requests: Sequence[Request]) -> list[bool]:
-        """Return which requests belong to a class that is behind; an empty list when no class is."""
+    def behind(self, requests: Sequence[Request]) -> NDArray[np.bool_]:
+        """Return which requests belong to a class that is behind."""
         least = self.min_admission_share * self._classes.get(None, (1.0, 0))[0]
         behind = {name for name, (share, _) in self._classes.items() if share < least}
-        return [request.slo_class in behind for request in requests] if behind else []
+        rarely = [request.slo_class in behind for request in requests] if behind else [False] * len(requests)
+        return np.array(rarely, dtype=np.bool_)

@@ -27,18 +27,17 @@ import math
 from bisect import bisect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine_adapter.engine import EngineState
+from engine_adapter.gates.best_effort_preemption import reserved_slots
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
-from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, reject_tpot, reject_ttft
+from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, PrefillLookahead, reject_tpot, reject_ttft
 from gateway.policies.running_batch import RunningBatch
-from gateway.policies.slack.alone import fits_alone
-from gateway.policies.slack.batch import WaitingBatch
+from gateway.policies.slack.batch import WaitingBatch, fits_alone
 from gateway.policies.slack.fair_share import FairShare
 from gateway.policies.tenant_shares import TenantShares
 from gateway.requests.request import Request
@@ -52,19 +51,19 @@ class _Round:
 
     now: float
     batch: RunningBatch
-    lookahead_tokens: float
+    lookahead: PrefillLookahead
     decision: Decision
 
-    @property
-    def lookahead_left(self) -> float:
-        """Remaining tokens of the prefill lookahead; infinite without a backlog, so one prompt may always enter."""
-        return self.lookahead_tokens - self.batch.backlog if self.batch.backlog else math.inf
-
-    def admit(self, request: Request, pace_s: float) -> None:
+    def admit(self, request: Request, needed_s: float = math.inf) -> None:
+        """Admit ``request``. ``needed_s``: the pace that an end-to-end bound needs now; it is relaxed."""
+        pace_s, tpot_s = request.pace_s, request.slo.tpot_s
+        if request.slo.e2e_s is not None and request.kind is ServiceKind.PACED:
+            pace_s = min(SLACK.e2e_pace_factor * needed_s, math.inf if tpot_s is None else tpot_s)
+            if pace_s != request.pace_s:
+                self.decision.paces[request.id] = pace_s
         self.batch.add((request,), pace_s)
+        self.lookahead.add(request)
         self.decision.admit.append(request)
-        if request.kind is ServiceKind.PACED and pace_s != request.pace_s:
-            self.decision.paces[request.id] = pace_s
         if self.batch.beside_yielding and request.kind is not ServiceKind.BEST_EFFORT:
             self.decision.yielding.add(request.id)
 
@@ -74,34 +73,24 @@ class Slack:
     """The options; each is a number of at least 0.
 
     Attributes:
-        tpot_target_fraction: fraction of a pace to plan with; below 1 keeps a margin for step jitter.
         cost_weight: deadline penalty (s) per second of engine time; 0 orders by deadline alone.
         min_admission_share: classes below this share of the overall admission rate go first; 0: none.
-        memory_risk: probability with which the running set may outgrow the KV memory.
         max_wait_s: wait (s) after which a request is overdue and goes first; a best-effort one for reserved slots only.
         queue_discount: fraction of the work queued ahead that counts in line 2, since some of it will be rejected.
         prefill_lookahead_steps: steps' worth of prefill that may wait inside the engine.
     """
 
-    tpot_target_fraction: float = 1.0
     cost_weight: float = 150.0
     min_admission_share: float = 0.5
-    memory_risk: float = 0.01
     max_wait_s: float = 60.0
     queue_discount: float = 0.5
     prefill_lookahead_steps: float = 2.0
     name: str = "slack"
     gate: str = "slack"
-    _memory_z: float = field(init=False, repr=False, compare=False)
     _fair_share: FairShare = field(init=False, repr=False, compare=False)
     _tenants: TenantShares = field(init=False, repr=False, compare=False, default_factory=TenantShares)
 
     def __post_init__(self) -> None:
-        if not 0 < self.tpot_target_fraction <= 1:
-            raise ValueError(f"tpot_target_fraction must be above 0 and at most 1, not {self.tpot_target_fraction!r}")
-        if not 0 < self.memory_risk < 1:
-            raise ValueError(f"memory_risk must be between 0 and 1, but it is {self.memory_risk!r}")
-        self._memory_z = NormalDist().inv_cdf(1 - self.memory_risk)
         self._fair_share = FairShare(self.min_admission_share)
 
     def order(self, request: Request) -> tuple[float, ...]:
@@ -116,8 +105,8 @@ class Slack:
         """Apply the lines of the module's docstring, in their order."""
         if not waiting:
             return Decision()
-        batch, decision = RunningBatch.of(running, engine, self._memory_z), Decision()
-        this = _Round(now, batch, self.prefill_lookahead_steps * batch.chunk_tokens, decision)
+        batch, decision = RunningBatch(running, engine), Decision()
+        this = _Round(now, batch, batch.lookahead(self.prefill_lookahead_steps), decision)
         if len(waiting) > 1 or not self._admit_alone(this, waiting[0], running):
             self._serve_all(this, waiting, running)
         self._fair_share.note(decision)
@@ -126,48 +115,43 @@ class Slack:
         decision.max_hold_s = min(SLACK.max_hold_s, self.prefill_lookahead_steps * batch.strictest_s)
         return decision
 
-    def _serve_all(self, this: _Round, waiting: Sequence[Request], running: Collection[Request]) -> None:
-        """Lines 1 to 9."""
-        now, batch = this.now, this.batch
-        count = bisect(waiting, False, key=lambda request: request.kind is ServiceKind.BEST_EFFORT)
-        arrays, best_effort = arrays_of(waiting, count), waiting[count:]
-        queue = WaitingBatch.of(waiting[:count], arrays, batch, now, self.tpot_target_fraction)
-        queue = self._reject_infeasible(this, queue)
-        overdue = [r for r in best_effort if now - r.arrival_s > self.max_wait_s]
-        waits, weights = False, tenant_weights(waiting)
-        if queue.requests and self._tenants.several(now, weights):
-            above, others_share = self._tenants.above(now, weights, running, batch)
-            over = np.isin(queue.arrays.tenant, [tenant_number(name) for name in above])
-            waits = self._serve(this, queue.only(~over), ())
-            this, queue = self._beside_yielding(this, running, others_share / batch.prefill_share), queue.only(over)
-        waits |= self._serve(this, queue, overdue)
-        self._admit_best_effort(this, best_effort, batch.reserved_slots if waits else batch.engine.max_num_seqs)
-
     def _admit_alone(self, this: _Round, request: Request, running: Collection[Request]) -> bool:
         """Admit the only waiting request if it surely fits and does not yield."""
-        bound_s = request.pace_s if request.kind is ServiceKind.PACED else None
-        pace_s = math.inf if bound_s is None else self.tpot_target_fraction * bound_s
-        if not fits_alone(request, pace_s, this.batch, this.now):
+        if not fits_alone(request, this.batch, this.now):
             return False
-        weights = {request.tenant: request.weight}
-        if request.kind is not ServiceKind.BEST_EFFORT and self._tenants.several(this.now, weights):
-            above, _ = self._tenants.above(this.now, weights, running, this.batch)
+        if request.kind is not ServiceKind.BEST_EFFORT:
+            above, _ = self._tenants.above(this.now, {request.tenant: request.weight}, running, this.batch)
             if request.tenant in above:
                 return False
-        this.admit(request, pace_s)
+        this.admit(request)
         return True
+
+    def _serve_all(self, this: _Round, waiting: Sequence[Request], running: Collection[Request]) -> None:
+        """Lines 1 to 9."""
+        now, batch, waits = this.now, this.batch, False
+        count = bisect(waiting, False, key=lambda request: request.kind is ServiceKind.BEST_EFFORT)
+        best_effort, reserved = waiting[count:], reserved_slots(batch.engine.max_num_seqs)
+        queue = self._reject_infeasible(this, WaitingBatch.of(waiting[:count], arrays_of(waiting, count), now))
+        above, others_share = self._tenants.above(now, tenant_weights(waiting), running, batch)
+        if above and queue.requests:
+            over = np.isin(queue.arrays.tenant, [tenant_number(name) for name in above])
+            waits = self._serve(this, queue.only(~over))
+            this, queue = self._beside_yielding(this, running, others_share / batch.prefill_share), queue.only(over)
+        overdue = [r for r in best_effort if now - r.arrival_s > self.max_wait_s]
+        waits |= self._serve(this, queue, overdue, reserved)
+        self._admit_best_effort(this, best_effort, reserved if waits else batch.engine.max_num_seqs)
 
     def _beside_yielding(self, this: _Round, running: Collection[Request], kept_free: float) -> _Round:
         """Line 9: go on with the tenants above their share. The others' prompts take ``kept_free`` of the time."""
-        batch = RunningBatch.of(running, this.batch.engine, self._memory_z, beside_yielding=True, kept_free=kept_free)
+        batch = RunningBatch(running, this.batch.engine, beside_yielding=True, kept_free=kept_free)
         for request in this.decision.admit:
-            batch.add((request,), this.decision.paces.get(request.id, request.pace_s))
-        return _Round(this.now, batch, self.prefill_lookahead_steps * batch.chunk_tokens, this.decision)
+            batch.add((request,), this.decision.paces.get(request.id))
+        return _Round(this.now, batch, batch.lookahead(self.prefill_lookahead_steps), this.decision)
 
-    def _serve(self, this: _Round, queue: WaitingBatch, overdue: Sequence[Request]) -> bool:
+    def _serve(self, this: _Round, queue: WaitingBatch, overdue: Sequence[Request] = (), reserved: int = 0) -> bool:
         """Lines 2 to 6, and the ``overdue`` best-effort requests. Return whether any of ``queue`` is left waiting."""
         queue = self._reject_late(this, queue)
-        self._admit_best_effort(this, overdue, this.batch.reserved_slots, overdue=True)
+        self._admit_best_effort(this, overdue, reserved, overdue=True)
         return self._admit(this, queue)
 
     def _reject_infeasible(self, this: _Round, queue: WaitingBatch) -> WaitingBatch:
@@ -175,7 +159,7 @@ class Slack:
         alone_s = queue.alone_s(this.batch.engine)
         infeasible = alone_s > queue.pace_s
         for at in np.flatnonzero(infeasible).tolist():
-            request, attainable_s = queue.requests[at], float(alone_s[at]) / self.tpot_target_fraction
+            request, attainable_s = queue.requests[at], float(alone_s[at])
             # An end-to-end bound E may have been feasible at arrival, with the pace E / y.
             never = attainable_s > (request.slo.e2e_s or 0.0) / max(request.predicted_tokens, 1.0)
             this.decision.reject.append(reject_tpot(request, attainable_s, 0.0, infeasible=never))
@@ -183,29 +167,26 @@ class Slack:
 
     def _reject_late(self, this: _Round, queue: WaitingBatch) -> WaitingBatch:
         """Line 2."""
-        batch, curve = this.batch, this.batch.engine.step_time.curve
-        stretch = 1 / batch.prefill_share
-        ahead_stretch = self.queue_discount * stretch
+        batch, curve, discount = this.batch, this.batch.engine.step_time.curve, self.queue_discount
+        token_s, idle_s = batch.prefill_token_s / batch.prefill_share, curve.step_s(1, 0) + curve.h
         # The step under way must end, and the one that brings the first token takes what any step takes.
         step_s = max(batch.step_s, curve.step_s(1, 0))
         fixed_s = this.now + batch.step_s / 2 + step_s + curve.h
-        ahead_s, own_s = batch.prefill_token_s * batch.backlog, batch.prefill_token_s * queue.arrays.uncached
-        first_s = fixed_s + ahead_stretch * (ahead_s + np.cumsum(own_s) - own_s) + stretch * own_s
-        late = first_s > queue.arrays.deadline
+        ahead_s, own_s = token_s * batch.backlog, token_s * queue.arrays.uncached
+        late = fixed_s + discount * (ahead_s + np.cumsum(own_s) - own_s) + own_s > queue.arrays.deadline
         if not late.any():
             return queue
-        idle_s = curve.step_s(1, 0) + curve.h
         idle_token_s = curve.prefill_token_s(0.0, batch.engine.max_num_batched_tokens, math.inf)
         # A rejected request is not ahead of the next one, so they are checked in turn.
         for at, (request, prefill_s) in enumerate(zip(queue.requests, own_s.tolist(), strict=True)):
-            late_s = fixed_s + ahead_stretch * ahead_s + stretch * prefill_s - request.deadline_s
+            late_s = fixed_s + discount * ahead_s + prefill_s - request.deadline_s
             late[at] = late_s > 0
             if late_s <= 0:
                 ahead_s += prefill_s
                 continue
             predicted_s = request.ttft_slo_s + late_s
             # A second try is promised without discount, and with a step in reserve.
-            attainable_s = predicted_s + (stretch - ahead_stretch) * ahead_s + step_s
+            attainable_s = predicted_s + (1 - discount) * ahead_s + step_s
             infeasible = idle_s + idle_token_s * request.uncached_tokens > request.ttft_slo_s
             this.decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_s, infeasible))
         return queue.only(~late)
@@ -222,11 +203,8 @@ class Slack:
             if batch.slots and not queue.fit(batch, this.now, first)[0]:
                 order = order[queue.fit(batch, this.now, order)]
                 continue
-            at = int(first[0])
-            tpot_s = queue.requests[at].slo.tpot_s
-            most_s = math.inf if tpot_s is None else self.tpot_target_fraction * tpot_s
-            this.admit(queue.requests[at], min(SLACK.e2e_pace_factor * float(queue.pace_s[at]), most_s))
-            order = order[queue.arrays.uncached[order] <= this.lookahead_left]
+            this.admit(queue.requests[int(first[0])], float(queue.pace_s[first[0]]))
+            order = order[queue.arrays.uncached[order] <= this.lookahead.left]
             left -= 1
         return left > 0
 
@@ -237,12 +215,10 @@ class Slack:
         Otherwise shorter prompts could always overtake it.
         """
         due_s = np.minimum(queue.arrays.deadline, queue.arrays.arrival + self.max_wait_s)
-        claims, behind = due_s < this.now, self._fair_share.behind(queue.requests)
-        if behind:
-            claims |= np.array(behind)
+        claims = (due_s < this.now) | self._fair_share.behind(queue.requests)
         key = due_s + self.cost_weight * queue.cost_s(this.batch)
-        enters = queue.arrays.uncached <= this.lookahead_left
-        if this.lookahead_left >= 0 and claims.any():
+        enters = queue.arrays.uncached <= this.lookahead.left
+        if this.lookahead.left >= 0 and claims.any():
             enters[np.argmin(np.where(claims, key, math.inf))] = True
         order = np.flatnonzero(enters)
         ranks: NDArray[np.intp] = np.lexsort((key[order], ~claims[order]))
@@ -253,9 +229,9 @@ class Slack:
         batch, blocks, most = this.batch, this.batch.best_effort_slots > 0, this.batch.engine.max_num_seqs
         for request in [r for r in requests[:most] if r not in this.decision.admit]:
             full = batch.best_effort_slots and batch.best_effort_slots + request.sequences > slots
-            if full or batch.slots >= most or this.lookahead_left < (0 if overdue else request.uncached_tokens):
+            if full or batch.slots >= most or this.lookahead.left < (0 if overdue else request.uncached_tokens):
                 break
             if not batch.slots or batch.has_capacity_for(request):
-                this.admit(request, math.inf)
+                this.admit(request)
             elif blocks:
                 break  # It may fit once the running best-effort requests have ended.

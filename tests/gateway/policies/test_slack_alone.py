@@ -16,7 +16,7 @@ from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.base import Decision
 from gateway.policies.slack import policy as slack_policy
-from gateway.policies.slack.alone import fits_alone
+from gateway.policies.slack.batch import fits_alone
 from gateway.policies.slack.policy import Slack
 from gateway.requests.request import Request
 from tests.fixtures.policy_builders import (
@@ -44,7 +44,7 @@ ENGINES = st.builds(
 
 
 def both(
-    request: Request, old: list[Request], state: EngineState, fraction: float, active: list[str]
+    request: Request, old: list[Request], state: EngineState, active: list[str]
 ) -> tuple[tuple[Decision, object, object], tuple[Decision, object, object], bool]:
     """Return what `Slack` decides and remembers with and without the fast path, and whether that decided."""
     found, took = [], []
@@ -54,7 +54,7 @@ def both(
         return took[-1]
 
     for test in (recorded, lambda *args: False):
-        policy = Slack(tpot_target_fraction=fraction)
+        policy = Slack()
         policy._tenants.note(NOW - 1, [make_request(tenant=tenant) for tenant in active], 1e-3)
         with mock.patch.object(slack_policy, "fits_alone", test):
             decision = decide(policy, NOW, [request], old, state)
@@ -66,19 +66,18 @@ def both(
     request=WAITING,
     old=st.lists(RUNNING, max_size=12),
     state=ENGINES,
-    fraction=st.sampled_from([0.7, 1.0]),
     active=st.lists(st.sampled_from("ab"), max_size=4),
     seed=st.integers(0, 9),
 )
 def test_one_waiting_request_gets_the_decision_of_the_arrays(
-    request: Request, old: list[Request], state: EngineState, fraction: float, active: list[str], seed: int
+    request: Request, old: list[Request], state: EngineState, active: list[str], seed: int
 ) -> None:
     rng = random.Random(seed)
     for number, each in enumerate([request, *old]):
         each.tenant, each.id = rng.choice("ab"), str(number)
         if number and each.kind is ServiceKind.PACED and rng.random() < 0.3:
             each.kind = ServiceKind.YIELDING
-    fast, arrays, _ = both(request, old, state, fraction, active)
+    fast, arrays, _ = both(request, old, state, active)
     assert fast == arrays
 
 
@@ -89,7 +88,7 @@ def test_light_load_takes_the_fast_path(seed: int, tenants: int) -> None:
     state = engine(step_time=StepTimeModel(times=profile.step_times(), learn=False), kv_tokens=profile.kv_tokens)
     old = [running(str(i), tpot=0.05, tenant=f"t{i % tenants}", prompt=rng.randint(1, 400)) for i in range(6)]
     request = make_request(ttft=2.0, tpot=rng.choice([None, 0.03, 0.05]), prompt=rng.randint(1, 400), tenant="new")
-    fast, arrays, took = both(request, old, state, 1.0, ["t0"])
+    fast, arrays, took = both(request, old, state, ["t0"])
     assert took
     assert fast == arrays
     assert admitted(fast[0]) == ["r"]
@@ -100,11 +99,11 @@ def test_what_needs_more_is_left_to_the_arrays(name: str) -> None:
     old = [running(f"old{i}", tpot=0.05, tenant="a") for i in range(3)]
     if name == "tenant above its share":
         request = make_request(ttft=5.0, tpot=0.05, tenant="a")
-        assert both(request, old, engine(), 1.0, ["b"])[0][0].yielding == {"r"}
+        assert both(request, old, engine(), ["b"])[0][0].yielding == {"r"}
         return
     request = make_request(ttft=0.11 if name == "late" else 5.0, tpot=0.05, e2e=9.0 if name.startswith("end") else None)
     if name == "backlog":
         old[0].first_token_s = None
-    fast, arrays, took = both(request, old, engine(max_num_seqs=3 if name == "no slot" else 8), 1.0, [])
+    fast, arrays, took = both(request, old, engine(max_num_seqs=3 if name == "no slot" else 8), [])
     assert not took
     assert fast == arrays
