@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine_adapter.model_card import ModelCard
+from engine_adapter.step_report import Acceptance, GateReport, StepReport
 from engine_adapter.step_time.model import StepTimeModel
 
 Scope = MutableMapping[str, Any]
@@ -119,46 +120,6 @@ class PrefixCacheCleared:
 PrefixCacheEvent = BlocksStored | BlocksRemoved | PrefixCacheCleared
 
 
-@dataclass(slots=True, frozen=True)
-class StepReport:
-    """One forward pass of the engine: a sample for the step-time model.
-
-    Attributes:
-        decode_requests: sequences that decoded one token each.
-        prefill_tokens: prompt tokens computed in the same step.
-        mean_context: mean context of the decoding sequences, in tokens; 0 if unknown.
-        elapsed_s: duration of the step.
-    """
-
-    decode_requests: int
-    prefill_tokens: int
-    mean_context: float
-    elapsed_s: float
-
-
-@dataclass(slots=True)
-class GateReport:
-    """Counters of the step gate inside the engine, cumulative since the engine started.
-
-    Attributes:
-        steps: steps planned.
-        gated_steps: steps in which at least one request sat out.
-        gate_seconds: time spent in the gate.
-        eligible: decode opportunities per pace. Keys are from `gates.pace_labels`.
-        batched: the opportunities among ``eligible`` in which the request decoded.
-        best_effort_preemptions: best-effort requests preempted for paced and deadline-only ones.
-        preemptible: whether this engine supports best-effort preemption.
-    """
-
-    steps: int = 0
-    gated_steps: int = 0
-    gate_seconds: float = 0.0
-    eligible: dict[str, int] = field(default_factory=dict)
-    batched: dict[str, int] = field(default_factory=dict)
-    best_effort_preemptions: int = 0
-    preemptible: bool = False
-
-
 @dataclass(slots=True)
 class EngineState:
     """A live view of one engine, read by policies and metrics. Sizes are in tokens, times in seconds.
@@ -179,6 +140,8 @@ class EngineState:
         last_step_at: when the engine last reported a step (monotonic s); None if it reports none.
         shared_tokens: prompt tokens that several running requests share in KV memory, beyond the first copy.
         plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
+        step_time: seconds of a step in which each decoding sequence gets one token (`observe_step`).
+        acceptance: accepted drafts, with speculative decoding.
     """
 
     alive: bool = False
@@ -204,6 +167,19 @@ class EngineState:
     engine_waiting: int = 0
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     gate: GateReport = field(default_factory=GateReport)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    def observe_step(self, step: StepReport) -> None:
+        """Learn from a step that the engine reports.
+
+        With speculative decoding, policies see each step as the part of it in which every sequence gets one token.
+        Their paces are per token, so they need not know of drafts. A step without drafts is such a part.
+        """
+        self.acceptance.observe(step)
+        tokens = 1 + self.acceptance.accepted if step.drafting_requests else 1.0
+        self.step_time.observe(
+            step.decode_requests, step.prefill_tokens / tokens, step.mean_context, step.elapsed_s / tokens
+        )
 
     def set_models(self, cards: Iterable[ModelCard]) -> None:
         """Set the models that the engine serves. The first is its default."""

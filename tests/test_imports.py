@@ -48,6 +48,7 @@ LAYERS = {
         "asgi",
         "gates",
         "engine",
+        "step_report",
         "model_card",
         "step_time",
         "service_kind",

@@ -42,6 +42,7 @@ from engine_adapter.engine import EngineState
 from engine_adapter.gates.composite import Gates
 from engine_adapter.service_kind import ServiceKind
 from engine_adapter.simulated.engine import SimulatedEngine
+from engine_adapter.step_report import StepReport
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.step_time.profile import Profile, load_profile
 from gateway.policies.registry import POLICIES, make_policy
@@ -71,6 +72,7 @@ class Sequence:
     pace_s: float | None
     gate: str
     length: int
+    drafts: int = 0
 
 
 def _requests(workload: list[WorkloadRequest], first: int, count: int) -> list[Request]:
@@ -201,7 +203,7 @@ def gate_steps(
             started = time.thread_time()
             gates.plan(now, decoding, backlog)
             planned = time.thread_time()
-            gates.observe(running, prefill_tokens, context, step_s * (1 + 0.05 * (step % 7 - 3) / 3))
+            gates.observe(StepReport(running, prefill_tokens, context, step_s * (1 + 0.05 * (step % 7 - 3) / 3)))
             plan_s.append(planned - started)
             observe_s.append(time.thread_time() - planned)
     for case, times_s in (("plan", plan_s), ("observe", observe_s)):

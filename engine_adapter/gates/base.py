@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine_adapter.service_kind import ServiceKind
+from engine_adapter.step_report import StepReport
 
 
 class GatedRequest(Protocol):
@@ -38,14 +39,25 @@ class Decoding(GatedRequest, Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens of context: prompt and output, scheduled tokens included."""
+        """Tokens of context: prompt and output. Of the scheduled ones, those that no rejected draft takes away."""
+
+    @property
+    def drafts(self) -> int:
+        """Draft tokens that the next step would verify (speculative decoding)."""
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """The plan for one step: ids that do not decode, and the most prefill tokens (None: the engine's own budget)."""
+    """The plan for one step.
+
+    Attributes:
+        sit_out: ids of requests that do not decode.
+        drop_drafts: ids of requests that decode without their drafts.
+        max_prefill_tokens: the most prefill tokens; None: the engine's own budget.
+    """
 
     sit_out: set[str] = field(default_factory=set)
+    drop_drafts: set[str] = field(default_factory=set)
     max_prefill_tokens: int | None = None
 
 
@@ -63,8 +75,8 @@ class StepGate(Protocol):
     def forget(self, request_id: str) -> None:
         """Drop the state of a request that left the engine."""
 
-    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
-        """Learn from a step of ``elapsed_s`` seconds; arguments as in `StepTimeModel.observe`."""
+    def observe(self, step: StepReport) -> None:
+        """Learn from a step."""
 
 
 class OpenGate:
@@ -83,5 +95,5 @@ class OpenGate:
     def forget(self, request_id: str) -> None:
         """Do nothing: there is no state."""
 
-    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+    def observe(self, step: StepReport) -> None:
         """Do nothing: step times do not matter here."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from engine_adapter.gates.base import Decoding, GatedRequest, OpenGate, StepGate, StepPlan
 from engine_adapter.gates.credit import CreditGate
 from engine_adapter.gates.slack import SlackGate
+from engine_adapter.step_report import StepReport
 
 GATES: dict[str, Callable[[], StepGate]] = {"open": OpenGate, "credit": CreditGate, "slack": SlackGate}
 
@@ -30,7 +31,7 @@ class Gates:
             raise ValueError(f"{default!r} is not a step gate; choose one of {', '.join(GATES)}")
         self._default = default
         self._gates: dict[str, StepGate] = {}
-        self._recent: deque[tuple[int, int, float, float]] = deque(maxlen=_RECENT_STEPS)
+        self._recent: deque[StepReport] = deque(maxlen=_RECENT_STEPS)
 
     def plan(
         self, now: float, decoding: Sequence[Decoding], prefill_backlog: int, yielding_prompts: bool = False
@@ -44,6 +45,7 @@ class Gates:
             own = [request for request in decoding if request.gate == name]
             plan = self._gate(name).plan(now, own, prefill_backlog, yielding_prompts)
             combined.sit_out |= plan.sit_out
+            combined.drop_drafts |= plan.drop_drafts
             if plan.max_prefill_tokens is not None:
                 least = prefill_backlog if combined.max_prefill_tokens is None else combined.max_prefill_tokens
                 combined.max_prefill_tokens = min(plan.max_prefill_tokens, least)
@@ -58,11 +60,11 @@ class Gates:
         for gate in self._gates.values():
             gate.forget(request_id)
 
-    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+    def observe(self, step: StepReport) -> None:
         """Report a step to every gate, and keep it for gates that are created later."""
-        self._recent.append((decode_requests, prefill_tokens, mean_context, elapsed_s))
+        self._recent.append(step)
         for gate in self._gates.values():
-            gate.observe(decode_requests, prefill_tokens, mean_context, elapsed_s)
+            gate.observe(step)
 
     def _gate(self, name: str) -> StepGate:
         if name not in GATES:
@@ -70,5 +72,5 @@ class Gates:
         if name not in self._gates:
             self._gates[name] = gate = GATES[name]()
             for step in self._recent:
-                gate.observe(*step)
+                gate.observe(step)
         return self._gates[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine_adapter.gates.base import Decoding, GatedRequest, StepPlan
+from engine_adapter.step_report import StepReport
 
 _WHOLE = 1.0 - 1e-9
 """A credit of at least this counts as 1: ten additions of 0.1 make 0.9999999999999999."""
@@ -49,5 +50,5 @@ class CreditGate:
         """Drop the request's credit."""
         self._credit.pop(request_id, None)
 
-    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+    def observe(self, step: StepReport) -> None:
         """Do nothing: credits do not depend on step times."""

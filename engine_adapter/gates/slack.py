@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from engine_adapter.gates.base import Decoding, GatedRequest, StepPlan
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
+from engine_adapter.step_report import StepReport
 from engine_adapter.step_time.model import StepTimeModel
 
 _PACED, _YIELDING = ServiceKind.PACED, ServiceKind.YIELDING
@@ -98,6 +99,9 @@ class SlackGate:
         """Drop the request's due times."""
         self._due_offset.pop(request_id, None)
 
-    def observe(self, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+    def observe(self, step: StepReport) -> None:
         """Learn from a step."""
-        self._step_time.observe(decode_requests, prefill_tokens, mean_context, elapsed_s)
+        # A draft costs what a decode does, but reads no context of its own.
+        tokens = step.decode_requests + step.draft_tokens
+        mean_context = step.mean_context * step.decode_requests / tokens if tokens else 0.0
+        self._step_time.observe(tokens, step.prefill_tokens, mean_context, step.elapsed_s)

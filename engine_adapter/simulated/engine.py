@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from engine_adapter.engine import ASGIApp, EngineEvents, EngineState, EngineUnreachable, GateReport, RenderedPrompt
+from engine_adapter.engine import ASGIApp, EngineEvents, EngineState, EngineUnreachable, RenderedPrompt
 from engine_adapter.gates.composite import Gates
 from engine_adapter.gates.pace_labels import PaceLabels
 from engine_adapter.model_card import ModelCard
 from engine_adapter.simulated.app import SimulatedApp
 from engine_adapter.simulated.request import BadRequest, Completion
-from engine_adapter.simulated.scheduler import BLOCK_TOKENS, SimulatedScheduler, Step
+from engine_adapter.simulated.scheduler import BLOCK_TOKENS, SimulatedScheduler
 from engine_adapter.simulated.sequence import SimulatedSequence
+from engine_adapter.simulated.step import Step
+from engine_adapter.step_report import GateReport
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.step_time.profile import Profile
@@ -263,10 +265,9 @@ class SimulatedEngine:
         for sequence in (*step.decodes, *self._scheduler.finish(step).prefilled):
             if not sequence.abandoned:
                 sequence.on_token(sequence.generated, at)
-        decodes = len(step.decodes)
-        mean_context = step.decode_context / decodes if decodes else 0.0
-        self.state.step_time.observe(decodes, step.prefill_tokens, mean_context, seconds)
-        self._scheduler.gate.observe(decodes, step.prefill_tokens, mean_context, seconds)
+        report = step.report(seconds)
+        self.state.observe_step(report)
+        self._scheduler.gate.observe(report)
         self._publish_load()
         self._events.on_step()
 

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 
-from engine_adapter.gates.base import OpenGate, StepGate
+from engine_adapter.gates.base import OpenGate, StepGate, StepPlan
 from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Capacity, Member
+from engine_adapter.gates.drafts import fit_drafts
 from engine_adapter.service_kind import ServiceKind
 from engine_adapter.simulated.kv_blocks import KvBlocks
 from engine_adapter.simulated.sequence import SimulatedSequence
+from engine_adapter.simulated.speculation import RandomAcceptance, Speculation
+from engine_adapter.simulated.step import Finished, Step
 
 BLOCK_TOKENS = 16
 """Tokens in a block of KV memory."""
@@ -28,36 +30,11 @@ BLOCK_TOKENS = 16
 STEP_MODES = ("chunked", "prefill-first")
 
 
-@dataclass(slots=True)
-class Step:
-    """One forward pass. Contexts are sums over its sequences (tokens). ``sat_out``: ids that the gate excluded."""
-
-    decodes: list[SimulatedSequence] = field(default_factory=list)
-    decode_context: int = 0
-    chunks: list[tuple[SimulatedSequence, int]] = field(default_factory=list)
-    prefill_tokens: int = 0
-    prefill_context: int = 0
-    sat_out: set[str] = field(default_factory=set)
-
-    @property
-    def empty(self) -> bool:
-        """Whether the step has no work."""
-        return not self.decodes and not self.chunks
-
-
-@dataclass(slots=True)
-class Finished:
-    """Result of a step: sequences whose prefill it completed (they got a token too), and finished sequences."""
-
-    prefilled: list[SimulatedSequence]
-    done: list[SimulatedSequence]
-
-
 class SimulatedScheduler:
     """The queue, the batch and the KV memory of one engine.
 
     Call `plan` and `finish` in turn. Limits as in vLLM; sizes in tokens. ``prefix_caching``: whether sequences share
-    the blocks whose hashes they give.
+    the blocks whose hashes they give. ``speculation``: none by default.
 
     Raises:
         ValueError: the step mode is unknown, or the KV memory does not hold one sequence of ``max_model_len``.
@@ -73,6 +50,7 @@ class SimulatedScheduler:
         gate: StepGate | None = None,
         step_mode: str = "chunked",
         prefix_caching: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         if step_mode not in STEP_MODES:
             raise ValueError(f"unknown step mode {step_mode!r}: use one of {', '.join(STEP_MODES)}")
@@ -83,19 +61,21 @@ class SimulatedScheduler:
         self.gate: StepGate = gate or OpenGate()
         self.preemptions = self.best_effort_preemptions = 0
         self._max_num_seqs = max_num_seqs
-        self._budget = max_num_batched_tokens
+        self._budget, self._max_model_len = max_num_batched_tokens, max_model_len
+        self._speculation = speculation or RandomAcceptance()
+        self._drafts = self._speculation.draft_tokens
         self._kv = KvBlocks(-(-kv_tokens // BLOCK_TOKENS))
         self._prefix_caching = prefix_caching
         self._prefill_first = step_mode == "prefill-first"
         self._waiting: deque[SimulatedSequence] = deque()
         self._waiting_tokens = 0
-        self._prefilling: list[SimulatedSequence] = []
-        self._decoding: list[SimulatedSequence] = []
+        self._prefilling, self._decoding = list[SimulatedSequence](), list[SimulatedSequence]()
         self._preemption = BestEffortPreemption(Capacity(max_num_seqs, self._kv.total))
         self._preemptible = 0
         """Number of sequences here that may be preempted for others."""
         self._yielding = 0
         """Number of yielding sequences here."""
+        self._idle = False
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -166,18 +146,19 @@ class SimulatedScheduler:
     def _plan_decodes(self, now: float, step: Step) -> Step:
         """Add the decodes that the gate allows and, in chunked mode, prompts up to the token budget."""
         prefill_backlog = 0
-        held: list[SimulatedSequence] = []
-        yielding_prompts = False
+        held, yielding_prompts = list[SimulatedSequence](), False
         if not self._prefill_first:
             held = self._preempt_best_effort(now)
             yielding_prompts = self._yielding > 0 and self._hold_yielding(held)
             unfinished = sum([s.left for s in self._prefilling if not s.held])
             prefill_backlog = min(self._waiting_tokens + unfinished, self._budget)
-        plan = self.gate.plan(now, self._decoding, prefill_backlog, yielding_prompts)
+        plan, before = self.gate.plan(now, self._decoding, prefill_backlog, yielding_prompts), self.preemptions
         step.sat_out = plan.sit_out
-        preempted = self._select_decodes(step)
+        if self._drafts:
+            fit_drafts(self._decoding, plan, self._budget)
+        budget = self._select_decodes(step, plan)
+        preempted = self.preemptions > before
         if not self._prefill_first:
-            budget = self._budget - len(step.decodes)
             if plan.max_prefill_tokens is not None:
                 budget = min(budget, plan.max_prefill_tokens)
             budget = self._continue_prompts(step, budget)
@@ -185,13 +166,13 @@ class SimulatedScheduler:
                 self._admit_prompts(step, budget, whole=False)
         self._waiting.extend(held)
         self._waiting_tokens += sum([s.backlog for s in held])
+        self._idle = step.empty
         return step
 
     def _preempt_best_effort(self, now: float) -> list[SimulatedSequence]:
         """Apply best-effort preemption; return the sequences that are held out of the queue for this step."""
         free = Capacity(self._max_num_seqs - self.running, self._kv.free)
-        running: list[Member] = []
-        waiting: list[Member] = []
+        running, waiting = list[Member](), list[Member]()
         if self._preemptible:
             running = [_member(s) for s in self._decoding if s.preemptible]
             running += [_member(s, prefilling=True) for s in self._prefilling]
@@ -210,11 +191,11 @@ class SimulatedScheduler:
     def _hold_yielding(self, held: list[SimulatedSequence]) -> bool:
         """Hold the prompts of yielding sequences while paced or deadline-only ones have any.
 
-        Waiting ones move from the queue to ``held``. Return whether no such prompt is there.
+        Waiting ones move from the queue to ``held``. Return whether no such prompt is there, or none can be computed.
         """
         self._prefilling.sort(key=lambda sequence: sequence.kind is ServiceKind.YIELDING)
         prompts = [*self._prefilling, *self._waiting]
-        others = any(s.kind < ServiceKind.BEST_EFFORT for s in prompts)
+        others = not self._idle and any(s.kind < ServiceKind.BEST_EFFORT for s in prompts)
         for sequence in prompts:
             sequence.held = others and sequence.kind is ServiceKind.YIELDING
         moved = [s for s in self._waiting if s.held]
@@ -224,39 +205,46 @@ class SimulatedScheduler:
             self._waiting_tokens = sum([s.backlog for s in self._waiting])
         return not others
 
-    def _select_decodes(self, step: Step) -> bool:
-        """Add the decodes that do not sit out. Return whether they needed blocks of preempted sequences."""
-        decodes, sat_out, context, at, before = step.decodes, step.sat_out, 0, 0, self.preemptions
-        while at < len(self._decoding) and len(decodes) < self._budget:
+    def _select_decodes(self, step: Step, plan: StepPlan) -> int:
+        """Add the decodes that do not sit out, with their drafts. Return the budget that is left."""
+        decodes, sat_out, context, at, budget = step.decodes, step.sat_out, 0, 0, self._budget
+        while at < len(self._decoding) and budget > 0:
             sequence = self._decoding[at]
             at += 1
             if sat_out and sequence.request_id in sat_out:
                 continue
-            if sequence.length >= sequence.capacity:
-                if sequence.length == sequence.capacity:
-                    self._publish(sequence, sequence.length)
-                elif not self._grow(sequence):
-                    break  # it was the newest of the batch, and preempted itself
+            length, drafts = sequence.length, sequence.drafts
+            if drafts:
+                dropped = sequence.request_id in plan.drop_drafts
+                drafts = 0 if dropped else min(drafts, budget - 1, self._max_model_len - length - 1)
+            budget -= 1 + drafts
+            if length + drafts > sequence.capacity and not self._grow(sequence, length + drafts):
+                break  # it was the newest of the batch, and preempted itself
+            if length == sequence.capacity or self._drafts:
+                self._publish(sequence, length)
             decodes.append(sequence)
-            context += sequence.length
+            context += length
+            if self._drafts:
+                step.drafts.append(drafts)
         step.decode_context = context
-        return self.preemptions > before
+        return budget
 
-    def _grow(self, sequence: SimulatedSequence) -> bool:
-        """Allocate a block for ``sequence``, if necessary by preempting the newest; return False if that is itself."""
-        while not self._kv.free:
+    def _grow(self, sequence: SimulatedSequence, tokens: int) -> bool:
+        """Allocate blocks for ``tokens``, if necessary by preempting the newest; return False if that is itself."""
+        blocks = -(-(tokens - sequence.capacity) // BLOCK_TOKENS)
+        while self._kv.free < blocks:
             victim = self._prefilling.pop() if self._prefilling else self._decoding.pop()
             self._preempt(victim)
             if victim is sequence:
                 return False
-        self._kv.allocate(1)
-        sequence.capacity += BLOCK_TOKENS
+        self._kv.allocate(blocks)
+        sequence.capacity += blocks * BLOCK_TOKENS
         return True
 
     def _preempt(self, victim: SimulatedSequence) -> None:
         """Free the memory of ``victim`` and put it in front of the queue; all its tokens are computed again later."""
         self._release(victim)
-        victim.computed = 0
+        victim.computed = victim.drafts = 0
         victim.preemptions += 1
         self.preemptions += 1
         self._waiting.appendleft(victim)
@@ -277,20 +265,31 @@ class SimulatedScheduler:
 
         ``whole``: prompts are not split, and a prompt longer than the budget gets a step of its own.
         """
+        continued = bool(step.chunks)
         while self._waiting and budget > 0 and self.running < self._max_num_seqs:
             sequence = self._waiting[0]
             hit, idle = self._hit(sequence)
             uncached = sequence.length - hit * BLOCK_TOKENS
             if whole and uncached > budget and step.chunks:
                 break
-            blocks = -(-sequence.length // BLOCK_TOKENS)
+            padding = 0 if continued else self._padding(step, sequence, uncached)
+            if padding >= budget:
+                break
+            blocks = -(-(sequence.length + padding) // BLOCK_TOKENS)
             if blocks - hit + idle > self._kv.free:
                 break
             self._waiting.popleft()
             self._waiting_tokens -= sequence.backlog
             self._allocate(sequence, blocks, hit)
             self._prefilling.append(sequence)
-            budget -= self._add_chunk(step, sequence, uncached if whole else budget)
+            budget -= self._add_chunk(step, sequence, uncached if whole else budget) + padding
+            if padding:
+                step.padding[sequence.request_id] = padding
+
+    def _padding(self, step: Step, sequence: SimulatedSequence, uncached: int) -> int:
+        """Return the drafts that pad the only token of an admitted ``sequence``, so that all decodes have one size."""
+        padded = uncached == 1 and (step.decodes or sequence.length > 1)
+        return self._drafts if padded and sequence.length + self._drafts < self._max_model_len else 0
 
     def _hit(self, sequence: SimulatedSequence) -> tuple[int, int]:
         """Return how many leading blocks of ``sequence`` are cached, and how many of these no sequence holds."""
@@ -321,6 +320,8 @@ class SimulatedScheduler:
         chunk = min(sequence.left, max_tokens)
         step.chunks.append((sequence, chunk))
         step.prefill_tokens += chunk
+        if sequence.preemptions:
+            step.recomputed_tokens += chunk
         step.prefill_context += sequence.computed
         self._publish(sequence, sequence.computed + chunk)
         return chunk
@@ -338,9 +339,11 @@ class SimulatedScheduler:
     def finish(self, step: Step) -> Finished:
         """Apply the result of ``step``."""
         done: list[SimulatedSequence] = []
-        for sequence in step.decodes:
-            sequence.computed = sequence.length
-            sequence.length += 1
+        if step.drafts:
+            self._accept(step)
+        for sequence, tokens in step.tokens():
+            sequence.computed += tokens
+            sequence.length += tokens
             if sequence.length >= sequence.final_length:
                 done.append(sequence)
         prefilled: list[SimulatedSequence] = []
@@ -350,6 +353,7 @@ class SimulatedScheduler:
                 # The step that completes a prefill also samples a token.
                 if not sequence.left:
                     sequence.length += 1
+                    sequence.drafts = self._drafts
                     prefilled.append(sequence)
                     if sequence.length >= sequence.final_length:
                         done.append(sequence)
@@ -360,6 +364,15 @@ class SimulatedScheduler:
                 self._remove(sequence)
             self._decoding = [s for s in self._decoding if s.length < s.final_length]
         return Finished(prefilled, done)
+
+    def _accept(self, step: Step) -> None:
+        """Find the accepted drafts of each decode, and give each sequence new drafts."""
+        for sequence, drafts in zip(step.decodes, step.drafts, strict=True):
+            sequence.drafts = self._drafts
+            accepted = self._speculation.accepted(sequence, drafts) if drafts else 0
+            step.accepted_tokens += accepted
+            step.gained.append(min(1 + accepted, sequence.final_length - sequence.length))
+            self._publish(sequence, sequence.computed + step.gained[-1])
 
     def _remove(self, sequence: SimulatedSequence) -> None:
         """Drop the state of a sequence that leaves the engine."""

@@ -27,6 +27,7 @@ class SimulatedSequence:
         abandoned: set by the app once the sequence is aborted.
         length: the context, that is, the prompt and the generated tokens.
         final_length: ``length`` of the finished sequence.
+        drafts: draft tokens that the next decode may verify (speculative decoding).
         backlog: tokens to compute, by the prefix cache at the time the sequence was queued.
         computed: the part of ``length`` that is computed or was found in the prefix cache; 0 after a preemption.
         cached_tokens: prefix-cache hit of the prompt (tokens); None until the scheduler first admits it.
@@ -51,6 +52,7 @@ class SimulatedSequence:
     length: int = field(init=False)
     final_length: int = field(init=False)
     backlog: int = 0
+    drafts: int = 0
     computed: int = 0
     capacity: int = 0
     preemptions: int = 0

@@ -64,7 +64,7 @@ class StepTimeModel:
         """t(p) in seconds."""
         return self.times.prefill(tokens)
 
-    def observe(self, decode_requests: float, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+    def observe(self, decode_requests: float, prefill_tokens: float, mean_context: float, elapsed_s: float) -> None:
         """Add one step to the window. Steps without work or time are ignored.
 
         Args:

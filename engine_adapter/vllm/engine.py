@@ -23,15 +23,14 @@ from engine_adapter.engine import (
     EngineStartError,
     EngineState,
     EngineUnreachable,
-    GateReport,
     Receive,
     RenderedPrompt,
     Scope,
     Send,
-    StepReport,
     TokenObserver,
 )
 from engine_adapter.model_card import read_cards
+from engine_adapter.step_report import GateReport, StepReport
 from engine_adapter.step_time.calibration import PROBE_S, calibrate, warm_up
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
@@ -281,8 +280,9 @@ class VllmEngine:
         state.max_num_seqs = config.scheduler_config.max_num_seqs
         state.max_num_batched_tokens = config.scheduler_config.max_num_batched_tokens
         state.max_model_len = config.model_config.max_model_len
-        blocks = config.cache_config.num_gpu_blocks or 0
-        state.kv_tokens = blocks * (config.cache_config.block_size or 0)
+        cache = config.cache_config
+        # Where the gate reports the memory, its figure replaces this one. Older versions do not have vLLM's own.
+        state.kv_tokens = getattr(cache, "kv_cache_size_tokens", 0) or (cache.num_gpu_blocks or 0) * cache.block_size
         self._on_cpu = config.device_config.device_type == "cpu"
         state.prefix_caching = bool(config.cache_config.enable_prefix_caching)
         state.plans_ahead = bool(config.scheduler_config.async_scheduling)
@@ -375,9 +375,10 @@ class VllmEngine:
 
     def _on_gate_report(self, gate: GateReport, steps: list[StepReport]) -> None:
         self.state.gate = gate
+        self.state.kv_tokens = gate.kv_tokens or self.state.kv_tokens
         self._watchdog.on_progress(len(steps))
         for step in steps:
-            self.state.step_time.observe(step.decode_requests, step.prefill_tokens, step.mean_context, step.elapsed_s)
+            self.state.observe_step(step)
         if steps:
             self.state.last_step_at = time.monotonic()
             self._events.on_step()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import orjson
 
-from engine_adapter.engine import GateReport, StepReport
+from engine_adapter.step_report import GateReport, StepReport
 
 SOCKET_ENV = "ANTARES_GATE_SOCKET"
 """Environment variable with the path of the gateway's socket."""
@@ -35,7 +35,7 @@ class GateReporter:
     def __init__(self, path: str | None, interval_s: float = 0.02) -> None:
         self.report = GateReport()
         self._interval = interval_s
-        self._steps: list[tuple[int, int, float, float]] = []
+        self._steps: list[tuple[float, ...]] = []
         self._last_sent = 0.0
         self._socket: socket.socket | None = None
         if path:
@@ -48,14 +48,12 @@ class GateReporter:
         """A reporter to the socket in `SOCKET_ENV`. It does nothing if the variable is not set."""
         return cls(os.environ.get(SOCKET_ENV))
 
-    def step(
-        self, now: float, decode_requests: int, prefill_tokens: int, mean_context: float, elapsed_s: float
-    ) -> None:
-        """Record one engine step that ended at ``now`` (monotonic s)."""
+    def step(self, now: float, step: StepReport) -> None:
+        """Record ``step``, which ended at ``now`` (monotonic s)."""
         if self._socket is None:
             return
         if len(self._steps) < _MAX_STEPS:
-            self._steps.append((decode_requests, prefill_tokens, mean_context, elapsed_s))
+            self._steps.append(tuple(step))
         if now - self._last_sent >= self._interval:
             self.flush(now)
 

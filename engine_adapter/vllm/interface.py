@@ -26,6 +26,7 @@ GATE: Uses = {
         "waiting",
         "current_step",
         "max_num_scheduled_tokens",
+        "num_spec_tokens",
         "kv_cache_manager",
         "block_size",
         "cache_config",
@@ -35,14 +36,18 @@ GATE: Uses = {
         "_update_request_as_session(_, _)",
     ),
     f"{_SCHED}.interface.PauseState": ("UNPAUSED",),
-    f"{_SCHED}.output.SchedulerOutput": ("num_scheduled_tokens", "total_num_scheduled_tokens"),
+    f"{_SCHED}.output.SchedulerOutput": (
+        "num_scheduled_tokens",
+        "scheduled_spec_decode_tokens",
+        "total_num_scheduled_tokens",
+    ),
+    "vllm.v1.outputs.ModelRunnerOutput": ("req_id_to_index", "sampled_token_ids"),
     f"{_SCHED}.request_queue.RequestQueue": ("add_request(_)", "prepend_request(_)", "remove_requests(_)"),
     f"{_SCHED}.request_queue.SchedulingPolicy": ("FCFS",),
     "vllm.v1.core.kv_cache_manager.KVCacheManager": (
         "block_pool",
         "coordinator",
         "enable_caching",
-        "num_kv_cache_groups",
     ),
     "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("find_longest_cache_hit(_, _)",),
     "vllm.v1.core.block_pool.BlockPool": ("num_gpu_blocks", "get_num_free_blocks()"),
@@ -55,6 +60,7 @@ GATE: Uses = {
         "num_tokens",
         "num_computed_tokens",
         "num_output_placeholders",
+        "spec_token_ids",
         "is_prefill_chunk",
         "block_hashes",
         "next_decode_eligible_step",
@@ -92,7 +98,7 @@ GATE: Uses = {
     "vllm.v1.request.RequestStatus": ("WAITING", "PREEMPTED"),
     _PARAMS: ("extra_args",),
 }
-"""Step gate: `scheduler.py`, `features.py` and `unsplittable.py`."""
+"""Step gate: `scheduler.py`, `gated.py`, `features.py` and `unsplittable.py`."""
 
 PREEMPTION: Uses = {
     f"{_SCHED}.async_scheduler.AsyncScheduler": (
@@ -105,9 +111,18 @@ PREEMPTION: Uses = {
         "_preempt_request(_, _)",
     ),
     "vllm.v1.core.kv_cache_manager.KVCacheManager": ("watermark_blocks",),
-    "vllm.v1.request.Request": ("num_preemptions",),
+    "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("single_type_managers",),
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager": (
+        "block_size",
+        "get_num_skipped_tokens(_)",
+        "kv_cache_spec",
+        "req_to_blocks",
+    ),
+    "vllm.v1.kv_cache_interface.KVCacheSpec": ("max_memory_usage_bytes(_)", "page_size_bytes"),
+    "vllm.v1.request.Request": ("num_in_flight_tokens", "num_preemptions"),
+    "vllm.config.ModelConfig": ("max_model_len",),
 }
-"""Best-effort preemption: `scheduler.py`, beside `GATE`."""
+"""Best-effort preemption: `scheduler.py` and `kv_groups.py`, beside `GATE`."""
 
 IN_PROCESS: Uses = {
     "vllm.engine.arg_utils.AsyncEngineArgs": ("from_cli_args(_)", "create_engine_config()"),

@@ -96,7 +96,7 @@ class StepRecorder(StepTimeModel):
         self.samples: list[Sample] = []
         self.round = 0
 
-    def observe(self, decode_requests: float, prefill_tokens: int, mean_context: float, elapsed_s: float) -> None:
+    def observe(self, decode_requests: float, prefill_tokens: float, mean_context: float, elapsed_s: float) -> None:
         """Record the step and learn from it. Remote engines use the learned times to estimate prefill times."""
         if elapsed_s > 0 and decode_requests + prefill_tokens > 0:
             self.samples.append(Sample(self.round, decode_requests, prefill_tokens, mean_context, elapsed_s))

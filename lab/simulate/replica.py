@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
-from engine_adapter.engine import EngineState, GateReport
+from engine_adapter.engine import EngineState
 from engine_adapter.gates.composite import GATES
 from engine_adapter.gates.slack import SlackGate
-from engine_adapter.simulated.scheduler import Finished, SimulatedScheduler, Step
+from engine_adapter.simulated.scheduler import SimulatedScheduler
 from engine_adapter.simulated.sequence import SimulatedSequence
+from engine_adapter.simulated.speculation import Speculation
+from engine_adapter.simulated.step import Finished, Step
+from engine_adapter.step_report import GateReport
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.step_time.profile import Profile
@@ -59,6 +62,7 @@ class Replica:
         best_effort: whether requests that cannot attain their SLO are served as best-effort requests.
         prefix_caching: whether the engine shares the KV blocks of equal prefixes.
         prefix_index: whether the gateway predicts the hits and learns from them. Without, it plans with whole prompts.
+        speculation: speculative decoding; none by default.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Replica:
         best_effort: bool = False,
         prefix_caching: bool = True,
         prefix_index: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         self.state = EngineState(
             alive=True,
@@ -96,6 +101,7 @@ class Replica:
             gate=GATES[policy.gate](),
             step_mode=step_mode,
             prefix_caching=prefix_caching,
+            speculation=speculation,
         )
         self.prefix_hits = PrefixHits()
         self.step: Step | None = None
@@ -105,6 +111,7 @@ class Replica:
         self.decisions = self.steps = 0
         self.busy_s = 0.0
         self._prefix_index = prefix_index
+        self._speculation = speculation
         self._gated = policy.gate != UNGATED
         self._profile = profile
         self._step_factors = step_factors
@@ -170,8 +177,14 @@ class Replica:
             return
         self.step = step
         seconds = self._profile.step_seconds(
-            len(step.decodes), step.decode_context, step.prefill_tokens, step.prefill_context, len(step.chunks) or 1
+            len(step.decodes) + step.draft_tokens,
+            step.decode_context,
+            step.prefill_tokens,
+            step.prefill_context,
+            len(step.chunks) or 1,
         )
+        if self._speculation is not None and step.drafts:
+            seconds += self._speculation.draft_s
         if self._step_factors is not None:
             seconds *= self._step_factors.next()
         self._step_started_s, self.step_ends_s = now, now + max(seconds, _SHORTEST_STEP_S)
@@ -193,18 +206,16 @@ class Replica:
         step, now = self.step, self.step_ends_s
         assert step is not None
         finished, self._outcome = self._outcome or self.scheduler.finish(step), None
-        decodes = len(step.decodes)
-        mean_context = step.decode_context / decodes if decodes else 0.0
-        seconds = now - self._step_started_s
-        self.state.step_time.observe(decodes, step.prefill_tokens, mean_context, seconds)
-        self.scheduler.gate.observe(decodes, step.prefill_tokens, mean_context, seconds)
+        report = step.report(now - self._step_started_s)
+        self.state.observe_step(report)
+        self.scheduler.gate.observe(report)
         self.step, self.step_ends_s = None, math.inf
         if self._planned is not None:
             # The engine planned this step before the gateway could react to the tokens of the last one.
             self.start_step(now)
         prefilled, done = cast(list[ReplicaSequence], finished.prefilled), cast(list[ReplicaSequence], finished.done)
-        for sequence in cast(list[ReplicaSequence], step.decodes):
-            sequence.request.advance(1)
+        for sequence, tokens in step.tokens():
+            cast(ReplicaSequence, sequence).request.advance(tokens)
         for sequence in prefilled:
             sequence.request.advance(1)
             if sequence.request.first_token_s is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine_adapter.gates.composite import GATES, Gates
+from engine_adapter.step_report import StepReport
 from tests.fixtures.decoding import DecodingRequest, best_effort
 
 
@@ -43,8 +44,8 @@ def test_gate_created_late_learns_from_earlier_steps() -> None:
     gates = Gates("open")
     gates.plan(0.0, [DecodingRequest("a")], 0)
     for batch in range(1, 65):
-        gates.observe(batch % 16 + 1, 0, 100.0, 0.5)
-        gates.observe(batch % 16 + 1, 50, 100.0, 0.6)
+        gates.observe(StepReport(batch % 16 + 1, 0, 100.0, 0.5))
+        gates.observe(StepReport(batch % 16 + 1, 50, 100.0, 0.6))
     plan = gates.plan(1.0, [DecodingRequest("b", 0.1, gate="slack")], 1000)
     assert plan.max_prefill_tokens == 0, "steps take half a second: a pace of 0.1 s leaves no slack"
 

@@ -13,6 +13,7 @@ from engine_adapter.gates.base import StepPlan
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.gates.slack import SlackGate
 from engine_adapter.service_kind import ServiceKind, default_kind
+from engine_adapter.step_report import StepReport
 from engine_adapter.step_time.curve import SPENT, StepCurve
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
@@ -87,8 +88,8 @@ def test_forgotten_request_starts_with_new_due_times() -> None:
 def test_slack_gate_learns_step_times() -> None:
     gate = SlackGate()
     for batch in range(1, 33):
-        gate.observe(batch, 0, 100.0, 0.02 + 1e-3 * batch)
-        gate.observe(batch, 10 * batch, 100.0, 0.02 + 1e-3 * batch + 0.5e-3 * 10 * batch)
+        gate.observe(StepReport(batch, 0, 100.0, 0.02 + 1e-3 * batch))
+        gate.observe(StepReport(batch, 10 * batch, 100.0, 0.02 + 1e-3 * batch + 0.5e-3 * 10 * batch))
     plan = gate.plan(0.0, [DecodingRequest("r", 0.121)], 10_000)
     assert plan.max_prefill_tokens == pytest.approx(SPENT * 200, rel=0.15)
 
@@ -107,13 +108,13 @@ def prefill_by_step(observed: list[tuple[int, int]], count: int) -> list[int]:
     """
     gate, chunks, now = SlackGate(), [], 0.0
     for decodes, prefill in observed:
-        gate.observe(decodes, prefill, CONTEXT, seconds(decodes, prefill))
+        gate.observe(StepReport(decodes, prefill, CONTEXT, seconds(decodes, prefill)))
     batch = [DecodingRequest(str(number), PACE_S, CONTEXT) for number in range(BATCH)]
     for step in range(count):
         chunk = gate.plan(now, batch, prefill_backlog=2048).max_prefill_tokens
         assert chunk is not None
         chunks.append(chunk)
-        gate.observe(BATCH, chunk, CONTEXT, seconds(BATCH, chunk))
+        gate.observe(StepReport(BATCH, chunk, CONTEXT, seconds(BATCH, chunk)))
         now += seconds(BATCH, chunk)
         for request in batch:
             request.length += 1

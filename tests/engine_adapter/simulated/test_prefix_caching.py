@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_adapter.simulated.scheduler import BLOCK_TOKENS, STEP_MODES, Finished, SimulatedScheduler, Step
+from engine_adapter.simulated.scheduler import BLOCK_TOKENS, STEP_MODES, SimulatedScheduler
 from engine_adapter.simulated.sequence import SimulatedSequence
+from engine_adapter.simulated.step import Finished, Step
 from tests.fixtures.scheduler_workloads import ARRIVALS, GATES, LIMITS, MAX_MODEL_LEN, Arrival, run_to_completion
 
 LARGE = {"max_num_seqs": 8, "max_num_batched_tokens": 1000, "max_model_len": 1000, "kv_tokens": 1600}

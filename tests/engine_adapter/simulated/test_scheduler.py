@@ -15,8 +15,9 @@ from engine_adapter.gates.base import Decoding, OpenGate, StepPlan
 from engine_adapter.gates.credit import CreditGate
 from engine_adapter.gates.slack import SlackGate
 from engine_adapter.service_kind import ServiceKind
-from engine_adapter.simulated.scheduler import BLOCK_TOKENS, STEP_MODES, Finished, SimulatedScheduler, Step
+from engine_adapter.simulated.scheduler import BLOCK_TOKENS, STEP_MODES, SimulatedScheduler
 from engine_adapter.simulated.sequence import SimulatedSequence
+from engine_adapter.simulated.step import Finished, Step
 from tests.fixtures.scheduler_workloads import (
     ARRIVALS,
     GATES,

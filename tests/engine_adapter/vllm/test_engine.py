@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from engine_adapter.engine import EngineEvents, EngineLost, GateReport, Message, StepReport
+from engine_adapter.engine import EngineEvents, EngineLost, Message
+from engine_adapter.step_report import GateReport, StepReport
 from engine_adapter.vllm import engine as engine_module
 from engine_adapter.vllm import watchdog as watchdog_module
 from engine_adapter.vllm.engine import VllmEngine

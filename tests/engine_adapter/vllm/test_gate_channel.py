@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_adapter.engine import GateReport, StepReport
+from engine_adapter.step_report import GateReport, StepReport
 from engine_adapter.vllm.gate_channel import GateListener, GateReporter
 from engine_adapter.vllm.versions import UnsupportedVllmError, require_gate, require_in_process
 
@@ -21,8 +21,8 @@ async def test_listener_receives_steps_and_counters() -> None:
         reporter = GateReporter(listener.path, interval_s=1.0)
         reporter.report.steps = 2
         reporter.report.eligible["50"] = 7
-        reporter.step(0.0, 3, 0, 40.5, 0.012)
-        reporter.step(0.5, 4, 16, 41.0, 0.02)
+        reporter.step(0.0, StepReport(3, 0, 40.5, 0.012))
+        reporter.step(0.5, StepReport(4, 16, 41.0, 0.02, 2, 6, 3, 16))
         reporter.flush(0.6)
         async with asyncio.timeout(5):
             while not received:
@@ -31,14 +31,14 @@ async def test_listener_receives_steps_and_counters() -> None:
         listener.close()
     ((report, steps),) = received
     assert report.eligible == {"50": 7}
-    assert steps == [StepReport(3, 0, 40.5, 0.012), StepReport(4, 16, 41.0, 0.02)]
+    assert steps == [StepReport(3, 0, 40.5, 0.012), StepReport(4, 16, 41.0, 0.02, 2, 6, 3, 16)]
     assert not Path(listener.path).exists()  # noqa: ASYNC240
 
 
 def test_reporter_without_listener_never_raises(tmp_path: Path) -> None:
     for reporter in (GateReporter(None), GateReporter(str(tmp_path / "missing.sock"), interval_s=1e9)):
         for step in range(5000):
-            reporter.step(float(step), 1, 0, 1.0, 0.01)
+            reporter.step(float(step), StepReport(1, 0, 1.0, 0.01))
         reporter.flush(5000.0)
 
 

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-from engine_adapter.gates import composite
-from engine_adapter.gates.slack import SlackGate
-from engine_adapter.service_kind import ServiceKind, default_kind
-from engine_adapter.simulated.prompt import block_hashes
-from engine_adapter.simulated.scheduler import SimulatedScheduler
-from engine_adapter.simulated.sequence import SimulatedSequence
-from engine_adapter.step_time.linear_forms import StepTimes
-from engine_adapter.step_time.model import StepTimeModel
-from engine_adapter.vllm.gate_channel import GateReporter
 
 if TYPE_CHECKING:
     from tests.fixtures.vllm_stepping import SteppedScheduler
@@ -28,164 +15,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 Make = Callable[..., "SteppedScheduler"]
 
-BLOCK_TOKENS, OUTPUT_TOKEN = 16, 7
+BLOCK_TOKENS = 16
 """As in `SteppedScheduler`."""
-
-TIMES = StepTimes(a=0.0, b=1e-3, c=0.0, d=0.01, alpha=2e-4, beta=0.0)
-"""A step takes 10 ms, 1 ms per decode and 0.2 ms per prompt token."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("vllm")
-    from tests.fixtures.vllm_stepping import write_model_config
-
-    return write_model_config(tmp_path_factory.mktemp("scheduler"))
-
-
-@pytest.fixture
-def make(model: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Make schedulers, each with a clock and a reporter of its own. Their `slack` gate has fixed step times."""
-    # Not at the top: importing vLLM takes seconds, also when tests are only collected.
-    from engine_adapter.vllm import scheduler as vllm_scheduler
-    from tests.fixtures.vllm_stepping import SteppedScheduler
-
-    def fixed_slack_gate() -> SlackGate:
-        return SlackGate(StepTimeModel(times=TIMES, learn=False))
-
-    monkeypatch.setitem(composite.GATES, "slack", fixed_slack_gate)
-
-    def make_scheduler(**limits: Any) -> SteppedScheduler:
-        clock: Any = SimpleNamespace(now=1000.0)
-        clock.monotonic = clock.perf_counter = lambda: clock.now
-        reporter = GateReporter(None)
-        monkeypatch.setattr(vllm_scheduler, "time", clock)
-        monkeypatch.setattr(GateReporter, "from_env", lambda: reporter)
-        return SteppedScheduler(model, clock, reporter, **limits)
-
-    return make_scheduler
-
-
-# --- the same steps as the simulated scheduler ------------------------------------------------------------------------
-
-
-def random_request(rng: random.Random, name: str, gates: list[str]) -> SimulatedSequence:
-    pace_s = rng.choice([None, None, 0.03, 0.05, 0.5, 2.0])
-    kind = rng.choice([default_kind(pace_s)] * 3 + [ServiceKind.BEST_EFFORT, ServiceKind.YIELDING])
-    if pace_s is None:
-        kind = rng.choice([ServiceKind.DEADLINE_ONLY, ServiceKind.BEST_EFFORT, ServiceKind.YIELDING])
-    return SimulatedSequence(name, rng.randint(1, 150), rng.randint(1, 60), pace_s, rng.choice(gates), kind)
-
-
-def run_both(make: Make, seed: int, gates: list[str], blocks: int, budgets: list[int]) -> int:
-    """Step both schedulers with the same arrivals; return the best-effort preemptions. Fails where steps differ."""
-    rng = random.Random(seed)
-    slots, budget = rng.choice([2, 4, 8, 24]), rng.choice(budgets)
-    vllm = make(seqs=slots, blocks=blocks, budget=budget, overlap=False)
-    # One of vLLM's blocks is its own.
-    simulated = SimulatedScheduler(
-        max_num_seqs=slots, max_num_batched_tokens=budget, max_model_len=300, kv_tokens=16 * (blocks - 1),
-        gate=composite.Gates(),
-    )  # fmt: skip
-    for number in range(400):
-        if number < 200 and rng.random() < 0.3:
-            sequence = random_request(rng, f"r{number}", gates)
-            vllm.add(
-                sequence.request_id,
-                sequence.prompt_tokens,
-                sequence.output_tokens,
-                tpot_ms=None if sequence.pace_s is None else 1000 * sequence.pace_s,
-                gate=sequence.gate,
-                kind=sequence.kind.label,
-            )
-            simulated.submit(sequence)
-        step = simulated.plan(vllm.clock.now)
-        scheduled = {s.request_id: 1 for s in step.decodes} | {s.request_id: tokens for s, tokens in step.chunks}
-        assert vllm.step() == scheduled, f"step {number}"
-        simulated.finish(step)
-    assert vllm.best_effort_preemptions == simulated.best_effort_preemptions
-    return vllm.best_effort_preemptions
-
-
-@pytest.mark.parametrize("gates", [["open"], ["credit"], ["slack"], ["slack", "credit", "open"]], ids="-".join)
-def test_steps_equal_simulated_scheduler(make: Make, gates: list[str]) -> None:
-    preemptions = sum(run_both(make, seed, gates, blocks=1000, budgets=[32, 100, 512]) for seed in range(12))
-    assert (preemptions > 0) == ("slack" in gates)
-
-
-def test_steps_equal_simulated_scheduler_when_memory_is_short(make: Make) -> None:
-    # vLLM allocates a prompt chunk by chunk, the simulated scheduler all of it, so only whole prompts are comparable.
-    for seed in range(12):
-        run_both(make, seed, ["open"], blocks=60, budgets=[4096])
-
-
-def run_both_with_caching(make: Make, seed: int, blocks: int, budget: int) -> int:
-    """Step both schedulers with prompts that share prefixes; return the cached tokens. Fails where steps differ."""
-    rng = random.Random(seed)
-    slots = rng.choice([2, 4, 8])
-    vllm = make(seqs=slots, blocks=blocks, budget=budget, overlap=False, caching=True)
-    simulated = SimulatedScheduler(
-        max_num_seqs=slots, max_num_batched_tokens=budget, max_model_len=300, kv_tokens=16 * (blocks - 1)
-    )
-    histories = [[rng.randint(10, 60) for _ in range(rng.randint(1, 90))] for _ in range(4)]
-    cached: list[int] = []
-    for number in range(500):
-        if number < 300 and rng.random() < 0.2:
-            history = rng.choice(histories)
-            prompt = history[: rng.choice([len(history), rng.randint(1, len(history))])]
-            prompt = prompt + [rng.randint(10, 60) for _ in range(rng.randint(0, 40))]
-            output = rng.randint(1, 40)
-            context = prompt + [OUTPUT_TOKEN] * output
-            if len(context) < 200:
-                histories[rng.randrange(4)] = context
-            vllm.add(f"r{number}", prompt, output, gate="open")
-            simulated.submit(
-                SimulatedSequence(
-                    f"r{number}", len(prompt), output, blocks=block_hashes(0, context), on_cached=cached.append
-                )
-            )
-        step = simulated.plan(vllm.clock.now)
-        scheduled = {s.request_id: 1 for s in step.decodes} | {s.request_id: tokens for s, tokens in step.chunks}
-        assert vllm.step() == scheduled, f"step {number}"
-        simulated.finish(step)
-    return sum(cached)
-
-
-@pytest.mark.parametrize("budget", [32, 512])
-def test_prefix_cache_hits_equal_simulated_scheduler(make: Make, budget: int) -> None:
-    assert sum(run_both_with_caching(make, seed, blocks=1000, budget=budget) for seed in range(12)) > 10_000
-
-
-def test_evictions_equal_simulated_scheduler_when_memory_is_short(make: Make) -> None:
-    cached = [
-        sum(run_both_with_caching(make, seed, blocks=blocks, budget=4096) for seed in range(8)) for blocks in (40, 80)
-    ]
-    assert 0 < cached[0] < cached[1], "less memory keeps fewer blocks"
-
-
-# --- tokens and memory ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_each_request_gets_its_tokens_and_memory_is_freed(make: Make, seed: int) -> None:
-    rng = random.Random(seed)
-    engine = make(seqs=rng.choice([2, 4, 8, 24]), blocks=rng.choice([30, 60, 200]), budget=rng.choice([32, 300]))
-    requests, aborted = {}, set()
-    for step in range(300):
-        if step < 200 and rng.random() < 0.4:
-            name, gate = f"r{step}", rng.choice(["slack", "slack", "slack", "credit", "open"])
-            kind = rng.choice([None, None, None, "deadline_only", "best_effort"])
-            sizes = rng.randint(1, 150), rng.randint(1, 90)
-            requests[name] = engine.add(name, *sizes, rng.choice([None, None, 50, 500]), gate, kind)
-        if rng.random() < 0.05 and engine.scheduler.requests:
-            name = rng.choice(sorted(engine.scheduler.requests))
-            engine.abort(name)
-            aborted.add(name)
-        engine.step()
-    engine.drain()
-    for name, request in requests.items():
-        if name not in aborted:
-            assert engine.generated[name] == request.num_output_tokens == request.max_tokens
 
 
 # --- best-effort preemption -------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_adapter.gates.base import OpenGate, StepPlan
-from engine_adapter.simulated.scheduler import BLOCK_TOKENS, SimulatedScheduler, Step
+from engine_adapter.simulated.scheduler import BLOCK_TOKENS, SimulatedScheduler
+from engine_adapter.simulated.step import Step
 from tests.fixtures.scheduler_workloads import ARRIVALS, LIMITS, Arrival, PseudoRandomGate, run_to_completion
 
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_adapter.engine import EngineState, GateReport
+from engine_adapter.engine import EngineState
 from engine_adapter.service_kind import ServiceKind
+from engine_adapter.step_report import GateReport
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.step_time.profile import load_profile

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from engine_adapter.engine import GateReport
 from engine_adapter.gates.slack import SlackGate
 from engine_adapter.service_kind import ServiceKind
 from engine_adapter.simulated.sequence import SimulatedSequence
+from engine_adapter.step_report import GateReport
 from gateway.policies.slack.policy import Slack
 from gateway.requests.request import Request
 from tests.fixtures.policy_builders import NOW, admitted, decide, engine, make_request, rejected, running

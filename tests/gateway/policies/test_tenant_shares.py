@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from benchmarks.isolation.study import ABUSES, adherence
-from engine_adapter.engine import EngineState, GateReport
+from engine_adapter.engine import EngineState
 from engine_adapter.service_kind import ServiceKind
+from engine_adapter.step_report import GateReport
 from gateway.policies.running_batch import RunningBatch
 from gateway.policies.slack.policy import Slack
 from gateway.policies.tenant_shares import MAX_TENANTS, MEMORY_S, TenantShares

@@ -1,0 +1,78 @@
+"""What an engine reports of its steps: each step as a sample, and the counters of its step gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_MEMORY_STEPS = 256
+"""Steps with drafts over which `Acceptance` averages: acceptance follows the content of the answers. Convention."""
+
+
+class StepReport(NamedTuple):
+    """One forward pass of the engine. It computes ``decode_requests + draft_tokens + prefill_tokens`` tokens.
+
+    Attributes:
+        decode_requests: sequences that decoded. Each computes one token, and verifies its drafts in the same pass.
+        prefill_tokens: tokens computed in chunks: of prompts, and of preempted requests again.
+        mean_context: mean context of the decoding sequences, in tokens; 0 if unknown.
+        elapsed_s: duration of the step.
+        drafting_requests: sequences that had drafts (speculative decoding).
+        draft_tokens: their drafts.
+        accepted_tokens: drafts that were accepted, so sequences got ``decode_requests + accepted_tokens`` tokens.
+        recomputed_tokens: those of ``prefill_tokens`` that belong to preempted requests.
+    """
+
+    decode_requests: int
+    prefill_tokens: int
+    mean_context: float
+    elapsed_s: float
+    drafting_requests: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    recomputed_tokens: int = 0
+
+
+@dataclass(slots=True)
+class GateReport:
+    """Counters of the step gate inside the engine, cumulative since the engine started.
+
+    Attributes:
+        steps: steps planned.
+        gated_steps: steps in which at least one request sat out.
+        gate_seconds: time spent in the gate.
+        eligible: decode opportunities per pace. Keys are from `gates.pace_labels`.
+        batched: the opportunities among ``eligible`` in which the request decoded.
+        best_effort_preemptions: best-effort requests preempted for paced and deadline-only ones.
+        preemptible: whether this engine supports best-effort preemption.
+        kv_tokens: tokens that fit in the KV memory, over all KV cache groups; 0 if unknown.
+    """
+
+    steps: int = 0
+    gated_steps: int = 0
+    gate_seconds: float = 0.0
+    eligible: dict[str, int] = field(default_factory=dict)
+    batched: dict[str, int] = field(default_factory=dict)
+    best_effort_preemptions: int = 0
+    preemptible: bool = False
+    kv_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """Learns how many drafts a verification accepts, as an average that forgets old steps."""
+
+    _drafting: float = 0.0
+    _accepted: float = 0.0
+
+    def observe(self, step: StepReport) -> None:
+        """Add a step."""
+        if step.drafting_requests:
+            kept = 1 - 1 / _MEMORY_STEPS
+            self._drafting = kept * self._drafting + step.drafting_requests
+            self._accepted = kept * self._accepted + step.accepted_tokens
+
+    @property
+    def accepted(self) -> float:
+        """Drafts that a sequence with drafts gets accepted in one step; 0 until one had drafts."""
+        return self._accepted / self._drafting if self._drafting else 0.0
