@@ -51,9 +51,8 @@ class WaitingBatch:
             slots(R + r) <= slots,   memory(R + r) <= KV memory,   T(R + r) <= (1 - kept_free) * P*(R + r),
             now + n * T(R + r) + min(n * chunk, mu * (2 * backlog + all p)) <= d_r,
 
-        with n = 2 + mu * (backlog + p_r) / chunk. In each of these n steps prefill takes ``chunk`` seconds, as P* or
-        the token budget allows, unless less is left to compute. The step under way must end first, and the first token
-        comes when its own step ends.
+        with n = 2 + mu * (backlog + p_r) / chunk: the step under way, those that take ``chunk`` seconds of prefill, as
+        P* or the token budget allows, and the last one, which must end too. Prefill takes no more than all prompts do.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
@@ -63,8 +62,7 @@ class WaitingBatch:
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
         chunk_s = np.maximum(np.minimum(strictest_s - step_s, token_s * engine.max_num_batched_tokens), 1e-12)
         steps = 2 + token_s * (batch.backlog + of.uncached[at]) / chunk_s
-        prefill_s = np.minimum(steps * chunk_s, token_s * (2 * batch.backlog + of.uncached.sum()))
-        first_s = steps * step_s + prefill_s
+        first_s = steps * step_s + np.minimum(steps * chunk_s, token_s * (2 * batch.backlog + of.uncached.sum()))
         fits = (sequences <= batch.free_slots) & (step_s <= (1 - batch.kept_free) * strictest_s)
         fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
@@ -75,9 +73,9 @@ class WaitingBatch:
 
 
 def surely_fits(request: Request, pace_s: float, batch: RunningBatch, now: float, waiting_tokens: float) -> bool:
-    """Return whether `WaitingBatch.fit` surely holds for ``request`` with ``pace_s``; False if arrays must tell.
+    """Return whether `WaitingBatch.fit` surely holds for ``request``, without arrays; if False, these must tell.
 
-    The tests are the same, in a fifth of the time. ``waiting_tokens``: prompt tokens of all that wait.
+    ``waiting_tokens``: prompt tokens of all that wait.
     """
     if not batch.has_capacity_for(request):
         return False
@@ -94,10 +92,7 @@ def surely_fits(request: Request, pace_s: float, batch: RunningBatch, now: float
 
 
 def fits_alone(request: Request, batch: RunningBatch, now: float) -> bool:
-    """Return whether lines 1 to 7 of `policy` surely admit the only waiting ``request``; False if arrays must tell.
-
-    Below capacity most decisions are such.
-    """
+    """Return whether lines 1 to 7 of `policy` surely admit ``request``, which waits alone, without any array."""
     if batch.backlog or request.slo.e2e_s is not None:
         return False
     if request.kind is ServiceKind.BEST_EFFORT:
