@@ -169,7 +169,10 @@ FEATURES = (
         "multimodal",
         "a multimodal model",
         lambda config: bool(config.model_config.is_multimodal_model),
-        _untested("only what a step must allow for an image is: `tests/engine_adapter/vllm/test_unsplittable.py`"),
+        _untested(
+            "the CPU installation lacks torchvision; what a step must allow for an image is tested in "
+            "`tests/engine_adapter/vllm/test_unsplittable.py`"
+        ),
     ),
     Feature(
         "KV connectors",
