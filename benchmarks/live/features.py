@@ -107,8 +107,13 @@ def _why(log: Any, code: int) -> str:
     log.seek(0)
     lines: list[str] = [line.strip() for line in log if line.strip()]
     ours = [line for line in lines if line.startswith("Antares: ")]
-    errors = [line for line in lines if re.search(r"(Error|Exception): \S", line)]
-    return (ours or errors or [f"exit code {code}"])[0][-400:]
+    # pydantic's errors say what is wrong in the lines below.
+    errors = [
+        " ".join(lines[at : at + 2]) for at, line in enumerate(lines) if re.search(r"(Error|Exception): \S", line)
+    ]
+    if any("Segfault" in line for line in lines):
+        errors = ["a process of vLLM ended with a segmentation fault"]
+    return (ours or errors or [f"exit code {code}"])[0][:300].partition(" [type=")[0]
 
 
 # --- one trial, in a process of its own ----------------------------------------------------------------------------
@@ -215,6 +220,8 @@ schedules them, then with a pace and the gates `credit` and `slack`. Answers at 
 `served`: no answer lacks a token. [The table](../vllm-features.md) says what the tests show and what is refused.
 
 {table(heads, cells)}
+
+vLLM on CPU has no sleep mode and no asynchronous scheduling, and its kernel for experts fails when they are spread.
 
 Made by `python -m benchmarks.live.features MODEL --output docs/results/vllm_features.json`; the model is that of
 `python -m benchmarks.live.dummy_model MODEL`. `bash benchmarks/gpu.sh` does the same on a GPU.

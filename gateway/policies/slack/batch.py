@@ -1,4 +1,4 @@
-"""The waiting requests as arrays, and the tests for admission: of arrays, and of the only waiting request."""
+"""The waiting requests as arrays, and the tests for admission: of arrays, and of one request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import Floats, WaitingArrays
 
 _MARGIN = 0.95
-"""Part of each time limit that `fits_alone` uses: numbers round differently from arrays, which decide beyond it."""
+"""Part of each time limit that `surely_fits` uses: numbers round differently from arrays, which decide beyond it."""
 
 
 @dataclass(slots=True)
@@ -72,21 +72,30 @@ class WaitingBatch:
         return np.asarray(fits, dtype=np.bool_)
 
 
-def fits_alone(request: Request, batch: RunningBatch, now: float) -> bool:
-    """Return whether lines 1 to 7 of `policy` surely admit ``request``, which waits alone: `fit`, much faster."""
-    if batch.backlog or request.slo.e2e_s is not None or not batch.has_capacity_for(request):
+def surely_fits(request: Request, pace_s: float, batch: RunningBatch, now: float, waiting_tokens: float) -> bool:
+    """Return whether `WaitingBatch.fit` surely holds for ``request``, without arrays; if False, these must tell.
+
+    ``waiting_tokens``: prompt tokens of all that wait.
+    """
+    if not batch.has_capacity_for(request):
         return False
-    if request.kind is ServiceKind.BEST_EFFORT:
-        return True
     curve, most = batch.engine.step_time.curve, batch.engine.max_num_batched_tokens
-    pace_s = request.pace_s if request.kind is ServiceKind.PACED else None
-    weight = request.sequences * (SLACK.best_effort_share if pace_s is None else 1.0)
+    weight = request.sequences * (1.0 if request.kind is ServiceKind.PACED else SLACK.best_effort_share)
     decoding = batch.decoding + weight
     step_s = curve.step_s(decoding, batch.context + (request.prompt_tokens + request.predicted_tokens / 2) * weight)
-    spare_s = _MARGIN * min(math.inf if pace_s is None else pace_s, batch.strictest_s) - step_s
+    spare_s = _MARGIN * (1 - batch.kept_free) * min(pace_s, batch.strictest_s) - step_s
     token_s = curve.prefill_token_s(decoding, most, spare_s)
     chunk_s = max(min(spare_s, token_s * most), 1e-12)
-    own_s = token_s * request.uncached_tokens
-    steps = 2 + own_s / chunk_s
-    first_s = steps * step_s + min(steps * chunk_s, own_s)
+    steps = 2 + token_s * (batch.backlog + request.uncached_tokens) / chunk_s
+    first_s = steps * step_s + min(steps * chunk_s, token_s * (2 * batch.backlog + waiting_tokens))
     return spare_s > 0 and first_s + curve.h <= _MARGIN * (request.deadline_s - now)
+
+
+def fits_alone(request: Request, batch: RunningBatch, now: float) -> bool:
+    """Return whether lines 1 to 7 of `policy` surely admit ``request``, which waits alone, without any array."""
+    if batch.backlog or request.slo.e2e_s is not None:
+        return False
+    if request.kind is ServiceKind.BEST_EFFORT:
+        return batch.has_capacity_for(request)
+    pace_s = math.inf if request.pace_s is None or request.kind is not ServiceKind.PACED else request.pace_s
+    return surely_fits(request, pace_s, batch, now, request.uncached_tokens)

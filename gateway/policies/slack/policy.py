@@ -33,7 +33,7 @@ from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, PrefillLookahead, reject_tpot, reject_ttft
 from gateway.policies.running_batch import RunningBatch
-from gateway.policies.slack.batch import WaitingBatch, fits_alone
+from gateway.policies.slack.batch import WaitingBatch, fits_alone, surely_fits
 from gateway.policies.tenant_shares import TenantShares
 from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import tenant_number
@@ -202,14 +202,18 @@ class Slack:
     def _admit(self, this: _Round, queue: WaitingBatch) -> bool:
         """Lines 3 to 6. Return whether any request is left waiting."""
         batch, left = this.batch, len(queue.requests)
-        order = self._order(this, queue) if left and batch.free_slots > 0 else np.empty(0, np.intp)
+        if not left or batch.free_slots <= 0:
+            return left > 0
+        order, tokens = self._order(this, queue), float(queue.arrays.uncached.sum())
         while len(order) and batch.free_slots > 0:
             # Most candidates pass, so test them one at a time and re-filter only after a failure.
             first, order = order[:1], order[1:]
-            if batch.slots and not queue.fit(batch, this.now, first)[0]:
+            request, pace_s = queue.requests[int(first[0])], float(queue.pace_s[first[0]])
+            fits = not batch.slots or surely_fits(request, pace_s, batch, this.now, tokens)
+            if not fits and not queue.fit(batch, this.now, first)[0]:
                 order = order[queue.fit(batch, this.now, order)]
                 continue
-            this.admit(queue.requests[int(first[0])], float(queue.pace_s[first[0]]))
+            this.admit(request, pace_s)
             order = order[queue.arrays.uncached[order] <= this.lookahead.left]
             left -= 1
         return left > 0
