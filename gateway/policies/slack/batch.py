@@ -1,4 +1,4 @@
-"""The waiting requests as arrays, and the tests for admission: of arrays, and of the only waiting request."""
+"""The waiting requests as arrays, and the tests for admission: of arrays, and of one request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import Floats, WaitingArrays
 
 _MARGIN = 0.95
-"""Part of each time limit that `fits_alone` uses: numbers round differently from arrays, which decide beyond it."""
+"""Part of each time limit that `surely_fits` uses: numbers round differently from arrays, which decide beyond it."""
 
 
 @dataclass(slots=True)
@@ -51,9 +51,8 @@ class WaitingBatch:
             slots(R + r) <= slots,   memory(R + r) <= KV memory,   T(R + r) <= (1 - kept_free) * P*(R + r),
             now + n * T(R + r) + min(n * chunk, mu * (2 * backlog + all p)) <= d_r,
 
-        with n = 2 + mu * (backlog + p_r) / chunk. In each of these n steps prefill takes ``chunk`` seconds, as P* or
-        the token budget allows, unless less is left to compute. The step under way must end first, and the first token
-        comes when its own step ends.
+        with n = 2 + mu * (backlog + p_r) / chunk: the step under way, those that take ``chunk`` seconds of prefill, as
+        P* or the token budget allows, and the last one, which must end too. Prefill takes no more than all prompts do.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
@@ -63,8 +62,7 @@ class WaitingBatch:
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
         chunk_s = np.maximum(np.minimum(strictest_s - step_s, token_s * engine.max_num_batched_tokens), 1e-12)
         steps = 2 + token_s * (batch.backlog + of.uncached[at]) / chunk_s
-        prefill_s = np.minimum(steps * chunk_s, token_s * (2 * batch.backlog + of.uncached.sum()))
-        first_s = steps * step_s + prefill_s
+        first_s = steps * step_s + np.minimum(steps * chunk_s, token_s * (2 * batch.backlog + of.uncached.sum()))
         fits = (sequences <= batch.free_slots) & (step_s <= (1 - batch.kept_free) * strictest_s)
         fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
@@ -74,24 +72,30 @@ class WaitingBatch:
         return np.asarray(fits, dtype=np.bool_)
 
 
-def fits_alone(request: Request, batch: RunningBatch, now: float) -> bool:
-    """Return whether lines 1 to 7 of `policy` surely admit the only waiting ``request``; False if arrays must tell.
+def surely_fits(request: Request, pace_s: float, batch: RunningBatch, now: float, waiting_tokens: float) -> bool:
+    """Return whether `WaitingBatch.fit` surely holds for ``request``, without arrays; if False, these must tell.
 
-    The tests are those of `WaitingBatch.fit`, in a fifth of the time. Below capacity most decisions are such.
+    ``waiting_tokens``: prompt tokens of all that wait.
     """
-    if batch.backlog or request.slo.e2e_s is not None or not batch.has_capacity_for(request):
+    if not batch.has_capacity_for(request):
         return False
-    if request.kind is ServiceKind.BEST_EFFORT:
-        return True
     curve, most = batch.engine.step_time.curve, batch.engine.max_num_batched_tokens
-    pace_s = request.pace_s if request.kind is ServiceKind.PACED else None
-    weight = request.sequences * (SLACK.best_effort_share if pace_s is None else 1.0)
+    weight = request.sequences * (1.0 if request.kind is ServiceKind.PACED else SLACK.best_effort_share)
     decoding = batch.decoding + weight
     step_s = curve.step_s(decoding, batch.context + (request.prompt_tokens + request.predicted_tokens / 2) * weight)
-    spare_s = _MARGIN * min(math.inf if pace_s is None else pace_s, batch.strictest_s) - step_s
+    spare_s = _MARGIN * (1 - batch.kept_free) * min(pace_s, batch.strictest_s) - step_s
     token_s = curve.prefill_token_s(decoding, most, spare_s)
     chunk_s = max(min(spare_s, token_s * most), 1e-12)
-    own_s = token_s * request.uncached_tokens
-    steps = 2 + own_s / chunk_s
-    first_s = steps * step_s + min(steps * chunk_s, own_s)
+    steps = 2 + token_s * (batch.backlog + request.uncached_tokens) / chunk_s
+    first_s = steps * step_s + min(steps * chunk_s, token_s * (2 * batch.backlog + waiting_tokens))
     return spare_s > 0 and first_s + curve.h <= _MARGIN * (request.deadline_s - now)
+
+
+def fits_alone(request: Request, batch: RunningBatch, now: float) -> bool:
+    """Return whether lines 1 to 7 of `policy` surely admit ``request``, which waits alone, without any array."""
+    if batch.backlog or request.slo.e2e_s is not None:
+        return False
+    if request.kind is ServiceKind.BEST_EFFORT:
+        return batch.has_capacity_for(request)
+    pace_s = math.inf if request.pace_s is None or request.kind is not ServiceKind.PACED else request.pace_s
+    return surely_fits(request, pace_s, batch, now, request.uncached_tokens)

@@ -4,10 +4,8 @@ R is the running set, P* = min P_i its strictest pace, T(R) the time of a step i
 the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
 
     1 reject r if its pace is faster than a step with r alone                                      (infeasible)
-    2 in deadline order, reject r if now + T(R)/2 + step + mu * (own + queue_discount * ahead) / share > deadline,
-      where T(R)/2 is the rest of the step under way, and ahead the backlog and the prompts queued before r  (late)
-    3 order the rest by deadline + cost_weight * w, overdue ones and classes below their minimum share first, where
-      w = mu * p + (decode + a * mean length) * y is the engine time of a request with p uncached and y output tokens
+    2 in deadline order, reject r if now + T(R)/2 + step + mu * (own + queue_discount * ahead) / share > deadline (late)
+    3 order the rest by deadline + cost_weight * (engine seconds of r); overdue ones and rarely admitted classes lead
     4 admit r if slots and KV memory suffice and R + r keeps its strictest pace, T(R + r) <= P*(R + r),
     5   its own prefill ends before its deadline, and the prefill lookahead has tokens left for it
     6 a request that does not fit never blocks the next one
@@ -35,7 +33,7 @@ from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, PrefillLookahead, reject_tpot, reject_ttft
 from gateway.policies.running_batch import RunningBatch
-from gateway.policies.slack.batch import WaitingBatch, fits_alone
+from gateway.policies.slack.batch import WaitingBatch, fits_alone, surely_fits
 from gateway.policies.tenant_shares import TenantShares
 from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import tenant_number
@@ -44,10 +42,10 @@ from gateway.requests.waiting_queue import arrays_of, tenant_weights
 
 @dataclass(slots=True)
 class ClassShares:
-    """The share of the latest decided requests that was admitted, by SLO class, on one engine."""
+    """The admitted share of the latest `fair_share_window` decided requests of each SLO class, on one engine."""
 
     _classes: dict[str | None, tuple[float, int]] = field(default_factory=dict)
-    """Class (None: all) to (admitted share, decided requests): a moving average over `fair_share_window` of them."""
+    """Class (None: all) to (admitted share, decided requests). The share is a moving average."""
 
     def note(self, decision: Decision) -> None:
         """Count the decided requests, but no best-effort or infeasible ones. A waived one counts as rejected."""
@@ -206,14 +204,16 @@ class Slack:
         batch, left = this.batch, len(queue.requests)
         if not left or batch.free_slots <= 0:
             return left > 0
-        order = self._order(this, queue)
+        order, tokens = self._order(this, queue), float(queue.arrays.uncached.sum())
         while len(order) and batch.free_slots > 0:
             # Most candidates pass, so test them one at a time and re-filter only after a failure.
             first, order = order[:1], order[1:]
-            if batch.slots and not queue.fit(batch, this.now, first)[0]:
+            request, pace_s = queue.requests[int(first[0])], float(queue.pace_s[first[0]])
+            fits = not batch.slots or surely_fits(request, pace_s, batch, this.now, tokens)
+            if not fits and not queue.fit(batch, this.now, first)[0]:
                 order = order[queue.fit(batch, this.now, order)]
                 continue
-            this.admit(queue.requests[int(first[0])], float(queue.pace_s[first[0]]))
+            this.admit(request, pace_s)
             order = order[queue.arrays.uncached[order] <= this.lookahead.left]
             left -= 1
         return left > 0

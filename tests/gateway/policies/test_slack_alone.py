@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,10 +17,12 @@ from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.base import Decision
+from gateway.policies.running_batch import RunningBatch
 from gateway.policies.slack import policy as slack_policy
-from gateway.policies.slack.batch import fits_alone
+from gateway.policies.slack.batch import WaitingBatch, fits_alone, surely_fits
 from gateway.policies.slack.policy import Slack
 from gateway.requests.request import Request
+from gateway.requests.waiting_arrays import WaitingArrays
 from tests.fixtures.policy_builders import (
     NOW,
     RUNNING,
@@ -108,3 +111,24 @@ def test_what_needs_more_is_left_to_the_arrays(name: str) -> None:
     fast, arrays, took = both(request, old, engine(max_num_seqs=3 if name == "no slot" else 8), [])
     assert not took
     assert fast == arrays
+
+
+@given(
+    waiting=st.lists(WAITING, min_size=1, max_size=6),
+    old=st.lists(RUNNING, max_size=12),
+    state=ENGINES,
+    kept_free=st.sampled_from([0.0, 0.3]),
+)
+def test_what_surely_fits_fits_by_the_arrays(
+    waiting: list[Request], old: list[Request], state: EngineState, kept_free: float
+) -> None:
+    queue = [request for request in waiting if request.kind is not ServiceKind.BEST_EFFORT]
+    if not queue:
+        return
+    batch = RunningBatch(old, state, kept_free=kept_free)
+    arrays = WaitingBatch.of(queue, WaitingArrays.of(queue), NOW)
+    fits = arrays.fit(batch, NOW, np.arange(len(queue)))
+    tokens = sum(request.uncached_tokens for request in queue)
+    for at, request in enumerate(queue):
+        if surely_fits(request, float(arrays.pace_s[at]), batch, NOW, tokens):
+            assert fits[at]
