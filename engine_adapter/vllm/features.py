@@ -217,7 +217,7 @@ FEATURES = (
         "`pipeline-parallel-size`",
         lambda config: config.parallel_config.pipeline_parallel_size > 1,
         _refused(
-            "with the step gate vLLM would compute tokens that it does not know yet. Use `tensor-parallel-size`, "
+            "with stages several steps run at once, but the step gate plans and times one. Use `tensor-parallel-size`, "
             "or run a server without `--scheduler-cls`, with `kind: http` and `send_slo: false`"
         ),
     ),

@@ -39,7 +39,7 @@ def test_gateway_refuses_pipelines_and_ranks_in_its_process(tmp_path: Path) -> N
     )  # fmt: skip
     shown = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == 1, shown
-    assert "pipeline-parallel-size is not supported: with the step gate" in shown
+    assert "pipeline-parallel-size is not supported: with stages several steps" in shown
     assert "data-parallel-size is not supported: the gateway counts one rank's slots" in shown
     assert "Use one engine per rank" in shown
     assert "Traceback" not in shown

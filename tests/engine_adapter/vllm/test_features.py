@@ -89,8 +89,8 @@ def test_every_feature_is_recognised_by_a_test_or_asked_for_by_requests() -> Non
 
 
 PP = (
-    "pipeline-parallel-size is not supported: with the step gate vLLM would compute tokens that it does not know yet. "
-    "Use tensor-parallel-size, or run a server without --scheduler-cls, with kind: http and send_slo: false."
+    "pipeline-parallel-size is not supported: with stages several steps run at once, but the step gate plans and times "
+    "one. Use tensor-parallel-size, or run a server without --scheduler-cls, with kind: http and send_slo: false."
 )
 DP = (
     "data-parallel-size is not supported: the gateway counts one rank's slots and step times, so it would use 1/N of "

@@ -8,15 +8,21 @@ import importlib.metadata
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from engine_adapter.engine import EngineStartError
 from engine_adapter.vllm import interface
+from engine_adapter.vllm import versions as versions_module
 from engine_adapter.vllm.interface import GATE, IN_PROCESS, PREEMPTION, missing
+from engine_adapter.vllm.launch import create_llm
 from engine_adapter.vllm.sources import Sources, installed
 from engine_adapter.vllm.versions import USES, UnsupportedVllmError, require_gate, require_in_process, within
+from tests.fixtures.stub_modules import stub_modules
 from tests.fixtures.vllm_interfaces import members_of, used_names, versions
 
 FOLDER = Path(interface.__file__).parent
@@ -83,6 +89,27 @@ def test_supported_version_that_lacks_a_name_is_refused() -> None:
 def test_long_lists_of_missing_names_are_cut() -> None:
     with pytest.raises(UnsupportedVllmError, match=r"It lacks (\S+, ){4}\S+ and \d\d more\. Install"):
         require_in_process("0.1.0", lambda path: None)
+
+
+def test_in_process_engine_does_not_start_on_an_unsupported_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_modules(monkeypatch, {"vllm": {"__version__": "0.28.0"}})
+    monkeypatch.setattr(versions_module, "installed", lambda: SimpleNamespace(members=members_of("0.28.0")))
+    with pytest.raises(
+        EngineStartError, match=r"supports vLLM >=0\.30,<0\.33, but vLLM 0\.28\.0 is installed\. It lacks "
+    ):
+        create_llm([], lambda stats: None, lambda: False)
+
+
+def test_server_of_an_unsupported_version_ends_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unsupported(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise UnsupportedVllmError("The Antares step gate supports other versions.")
+
+    monkeypatch.setitem(sys.modules, "engine_adapter.vllm.scheduler", Unsupported("scheduler"))
+    monkeypatch.delitem(sys.modules, "engine_adapter.vllm_scheduler", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module("engine_adapter.vllm_scheduler")
+    assert caught.value.code == "Antares: The Antares step gate supports other versions."
 
 
 @needs_vllm

@@ -82,5 +82,7 @@ def test_second_turn_of_a_session_keeps_its_pace(make: Make) -> None:
 
 
 def test_scheduler_of_a_server_refuses_pipeline_parallel(make: Make) -> None:
-    with pytest.raises(SystemExit, match=r"^Antares: pipeline-parallel-size is not supported: with the step gate"):
+    with pytest.raises(
+        SystemExit, match=r"^Antares: pipeline-parallel-size is not supported: with stages several steps"
+    ):
         make(seqs=4, blocks=100, pipeline=2)
