@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Compares policies on one NVIDIA GPU: a model of Llama-3.1-8B's shape with random weights, the paper's six SLO
-# categories, and rates that rise until stock vLLM collapses. Then fits a step-time profile of this engine.
+# categories, and rates that rise until stock vLLM collapses. Then fits a step-time profile of this engine, and tries each
+# feature of vLLM with the step gate (docs/vllm-features.md).
 #
 #   bash benchmarks/gpu.sh                 # takes hours; after an interruption, run it again to resume
 #   bash benchmarks/gpu.sh --dry-run       # print the commands
 #   bash benchmarks/gpu.sh --smoke         # a short smoke test on vLLM for CPU (after `make install`)
 #
 # Environment: OUT (results/gpu), PYTHON (python3), POLICIES, RATES (requests/s, rising), SEEDS, DURATION (s of arrivals),
-# MINUTES (total), PORT. Needs no model hub. Results: OUT/runs/*.json, OUT/runs.png, OUT/profile.json.
+# MINUTES (total), PORT. Needs no model hub. Results: OUT/runs/*.json, OUT/runs.png, OUT/profile.json, OUT/features.json.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,12 +29,16 @@ if [[ $smoke ]]; then
   bin=${BIN:-.venv/bin} shape=small workload=small profile_batch=4
   flags='{load-format: dummy, dtype: float32, max-model-len: 2048, max-num-seqs: 64, max-num-batched-tokens: 512, enforce-eager: true, enable-prefix-caching: false}'
   environment='{HF_HUB_OFFLINE: 1, VLLM_CPU_KVCACHE_SPACE: 2, VLLM_LOGGING_LEVEL: ERROR}'
+  feature_flags='{"load_format": "dummy", "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "max_num_batched_tokens": 1024, "enforce_eager": true}'
+  features=(--only defaults)
 else
   OUT=${OUT:-results/gpu} RATES=${RATES:-5 10 15 20 25 30 40 50 60 80 100 130} SEEDS=${SEEDS:-0 1 2}
   DURATION=${DURATION:-60} MINUTES=${MINUTES:-240}
   bin=$OUT/venv/bin shape=llama-3.1-8b workload=sharegpt profile_batch=256
   flags='{load-format: dummy, dtype: bfloat16, max-model-len: 8192, max-num-seqs: 256, max-num-batched-tokens: 2048, gpu-memory-utilization: 0.9, enable-prefix-caching: false}'
   environment='{HF_HUB_OFFLINE: 1, VLLM_LOGGING_LEVEL: ERROR}'
+  feature_flags='{"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 64, "max_num_batched_tokens": 2048}'
+  features=() # all of them
 fi
 url=http://127.0.0.1:$PORT
 run_timeout=$((DURATION * 10 + 300)) # seconds per run, drain included
@@ -184,4 +189,7 @@ if [[ ! -f $OUT/profile.json ]]; then
   run timeout 3600 "$bin/antares" profile --from-engine "$OUT/fcfs.yaml" --name "measured-$shape" \
     --max-batch "$profile_batch" --output "$OUT/profile.json"
 fi
+check_time
+say "trying the features of vLLM (an engine starts for each)"
+run "$bin/python" -m benchmarks.live.features "$OUT/model" --flags "$feature_flags" --output "$OUT/features.json" "${features[@]}"
 summarise

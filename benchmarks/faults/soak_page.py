@@ -37,6 +37,12 @@ def page(found: dict[str, Any]) -> str:
         seen, faults = (", ".join(f"{n:,} x {name}" for name, n in row[key].items()) for key in ("seen", "faults"))
         wrong += [f"- {row['engine']}: {problem}" for problem in row["problems"]]
         ends.append([row["engine"], seen, faults, f"{row['ledger']['accepted']:,}, {row['ledger']['open']} open"])
+    commands = [
+        f"python -m benchmarks.faults.soak --engine {row['engine']} --minutes {row['minutes']:g} --json > {number}.json"
+        for number, row in enumerate(found["soaks"], 1)
+    ]
+    of = " ".join(f"--of {number}.json" for number in range(1, len(commands) + 1))
+    commands.append(f"python -m benchmarks.faults.soak --page docs/results/soak.json {of}")
     text = f"""# Soak
 
 `antares serve` gets twice the requests that its engine completes. 5% of the clients disconnect. The gateway keeps 1,000
@@ -59,9 +65,7 @@ A random fault follows every 2 to 6 seconds:
 - *descriptors*: before, at the peak, and after.
 
 ```
-python -m benchmarks.faults.soak --minutes 10 --json > soak.json
-python -m benchmarks.faults.soak --minutes 3 --engine vllm --json > soak_vllm.json
-python -m benchmarks.faults.soak --page docs/results/soak.json --of soak.json --of soak_vllm.json
+{chr(10).join(commands)}
 ```
 
 {table(heads, rows)}

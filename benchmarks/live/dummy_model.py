@@ -45,6 +45,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 12,
         "vocab_size": 49_152,
     },
+    "experts": {
+        **SMALL,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
     "llama-3.1-8b": {
         "torch_dtype": "bfloat16",
         "hidden_size": 4096,

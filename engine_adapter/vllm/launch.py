@@ -1,7 +1,12 @@
-"""Creates an AsyncLLM from the configuration: environment, command line, engine. Blocking, so it runs in a thread."""
+"""Creates an AsyncLLM from the configuration: environment, command line, engine. Shuts it down again.
+
+Creating blocks, so it runs in a thread.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -67,6 +72,7 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
             "engines: kind is 'vllm', but vLLM is not importable "
             f"({error}). Run `make install` for vLLM on CPU or `pip install 'antares-gateway[gpu]'` for GPUs."
         ) from error
+    from engine_adapter.vllm.features import Part, UnsupportedFeatureError, check
     from engine_adapter.vllm.versions import UnsupportedVllmError, require_in_process
 
     try:
@@ -87,6 +93,7 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
         validate_parsed_serve_args(args)
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        check(config, Part.IN_PROCESS)
         if stopped():
             raise EngineStartError("the engine was stopped during its start")
         return AsyncLLM.from_vllm_config(config, stat_loggers=[_stat_logger(on_stats)]), args
@@ -94,10 +101,41 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
         raise EngineStartError("vLLM rejected engines: flags; the lines above name the flag and the reason") from error
     except EngineStartError:
         raise
+    except UnsupportedFeatureError as error:
+        raise EngineStartError(str(error)) from error
     except Exception as error:
         raise EngineStartError(f"vLLM could not start: {error}") from error
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+async def shut_down(llm: Any) -> None:
+    """Shut down ``llm``, an AsyncLLM, and end its requests with vLLM's `EngineDeadError`."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    # End all requests that still wait for tokens, because no output task will do so after the shutdown.
+    llm.output_processor.propagate_error(EngineDeadError())
+    if llm.output_handler is not None:
+        llm.output_handler.cancel()  # otherwise it reports the shutdown as an engine failure
+    await asyncio.sleep(0)
+    await asyncio.to_thread(llm.shutdown)
+    # NOTE: vLLM's destructor calls shutdown() again, which logs errors while the interpreter exits.
+    llm.shutdown = _already_shut_down
+
+
+def _already_shut_down(timeout: float | None = None) -> None:
+    """Replaces `AsyncLLM.shutdown` once it has run."""
+
+
+def freeze_heap() -> None:
+    """Exclude all current objects from garbage collection.
+
+    NOTE: vLLM's import and start create many long-lived objects. A full collection that scans them stops the event
+    loop, and with it every stream, for most of a second. It runs once here to free the objects of an engine that died.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _stat_logger(on_stats: Callable[[Any], None]) -> Any:

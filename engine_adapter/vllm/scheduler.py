@@ -32,6 +32,7 @@ from engine_adapter.gates.composite import Gates
 from engine_adapter.gates.drafts import fit_drafts
 from engine_adapter.service_kind import ServiceKind
 from engine_adapter.step_report import StepReport
+from engine_adapter.vllm.features import check_server
 from engine_adapter.vllm.gate_channel import GateReporter
 from engine_adapter.vllm.gated import Gated, GatedRequests, left, prefilling
 from engine_adapter.vllm.kv_groups import KvGroups
@@ -70,6 +71,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if PARENT_ENV not in os.environ:
+            check_server(self.vllm_config)
         try:
             self._gate = Gates(os.environ.get(GATE_ENV, "credit"))
         except ValueError as error:

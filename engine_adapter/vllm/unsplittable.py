@@ -22,7 +22,7 @@ def least_prefill_tokens(scheduler: Any, prompts: Iterable[Request]) -> int:
     left: int = prompt.num_tokens - prompt.num_computed_tokens
     if not config.enable_chunked_prefill:
         return left
-    least = 1
+    least: int = 1
     if scheduler.need_mamba_block_aligned_split:
         # A chunk ends at the end of a block, because only there is the state of Mamba layers kept.
         least = scheduler.cache_config.block_size

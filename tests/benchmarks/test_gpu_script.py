@@ -42,6 +42,14 @@ if sys.argv[1] == "profile":
     open(option("--output"), "w").write("{{}}")
 '''
 
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+  *benchmarks.live.features*) echo features "$@" >>"$OUT/calls" ;;
+  *) exec {python} "$@" ;;
+esac
+"""
+"""Starts no engine."""
+
 
 def run_script(*arguments: str, **environment: object) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
@@ -57,7 +65,7 @@ def fake_environment(tmp_path: Path) -> dict[str, object]:
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "antares").write_text(FAKE_ANTARES.format(python=sys.executable))
-    (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (folder / "python").write_text(FAKE_PYTHON.format(python=sys.executable))
     for program in folder.iterdir():
         program.chmod(0o755)
     (tmp_path / "out" / "model").mkdir(parents=True)
@@ -89,6 +97,7 @@ def test_dry_run_prints_commands_and_writes_nothing(tmp_path: Path) -> None:
         assert any(line.startswith(f"{out}/venv/bin/antares serve --config {out}/{policy}.yaml") for line in lines)
     assert any("profile --from-engine" in line for line in lines)
     assert any("--shape llama-3.1-8b" in line for line in lines)
+    assert sum("-m benchmarks.live.features" in line and "--only" not in line for line in lines) == 1
 
 
 def test_bench_options_exist(tmp_path: Path) -> None:
@@ -113,7 +122,7 @@ def test_script_resumes_and_stops_at_collapse(fake_environment: dict[str, object
     assert (out / "profile.json").exists()
     assert (out / "runs.png").stat().st_size > 1000
     calls = (out / "calls").read_text().splitlines()
-    assert [line.split()[0] for line in calls] == ["bench", "bench", "bench", "profile"]
+    assert [line.split()[0] for line in calls] == ["bench", "bench", "bench", "profile", "features"]
     assert not any("--policy fcfs" in line and "--qps 2" in line for line in calls), "this result exists already"
     for policy in ("fcfs", "slack"):
         config = parse(yaml.safe_load((out / f"{policy}.yaml").read_text()))
@@ -123,7 +132,7 @@ def test_script_resumes_and_stops_at_collapse(fake_environment: dict[str, object
     resumed = run_script("--smoke", **fake_environment)
     assert resumed.returncode == 0, resumed.stderr
     new_calls = (out / "calls").read_text().splitlines()[len(calls) :]
-    assert [line.split()[0] for line in new_calls] == ["bench"]
+    assert [line.split()[0] for line in new_calls] == ["bench", "features"]
     assert "--policy slack" in new_calls[0]
 
 

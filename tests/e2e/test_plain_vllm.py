@@ -1,12 +1,11 @@
-"""A plain `vllm serve` with our scheduler class, behind a gateway without an in-process engine."""
+"""A plain `vllm serve` with our scheduler class, behind a gateway without an in-process engine.
+
+It has features that the in-process engines of other tests do not have: docs/vllm-features.md.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.live.dummy_adapter import RANK, write_lora_adapter
 from benchmarks.live.dummy_model import write_dummy_model
-from tests.fixtures.served import START_TIMEOUT_S, VLLM_CLI, Served, free_port, serve
+from tests.fixtures.plain_vllm import plain_vllm
+from tests.fixtures.served import Served, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -27,40 +28,11 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The base URL of a `vllm serve`."""
     folder = tmp_path_factory.mktemp("plain")
     model = write_dummy_model(folder / "model")
-    url = f"http://127.0.0.1:{free_port()}"
-    command = [
-        sys.executable,
-        "-c",
-        VLLM_CLI,
-        "serve",
-        str(model),
-        "--served-model-name",
-        "small",
-        "--dtype",
-        "float32",
-    ]
-    command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--load-format", "dummy", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--scheduler-cls", "engine_adapter.vllm_scheduler.SloScheduler"]
-    command += ["--max-num-seqs", str(SLOTS)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    log = folder / "vllm.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment
-        )
-    try:
-        until = time.monotonic() + START_TIMEOUT_S
-        while True:
-            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.5)
+    adapter = write_lora_adapter(folder / "adapter", model)
+    flags = ["--max-num-seqs", str(SLOTS), "--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
+    flags += ["--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"adapter={adapter}"]
+    with plain_vllm(folder, model, flags) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +121,38 @@ async def test_gates_do_not_change_generated_text(vllm: str) -> None:
             assert response.status_code == 200
             texts.append(response.json()["choices"][0]["text"])
     assert len(set(texts)) == 1
+
+
+async def test_lora_adapter_is_served_with_a_pace(vllm: str, served: Served) -> None:
+    async with httpx.AsyncClient(timeout=120, trust_env=False) as http:
+
+        async def text(base: str, model: str) -> str:
+            request = {**body(20), "model": model, "temperature": 0}
+            response = await http.post(f"{base}/v1/completions", json=request, headers={"x-slo-class": "strict"})
+            assert response.status_code == 200, response.text
+            return str(response.json()["choices"][0]["text"])
+
+        paced = await text(served.base, "adapter")
+        assert paced == await text(vllm, "adapter")
+        assert paced != await text(vllm, "small")
+
+
+async def test_whole_prompts_are_computed_beside_paced_decodes(vllm: str) -> None:
+    """Chunked prefill is off."""
+    async with httpx.AsyncClient(base_url=vllm, timeout=120, trust_env=False) as http:
+
+        async def complete(prompt: str, tokens: int) -> int:
+            xargs = {"antares_gate": "slack", "antares_tpot_ms": 300}
+            request = {**body(tokens), "prompt": prompt, "vllm_xargs": xargs}
+            response = await http.post("/v1/completions", json=request)
+            assert response.status_code == 200, response.text
+            return int(response.json()["usage"]["completion_tokens"])
+
+        paced = asyncio.create_task(complete("one", 300))
+        await asyncio.sleep(0.5)
+        assert await complete("two " * 600, 2) == 2
+        assert not paced.done()
+        assert await paced == 300
 
 
 async def test_best_effort_preemption_loses_no_token(vllm: str) -> None:

@@ -57,3 +57,8 @@ def test_prompt_larger_than_the_slack_is_computed(make: Callable[..., SteppedSch
         assert prompt == [1000]
     engine.drain()
     assert engine.generated == {"paced": 400, "long": 5}
+
+
+def test_scheduler_of_a_server_refuses_pipeline_parallel(make: Callable[..., SteppedScheduler]) -> None:
+    with pytest.raises(SystemExit, match=r"^Antares: pipeline-parallel-size is not supported: with the step gate"):
+        make(seqs=4, blocks=100, pipeline=2)
