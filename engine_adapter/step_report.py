@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+PLANNED_SHARE = 0.5
+"""Share of the accepted drafts to plan with. The rest is a margin: they come in bursts, but TPOT is checked at the end."""
+
 _MEMORY_STEPS = 256
 """Steps with drafts over which `Acceptance` averages: acceptance follows the content of the answers. Convention."""
 
@@ -76,3 +79,8 @@ class Acceptance:
     def accepted(self) -> float:
         """Drafts that a sequence with drafts gets accepted in one step; 0 until one had drafts."""
         return self._accepted / self._drafting if self._drafting else 0.0
+
+    @property
+    def planned(self) -> float:
+        """The part of `accepted` to plan with."""
+        return PLANNED_SHARE * self.accepted

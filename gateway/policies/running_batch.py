@@ -25,7 +25,8 @@ class RunningBatch:
         kept_free: the share of P* that is kept free for the requests of other tenants.
         slots, best_effort_slots: sequences, and the best-effort ones.
         decoding, context: sequences in a step and their tokens; without a pace they count by their share of steps.
-        strictest_s: P*, the strictest pace (s per token).
+        strictest_s: P*, the longest step that keeps the strictest pace: with speculative decoding, a step brings
+            several tokens (`EngineState.tokens_per_step`).
         memory, preemptible_memory, variance: tokens that R will reach, the unprotected best-effort part, the variance.
         backlog: uncached prompt tokens that are not prefilled yet.
         step_s: T(R), seconds of a step in which all of R decode; 0 when R is empty.
@@ -71,6 +72,7 @@ class RunningBatch:
         decoding, context, strictest_s = self.decoding, self.context, self.strictest_s
         memory, preemptible_memory = self.memory, self.preemptible_memory
         variance, backlog = self.variance, self.backlog
+        step_tokens = self.engine.tokens_per_step
         for request in requests:
             sequences, predicted = request.sequences, request.predicted_tokens
             generated = request.generated / sequences
@@ -86,8 +88,8 @@ class RunningBatch:
                     best_effort_slots += sequences
                     if best_effort_slots > protected:
                         preemptible_memory += expected
-            elif pace is not None and pace < strictest_s:
-                strictest_s = pace
+            elif pace is not None and pace * step_tokens < strictest_s:
+                strictest_s = pace * step_tokens
             # A running request counts by its length now, because another takes its slot and begins short.
             length = request.prompt_tokens + generated
             if request.admitted_s is None:

@@ -29,6 +29,7 @@ def fits_alone(request: Request, pace_s: float, batch: RunningBatch, now: float)
     length = request.prompt_tokens + request.predicted_tokens / 2
     weight = sequences if request.kind is ServiceKind.PACED else SLACK.best_effort_share * sequences
     step_s = curve.step_s(batch.decoding + weight, batch.context + length * weight)
+    pace_s *= batch.engine.tokens_per_step
     strictest_s, left_s = min(pace_s, batch.strictest_s), _MARGIN * (request.deadline_s - now)
     if step_s > _MARGIN * strictest_s or curve.step_s(sequences, length * sequences) > _MARGIN * pace_s:
         return False

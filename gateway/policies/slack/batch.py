@@ -23,7 +23,7 @@ class WaitingBatch:
 
     requests: Sequence[Request]
     arrays: WaitingArrays
-    pace_s: Floats  # shape (n,), s per token, infinite without a pace
+    pace_s: Floats  # shape (n,), s per step, infinite without a pace
 
     @classmethod
     def of(
@@ -34,6 +34,7 @@ class WaitingBatch:
         What an end-to-end bound E leaves after the first token is shared by the y predicted tokens:
         P = (a + E - first) / y. The first token is expected when prefill gets to it, at the latest when it is due.
         """
+        fraction *= batch.engine.tokens_per_step
         pace_s = fraction * arrays.pace
         ends = np.flatnonzero(arrays.end < math.inf)
         if len(ends):

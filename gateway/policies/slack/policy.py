@@ -173,9 +173,9 @@ class Slack:
     def _reject_infeasible(self, this: _Round, queue: WaitingBatch) -> WaitingBatch:
         """Line 1."""
         alone_s = queue.alone_s(this.batch.engine)
-        infeasible = alone_s > queue.pace_s
+        infeasible, tokens = alone_s > queue.pace_s, this.batch.engine.tokens_per_step
         for at in np.flatnonzero(infeasible).tolist():
-            request, attainable_s = queue.requests[at], float(alone_s[at]) / self.tpot_target_fraction
+            request, attainable_s = queue.requests[at], float(alone_s[at]) / (self.tpot_target_fraction * tokens)
             # An end-to-end bound E may have been feasible at arrival, with the pace E / y.
             never = attainable_s > (request.slo.e2e_s or 0.0) / max(request.predicted_tokens, 1.0)
             this.decision.reject.append(reject_tpot(request, attainable_s, 0.0, infeasible=never))
@@ -225,7 +225,8 @@ class Slack:
             at = int(first[0])
             tpot_s = queue.requests[at].slo.tpot_s
             most_s = math.inf if tpot_s is None else self.tpot_target_fraction * tpot_s
-            this.admit(queue.requests[at], min(SLACK.e2e_pace_factor * float(queue.pace_s[at]), most_s))
+            pace_s = float(queue.pace_s[at]) / batch.engine.tokens_per_step
+            this.admit(queue.requests[at], min(SLACK.e2e_pace_factor * pace_s, most_s))
             order = order[queue.arrays.uncached[order] <= this.lookahead_left]
             left -= 1
         return left > 0
