@@ -169,14 +169,14 @@ class EngineState:
     acceptance: Acceptance = field(default_factory=Acceptance)
 
     def observe_step(self, step: StepReport) -> None:
-        """Learn from a step that the engine reports. With speculative decoding, drafts are part of what a decode costs."""
+        """Learn from a step that the engine reports. Drafts (speculative decoding) are part of what a decode costs."""
         self.acceptance.observe(step)
         self.step_time.observe(step.decode_requests, step.prefill_tokens, step.mean_context, step.elapsed_s)
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens that a strict request gets in a step, to plan with: 1 without speculative decoding."""
-        return 1 + self.acceptance.planned
+        """Tokens that a request with drafts gets in a step on average; 1 without speculative decoding."""
+        return 1 + self.acceptance.accepted
 
     def set_models(self, cards: Iterable[ModelCard]) -> None:
         """Set the models that the engine serves. The first is its default."""
