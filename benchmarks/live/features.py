@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ import typer
 from benchmarks import results_json
 from benchmarks.live.dummy_adapter import RANK, write_lora_adapter
 from benchmarks.live.dummy_model import write_dummy_model
+from benchmarks.markdown import table, wrapped
 from engine_adapter.vllm.launch import SCHEDULER
 
 GATES = ("credit", "slack")
@@ -105,8 +107,13 @@ def _why(log: Any, code: int) -> str:
     log.seek(0)
     lines: list[str] = [line.strip() for line in log if line.strip()]
     ours = [line for line in lines if line.startswith("Antares: ")]
-    errors = [line for line in lines if "Error" in line]
-    return (ours or errors or [f"exit code {code}"])[0][-400:]
+    # pydantic's errors say what is wrong in the lines below.
+    errors = [
+        " ".join(lines[at : at + 2]) for at, line in enumerate(lines) if re.search(r"(Error|Exception): \S", line)
+    ]
+    if any("Segfault" in line for line in lines):
+        errors = ["a process of vLLM ended with a segmentation fault"]
+    return (ours or errors or [f"exit code {code}"])[0][:300].partition(" [type=")[0]
 
 
 # --- one trial, in a process of its own ----------------------------------------------------------------------------
@@ -194,6 +201,34 @@ async def _answer(
     return tokens
 
 
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page of docs/results, with a table of ``rows``."""
+    heads = ("feature", "result", "answers as without a pace", "start of the engine, s")
+    cells = [
+        (
+            row["feature"],
+            f"{row['result']}: {row['why']}" if "why" in row else row["result"],
+            row.get("same_as_stock", ""),
+            str(row.get("start_s", "")),
+        )
+        for row in rows
+    ]
+    text = f"""# Features of vLLM, tried with the step gate
+
+Every row is a real vLLM engine with our scheduler class. Four prompts run together: without a pace, as stock vLLM
+schedules them, then with a pace and the gates `credit` and `slack`. Answers at temperature 0 are compared by token.
+`served`: no answer lacks a token. [The table](../vllm-features.md) says what the tests show and what is refused.
+
+{table(heads, cells)}
+
+vLLM on CPU has no sleep mode and no asynchronous scheduling, and its kernel for experts fails when they are spread.
+
+Made by `python -m benchmarks.live.features MODEL --output docs/results/vllm_features.json`; the model is that of
+`python -m benchmarks.live.dummy_model MODEL`. `bash benchmarks/gpu.sh` does the same on a GPU.
+"""
+    return wrapped(text) + "\n"
+
+
 # --- command ---------------------------------------------------------------------------------------------------------
 
 SMALL_ENGINE = {
@@ -225,7 +260,10 @@ def main(
         known[row["feature"]] = row
         rows = [known[trial.feature] for trial in TRIALS if trial.feature in known]
         results_json.write({"flags": json.loads(flags), "features": rows}, output)
+        output.with_suffix(".md").write_text(page(rows))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

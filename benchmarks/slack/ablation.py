@@ -22,7 +22,7 @@ from engine_adapter.gates.slack import SlackGate
 from engine_adapter.step_time import curve as step_curve
 from engine_adapter.step_time.curve import StepCurve
 from engine_adapter.step_time.model import StepTimeModel
-from gateway.policies.base import UNGATED, Decision
+from gateway.policies.base import UNGATED, Decision, PrefillLookahead
 from gateway.policies.registry import POLICIES
 from gateway.policies.slack.batch import WaitingBatch
 from gateway.policies.slack.policy import Slack, _Round
@@ -70,15 +70,14 @@ class NoSkipOver(Slack):
 
     def _admit(self, this: _Round, queue: WaitingBatch) -> bool:
         batch = this.batch
-        # `_order` omits prompts longer than `lookahead_left`; here they must block the ones behind them.
-        order = self._order(replace(this, lookahead_tokens=math.inf), queue)
+        # `_order` omits prompts longer than the lookahead; here they must block the ones behind them.
+        order = self._order(replace(this, lookahead=PrefillLookahead(0, math.inf)), queue)
         for at in order.tolist():
             request = queue.requests[at]
-            fits = request.prompt_tokens <= this.lookahead_left and queue.fit(batch, this.now, np.array([at]))[0]
+            fits = this.lookahead.fits(request) and queue.fit(batch, this.now, np.array([at]))[0]
             if batch.free_slots <= 0 or (batch.slots and not fits):
                 return True
-            tpot_s = math.inf if request.slo.tpot_s is None else self.tpot_target_fraction * request.slo.tpot_s
-            this.admit(request, min(SLACK.e2e_pace_factor * float(queue.pace_s[at]), tpot_s))
+            this.admit(request, float(queue.pace_s[at]))
         return False
 
 
@@ -147,7 +146,6 @@ FULL = "nothing"
 """The row of complete `slack`."""
 
 MEMORY_CHECK = "KV memory check"
-MEMORY_RISK = "memory_risk"
 E2E_PACE_FACTOR = "e2e_pace_factor"
 STEP_CURVE = "step curve"
 MIN_ADMISSION_SHARE = "min_admission_share"
@@ -159,7 +157,6 @@ REMOVALS: dict[str, Removal] = {
     MIN_ADMISSION_SHARE: Removal("0: no class goes first", options={MIN_ADMISSION_SHARE: 0.0}),
     "queue_discount": Removal("1: counts all work that is queued ahead", options={"queue_discount": 1.0}),
     MEMORY_CHECK: Removal("admits regardless of KV memory", NoMemoryCheck),
-    MEMORY_RISK: Removal("0.5: plans with the mean memory, without a margin", options={MEMORY_RISK: 0.5}),
     "prefill lookahead": Removal(
         "infinite: the engine gets every prompt that has a slot", options={"prefill_lookahead_steps": math.inf}
     ),

@@ -12,7 +12,6 @@ from benchmarks.slack.ablation import (
     BEST_EFFORT_PREEMPTION,
     FULL,
     MEMORY_CHECK,
-    MEMORY_RISK,
     MIN_ADMISSION_SHARE,
     REMOVALS,
     STEP_CURVE,
@@ -189,7 +188,7 @@ def ablation(study: Study) -> list[Trial]:
     add(components("end-to-end bounds"), OVERLOADS, setting=CODE_CHAT)
     condition = f"{LITTLE_MEMORY:,} tokens of KV memory"
     changes = {"limits": {"kv_tokens": LITTLE_MEMORY}}
-    add((FULL, MEMORY_CHECK, MEMORY_RISK), OVERLOADS[:1], changes=changes, condition=condition)
+    add((FULL, MEMORY_CHECK), OVERLOADS[:1], changes=changes, condition=condition)
     return trials
 
 

@@ -24,7 +24,7 @@ class Part(enum.Enum):
     """Where vLLM runs, with its title in the table."""
 
     IN_PROCESS = "`kind: vllm`"
-    SERVER = "`vllm serve --scheduler-cls`"
+    SERVER = "server"
 
 
 class Support(enum.StrEnum):
@@ -83,6 +83,11 @@ def _speculates(*methods: str) -> Callable[[Any], bool]:
 
 _NAMED_METHODS = ("ngram", "ngram_gpu", "eagle", "eagle3", "mtp", "draft_model")
 
+_HISTORIES = (
+    "tests/engine_adapter/vllm/test_scheduler_histories.py::test_histories_keep_tokens_memory_budgets_and_reports"
+)
+_DRAFTS = "the scheduler is tested with drafts of any origin, but no engine ran with this method"
+_STEPPED = "tests/engine_adapter/vllm/test_scheduler_features.py"
 _PLAIN = "tests/e2e/test_plain_vllm.py"
 _PARALLEL = "tests/e2e/test_tensor_parallel.py::test_paced_requests_of_two_workers_answer_as_stock"
 _ONE_PER_RANK = "one engine per rank: an entry of `engines:` each, or one `vllm serve` per rank and `kind: http`"
@@ -92,31 +97,31 @@ FEATURES = (
         "speculative decoding, n-gram",
         "`speculative-config: {method: ngram}`",
         _speculates("ngram", "ngram_gpu"),
-        _untested("The gate counts one token a step for each decode."),
+        _works(_HISTORIES),
     ),
     Feature(
         "speculative decoding, EAGLE",
         "`speculative-config: {method: eagle3}`",
         _speculates("eagle", "eagle3"),
-        _untested("The gate counts one token a step for each decode."),
+        _untested(_DRAFTS),
     ),
     Feature(
         "speculative decoding, MTP",
         "`speculative-config: {method: mtp}`",
         _speculates("mtp"),
-        _untested("The gate counts one token a step for each decode."),
+        _untested(_DRAFTS),
     ),
     Feature(
         "speculative decoding, draft model",
         "`speculative-config: {method: draft_model}`",
         _speculates("draft_model"),
-        _untested("The gate counts one token a step for each decode."),
+        _untested(_DRAFTS),
     ),
     Feature(
         "speculative decoding, other methods",
         "`speculative-config`",
         lambda config: config.speculative_config is not None and config.speculative_config.method not in _NAMED_METHODS,
-        _untested("The gate counts one token a step for each decode."),
+        _untested(_DRAFTS),
     ),
     Feature(
         "prefix caching",
@@ -137,10 +142,16 @@ FEATURES = (
         _works(f"{_PLAIN}::test_whole_prompts_are_computed_beside_paced_decodes"),
     ),
     Feature(
+        "asynchronous scheduling",
+        "`async-scheduling` (default, except on CPU)",
+        lambda config: bool(config.scheduler_config.async_scheduling),
+        _works(_HISTORIES),
+    ),
+    Feature(
         "asynchronous scheduling off",
         "`async-scheduling: false`",
         lambda config: not config.scheduler_config.async_scheduling,
-        _untested("vLLM turns it off by itself for some methods of speculative decoding."),
+        _works("tests/e2e/test_quickstart.py::test_streamed_response_has_slo_headers"),
     ),
     Feature(
         "structured output",
@@ -158,38 +169,41 @@ FEATURES = (
         "multimodal",
         "a multimodal model",
         lambda config: bool(config.model_config.is_multimodal_model),
-        _untested("Only what a step must allow for an image is: `tests/engine_adapter/vllm/test_unsplittable.py`."),
+        _untested(
+            "the CPU installation lacks torchvision; what a step must allow for an image is tested in "
+            "`tests/engine_adapter/vllm/test_unsplittable.py`"
+        ),
     ),
     Feature(
         "KV connectors",
         "`kv-transfer-config`",
         lambda config: config.kv_transfer_config is not None,
-        _untested("Best-effort preemption is off."),
+        _untested("[tried](results/vllm_features.md) with one connector; best-effort preemption is off"),
     ),
     Feature(
         "encoder (EC) connectors",
         "`ec-transfer-config`",
         lambda config: config.ec_transfer_config is not None,
-        _untested("Best-effort preemption is off."),
+        _untested("best-effort preemption is off"),
     ),
     Feature(
         "priority policy",
         "`scheduling-policy: priority`",
         lambda config: config.scheduler_config.policy == "priority",
-        _works(_PARALLEL),
+        _works(f"{_STEPPED}::test_priority_policy_orders_paced_and_held_prompts"),
     ),
     Feature(
         "sleep mode",
         "`enable-sleep-mode`",
         lambda config: bool(config.model_config.enable_sleep_mode),
-        _untested("vLLM on CPU has none."),
+        _untested("vLLM on CPU has none"),
         in_process=_refused("the gateway has no route for sleeping. Run vLLM as a server, and use `kind: http`"),
     ),
     Feature(
         "sessions (resumable streaming input)",
         "`/v1/realtime`",
         None,
-        _untested("A session has a pace in its first turn only."),
+        _works(f"{_STEPPED}::test_second_turn_of_a_session_keeps_its_pace"),
         in_process=_refused("the gateway has no route `/v1/realtime`, and answers 404"),
     ),
     Feature(
@@ -211,7 +225,7 @@ FEATURES = (
         "data parallel (DP)",
         "`data-parallel-size`",
         lambda config: config.parallel_config.data_parallel_size > 1,
-        _untested("Each rank has a gate of its own."),
+        _untested("[tried](results/vllm_features.md); each rank has a gate of its own"),
         in_process=_refused(
             f"the gateway counts one rank's slots and step times, so it would use 1/N of the ranks. Use {_ONE_PER_RANK}"
         ),
@@ -220,7 +234,7 @@ FEATURES = (
         "expert parallel (EP)",
         "`enable-expert-parallel`",
         lambda config: bool(config.parallel_config.enable_expert_parallel),
-        _untested("It needs a mixture of experts."),
+        _untested("vLLM on CPU dies in a kernel of its own"),
     ),
 )
 
@@ -264,15 +278,18 @@ def table() -> str:
     rows = [["feature", "enabled by", *(part.value for part in Part), "test, reason or what is not known"], ["---"] * 5]
     for feature in FEATURES:
         verdicts = [feature.verdict(part) for part in Part]
-        texts = dict.fromkeys(_cell(verdict) for verdict in verdicts)
-        rows.append([feature.name, feature.flag, *(verdict.support for verdict in verdicts), " ".join(texts)])
+        texts = [_cell(verdict) for verdict in verdicts]
+        if feature.in_process is not None:
+            texts = [f"{part.value.capitalize()}: {text}" for part, text in zip(Part, texts, strict=True)]
+        row = [feature.name, feature.flag, *(verdict.support for verdict in verdicts)]
+        rows.append([*row, " ".join(dict.fromkeys(texts))])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _cell(verdict: Verdict) -> str:
     if verdict.support is Support.WORKS:
         return f"`{verdict.text}`"
-    return f"{verdict.text[0].upper()}{verdict.text[1:].removesuffix('.')}."
+    return f"{verdict.text.removesuffix('.')}."
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ GATE: Uses = {
         "scheduler_config",
         "vllm_config",
         "need_mamba_block_aligned_split",
+        "_update_request_as_session(_, _)",
     ),
     f"{_SCHED}.interface.PauseState": ("UNPAUSED",),
     f"{_SCHED}.output.SchedulerOutput": (

@@ -157,6 +157,11 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         if self._preemption is not None and restartable and self._gate.preemptible(self._gated.of(request)):
             self._preemptible.add(request.request_id)
 
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        """Begin the next turn of a session as vLLM does. Its tokens are due from the new first one on."""
+        super()._update_request_as_session(session, update)
+        self._gate.forget(session.request_id)
+
     def _best_effort_preemption(self) -> BestEffortPreemption | None:
         """Return None where vLLM cannot take a request out of a running batch, or has an order of its own."""
         if self.policy != SchedulingPolicy.FCFS or self.connector is not None or self.ec_connector is not None:

@@ -62,7 +62,7 @@ class Connection(Protocol):
 
     @property
     def behind_since(self) -> float:
-        """When the client was last seen without a backlog (monotonic s)."""
+        """When the client was first seen with the data that waits for it (monotonic s); 0 if none waits."""
 
     def overdue(self, now: float) -> str:
         """Return the time limit that the client exceeds at ``now``; "" if none."""

@@ -10,14 +10,13 @@ engine's app is done when the engine is, however slowly the client reads.
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 from typing import TYPE_CHECKING, Any
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from gateway.api.backlog import Backlog
 from gateway.api.connections import CONNECTION_KEY, Connections, client_address
 from gateway.api.errors import ApiError, bad_request
 from gateway.api.head_buffer import HeadBuffer
@@ -43,10 +42,6 @@ Closing at once would reset the connection of a client that still sends, and it 
 _LOW_WATER = 64 << 10
 """Bytes below the limit of a response's buffer at which its engine may continue."""
 
-# Offset and size of `tcpi_bytes_acked` in Linux's `struct tcp_info`.
-_TCP_INFO = getattr(socket, "TCP_INFO", None)
-_ACKED_AT, _TCP_INFO_BYTES = 120, 128
-
 
 class HttpProtocol(HttpToolsProtocol):
     """One connection of a client.
@@ -61,7 +56,6 @@ class HttpProtocol(HttpToolsProtocol):
         address: what counts as one client.
         is_shared: whether many clients may have that address.
         sharer: the tenant of the last request.
-        behind_since: when the client was last seen without a backlog (monotonic s).
         cut_reason: why the gateway closed the connection; "" if it did not.
     """
 
@@ -70,7 +64,6 @@ class HttpProtocol(HttpToolsProtocol):
         self.address = ""
         self.is_shared = True
         self.sharer = ONLY_SHARER
-        self.behind_since = 0.0
         self.cut_reason = ""
         self._watch = Connections() if connections is None else connections
         self._limits = self._watch.limits
@@ -81,8 +74,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._closing = self._gives_up = False
         self._error: ApiError | None = None
         self._serving: RequestResponseCycle | None = None
-        self._mark_at = self._mark_bytes = 0.0
-        self._taken = self._last_buffered = 0
+        self._backlog: Backlog | None = None
         self._is_lost = False
         self._disconnected: asyncio.Future[None] | None = None
 
@@ -95,7 +87,7 @@ class HttpProtocol(HttpToolsProtocol):
         transport.set_write_buffer_limits(high=high, low=max(high - _LOW_WATER, high // 2))
         self.address = client_address(self.client[0] if self.client else None)
         self.is_shared = self._watch.is_shared(self.address)
-        self._since = self.loop.time()
+        self._since, self._backlog = self.loop.time(), Backlog(transport)
         error = self._watch.add(self)
         if error is not None:
             self._closing = True
@@ -114,6 +106,7 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         self.pipeline.clear()
         super().connection_lost(exc)
+        self._backlog = None
         # Break the cycles with the parser, the scope and the request: else only a full garbage collection frees them.
         self.parser = self.scope = self.cycle = self._serving = None  # type: ignore[assignment]
 
@@ -172,15 +165,19 @@ class HttpProtocol(HttpToolsProtocol):
         return self.transport.get_write_buffer_size()
 
     @property
+    def behind_since(self) -> float:
+        """When the client was first seen with the data that waits for it (monotonic s); 0 if none waits."""
+        return 0.0 if self._backlog is None else self._backlog.since
+
+    @property
     def _is_answering(self) -> bool:
         return self._serving is not None and not self._serving.response_complete
 
     def overdue(self, now: float) -> str:
         """Return the time limit that the client exceeds at ``now``; "" if none."""
-        if self.buffered:
-            return "slow_reader" if self._is_stalled(now) else ""
-        self.behind_since = 0.0
-        if self._is_answering:
+        if self._backlog is not None and self._backlog.is_stalled(now, self._limits):
+            return "slow_reader"
+        if self.buffered or self._is_answering:
             # The reader of its body limits its time.
             return ""
         reason, limit_s = self._time_limit()
@@ -196,28 +193,6 @@ class HttpProtocol(HttpToolsProtocol):
         if self._in_head:
             return "head_timeout", limits.head_timeout_s
         return ("silent", limits.head_timeout_s) if self._serving is None else ("idle", limits.idle_timeout_s)
-
-    def _is_stalled(self, now: float) -> bool:
-        """Whether the client took less than `Limits.bytes_per_stall` of its backlog in the last `Limits.stall_s`."""
-        taken = self._bytes_taken()
-        if not self.behind_since:
-            self.behind_since = now
-        elif taken < self._mark_bytes + self._limits.bytes_per_stall:
-            return now > self._mark_at + self._limits.stall_s
-        self._mark_at, self._mark_bytes = now, taken
-        return False
-
-    def _bytes_taken(self) -> int:
-        """Return the bytes that the client has acknowledged so far."""
-        if _TCP_INFO is not None:
-            info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _TCP_INFO_BYTES)
-            if len(info) == _TCP_INFO_BYTES:
-                return int(struct.unpack_from("Q", info, _ACKED_AT)[0])
-        # Elsewhere only a backlog that shrinks is seen, which is less than what the client takes of a growing one.
-        buffered = self.buffered
-        self._taken += max(0, self._last_buffered - buffered)
-        self._last_buffered = buffered
-        return self._taken
 
     # --- what the client sends ----------------------------------------------------------------------------------------
 

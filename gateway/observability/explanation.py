@@ -271,7 +271,7 @@ def _advice_on_miss(document: Document, bound: str, parts: list[Part]) -> list[s
             lines.append(
                 f"{slower}: {predicted:.1f} ms was the step time at admission, {got:.1f} ms the mean after it."
             )
-        lines.append("If steps vary, set the slack option tpot_target_fraction to 0.98, or lower max-num-seqs.")
+        lines.append("If steps vary, lower max-num-seqs.")
     else:
         counted = [part for part in parts if part.before_token or bound == "e2e"]
         if counted:

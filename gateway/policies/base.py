@@ -136,13 +136,13 @@ class PrefillLookahead:
         return cls(sum([r.uncached_tokens for r in running if r.first_token_s is None and not r.unobserved]), limit)
 
     @property
-    def lookahead_left(self) -> float:
+    def left(self) -> float:
         """Remaining lookahead tokens; infinite while no prompt waits in the engine."""
         return self.limit - self.tokens if self.tokens else math.inf
 
     def fits(self, request: Request) -> bool:
         """Whether the request's prompt may enter now."""
-        return request.uncached_tokens <= self.lookahead_left
+        return request.uncached_tokens <= self.left
 
     def add(self, request: Request) -> None:
         """Count an admitted request's prompt."""

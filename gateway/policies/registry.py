@@ -28,7 +28,6 @@ POLICIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
 """Policy name to (dataclass, fixed options). Every field of the dataclass has a default, and one is ``name``."""
 
 OPTION_ALIASES = {
-    "fill": "tpot_target_fraction",
     "thrift": "cost_weight",
     "floor": "min_admission_share",
     "optimism": "queue_discount",
@@ -36,6 +35,9 @@ OPTION_ALIASES = {
     "runway_steps": "prefill_lookahead_steps",
 }
 """Option names of version 0.1 to their names now. Accepted with a warning until version 0.3."""
+
+REMOVED_OPTIONS = frozenset(("fill", "memory_risk", "tpot_target_fraction"))
+"""Former options of `slack`, which made it no better in any setting. Ignored with a warning until version 0.3."""
 
 
 def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
@@ -61,13 +63,16 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
 
 
 def _renamed(policy: str, options: dict[str, Any]) -> dict[str, Any]:
-    """``options`` with old names replaced; warns about each."""
+    """``options`` with old names replaced and removed ones dropped; warns about each."""
     renamed = {}
     for option, value in options.items():
         current = OPTION_ALIASES.get(option, option)
         if current != option:
             # FutureWarning, because Python shows it to users by default.
             warnings.warn(f"policy {policy!r}: option {option!r} is now {current!r}", FutureWarning, stacklevel=3)
+        if policy == "slack" and option in REMOVED_OPTIONS:
+            warnings.warn(f"policy 'slack': option {option!r} has no effect any more", FutureWarning, stacklevel=3)
+            continue
         if current in renamed or (current != option and current in options):
             raise ValueError(f"policy {policy!r}: {option!r} and {current!r} are the same option; keep {current!r}")
         renamed[current] = value

@@ -79,8 +79,11 @@ class TenantShares:
     ) -> tuple[set[str], float]:
         """Return the tenants above their share, and the share of recent time that the prompts of the others took.
 
-        ``waiting``: the weights of the tenants that wait. ``batch``: the running set, as they see it.
+        ``waiting``: the weights of the tenants that wait. ``batch``: the running set, as they see it. While one tenant
+        alone is active, none is above its share.
         """
+        if not self.several(now, waiting):
+            return set(), 0.0
         engine, token_s, context_s = batch.engine, batch.prefill_token_s, batch.engine.step_time.curve.a
         used = {name: _Used(weight) for name, weight in waiting.items()}
         for name, recent in self._recent.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from statistics import NormalDist
 
 from engine_adapter.service_kind import ServiceKind
 from gateway.requests.length_survival import surviving_quantile
@@ -22,8 +21,6 @@ E2E_LEAST_FOR_TTFT, E2E_MOST_FOR_TTFT = 0.05, 0.5
 BEST_EFFORT_PACE_S = 1.0
 """Seconds per token of a request whose TPOT bound is waived. A gate that paces everything (SCORPIO's credits) then
 lets it decode in few steps, so that it does not slow requests that have a pace to keep."""
-
-_Z90 = NormalDist().inv_cdf(0.9)
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +50,6 @@ class Request:
         ttft_slo_s: T_i, infinite without a bound on the first token. ``deadline_s`` is a_i + T_i.
         pace_s: P_i, the seconds per token that the scheduler plans with: the TPOT bound, or what the end-to-end bound
             implies, or what the policy set at admission. None without a pace.
-        variance: of the total length of its sequences (tokens^2), from a normal approximation.
     """
 
     id: str
@@ -87,7 +83,6 @@ class Request:
     pace_s: float | None = field(init=False)
     deadline_s: float = field(init=False)
     predicted_at_arrival: float = field(init=False)
-    variance: float = field(init=False)
     _p90_at_arrival: float = field(init=False)
     _beyond: tuple[float, float] | None = field(init=False, default=None)
     _revise_at: float = field(init=False)
@@ -187,7 +182,6 @@ class Request:
         self.predicted_tokens, self.predicted_p90 = tokens, p90
         self.predicted_at_arrival, self._p90_at_arrival = tokens, p90
         self._revise_at = tokens * self.sequences
-        self._set_variance()
 
     def _revise_prediction(self) -> None:
         each = self.generated / self.sequences
@@ -198,11 +192,6 @@ class Request:
         self.predicted_p90 = max(min(surviving_quantile(0.9, each, p50, p90), most), self.predicted_tokens)
         ahead = max((self.predicted_tokens - each) / 2, 1.0)
         self._revise_at = (each + ahead) * self.sequences
-        self._set_variance()
-
-    def _set_variance(self) -> None:
-        deviation = max(self.predicted_p90 - self.predicted_tokens, 0.0) / _Z90
-        self.variance = self.sequences * (deviation * deviation)
 
     def _set_bounds(self) -> None:
         slo = self.slo

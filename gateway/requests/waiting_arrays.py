@@ -27,19 +27,16 @@ class WaitingArrays(NamedTuple):
 
     arrival, deadline: monotonic s; the deadline is the first token's.
     end: monotonic s, by which a paced request's end-to-end bound wants its last token.
-    pace: s per token of a paced request (`Request.pace_s`); infinite for the other kinds.
     tpot_bound: s per token, the client's own TPOT bound.
     kind: a `ServiceKind`.
     prompt, uncached, output: tokens per sequence; what of the prompt must be computed; the predicted output.
     shared: tokens of the prompt that are in KV memory for a running request.
-    variance: tokens^2, of all sequences together.
     tenant: `tenant_number`.
     """
 
     arrival: Floats
     deadline: Floats
     end: Floats
-    pace: Floats
     tpot_bound: Floats
     kind: Floats
     sequences: Floats
@@ -47,7 +44,6 @@ class WaitingArrays(NamedTuple):
     uncached: Floats
     shared: Floats
     output: Floats
-    variance: Floats
     tenant: Floats
 
     @classmethod
@@ -71,7 +67,6 @@ def _row(request: Request) -> tuple[float, ...]:
         request.arrival_s,
         request.deadline_s,
         request.arrival_s + slo.e2e_s if paced and slo.e2e_s is not None else math.inf,
-        request.pace_s if paced and request.pace_s is not None else math.inf,
         slo.tpot_s if slo.tpot_s is not None else math.inf,
         request.kind,
         request.sequences,
@@ -79,7 +74,6 @@ def _row(request: Request) -> tuple[float, ...]:
         request.uncached_tokens,
         request.shared_tokens,
         request.predicted_tokens,
-        request.variance,
         tenant_number(request.tenant),
     )
 

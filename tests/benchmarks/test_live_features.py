@@ -48,6 +48,7 @@ def test_interrupted_run_continues_and_one_row_can_be_repeated(tmp_path: Path, t
     assert [row["feature"] for row in rows] == [trial.feature for trial in features.TRIALS]
     run("model", "--output", str(file))
     assert len(tried) == len(features.TRIALS)
+    assert "| LoRA | served |  |  |" in (tmp_path / "features.md").read_text()
 
 
 @pytest.mark.process

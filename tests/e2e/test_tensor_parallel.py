@@ -1,4 +1,4 @@
-"""A plain `vllm serve` with tensor parallelism and vLLM's priority policy."""
+"""`antares serve` with vLLM in its process, on two workers (tensor parallel), with vLLM's priority policy."""
 
 from __future__ import annotations
 
@@ -9,43 +9,54 @@ import httpx
 import pytest
 
 from benchmarks.live.dummy_model import write_dummy_model
-from tests.fixtures.plain_vllm import plain_vllm
+from tests.fixtures.served import Served, serve, still_running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-SLOTS = 2
-
 
 @pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("parallel")
-    flags = ["--tensor-parallel-size", "2", "--max-num-seqs", str(SLOTS), "--scheduling-policy", "priority"]
-    # vLLM on CPU binds each worker to a NUMA node, unless told not to.
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    with plain_vllm(folder, write_dummy_model(folder / "model"), flags, environment) as url:
-        yield url
+    engine = {
+        "kind": "vllm",
+        "name": "two-workers",
+        "model": str(write_dummy_model(folder / "model")),
+        "served_model_name": "small",
+        "flags": {
+            "tensor-parallel-size": 2, "scheduling-policy": "priority", "load-format": "dummy", "dtype": "float32",
+            "enforce-eager": True, "max-model-len": 1024, "max-num-seqs": 4, "max-num-batched-tokens": 256,
+        },
+        # vLLM on CPU binds each worker to a NUMA node, unless told not to.
+        "env": {
+            "HF_HUB_OFFLINE": 1, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": 1,
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": 1,
+        },
+    }  # fmt: skip
+    classes = {"paced": {"ttft_ms": 60_000, "tpot_ms": 2000}, "free": {}}
+    running = serve(folder, {"engines": [engine], "classes": classes, "default_class": "free"})
+    yield running
+    running.stop()
 
 
-async def test_paced_requests_of_two_workers_answer_as_stock(vllm: str) -> None:
-    """Requests without a pace are scheduled as by stock vLLM. All slots are taken, so the others wait by priority."""
-    async with httpx.AsyncClient(base_url=vllm, timeout=300, trust_env=False) as http:
-        ended: list[str] = []
+async def test_paced_requests_of_two_workers_answer_as_stock(served: Served) -> None:
+    """Requests without a pace are scheduled as by stock vLLM. Only four of the eight fit at a time."""
+    async with httpx.AsyncClient(base_url=served.base, timeout=300, trust_env=False) as http:
 
-        async def text(name: str, tokens: int, priority: int, **xargs: object) -> str:
-            document = {"model": "small", "prompt": "one two three", "max_tokens": tokens, "ignore_eos": True}
-            document |= {"temperature": 0, "priority": priority, "vllm_xargs": xargs}
-            response = await http.post("/v1/completions", json=document)
+        async def text(slo_class: str) -> str:
+            document = {"model": "small", "prompt": "one two three " * 100, "max_tokens": 30, "ignore_eos": True}
+            document |= {"temperature": 0}
+            response = await http.post("/v1/completions", json=document, headers={"x-slo-class": slo_class})
             assert response.status_code == 200, response.text
-            ended.append(name)
             return str(response.json()["choices"][0]["text"])
 
-        stock = await text("stock", 30, 0)
-        paced = {"antares_tpot_ms": 2000, "antares_gate": "slack"}
-        running = [asyncio.create_task(text("running", 30, 0, **paced)) for _ in range(SLOTS)]
-        await asyncio.sleep(0.3)
-        waiting = [
-            asyncio.create_task(text(f"priority {priority}", 30, priority, **paced)) for priority in (9, 8, 2, 1)
-        ]
-        texts = await asyncio.gather(*running, *waiting)
+        stock = await text("free")
+        texts = await asyncio.gather(*[text(slo_class) for slo_class in ["paced", "free"] * 4])
     assert set(texts) == {stock}
-    assert set(ended[-2:]) == {"priority 9", "priority 8"}
+    assert served.count("antares_gate_batched_total", 100) >= 100, "the gate reports four times 29 decodes"
+
+
+def test_both_workers_end_with_the_gateway(served: Served) -> None:
+    processes = list(served.children())
+    assert len(processes) >= 3, "the EngineCore and two workers"
+    served.stop()
+    assert still_running(processes) == []

@@ -1,4 +1,4 @@
-"""The waiting requests as arrays, with which `slack` computes."""
+"""The waiting requests as arrays, and the tests for admission: of arrays, and of one request."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.running_batch import RunningBatch
 from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import Floats, WaitingArrays
+
+_MARGIN = 0.95
+"""Part of each time limit that `surely_fits` uses: numbers round differently from arrays, which decide beyond it."""
 
 
 @dataclass(slots=True)
@@ -23,36 +25,18 @@ class WaitingBatch:
 
     requests: Sequence[Request]
     arrays: WaitingArrays
-    pace_s: Floats  # shape (n,), s per step, infinite without a pace
+    pace_s: Floats  # shape (n,), s per token, infinite without a pace
 
     @classmethod
-    def of(
-        cls, requests: Sequence[Request], arrays: WaitingArrays, batch: RunningBatch, now: float, fraction: float = 1.0
-    ) -> WaitingBatch:
-        """Return the arrays at ``now`` (s); ``fraction`` of a bound is the pace.
-
-        What an end-to-end bound E leaves after the first token is shared by the y predicted tokens:
-        P = (a + E - first) / y. The first token is expected when prefill gets to it, at the latest when it is due.
-        """
-        fraction *= batch.engine.tokens_per_step
-        pace_s = fraction * arrays.pace
-        ends = np.flatnonzero(arrays.end < math.inf)
-        if len(ends):
-            of = arrays.take(ends)
-            first_s = now + batch.step_s + batch.prefill_token_s * (batch.backlog + of.uncached) / batch.prefill_share
-            left_s = np.maximum(of.end - np.minimum(first_s, of.deadline), 0.0) / np.maximum(of.output, 1.0)
-            pace_s[ends] = fraction * np.minimum(left_s, of.tpot_bound)
-        return cls(requests, arrays, pace_s)
+    def of(cls, requests: Sequence[Request], of: WaitingArrays, now: float) -> WaitingBatch:
+        """Return the requests at ``now`` (s). Of an end-to-end bound, the y predicted tokens share what is left."""
+        left_s = of.end - np.minimum(of.deadline, now)  # past the deadline, line 2 of `policy` rejects
+        return cls(requests, of, np.minimum(left_s / np.maximum(of.output, 1.0), of.tpot_bound))
 
     def only(self, which: NDArray[np.bool_]) -> WaitingBatch:
         """Return the requests where ``which`` holds."""
         at = np.flatnonzero(which)
         return WaitingBatch([self.requests[i] for i in at.tolist()], self.arrays.take(at), self.pace_s[at])
-
-    def alone_s(self, engine: EngineState) -> Floats:
-        """Return the seconds per token of each request in an idle engine."""
-        of = self.arrays
-        return engine.step_time.curve.steps_s(of.sequences, (of.prompt + of.output / 2) * of.sequences)
 
     def cost_s(self, batch: RunningBatch) -> Floats:
         """Return w_i of each request: its seconds of engine time (line 3 of `policy`)."""
@@ -64,31 +48,57 @@ class WaitingBatch:
     def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Return whether each request ``at`` can be admitted beside ``batch`` at ``now`` (s).
 
-            slots(R + r) <= slots,   memory(R + r) + z * sqrt(variance(R + r)) <= KV memory,
-            T(R + r) <= P*(R + r),   now + wait + prefill <= d_r,
+            slots(R + r) <= slots,   memory(R + r) <= KV memory,   T(R + r) <= (1 - kept_free) * P*(R + r),
+            now + n * T(R + r) + min(n * chunk, mu * (2 * backlog + all p)) <= d_r,
 
-        where T leaves ``kept_free`` of P*. ``wait`` is the step under way; ``prefill`` are the steps that the
-        backlog and p_r take, each as long as P*, or as the token budget allows. A first token comes when its step ends,
-        so the last step counts with the other prompts that fill it.
+        with n = 2 + mu * (backlog + p_r) / chunk: the step under way, those that take ``chunk`` seconds of prefill, as
+        P* or the token budget allows, and the last one, which must end too. Prefill takes no more than all prompts do.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
         weight = np.where(of.kind[at] == float(ServiceKind.PACED), sequences, SLACK.best_effort_share * sequences)
-        strictest_s, decoding = np.minimum(self.pace_s[at], batch.strictest_s), batch.decoding + weight
+        strictest_s, decoding = (
+            np.minimum(self.pace_s[at] * engine.tokens_per_step, batch.strictest_s),
+            batch.decoding + weight,
+        )
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
-        others_s = token_s * (of.uncached.sum() - of.uncached[at])
-        ahead_s, own_s = token_s * batch.backlog, token_s * of.uncached[at]
-        longest_s = np.maximum(step_s, np.minimum(strictest_s, step_s + token_s * engine.max_num_batched_tokens))
-        wait_s = np.minimum(longest_s, step_s + ahead_s + others_s)
-        full_steps = np.ceil((ahead_s + own_s) / np.maximum(longest_s - step_s, 1e-12)) - 1
-        rest_s = ahead_s + own_s - full_steps * (longest_s - step_s)
-        first_s = wait_s + full_steps * longest_s + np.minimum(longest_s, step_s + rest_s + others_s)
+        chunk_s = np.maximum(np.minimum(strictest_s - step_s, token_s * engine.max_num_batched_tokens), 1e-12)
+        steps = 2 + token_s * (batch.backlog + of.uncached[at]) / chunk_s
+        first_s = steps * step_s + np.minimum(steps * chunk_s, token_s * (2 * batch.backlog + of.uncached.sum()))
         fits = (sequences <= batch.free_slots) & (step_s <= (1 - batch.kept_free) * strictest_s)
         fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
             # What is preempted may hold all shared tokens, which the others then need for themselves.
             others = np.minimum(-of.shared[at], engine.shared_tokens - batch.preemptible_memory)
-            memory = batch.memory + others + sequences * (prompt + np.maximum(output, 1.0))
-            fits &= memory + batch.memory_z * np.sqrt(batch.variance + of.variance[at]) <= engine.kv_tokens
+            fits &= batch.memory + others + sequences * (prompt + np.maximum(output, 1.0)) <= engine.kv_tokens
         return np.asarray(fits, dtype=np.bool_)
+
+
+def surely_fits(request: Request, pace_s: float, batch: RunningBatch, now: float, waiting_tokens: float) -> bool:
+    """Return whether `WaitingBatch.fit` surely holds for ``request``, without arrays; if False, these must tell.
+
+    ``waiting_tokens``: prompt tokens of all that wait.
+    """
+    if not batch.has_capacity_for(request):
+        return False
+    curve, most = batch.engine.step_time.curve, batch.engine.max_num_batched_tokens
+    weight = request.sequences * (1.0 if request.kind is ServiceKind.PACED else SLACK.best_effort_share)
+    decoding = batch.decoding + weight
+    step_s = curve.step_s(decoding, batch.context + (request.prompt_tokens + request.predicted_tokens / 2) * weight)
+    spare_s = _MARGIN * (1 - batch.kept_free) * min(pace_s * batch.engine.tokens_per_step, batch.strictest_s) - step_s
+    token_s = curve.prefill_token_s(decoding, most, spare_s)
+    chunk_s = max(min(spare_s, token_s * most), 1e-12)
+    steps = 2 + token_s * (batch.backlog + request.uncached_tokens) / chunk_s
+    first_s = steps * step_s + min(steps * chunk_s, token_s * (2 * batch.backlog + waiting_tokens))
+    return spare_s > 0 and first_s + curve.h <= _MARGIN * (request.deadline_s - now)
+
+
+def fits_alone(request: Request, batch: RunningBatch, now: float) -> bool:
+    """Return whether lines 1 to 7 of `policy` surely admit ``request``, which waits alone, without any array."""
+    if batch.backlog or request.slo.e2e_s is not None:
+        return False
+    if request.kind is ServiceKind.BEST_EFFORT:
+        return batch.has_capacity_for(request)
+    pace_s = math.inf if request.pace_s is None or request.kind is not ServiceKind.PACED else request.pace_s
+    return surely_fits(request, pace_s, batch, now, request.uncached_tokens)

@@ -16,11 +16,17 @@ from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 
 NOISE = {
-    "exponential": lambda random: random.expovariate(1.0),
-    "log-normal": lambda random: random.lognormvariate(0.0, 1.0),
-    "fast or stalled": lambda random: random.choice([0.1, 1.0, 1.0, 8.0]),
+    "jitter": (lambda random: random.lognormvariate(0.0, 0.1), 1.5),
+    "exponential": (lambda random: random.expovariate(1.0), 8.0),
+    "log-normal": (lambda random: random.lognormvariate(0.0, 1.0), 8.0),
+    "fast or stalled": (lambda random: random.choice([0.1, 1.0, 1.0, 8.0]), 8.0),
 }
-"""Skewed factors on the step times."""
+"""Factors on the step times, and the bound on an unseen step over the linear extrapolation of the mean times.
+
+Jitter of 10% is what real engines have: at most 1.11 in 171 random cases. The others vary by more than their mean, and
+then the fitted times of seen steps are off by a factor of 2 either way: with a window of 512 steps, the worst case of
+1, 2 or 100 tokens beside 33 decodes reached 3.7 in 195 seeds. A growing error would reach thousands.
+"""
 
 SIZES = st.lists(st.sampled_from([1, 2, 5, 16, 32, 48, 100, 300, 1000, 2048, 8000]), min_size=1, max_size=3)
 UNSEEN = [2**n for n in range(14)]
@@ -44,17 +50,20 @@ def test_prefill_only_steps_give_no_growing_extrapolation(sizes: list[int], seed
 )  # fmt: skip
 @example("prefill", [32], 1, 0.002, 0.0, "exponential", 0)
 @example("apart", [32], 4, 0.002, 0.0, "exponential", 0)
-def test_unseen_step_is_within_twice_the_linear_extrapolation(
+@example("beside", [100, 1, 2], 33, 5e-4, 1e-4, "log-normal", 48)
+@example("beside", [100, 1, 2], 33, 5e-4, 1e-4, "log-normal", 816256)
+@example("beside", [2048, 100], 1, 0.1, 0.0, "jitter", 204)
+def test_unseen_step_is_near_the_linear_extrapolation(
     kind: str, sizes: list[int], decodes: int, fixed_s: float, token_s: float, noise: str, seed: int
 ) -> None:
     """``kind``: decode steps or prompts alone, prompts beside ``decodes``, or some of these and prompts alone."""
-    model, random = StepTimeModel(), Random(seed)
+    model, random, (factor, bound) = StepTimeModel(), Random(seed), NOISE[noise]
     found: dict[tuple[int, int], list[float]] = defaultdict(list)
     for _ in range(4000):
         size = random.choice(sizes)
         shapes = {"decode": [(size, 0)], "prefill": [(0, size)], "beside": [(decodes, size)]}
         step = random.choice(shapes.get(kind, [(decodes, 0), (0, size)]))
-        seconds = (fixed_s + token_s * sum(step)) * NOISE[noise](random) + 1e-4
+        seconds = (fixed_s + token_s * sum(step)) * factor(random) + 1e-4
         model.observe(*step, 0.0, seconds)
         found[step].append(seconds)
     means = {step: float(np.mean(seconds)) for step, seconds in found.items()}
@@ -62,7 +71,7 @@ def test_unseen_step_is_within_twice_the_linear_extrapolation(
     for size in UNSEEN:
         decode_s = model.curve.step_s(size, 0) if kind != "prefill" else 0.0
         prefill_s = model.curve.step_s(0, 0, size) if kind != "decode" else 0.0
-        limit_s = 2 * (most_s + most_token_s * size)
+        limit_s = bound * (most_s + most_token_s * size)
         assert 0 <= decode_s < limit_s
         assert -limit_s < prefill_s < limit_s, "skewed noise may make a prompt token seem cheaper than free"
 

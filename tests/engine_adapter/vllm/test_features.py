@@ -44,8 +44,11 @@ def names(config: Any) -> set[str]:
     return {feature.name for feature, _ in in_use(config, Part.SERVER)}
 
 
-def test_default_configuration_uses_prefix_caching_only() -> None:
-    assert names(vllm_config()) == {"prefix caching"}
+DEFAULTS = {"prefix caching", "asynchronous scheduling"}
+
+
+def test_default_configuration_uses_what_works() -> None:
+    assert names(vllm_config()) == DEFAULTS
 
 
 def speculative(method: str) -> SimpleNamespace:
@@ -77,11 +80,11 @@ def speculative(method: str) -> SimpleNamespace:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_each_feature_is_recognised(change: dict[str, Any], name: str) -> None:
-    assert names(vllm_config(**change)) - {"prefix caching"} == {name}
+    assert names(vllm_config(**change)) - DEFAULTS == {name}
 
 
 def test_every_feature_is_recognised_by_a_test_or_asked_for_by_requests() -> None:
-    recognised = {each for _, each in test_each_feature_is_recognised.pytestmark[0].args[1]} | {"prefix caching"}  # type: ignore[attr-defined]
+    recognised = {each for _, each in test_each_feature_is_recognised.pytestmark[0].args[1]} | DEFAULTS  # type: ignore[attr-defined]
     assert {feature.name for feature in FEATURES if feature.in_use is not None} == recognised
 
 

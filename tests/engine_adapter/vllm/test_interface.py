@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,3 +170,30 @@ def test_every_attribute_that_the_scheduler_class_uses_is_in_the_table() -> None
     }
     listed = {(path, name) for path, names in used_names(ALL_USES).items() for name in names}
     assert used - listed == set()
+
+
+SECTIONS = {
+    "cache_config": "CacheConfig",
+    "device_config": "DeviceConfig",
+    "model_config": "ModelConfig",
+    "parallel_config": "ParallelConfig",
+    "scheduler_config": "SchedulerConfig",
+    "speculative_config": "SpeculativeConfig",
+}
+"""Members of a `VllmConfig`, and their classes."""
+
+
+@pytest.mark.parametrize(("file", "uses"), [("features.py", GATE), ("engine.py", IN_PROCESS)])
+def test_every_member_of_the_configuration_that_is_read_is_in_the_table(file: str, uses: interface.Uses) -> None:
+    read = {
+        (match["section"], match["member"])
+        for match in re.finditer(r"\bconfig\.(?P<section>\w+_config)(\.(?P<member>\w+))?", (FOLDER / file).read_text())
+    }
+    assert read
+    assert {section for section, _ in read} <= set(uses["vllm.config.VllmConfig"])
+    missing_members = {
+        (section, member)
+        for section, member in read
+        if member is not None and member not in uses[f"vllm.config.{SECTIONS[section]}"]
+    }
+    assert missing_members == set()

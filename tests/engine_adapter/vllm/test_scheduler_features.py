@@ -1,19 +1,11 @@
-"""vLLM's own scheduler with the step gate, where prompts are not split over steps (chunked prefill off)."""
+"""Features of vLLM on its own scheduler with the step gate, without a model: docs/vllm-features.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-
-from engine_adapter.gates import composite
-from engine_adapter.gates.slack import SlackGate
-from engine_adapter.step_time.linear_forms import StepTimes
-from engine_adapter.step_time.model import StepTimeModel
-from engine_adapter.vllm.gate_channel import GateReporter
 
 if TYPE_CHECKING:
     from tests.fixtures.vllm_stepping import SteppedScheduler
@@ -21,27 +13,11 @@ if TYPE_CHECKING:
 # vLLM is imported, which takes seconds; no engine is started.
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
-TIMES = StepTimes(a=0.0, b=1e-3, c=0.0, d=0.01, alpha=2e-4, beta=0.0)
-"""A step takes 10 ms, 1 ms per decode and 0.2 ms per prompt token."""
-
-
-@pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SteppedScheduler]:
-    pytest.importorskip("vllm")
-    from engine_adapter.vllm import scheduler as vllm_scheduler
-    from tests.fixtures.vllm_stepping import SteppedScheduler, write_model_config
-
-    clock: Any = SimpleNamespace(now=1000.0)
-    clock.monotonic = clock.perf_counter = lambda: clock.now
-    reporter = GateReporter(None)
-    monkeypatch.setitem(composite.GATES, "slack", lambda: SlackGate(StepTimeModel(times=TIMES, learn=False)))
-    monkeypatch.setattr(vllm_scheduler, "time", clock)
-    monkeypatch.setattr(GateReporter, "from_env", lambda: reporter)
-    return lambda **limits: SteppedScheduler(write_model_config(tmp_path / "model"), clock, reporter, **limits)
+Make = Callable[..., "SteppedScheduler"]
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_prompt_larger_than_the_slack_is_computed(make: Callable[..., SteppedScheduler], chunked: bool) -> None:
+def test_prompt_larger_than_the_slack_is_computed(make: Make, chunked: bool) -> None:
     """Its 1,000 tokens take 200 ms, and a pace of 31 ms at steps of `STEP_S` never leaves that much."""
     engine = make(seqs=4, blocks=1000, budget=4096, chunked=chunked)
     engine.add("paced", 10, 400, tpot_ms=31)
@@ -59,6 +35,52 @@ def test_prompt_larger_than_the_slack_is_computed(make: Callable[..., SteppedSch
     assert engine.generated == {"paced": 400, "long": 5}
 
 
-def test_scheduler_of_a_server_refuses_pipeline_parallel(make: Callable[..., SteppedScheduler]) -> None:
+def test_priority_policy_orders_paced_and_held_prompts(make: Make) -> None:
+    """vLLM's order holds for paced requests, and for the prompts of yielding ones that the gate held for some steps."""
+    engine = make(seqs=2, blocks=1000, policy="priority")
+    engine.add("steady", 10, 150, tpot_ms=31)
+    engine.add("running", 10, 30, tpot_ms=31)
+    engine.step()
+    for number, kind in enumerate(["yielding", None, None, "yielding"]):
+        engine.add(f"priority {4 - number}", 10, 5, tpot_ms=31, kind=kind, priority=4 - number)
+    order = list(dict.fromkeys(name for _ in range(140) for name in engine.step()))
+    # Those of others come first, each group by priority.
+    assert order == ["steady", "running", "priority 2", "priority 3", "priority 1", "priority 4"]
+    assert engine.best_effort_preemptions == 0
+    engine.drain()
+    assert engine.generated == {"steady": 150, "running": 30, **{f"priority {number}": 5 for number in range(1, 5)}}
+
+
+def test_second_turn_of_a_session_keeps_its_pace(make: Make) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    def turn(tokens: int) -> Request:
+        xargs = {"antares_tpot_ms": 31, "antares_gate": "slack"}
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, extra_args=xargs)
+        params.update_from_generation_config({}, 2)
+        return Request("session", [1] * 10, params, None, resumable=True)
+
+    engine = make(seqs=4, blocks=1000, budget=4096)
+    engine.scheduler.add_request(turn(20))
+    for _ in range(40):
+        engine.step()
+    assert engine.generated["session"] == 20
+    engine.clock.now += 5  # the user thinks
+    engine.scheduler.add_request(turn(100))
+    for _ in range(5):
+        engine.step()
+    engine.add("long", 1000, 5, tpot_ms=31)
+    prompt = [tokens for _ in range(60) if (tokens := engine.step().get("long", 0)) > 1]
+    assert sum(prompt) == 1000
+    assert len(prompt) > 5, "the prompt gets the slack of the session only"
+    for _ in range(100):
+        engine.step()
+    assert engine.generated == {"session": 120, "long": 5}
+    engine.abort("session")
+    engine.drain()
+
+
+def test_scheduler_of_a_server_refuses_pipeline_parallel(make: Make) -> None:
     with pytest.raises(SystemExit, match=r"^Antares: pipeline-parallel-size is not supported: with the step gate"):
         make(seqs=4, blocks=100, pipeline=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.policies.registry import OPTION_ALIASES, make_policy
+from gateway.policies.registry import OPTION_ALIASES, REMOVED_OPTIONS, make_policy
 from gateway.policies.slack.policy import Slack
 
 
@@ -13,6 +13,15 @@ def test_old_option_name_works_with_a_warning(old: str, new: str) -> None:
     with pytest.warns(FutureWarning, match=f"option '{old}' is now '{new}'"):
         policy = make_policy("slack", {old: 0.25})
     assert policy == Slack(**{new: 0.25})
+
+
+@pytest.mark.parametrize("option", sorted(REMOVED_OPTIONS))
+def test_removed_option_is_ignored_with_a_warning(option: str) -> None:
+    with pytest.warns(FutureWarning, match=f"option '{option}' has no effect any more"):
+        policy = make_policy("slack", {option: 0.25, "cost_weight": 2.0})
+    assert policy == Slack(cost_weight=2.0)
+    with pytest.raises(ValueError, match=f"has no option '{option}'"):
+        make_policy("fcfs", {option: 0.25})
 
 
 @pytest.mark.parametrize("policy", ["s3", "scorpio", "annealing"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,9 +28,8 @@ PROMISED = WAITING.filter(lambda request: request.kind is not BEST_EFFORT)
 """Waiting requests that are not best-effort: those of a `WaitingBatch`."""
 
 
-def waiting_batch(requests: list[Request], batch: RunningBatch | None = None, fraction: float = 1.0) -> WaitingBatch:
-    batch = batch or RunningBatch.of([], engine())
-    return WaitingBatch.of(requests, WaitingArrays.of(requests), batch, NOW, fraction)
+def waiting_batch(requests: list[Request]) -> WaitingBatch:
+    return WaitingBatch.of(requests, WaitingArrays.of(requests), NOW)
 
 
 def weight(request: Request) -> float:
@@ -56,7 +55,7 @@ def final_tokens(request: Request) -> float:
 @given(st.lists(RUNNING | WAITING, max_size=8), st.booleans())
 def test_running_batch_sums_its_requests(requests: list[Request], preemptible: bool) -> None:
     state = engine(max_num_seqs=60, gate=GateReport(preemptible=preemptible))
-    batch = RunningBatch.of(requests, state)
+    batch = RunningBatch(requests, state)
     preemptible_memory, best_effort_slots = 0.0, 0
     for request in requests:
         if request.kind is BEST_EFFORT:
@@ -64,31 +63,30 @@ def test_running_batch_sums_its_requests(requests: list[Request], preemptible: b
             if best_effort_slots > 3:  # a twentieth of 60
                 preemptible_memory += final_tokens(request)
     sequences = sum(r.sequences for r in requests)
-    assert (batch.reserved_slots, batch.slots, batch.best_effort_slots) == (3, sequences, best_effort_slots)
+    assert (batch.slots, batch.best_effort_slots) == (sequences, best_effort_slots)
+    assert batch.protected_slots == (3 if preemptible else 60)
     assert batch.free_slots == 60 - sequences + (max(0, best_effort_slots - 3) if preemptible else 0)
     assert batch.decoding == pytest.approx(sum(map(weight, requests)))
     assert batch.context == pytest.approx(sum(context(r) * weight(r) for r in requests))
     assert batch.strictest_s == min((r.pace_s for r in requests if r.kind is PACED), default=math.inf)
     assert batch.memory == pytest.approx(sum(map(final_tokens, requests)))
     assert batch.preemptible_memory == pytest.approx(preemptible_memory if preemptible else 0.0)
-    assert batch.variance == pytest.approx(sum(r.variance for r in requests))
     assert batch.backlog == sum(r.prompt_tokens for r in requests if r.prefilling)
 
 
 @given(st.lists(RUNNING, max_size=8), RUNNING | WAITING)
 def test_running_batch_plus_one_equals_batch_of_all(requests: list[Request], one: Request) -> None:
     state = engine(max_num_seqs=60, gate=GateReport(preemptible=True))
-    whole, grown = RunningBatch.of([*requests, one], state, 2.0), RunningBatch.of(requests, state, 2.0)
+    whole, grown = RunningBatch([*requests, one], state), RunningBatch(requests, state)
     before = grown.prefill_token_s
     grown.add((one,))
-    names = {field.name for field in fields(RunningBatch) if not field.name.startswith("_")} - {"engine"}
-    for name in [*sorted(names), "free_slots", "step_s", "prefill_token_s", "prefill_share", "chunk_tokens"]:
+    for name in [*sorted(vars(whole).keys() - {"engine"}), "free_slots", "prefill_share"]:
         assert getattr(grown, name) == pytest.approx(getattr(whole, name)), name
-    assert before == RunningBatch.of(requests, state).prefill_token_s
+    assert before == RunningBatch(requests, state).prefill_token_s
 
 
 def test_running_batch_plans_an_added_request_with_the_given_pace() -> None:
-    batch = RunningBatch.of([running(tpot=0.05)], engine())
+    batch = RunningBatch([running(tpot=0.05)], engine())
     batch.add((make_request(e2e=4.0),), 0.03)
     assert batch.strictest_s == 0.03
     batch.add((make_request(ttft=1.0), make_request()), 0.01)
@@ -98,7 +96,7 @@ def test_running_batch_plans_an_added_request_with_the_given_pace() -> None:
 def test_deadline_only_request_keeps_its_slot_but_has_no_pace() -> None:
     deadline_only = running("deadline only", ttft=5)
     requests = [*(running(f"free{i}") for i in range(40)), deadline_only]
-    batch = RunningBatch.of(requests, engine())
+    batch = RunningBatch(requests, engine())
     assert deadline_only.kind is ServiceKind.DEADLINE_ONLY
     assert (batch.slots, batch.best_effort_slots, batch.strictest_s) == (41, 40, math.inf)
     assert batch.decoding == pytest.approx(41 * SLACK.best_effort_share)
@@ -115,35 +113,37 @@ def test_preemption_does_not_free_memory_that_is_shared(shared: int, kv_tokens: 
     """
     best_effort = [running(f"{i}", prompt=1000) for i in range(20)]
     state = engine(max_num_seqs=60, kv_tokens=kv_tokens, gate=GateReport(preemptible=True), shared_tokens=shared)
-    batch = RunningBatch.of([running("paced", tpot=1.0, prompt=9000), *best_effort], state)
+    batch = RunningBatch([running("paced", tpot=1.0, prompt=9000), *best_effort], state)
     assert batch.preemptible_memory == 17 * 1050
     request = make_request(ttft=100.0, tpot=1.0, prompt=1000)
-    assert waiting_batch([request], batch).fit(batch, NOW, np.array([0])).tolist() == [fits]
+    assert waiting_batch([request]).fit(batch, NOW, np.array([0])).tolist() == [fits]
 
 
 def test_sequences_of_one_request_share_a_prompt() -> None:
-    one, four = (RunningBatch.of([running(tpot=0.1, prompt=400, sequences=n)], engine()) for n in (1, 4))
+    one, four = (RunningBatch([running(tpot=0.1, prompt=400, sequences=n)], engine()) for n in (1, 4))
     assert four.decoding == 4 * one.decoding
     requests = [make_request(tpot=1.0, prompt=400), make_request(tpot=1.0, prompt=400, sequences=4)]
-    idle = RunningBatch.of([], engine())
+    idle = RunningBatch([], engine())
     single, several = waiting_batch(requests).cost_s(idle) - idle.prefill_token_s * 400
     assert several == pytest.approx(4 * single)
 
 
 @given(st.lists(RUNNING, max_size=8))
 def test_chunk_fills_the_strictest_pace_at_most(requests: list[Request]) -> None:
-    batch = RunningBatch.of(requests, engine())
-    most = batch.engine.max_num_batched_tokens
-    assert 1 <= batch.chunk_tokens <= most
-    if batch.chunk_tokens > 1:
-        assert batch.step_s + batch.prefill_token_s * batch.chunk_tokens <= batch.strictest_s * (1 + 1e-9)
-    if batch.chunk_tokens < most:
-        assert batch.step_s + batch.prefill_token_s * batch.chunk_tokens >= batch.strictest_s * (1 - 1e-9)
+    batch = RunningBatch(requests, engine())
+    lookahead, most = batch.lookahead(1.0), batch.engine.max_num_batched_tokens
+    chunk = lookahead.limit
+    assert (lookahead.tokens, batch.lookahead(2.0).limit) == (batch.backlog, 2 * chunk)
+    assert 1 <= chunk <= most
+    if chunk > 1:
+        assert batch.step_s + batch.prefill_token_s * chunk <= batch.strictest_s * (1 + 1e-9)
+    if chunk < most:
+        assert batch.step_s + batch.prefill_token_s * chunk >= batch.strictest_s * (1 - 1e-9)
 
 
 @given(st.lists(RUNNING, max_size=8))
 def test_prefill_share_is_what_decodes_leave_of_the_strictest_pace(requests: list[Request]) -> None:
-    batch = RunningBatch.of(requests, engine())
+    batch = RunningBatch(requests, engine())
     left = 1.0 if batch.strictest_s == math.inf else (batch.strictest_s - batch.step_s) / batch.strictest_s
     assert batch.prefill_share == pytest.approx(max(left, SLACK.min_prefill_share))
 
@@ -154,14 +154,14 @@ def test_free_slots_include_unprotected_best_effort_requests(preemptible: bool) 
     for best_effort, paced, free in ((0, 40, 0), (2, 38, 0), (5, 35, 3), (5, 36, 2), (5, 39, -1), (40, 0, 38)):
         requests = [*(running() for _ in range(best_effort)), *(running(tpot=1.0) for _ in range(paced))]
         expected = free if preemptible else 40 - best_effort - paced
-        assert RunningBatch.of(requests, state).free_slots == expected
+        assert RunningBatch(requests, state).free_slots == expected
 
 
 def test_backlog_counts_prompts_without_a_first_token() -> None:
     prefilling = running("prefilling", tpot=1.0, prompt=300, first_token_s=None)
     unobserved = running("unobserved", tpot=1.0, prompt=70, first_token_s=None, unobserved=True)
     several = running("several", tpot=1.0, prompt=11, sequences=4, first_token_s=None)
-    batch = RunningBatch.of([running(tpot=1.0, prompt=900), prefilling, unobserved, several], engine())
+    batch = RunningBatch([running(tpot=1.0, prompt=900), prefilling, unobserved, several], engine())
     assert batch.backlog == 311, "the sequences of a request share its prompt"
     batch.add((make_request("new", prompt=5),), math.inf)
     assert batch.backlog == 316
@@ -170,48 +170,21 @@ def test_backlog_counts_prompts_without_a_first_token() -> None:
 # --- waiting requests -------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(PROMISED, min_size=1, max_size=6), st.lists(RUNNING, max_size=6), st.sampled_from([1.0, 0.9]))
-def test_waiting_batch_paces_equal_those_of_each_request(
-    requests: list[Request], old: list[Request], fraction: float
-) -> None:
-    batch = RunningBatch.of(old, engine())
-    queue = waiting_batch(requests, batch, fraction)
-    share = max(SLACK.min_prefill_share, 1 - batch.step_s / batch.strictest_s)
-    for at, request in enumerate(requests):
-        pace_s = math.inf if request.pace_s is None else request.pace_s
+@given(st.lists(PROMISED, min_size=1, max_size=6))
+def test_waiting_batch_paces_equal_those_of_each_request(requests: list[Request]) -> None:
+    for pace_s, request in zip(waiting_batch(requests).pace_s.tolist(), requests, strict=True):
+        expected = math.inf if request.slo.tpot_s is None else request.slo.tpot_s
         if request.slo.e2e_s is not None:
-            prefill_s = batch.prefill_token_s * (batch.backlog + request.prompt_tokens) / share
-            first_s = min(NOW + batch.step_s + prefill_s, request.deadline_s)
-            left_s = max(request.arrival_s + request.slo.e2e_s - first_s, 0.0) / request.predicted_tokens
-            tpot_s = math.inf if request.slo.tpot_s is None else request.slo.tpot_s
-            pace_s = min(left_s, tpot_s)
-        assert queue.pace_s[at] == pytest.approx(fraction * pace_s)
+            left_s = request.arrival_s + request.slo.e2e_s - min(NOW, request.deadline_s)
+            expected = min(left_s / request.predicted_tokens, expected)
+        assert pace_s == pytest.approx(expected)
 
 
-@given(st.lists(PROMISED, min_size=1, max_size=6), st.lists(RUNNING, max_size=6))
-def test_end_to_end_pace_is_never_stricter_than_at_arrival(requests: list[Request], old: list[Request]) -> None:
-    queue = waiting_batch(requests, RunningBatch.of(old, engine()))
-    for pace_s, request in zip(queue.pace_s.tolist(), requests, strict=True):
-        if request.pace_s is not None:
-            assert pace_s >= request.pace_s * (1 - 1e-9)
-
-
-def test_end_to_end_pace_leaves_time_for_a_slow_prefill() -> None:
-    # 25 decodes take 12.5 of 13.1 ms, so the prompt takes more than two seconds.
-    batch = RunningBatch.of([running(str(i), tpot=0.0131, prompt=10, output=10_000) for i in range(25)], engine())
-    request = make_request(e2e=20.0, output=100, prompt=100)
-    (pace_s,) = waiting_batch([request], batch).pace_s
-    assert pace_s * 100 + 2.0 < 20.0
-    assert pace_s * 100 + request.ttft_slo_s >= 20.0 - 1e-6
-
-
-@given(st.lists(RUNNING, max_size=5), st.lists(PROMISED, min_size=1, max_size=5), st.sampled_from([1.0, 0.8]),
-       st.integers(500, 20_000), st.integers(1, 40), st.booleans(),
-       st.sampled_from([TIMES, replace(TIMES, a=1e-5)]))  # fmt: skip
+@given(st.lists(RUNNING, max_size=5), st.lists(PROMISED, min_size=1, max_size=5), st.integers(500, 20_000),
+       st.integers(1, 40), st.booleans(), st.sampled_from([TIMES, replace(TIMES, a=1e-5)]))  # fmt: skip
 def test_fit_equals_the_conditions_of_each_request(
     old: list[Request],
     requests: list[Request],
-    fraction: float,
     kv_tokens: int,
     slots: int,
     preemptible: bool,
@@ -219,22 +192,18 @@ def test_fit_equals_the_conditions_of_each_request(
 ) -> None:
     state = engine(kv_tokens=kv_tokens, max_num_seqs=slots, gate=GateReport(preemptible=preemptible))
     state.step_time = StepTimeModel(times=times, learn=False)
-    batch = RunningBatch.of(old, state, 2.3)
-    queue, backlog = waiting_batch(requests, batch, fraction), batch.backlog
+    batch = RunningBatch(old, state)
+    queue = waiting_batch(requests)
     fits = queue.fit(batch, NOW, np.arange(len(requests)))
-    queued = sum(request.prompt_tokens for request in requests)
     for at, request in enumerate(requests):
-        both = RunningBatch.of(old, state, 2.3)
+        both = RunningBatch(old, state)
         both.add((request,), float(queue.pace_s[at]))
-        step_s, strictest_s = both.step_s, both.strictest_s
-        token_s, others = both.prefill_token_s, queued - request.prompt_tokens
-        longest_s = max(step_s, min(strictest_s, step_s + token_s * state.max_num_batched_tokens))
-        first_s = min(longest_s, step_s + token_s * (backlog + others))
-        left_s, most_s = token_s * (backlog + request.prompt_tokens), max(longest_s - step_s, 1e-12)
-        full_steps = math.ceil(left_s / most_s) - 1
-        first_s += full_steps * longest_s
-        first_s += min(longest_s, step_s + left_s - full_steps * (longest_s - step_s) + token_s * others)
-        memory = both.memory - both.preemptible_memory + 2.3 * math.sqrt(both.variance)
+        step_s, strictest_s, token_s = both.step_s, both.strictest_s, both.prefill_token_s
+        chunk_s = max(min(strictest_s - step_s, token_s * state.max_num_batched_tokens), 1e-12)
+        steps = 2 + token_s * (batch.backlog + request.prompt_tokens) / chunk_s
+        left_s = token_s * (2 * batch.backlog + sum(other.prompt_tokens for other in requests))
+        first_s = steps * step_s + min(steps * chunk_s, left_s)
+        memory = both.memory - both.preemptible_memory
         ratios = (
             step_s / max(strictest_s, 1e-12),
             first_s / max(request.deadline_s - NOW, 1e-9),
@@ -246,42 +215,40 @@ def test_fit_equals_the_conditions_of_each_request(
 
 def test_fit_counts_a_request_by_its_mean_context() -> None:
     # A step of two takes 10.2 ms, and 0.1 ms or more for 1000 tokens of context.
-    batch = RunningBatch.of([running(tpot=0.011)], engine())
-    queue = waiting_batch([make_request(tpot=1.0, prompt=1, output=output) for output in (100, 20_000)], batch)
+    batch = RunningBatch([running(tpot=0.011)], engine())
+    queue = waiting_batch([make_request(tpot=1.0, prompt=1, output=output) for output in (100, 20_000)])
     assert queue.fit(batch, NOW, np.arange(2)).tolist() == [True, False]
 
 
-def test_fit_expects_full_steps_while_other_prompts_wait() -> None:
+def test_fit_expects_full_steps_before_the_first_token() -> None:
     # Beside 20 decodes and its own, a step of the strictest pace, 0.1 s, has 0.0875 s for prefill.
-    batch = RunningBatch.of([running(str(i), tpot=0.1, output=1000) for i in range(20)], engine())
+    batch = RunningBatch([running(str(i), tpot=0.1, output=1000) for i in range(20)], engine())
 
-    def fits(ttft: float, others: int = 0, backlog: int = 0) -> bool:
-        requests = [make_request(ttft=ttft, tpot=1.0), *([make_request(tpot=1.0, prompt=others)] if others else [])]
+    def fits(ttft: float) -> bool:
+        return bool(waiting_batch([make_request(ttft=ttft, tpot=1.0)]).fit(batch, NOW, np.array([0]))[0])
+
+    # Decodes take 12.5 ms in each step: the one under way, the last one, and 1.14 or 1.71 others. Prefill takes 0.1 s
+    # for the prompt, and 0.05 s for the backlog, of which as much may be in the step under way.
+    for backlog, first_s in ((0, 3.143 * 0.0125 + 0.1), (50, 3.714 * 0.0125 + 0.2)):
         batch.backlog = backlog
-        return bool(waiting_batch(requests, batch).fit(batch, NOW, np.array([0]))[0])
-
-    # 100 tokens take one such step and an eighth of the next, which other prompts fill.
-    for options, first_s in (({}, 0.1375), ({"others": 900}, 0.3), ({"backlog": 50}, 0.2375)):
-        assert fits(first_s + 0.002, **options)
-        assert not fits(first_s - 0.002, **options)
+        assert fits(first_s + 0.002)
+        assert not fits(first_s - 0.002)
 
 
 @given(st.lists(PROMISED, min_size=1, max_size=6), st.lists(RUNNING, max_size=4))
-def test_cost_and_alone_time_equal_those_of_each_request(requests: list[Request], old: list[Request]) -> None:
-    batch = RunningBatch.of(old, engine())
-    queue, curve, token_s = waiting_batch(requests, batch), batch.engine.step_time.curve, batch.prefill_token_s
+def test_cost_equals_that_of_each_request(requests: list[Request], old: list[Request]) -> None:
+    batch = RunningBatch(old, engine())
+    queue, curve, token_s = waiting_batch(requests), batch.engine.step_time.curve, batch.prefill_token_s
     for at, request in enumerate(requests):
         mean_length = request.prompt_tokens + request.predicted_tokens / 2
         decode_s = token_s + max(-curve.e, 0.0) + curve.a * mean_length
         output = request.sequences * request.predicted_tokens
         assert queue.cost_s(batch)[at] == pytest.approx(token_s * request.prompt_tokens + decode_s * output)
-        alone_s = curve.step_s(request.sequences, mean_length * request.sequences)
-        assert queue.alone_s(batch.engine)[at] == pytest.approx(alone_s)
 
 
 def test_cost_grows_with_prompt_output_and_sequences() -> None:
     requests = [make_request(tpot=1.0, **more) for more in ({}, {"prompt": 101}, {"output": 51}, {"sequences": 2})]
-    base, *higher = waiting_batch(requests).cost_s(RunningBatch.of([], engine()))
+    base, *higher = waiting_batch(requests).cost_s(RunningBatch([], engine()))
     assert all(cost > base for cost in higher)
 
 
@@ -301,8 +268,7 @@ def test_has_capacity_for_never_counts_preemptible_slots_or_memory(
 ) -> None:
     one.generated = 0
     state: EngineState = engine(kv_tokens=kv_tokens, max_num_seqs=slots, gate=GateReport(preemptible=True))
-    both = RunningBatch.of([*old, one], state, 2.0)
-    memory = both.memory + 2.0 * math.sqrt(both.variance)
-    if abs(memory - kv_tokens) > 1e-6:
-        expected = both.slots <= slots and (not kv_tokens or memory <= kv_tokens)
-        assert RunningBatch.of(old, state, 2.0).has_capacity_for(one) == expected
+    both = RunningBatch([*old, one], state)
+    if abs(both.memory - kv_tokens) > 1e-6:
+        expected = both.slots <= slots and (not kv_tokens or both.memory <= kv_tokens)
+        assert RunningBatch(old, state).has_capacity_for(one) == expected

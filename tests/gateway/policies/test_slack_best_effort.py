@@ -40,14 +40,13 @@ def test_best_effort_request_is_never_rejected_and_has_no_pace_to_keep() -> None
     assert admitted(decide(Slack(), NOW, [make_request(tpot=0.05)], beside, engine())) == ["r"]
 
 
-@pytest.mark.parametrize("tpot_target_fraction", [1.0, 0.9])
-def test_request_with_a_waived_bound_is_admitted_without_a_planned_pace(tpot_target_fraction: float) -> None:
+def test_request_with_a_waived_bound_is_admitted_without_a_planned_pace() -> None:
     queue = [
         make_request("free"),
         make_request("waived", ttft=1, tpot=0.5, bounds_waived=True),
         make_request("d", ttft=5),
     ]
-    decision = decide(Slack(tpot_target_fraction=tpot_target_fraction), NOW, queue, [], engine())
+    decision = decide(Slack(), NOW, queue, [], engine())
     assert (len(decision.admit), decision.paces) == (3, {})
 
 

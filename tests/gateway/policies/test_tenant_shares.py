@@ -25,8 +25,9 @@ BOUND = 0.03
 
 def above(old: list[Request], waiting: dict[str, float] | None = None, **changes: Any) -> set[str]:
     """Return the tenants above their share. ``old``: the running requests; ``waiting``: weights by tenant."""
-    batch = RunningBatch.of(old, engine(**changes))
-    return TenantShares().above(NOW, waiting or {}, old, batch)[0]
+    batch = RunningBatch(old, engine(**changes))
+    weights = {request.tenant: request.weight for request in old}
+    return TenantShares().above(NOW, weights | (waiting or {}), old, batch)[0]
 
 
 def gated(**changes: Any) -> EngineState:
@@ -100,7 +101,7 @@ def test_strict_pace_counts_as_use_of_the_engine() -> None:
 
 
 def test_prompts_of_late_count_and_fade() -> None:
-    shares, batch = TenantShares(), RunningBatch.of([], engine())
+    shares, batch = TenantShares(), RunningBatch([], engine())
     shares.note(NOW, [make_request(tenant="a", prompt=2000)], 1e-3)
     shares.note(NOW, [make_request(tenant="b", prompt=10)], 1e-3)
     above, others = shares.above(NOW, {}, [], batch)

@@ -156,8 +156,7 @@ def same(one: WaitingArrays, other: WaitingArrays) -> bool:
 
 
 def test_arrays_hold_the_numbers_of_the_requests() -> None:
-    paced = Request("a", "chat", 5.0, Slo(2.0, 0.05, 20.0), 100, 60, 60 + 1.2815515655446004 * 10, sequences=2)
-    paced.pace_s = 0.03
+    paced = Request("a", "chat", 5.0, Slo(2.0, 0.05, 20.0), 100, 60, sequences=2)
     waived = Request("b", "chat", 6.0, Slo(None, 0.05, 20.0), 30, 40, bounds_waived=True)
     deadline_only = Request("c", "chat", 7.0, Slo(3.0), 20, 50, cached_tokens=16, shared_tokens=8)
     arrays = WaitingArrays.of([paced, waived, deadline_only])
@@ -165,7 +164,6 @@ def test_arrays_hold_the_numbers_of_the_requests() -> None:
         "arrival": [5.0, 6.0, 7.0],
         "deadline": [7.0, math.inf, 10.0],
         "end": [25.0, math.inf, math.inf],
-        "pace": [0.03, math.inf, math.inf],
         "tpot_bound": [0.05, 0.05, math.inf],
         "kind": [ServiceKind.PACED, ServiceKind.BEST_EFFORT, ServiceKind.DEADLINE_ONLY],
         "sequences": [2, 1, 1],
@@ -173,7 +171,6 @@ def test_arrays_hold_the_numbers_of_the_requests() -> None:
         "uncached": [100, 30, 4],
         "shared": [0, 0, 8],
         "output": [60, 40, 50],
-        "variance": pytest.approx([200.0, 0.0, 0.0]),
         "tenant": [tenant_number("anonymous")] * 3,
     }
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from engine_adapter.gates.constants import SLACK
 from gateway.policies.base import Decision, Rejection, reject_ttft
-from gateway.policies.slack.fair_share import FairShare
-from gateway.policies.slack.policy import Slack
+from gateway.policies.slack.policy import ClassShares, Slack
 from gateway.requests.request import Request
 from tests.fixtures.policy_builders import NOW, admitted, decide, engine, make_request, running
 
@@ -18,7 +17,7 @@ def rejection(request: Request, infeasible: bool = False) -> Rejection:
     return reject_ttft(request, 1.0, 1.0, 0.1, infeasible)
 
 
-def note(shares: FairShare, *, admitted: int = 0, rejected: int = 0, **request: str) -> None:
+def note(shares: ClassShares, *, admitted: int = 0, rejected: int = 0, **request: str) -> None:
     """Count decisions about requests with the given class."""
     for _ in range(admitted):
         shares.note(Decision(admit=[make_request(ttft=1.0, **request)]))
@@ -26,13 +25,13 @@ def note(shares: FairShare, *, admitted: int = 0, rejected: int = 0, **request: 
         shares.note(Decision(reject=[rejection(make_request(ttft=1.0, **request))]))
 
 
-def behind(shares: FairShare, **request: str) -> bool:
-    return (shares.behind([make_request(**request)]) or [False])[0]
+def behind(shares: ClassShares, min_share: float = 0.5, **request: str) -> bool:
+    return bool(shares.behind([make_request(**request)], min_share)[0])
 
 
 @given(outcomes=st.lists(st.tuples(st.sampled_from("ab"), st.booleans()), max_size=SLACK.fair_share_window))
 def test_class_is_behind_below_a_fraction_of_the_overall_share(outcomes: list[tuple[str, bool]]) -> None:
-    shares = FairShare(0.5)
+    shares = ClassShares()
     for name, ok in outcomes:
         note(shares, admitted=ok, rejected=not ok, slo_class=name)
     overall = [ok for _, ok in outcomes]
@@ -43,19 +42,19 @@ def test_class_is_behind_below_a_fraction_of_the_overall_share(outcomes: list[tu
         expected.append(2 * sum(own) * len(overall) < sum(overall) * len(own))
         if 2 * sum(own) * len(overall) == sum(overall) * len(own) and own:
             return  # rounding decides
-    found = shares.behind([make_request(slo_class=name) for name in "ab"])
-    assert found == (expected if any(expected) else [])
+    found = shares.behind([make_request(slo_class=name) for name in "ab"], 0.5)
+    assert found.tolist() == expected
 
 
 def test_no_class_is_behind_without_a_minimum_share() -> None:
-    shares = FairShare(0.0)
+    shares = ClassShares()
     note(shares, admitted=50, slo_class="a")
     note(shares, rejected=50, slo_class="b")
-    assert shares.behind([make_request(slo_class="b")]) == []
+    assert not behind(shares, 0.0, slo_class="b")
 
 
 def test_old_decisions_fade_with_the_window() -> None:
-    shares = FairShare(0.5)
+    shares = ClassShares()
     note(shares, rejected=SLACK.fair_share_window, slo_class="b")
     note(shares, admitted=20 * SLACK.fair_share_window)
     # After k admissions the share of "b" is 1 - 0.98^k, which is 0.497 at k = 34 and 0.507 at k = 35.
@@ -66,20 +65,21 @@ def test_old_decisions_fade_with_the_window() -> None:
 
 
 def test_infeasible_and_best_effort_requests_do_not_count() -> None:
-    shares = FairShare(0.5)
+    shares = ClassShares()
     shares.note(Decision(reject=[rejection(make_request(slo_class="b"), infeasible=True)]))
     waived = make_request(ttft=1.0, slo_class="b", bounds_waived=True)
     shares.note(Decision(admit=[waived, make_request(slo_class="b")]))
-    assert shares == FairShare(0.5)
+    assert shares == ClassShares()
 
 
 def test_behind_has_one_answer_for_each_request() -> None:
-    shares = FairShare(0.5)
-    assert shares.behind([make_request()]) == [], "no request was decided yet"
+    shares = ClassShares()
+    assert shares.behind([], 0.5).tolist() == []
+    assert shares.behind([make_request()], 0.5).tolist() == [False], "no request was decided yet"
     note(shares, admitted=9, slo_class="a")
     note(shares, rejected=1, slo_class="b")
     classes = ["a", "b", "new", "b"]
-    assert shares.behind([make_request(slo_class=name) for name in classes]) == [False, True, False, True]
+    assert shares.behind([make_request(slo_class=name) for name in classes], 0.5).tolist() == [False, True, False, True]
 
 
 def test_expensive_class_gets_its_minimum_share() -> None:
