@@ -140,7 +140,6 @@ class EngineState:
         last_step_at: when the engine last reported a step (monotonic s); None if it reports none.
         shared_tokens: prompt tokens that several running requests share in KV memory, beyond the first copy.
         plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
-        step_time: seconds of a step in which each decoding sequence gets one token (`observe_step`).
         acceptance: accepted drafts, with speculative decoding.
     """
 
@@ -170,16 +169,14 @@ class EngineState:
     acceptance: Acceptance = field(default_factory=Acceptance)
 
     def observe_step(self, step: StepReport) -> None:
-        """Learn from a step that the engine reports.
-
-        With speculative decoding, policies see each step as the part of it in which every sequence gets one token.
-        Their paces are per token, so they need not know of drafts. A step without drafts is such a part.
-        """
+        """Learn from a step that the engine reports. Drafts (speculative decoding) are part of what a decode costs."""
         self.acceptance.observe(step)
-        tokens = 1 + self.acceptance.accepted if step.drafting_requests else 1.0
-        self.step_time.observe(
-            step.decode_requests, step.prefill_tokens / tokens, step.mean_context, step.elapsed_s / tokens
-        )
+        self.step_time.observe(step.decode_requests, step.prefill_tokens, step.mean_context, step.elapsed_s)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a request with drafts gets in a step on average; 1 without speculative decoding."""
+        return 1 + self.acceptance.accepted
 
     def set_models(self, cards: Iterable[ModelCard]) -> None:
         """Set the models that the engine serves. The first is its default."""

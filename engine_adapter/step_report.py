@@ -60,19 +60,41 @@ class GateReport:
 
 @dataclass(slots=True)
 class Acceptance:
-    """Learns how many drafts a verification accepts, as an average that forgets old steps."""
+    """Learns the rate at which drafts are accepted, as an average that forgets old steps.
 
+    Each draft is accepted with probability r until the first that is not, so k drafts bring r + r^2 + ... + r^k tokens.
+
+    Attributes:
+        rate: r; 0 until a sequence had drafts.
+    """
+
+    rate: float = 0.0
     _drafting: float = 0.0
+    _drafts: float = 0.0
     _accepted: float = 0.0
 
     def observe(self, step: StepReport) -> None:
         """Add a step."""
-        if step.drafting_requests:
-            kept = 1 - 1 / _MEMORY_STEPS
-            self._drafting = kept * self._drafting + step.drafting_requests
-            self._accepted = kept * self._accepted + step.accepted_tokens
+        if not step.drafting_requests:
+            return
+        kept = 1 - 1 / _MEMORY_STEPS
+        self._drafting = kept * self._drafting + step.drafting_requests
+        self._drafts = kept * self._drafts + step.draft_tokens
+        self._accepted = kept * self._accepted + step.accepted_tokens
+        # One step towards the rate that explains what was accepted: a larger rate explains more, in proportion or more.
+        drafts, accepted = self._drafts / self._drafting, self._accepted / self._drafting
+        rate = self.rate or 0.5
+        self.rate = min(0.99, max(0.01, rate * (accepted / _expected(rate, drafts)) ** 0.5))
 
     @property
     def accepted(self) -> float:
         """Drafts that a sequence with drafts gets accepted in one step; 0 until one had drafts."""
         return self._accepted / self._drafting if self._drafting else 0.0
+
+    def expected(self, drafts: int) -> float:
+        """Return how many of ``drafts`` drafts are accepted on average."""
+        return _expected(self.rate, drafts) if drafts else 0.0
+
+
+def _expected(rate: float, drafts: float) -> float:
+    return float(rate * (1 - rate**drafts) / (1 - rate))

@@ -52,12 +52,12 @@ class StepPlan:
 
     Attributes:
         sit_out: ids of requests that do not decode.
-        drop_drafts: ids of requests that decode without their drafts.
+        drafts: how many drafts a request keeps, by id; the others keep all.
         max_prefill_tokens: the most prefill tokens; None: the engine's own budget.
     """
 
     sit_out: set[str] = field(default_factory=set)
-    drop_drafts: set[str] = field(default_factory=set)
+    drafts: dict[str, int] = field(default_factory=dict)
     max_prefill_tokens: int | None = None
 
 

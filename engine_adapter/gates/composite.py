@@ -45,7 +45,7 @@ class Gates:
             own = [request for request in decoding if request.gate == name]
             plan = self._gate(name).plan(now, own, prefill_backlog, yielding_prompts)
             combined.sit_out |= plan.sit_out
-            combined.drop_drafts |= plan.drop_drafts
+            combined.drafts |= plan.drafts
             if plan.max_prefill_tokens is not None:
                 least = prefill_backlog if combined.max_prefill_tokens is None else combined.max_prefill_tokens
                 combined.max_prefill_tokens = min(plan.max_prefill_tokens, least)

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 
 from engine_adapter.gates.base import Decoding, GatedRequest, StepPlan
 from engine_adapter.gates.constants import SLACK
+from engine_adapter.gates.drafts import best_drafts
 from engine_adapter.service_kind import ServiceKind
-from engine_adapter.step_report import StepReport
+from engine_adapter.step_report import Acceptance, StepReport
 from engine_adapter.step_time.model import StepTimeModel
 
 _PACED, _YIELDING = ServiceKind.PACED, ServiceKind.YIELDING
@@ -29,8 +30,9 @@ _PACED, _YIELDING = ServiceKind.PACED, ServiceKind.YIELDING
 class SlackGate:
     """Sizes each step's prefill by the least slack among the paced requests. Learns step times from `observe`."""
 
-    def __init__(self, step_time: StepTimeModel | None = None) -> None:
+    def __init__(self, step_time: StepTimeModel | None = None, choose_drafts: bool = True) -> None:
         self._step_time = step_time or StepTimeModel(forms=False)
+        self._acceptance, self._choose_drafts = Acceptance(), choose_drafts
         self._due_offset: dict[str, float] = {}  # due time minus length * P_i (s): constant while a request grows
         self._steps_with_slack = SLACK.steps_per_turn
         """Steps in a row that had, or would have had, time for all requests."""
@@ -42,9 +44,13 @@ class SlackGate:
     ) -> StepPlan:
         """Return the requests that sit out, and the prefill tokens that fit before the earliest due token."""
         plan, curve, unpaced = StepPlan(), self._step_time.curve, list[Decoding]()
-        decodes, context, due, strictest = self._of_kind(now, decoding, _PACED)
-        if decodes < len(decoding):
-            yielding, yielding_context, yielding_due, yielding_strictest = self._of_kind(now, decoding, _YIELDING)
+        if self._choose_drafts and any(request.drafts for request in decoding):
+            plan.drafts = best_drafts(decoding, self._acceptance, curve, prefill_backlog)
+        paced, decodes, context, due, strictest = self._of_kind(now, decoding, _PACED, plan.drafts)
+        if paced < len(decoding):
+            _, yielding, yielding_context, yielding_due, yielding_strictest = self._of_kind(
+                now, decoding, _YIELDING, plan.drafts
+            )
             unpaced = [r for r in decoding if r.pace_s is None or (r.kind is not _PACED and r.kind is not _YIELDING)]
             if yielding and curve.step_s(decodes + yielding, context + yielding_context) > due - now:
                 plan.sit_out.update([r.request_id for r in decoding if r.kind is _YIELDING])
@@ -54,7 +60,8 @@ class SlackGate:
                     due, strictest = min(due, yielding_due), min(strictest, yielding_strictest)
         if due == math.inf:
             return plan
-        all_decodes, all_context = decodes + len(unpaced), context + sum([r.length for r in unpaced])
+        all_decodes = decodes + sum([1 + plan.drafts.get(r.request_id, r.drafts) for r in unpaced])
+        all_context = context + sum([r.length for r in unpaced])
         all_fit = curve.step_s(all_decodes, all_context, prefill_backlog) <= due - now
         self._steps_with_slack = self._steps_with_slack + 1 if all_fit else 0
         if all_fit and self._steps_with_slack >= SLACK.steps_per_turn:
@@ -71,25 +78,36 @@ class SlackGate:
                 plan.max_prefill_tokens = chunk
         return plan
 
-    def _of_kind(self, now: float, decoding: Sequence[Decoding], kind: ServiceKind) -> tuple[int, int, float, float]:
-        """Return of the requests of ``kind`` that have a pace: number, context, when a token is due, strictest pace."""
-        offsets, due, strictest, count, context = self._due_offset, math.inf, math.inf, 0, 0
+    def _of_kind(
+        self, now: float, decoding: Sequence[Decoding], kind: ServiceKind, kept: dict[str, int]
+    ) -> tuple[int, int, int, float, float]:
+        """Return of the requests of ``kind`` that have a pace: number, tokens, context, due time, longest steady step.
+
+        The drafts that they keep are ``kept``, or all. A request with drafts is due when the last token is that a step
+        is expected to bring.
+        """
+        offsets, due, strictest, count, drafts, context = self._due_offset, math.inf, math.inf, 0, 0, 0
+        expected = self._acceptance.expected
         for request in decoding:
-            pace = request.pace_s
-            if request.kind is not kind or pace is None:
+            pace = step_s = request.pace_s
+            if request.kind is not kind or pace is None or step_s is None:
                 continue
             length = request.length
-            if pace < strictest:  # noqa: PLR1730  # min() takes three times as long, for each request in each step.
-                strictest = pace
             count += 1
             context += length
+            if request.drafts:
+                own_drafts = kept.get(request.request_id, request.drafts)
+                drafts += own_drafts
+                step_s += expected(own_drafts) * pace
+            if step_s < strictest:  # noqa: PLR1730  # min() takes three times as long, for each request in each step.
+                strictest = step_s
             offset = offsets.get(request.request_id)
             if offset is None:
                 offsets[request.request_id] = offset = now - (length - 1) * pace
-            own = offset + length * pace
+            own = offset + (length - 1) * pace + step_s
             if now <= own < due:
                 due = own
-        return count, context, due, strictest
+        return count, count + drafts, context, due, strictest
 
     def preemptible(self, request: GatedRequest) -> bool:
         """Whether the request is best-effort or yielding."""
@@ -101,6 +119,7 @@ class SlackGate:
 
     def observe(self, step: StepReport) -> None:
         """Learn from a step."""
+        self._acceptance.observe(step)
         # A draft costs what a decode does, but reads no context of its own.
         tokens = step.decode_requests + step.draft_tokens
         mean_context = step.mean_context * step.decode_requests / tokens if tokens else 0.0

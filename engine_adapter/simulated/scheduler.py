@@ -215,8 +215,8 @@ class SimulatedScheduler:
                 continue
             length, drafts = sequence.length, sequence.drafts
             if drafts:
-                dropped = sequence.request_id in plan.drop_drafts
-                drafts = 0 if dropped else min(drafts, budget - 1, self._max_model_len - length - 1)
+                kept = plan.drafts.get(sequence.request_id, drafts)
+                drafts = min(kept, budget - 1, self._max_model_len - length - 1)
             budget -= 1 + drafts
             if length + drafts > sequence.capacity and not self._grow(sequence, length + drafts):
                 break  # it was the newest of the batch, and preempted itself

@@ -173,6 +173,13 @@ class StepCurve:
         price = WORTH * _price(pace_s - alone, costs)
         return int(max([(0.0, 0.0), *((p - price * cost, p) for p, cost in _within(spare, costs))])[1])
 
+    def fitting(self, decodes: float, context: float, within_s: float, backlog: int) -> int:
+        """Return how many of ``backlog`` prompt tokens fit in a step of ``within_s`` by prediction."""
+        spare = within_s - self.step_s(decodes, context)
+        if spare <= 0:
+            return 0
+        return int(max([(0.0, 0.0), *_within(spare, self._costs(decodes, backlog))])[0])
+
     def _f(self, tokens: float) -> float:
         knots, values = self._knots, self._values
         at = min(max(bisect_left(knots, tokens), 1), len(knots) - 1)

@@ -112,8 +112,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
                 self.max_num_scheduled_tokens = max(1, min(budget, decode_tokens + prefill))
             for request_id in plan.sit_out:
                 self._skip_step(self.requests[request_id])
-            for request_id in plan.drop_drafts:
-                self.requests[request_id].spec_token_ids = []
+            for request_id, kept in plan.drafts.items():
+                self.requests[request_id].spec_token_ids = self.requests[request_id].spec_token_ids[:kept]
         gate_seconds = time.perf_counter() - started
 
         output = super().schedule(*args, **kwargs)

@@ -24,7 +24,8 @@ class RunningBatch:
         slots, best_effort_slots: sequences, and the best-effort ones.
         protected_slots: best-effort slots that cannot be preempted for the requests that this batch is for.
         decoding, context: sequences in a step and their tokens; without a pace they count by their share of steps.
-        strictest_s: P*, the strictest pace (s per token).
+        strictest_s: P*, the longest step that keeps the strictest pace (s): that pace times the tokens of a step
+            (`EngineState.tokens_per_step`).
         memory, preemptible_memory: tokens of KV memory that R will reach, and the unprotected best-effort part.
         backlog: uncached prompt tokens that are not prefilled yet.
         step_s: T(R), seconds of a step in which all of R decode; 0 when R is empty.
@@ -48,6 +49,7 @@ class RunningBatch:
         slots, best_effort_slots, protected = self.slots, self.best_effort_slots, self.protected_slots
         curve, beside_yielding, unpaced = self.engine.step_time.curve, self.beside_yielding, SLACK.best_effort_share
         decoding, context, strictest_s = self.decoding, self.context, self.strictest_s
+        step_tokens = self.engine.tokens_per_step
         memory, preemptible_memory, backlog = self.memory, self.preemptible_memory, self.backlog
         for request in requests:
             sequences, predicted = request.sequences, request.predicted_tokens
@@ -64,8 +66,8 @@ class RunningBatch:
                     best_effort_slots += sequences
                     if best_effort_slots > protected:
                         preemptible_memory += expected
-            elif pace is not None and pace < strictest_s:
-                strictest_s = pace
+            elif pace is not None and pace * step_tokens < strictest_s:
+                strictest_s = pace * step_tokens
             # A running request counts by its length now, because another takes its slot and begins short.
             length = request.prompt_tokens + generated
             if request.admitted_s is None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+from engine_adapter.simulated.speculation import RandomAcceptance
 from engine_adapter.step_time.profile import Profile, load_profile
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
@@ -35,7 +36,7 @@ class Experiment:
         workload: arguments of `make_workload`, without rate and seed.
         predictor: see `lab.simulate.predictions`.
         limits: engine limits that replace those of the profile, by field name.
-        step_mode, replicas, learn, colocated_gateway, step_jitter, prefix_caching, prefix_index: see
+        step_mode, replicas, learn, colocated_gateway, step_jitter, prefix_caching, prefix_index, speculation: see
             `lab.simulate.simulator.simulate`.
     """
 
@@ -50,6 +51,7 @@ class Experiment:
     step_jitter: StepJitter | None = None
     prefix_caching: bool = True
     prefix_index: bool = True
+    speculation: RandomAcceptance | None = None
 
     def engine(self) -> Profile:
         """Return the profile with ``limits`` applied.
@@ -140,6 +142,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         step_jitter=experiment.step_jitter,
         prefix_caching=experiment.prefix_caching,
         prefix_index=experiment.prefix_index,
+        speculation=experiment.speculation,
         seed=run.seed,
         on_ended=on_ended,
     )

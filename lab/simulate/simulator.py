@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine_adapter.simulated.scheduler import BLOCK_TOKENS
+from engine_adapter.simulated.speculation import RandomAcceptance
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.profile import Profile
 from gateway.policies.base import Policy
@@ -69,6 +70,7 @@ def simulate(
     step_jitter: StepJitter | None = None,
     prefix_caching: bool = True,
     prefix_index: bool = True,
+    speculation: RandomAcceptance | None = None,
     seed: int = 0,
     on_ended: Callable[[int], None] = lambda ended: None,
 ) -> SimulationResult:
@@ -90,7 +92,8 @@ def simulate(
         step_jitter: random variation of the step times; none by default.
         prefix_caching: whether engines share the KV blocks of equal prefixes (`WorkloadRequest.blocks`).
         prefix_index: whether the gateway predicts prefix-cache hits. Without, it plans with whole prompts.
-        seed: seed of ``step_jitter``.
+        speculation: speculative decoding in the engines; none by default.
+        seed: seed of ``step_jitter`` and ``speculation``.
         on_ended: called now and then with the number of requests that have ended.
 
     Raises:
@@ -115,8 +118,9 @@ def simulate(
             best_effort=best_effort,
             prefix_caching=prefix_caching,
             prefix_index=prefix_index,
+            speculation=replace(speculation, seed=seed * replicas + number) if speculation else None,
         )
-        for factors in step_factors
+        for number, factors in enumerate(step_factors)
     ]
     results = _Results(workload, on_ended)
     now, arrived = 0.0, 0

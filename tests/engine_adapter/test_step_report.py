@@ -19,16 +19,29 @@ def test_acceptance_follows_the_latest_steps() -> None:
     assert acceptance.accepted == pytest.approx(3, abs=0.05)
 
 
-def test_policies_see_the_part_of_a_step_that_brings_one_token() -> None:
-    # Steps of 20 ms + 1 ms for each of 4 tokens of a decode, of which half are accepted, so a decode gets 2.5 tokens.
+@pytest.mark.parametrize("rate", [0.1, 0.4, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("drafts", [1, 3, 5])
+def test_acceptance_rate_is_that_of_each_draft(rate: float, drafts: int) -> None:
+    acceptance, mean = Acceptance(), sum(rate**n for n in range(1, drafts + 1))
+    for _ in range(100):
+        acceptance.observe(StepReport(1000, 0, 100.0, 0.02, 1000, 1000 * drafts, round(1000 * mean)))
+    assert acceptance.rate == pytest.approx(rate, abs=0.01)
+    assert acceptance.expected(2) == pytest.approx(rate + rate**2, abs=0.02)
+    assert acceptance.expected(0) == 0
+
+
+@pytest.mark.parametrize("accepted", [0, 3])
+def test_acceptance_of_none_or_all_drafts_stays_finite(accepted: int) -> None:
+    acceptance = Acceptance()
+    for _ in range(2000):
+        acceptance.observe(StepReport(1, 0, 100.0, 0.02, 1, 3, accepted))
+    assert 0 < acceptance.rate < 1
+
+
+def test_policies_plan_with_the_tokens_of_a_step() -> None:
     state = EngineState()
-    for number in range(600):
-        decodes, prefill = number % 20 + 1, 100 * (number % 2)
-        seconds = 0.02 + 1e-3 * 4 * decodes + 1e-4 * prefill
-        state.observe_step(StepReport(decodes, prefill, 0.0, seconds, decodes, 3 * decodes, decodes + decodes // 2 * 1))
-    tokens = 1 + state.acceptance.accepted
-    assert tokens == pytest.approx(2.5, abs=0.05)
-    curve = state.step_time.curve
-    assert curve.step_s(10, 0) == pytest.approx(0.06 / tokens, rel=0.05)
-    mixed_s = curve.step_s(10, 0, 100 / tokens)
-    assert mixed_s == pytest.approx(0.07 / tokens, rel=0.1), "prompts keep their share of the time"
+    assert state.tokens_per_step == 1
+    for _ in range(300):
+        state.observe_step(StepReport(10, 0, 100.0, 0.05, 4, 12, 6))
+    assert state.tokens_per_step == pytest.approx(2.5)
+    assert state.step_time.curve.step_s(10, 1000) == pytest.approx(0.05, rel=0.02)

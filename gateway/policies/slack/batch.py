@@ -57,7 +57,10 @@ class WaitingBatch:
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
         weight = np.where(of.kind[at] == float(ServiceKind.PACED), sequences, SLACK.best_effort_share * sequences)
-        strictest_s, decoding = np.minimum(self.pace_s[at], batch.strictest_s), batch.decoding + weight
+        strictest_s, decoding = (
+            np.minimum(self.pace_s[at] * engine.tokens_per_step, batch.strictest_s),
+            batch.decoding + weight,
+        )
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
         chunk_s = np.maximum(np.minimum(strictest_s - step_s, token_s * engine.max_num_batched_tokens), 1e-12)
@@ -83,7 +86,7 @@ def surely_fits(request: Request, pace_s: float, batch: RunningBatch, now: float
     weight = request.sequences * (1.0 if request.kind is ServiceKind.PACED else SLACK.best_effort_share)
     decoding = batch.decoding + weight
     step_s = curve.step_s(decoding, batch.context + (request.prompt_tokens + request.predicted_tokens / 2) * weight)
-    spare_s = _MARGIN * (1 - batch.kept_free) * min(pace_s, batch.strictest_s) - step_s
+    spare_s = _MARGIN * (1 - batch.kept_free) * min(pace_s * batch.engine.tokens_per_step, batch.strictest_s) - step_s
     token_s = curve.prefill_token_s(decoding, most, spare_s)
     chunk_s = max(min(spare_s, token_s * most), 1e-12)
     steps = 2 + token_s * (batch.backlog + request.uncached_tokens) / chunk_s

@@ -165,6 +165,7 @@ class Slack:
         """Line 1."""
         of, curve = queue.arrays, this.batch.engine.step_time.curve
         alone_s = curve.steps_s(of.sequences, (of.prompt + of.output / 2) * of.sequences)
+        alone_s /= this.batch.engine.tokens_per_step
         infeasible = alone_s > queue.pace_s
         for at in np.flatnonzero(infeasible).tolist():
             request, attainable_s = queue.requests[at], float(alone_s[at])
