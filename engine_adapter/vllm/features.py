@@ -97,7 +97,7 @@ FEATURES = (
         "speculative decoding, n-gram",
         "`speculative-config: {method: ngram}`",
         _speculates("ngram", "ngram_gpu"),
-        _works(_HISTORIES),
+        _works(_PARALLEL),
     ),
     Feature(
         "speculative decoding, EAGLE",

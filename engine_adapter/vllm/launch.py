@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ def command_line(model: str, served_model_names: Sequence[str], flags: dict[str,
     """Arguments of `vllm serve` for a configuration.
 
     ``flags`` are named without dashes. True becomes ``--flag``, False ``--no-flag``; None leaves the flag out.
+    A mapping becomes JSON.
     """
     all_flags: dict[str, Any] = {"scheduler-cls": SCHEDULER, **flags, "model": resolve_model(model)}
     if served_model_names:
@@ -49,6 +51,8 @@ def command_line(model: str, served_model_names: Sequence[str], flags: dict[str,
             arguments.append(f"--no-{flag}")
         elif isinstance(value, list):
             arguments += [f"--{flag}", *map(str, value)]
+        elif isinstance(value, dict):
+            arguments += [f"--{flag}", json.dumps(value)]
         elif value is not None:
             arguments += [f"--{flag}", str(value)]
     return arguments

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,7 +39,7 @@ class VllmEngineConfig(Section):
     served_model_name: ModelName | list[ModelName] | None = None
     aliases: Aliases = Field(default_factory=dict, description="Names for clients, each with the engine's own name.")
     any_model: bool = Field(False, description="Also serve models that no engine lists.")
-    flags: dict[str, bool | int | float | str | list[str] | None] = Field(default_factory=dict)
+    flags: dict[str, bool | int | float | str | list[str] | dict[str, Any] | None] = Field(default_factory=dict)
     env: dict[str, str | int | float] = Field(default_factory=dict, description="Set before vLLM is imported.")
     gate: Literal["credit", "slack", "open"] = Field("credit", description="Step gate of requests that name none.")
     step_times: StepTimesConfig | None = None
