@@ -90,7 +90,6 @@ _DRAFTS = "the scheduler is tested with drafts of any origin, but no engine ran 
 _STEPPED = "tests/engine_adapter/vllm/test_scheduler_features.py"
 _PLAIN = "tests/e2e/test_plain_vllm.py"
 _PARALLEL = "tests/e2e/test_tensor_parallel.py::test_paced_requests_of_two_workers_answer_as_stock"
-_ONE_PER_RANK = "one engine per rank: an entry of `engines:` each, or one `vllm serve` per rank and `kind: http`"
 
 FEATURES = (
     Feature(
@@ -227,7 +226,8 @@ FEATURES = (
         lambda config: config.parallel_config.data_parallel_size > 1,
         _untested("[tried](results/vllm_features.md); each rank has a gate of its own"),
         in_process=_refused(
-            f"the gateway counts one rank's slots and step times, so it would use 1/N of the ranks. Use {_ONE_PER_RANK}"
+            "the gateway counts one rank's slots and step times, so it would use 1/N of the ranks. "
+            "Use one engine per rank: a `vllm serve` for each, with `kind: http`"
         ),
     ),
     Feature(

@@ -94,7 +94,7 @@ PP = (
 )
 DP = (
     "data-parallel-size is not supported: the gateway counts one rank's slots and step times, so it would use 1/N of "
-    "the ranks. Use one engine per rank: an entry of engines: each, or one vllm serve per rank and kind: http."
+    "the ranks. Use one engine per rank: a vllm serve for each, with kind: http."
 )
 SLEEP = (
     "enable-sleep-mode is not supported: the gateway has no route for sleeping. "
