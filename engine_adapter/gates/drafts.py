@@ -25,10 +25,11 @@ def best_drafts(decoding: Sequence[Decoding], acceptance: Acceptance, curve: Ste
     D + n * a_k tokens, and as many of ``backlog`` prefill tokens as fit. Of the (n, k) with T <= B, the one with the
     most tokens per second is best; without any, the one with the least T / B.
 
-    INVARIANT: one request keeps a draft, so that acceptance is always measured. Until it is, all are kept.
+    INVARIANT: one request keeps a draft, so that acceptance is always measured. Until it is measured, or without a
+    paced request, all drafts are kept.
     """
     drafting = [r for r in decoding if r.drafts]
-    if not acceptance.rate or len(drafting) < 2:
+    if not acceptance.rate or len(drafting) < 2 or all(r.pace_s is None for r in decoding):
         return {}
     drafting.sort(key=lambda request: request.pace_s or math.inf)
     context, without = sum([r.length for r in decoding]), [r.pace_s for r in decoding if not r.drafts and r.pace_s]

@@ -112,8 +112,9 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
                 self.max_num_scheduled_tokens = max(1, min(budget, decode_tokens + prefill))
             for request_id in plan.sit_out:
                 self._skip_step(self.requests[request_id])
-            for request_id, kept in plan.drafts.items():
-                self.requests[request_id].spec_token_ids = self.requests[request_id].spec_token_ids[:kept]
+            for request_id in plan.drafts.keys() - plan.sit_out:
+                request = self.requests[request_id]
+                request.spec_token_ids = request.spec_token_ids[: plan.drafts[request_id]]
         gate_seconds = time.perf_counter() - started
 
         output = super().schedule(*args, **kwargs)
@@ -123,6 +124,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
 
         started = time.perf_counter()
         self._idle = not output.total_num_scheduled_tokens
+        self._drop_lost_drafts(output, decoding)
         self._count(output, decoding, plan.sit_out)
         self._reporter.report.gate_seconds += gate_seconds + time.perf_counter() - started
         return output
@@ -233,13 +235,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             self.running = [*(r for r in self.running if not prefilling(r)), *chunks]
 
     def _skip_step(self, request: Request) -> None:
-        """Leave ``request`` out of the coming step, which `schedule` plans.
-
-        Its drafts stay, unless the worker keeps only those of the latest step: then a later step would verify garbage.
-        """
-        placeholders = bool(request.spec_token_ids) and request.spec_token_ids[0] < 0
-        if placeholders and not getattr(self, "use_v2_model_runner", False):
-            request.spec_token_ids = []
+        """Leave ``request`` out of the coming step, which `schedule` plans."""
         # NOTE: schedule() advances current_step first, so +2 skips exactly the coming step.
         request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
 
@@ -307,6 +303,19 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         return int(
             self.kv_cache_manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)[1]
         )
+
+    def _drop_lost_drafts(self, output: SchedulerOutput, decoding: list[Gated]) -> None:
+        """Drop the drafts of the requests that the step leaves out, where the worker keeps only those of its last step.
+
+        Otherwise their next step would verify garbage.
+        """
+        if not self.num_spec_tokens or getattr(self, "use_v2_model_runner", False):
+            return
+        for gated in decoding:
+            request = self.requests[gated.request_id]
+            placeholders = bool(request.spec_token_ids) and request.spec_token_ids[0] < 0
+            if placeholders and gated.request_id not in output.num_scheduled_tokens:
+                request.spec_token_ids = []
 
     def _count(self, output: SchedulerOutput, decoding: list[Gated], sat_out: set[str]) -> None:
         """Count the step's decodes by pace, and what it computes."""

@@ -86,7 +86,9 @@ def run_both(make: Make, seed: int, gates: list[str], blocks: int, budgets: list
         assert vllm.step() == tokens_of(step), f"step {number}"
         simulated.finish(step)
         if not step.empty:
-            assert vllm.steps[-1] == step.report(vllm.steps[-1].elapsed_s), f"report of step {number}"
+            report = step.report(vllm.steps[-1].elapsed_s)
+            assert vllm.steps[-1] == report, f"report of step {number}"
+            simulated.gate.observe(report)
     assert vllm.best_effort_preemptions == simulated.best_effort_preemptions
     return vllm.best_effort_preemptions
 
