@@ -20,6 +20,7 @@ from benchmarks.markdown import with_block
 from benchmarks.overhead import decision_cost, gateway_cost
 from benchmarks.policies import page as policies_page
 from benchmarks.policies.table import SETTINGS
+from benchmarks.speculation import study as speculation
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -27,6 +28,7 @@ RESULTS = ROOT / "docs" / "results"
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "overload": results_page.page,
     "fidelity": fidelity_page.page,
+    "speculation": speculation.page,
     "policies": lambda found: policies_page.page(found, list(SETTINGS)),
     "decision_cost": decision_cost.page,
     "gateway_cost": gateway_cost.page,
