@@ -26,6 +26,11 @@ class ReferenceRequest:
     computed: int = 0
     blocks: int = 0
 
+    @property
+    def decodes(self) -> bool:
+        """Whether one token is left to compute, behind the prompt (`engine_adapter.gates.phase`)."""
+        return self.computed >= self.prompt and self.tokens - self.computed <= 1
+
 
 class ReferenceScheduler:
     """`vllm.v1.core.sched.scheduler.Scheduler.schedule` of vLLM 0.32, reduced to text models.
@@ -41,7 +46,7 @@ class ReferenceScheduler:
         self.waiting: deque[ReferenceRequest] = deque()
 
     def schedule(self, sat_out: set[str], max_prefill_tokens: int | None) -> dict[str, int]:
-        decoding = [r for r in self.running if r.computed >= r.prompt and r.id not in sat_out]
+        decoding = [r for r in self.running if r.decodes and r.id not in sat_out]
         budget = self.budget
         if max_prefill_tokens is not None:  # like `SloScheduler`, by the step's token budget
             budget = min(budget, len(decoding) + max_prefill_tokens)
@@ -50,7 +55,7 @@ class ReferenceScheduler:
         while at < len(self.running) and budget > 0:
             request = self.running[at]
             at += 1
-            if request.id in sat_out and request.computed >= request.prompt:
+            if request.id in sat_out and request.decodes:
                 continue
             new = min(request.tokens - request.computed, budget)
             more = max(0, -(-(request.computed + new) // BLOCK_TOKENS) - request.blocks)
@@ -58,7 +63,6 @@ class ReferenceScheduler:
                 victim = self.running.pop()
                 self.free += victim.blocks
                 victim.computed = victim.blocks = 0
-                victim.prompt = victim.tokens
                 self.waiting.appendleft(victim)
                 preempted = True
                 if victim is request:
