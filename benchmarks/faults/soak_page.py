@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.faults.checks import OUTCOMES
 from benchmarks.markdown import table, wrapped
 
 
@@ -34,9 +35,12 @@ def page(found: dict[str, Any]) -> str:
                 f"{opened['before']}, {opened['peak']}, {opened['after']}",
             ]
         )
-        seen, faults = (", ".join(f"{n:,} x {name}" for name, n in row[key].items()) for key in ("seen", "faults"))
+        seen, faulty, faults = (
+            ", ".join(f"{n:,} x {name}" for name, n in row[key].items()) for key in ("seen", "abusive", "faults")
+        )
         wrong += [f"- {row['engine']}: {problem}" for problem in row["problems"]]
-        ends.append([row["engine"], seen, faults, f"{row['ledger']['accepted']:,}, {row['ledger']['open']} open"])
+        ledger = ", ".join(f"{row['ledger'][name]:,} {name}" for name in ("accepted", *OUTCOMES, "open"))
+        ends.append([row["engine"], seen, faulty, faults, ledger])
     commands = [
         f"python -m benchmarks.faults.soak --engine {row['engine']} --minutes {row['minutes']:g} --json > {number}.json"
         for number, row in enumerate(found["soaks"], 1)
@@ -45,15 +49,16 @@ def page(found: dict[str, Any]) -> str:
     commands.append(f"python -m benchmarks.faults.soak --page docs/results/soak.json {of}")
     text = f"""# Soak
 
-`antares serve` gets twice the requests that its engine completes. 5% of the clients disconnect. The gateway keeps 1,000
+`antares serve` gets twice the requests that its engine completes for 16 clients that ask one after the other (a real
+engine completes more with more clients). 5% of the clients disconnect. The gateway keeps 1,000
 records. 400 mutated requests come first, so that whatever loads on its first use is loaded.
 A random fault follows every 2 to 6 seconds:
 
-- the predictor is killed;
-- the engine's process pauses for up to three seconds;
-- eight clients read nothing;
-- 20 requests are mutated;
-- the configuration is reloaded, sometimes from a broken file.
+- *kill predictor*: SIGKILL;
+- *pause engine*: the engine's process stops for up to three seconds;
+- *read nothing*: eight clients ask for a stream and read nothing;
+- *send garbage*: 20 mutated requests;
+- *reload*: the configuration is reloaded, sometimes from a broken file.
 
 *simulated*: a simulated server behind `kind: http`. *vllm*: the real engine of `make serve`, on CPU.
 
@@ -63,6 +68,8 @@ A random fault follows every 2 to 6 seconds:
 - *leaked*: requests and descriptors.
 - *MB a minute*: the slope of the gateway's memory, as the median over all pairs of 10-second windows.
 - *descriptors*: before, at the peak, and after.
+- *faulty clients saw*: clients that disconnect, read nothing or send a mutated request. Requests that are invalid
+  before they are scheduled are not in the ledger.
 
 ```
 {chr(10).join(commands)}
@@ -70,11 +77,11 @@ A random fault follows every 2 to 6 seconds:
 
 {table(heads, rows)}
 
-{table(["engine", "clients saw", "faults", "ledger"], ends)}
+{table(["engine", "clients saw", "faulty clients saw", "faults", "ledger"], ends)}
 
-What was wrong:
+Problems:
 
-{chr(10).join(wrong) or "Nothing."}
+{chr(10).join(wrong) or "None."}
 
 [Every fault alone](faults.md). [What happens when a part fails](../faults.md).
 """
