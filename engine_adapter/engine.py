@@ -175,8 +175,8 @@ class EngineState:
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens that a request with drafts gets in a step on average; 1 without speculative decoding."""
-        return 1 + self.acceptance.accepted
+        """Tokens that a request gets in a step on average; 1 without speculative decoding."""
+        return self.acceptance.tokens_per_decode
 
     def set_models(self, cards: Iterable[ModelCard]) -> None:
         """Set the models that the engine serves. The first is its default."""

@@ -21,6 +21,7 @@ class StepReport(NamedTuple):
         draft_tokens: their drafts.
         accepted_tokens: drafts that were accepted, so sequences got ``decode_requests + accepted_tokens`` tokens.
         recomputed_tokens: those of ``prefill_tokens`` that belong to preempted requests.
+        offered_requests: decoding sequences that a drafter made drafts for, including those that the gate dropped.
     """
 
     decode_requests: int
@@ -31,6 +32,7 @@ class StepReport(NamedTuple):
     draft_tokens: int = 0
     accepted_tokens: int = 0
     recomputed_tokens: int = 0
+    offered_requests: int = 0
 
 
 @dataclass(slots=True)
@@ -72,12 +74,16 @@ class Acceptance:
     _drafting: float = 0.0
     _drafts: float = 0.0
     _accepted: float = 0.0
+    _decodes: float = 0.0
+    _offered: float = 0.0
 
     def observe(self, step: StepReport) -> None:
         """Add a step."""
+        kept = 1 - 1 / _MEMORY_STEPS
+        self._decodes = kept * self._decodes + step.decode_requests
+        self._offered = kept * self._offered + step.offered_requests
         if not step.drafting_requests:
             return
-        kept = 1 - 1 / _MEMORY_STEPS
         self._drafting = kept * self._drafting + step.drafting_requests
         self._drafts = kept * self._drafts + step.draft_tokens
         self._accepted = kept * self._accepted + step.accepted_tokens
@@ -90,6 +96,14 @@ class Acceptance:
     def accepted(self) -> float:
         """Drafts that a sequence with drafts gets accepted in one step; 0 until one had drafts."""
         return self._accepted / self._drafting if self._drafting else 0.0
+
+    @property
+    def tokens_per_decode(self) -> float:
+        """Tokens that a decode brings on average if all drafts are verified.
+
+        Some drafters, such as n-grams, have drafts for few sequences.
+        """
+        return 1 + self.accepted * (self._offered / self._decodes if self._decodes else 0.0)
 
     def expected(self, drafts: int) -> float:
         """Return how many of ``drafts`` drafts are accepted on average."""

@@ -226,6 +226,7 @@ class SimulatedScheduler:
             context += length
             if self._drafts:
                 step.drafts.append(drafts)
+                step.offered += sequence.drafts > 0
         step.decode_context = context
         return budget
 

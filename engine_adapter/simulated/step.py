@@ -17,6 +17,7 @@ class Step:
     Attributes:
         decodes, decode_context: sequences that decode.
         drafts: drafts that each decode verifies; empty without speculative decoding.
+        offered: decodes that had drafts before the gate.
         accepted_tokens: accepted drafts. Filled in when the step is finished, as ``gained``.
         gained: tokens that each decode brings; empty without speculative decoding, where it is one.
         padding: drafts without content, by id, beside prompts with one token to compute, as in vLLM.
@@ -27,6 +28,7 @@ class Step:
     decodes: list[SimulatedSequence] = field(default_factory=list)
     decode_context: int = 0
     drafts: list[int] = field(default_factory=list)
+    offered: int = 0
     accepted_tokens: int = 0
     gained: list[int] = field(default_factory=list)
     padding: dict[str, int] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class Step:
             self.draft_tokens,
             self.accepted_tokens,
             self.recomputed_tokens,
+            self.offered,
         )
 
 

@@ -357,6 +357,7 @@ class VllmEngine:
         self._adapter_calls.add(task)
         try:
             await task
+            self._watchdog.on_progress()
         except asyncio.CancelledError:
             if task in self._adapter_calls:
                 raise

@@ -26,7 +26,7 @@ class KvGroups:
         self._groups: list[tuple[Any, int, int]] = [
             (each, each.block_size, _most(each.kv_cache_spec, config)) for each in managers
         ]
-        block = max(size for _, size, _ in self._groups)
+        block = max((size for _, size, _ in self._groups), default=1)
         typical = min(int(config.model_config.max_model_len), TYPICAL_TOKENS)
         self._typical = max(block, typical // block * block)
 

@@ -326,12 +326,13 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         report.steps += 1
         report.gated_steps += bool(sat_out)
         decoded: set[str] = set()
-        context = 0
+        context = offered = 0
         for gated in decoding:
             report.eligible[gated.label] = report.eligible.get(gated.label, 0) + 1
             if gated.request_id in scheduled:
                 decoded.add(gated.request_id)
                 context += gated.length
+                offered += gated.drafts > 0
                 report.batched[gated.label] = report.batched.get(gated.label, 0) + 1
         draft_tokens = sum([len(of) for of in drafts.values()])
         prefill_tokens = output.total_num_scheduled_tokens - len(decoded) - draft_tokens
@@ -347,6 +348,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             drafting_requests=len(decoded & drafts.keys()),
             draft_tokens=draft_tokens,
             recomputed_tokens=recomputed,
+            offered_requests=offered,
         )
         self._in_flight.append(_Step(planned, time.monotonic()))
 

@@ -89,7 +89,9 @@ class Scheduled:
             waited = await self._predict(call, entry, call.engine_queue or engine_queue)
             if error := self._accounts.reserve(call):
                 raise self._closed(entry, "rejected", RATE_LIMITED, error)
-            await self._serve(call, entry, client, None if waited else call.engine_queue)
+            # Of several engines, another one may be the better one by now.
+            placed = None if waited or len(self._router.engine_queues) > 1 else call.engine_queue
+            await self._serve(call, entry, client, placed)
         except BaseException as error:
             if entry.outcome is None:
                 self._ledger.close(entry, *_outcome_of(error, call.http))

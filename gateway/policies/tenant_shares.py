@@ -94,8 +94,8 @@ class TenantShares:
             length = request.length
             of.decode_s += request.sequences * (token_s + context_s * length)
             of.memory += request.sequences * length
-            if request.pace_s is not None and request.pace_s < of.pace_s:
-                of.pace_s = request.pace_s
+            if request.pace_s is not None:
+                of.pace_s = min(of.pace_s, request.pace_s * engine.tokens_per_step)
             of.slots += request.sequences
         alone_s = engine.step_time.curve.step_s(1, 0)
         pace_s = max(batch.strictest_s if batch.strictest_s < math.inf else batch.step_s, 2 * alone_s)

@@ -42,6 +42,16 @@ def test_policies_plan_with_the_tokens_of_a_step() -> None:
     state = EngineState()
     assert state.tokens_per_step == 1
     for _ in range(300):
-        state.observe_step(StepReport(10, 0, 100.0, 0.05, 4, 12, 6))
-    assert state.tokens_per_step == pytest.approx(2.5)
+        state.observe_step(StepReport(10, 0, 100.0, 0.05, 4, 12, 6, offered_requests=10))
+    assert state.tokens_per_step == pytest.approx(2.5), "the gate dropped the drafts of six"
     assert state.step_time.curve.step_s(10, 1000) == pytest.approx(0.05, rel=0.02)
+
+
+def test_few_requests_with_drafts_make_steps_bring_few_tokens() -> None:
+    state = EngineState()
+    for _ in range(2000):
+        state.observe_step(StepReport(10, 0, 100.0, 0.05, 1, 3, 3, offered_requests=1))
+    assert state.tokens_per_step == pytest.approx(1.3)
+    for _ in range(2000):
+        state.observe_step(StepReport(10, 0, 100.0, 0.05))
+    assert state.tokens_per_step == pytest.approx(1.0, abs=0.01), "no text has drafts any more"

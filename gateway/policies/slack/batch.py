@@ -86,8 +86,9 @@ def surely_fits(request: Request, pace_s: float, batch: RunningBatch, now: float
     weight = request.sequences * (1.0 if request.kind is ServiceKind.PACED else SLACK.best_effort_share)
     decoding = batch.decoding + weight
     step_s = curve.step_s(decoding, batch.context + (request.prompt_tokens + request.predicted_tokens / 2) * weight)
-    spare_s = _MARGIN * (1 - batch.kept_free) * min(pace_s * batch.engine.tokens_per_step, batch.strictest_s) - step_s
-    token_s = curve.prefill_token_s(decoding, most, spare_s)
+    strictest_s = min(pace_s * batch.engine.tokens_per_step, batch.strictest_s)
+    spare_s = _MARGIN * (1 - batch.kept_free) * strictest_s - step_s
+    token_s = curve.prefill_token_s(decoding, most, strictest_s - step_s)
     chunk_s = max(min(spare_s, token_s * most), 1e-12)
     steps = 2 + token_s * (batch.backlog + request.uncached_tokens) / chunk_s
     first_s = steps * step_s + min(steps * chunk_s, token_s * (2 * batch.backlog + waiting_tokens))

@@ -43,5 +43,5 @@ def test_answer_has_its_length_and_steps_are_counted_apart() -> None:
         generated.append(sequence.generated)
     assert generated == [1, 5, 9, 10], "the last step accepts more than the answer takes"
     assert reports[0] == StepReport(0, 20, 0.0, 0.01)
-    assert reports[1] == StepReport(1, 0, 21.0, 0.01, 1, 3, 3)
+    assert reports[1] == StepReport(1, 0, 21.0, 0.01, 1, 3, 3, 0, 1)
     assert scheduler.kv_usage == 0
