@@ -211,3 +211,17 @@ async def test_engine_without_work_or_with_steps_is_not_restarted(llm: StubLlm) 
     finally:
         await engine.stop()
         gc.unfreeze()
+
+
+async def test_load_of_an_adapter_that_ends_is_progress(llm: StubLlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module.openai_app, "call", lambda *arguments: asyncio.sleep(0))
+    engine = VllmEngine("engine", "model", calibrate=False, hang_timeout_s=5)
+    try:
+        await engine.start(EngineEvents())
+        engine._watchdog.add_silence(4.0)
+        assert engine._watchdog.silent_s > 0
+        await engine.app({"type": "http", "path": "/v1/load_lora_adapter"}, no_message, ignore)
+        assert engine._watchdog.silent_s == 0
+    finally:
+        await engine.stop()
+        gc.unfreeze()
