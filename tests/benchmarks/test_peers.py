@@ -93,7 +93,7 @@ def test_page_has_rows_commands_and_what_was_skipped() -> None:
     found = {"rounds": 2, "cpus": 2, "versions": {"x": "1.0"}, "skipped": ["y: not installed"], "runs": RUNS}
     text = page(found)
     assert "| antares | 1,250 (1,000 to 1,500) | 400 | 60.0 | 4.5 (3.0 to 6.0) | 4.5 (3.0 to 6.0) |" in text
-    assert "python -m benchmarks.overhead.peers --json > docs/results/peers.json" in text
+    assert "python -m benchmarks.overhead.peers --rounds 2 --json > docs/results/peers.json" in text
     assert "Versions: x 1.0." in text
     assert "- y: not installed" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120

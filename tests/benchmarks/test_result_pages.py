@@ -18,6 +18,7 @@ from benchmarks.isolation import page as isolation_page
 from benchmarks.live import fidelity_page, results_page
 from benchmarks.markdown import with_block
 from benchmarks.overhead import decision_cost, gateway_cost
+from benchmarks.overhead.peers import report as peers_report
 from benchmarks.policies import page as policies_page
 from benchmarks.policies.table import SETTINGS
 from benchmarks.speculation import study as speculation
@@ -37,6 +38,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "faults": fault_table.page,
     "soak": soak_page.page,
     "isolation_http": isolation_http.page,
+    "peers": peers_report.page,
 }
 
 

@@ -163,7 +163,7 @@ their range. In each round all servers start afresh and take turns, load by load
 - *memory a stream*: growth over the idle server, at the highest. *peak memory* counts shared pages once per process.
 
 ```
-python -m benchmarks.overhead.peers --json > docs/results/peers.json
+python -m benchmarks.overhead.peers --rounds {found["rounds"]} --json > docs/results/peers.json
 python -m benchmarks.overhead.peers --page docs/results/peers.json
 ```""",
         *(f"## {title}\n\n{table(heads, lines)}" for title, (heads, lines) in tables(found["runs"]).items()),
