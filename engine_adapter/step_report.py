@@ -21,7 +21,7 @@ class StepReport(NamedTuple):
         draft_tokens: their drafts.
         accepted_tokens: drafts that were accepted, so sequences got ``decode_requests + accepted_tokens`` tokens.
         recomputed_tokens: those of ``prefill_tokens`` that belong to preempted requests.
-        offered_requests: decoding sequences that a drafter made drafts for, including those that the gate dropped.
+        offered_requests: decoding sequences that had drafts before the gate dropped any.
     """
 
     decode_requests: int

@@ -5,8 +5,8 @@
 
 An engine starts for each row, so it takes minutes. Rows that the file has are kept, unless ``--only`` names them.
 
-Each row starts an AsyncLLM with our scheduler class, sends the same prompts without a pace (as stock vLLM schedules
-them), then with a pace and each gate, and compares the tokens. Prompts are of several lengths and run together.
+Each row starts an AsyncLLM with our scheduler class. It sends prompts without a pace, which run as in stock vLLM, and
+then the same prompts with a pace under each gate. The tokens must be the same. Prompts have several lengths.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Decoding(GatedRequest, Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens of context: prompt and output. Of the scheduled ones, those that no rejected draft takes away."""
+        """Tokens of context: prompt and output. Scheduled drafts do not count, since they may be rejected."""
 
     @property
     def drafts(self) -> int:

@@ -1,4 +1,4 @@
-"""Which features of vLLM work beside the step gate, and the check at start that refuses those that do not.
+"""The features of vLLM that work with the step gate, and the check at start, which refuses unsupported ones.
 
 `python -m engine_adapter.vllm.features` prints the table of docs/vllm-features.md. A test compares the two.
 """

@@ -1,7 +1,7 @@
 """What we use of vLLM's private interface, by part, and what of it is missing in a version.
 
-Each entry is a class or function of vLLM, with its members that we use. "name(_, key=_)" is how we call a member; "(_)"
-how we call the class or function itself. A name alone is a field, or a method that we only hook.
+Each entry is a class or function of vLLM, and the members that we use. "name(_, key=_)" is a call of a member. "(_)" is
+a call of the class or function itself. A name alone is a field, or a method that we override.
 """
 
 from __future__ import annotations

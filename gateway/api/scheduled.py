@@ -383,7 +383,7 @@ async def _wait_in_queue(
     if decision.done():
         return decision.result()
     attempt.position = engine_queue.waiting.position(request)
-    # NOTE: not `asyncio.wait` for both, which costs 10 us.
+    # NOTE: not `asyncio.wait` for both, which makes a waiter and two callbacks.
     client.disconnected.add_done_callback(lambda _: decision.cancel())
     try:
         return await decision

@@ -37,7 +37,7 @@ OPTION_ALIASES = {
 """Option names of version 0.1 to their names now. Accepted with a warning until version 0.3."""
 
 REMOVED_OPTIONS = frozenset(("fill", "memory_risk", "tpot_target_fraction"))
-"""Former options of `slack`, which made it no better in any setting. Ignored with a warning until version 0.3."""
+"""Former options of `slack`, removed after an ablation. Ignored with a warning until version 0.3."""
 
 
 def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:

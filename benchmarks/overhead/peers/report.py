@@ -122,23 +122,19 @@ def failures(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 TRIED = """## What was tried
 
-On the same machine, in rough runs during development; microseconds are CPU time of one request.
-
 | tried | effect | kept |
 |---|---|---|
-| a request does not wait for a prediction that decides nothing | with others, 2.5 to 3.6 ms of TTFT became 0.6 | yes |
-| such predictions are collected for 50 ms, and dropped for requests that have ended | predictor 272 to 60 µs | yes |
-| a held decision goes ahead when the engine has no prompt left | 500 streams at once: TTFT p99 1,420 to 270 ms | yes |
-| events that differ in their text only are not parsed | of the 12 events of 8 tokens, 5 are parsed | yes |
-| a lone request is decided without arrays | a decision takes 11 to 19 instead of 40 to 81 µs | yes |
-| most of several waiting requests are tested without arrays | simulations above capacity take a third | yes |
-| one placement, no timer for an arrived body, running sums of streams | 2.89 to 2.73 million instructions | yes |
+| a request does not wait for a prediction that decides nothing | a lower TTFT | yes |
+| such predictions are collected for 50 ms, and dropped for requests that have ended | less CPU in the predictor | yes |
+| a held decision goes ahead when the engine has no prompt left | a shorter tail when many streams start | yes |
+| events that differ in their text only are not parsed | less CPU for an event | yes |
+| a lone request, and most of several, are tested without arrays | faster decisions | yes |
+| one placement, no timer for an arrived body, running sums of streams | fewer instructions for a request | yes |
 | the head of a response and its first bytes in one write | one system call less | yes |
-| counters, assembler and `Request` compiled by mypyc | 7% less for a stream, 15% for a whole answer | no |
+| counters, assembler and `Request` compiled by mypyc | unclear: faster in five of six noisy comparisons | no |
 
-mypyc was left out because it needs a C compiler, minutes at each installation, and tests of two builds. What is left is
-the interpreter: a request takes about 1,950 calls of Python functions. They are spread evenly, and no function takes
-more than 4% of the time. `vllm-router` is compiled, parses no events and does not schedule."""
+mypyc needs a C compiler, minutes at each installation, and tests of two builds. Most of what is left is the Python
+interpreter, spread over many functions. `vllm-router` is compiled and does not schedule."""
 
 
 def page(found: dict[str, Any]) -> str:

@@ -23,9 +23,9 @@ NOISE = {
 }
 """Factors on the step times, and the bound on an unseen step over the linear extrapolation of the mean times.
 
-Jitter of 10% is what real engines have: at most 1.11 in 171 random cases. The others vary by more than their mean, and
-then the fitted times of seen steps are off by a factor of 2 either way: with a window of 512 steps, the worst case of
-1, 2 or 100 tokens beside 33 decodes reached 3.7 in 195 seeds. A growing error would reach thousands.
+Real engines have jitter of about 10%. It reached 1.11 in 171 random cases. The other factors vary by more than their
+mean, so even the fitted times of seen steps can be twice or half their mean. Their worst case reached 3.7 in 195 seeds.
+An error that grows with the size of the step would reach thousands.
 """
 
 SIZES = st.lists(st.sampled_from([1, 2, 5, 16, 32, 48, 100, 300, 1000, 2048, 8000]), min_size=1, max_size=3)
