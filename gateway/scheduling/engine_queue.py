@@ -113,7 +113,7 @@ class EngineQueue:
     def submit(self, request: Request, at_once: bool = False) -> asyncio.Future[QueueOutcome]:
         """Queue ``request`` and return its future outcome. A closed queue and a full class queue answer at once.
 
-        ``at_once``: decide now, not once for all requests that arrive in this iteration of the event loop.
+        ``at_once``: if nothing else waits, decide now, not once for all that arrive in this turn of the event loop.
         """
         outcome: asyncio.Future[QueueOutcome] = asyncio.get_running_loop().create_future()
         if self._closed or (self.retired and self.can_move(request)):
@@ -135,7 +135,7 @@ class EngineQueue:
         # After its prefix-cache hit is predicted, which the shadows copy.
         self.shadows.submitted(request)
         self._outcomes[request.id] = outcome
-        if at_once and not self._scheduled:
+        if at_once and not self._scheduled and len(self.waiting) == 1:
             self._decide()
         else:
             self.wake()
