@@ -18,7 +18,7 @@ lasts milliseconds, and `/health` answers within a few turns. Measured with 10,0
 class StartQueue:
     """Requests that wait for their turn to start, in order of arrival.
 
-    A request is named by any object. Only what waits is held, so connections bound its size.
+    A request is named by any object. Requests that started are forgotten, so connections bound its size.
     """
 
     def __init__(self) -> None:
