@@ -1,8 +1,8 @@
 """Finds the servers of `kind: http` engines with `discover`: one engine for each address of the host in `base_url`.
 
-An address that appears is an engine that starts. One that disappears is an engine that leaves, as after a reload of the
-configuration (`gateway.engines`). An answer without addresses, or none at all, changes nothing: a failure of the name
-server must not stop the engines, and the health probes see servers that are down.
+A new address is an engine that starts. An address that disappears is an engine that leaves, as after a reload of the
+configuration (`gateway.engines`). A look-up that fails or finds no address changes nothing, because a failing name
+server must not stop the engines. Health probes see servers that are down.
 """
 
 from __future__ import annotations
