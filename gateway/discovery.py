@@ -1,4 +1,5 @@
-"""Finds the servers of `kind: http` engines with `discover`: one engine for each address of the host in `base_url`.
+"""Finds the servers of `kind: http` engines with `discover`: one engine for each address of the host in `base_url`,
+or for each URL in a file.
 
 A new address is an engine that starts. An address that disappears is an engine that leaves, as after a reload of the
 configuration (`gateway.engines`). A look-up that fails or finds no address changes nothing, because a failing name
@@ -12,7 +13,10 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
+
+import orjson
 
 from gateway.config.engines import EngineConfig, HttpEngineConfig
 
@@ -23,6 +27,9 @@ LOOK_UP_TIMEOUT_S = 5.0
 
 IDLE_S = 1.0
 """Seconds between two checks for a reload that adds the first `discover`. Convention."""
+
+MAX_FILE_BYTES = 1 << 20
+"""Largest file of engines in bytes; thousands of URLs take less."""
 
 Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
 """Returns the IP addresses of a host. Raises OSError."""
@@ -38,11 +45,27 @@ async def resolve(host: str, port: int) -> list[str]:
     return four or [str(address[0]) for family, *_, address in found if family == socket.AF_INET6]
 
 
-class Discovery:
-    """Knows the addresses behind each engine section that has `discover`. ``resolve`` asks the name server.
+def read_urls(path: str) -> list[str]:
+    """Return the base URLs in the file at ``path``, a JSON object with the member "engines".
 
-    An address keeps its number while it is known. The numbers of addresses that are gone are used again, so the names
-    of engines, and with them the labels of metrics, stay few however often servers are replaced.
+    Raises OSError or ValueError.
+    """
+    with Path(path).open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+    document = orjson.loads(content)
+    urls = document.get("engines") if isinstance(document, dict) else None
+    if not isinstance(urls, list) or not all(isinstance(url, str) and _is_url(url) for url in urls):
+        raise ValueError('it must be an object with one member, "engines", a list of http and https URLs')
+    return [url.rstrip("/") for url in urls]
+
+
+class Discovery:
+    """Knows the servers behind each engine section that has `discover`. ``resolve`` asks the name server.
+
+    A server keeps its number while it is known. The numbers of servers that are gone are used again, so the names of
+    engines, and with them the labels of metrics, stay few however often servers are replaced.
     """
 
     def __init__(self, resolve: Resolve = resolve) -> None:
@@ -51,9 +74,9 @@ class Discovery:
         self._failures: dict[tuple[str, str], str] = {}
 
     def expand(self, section: EngineConfig) -> list[EngineConfig]:
-        """Return the engines of ``section``: one for each known address, or the section itself without `discover`.
+        """Return the engines of ``section``: one for each known server, or the section itself without `discover`.
 
-        While no address is known, one engine has the host's name as its address.
+        While no server is known, there is one engine at the section's `base_url`.
         """
         if not isinstance(section, HttpEngineConfig) or section.discover is None:
             return [section]
@@ -61,8 +84,8 @@ class Discovery:
         if not numbers:
             return [section.model_copy(update={"name": f"{section.name}-0"})]
         return [
-            section.model_copy(update={"name": f"{section.name}-{number}", "base_url": _at(section.base_url, address)})
-            for address, number in sorted(numbers.items(), key=lambda item: item[1])
+            section.model_copy(update={"name": f"{section.name}-{number}", "base_url": url})
+            for url, number in sorted(numbers.items(), key=lambda item: item[1])
         ]
 
     async def refresh(self, sections: Sequence[EngineConfig]) -> None:
@@ -87,35 +110,43 @@ class Discovery:
                 log.error("the engines stay as they are: %s", error, exc_info=error)
 
     async def _look_up(self, pool: HttpEngineConfig) -> None:
-        key, url = _key(pool), urlsplit(pool.base_url)
+        key, source = _key(pool), _source(pool)
         try:
             async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
-                found = {a for a in await self._resolve(url.hostname or "", url.port or 80) if _is_usable(a)}
-            reason = "" if found else "it has no addresses"
+                found = await self._find(pool)
+            reason = "" if found else "there are none"
         except TimeoutError:
             found, reason = set(), f"no answer within {LOOK_UP_TIMEOUT_S:.0f} s"
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             found, reason = set(), str(error)
         if reason and reason != self._failures.get(key):
             known = len(self._numbers.get(key, ()))
-            log.warning("engine %s: cannot look up %s: %s; %d known", pool.name, url.hostname, reason, known)
+            log.warning("engine %s: cannot look up servers in %s: %s; %d are known", pool.name, source, reason, known)
         self._failures[key] = reason
         if found:
             self._number(pool, found)
 
+    async def _find(self, pool: HttpEngineConfig) -> set[str]:
+        """Return the base URLs of the servers of ``pool``. Raises OSError, TimeoutError or ValueError."""
+        if pool.discover is not None and pool.discover.file is not None:
+            return set(await asyncio.to_thread(read_urls, pool.discover.file))
+        url = urlsplit(pool.base_url)
+        addresses = await self._resolve(url.hostname or "", url.port or 80)
+        return {_at(pool.base_url, address) for address in addresses if _is_usable(address)}
+
     def _number(self, pool: HttpEngineConfig, found: set[str]) -> None:
-        """Give each address of ``found`` that is new a number, and forget the others."""
+        """Give each server of ``found`` that is new a number, and forget the others."""
         assert pool.discover is not None
         old = self._numbers.get(_key(pool), {})
-        new = {address: number for address, number in old.items() if address in found}
-        for address in sorted(found - old.keys()):
+        new = {url: number for url, number in old.items() if url in found}
+        for url in sorted(found - old.keys()):
             if len(new) == pool.discover.max_engines:
-                log.warning("engine %s: discover.max_engines is %d; ignored: %s", pool.name, len(new), address)
+                log.warning("engine %s: discover.max_engines is %d; ignored: %s", pool.name, len(new), url)
                 continue
-            # The engine of an address that has just gone may still finish requests under its name.
+            # The engine of a server that has just gone may still finish requests under its name.
             taken = {*old.values(), *new.values()}
-            new[address] = next(number for number in range(len(taken) + 1) if number not in taken)
-            log.info("engine %s-%d is %s", pool.name, new[address], _at(pool.base_url, address))
+            new[url] = next(number for number in range(len(taken) + 1) if number not in taken)
+            log.info("engine %s-%d is %s", pool.name, new[url], url)
         self._numbers[_key(pool)] = new
 
 
@@ -123,8 +154,19 @@ def _pools(sections: Sequence[EngineConfig]) -> list[HttpEngineConfig]:
     return [s for s in sections if isinstance(s, HttpEngineConfig) and s.discover is not None]
 
 
+def _source(pool: HttpEngineConfig) -> str:
+    """Return where the servers of ``pool`` are listed: a file or a host."""
+    file = None if pool.discover is None else pool.discover.file
+    return file or urlsplit(pool.base_url).hostname or ""
+
+
 def _key(pool: HttpEngineConfig) -> tuple[str, str]:
-    return pool.name, pool.base_url
+    return pool.name, (pool.discover and pool.discover.file) or pool.base_url
+
+
+def _is_url(text: str) -> bool:
+    url = urlsplit(text)
+    return url.scheme in {"http", "https"} and bool(url.hostname) and "@" not in url.netloc
 
 
 def _is_usable(address: str) -> bool:

@@ -53,9 +53,10 @@ class VllmEngineConfig(Section):
 
 
 class DiscoverConfig(Section):
-    """How the servers behind the host of `base_url` are found: each of its addresses is an engine."""
+    """How the servers of an engine are found: each address of the host in `base_url`, or each URL in a file."""
 
-    every_s: float = Field(5.0, ge=0.5, le=300, description="Time between two look-ups of the host.")
+    file: str | None = Field(None, description="A JSON file with the base URLs of the servers, in place of the host.")
+    every_s: float = Field(5.0, ge=0.5, le=300, description="Time between two look-ups.")
     max_engines: int = Field(64, ge=1, le=256, description="Addresses beyond this number are ignored.")
 
 
@@ -83,7 +84,7 @@ class HttpEngineConfig(Section):
 
     @model_validator(mode="after")
     def _addresses_have_no_certificates(self) -> HttpEngineConfig:
-        if self.discover is not None and not self.base_url.lower().startswith("http://"):
+        if self.discover is not None and self.discover.file is None and not self.base_url.lower().startswith("http://"):
             raise ValueError("discover needs a base_url with http://: certificates name hosts, not addresses")
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -189,6 +190,44 @@ def test_descriptors_are_reserved_for_all_engines_that_may_be_found() -> None:
     one = gateway_config(engines=[{**SECTION, "discover": None, "max_connections": 10}])
     many = gateway_config(engines=[{**SECTION, "discover": {"max_engines": 7}, "max_connections": 10}])
     assert many.engine_connections() == 7 * one.engine_connections()
+
+
+# --- a file -----------------------------------------------------------------------------------------------------------
+
+
+async def test_each_url_in_a_file_is_an_engine(tmp_path: Path) -> None:
+    file, resolver = tmp_path / "engines.json", ScriptedResolver()
+    pool, knows = section(discover={"file": str(file)}), Discovery(resolver)
+    assert await found(resolver, pool, knows) == {"pool-0": "http://pods.test:8000"}
+    file.write_text(json.dumps({"engines": ["http://10.0.0.5:8000/", "https://gpu.test"]}))
+    assert await found(resolver, pool, knows) == {"pool-0": "http://10.0.0.5:8000", "pool-1": "https://gpu.test"}
+    file.write_text(json.dumps({"engines": ["https://gpu.test"]}))
+    assert await found(resolver, pool, knows) == {"pool-1": "https://gpu.test"}
+    assert resolver.asked == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "{}", '{"engines": null}', '{"engines": [7]}', '{"engines": ["10.0.0.5:8000"]}',
+        '{"engines": ["http://"]}', '{"engines": ["file:///etc/passwd"]}', '{"engines": ["http://user:key@a"]}',
+        '{"engines": ["http://[::1"]}', "\xff", "[" * 100_000, '{"engines": []}', " " * (discovery.MAX_FILE_BYTES + 1),
+    ],
+)  # fmt: skip
+async def test_bad_file_changes_nothing(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
+    file, resolver = tmp_path / "engines.json", ScriptedResolver()
+    pool, knows = section(discover={"file": str(file)}), Discovery(resolver)
+    file.write_text(json.dumps({"engines": ["http://10.0.0.5:8000"]}))
+    before = await found(resolver, pool, knows)
+    file.write_text(content)
+    assert await found(resolver, pool, knows) == before
+    assert "cannot look up servers" in caplog.text
+    file.unlink()
+    assert await found(resolver, pool, knows) == before
+
+
+def test_configuration_accepts_tls_with_a_file() -> None:
+    assert section(base_url="https://pods.test", discover={"file": "engines.json"}).most_engines == 64
 
 
 # --- with servers -----------------------------------------------------------------------------------------------------
