@@ -352,7 +352,7 @@ class VllmEngine:
     async def _change_adapters(self, call: Coroutine[Any, Any, None]) -> None:
         """Await a call that loads or unloads an adapter. Raises `EngineLost` if the engine goes away meanwhile.
 
-        The call goes on if the caller is cancelled, because the EngineCore loads on.
+        If the caller is cancelled, the call continues, because the EngineCore still loads the adapter.
         """
         task = asyncio.create_task(self._finish_change(call))
         self._adapter_calls.add(task)
