@@ -22,7 +22,7 @@ from gateway.api.reload_route import Reload, add_reload_route
 from gateway.api.response_relay import send_error
 from gateway.api.routes.table import RouteTable
 from gateway.config.schema import RELOADABLE, ConfigChange, GatewayConfig
-from gateway.engines import Engines
+from gateway.engines import Engines, Expand
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.live import HEADERS_ONLY_KEY, LiveFeed
 from gateway.observability.metrics import Metrics
@@ -77,6 +77,7 @@ class Gateway:
     """One gateway and its engines, as an ASGI app. Call `start` before the first request and `stop` after the last.
 
     ``predictor_url``: the length predictor service; None predicts from the running ``statistics`` only.
+    ``expand``: returns the engines of a section of the configuration, of which ``engines`` are the first ones.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Gateway:
         engines: list[Engine],
         predictor_url: str | None = None,
         statistics: LengthStatistics | None = None,
+        expand: Expand = lambda section: (section,),
     ) -> None:
         self._config = config
         self.can_reload = asyncio.Event()
@@ -102,7 +104,7 @@ class Gateway:
         )  # fmt: skip
         self.metrics.dropped_records.sinks = self.recorder.sinks
         self.router = Router(self.engine_queues)
-        self.engines = Engines(self.router, config.engines, self._make_queue, self.events_of)
+        self.engines = Engines(self.router, config.engines, self._make_queue, self.events_of, expand=expand)
         self.windows = Windows()
         self.ledger = Ledger(on_close=self._on_close, on_open=self.windows.on_open)
         self.status = Status(self.engine_queues, self.ledger, self.windows, self._state)
@@ -246,6 +248,11 @@ class Gateway:
             self.engines.starting,
             self.engines.leaving,
         )
+
+    def update_engines(self) -> None:
+        """Adapt the engines to what the sections of the configuration stand for now (``expand``)."""
+        if self.can_reload.is_set():
+            self.engines.change(self._config.engines, self.engines.build_new(self._config.engines))
 
     def _grant(self, access: Access) -> None:
         """Have later requests judged by ``access``."""

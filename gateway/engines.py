@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from engine_adapter.asgi import cancel_and_wait
 from engine_adapter.build import BUILDERS
 from engine_adapter.engine import Engine, EngineEvents, EngineStartError
-from gateway.config.engines import EngineConfig
+from gateway.config.engines import EngineConfig, HttpEngineConfig
 from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.router import Router
 
@@ -27,13 +27,16 @@ START_AGAIN_S = (1.0, 5.0, 15.0, 60.0)
 
 Build = Callable[[EngineConfig], Engine]
 
+Expand = Callable[[EngineConfig], Sequence[EngineConfig]]
+"""Returns the engines that a section of the configuration stands for (`gateway.discovery`)."""
+
 
 def build_engine(config: EngineConfig) -> Engine:
     """Return the engine of a configuration section, not started.
 
     Raises `EngineStartError` or ValueError if it does not fit this machine, such as a variable that is not set.
     """
-    options = config.model_dump(exclude={"kind", "step_times"})
+    options = config.model_dump(exclude={"kind", "step_times", "discover"})
     if config.step_times is not None:
         options["step_times"] = config.step_times.times()
     return BUILDERS[config.kind](**options)
@@ -75,6 +78,7 @@ class Engines:
         make_queue: returns the queue for a new engine.
         events_of: returns what the engine of a queue reports to.
         build: returns the engine of a section (`build_engine`).
+        expand: returns the engines of a section; by default the section itself.
 
     ``drain_s``: time (s) that requests have to finish on an engine that leaves.
     """
@@ -86,15 +90,17 @@ class Engines:
         make_queue: Callable[[Engine], EngineQueue],
         events_of: Callable[[EngineQueue], EngineEvents],
         build: Build = build_engine,
+        expand: Expand = lambda section: (section,),
     ) -> None:
         self.drain_s = 30.0
         self._router = router
         self._make_queue = make_queue
         self._events_of = events_of
         self._build = build
-        by_name = {config.name: config for config in configs}
+        self._expand = expand
+        self._wanted = self._expanded(configs)
+        by_name = {config.name: config for config in self._wanted}
         self._members = [_Member(by_name.get(q.engine.name), q, joined=True) for q in router.engine_queues]
-        self._wanted = list(configs)
         self._leaving: list[_Member] = []
 
     @property
@@ -119,17 +125,21 @@ class Engines:
         """
         present = [member.config for member in self._members]
         new = {}
-        for index, config in enumerate(configs):
-            if config not in present:
-                try:
-                    new[config.name] = self._build(config)
-                except (EngineStartError, ValueError) as error:
-                    raise EngineConfigError(index, str(error)) from error
+        for index, section in enumerate(configs):
+            for config in self._expand(section):
+                if config not in present:
+                    try:
+                        new[config.name] = self._build(config)
+                    except (EngineStartError, ValueError) as error:
+                        raise EngineConfigError(index, str(error)) from error
         return new
+
+    def _expanded(self, configs: Sequence[EngineConfig]) -> list[EngineConfig]:
+        return [config for section in configs for config in self._expand(section)]
 
     def change(self, configs: Sequence[EngineConfig], new: dict[str, Engine]) -> None:
         """Adapt the engines to ``configs``, in the background. ``new`` are those of `build_new` for ``configs``."""
-        self._wanted = list(configs)
+        self._wanted = self._expanded(configs)
         for member in [m for m in self._members if not m.joined and m.config not in self._wanted]:
             self._leave(member)
         for config in self._wanted:
@@ -205,9 +215,13 @@ class Engines:
             self._leave(replaced)
 
     def _settle(self) -> None:
-        """Have the engines leave that are no longer configured, once every configured one has joined."""
-        if all(member.joined for member in self._members if member.config in self._wanted):
-            for member in [m for m in self._members if m.config not in self._wanted]:
+        """Have the engines leave that are no longer configured, once every configured one has joined.
+
+        One whose address has disappeared stops soon, so it leaves as soon as another server of its host is up.
+        """
+        wanted = [member for member in self._members if member.config in self._wanted]
+        for member in [m for m in self._members if m.config not in self._wanted]:
+            if all(m.joined for m in wanted) or any(_stands_in(m, member) for m in wanted):
                 self._leave(member)
         # The first engine has the default model.
         place = {config.name: index for index, config in enumerate(self._wanted)}
@@ -248,3 +262,14 @@ class Engines:
 def _excludes(one: _Member, other: _Member) -> bool:
     """Whether two engines may not fit into the machine at the same time."""
     return one.kind == other.kind == "vllm"
+
+
+def _stands_in(one: _Member, other: _Member) -> bool:
+    """Whether ``one`` serves, and was discovered behind the same host as ``other``."""
+    if not (one.joined and one.queue.engine.state.alive and _is_discovered(one) and _is_discovered(other)):
+        return False
+    return one.name.rpartition("-")[0] == other.name.rpartition("-")[0]
+
+
+def _is_discovered(member: _Member) -> bool:
+    return isinstance(member.config, HttpEngineConfig) and member.config.discover is not None

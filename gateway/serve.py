@@ -26,6 +26,7 @@ from gateway.api.http_protocol import HttpProtocol
 from gateway.app import Gateway
 from gateway.config.engines import EngineConfig
 from gateway.config.schema import GatewayConfig
+from gateway.discovery import Discovery
 from gateway.engines import build_engine
 from gateway.heap import collecting_when_quiet
 from gateway.observability.recorder import ObservabilityError
@@ -90,11 +91,8 @@ async def serve(
             await supervisor.start()
             stack.push_async_callback(supervisor.stop)
         stack.push_async_callback(cancel_and_wait, asyncio.create_task(sd_notify.keep_watchdog(), name="watchdog"))
-        engines = [_build(engine) for engine in config.engines]
-        try:
-            gateway = Gateway(config, engines, predictor_url)
-        except ObservabilityError as error:
-            raise ServeError(str(error)) from error
+        discovery = Discovery()
+        gateway = await _gateway(config, predictor_url, discovery)
         if supervisor is not None:
             supervisor.on_restart = gateway.metrics.predictor_restarts.inc
         server = _Server(
@@ -115,6 +113,8 @@ async def serve(
         stop, hurry = _stop_on_signals()
         if load is not None:
             stack.push_async_callback(_reload_on_signal(gateway, load, file))
+        following = discovery.follow(lambda: gateway.config.engines, gateway.update_engines)
+        stack.push_async_callback(cancel_and_wait, asyncio.create_task(following, name="discover engines"))
         starting = asyncio.create_task(_start(config, gateway), name="start engines")
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -193,6 +193,16 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+async def _gateway(config: GatewayConfig, predictor_url: str | None, discovery: Discovery) -> Gateway:
+    """Return the gateway, with the engines that ``discovery`` finds now. Raises `ServeError`."""
+    await discovery.refresh(config.engines)
+    engines = [_build(engine) for section in config.engines for engine in discovery.expand(section)]
+    try:
+        return Gateway(config, engines, predictor_url, expand=discovery.expand)
+    except ObservabilityError as error:
+        raise ServeError(str(error)) from error
 
 
 def _build(config: EngineConfig) -> Engine:

@@ -40,6 +40,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "body_fields": server.BodyFieldsConfig,
     "kind: vllm": engines.VllmEngineConfig,
     "kind: http": engines.HttpEngineConfig,
+    "discover": engines.DiscoverConfig,
     "kind: simulated": engines.SimulatedEngineConfig,
     "step_times": engines.StepTimesConfig,
     "failover": engines.FailoverConfig,

@@ -27,6 +27,7 @@ LAYERS = {
         "heap",
         "sd_notify",
         "reload",
+        "discovery",
         "app",
         "engines",
         "config",

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import orjson
+import msgspec
 
 from engine_adapter.step_report import GateReport, StepReport
 
@@ -61,7 +61,7 @@ class GateReporter:
         """Send the collected reports and the counters. Errors are ignored."""
         if self._socket is None:
             return
-        payload = orjson.dumps({"steps": self._steps, "gate": self.report})
+        payload = msgspec.json.encode({"steps": self._steps, "gate": self.report})
         self._steps.clear()
         self._last_sent = now
         with contextlib.suppress(OSError):
@@ -98,6 +98,6 @@ class GateListener:
                 payload = self._socket.recv(_MAX_DATAGRAM_BYTES)
             except (BlockingIOError, OSError):
                 return
-            with contextlib.suppress(orjson.JSONDecodeError, ValueError, TypeError, KeyError):
-                message = orjson.loads(payload)
+            with contextlib.suppress(msgspec.DecodeError, ValueError, TypeError, KeyError):
+                message = msgspec.json.decode(payload)
                 self._on_report(GateReport(**message["gate"]), [StepReport(*step) for step in message["steps"]])

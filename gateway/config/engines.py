@@ -52,12 +52,21 @@ class VllmEngineConfig(Section):
     )
 
 
+class DiscoverConfig(Section):
+    """How the servers of an engine are found: each address of the host in `base_url`, or each URL in a file."""
+
+    file: str | None = Field(None, description="A JSON file with the base URLs of the servers, in place of the host.")
+    every_s: float = Field(5.0, ge=0.5, le=300, description="Time between two look-ups.")
+    max_engines: int = Field(64, ge=1, le=256, description="Addresses beyond this number are ignored.")
+
+
 class HttpEngineConfig(Section):
     """Any OpenAI-compatible server."""
 
     kind: Literal["http"]
     name: Name = "remote"
     base_url: str = Field(pattern=r"^https?://")
+    discover: DiscoverConfig | None = Field(None, description="Find one engine per address of the host.")
     api_key_env: str | None = Field(None, description="Environment variable that holds the server's API key.")
     models: list[ModelName] = Field(
         default_factory=list, max_length=4096, description="Models of a server that does not list its own."
@@ -72,6 +81,17 @@ class HttpEngineConfig(Section):
     first_token: Literal["stream", "none"] = "stream"
     send_slo: bool = Field(True, description="Send SLO headers, and paces as vllm_xargs; the server must be vLLM.")
     step_times: StepTimesConfig | None = None
+
+    @model_validator(mode="after")
+    def _addresses_have_no_certificates(self) -> HttpEngineConfig:
+        if self.discover is not None and self.discover.file is None and not self.base_url.lower().startswith("http://"):
+            raise ValueError("discover needs a base_url with http://: certificates name hosts, not addresses")
+        return self
+
+    @property
+    def most_engines(self) -> int:
+        """How many engines the section can become."""
+        return 1 if self.discover is None else self.discover.max_engines
 
 
 class SimulatedEngineConfig(Section):

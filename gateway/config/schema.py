@@ -6,6 +6,7 @@ loads the file and adds line numbers to validation errors.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,11 @@ class GatewayConfig(Section):
         names = [engine.name for engine in self.engines]
         if len(set(names)) < len(names):
             raise ValueError("engines: names must be unique")
+        for engine in self.engines:
+            if isinstance(engine, HttpEngineConfig) and engine.discover is not None:
+                taken = next((name for name in names if re.fullmatch(rf"{re.escape(engine.name)}-\d+", name)), None)
+                if taken:
+                    raise ValueError(f"engines: {engine.name!r} names what it discovers like {taken!r}; rename one")
         if not self.requires_key and not self.server.allow_anonymous and not is_loopback(self.server.host):
             raise ValueError(
                 f"server.host: other machines can reach {self.server.host} but no keys are configured; "
@@ -188,7 +194,8 @@ class GatewayConfig(Section):
     def engine_connections(self) -> int:
         """Return the maximum number of connections to engines."""
         remote = [engine for engine in self.engines if isinstance(engine, HttpEngineConfig)]
-        return sum(engine.max_connections or engine.max_num_seqs + self.server.max_pass_through for engine in remote)
+        each = self.server.max_pass_through
+        return sum(e.most_engines * (e.max_connections or e.max_num_seqs + each) for e in remote)
 
     def field_guard(self) -> FieldGuard:
         """Return what applies a key's rights to the fields of a body."""

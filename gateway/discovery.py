@@ -1,0 +1,184 @@
+"""Finds the servers of `kind: http` engines with `discover`: one engine for each address of the host in `base_url`,
+or for each URL in a file.
+
+A new address is an engine that starts. An address that disappears is an engine that leaves, as after a reload of the
+configuration (`gateway.engines`). A look-up that fails or finds no address changes nothing, because a failing name
+server must not stop the engines. Health probes see servers that are down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import orjson
+
+from gateway.config.engines import EngineConfig, HttpEngineConfig
+
+log = logging.getLogger("antares.discovery")
+
+LOOK_UP_TIMEOUT_S = 5.0
+"""Seconds to wait for the name server. Convention: the default timeout of resolv.conf."""
+
+IDLE_S = 1.0
+"""Seconds between two checks for a reload that adds the first `discover`. Convention."""
+
+MAX_FILE_BYTES = 1 << 20
+"""Largest file of engines in bytes; thousands of URLs take less."""
+
+Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
+"""Returns the IP addresses of a host. Raises OSError."""
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """Return the IP addresses of ``host``: the IPv4 ones, or else the IPv6 ones. Raises OSError.
+
+    A server with both kinds of addresses is one engine, not two.
+    """
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    four = [str(address[0]) for family, *_, address in found if family == socket.AF_INET]
+    return four or [str(address[0]) for family, *_, address in found if family == socket.AF_INET6]
+
+
+def read_urls(path: str) -> list[str]:
+    """Return the base URLs in the file at ``path``, a JSON object with the member "engines".
+
+    Raises OSError or ValueError.
+    """
+    with Path(path).open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+    document = orjson.loads(content)
+    urls = document.get("engines") if isinstance(document, dict) else None
+    if not isinstance(urls, list) or not all(isinstance(url, str) and _is_url(url) for url in urls):
+        raise ValueError('it must be an object with one member, "engines", a list of http and https URLs')
+    return [url.rstrip("/") for url in urls]
+
+
+class Discovery:
+    """Knows the servers behind each engine section that has `discover`. ``resolve`` asks the name server.
+
+    A server keeps its number while it is known. The numbers of servers that are gone are used again, so the names of
+    engines, and with them the labels of metrics, stay few however often servers are replaced.
+    """
+
+    def __init__(self, resolve: Resolve = resolve) -> None:
+        self._resolve = resolve
+        self._numbers: dict[tuple[str, str], dict[str, int]] = {}
+        self._failures: dict[tuple[str, str], str] = {}
+
+    def expand(self, section: EngineConfig) -> list[EngineConfig]:
+        """Return the engines of ``section``: one for each known server, or the section itself without `discover`.
+
+        While no server is known, there is one engine at the section's `base_url`.
+        """
+        if not isinstance(section, HttpEngineConfig) or section.discover is None:
+            return [section]
+        numbers = self._numbers.get(_key(section))
+        if not numbers:
+            return [section.model_copy(update={"name": f"{section.name}-0"})]
+        return [
+            section.model_copy(update={"name": f"{section.name}-{number}", "base_url": url})
+            for url, number in sorted(numbers.items(), key=lambda item: item[1])
+        ]
+
+    async def refresh(self, sections: Sequence[EngineConfig]) -> None:
+        """Look up the addresses of ``sections`` again, and forget those of other sections."""
+        pools = _pools(sections)
+        keys = {_key(pool) for pool in pools}
+        self._numbers = {key: numbers for key, numbers in self._numbers.items() if key in keys}
+        self._failures = {key: reason for key, reason in self._failures.items() if key in keys}
+        await asyncio.gather(*(self._look_up(pool) for pool in pools))
+
+    async def follow(self, sections: Callable[[], Sequence[EngineConfig]], apply: Callable[[], None]) -> None:
+        """Look up the addresses of ``sections()`` again and again, and call ``apply`` after each time."""
+        while True:
+            every_s = [pool.discover.every_s for pool in _pools(sections()) if pool.discover is not None]
+            await asyncio.sleep(min(every_s, default=IDLE_S))
+            if not every_s:
+                continue
+            await self.refresh(sections())
+            try:
+                apply()
+            except Exception as error:
+                log.error("the engines stay as they are: %s", error, exc_info=error)
+
+    async def _look_up(self, pool: HttpEngineConfig) -> None:
+        key, source = _key(pool), _source(pool)
+        try:
+            async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
+                found = await self._find(pool)
+            reason = "" if found else "there are none"
+        except TimeoutError:
+            found, reason = set(), f"no answer within {LOOK_UP_TIMEOUT_S:.0f} s"
+        except (OSError, ValueError) as error:
+            found, reason = set(), str(error)
+        if reason and reason != self._failures.get(key):
+            known = len(self._numbers.get(key, ()))
+            log.warning("engine %s: cannot look up servers in %s: %s; %d are known", pool.name, source, reason, known)
+        self._failures[key] = reason
+        if found:
+            self._number(pool, found)
+
+    async def _find(self, pool: HttpEngineConfig) -> set[str]:
+        """Return the base URLs of the servers of ``pool``. Raises OSError, TimeoutError or ValueError."""
+        if pool.discover is not None and pool.discover.file is not None:
+            return set(await asyncio.to_thread(read_urls, pool.discover.file))
+        url = urlsplit(pool.base_url)
+        addresses = await self._resolve(url.hostname or "", url.port or 80)
+        return {_at(pool.base_url, address) for address in addresses if _is_usable(address)}
+
+    def _number(self, pool: HttpEngineConfig, found: set[str]) -> None:
+        """Give each server of ``found`` that is new a number, and forget the others."""
+        assert pool.discover is not None
+        old = self._numbers.get(_key(pool), {})
+        new = {url: number for url, number in old.items() if url in found}
+        for url in sorted(found - old.keys()):
+            if len(new) == pool.discover.max_engines:
+                log.warning("engine %s: discover.max_engines is %d; ignored: %s", pool.name, len(new), url)
+                continue
+            # The engine of a server that has just gone may still finish requests under its name.
+            taken = {*old.values(), *new.values()}
+            new[url] = next(number for number in range(len(taken) + 1) if number not in taken)
+            log.info("engine %s-%d is %s", pool.name, new[url], url)
+        self._numbers[_key(pool)] = new
+
+
+def _pools(sections: Sequence[EngineConfig]) -> list[HttpEngineConfig]:
+    return [s for s in sections if isinstance(s, HttpEngineConfig) and s.discover is not None]
+
+
+def _source(pool: HttpEngineConfig) -> str:
+    """Return where the servers of ``pool`` are listed: a file or a host."""
+    file = None if pool.discover is None else pool.discover.file
+    return file or urlsplit(pool.base_url).hostname or ""
+
+
+def _key(pool: HttpEngineConfig) -> tuple[str, str]:
+    return pool.name, (pool.discover and pool.discover.file) or pool.base_url
+
+
+def _is_url(text: str) -> bool:
+    url = urlsplit(text)
+    return url.scheme in {"http", "https"} and bool(url.hostname) and "@" not in url.netloc
+
+
+def _is_usable(address: str) -> bool:
+    """Whether a URL can hold the address: not one of a network interface, such as ``fe80::1%eth0``."""
+    try:
+        return not getattr(ipaddress.ip_address(address), "scope_id", None)
+    except ValueError:
+        return False
+
+
+def _at(base_url: str, address: str) -> str:
+    """Return ``base_url`` with ``address`` in place of its host."""
+    url = urlsplit(base_url)
+    host = f"[{address}]" if ":" in address else address
+    return url._replace(netloc=host if url.port is None else f"{host}:{url.port}").geturl()
