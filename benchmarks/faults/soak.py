@@ -1,4 +1,4 @@
-"""A gateway at twice its capacity while clients disconnect and random parts break.
+"""A gateway at twice the saturation of its engine while clients disconnect and random parts break.
 
     python -m benchmarks.faults.soak --minutes 10 --json > soak.json
     python -m benchmarks.faults.soak --minutes 3 --engine vllm --json > soak_vllm.json
@@ -41,22 +41,16 @@ from benchmarks.faults.soak_gateway import Engine, gateway
 from benchmarks.faults.soak_page import page
 
 LOAD = 2.0
-"""Requests offered, as a multiple of what the engine completes."""
+"""Requests offered, as a multiple of what the saturated engine completes."""
 
 DISCONNECTS = 0.05
 """Share of the clients that disconnect."""
 
 TOKENS = (10, 70)
-"""Range of output lengths."""
+"""Range of output lengths, the same for all classes."""
 
-BATCH_TOKENS = (5, 15)
-"""The same of `batch`. Under this load it decodes in one step of 20. With vLLM on CPU, that is 0.4 tokens a second."""
-
-MEAN_TOKENS = (2 * sum(TOKENS) + sum(BATCH_TOKENS)) // 6
-"""Mean output length: `batch` is one class of three."""
-
-CALIBRATING = 16
-"""Most clients that measure the capacity. A real vLLM on CPU would serve many more, each too slowly."""
+CALIBRATE_S = 30.0
+"""Time (s) in which the saturation is measured. After a third of it the clients no longer ask in step."""
 
 FIRST_USES, AT_ONCE = 400, 40
 """Mutated requests before the warm-up, and how many of them at once. They reach code that loads on its first use: with
@@ -78,8 +72,10 @@ PREDICTOR_S = 60.0
 FAULT_EVERY_S = (2.0, 6.0)
 """Range of the time (s) between two faults."""
 
-ANSWER_S = 300.0
-"""Longest time (s) of a request. Several times what a busy machine needs, so that only a lost request takes longer."""
+ANSWER_S = 600.0
+"""Longest time (s) of a request, so that only a lost request takes longer. With vLLM, a request of `batch` has one slot
+of three and gets 0.4 tokens a second. It waits for 60 s until it is overdue and for 200 s behind six others, and runs
+for up to 175 s."""
 
 
 @dataclass(slots=True)
@@ -109,7 +105,7 @@ class Soak:
         body = chat(
             model=self.running.model,
             stream=r.random() < 0.6,
-            max_tokens=r.randint(*(BATCH_TOKENS if name == "batch" else TOKENS)),
+            max_tokens=r.randint(*TOKENS),
             ignore_eos=True,
             headers={"x-slo-class": name, "x-request-id": request_id},
         )
@@ -143,19 +139,32 @@ class Soak:
                 group.create_task(self.ask())
                 await asyncio.sleep(self.random.expovariate(rate))
 
-    async def capacity(self, clients: int, seconds: float) -> float:
-        """Return the requests that the engine completes per second, with so many clients."""
-        stop, ends = time.monotonic() + seconds, Ends()
+    @property
+    def saturating(self) -> int:
+        """The clients that fill every slot of the engine and the queue of `batch`."""
+        return int(self.running.slots + self.running.config["classes"]["batch"]["max_waiting"])
+
+    async def saturation(self, seconds: float) -> float:
+        """Return the best-effort requests that the engine completes per second, with `saturating` clients.
+
+        They ask one after the other for ``seconds``, with the output lengths of the load.
+        """
+        started = time.monotonic()
+        counted, stop = started + seconds / 3, started + seconds
+        completed = 0
 
         async def client() -> None:
+            nonlocal completed
             while time.monotonic() < stop:
-                body = chat(model=self.running.model, max_tokens=MEAN_TOKENS, ignore_eos=True,
+                body = chat(model=self.running.model, max_tokens=self.random.randint(*TOKENS), ignore_eos=True,
                             headers={"x-slo-class": "batch"})  # fmt: skip
-                await ends.add(exchange(self.running.port, body, limit_s=ANSWER_S))
+                reply = await exchange(self.running.port, body, limit_s=ANSWER_S)
+                if reply.end != "200":
+                    await asyncio.sleep(0.1)  # the queue was full
+                completed += reply.end == "200" and counted <= time.monotonic() < stop
 
-        started = time.monotonic()
-        await asyncio.gather(*(client() for _ in range(clients)))
-        return ends.seen["200"] / (time.monotonic() - started)
+        await asyncio.gather(*(client() for _ in range(self.saturating)))
+        return completed / (stop - counted)
 
     async def use_all(self) -> None:
         """Send `FIRST_USES` mutated requests. How they end is not judged."""
@@ -304,22 +313,22 @@ def problems(row: dict[str, Any]) -> list[str]:
 
 
 async def measure(
-    engine: Engine, minutes: float, seed: int, warm_up_min: float = WARM_UP_MIN, calibrate_s: float = 8.0
+    engine: Engine, minutes: float, seed: int, warm_up_min: float = WARM_UP_MIN, calibrate_s: float = CALIBRATE_S
 ) -> dict[str, Any]:
     """Soak a gateway for ``minutes`` after the warm-up, and return what happened and what is wrong.
 
-    Its capacity is measured for ``calibrate_s`` (s) before.
+    The saturation of its engine is measured for ``calibrate_s`` (s) before.
     """
     with tempfile.TemporaryDirectory(prefix="antares-soak-") as name:
         async with gateway(engine, Path(name)) as running:
             soak = Soak(running, random.Random(seed))
-            capacity = await soak.capacity(min(running.slots, CALIBRATING), calibrate_s)
+            saturation = await soak.saturation(calibrate_s)
             await soak.use_all()
             before = await snapshot(running)
             sampling = asyncio.create_task(soak.sample())
             judged = time.monotonic() + 60 * warm_up_min
             end = judged + 60 * minutes
-            await asyncio.gather(soak.send(LOAD * capacity, end), soak.break_things(end))
+            await asyncio.gather(soak.send(LOAD * saturation, end), soak.break_things(end))
             left = await soak.settle(before)
             sampling.cancel()
     served = soak.ends.seen["200"] / (60 * (warm_up_min + minutes))
@@ -329,7 +338,9 @@ async def measure(
         "minutes": minutes,
         "warm_up_min": warm_up_min,
         "seed": seed,
-        "capacity_per_s": round(capacity, 2),
+        "clients": soak.saturating,
+        "saturation_per_s": round(saturation, 2),
+        "offered_per_s": round(LOAD * saturation, 2),
         "served_per_s": round(served, 2),
         "requests": soak.ends.seen.total() + soak.ends.abusive.total(),
         "seen": dict(soak.ends.seen.most_common()),

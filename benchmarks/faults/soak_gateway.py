@@ -24,9 +24,8 @@ CLASSES: dict[str, Any] = {
 """The classes, in equal parts."""
 
 BATCH_WAITING: dict[Engine, int] = {"simulated": 100, "vllm": 6}
-"""Longest queue of `batch`. At twice the capacity it gets little more than its guaranteed share of the engine, so its
-requests wait long. With vLLM it has three slots, and 0.4 tokens a second in each. A request waits 60 s until it is
-overdue and 50 s for six others, and runs for 40 s: half of the longest time that the soak allows."""
+"""Longest queue of `batch`. An operator bounds it by the wait that clients accept: at twice the saturation `batch` gets
+little more than its guaranteed share of the engine, which is one step of 20 with vLLM."""
 
 KEPT = 1000
 """Records of ended requests that the gateway keeps. By default 10,000, which takes minutes to fill."""

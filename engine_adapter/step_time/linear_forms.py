@@ -57,7 +57,8 @@ class StepTimes:
 def nonnegative_least_squares(columns: Floats, target: Floats, parsimonious: bool = True) -> Floats:
     """argmin over w >= 0 of ||columns @ w - target||, by exhaustive search over supports.
 
-    It solves least squares for every subset of columns (2^k solves, for k <= 4) and keeps the best feasible solution.
+    It solves least squares for every subset of columns (2^k solves, for k <= 4) and keeps the best feasible solution,
+    unless that of all columns must be the best one.
 
     Args:
         columns: shape (samples, k).
@@ -74,6 +75,11 @@ def nonnegative_least_squares(columns: Floats, target: Floats, parsimonious: boo
     scale[scale == 0] = 1.0
     scaled = columns / scale
     gram, moment, energy = scaled.T @ scaled, scaled.T @ target, float(target @ target)
+    if not parsimonious:
+        # The loss is convex, so a feasible least-squares solution is the best one. It must be the only one.
+        w, _, rank, _ = np.linalg.lstsq(gram, moment, rcond=1e-10)
+        if rank == k and (w >= 0).all():
+            return np.asarray(w / scale, dtype=np.float64)
     best, best_criterion = np.zeros(k), np.inf
     for size in range(1, k + 1):
         for support in combinations(range(k), size):

@@ -348,22 +348,31 @@ class VllmEngine:
         finally:
             if observer is not None:
                 await self._abort_unfinished(observer, llm)
-        if for_adapter:
-            await self._read_models()
 
     async def _change_adapters(self, call: Coroutine[Any, Any, None]) -> None:
-        """Await a call that loads or unloads an adapter. Raises `EngineLost` if the engine goes away meanwhile."""
-        task = asyncio.create_task(call)
+        """Await a call that loads or unloads an adapter. Raises `EngineLost` if the engine goes away meanwhile.
+
+        The call goes on if the caller is cancelled, because the EngineCore loads on.
+        """
+        task = asyncio.create_task(self._finish_change(call))
         self._adapter_calls.add(task)
+        task.add_done_callback(self._on_adapter_call_done)
         try:
-            await task
-            self._watchdog.on_progress()
+            await asyncio.shield(task)
         except asyncio.CancelledError:
-            if task in self._adapter_calls:
-                raise
-            raise EngineLost("the engine died") from None
-        finally:
-            self._adapter_calls.discard(task)
+            if task.cancelled():
+                raise EngineLost("the engine died") from None
+            raise
+
+    async def _finish_change(self, call: Coroutine[Any, Any, None]) -> None:
+        await call
+        self._watchdog.on_progress()
+        await self._read_models()
+
+    def _on_adapter_call_done(self, task: asyncio.Task[None]) -> None:
+        self._adapter_calls.discard(task)
+        if not task.cancelled():
+            task.exception()  # the caller may be gone, and asyncio logs exceptions that nothing retrieves
 
     async def _abort_unfinished(self, observer: TokenObserver, llm: Any) -> None:
         """Abort the sequences that a request left in the engine, for example because the client disconnected."""

@@ -14,6 +14,7 @@ from typing import Protocol
 from gateway.api.errors import ApiError, retry_headers, unavailable
 from gateway.api.limits import Limits
 from gateway.api.shared_limit import Sharer
+from gateway.api.start_queue import StartQueue
 
 resource: ModuleType | None
 try:
@@ -92,6 +93,7 @@ class Connections:
         self._derived = max_connections
         self.set_limits(limits or Limits())
         self.buffered = 0
+        self.starts = StartQueue()
         self._on_closed = on_closed
         # Insertion order is age.
         self._open: dict[Connection, None] = {}

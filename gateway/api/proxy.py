@@ -59,6 +59,7 @@ from gateway.api.scheduled import LEAVE_GRACE_S, Scheduled
 from gateway.api.shared_limit import SharedLimit
 from gateway.api.sharers import sharer_of
 from gateway.api.slo_headers import read_output_tokens, read_slo
+from gateway.api.start_queue import ARRIVED_KEY
 from gateway.api.tenants import TenantAccounts
 from gateway.api.unscheduled import EngineFailed, NoEngineAlive, Unscheduled
 from gateway.observability.ledger import Ledger
@@ -147,7 +148,8 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        http = HttpRequest(scope, receive, send, time.monotonic(), self._settings.routes.find(scope["path"]))
+        arrived_s = scope.get(ARRIVED_KEY) or time.monotonic()
+        http = HttpRequest(scope, receive, send, arrived_s, self._settings.routes.find(scope["path"]))
         task = asyncio.current_task()
         assert task is not None
         self.in_flight += 1

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers as HeaderView
 from engine_adapter.asgi import receive_chunk
 from engine_adapter.engine import GATE_XARG, KIND_XARG, TPOT_XARG, Engine, Receive, Scope
 from engine_adapter.service_kind import ServiceKind, default_kind
-from gateway.api.body_memory import FREE_BYTES, BodyMemory, BodyReservation, no_memory
+from gateway.api.body_memory import FREE_BYTES, BodyReservation, no_memory
 from gateway.api.content_encoding import TooLarge, content_coding, decompress
 from gateway.api.errors import ApiError, Headers, bad_request
 from gateway.api.limits import Limits
@@ -29,7 +29,6 @@ _MAX_LENGTH_DIGITS = 20
 _MOST_EXPANDED = 1032
 """Largest ratio of plain to compressed size of deflate."""
 
-_DEFAULT_LIMITS = Limits()
 
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key", b"cookie", b"proxy-authorization"))
 # The gateway answers cross-origin requests itself, and decompresses bodies.
@@ -49,9 +48,9 @@ async def read_limited_body(
     headers: HeaderView,
     receive: Receive,
     max_bytes: int,
-    memory: BodyReservation | None = None,
-    limits: Limits = _DEFAULT_LIMITS,
-    arrived: Callable[[int], bytes | None] = lambda most: None,
+    memory: BodyReservation,
+    limits: Limits,
+    arrived: Callable[[int], bytes | None],
 ) -> bytes:
     """Return the whole body, decompressed. ``memory`` grows with it, and keeps its size.
 
@@ -68,8 +67,6 @@ async def read_limited_body(
     is_number = declared.isascii() and declared.isdigit() and len(declared) <= _MAX_LENGTH_DIGITS
     if not is_number or int(declared) > max_bytes:
         raise _too_large(max_bytes)
-    if memory is None:
-        memory = BodyMemory(limits.body_memory_bytes).reservation()
     if not coding and (whole := arrived(min(FREE_BYTES, max_bytes))) is not None:
         return whole
     until = asyncio.get_running_loop().time() + BODY_TIMEOUT_S + max_bytes / BODY_BYTES_PER_S

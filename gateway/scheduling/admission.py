@@ -6,7 +6,6 @@ It has no clock, no event loop and no engine. The gateway drives it in real time
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,13 +19,10 @@ from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.decision_schedule import DecisionSchedule
 from gateway.scheduling.delays import note_handover, overdue_s
+from gateway.scheduling.room import Room
 
 DECISION_GRACE_S = 2 * MAX_DECISION_INTERVAL_S
 """A request that has waited for longer was kept waiting by at least one decision."""
-
-AMPLE = 0.5
-"""Share of an engine's capacity and of a request's bounds up to which no request has to wait for its prediction. It
-leaves a factor of two for errors of the step-time model. Convention."""
 
 MIN_ARRAY = 64
 """Waiting requests from which sums over them are computed as arrays: below, a loop is as fast."""
@@ -49,6 +45,9 @@ class AdmissionController:
     waiting: WaitingQueue = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
     schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
+    _room: Room | None = field(init=False, default=None)
+    _changed: bool = field(init=False, default=False)
+    """Whether an answer began or a request left since ``_room`` was made."""
 
     def __post_init__(self) -> None:
         self.waiting = WaitingQueue(self.policy.order)
@@ -71,6 +70,8 @@ class AdmissionController:
             request.cached_tokens = request.shared_tokens = 0
         self.prefixes.wait(request)
         self.waiting.add(request)
+        if self._room is not None:
+            self._room.add(request)
         self.schedule.on_change(self.busy and len(self.waiting) > 1)
 
     def withdraw(self, request: Request) -> bool:
@@ -89,6 +90,7 @@ class AdmissionController:
 
     def capacity_changed(self) -> None:
         """Note that a request which did not fit may fit now: an answer began or ended, or the engine changed."""
+        self._changed = True
         self.schedule.on_change(self.busy)
 
     def decision_due(self, now: float) -> bool:
@@ -140,29 +142,21 @@ class AdmissionController:
         self.engine.shared_tokens = int(self.prefixes.shared_tokens)
 
     def has_ample_room(self, now: float, request: Request) -> bool:
-        """Whether the output length of ``request`` decides nothing, because policies admit it at once in any case.
+        """Whether the output length of ``request`` decides nothing, because all requests attain their bounds.
 
-        Nothing waits, no other prompt is prefilled, and with this request the engine uses at most `AMPLE` of its
-        sequences and its memory, and of the time that each bound leaves.
+        An end-to-end bound sets the pace by the length. Otherwise see `Room.is_ample_for`.
         """
-        engine, running = self.engine, self.running.values()
-        if self.waiting or request.slo.e2e_s is not None or len(running) >= AMPLE * engine.max_num_seqs:
+        if request.slo.e2e_s is not None:
             return False
-        sequences, context, memory = request.sequences, 0.0, _memory(request)
-        pace_s = math.inf if request.pace_s is None else request.pace_s
-        prefill_s = self.prefill_s(request)
-        for other in running:
-            if other.prefilling:
-                return False
-            sequences += other.sequences
-            context += other.length * other.sequences
-            memory += _memory(other)
-            if other.pace_s is not None and other.pace_s < pace_s:
-                pace_s = other.pace_s
-        if sequences > AMPLE * engine.max_num_seqs or memory > AMPLE * (engine.kv_tokens or math.inf):
-            return False
-        step_s = engine.step_time.curve.step_s(sequences, context)
-        return step_s <= AMPLE * pace_s and step_s + prefill_s <= AMPLE * (request.deadline_s - now)
+        room, prefill_s = self._room, self.prefill_s(request)
+        if room is not None and now < room.until_s:
+            ample = room.is_ample_for(request, prefill_s, now)
+            if ample or not self._changed:
+                return ample
+        requests = [*self.running.values(), *self.waiting]
+        room = self._room = Room(now, self.engine, requests)
+        self._changed = False
+        return room.is_ample_for(request, prefill_s, now)
 
     def queued_prefill_s(self) -> float:
         """Return the seconds of prefill work that wait. Each arrival asks, so a long queue is summed as an array."""
@@ -207,11 +201,6 @@ class AdmissionController:
         unfinished = [r for r in self.running.values() if r.prefilling]
         work = self.queued_prefill_s() + prefill_seconds(unfinished, self.engine)
         return work, len(self.running) + len(self.waiting)
-
-
-def _memory(request: Request) -> float:
-    """Return the tokens of KV memory that ``request`` probably needs in the end."""
-    return (request.prompt_tokens + max(request.predicted_p90, request.predicted_tokens)) * request.sequences
 
 
 def _remaining_s(request: Request, step_s: float, now: float) -> float:

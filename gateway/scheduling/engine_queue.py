@@ -83,7 +83,7 @@ class EngineQueue:
         self._on_decided = on_decided
         self._outcomes: dict[str, asyncio.Future[QueueOutcome]] = {}
         self._answers = Answers()
-        self._scheduled = False
+        self._scheduled = self._decided = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = math.inf
         self._down_since: float | None = None if engine.state.alive else clock()
@@ -113,7 +113,7 @@ class EngineQueue:
     def submit(self, request: Request, at_once: bool = False) -> asyncio.Future[QueueOutcome]:
         """Queue ``request`` and return its future outcome. A closed queue and a full class queue answer at once.
 
-        ``at_once``: decide now, not once for all requests that arrive in this iteration of the event loop.
+        ``at_once``: decide about the first one now, not once for all that arrive in this turn of the event loop.
         """
         outcome: asyncio.Future[QueueOutcome] = asyncio.get_running_loop().create_future()
         if self._closed or (self.retired and self.can_move(request)):
@@ -135,8 +135,10 @@ class EngineQueue:
         # After its prefix-cache hit is predicted, which the shadows copy.
         self.shadows.submitted(request)
         self._outcomes[request.id] = outcome
-        if at_once and not self._scheduled:
+        if at_once and not self._scheduled and not self._decided and len(self.waiting) == 1:
             self._decide()
+            self._decided = True
+            asyncio.get_running_loop().call_soon(self._end_turn)
         else:
             self.wake()
         return outcome
@@ -293,6 +295,9 @@ class EngineQueue:
         self._on_decided(seconds)
         schedule.on_cost(now, seconds, self.admission.busy)
         self._set_timer(now, schedule.due_s if self.waiting else None)
+
+    def _end_turn(self) -> None:
+        self._decided = False
 
     def _apply(self, now: float, decision: Decision, backlog_s: float) -> None:
         """Answer the requests of ``decision``; before it, the engine would have begun with them after ``backlog_s``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from typing import ClassVar
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks.faults import soak
 from benchmarks.faults.client import Reply
+from benchmarks.faults.soak_gateway import BATCH_WAITING, SLOTS
 
 
 async def test_short_soak_loses_and_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,10 +21,42 @@ async def test_short_soak_loses_and_leaks_nothing(monkeypatch: pytest.MonkeyPatc
     # In a few seconds the memory only fills.
     assert [problem for problem in row["problems"] if "memory" not in problem] == []
     assert row["seen"]["200"] > 20
+    assert row["clients"] == SLOTS + BATCH_WAITING["simulated"]
+    assert row["offered_per_s"] == pytest.approx(2 * row["saturation_per_s"], abs=0.02)
     assert row["ledger"]["open"] == 0
     assert row["unanswered"] == []
     assert 0 < row["longest_s"] < soak.ANSWER_S
     assert sum(row["faults"].values()) >= 2
+
+
+async def test_saturation_is_measured_with_every_slot_and_the_queue_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scripted engine with two slots and a queue of three: a client that finds both full is turned down."""
+    open_now, most, turned_down = 0, 0, 0
+
+    class ScriptedRig:
+        port = 1
+        model = "simulated"
+        slots = 2
+        config: ClassVar = {"classes": {"batch": {"max_waiting": 3}}}
+
+    room = asyncio.Semaphore(2)
+
+    async def scripted(*parts: object, **options: object) -> Reply:
+        nonlocal open_now, most, turned_down
+        if open_now == 4:
+            turned_down += 1
+            return Reply(429, b"", "429 queue_full")
+        open_now += 1
+        most = max(most, open_now)
+        async with room:
+            await asyncio.sleep(0.02)
+        open_now -= 1
+        return Reply(200, b"", "200")
+
+    monkeypatch.setattr(soak, "exchange", scripted)
+    measured = await soak.Soak(ScriptedRig(), random.Random(0)).saturation(1.5)  # type: ignore[arg-type]
+    assert (most, turned_down > 0) == (4, True)
+    assert 10 < measured < 2 / 0.02 * 1.1, "two slots, 20 ms each"
 
 
 async def test_request_without_an_answer_is_explained_by_its_record(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,8 @@ class Requests:
             "messages": [{"role": "user", "content": prompt(self._pace_ms, self._number)}],
             "max_tokens": self._tokens,
             "stream": self._stream,
+            # A real engine then generates all tokens.
+            "ignore_eos": True,
         }
         data = orjson.dumps(body)
         return (

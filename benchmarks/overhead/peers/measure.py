@@ -22,9 +22,9 @@ from rich.progress import track
 
 from benchmarks.overhead.peers import processes
 from benchmarks.overhead.peers.client import Answers, Requests, all_at_once, connect, one_after_another
-from benchmarks.overhead.peers.servers import DIRECT, TREE, Server
+from benchmarks.overhead.peers.servers import TREE, Server
 
-_START_S = 90.0
+_START_S = 240.0
 """Longest time for a server to answer its first request, in seconds."""
 
 _SETTLE_S = 0.1
@@ -40,7 +40,8 @@ class Shape:
 
     Without ``pace_ms`` each of ``connections`` sends requests one after the other, at most ``requests`` of them and for
     at most ``seconds``. With it, each sends one request, evenly over ``over_s`` (s), and the upstream sends its
-    ``tokens`` at that pace. What has not ended ``limit_s`` (s) after the start has failed.
+    ``tokens`` at that pace. What has not ended ``limit_s`` (s) after the start has failed, and so has a stream with
+    fewer than ``events`` events (None: ``tokens``).
     """
 
     name: str
@@ -52,6 +53,7 @@ class Shape:
     pace_ms: float = 0.0
     over_s: float = 0.0
     limit_s: float = 20.0
+    events: int | None = None
 
 
 SHAPES = (
@@ -136,16 +138,17 @@ async def served(port: int, shape: Shape, first: int) -> tuple[Answers, float]:
     """Send the requests of ``shape``, numbered from ``first``. Return their answers and the seconds that it took."""
     answers = Answers()
     requests = Requests(shape.tokens, shape.stream, shape.pace_ms, first)
+    events = shape.tokens if shape.events is None else shape.events
     connections = await connect(port, answers, shape.connections)
     start = time.perf_counter()
     try:
         if shape.pace_ms:
-            await all_at_once(connections, requests, shape.over_s, shape.limit_s, shape.tokens)
+            await all_at_once(connections, requests, shape.over_s, shape.limit_s, events)
         elif connections:
             until = start + shape.seconds
             tasks = [
                 asyncio.ensure_future(
-                    one_after_another(connection, requests, shape.requests, until, shape.tokens, shape.stream)
+                    one_after_another(connection, requests, shape.requests, until, events, shape.stream)
                 )
                 for connection in connections
             ]
@@ -219,7 +222,6 @@ async def measure(
     warm_ups: Sequence[Shape] = WARM_UPS,
 ) -> list[dict[str, Any]]:
     """Return one record for each round, shape and server. Each round starts all servers afresh."""
-    assert servers[0].name == DIRECT
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

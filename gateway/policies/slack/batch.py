@@ -96,8 +96,11 @@ def surely_fits(request: Request, pace_s: float, batch: RunningBatch, now: float
 
 
 def fits_alone(request: Request, batch: RunningBatch, now: float) -> bool:
-    """Return whether lines 1 to 7 of `policy` surely admit ``request``, which waits alone, without any array."""
-    if batch.backlog or request.slo.e2e_s is not None:
+    """Return whether lines 1 to 7 of `policy` surely admit ``request``, which waits alone, without any array.
+
+    Its prompt must fit the prefill lookahead.
+    """
+    if request.slo.e2e_s is not None:
         return False
     if request.kind is ServiceKind.BEST_EFFORT:
         return batch.has_capacity_for(request)

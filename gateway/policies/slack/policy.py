@@ -132,7 +132,7 @@ class Slack:
 
     def _admit_alone(self, this: _Round, request: Request, running: Collection[Request]) -> bool:
         """Admit the only waiting request if it surely fits and does not yield."""
-        if not fits_alone(request, this.batch, this.now):
+        if not this.lookahead.fits(request) or not fits_alone(request, this.batch, this.now):
             return False
         if request.kind is not ServiceKind.BEST_EFFORT:
             above, _ = self._tenants.above(this.now, {request.tenant: request.weight}, running, this.batch)

@@ -167,33 +167,53 @@ async def test_hung_load_of_an_adapter_ends_with_a_restart(llm: StubLlm, monkeyp
         gc.unfreeze()
 
 
-async def test_client_that_leaves_while_an_adapter_is_loaded_cancels_the_call(
-    llm: StubLlm, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ends_well", [True, False])
+async def test_adapter_loads_on_after_its_client_left(
+    llm: StubLlm, monkeypatch: pytest.MonkeyPatch, ends_well: bool
 ) -> None:
-    cancelled = asyncio.Event()
+    """So another client's request, which waits for the load, does not make the watchdog see a hang."""
+    pytest.importorskip("psutil")
+    loaded, unhandled = asyncio.Event(), []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: unhandled.append(context))
 
     async def call(*arguments: Any) -> None:
-        try:
-            await asyncio.sleep(60)
-        finally:
-            cancelled.set()
+        await loaded.wait()
+        if not ends_well:
+            raise OSError
 
     monkeypatch.setattr(engine_module.openai_app, "call", call)
-    engine = VllmEngine("engine", "model", calibrate=False)
+    core = await asyncio.create_subprocess_exec("sleep", "60")
+    engine = VllmEngine("engine", "model", calibrate=False, hang_timeout_s=1)
     try:
         await engine.start(EngineEvents())
+        llm.processes = [SimpleNamespace(pid=core.pid)]
+        engine._on_gate_report(GateReport(), [StepReport(1, 0, 10.0, 0.01)] * FIRST_STEPS)
         client = asyncio.ensure_future(
-            engine.app({"type": "http", "path": "/v1/unload_lora_adapter"}, no_message, ignore)
+            engine.app({"type": "http", "path": "/v1/load_lora_adapter"}, no_message, ignore)
         )
         await asyncio.sleep(0.05)
         client.cancel()
         with pytest.raises(asyncio.CancelledError):
             await client
-        await asyncio.wait_for(cancelled.wait(), 10)
+        # The last step before the load may be reported only now.
+        engine._on_gate_report(GateReport(), [StepReport(1, 0, 10.0, 0.01)])
+        llm.output_processor.request_states["one"] = SimpleNamespace(prompt_len=5, is_prefilling=True)
+        await eventually(lambda: engine._watchdog.silent_s > 3, within_s=20)
         assert (engine.state.alive, engine.state.hangs) == (True, 0)
+        engine.state.models = {}
+        loaded.set()
+        await eventually(lambda: not engine._adapter_calls)
+        assert (engine._watchdog.silent_s < 1) == ends_well
+        assert bool(engine.state.models) == ends_well
+        await eventually(lambda: engine.state.hangs == 1, within_s=10)
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            core.kill()
+        await core.wait()
         await engine.stop()
         gc.unfreeze()
+    gc.collect()
+    assert not unhandled
 
 
 async def test_engine_without_work_or_with_steps_is_not_restarted(llm: StubLlm) -> None:

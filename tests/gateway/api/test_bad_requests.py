@@ -13,10 +13,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.datastructures import Headers as HeaderView
 
+from engine_adapter.engine import Receive
 from gateway.api import request_body
+from gateway.api.body_memory import BodyMemory
 from gateway.api.errors import ApiError
+from gateway.api.limits import Limits
 from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, live
 from tests.fixtures.live_server import eventually
+
+
+async def read_parts(receive: Receive, max_bytes: int) -> bytes:
+    """Read a body that has not arrived as a whole, with the default limits."""
+    memory = BodyMemory(Limits().body_memory_bytes).reservation()
+    return await request_body.read_limited_body(HeaderView(), receive, max_bytes, memory, Limits(), lambda most: None)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +92,7 @@ async def test_body_above_the_limit_is_refused_before_its_end() -> None:
         return {"type": "http.request", "body": chunks.pop(0), "more_body": True}
 
     with pytest.raises(ApiError) as raised:
-        await request_body.read_limited_body(HeaderView(), receive, 2)
+        await read_parts(receive, 2)
     assert (raised.value.status, raised.value.code, chunks) == (413, "body_too_large", [])
 
 
@@ -141,10 +150,10 @@ async def test_body_timeout_covers_all_chunks_and_grows_with_the_limit(
         return {"type": "http.request", "body": b"x", "more_body": sent < 8}
 
     with pytest.raises(ApiError) as raised:
-        await request_body.read_limited_body(HeaderView(), receive, 100)
+        await read_parts(receive, 100)
     assert (raised.value.status, raised.value.code) == (408, "body_timeout")
     sent = 0
-    assert await request_body.read_limited_body(HeaderView(), receive, 8 << 20) == b"x" * 8
+    assert await read_parts(receive, 8 << 20) == b"x" * 8
 
 
 async def test_too_many_headers_get_431(antares: Live) -> None:

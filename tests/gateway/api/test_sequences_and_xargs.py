@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -15,28 +16,38 @@ from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, events, fast_eng
 @pytest.mark.parametrize("stream", [False, True])
 async def test_tpot_of_several_sequences_is_measured_per_sequence(stream: bool) -> None:
     async with live(fast_engine(times=StepTimes(d=0.01))) as antares:
+        times = antares.record_tokens()
         answer = await antares.ask(chat(n=3, stream=stream), x_slo_report="1")
         text = answer.text.split(": antares ")[1].split("\n")[0] if stream else json.dumps(answer.json()["antares"])
         slo_report = json.loads(text)
         assert slo_report["output_tokens"] == 24
-        # A step takes 10 ms. Three sequences counted as one would give 3.3 or 30 ms.
-        assert 5 < slo_report["tpot_ms"] < 28
+        # Three sequences counted as one would give a third of it, or three times as much.
+        assert slo_report["tpot_ms"] == pytest.approx(times.tpot_ms, abs=0.02)
+        assert [len(tokens) for tokens in times.of.values()] == [8, 8, 8]
 
 
 async def test_several_prompts_with_n_give_every_sequence() -> None:
     async with live(fast_engine(times=StepTimes(d=0.01))) as antares:
+        times = antares.record_tokens()
         body = {"prompt": ["one", "two", "three"], "n": 2, "max_tokens": 8, "stream": True}
         answer = await antares.ask(body, TEXT, x_slo_report="1")
         assert {chunk["choices"][0]["index"] for chunk in events(answer.text)} == set(range(6))
-        assert 5 < json.loads(answer.text.split(": antares ")[1].split("\n")[0])["tpot_ms"] < 20
+        slo_report = json.loads(answer.text.split(": antares ")[1].split("\n")[0])
+        assert slo_report["tpot_ms"] == pytest.approx(times.tpot_ms, abs=0.02)
 
 
 async def test_plain_response_has_ttft_and_tpot_of_the_engine() -> None:
     async with live(fast_engine(times=StepTimes(d=0.01, alpha=0.02))) as antares:
+        times = antares.record_tokens()
+        sent_s = time.monotonic()
         slo_report = (await antares.ask(chat("a b"), x_slo_report="1")).json()["antares"]
-        assert 39 < slo_report["ttft_ms"] < 80
-        assert 8 < slo_report["tpot_ms"] < 40  # a step takes 10 ms, and a busy machine shifts the first one
-        assert slo_report["e2e_ms"] == pytest.approx(slo_report["ttft_ms"] + 7 * slo_report["tpot_ms"], rel=0.2)
+        ended_s = time.monotonic()
+        (tokens,) = times.of.values()
+        assert slo_report["tpot_ms"] == pytest.approx(times.tpot_ms, abs=0.02)
+        # The request arrived after it was sent, and before the engine was called. Its prompt takes 40 ms.
+        assert 39 < 1000 * (tokens[0] - times.called_s) <= slo_report["ttft_ms"] + 0.1
+        assert slo_report["ttft_ms"] <= 1000 * (tokens[0] - sent_s) + 0.1
+        assert 1000 * (tokens[-1] - times.called_s) - 0.1 <= slo_report["e2e_ms"] <= 1000 * (ended_s - sent_s) + 0.1
 
 
 @pytest.mark.parametrize("stream", [False, True])

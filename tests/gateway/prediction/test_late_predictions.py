@@ -22,6 +22,7 @@ from gateway.prediction.client import LATER_S
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
 from gateway.scheduling.admission import AdmissionController
+from gateway.scheduling.room import ROOM_S
 from tests.fixtures.live_gateway import Live, chat, fast_engine, live, serving
 from tests.fixtures.live_server import eventually
 
@@ -164,20 +165,63 @@ def test_has_ample_room_up_to_half_of_everything(asked: Request, tokens: float, 
     assert admission.has_ample_room(0.0, asked) is expected
 
 
-def test_has_ample_room_is_false_beside_a_prompt_that_is_prefilled() -> None:
-    admission = AdmissionController(Fcfs(), EngineState(max_num_seqs=16, kv_tokens=2000))
-    other = request(1)
-    other.admitted_s = 0.0
+def paced_engine(max_num_seqs: int = 16) -> AdmissionController:
+    """Return the admission to an engine with steps of 10 ms, whose prompts of 100 tokens take 100 ms."""
+    state = EngineState(max_num_seqs=max_num_seqs, kv_tokens=20_000)
+    state.step_time.start_over(StepTimes(b=0.0, d=0.01, alpha=0.001))
+    return AdmissionController(Fcfs(), state)
+
+
+@pytest.mark.parametrize("admitted", [True, False])
+def test_has_ample_room_beside_prompts_that_take_less_than_half_of_every_bound(admitted: bool) -> None:
+    admission = paced_engine()
+    for number in range(3):
+        other = request(number)
+        admission.submit(other)
+        if admitted:
+            other.admitted_s = 0.0
+            admission.waiting.remove(other)
+            admission.running[other.id] = other
+    # Prompts get 0.9 of the time, so four of them take 444 ms, and five 556 ms, of a bound of one second.
+    assert admission.has_ample_room(0.0, request(8))
+    assert not admission.has_ample_room(0.2, request(8))  # of 800 ms
+    assert not admission.has_ample_room(0.0, request(8, prompt=200))
+    assert admission.has_ample_room(0.0, request(8, prompt=100, slo=Slo()))
+    assert not admission.has_ample_room(0.0, request(8, prompt=200, slo=Slo()))  # the others' bounds
+
+
+def test_has_ample_room_again_when_an_answer_began() -> None:
+    admission = paced_engine()
+    others = [request(number) for number in range(5)]
+    for other in others:
+        other.admitted_s = 0.0
+        admission.running[other.id] = other
+    assert not admission.has_ample_room(0.0, request(8))
+    others[0].first_token_s = others[1].first_token_s = 0.01
+    assert not admission.has_ample_room(0.01, request(8))  # the queue was not told
+    admission.capacity_changed()
+    assert admission.has_ample_room(0.01, request(8))
+
+
+def test_has_ample_room_counts_the_requests_that_were_queued_since() -> None:
+    admission = paced_engine(max_num_seqs=8)
+    asked = []
+    for number in range(6):
+        arriving = request(number, prompt=1)
+        asked.append(admission.has_ample_room(0.0, arriving))
+        admission.submit(arriving)
+    assert asked == [True, True, True, True, False, False]
+
+
+def test_sums_that_has_ample_room_uses_again_grow_old() -> None:
+    admission = paced_engine()
+    assert admission.has_ample_room(0.0, request(8))
+    # Its memory is not noted, as that of a request whose context grows.
+    other = request(1, prompt=15_000)
+    other.first_token_s = 0.0
     admission.running[other.id] = other
-    assert not admission.has_ample_room(0.0, request(0))
-    other.first_token_s = 1.0
-    assert admission.has_ample_room(0.0, request(0))
-
-
-def test_has_ample_room_is_false_behind_a_waiting_request() -> None:
-    admission = AdmissionController(Fcfs(), EngineState(max_num_seqs=16, kv_tokens=2000))
-    admission.submit(request(1))
-    assert not admission.has_ample_room(0.0, request(0))
+    assert admission.has_ample_room(0.5 * ROOM_S, request(8))
+    assert not admission.has_ample_room(ROOM_S, request(8))
 
 
 def test_replace_prediction_revises_a_length_that_is_exceeded() -> None:
@@ -210,19 +254,24 @@ def test_output_length_decides_nothing_about_a_request_that_has_ample_room(polic
     state = EngineState(max_num_seqs=64, kv_tokens=100_000)
     state.step_time.start_over(StepTimes(b=1e-6, d=0.01, alpha=1e-4))
     admission = AdmissionController(make_policy(policy), state)
-    for number in range(data.draw(st.integers(0, 8))):
+    others = data.draw(st.lists(st.sampled_from(["decodes", "prefills", "waits"]), max_size=8))
+    for number, what in enumerate(others):
         other = data.draw(requests(number))
-        other.admitted_s = other.first_token_s = 0.0
+        if what == "waits":
+            admission.submit(other)
+            continue
+        other.admitted_s, other.first_token_s = 0.0, 0.0 if what == "decodes" else None
         admission.running[other.id] = other
     arriving = data.draw(requests(99))
     assume(admission.has_ample_room(0.0, arriving))
     admission.submit(arriving)
     decision = admission.decide(0.0)
-    if arriving.ttft_slo_s > SCORPIO_MARGIN_S:
+    # SCORPIO rejects the others whatever their length, since its fixed margin exceeds their bound.
+    rejected = [one.request for one in decision.reject if one.request.ttft_slo_s > SCORPIO_MARGIN_S]
+    assert rejected == []
+    if set(others) <= {"decodes"} and arriving.ttft_slo_s > SCORPIO_MARGIN_S:
         assert decision.admit == [arriving]
-        assert decision.reject == []
-    else:
-        # SCORPIO rejects these whatever their length, since its fixed margin exceeds their bound.
+    elif "prefills" not in others:
         assert decision.admit or policy in ("scorpio", "ttft_guard_only")
 
 
