@@ -205,8 +205,8 @@ class AdmissionController:
             return 0.0
         sequences = sum(request.sequences for request in running)
         context = sum(request.length * request.sequences for request in running)
-        step_s = self.engine.step_time.curve.step_s(sequences, context)
-        return min(_remaining_s(request, step_s, now) for request in running)
+        token_s = self.engine.step_time.curve.step_s(sequences, context) / self.engine.tokens_per_step
+        return min(_remaining_s(request, token_s, now) for request in running)
 
     def prefill_s(self, request: Request) -> float:
         """Return the seconds of prefill that ``request`` would take here, which depend on the prefix cache."""
@@ -220,10 +220,10 @@ class AdmissionController:
         return work, len(self.running) + len(self.waiting)
 
 
-def _remaining_s(request: Request, step_s: float, now: float) -> float:
-    """Return the expected seconds until a running request ends, in steps of ``step_s`` s or as slow as until now."""
-    seconds = request.remaining_tokens * max(step_s, request.mean_tpot_s(now))
+def _remaining_s(request: Request, token_s: float, now: float) -> float:
+    """Return the expected seconds until a running request ends, at ``token_s`` s per token or as slow as until now."""
+    seconds = request.remaining_tokens * max(token_s, request.mean_tpot_s(now))
     if request.unobserved and request.admitted_s is not None:
         # Its tokens are not counted, but its time is.
-        return max(seconds - (now - request.admitted_s), step_s)
+        return max(seconds - (now - request.admitted_s), token_s)
     return seconds
