@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -64,8 +65,10 @@ FIELDS = ("goodput", "slo_adherence", "rejected", "hit_rate", "requests")
 """Fields of a run record that the results keep."""
 
 
-def measure(row: Row, routing: str, seeds: list[int], duration_s: float, stock_qps: float | None) -> dict[str, Any]:
-    """Return the capacity (1/s) of ``routing``, its runs at `LOADS` times ``stock_qps`` (None: its own capacity)."""
+def measure(
+    row: Row, routing: str, seeds: list[int], duration_s: float, loads: Sequence[float], stock_qps: float | None
+) -> dict[str, Any]:
+    """Return the capacity (1/s) of ``routing``, its runs at ``loads`` times ``stock_qps`` (None: its own capacity)."""
     experiment = Experiment(
         profile=A100,
         workload={"name": row.workload, "duration_s": duration_s},
@@ -74,9 +77,9 @@ def measure(row: Row, routing: str, seeds: list[int], duration_s: float, stock_q
         profiles=row.profiles,
         limits={"max_num_seqs": SLOTS},
     )
-    qps, records = capacity(experiment, POLICY, seeds, KEEPS, precision=0.02, first_qps=row.first_qps, growth=1.2)
+    qps, records = capacity(experiment, POLICY, seeds, KEEPS, precision=0.02, first_qps=row.first_qps, growth=1.1)
     runs = []
-    for load in LOADS:
+    for load in loads:
         for seed in seeds:
             record = perform(experiment, Run(POLICY, load * (stock_qps or qps), seed))
             records.append(record)
@@ -119,29 +122,23 @@ python -m benchmarks.routing.study --page docs/results/routing.json
 
 def _section(part: dict[str, Any]) -> Iterator[str]:
     yield f"## {part['row'][0].upper()}{part['row'][1:]}"
-    heads = ["routing", "capacity", "per engine", *(f"goodput at {load:g} S" for load in LOADS)]
-    heads += ["adherence at 2 S", "hits at S", "decision µs"]
+    loads = list(dict.fromkeys(run["load"] for one in part["routings"] for run in one["runs"]))
+    heads = ["routing", "capacity", "per engine", "decision µs", *(f"goodput at {load:g} S" for load in loads)]
+    heads += [f"adherence at {load:g} S" for load in loads]
     rows = []
     for one in part["routings"]:
-        by_load = [[run for run in one["runs"] if run["load"] == load] for load in LOADS]
-        hits = _mean(by_load[0], "hit_rate")
+        by_load = [[run for run in one["runs"] if run["load"] == load] for load in loads]
         rows.append(
             [
                 f"`{one['routing']}`",
                 f"{one['qps']:.0f}",
                 f"{one['qps'] / part['replicas']:.1f}",
-                *(f"{_mean(runs, 'goodput'):.0f}" for runs in by_load),
-                f"{_mean(by_load[-1], 'slo_adherence'):.2f}",
-                "-" if hits is None else f"{hits:.2f}",
                 f"{one['decision_us']:.0f}",
+                *(f"{fmean(run['goodput'] for run in runs):.0f}" for runs in by_load),
+                *(f"{fmean(run['slo_adherence'] for run in runs):.2f}" for runs in by_load),
             ]
         )
     yield table(heads, rows)
-
-
-def _mean(runs: list[dict[str, Any]], field: str) -> float | None:
-    values = [run[field] for run in runs if run[field] is not None]
-    return sum(values) / len(values) if values else None
 
 
 def main(
@@ -151,6 +148,9 @@ def main(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 1,
     duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals.")] = 30.0,
+    goodput: Annotated[
+        bool, typer.Option("--goodput/--no-goodput", help="Also run at multiples of S, which takes most of the time.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
     page_of: Annotated[
         Path | None, typer.Option("--page", help="Write the page beside this JSON file; simulate nothing.")
@@ -170,7 +170,7 @@ def main(
         measured: list[dict[str, Any]] = []
         for name in routing or one.routings:
             stock_qps = measured[0]["qps"] if measured else None
-            measured.append(measure(one, name, numbers, duration, stock_qps))
+            measured.append(measure(one, name, numbers, duration, LOADS if goodput else (), stock_qps))
             progress.print(f"{one.name}: {name}: {measured[-1]['qps']:g}/s")
         parts.append({"row": one.name, "replicas": one.replicas, "routings": measured})
     found = {"seeds": numbers, "duration_s": duration, "keeps": KEEPS, "slots": SLOTS, "rows": parts}
