@@ -14,7 +14,7 @@ class StepReport(NamedTuple):
 
     Attributes:
         decode_requests: sequences that decoded. Each computes one token, and verifies its drafts in the same pass.
-        prefill_tokens: tokens computed in chunks: of prompts, and of preempted requests again.
+        prefill_tokens: tokens computed in chunks: of prompts, and of preempted requests again. Includes vLLM's padding.
         mean_context: mean context of the decoding sequences, in tokens; 0 if unknown.
         elapsed_s: duration of the step.
         drafting_requests: sequences that had drafts (speculative decoding).

@@ -20,12 +20,11 @@ from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Ca
 from engine_adapter.gates.drafts import fit_drafts
 from engine_adapter.service_kind import ServiceKind
 from engine_adapter.simulated.kv_blocks import KvBlocks
-from engine_adapter.simulated.sequence import SimulatedSequence
+from engine_adapter.simulated.sequence import BLOCK_TOKENS, SimulatedSequence, member
 from engine_adapter.simulated.speculation import RandomAcceptance, Speculation
 from engine_adapter.simulated.step import Finished, Step
 
-BLOCK_TOKENS = 16
-"""Tokens in a block of KV memory."""
+__all__ = ["BLOCK_TOKENS", "STEP_MODES", "SimulatedScheduler"]
 
 STEP_MODES = ("chunked", "prefill-first")
 
@@ -75,7 +74,8 @@ class SimulatedScheduler:
         """Number of sequences here that may be preempted for others."""
         self._yielding = 0
         """Number of yielding sequences here."""
-        self._idle = False
+        self._blocked = False
+        """Whether the last step computed nothing, because only held sequences run."""
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -160,13 +160,13 @@ class SimulatedScheduler:
         preempted = self.preemptions > before
         if not self._prefill_first:
             if plan.max_prefill_tokens is not None:
-                budget = min(budget, plan.max_prefill_tokens)
+                budget = min(budget, self._least_prefill(plan.max_prefill_tokens))
             budget = self._continue_prompts(step, budget)
             if not preempted:
                 self._admit_prompts(step, budget, whole=False)
         self._waiting.extend(held)
         self._waiting_tokens += sum([s.backlog for s in held])
-        self._idle = step.empty
+        self._blocked = step.empty and not self._decoding and any(s.held for s in self._prefilling)
         return step
 
     def _preempt_best_effort(self, now: float) -> list[SimulatedSequence]:
@@ -174,9 +174,9 @@ class SimulatedScheduler:
         free = Capacity(self._max_num_seqs - self.running, self._kv.free)
         running, waiting = list[Member](), list[Member]()
         if self._preemptible:
-            running = [_member(s) for s in self._decoding if s.preemptible]
-            running += [_member(s, prefilling=True) for s in self._prefilling]
-            waiting = [_member(s) for s in self._waiting if s.preemptible or s.kind is not ServiceKind.BEST_EFFORT]
+            running = [member(s) for s in self._decoding if s.preemptible]
+            running += [member(s, prefilling=True) for s in self._prefilling]
+            waiting = [member(s) for s in self._waiting if s.preemptible or s.kind is not ServiceKind.BEST_EFFORT]
         plan = self._preemption.plan(now, free, running, waiting)
         if plan is None:
             return []
@@ -195,15 +195,15 @@ class SimulatedScheduler:
         """
         self._prefilling.sort(key=lambda sequence: sequence.kind is ServiceKind.YIELDING)
         prompts = [*self._prefilling, *self._waiting]
-        others = not self._idle and any(s.kind < ServiceKind.BEST_EFFORT for s in prompts)
-        for sequence in prompts:
-            sequence.held = others and sequence.kind is ServiceKind.YIELDING
-        moved = [s for s in self._waiting if s.held]
+        others = any(s.kind < ServiceKind.BEST_EFFORT for s in prompts)
+        for sequence in self._prefilling:
+            sequence.held = others and not self._blocked and sequence.kind is ServiceKind.YIELDING
+        moved = [s for s in self._waiting if others and s.kind is ServiceKind.YIELDING]
         if moved:
             held += moved
-            self._waiting = deque(s for s in self._waiting if not s.held)
+            self._waiting = deque(s for s in self._waiting if s.kind is not ServiceKind.YIELDING)
             self._waiting_tokens = sum([s.backlog for s in self._waiting])
-        return not others
+        return self._blocked or not others
 
     def _select_decodes(self, step: Step, plan: StepPlan) -> int:
         """Add the decodes that do not sit out, with their drafts. Return the budget that is left."""
@@ -286,6 +286,13 @@ class SimulatedScheduler:
             budget -= self._add_chunk(step, sequence, uncached if whole else budget) + padding
             if padding:
                 step.padding[sequence.request_id] = padding
+
+    def _least_prefill(self, most: int) -> int:
+        """Return the gate's limit of ``most`` prefill tokens, or what the padding of the next prompt takes."""
+        if not (most and self._drafts and self._waiting) or any(not s.held for s in self._prefilling):
+            return most
+        padded = self._waiting[0].length - self._hit(self._waiting[0])[0] * BLOCK_TOKENS == 1
+        return max(most, 1 + self._drafts) if padded else most
 
     def _padding(self, step: Step, sequence: SimulatedSequence, uncached: int) -> int:
         """Return the drafts that pad the only token of an admitted ``sequence``, so that all decodes have one size."""
@@ -388,14 +395,3 @@ class SimulatedScheduler:
         self._kv.release(hashes, sequence.capacity // BLOCK_TOKENS - len(hashes))
         sequence.held_hashes = []
         sequence.capacity = sequence.full_blocks = 0
-
-
-def _member(sequence: SimulatedSequence, *, prefilling: bool = False) -> Member:
-    return Member(
-        sequence,
-        sequence.preemptible,
-        held=sequence.capacity // BLOCK_TOKENS,
-        needed=-(-sequence.length // BLOCK_TOKENS),
-        prefilling=prefilling,
-        preempted_before=sequence.preemptions > 0,
-    )

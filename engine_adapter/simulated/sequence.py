@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from engine_adapter.gates.best_effort_preemption import Member
 from engine_adapter.gates.phase import is_prefilling, tokens_left
 from engine_adapter.service_kind import ServiceKind, default_kind
+
+BLOCK_TOKENS = 16
+"""Tokens in a block of KV memory."""
 
 
 def _ignore(*_: object) -> None:
@@ -82,3 +86,15 @@ class SimulatedSequence:
     def prefilling(self) -> bool:
         """Whether the next step computes a chunk of the sequence."""
         return is_prefilling(self.left, self.computed, self.prompt_tokens)
+
+
+def member(sequence: SimulatedSequence, *, prefilling: bool = False) -> Member:
+    """Return ``sequence`` as best-effort preemption sees it."""
+    return Member(
+        sequence,
+        sequence.preemptible,
+        held=sequence.capacity // BLOCK_TOKENS,
+        needed=-(-sequence.length // BLOCK_TOKENS),
+        prefilling=prefilling,
+        preempted_before=sequence.preemptions > 0,
+    )

@@ -46,7 +46,12 @@ class Step:
     @property
     def draft_tokens(self) -> int:
         """Drafts that the step verifies."""
-        return sum(self.drafts) + sum(self.padding.values())
+        return sum(self.drafts)
+
+    @property
+    def padding_tokens(self) -> int:
+        """Tokens of all padding."""
+        return sum(self.padding.values())
 
     def tokens(self) -> Iterator[tuple[SimulatedSequence, int]]:
         """Return each decoding sequence and the tokens that it gets. Call it once the step is finished."""
@@ -57,7 +62,7 @@ class Step:
         decodes = len(self.decodes)
         return StepReport(
             decodes,
-            self.prefill_tokens,
+            self.prefill_tokens + self.padding_tokens,
             self.decode_context / decodes if decodes else 0.0,
             elapsed_s,
             sum([n > 0 for n in self.drafts]),

@@ -93,7 +93,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         """Ids of yielding requests; some of them may have ended."""
         self._in_flight: deque[_Step] = deque()
         self._last_step_end = 0.0
-        self._idle = False
+        self._blocked = False
+        """Whether the last step computed nothing, because only held chunks of yielding requests run."""
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Apply best-effort preemption and the gate's plan, then schedule as vLLM does."""
@@ -123,7 +124,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
             self.waiting.add_request(request)
 
         started = time.perf_counter()
-        self._idle = not output.total_num_scheduled_tokens
+        self._blocked = not output.total_num_scheduled_tokens and self._only_held_chunks()
         self._drop_lost_drafts(output, decoding)
         self._count(output, decoding, plan.sit_out)
         self._reporter.report.gate_seconds += gate_seconds + time.perf_counter() - started
@@ -206,23 +207,27 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         """Hold the prompts of yielding requests while paced or deadline-only ones have any.
 
         Waiting ones move from the queue to ``held``. Return whether no such prompt is there, or none can be computed:
-        the last step was empty, because the held prompts have the slots or the memory.
+        the held chunks have the slots or the memory, so they continue for one step.
         """
         self._yielding &= self.requests.keys()
         self._decodes_first()
         waiting = [r for r in self.waiting if r.status in _READY]
         chunks = [r for r in self.running if prefilling(r)]
         prompts = [*chunks, *waiting]
-        if self._idle or not any(self._gated.of(r).kind < ServiceKind.BEST_EFFORT for r in prompts):
+        if not any(self._gated.of(r).kind < ServiceKind.BEST_EFFORT for r in prompts):
             return True
         if self._pause_state == PauseState.UNPAUSED:
             moved = [r for r in waiting if r.request_id in self._yielding]
             self.waiting.remove_requests(moved)
             held += moved
             for request in chunks:
-                if request.request_id in self._yielding:
+                if request.request_id in self._yielding and not self._blocked:
                     self._skip_step(request)
-        return False
+        return self._blocked
+
+    def _only_held_chunks(self) -> bool:
+        """Whether all running requests are yielding ones with a prompt. A request that ends still has its slot."""
+        return bool(self.running) and all(prefilling(r) and r.request_id in self._yielding for r in self.running)
 
     def _decodes_first(self) -> None:
         """Move decodes ahead of chunks, and the chunks of yielding requests to the end.
@@ -290,8 +295,10 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
 
     def _least_prefill_tokens(self) -> int:
         """Return the fewest prefill tokens with which the next prompt makes progress."""
-        running = (r for r in self.running if prefilling(r))
-        return least_prefill_tokens(self, chain(running, (r for r in self.waiting if r.status in _READY)))
+        skipped = self.current_step + 2
+        running = (r for r in self.running if prefilling(r) and r.next_decode_eligible_step < skipped)
+        waiting = (r for r in self.waiting if r.status in _READY)
+        return least_prefill_tokens(self, chain(running, waiting), self._cached_tokens)
 
     def _cached_tokens(self, request: Request) -> int:
         """Return the tokens of a waiting request that are in the prefix cache.
@@ -334,7 +341,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
                 context += gated.length
                 offered += gated.drafts > 0
                 report.batched[gated.label] = report.batched.get(gated.label, 0) + 1
-        draft_tokens = sum([len(of) for of in drafts.values()])
+        # vLLM pads a prompt with one token left to compute with placeholders. These are no drafts of a decode.
+        draft_tokens = sum([len(of) for name, of in drafts.items() if name in decoded])
         prefill_tokens = output.total_num_scheduled_tokens - len(decoded) - draft_tokens
         recomputed = 0
         if prefill_tokens:

@@ -246,7 +246,7 @@ class Scheduled:
             raise self._closed(entry, "rejected", *answer_to(outcome))
         entry.predicted_ttft_s = attempt.predicted_ttft_s = outcome.predicted_ttft_s
         attempt.admitted_s = now
-        attempt.predicted_tpot_s = _next_step_s(engine_queue)
+        attempt.predicted_tpot_s = _next_token_s(engine_queue)
         return engine_queue
 
     async def _forward(self, call: Call, entry: Entry, engine_queue: EngineQueue, client: DisconnectWatch) -> bool:
@@ -368,11 +368,11 @@ def _check_limits(call: Call, engine: Engine) -> None:
         raise bad_request(f"n: the engine runs at most {limit} sequences; this request has {sequences}.", "n")
 
 
-def _next_step_s(engine_queue: EngineQueue) -> float:
-    """Return the predicted duration (s) of the engine's next decode step, from what the engine reports that it runs."""
+def _next_token_s(engine_queue: EngineQueue) -> float:
+    """Return the predicted seconds per token of the next decode step, from what the engine reports that it runs."""
     state = engine_queue.engine.state
     sequences = max(state.engine_running, len(engine_queue.running), 1)
-    return state.step_time.curve.step_s(sequences, state.kv_usage * state.kv_tokens)
+    return state.step_time.curve.step_s(sequences, state.kv_usage * state.kv_tokens) / state.tokens_per_step
 
 
 async def _wait_in_queue(

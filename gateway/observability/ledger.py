@@ -34,7 +34,7 @@ class Attempt:
     """One engine that a request was placed on. Times are monotonic seconds.
 
     ``waiting`` requests waited there, ``position`` of them ahead in the policy's order, and ``running`` ran.
-    ``predicted_tpot_s``: the duration of the engine's next step, by the step-time model at admission.
+    ``predicted_tpot_s``: seconds per token of the engine's next step, by the step-time model at admission.
     ``end``: why the attempt ended without a response, such as a failure's reason or ``moved``; "" if it did not.
     """
 

@@ -177,7 +177,7 @@ class Replica:
             return
         self.step = step
         seconds = self._profile.step_seconds(
-            len(step.decodes) + step.draft_tokens,
+            len(step.decodes) + step.draft_tokens + step.padding_tokens,
             step.decode_context,
             step.prefill_tokens,
             step.prefill_context,

@@ -43,7 +43,8 @@ class WaitingBatch:
         of, curve, token_s = self.arrays, batch.engine.step_time.curve, batch.prefill_token_s
         # A decode costs what a prompt token does, without the discount that prefill tokens may have.
         decode_s = token_s + max(-curve.e, 0.0) + curve.a * (of.prompt + of.output / 2)
-        return token_s * of.uncached + decode_s * of.sequences * of.output
+        decodes = of.output / batch.engine.tokens_per_step
+        return token_s * of.uncached + decode_s * of.sequences * decodes
 
     def fit(self, batch: RunningBatch, now: float, at: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Return whether each request ``at`` can be admitted beside ``batch`` at ``now`` (s).

@@ -86,3 +86,50 @@ def test_scheduler_of_a_server_refuses_pipeline_parallel(make: Make) -> None:
         SystemExit, match=r"^Antares: pipeline-parallel-size is not supported: with stages several steps"
     ):
         make(seqs=4, blocks=100, pipeline=2)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_padded_prompt_is_computed_beside_tight_paces(make: Make, cached: bool, overlap: bool) -> None:
+    """With drafts, vLLM pads the only token of a prompt to four, and the slack of a step is one."""
+    engine = make(seqs=4, blocks=1000, budget=512, drafts=3, caching=cached, overlap=overlap, numbered=False)
+    prompt = list(range(10, 43)) if cached else [10]
+    if cached:
+        engine.add("before", prompt, 1)
+        engine.drain()
+    engine.add("paced", 10, 200, tpot_ms=14.5)
+    for _ in range(20):
+        engine.step()
+    engine.steps.clear()
+    engine.add("short", prompt, 5, tpot_ms=31)
+    assert any(engine.step().get("short") == 4 for _ in range(20))
+    engine.step()
+    padded = [step for step in engine.steps if step.prefill_tokens]
+    assert [step.prefill_tokens for step in padded] == [4], "padding is no draft"
+    assert all(step.draft_tokens <= 3 * step.drafting_requests for step in padded)
+    engine.drain()
+
+
+def test_yielding_prompt_does_not_overtake_after_an_empty_step(make: Make) -> None:
+    """While the last token of the only running request is in flight, a step is empty, but nothing blocks the others."""
+    engine = make(seqs=1, blocks=1000)
+    engine.add("running", 10, 5, tpot_ms=31)
+    engine.step()
+    engine.add("yielding", 10, 5, tpot_ms=31, kind="yielding")
+    engine.add("paced", 10, 5, tpot_ms=31)
+    steps = [engine.step() for _ in range(20)]
+    assert {} in steps
+    assert list(dict.fromkeys(name for step in steps for name in step)) == ["running", "paced", "yielding"]
+    engine.drain()
+
+
+def test_held_chunk_with_the_only_slot_continues(make: Make) -> None:
+    engine = make(seqs=1, blocks=1000, budget=64)
+    engine.add("yielding", 300, 5, tpot_ms=31, kind="yielding")
+    engine.step()
+    engine.add("paced", 10, 5, tpot_ms=31)
+    steps = [engine.step() for _ in range(40)]
+    assert {} in steps
+    assert list(dict.fromkeys(name for step in steps for name in step)) == ["yielding", "paced"]
+    engine.drain()
+    assert engine.generated == {"yielding": 5, "paced": 5}

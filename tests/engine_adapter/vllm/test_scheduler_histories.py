@@ -57,7 +57,9 @@ class CheckedSteps:
             if self._planned is not None and self._planned[1].max_prefill_tokens is not None:
                 self.seen["capped"] += 1
                 # A step computes at least one token. Padding is no prefill, but vLLM counts it like that.
-                assert planned.prefill_tokens <= max(1, self._planned[1].max_prefill_tokens)
+                # A step computes at least one token, or a prompt's only token with vLLM's padding.
+                least = 1 + scheduler.num_spec_tokens
+                assert planned.prefill_tokens <= max(least, self._planned[1].max_prefill_tokens)
         if self._planned is not None:
             decoding, plan = self._planned
             self.seen["dropped"] += len(plan.drafts)

@@ -13,7 +13,7 @@ from engine_adapter.vllm.unsplittable import least_prefill_tokens
 def scheduler(**changes: Any) -> SimpleNamespace:
     defaults: dict[str, Any] = {
         "enable_chunked_prefill": True, "disable_chunked_mm_input": False,
-        "need_mamba_block_aligned_split": False, "block_size": 528, "num_prefill_lookahead": 0,
+        "need_mamba_block_aligned_split": False, "block_size": 528, "num_prefill_lookahead": 0, "num_spec_tokens": 0,
     }  # fmt: skip
     members = {**defaults, **changes}
     return SimpleNamespace(
@@ -51,8 +51,17 @@ IMAGES = ((20, 300), (400, 576))
     ],
 )
 def test_least_prefill_is_what_cannot_be_split(changes: dict[str, Any], request_: Any, expected: int) -> None:
-    assert least_prefill_tokens(scheduler(**changes), [request_, prompt(5)]) == expected
+    assert least_prefill_tokens(scheduler(**changes), [request_, prompt(5)], lambda prompt: 0) == expected
 
 
 def test_least_prefill_is_nothing_without_prompts() -> None:
-    assert least_prefill_tokens(scheduler(), []) == 0
+    assert least_prefill_tokens(scheduler(), [], lambda prompt: 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "cached", "expected"),
+    [(prompt(1), 0, 4), (prompt(33), 32, 4), (prompt(33), 16, 1), (prompt(2), 0, 1), (prompt(33, 32), 0, 1)],
+    ids=["one token", "all but one cached", "more left", "two tokens", "running"],
+)
+def test_least_prefill_includes_the_padding_of_a_waiting_prompt(request_: Any, cached: int, expected: int) -> None:
+    assert least_prefill_tokens(scheduler(num_spec_tokens=3), [request_], lambda prompt: cached) == expected

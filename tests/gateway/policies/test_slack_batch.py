@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
-from engine_adapter.step_report import GateReport
+from engine_adapter.step_report import GateReport, StepReport
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from gateway.policies.running_batch import RunningBatch
@@ -272,3 +272,19 @@ def test_has_room_for_never_counts_preemptible_slots_or_memory(
     if abs(both.memory - kv_tokens) > 1e-6:
         expected = both.slots <= slots and (not kv_tokens or both.memory <= kv_tokens)
         assert RunningBatch(old, state).has_room_for(one) == expected
+
+
+def test_cost_counts_fewer_decodes_with_accepted_drafts() -> None:
+    """With two tokens a step, a request costs what one of half the output and the same mean context costs."""
+    short, long = make_request(prompt=1000, output=50), make_request(prompt=975, output=100)
+    short.cached_tokens = 25
+    plain, drafting = engine(), engine()
+    for _ in range(300):
+        drafting.acceptance.observe(StepReport(4, 0, 100.0, 0.01, 4, 12, 4, offered_requests=4))
+    old = [running(tpot=0.05)]
+    one_token, two_tokens = RunningBatch(old, plain), RunningBatch(old, drafting)
+    assert drafting.tokens_per_step == pytest.approx(2)
+    two_tokens.prefill_token_s = one_token.prefill_token_s
+    [fast], [slow] = waiting_batch([long]).cost_s(two_tokens), waiting_batch([short]).cost_s(one_token)
+    assert fast == pytest.approx(slow)
+    assert fast < waiting_batch([long]).cost_s(one_token)[0]

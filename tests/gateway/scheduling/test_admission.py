@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_adapter.engine import EngineState
+from engine_adapter.step_report import StepReport
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, reject_ttft
 from gateway.policies.fcfs import Fcfs
 from gateway.policies.registry import POLICIES, make_policy
@@ -311,6 +312,16 @@ def test_first_end_of_unobserved_requests_counts_their_time() -> None:
     admission.running["a"] = late
     assert 0.4 < admission.first_end_in_s(NOW) < 0.7
     assert admission.first_end_in_s(NOW + 99) < 0.02
+
+
+def test_first_end_is_sooner_with_accepted_drafts() -> None:
+    late = make_request("a", at=NOW - 9, output=150, admitted_s=NOW - 1, unobserved=True)
+    admission = AdmissionController(Scripted(), engine())
+    admission.running["a"] = late
+    plain_s = admission.first_end_in_s(NOW - 1)
+    for _ in range(300):
+        admission.engine.acceptance.observe(StepReport(4, 0, 100.0, 0.01, 4, 12, 4, offered_requests=4))
+    assert admission.first_end_in_s(NOW - 1) == pytest.approx(plain_s / 2)
 
 
 def test_request_from_another_engine_has_nothing_cached_on_one_without_a_prefix_cache() -> None:
