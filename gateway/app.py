@@ -36,6 +36,7 @@ from gateway.prediction.lengths import LengthStatistics
 from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.retry_budget import RetryBudget
 from gateway.scheduling.router import Router
+from gateway.scheduling.routing import make_routing
 from gateway.tenants.limits import TenantLimits
 
 KEYS = frozenset(("keys", "keys_file", "server.operator_auth"))
@@ -103,7 +104,7 @@ class Gateway:
             config.tracing.enabled, config.tracing.endpoint, config.tracing.sample_ratio,
         )  # fmt: skip
         self.metrics.dropped_records.sinks = self.recorder.sinks
-        self.router = Router(self.engine_queues)
+        self.router = Router(self.engine_queues, make_routing(config.routing.name))
         self.engines = Engines(self.router, config.engines, self._make_queue, self.events_of, expand=expand)
         self.windows = Windows()
         self.ledger = Ledger(on_close=self._on_close, on_open=self.windows.on_open)
@@ -240,6 +241,8 @@ class Gateway:
                 engine_queue.set_policy(self._make_policy())
             if "shadow" in changed:
                 engine_queue.set_shadows(effective.shadow_policies(), effective.changed_shadows(old))
+        if "routing" in changed:
+            self.router.routing = make_routing(effective.routing.name)
         if "engines" in changed:
             self.engines.change(effective.engines, new_engines)
         return Reloaded(

@@ -44,6 +44,7 @@ LAYERS = {
         "build",
         "vllm_scheduler",
         "vllm",
+        "ray",
         "remote",
         "simulated",
         "asgi",
@@ -71,6 +72,7 @@ MAY_IMPORT = {
 EXTRAS = {
     "engine_adapter/vllm/smollm2.py": {"cpu"},  # the quickstart's model
     "engine_adapter/vllm/": {"cpu", "gpu"},
+    "engine_adapter/ray/": {"ray"},
     "gateway/observability/tracing.py": {"otel"},
     "lab/bench/": {"bench"},
     "lab/profile/from_aiconfigurator.py": {"profile"},

@@ -23,6 +23,7 @@ import numpy as np
 import typer
 
 from benchmarks import results_json
+from benchmarks.command import JsonTo
 from benchmarks.live.real_engine import DUMMY, RealEngine, dummy_engine
 from lab.bench.load_client import Target, send_from_another_process
 from lab.records.run_record import RequestResult, run_record
@@ -108,7 +109,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Maximum number of sequences in the engine's batch.")] = 8,
     repeats: Annotated[int, typer.Option(help="Bursts; the policies take turns.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the first burst.")] = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    json_path: JsonTo = None,
 ) -> None:
     """Run the bursts and print attainment and mean latency."""
     found = asyncio.run(compare(requests, batch, repeats, seed))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ import typer
 
 from benchmarks import results_json
 from benchmarks.annealing.on_slack import AnnealingOnSlack
+from benchmarks.command import Duration, JsonTo, Seeds
 from gateway.policies.base import Policy
 from lab.records.run_record import run_record
 from lab.simulate.experiment import Experiment, capacity, parse_policy
@@ -54,10 +54,10 @@ def record_of(name: str, experiment: Experiment, qps: float, seed: int) -> dict[
 
 
 def main(
-    duration: Annotated[float, typer.Option(help="Seconds of arrivals.")] = 60.0,
-    seeds: Annotated[int, typer.Option(help="Number of seeds, which are 0, 1, ...")] = 2,
+    duration: Duration = 60.0,
+    seeds: Seeds = 2,
     policy: Annotated[list[str] | None, typer.Option(help="Policy; repeat for several. [default: all]")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    json_path: JsonTo = None,
 ) -> None:
     """Find S, run every policy at S, 2S and 3S, and print a table."""
     experiment = Experiment(profile=PROFILE, workload={"name": "code-chat", "duration_s": duration})

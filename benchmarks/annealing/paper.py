@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import results_json
+from benchmarks.command import JsonTo, Seeds
 from engine_adapter.step_time.profile import load_profile
 from lab.simulate.experiment import parse_policy
 from lab.simulate.predictions import predict
@@ -78,11 +79,11 @@ def point(size: int, batch: int, instances: int, seeds: int, slo_scale: float, p
 
 
 def main(
-    seeds: Annotated[int, typer.Option(help="Number of seeds, which are 0, 1, ...")] = 3,
+    seeds: Seeds = 3,
     slo_scale: Annotated[float, typer.Option(help="Multiplies the bounds.")] = 1.0,
     predictor: Annotated[str, typer.Option(help="Length predictor (lab.simulate.predictions).")] = "shipped",
     most: Annotated[int, typer.Option(help="Largest set.")] = SIZES[-1],
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    json_path: JsonTo = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the results to this PNG.")] = None,
 ) -> None:
     """Run all sizes, batches and instances, and print a table."""

@@ -13,7 +13,6 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ import numpy as np
 import typer
 
 from benchmarks import results_json
+from benchmarks.command import JsonTo
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.annealing.exact import best_plan
 from gateway.policies.annealing.latency import Latency
@@ -148,7 +148,7 @@ def units_per_ms(seed: int, latency: Latency) -> float:
 def main(
     instances: Annotated[int, typer.Option(help="Random instances of up to 8 requests.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the instances.")] = 1,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    json_path: JsonTo = None,
 ) -> None:
     """Run the study and print its results."""
     latency = Latency.of_profile(load_profile("a100-llama3.1-8b"))

@@ -49,7 +49,7 @@ DISCONNECTS = 0.05
 TOKENS = (10, 70)
 """Range of output lengths, the same for all classes."""
 
-CALIBRATE_S = 30.0
+CALIBRATE_S = 45.0
 """Time (s) in which the saturation is measured. After a third of it the clients no longer ask in step."""
 
 FIRST_USES, AT_ONCE = 400, 40

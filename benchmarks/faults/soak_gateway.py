@@ -24,8 +24,8 @@ CLASSES: dict[str, Any] = {
 """The classes, in equal parts."""
 
 BATCH_WAITING: dict[Engine, int] = {"simulated": 100, "vllm": 6}
-"""Longest queue of `batch`. An operator bounds it by the wait that clients accept: at twice the saturation `batch` gets
-little more than its guaranteed share of the engine, which is one step of 20 with vLLM."""
+"""Longest queue of `batch`. At twice the saturation `batch` gets little more than its guaranteed share of the engine,
+with vLLM one step of 20. So its requests wait long. An operator bounds the queue by the wait that clients accept."""
 
 KEPT = 1000
 """Records of ended requests that the gateway keeps. By default 10,000, which takes minutes to fill."""

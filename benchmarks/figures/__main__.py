@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import results_json
+from benchmarks.command import chosen
 from benchmarks.figures.catalogue import FIGURES
 from benchmarks.figures.lab import laboratory
 from benchmarks.figures.page import RESULTS, load, write_pages
@@ -30,10 +31,7 @@ def main(
         for figure in FIGURES.values():
             print(f"{figure.name:16}{figure.title}")
         return
-    names = only or list(FIGURES)
-    unknown = [name for name in names if name not in FIGURES]
-    if unknown:
-        raise typer.BadParameter(f"unknown figure {unknown[0]!r}: choose from {', '.join(FIGURES)}")
+    names = chosen("--only", only, FIGURES)
     if quick and output.resolve() == RESULTS.resolve():
         raise typer.BadParameter("--quick would overwrite docs/results with toy sizes: give --output")
     if find_spec("matplotlib") is None:

@@ -14,14 +14,13 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import httpx
 import typer
 
-from benchmarks import results_json
+from benchmarks.command import AsJson, PageOf, print_results, write_page
 from benchmarks.isolation import http_slow
 from benchmarks.isolation.http_abuse import ABUSES, FLOOD_PER_S
 from benchmarks.isolation.http_gateway import ABUSER_KEY, CONFIG, SLOTS, VICTIM_KEY
@@ -158,14 +157,12 @@ def main(
     kind: Annotated[list[str] | None, typer.Option(help="Only these kinds of abuse.")] = None,
     seconds: Annotated[float, typer.Option(help="Seconds of each abuse.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Seed of the victim's arrivals.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; measure nothing.")
-    ] = None,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Measure every kind of abuse on this machine. Takes six minutes."""
     if page_of is not None:
-        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        write_page(page_of, page)
         return
     runs = []
     for name in ["", *(kind or ABUSES)]:
@@ -174,7 +171,7 @@ def main(
     slow = asyncio.run(_slow()) if not kind else []
     made_with = {"seconds": seconds, "seed": seed, "slow_clients": SLOW_CLIENTS}
     found = {"made_with": made_with, "runs": runs, "slow": slow}
-    sys.stdout.write(results_json.dumps(found) if as_json else page(found))
+    print_results(found, as_json, page)
 
 
 async def _slow() -> list[dict[str, Any]]:

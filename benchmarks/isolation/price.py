@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import Jobs
 from benchmarks.isolation.study import DURATION_S, PROFILE
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.registry import make_policy
@@ -84,7 +85,7 @@ def rows(loads: Sequence[float], seeds: Sequence[int], jobs: int = 2) -> list[li
 
 def main(
     seed: Annotated[list[int] | None, typer.Option(help="Seeds. [default: 0 to 4]")] = None,
-    jobs: Annotated[int, typer.Option(help="Processes.")] = 2,
+    jobs: Jobs = 2,
 ) -> None:
     """Print the price of isolation, simulated."""
     table = Table("requests/s", "shares", "larger tenant", "smaller tenant", "attained requests/s")

@@ -10,18 +10,17 @@ The victim offers 10 requests/s of the ShareGPT workload with the six SLO classe
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks import results_json
+from benchmarks.command import Jobs, JsonTo, PageOf, write_page
 from benchmarks.isolation.page import page, spread
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.registry import make_policy
@@ -137,14 +136,13 @@ def cases(kinds: Sequence[str], seeds: Sequence[int], others: Sequence[str] = OT
 def main(
     kind: Annotated[list[str] | None, typer.Option(help="Only these kinds of abuse, and only `slack`.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds.")] = None,
-    jobs: Annotated[int, typer.Option(help="Processes.")] = 2,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the runs to this file.")] = None,
-    page_path: Annotated[Path | None, typer.Option("--page", help="Write the page of this JSON file.")] = None,
+    jobs: Jobs = 2,
+    json_path: JsonTo = None,
+    page_of: PageOf = None,
 ) -> None:
     """Measure the victim's adherence alone and beside each kind of abuse."""
-    if page_path is not None:
-        document = json.loads(page_path.read_text(encoding="utf-8"))
-        page_path.with_suffix(".md").write_text(page(document), encoding="utf-8")
+    if page_of is not None:
+        write_page(page_of, page)
         return
     seeds = seed or SEEDS
     with ProcessPoolExecutor(jobs) as pool:

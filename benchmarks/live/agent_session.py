@@ -34,6 +34,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import results_json
+from benchmarks.command import AsJson
 from benchmarks.live.real_engine import RealEngine
 from engine_adapter.build import BUILDERS
 from engine_adapter.engine import Engine
@@ -334,7 +335,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the policies take turns.")] = 2,
     multiple: Annotated[float, typer.Option(help="Bounds as a multiple of what stock vLLM achieves.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of the sessions.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Serve agent sessions on a real vLLM, with stock scheduling and with `slack`."""
     found = asyncio.run(measure(tuple(agents or (1, 3)), turns, rounds, multiple, seed))

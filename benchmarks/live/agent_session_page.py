@@ -5,13 +5,13 @@ python -m benchmarks.live.agent_session_page docs/results/agent_session.json
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from benchmarks.command import write_page
 from benchmarks.live.agent_session import adherence, prediction_errors
 from benchmarks.markdown import policy_label, table, wrapped
 
@@ -87,7 +87,7 @@ def main(
     found: Annotated[Path, typer.Argument(help="JSON file of benchmarks.live.agent_session.")],
 ) -> None:
     """Write the page beside the JSON file."""
-    found.with_suffix(".md").write_text(page(json.loads(found.read_text(encoding="utf-8"))), encoding="utf-8")
+    write_page(found, page)
 
 
 if __name__ == "__main__":

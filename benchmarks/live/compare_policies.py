@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results_json
+from benchmarks.command import AsJson
 from benchmarks.live.real_engine import DUMMY, RealEngine, dummy_engine
 from engine_adapter.engine import Engine
 from gateway.app import Gateway
@@ -161,7 +162,7 @@ def main(
     slo_scale: Annotated[float, typer.Option(help="Multiplies the paper's SLO table.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of the first round.")] = 0,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare policies on a real engine."""
     policies = policy or ["fcfs", "scorpio"]

@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import results_json
+from benchmarks.command import AsJson
 from benchmarks.live.real_engine import RealEngine
 from engine_adapter.step_time.profile import Profile, load_profile, save_profile
 from gateway.policies.registry import make_policy
@@ -253,7 +254,7 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="Requests per run.")] = 200,
     slo_scale: Annotated[float, typer.Option(help="Multiplies the paper's SLO table.")] = 8.0,
     seed: Annotated[int, typer.Option(help="Seed of the first load's workload.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the same workloads on a real engine and in the simulator."""
     known = None if profile is None else load_profile(profile)

@@ -5,13 +5,13 @@ python -m benchmarks.live.fidelity_page docs/results/fidelity.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.command import write_page
 from benchmarks.markdown import table, wrapped
 
 WITHIN = {"adherence": 0.05, "ttft_p50": 0.15, "tpot_p50": 0.15}
@@ -130,7 +130,7 @@ def _within(records: Iterable[dict[str, Any]]) -> int:
 
 def main(file: Annotated[Path, typer.Argument(help="JSON of benchmarks.live.fidelity.")]) -> None:
     """Write the page beside FILE."""
-    file.with_suffix(".md").write_text(page(json.loads(file.read_text(encoding="utf-8"))), encoding="utf-8")
+    write_page(file, page)
 
 
 if __name__ == "__main__":

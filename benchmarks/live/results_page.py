@@ -7,7 +7,6 @@ The JSON is that of `benchmarks.live.compare_policies`.
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import markdown
+from benchmarks.command import write_page
 from benchmarks.markdown import policy_label, with_block, wrapped
 
 README = Path(__file__).parents[2] / "README.md"
@@ -143,12 +143,10 @@ def summary(result: dict[str, Any]) -> str:
 
 def write_pages(file: Path, readme: Path) -> None:
     """Write the page beside ``file``, and the marked blocks of the index beside it and of ``readme``."""
-    result = json.loads(file.read_text(encoding="utf-8"))
-    target, index = file.with_suffix(".md"), file.with_name("README.md")
-    target.write_text(page(result), encoding="utf-8")
+    result = write_page(file, page)
     highest = max(run["load"] for run in result["runs"])
-    entry = f"[One real engine]({target.name}) at {highest:g} times its capacity:\n\n{summary(result)}"
-    for path, name, block in ((index, "overload", entry), (readme, "results", summary(result))):
+    entry = f"[One real engine]({file.stem}.md) at {highest:g} times its capacity:\n\n{summary(result)}"
+    for path, name, block in ((file.with_name("README.md"), "overload", entry), (readme, "results", summary(result))):
         path.write_text(with_block(path.read_text(encoding="utf-8"), name, block), encoding="utf-8")
 
 

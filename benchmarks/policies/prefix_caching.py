@@ -9,18 +9,14 @@ stock vLLM (`fcfs`) on the workload: the highest rate at which the mean adherenc
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from benchmarks import results_json
+from benchmarks.command import AsJson, Duration, Jobs, PageOf, Seeds, chosen, print_results, write_page
 from benchmarks.markdown import policy_label, table, wrapped
 from lab.simulate.experiment import Experiment, capacity, perform_all, runs_of
 
@@ -110,29 +106,20 @@ def main(
     workload: Annotated[
         list[str] | None, typer.Option(help="Run this workload; repeat for several. [default: all]")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 3,
-    duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals.")] = 60.0,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; simulate nothing.")
-    ] = None,
+    seeds: Seeds = 3,
+    duration: Duration = 60.0,
+    jobs: Jobs = 1,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Simulate policies with and without the prefix index."""
     if page_of is not None:
-        found = json.loads(page_of.read_text(encoding="utf-8"))
-        page_of.with_suffix(".md").write_text(page(found), encoding="utf-8")
+        write_page(page_of, page)
         return
-    unknown = sorted(set(workload or ()) - set(WORKLOADS))
-    if unknown:
-        raise typer.BadParameter(f"unknown workload {unknown[0]!r}: choose from {', '.join(WORKLOADS)}")
     numbers = list(range(seeds))
-    parts = [measure(name, numbers, duration, jobs) for name in workload or WORKLOADS]
+    parts = [measure(name, numbers, duration, jobs) for name in chosen("--workload", workload, WORKLOADS)]
     found = {"profile": PROFILE, "seeds": numbers, "duration_s": duration, "keeps": KEEPS, "workloads": parts}
-    if as_json:
-        sys.stdout.write(results_json.dumps(found))
-    else:
-        Console().print(page(found))
+    print_results(found, as_json, page)
 
 
 if __name__ == "__main__":

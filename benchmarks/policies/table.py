@@ -10,10 +10,9 @@ Runs with the same seed get the same requests.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import results_json
+from benchmarks.command import AsJson, Duration, Jobs, PageOf, Seeds, chosen, print_results, write_page
 from benchmarks.policies.page import page
 from lab.simulate.experiment import Experiment, capacity, perform_all, runs_of
 
@@ -112,32 +111,21 @@ def main(
     setting: Annotated[
         list[str] | None, typer.Option(help="Run this setting; repeat for several. [default: all]")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 5,
-    duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals.")] = 60.0,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write page and picture beside this JSON file; simulate nothing.")
-    ] = None,
+    seeds: Seeds = 5,
+    duration: Duration = 60.0,
+    jobs: Jobs = 1,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Simulate every policy on every profile and workload."""
+    write = partial(page, all_settings=list(SETTINGS))
     if page_of is not None:
-        found = json.loads(page_of.read_text(encoding="utf-8"))
-        page_of.with_suffix(".md").write_text(page(found, list(SETTINGS)), encoding="utf-8")
-        draw(found["settings"][0], page_of.with_suffix(".png"))
+        draw(write_page(page_of, write)["settings"][0], page_of.with_suffix(".png"))
         return
-    unknown = sorted(set(setting or ()) - set(SETTINGS))
-    if unknown:
-        raise typer.BadParameter(
-            f"unknown setting {unknown[0]!r}: choose from {', '.join(SETTINGS)}", param_hint="--setting"
-        )
     numbers = list(range(seeds))
-    parts = list(measure(setting or list(SETTINGS), numbers, duration, jobs))
+    parts = list(measure(chosen("--setting", setting, SETTINGS), numbers, duration, jobs))
     found = {"seeds": numbers, "duration_s": duration, "keeps": KEEPS, "settings": parts}
-    if as_json:
-        sys.stdout.write(results_json.dumps(found))
-    else:
-        Console().print(page(found, list(SETTINGS)))
+    print_results(found, as_json, write)
 
 
 if __name__ == "__main__":

@@ -12,34 +12,33 @@ Three measurements run one after another, on held-out ShareGPT prompts:
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
 
 import numpy as np
+import typer
+
+from benchmarks.command import AsJson, print_results
 
 BATCH = 64
 _FITTED_PROMPTS, _TIMED_PROMPTS = 2000, 1024
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=20.0, help="duration of the HTTP load")
-    parser.add_argument("--qps", type=float, default=200.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", dest="as_json")
-    options = parser.parse_args(arguments)
-    results = measure(options.seconds, options.qps, options.seed)
-    sys.stdout.write(json.dumps(results, indent=2) + "\n" if options.as_json else _table(results))
+def main(
+    seconds: Annotated[float, typer.Option(help="Duration of the HTTP load.")] = 20.0,
+    qps: Annotated[float, typer.Option(help="Rate of the HTTP load, 1/s.")] = 200.0,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts and arrivals.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the speed of the shipped length predictor."""
+    print_results(measure(seconds, qps, seed), as_json, _table)
 
 
 def measure(seconds: float, qps: float, seed: int) -> dict[str, Any]:
@@ -210,4 +209,4 @@ def _table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import results_json
+from benchmarks.command import AsJson
 from benchmarks.live.agent_session import MODEL, flags_text, real_vllm
 from benchmarks.live.real_engine import RealEngine
 from benchmarks.prompt_size.bodies import KINDS, make_bodies
@@ -88,7 +89,7 @@ async def study(requests: int, seed: int) -> dict[str, Any]:
 def main(
     requests: Annotated[int, typer.Option(min=1, help="Requests to serve.")] = 60,
     seed: Annotated[int, typer.Option(help="Seed of the requests.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare the prompt sizes that requests are scheduled with to the sizes that a real vLLM reports."""
     found = asyncio.run(study(requests, seed))

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import results_json
+from benchmarks.command import AsJson
 from benchmarks.prompt_size.bodies import KINDS, Body, make_bodies
 from benchmarks.prompt_size.tokenizers import Count, counters
 from gateway.api.prompt import read_chat
@@ -132,7 +133,7 @@ def main(
     train: Annotated[int, typer.Option(min=1, help="Requests to learn from.")] = max(LEARNED),
     test: Annotated[int, typer.Option(min=1, help="Requests to evaluate on.")] = 450,
     seed: Annotated[int, typer.Option(help="Seed of the requests.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare estimated prompt sizes with those of real tokenizers."""
     found = study(counters(), train, test, seed)

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.command import Jobs, Seeds
 from benchmarks.policies.table import SETTINGS, experiment
 from lab.simulate.experiment import Run, capacity, perform
 
@@ -69,8 +70,8 @@ def compare(before: dict[str, dict[str, float]], after: dict[str, dict[str, floa
 def main(
     output: Annotated[Path | None, typer.Option(help="Write the measurements to this JSON file.")] = None,
     policy: Annotated[str, typer.Option(help="NAME or NAME:OPTION=VALUE,...")] = "slack",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 5,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    seeds: Seeds = 5,
+    jobs: Jobs = 2,
     comparison: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", help="Compare two such files: before, after.")
     ] = None,

@@ -25,6 +25,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import results_json
+from benchmarks.command import Duration, Jobs, PageOf, Seeds, chosen, write_page
 from benchmarks.figures.lab import Lab, laboratory
 from benchmarks.slack.ablation import without
 from benchmarks.slack.best_effort_load import BACKGROUNDS, NONE, background_done_s, of_workload, preceded
@@ -192,22 +193,10 @@ def measure_part(study: Study, part: str, settings: Sequence[str], lab: Lab, res
         typer.echo(f"{part}: {row}: {len(of_row)} measured in {time.monotonic() - started:.0f} s", err=True)
 
 
-def _check(option: str, chosen: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
-    """Return the chosen names, or all known ones if none is chosen.
-
-    Raises:
-        typer.BadParameter: a name is unknown.
-    """
-    unknown = sorted(set(chosen or ()) - set(known))
-    if unknown:
-        raise typer.BadParameter(f"unknown name {unknown[0]!r}: choose from {'; '.join(known)}", param_hint=option)
-    return chosen or known
-
-
 def main(
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 5,
-    duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals.")] = 60.0,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    seeds: Seeds = 5,
+    duration: Duration = 60.0,
+    jobs: Jobs = 1,
     part: Annotated[
         list[str] | None, typer.Option(help="Measure this part; repeat for several. [default: all]")
     ] = None,
@@ -217,16 +206,14 @@ def main(
     json_to: Annotated[
         Path | None, typer.Option("--json", help="Write the records to this file, and skip those that it has.")
     ] = None,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; simulate nothing.")
-    ] = None,
+    page_of: PageOf = None,
 ) -> None:
     """Measure the ablation and the sensitivity of `slack`."""
     if page_of is not None:
-        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        write_page(page_of, page)
         return
-    chosen_parts = _check("--part", part, list(PARTS))
-    chosen_settings = _check("--settings", settings, SETTINGS)
+    chosen_parts = chosen("--part", part, PARTS)
+    chosen_settings = chosen("--settings", settings, SETTINGS)
     study = Study(duration, list(range(seeds)), stock_rates())
     results = Results(study, json_to)
     with laboratory(jobs) as lab:

@@ -8,19 +8,15 @@ S is the capacity of stock vLLM (`fcfs`) without drafts: the highest rate at whi
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 
-from benchmarks import results_json
+from benchmarks.command import AsJson, Duration, Jobs, PageOf, Seeds, print_results, write_page
 from benchmarks.markdown import table, wrapped
 from benchmarks.speculation.bound import PACE_S, bounds
 from engine_adapter.gates.composite import GATES
@@ -185,24 +181,18 @@ _AT_2S = (("goodput", 1), ("slo_adherence", 3))
 
 def main(
     profile: Annotated[list[str] | None, typer.Option(help="Repeat for several. [default: all]")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 2,
-    duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals.")] = 60.0,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; simulate nothing.")
-    ] = None,
+    seeds: Seeds = 2,
+    duration: Duration = 60.0,
+    jobs: Jobs = 1,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Simulate `slack` with and without speculative decoding."""
     if page_of is not None:
-        found = json.loads(page_of.read_text(encoding="utf-8"))
-        page_of.with_suffix(".md").write_text(page(found), encoding="utf-8")
+        write_page(page_of, page)
         return
     found = study(profile or list(PROFILES), seeds, duration, jobs)
-    if as_json:
-        sys.stdout.write(results_json.dumps(found))
-    else:
-        Console().print(page(found))
+    print_results(found, as_json, page)
 
 
 if __name__ == "__main__":

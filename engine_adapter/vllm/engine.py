@@ -12,7 +12,7 @@ import logging
 import multiprocessing
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine_adapter.engine import (
@@ -35,6 +35,7 @@ from engine_adapter.step_time.calibration import PROBE_S, calibrate, warm_up
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from engine_adapter.vllm import openai_app
+from engine_adapter.vllm.adapter_calls import AdapterCalls
 from engine_adapter.vllm.gate_channel import GateListener
 from engine_adapter.vllm.kv_events import receive_events, subscription
 from engine_adapter.vllm.launch import command_line, create_llm, freeze_heap, prepare_environment, shut_down
@@ -110,7 +111,7 @@ class VllmEngine:
         self._renderer: PromptRenderer | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._watchdog = Watchdog(hang_timeout_s, self.state.step_time)
-        self._adapter_calls: set[asyncio.Task[None]] = set()
+        self._adapter_calls = AdapterCalls(self._on_adapters_changed)
         self._kv_events: asyncio.Task[None] | None = None
         self._sequences: dict[str, TokenObserver] = {}
         self._on_cpu = False
@@ -207,9 +208,7 @@ class VllmEngine:
             self._kv_events.cancel()
             self._kv_events = None
         llm, self._llm, self._vllm_app, self._renderer = self._llm, None, None, None
-        calls, self._adapter_calls = self._adapter_calls, set()
-        for call in calls:
-            call.cancel()  # vLLM ends no call into an EngineCore that died
+        self._adapter_calls.cancel()
         if llm is not None:
             await shut_down(llm)
         self._sequences.clear()
@@ -341,7 +340,7 @@ class VllmEngine:
         for_adapter = scope["path"].endswith(_LORA_PATHS)
         call = openai_app.call(vllm_app, scope, receive, send, lambda: llm is not self._llm or bool(llm.errored))
         try:
-            await (self._change_adapters(call) if for_adapter else call)
+            await (self._adapter_calls.run(call) if for_adapter else call)
         except EngineLost as error:
             self._mark_dead(llm)
             raise EngineLost(f"engine {self.name} died") from error.__cause__
@@ -349,30 +348,9 @@ class VllmEngine:
             if observer is not None:
                 await self._abort_unfinished(observer, llm)
 
-    async def _change_adapters(self, call: Coroutine[Any, Any, None]) -> None:
-        """Await a call that loads or unloads an adapter. Raises `EngineLost` if the engine goes away meanwhile.
-
-        The call goes on if the caller is cancelled, because the EngineCore loads on.
-        """
-        task = asyncio.create_task(self._finish_change(call))
-        self._adapter_calls.add(task)
-        task.add_done_callback(self._on_adapter_call_done)
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():
-                raise EngineLost("the engine died") from None
-            raise
-
-    async def _finish_change(self, call: Coroutine[Any, Any, None]) -> None:
-        await call
+    async def _on_adapters_changed(self) -> None:
         self._watchdog.on_progress()
         await self._read_models()
-
-    def _on_adapter_call_done(self, task: asyncio.Task[None]) -> None:
-        self._adapter_calls.discard(task)
-        if not task.cancelled():
-            task.exception()  # the caller may be gone, and asyncio logs exceptions that nothing retrieves
 
     async def _abort_unfinished(self, observer: TokenObserver, llm: Any) -> None:
         """Abort the sequences that a request left in the engine, for example because the client disconnected."""

@@ -43,6 +43,7 @@ from gateway.api.models import (
     requested_model,
     send_models,
 )
+from gateway.api.open_requests import OpenRequests
 from gateway.api.pass_through import PassThrough
 from gateway.api.paths import check_path
 from gateway.api.prompt_size import PromptSize
@@ -56,7 +57,6 @@ from gateway.api.response_relay import LAST_WORDS_S, send_error
 from gateway.api.routes.generation import GenerationRoute
 from gateway.api.routes.table import RouteTable
 from gateway.api.scheduled import LEAVE_GRACE_S, Scheduled
-from gateway.api.shared_limit import SharedLimit
 from gateway.api.sharers import sharer_of
 from gateway.api.slo_headers import read_output_tokens, read_slo
 from gateway.api.start_queue import ARRIVED_KEY
@@ -127,7 +127,7 @@ class Proxy:
         self._metrics = metrics
         self.recorder = recorder
         self._settings, stall_s = settings, settings.limits.stall_s
-        self.open_requests = SharedLimit(settings.max_open_requests)
+        self.open_requests = OpenRequests(settings.max_open_requests)
         self.bodies = BodyMemory(settings.limits.body_memory_bytes)
         self._passing = PassThrough(settings.max_pass_through, stall_s, metrics.pass_through)
         self._unscheduled = Unscheduled(router, self._passing, retries, metrics)
@@ -176,12 +176,13 @@ class Proxy:
                     call = self._read(http, key, http.route.generation, await self._receive_body(http, memory))
                     with self._keep_alive(call):
                         # NOTE: before the prompt is measured, which takes an engine's tokenizer.
-                        if not self.open_requests.try_take(http.sharer):
-                            raise self._scheduled.reject(call, *self._too_many_open())
+                        slo_class = call.request.slo_class if len(self.classes) > 1 else ""
+                        if not self.open_requests.enter(http.sharer, slo_class):
+                            raise self._scheduled.reject(call, *self._too_many_open(http))
                         try:
                             await self._scheduled.serve(call)
                         finally:
-                            self.open_requests.free(http.sharer)
+                            self.open_requests.leave(http.sharer, slo_class)
                 else:
                     await self._pass_through(http, key, await self._receive_body(http, memory))
         except ApiError as error:
@@ -306,7 +307,7 @@ class Proxy:
             await send_records(http, self.recorder.decisions, key)
             return
         if not self.open_requests.try_take(http.sharer):
-            raise self._too_many_open()[1]
+            raise self._too_many_open(http)[1]
         try:
             body = permitted_body(http, body, key, self._router)
             await self._unscheduled.serve(http, body, key, self.guard)
@@ -325,12 +326,13 @@ class Proxy:
         finally:
             self.open_requests.free(http.sharer)
 
-    def _too_many_open(self) -> tuple[str, ApiError]:
+    def _too_many_open(self, http: HttpRequest) -> tuple[str, ApiError]:
         """Return the reason and the response for a request beyond the limit on open requests."""
         now, limit = time.monotonic(), self.open_requests.limit
         ends = [queue.admission.first_end_in_s(now) for queue in self._router.engine_queues if queue.running]
         of_tenant = self.open_requests.has_room()
-        whose = "This tenant" if of_tenant else "The gateway"
+        whose = "This SLO class of the tenant" if self.open_requests.fits(http.sharer) else "This tenant"
+        whose = whose if of_tenant else "The gateway"
         message = f"{whose} has too many open requests (server.max_open_requests)."
         error = queue_full(message, limit, max(1.0, min(ends, default=1.0)))
         return "tenant_full" if of_tenant else "gateway_full", error

@@ -55,8 +55,19 @@ class SharedLimit:
         part = self._parts.get(sharer.name)
         if part is None or part.count <= own:
             return True
-        relative_weight = part.weight * len(self._parts) / self._weights
-        return part.count - own + count <= FREE_FACTOR * free * relative_weight
+        return part.count - own + count <= self._free_factor(part) * free
+
+    def left(self, sharer: Sharer) -> float:
+        """Return how many more units ``sharer`` may take while no other one takes or frees any."""
+        free, part = self.limit - self.used, self._parts.get(sharer.name)
+        if part is None:
+            return free
+        factor = self._free_factor(part)
+        return (factor * free - part.count) / (1 + factor)
+
+    def _free_factor(self, part: _Part) -> float:
+        """Return how many times the free units a sharer may hold."""
+        return FREE_FACTOR * part.weight * len(self._parts) / self._weights
 
     def has_room(self, count: int = 1) -> bool:
         """Return whether ``count`` units are free, so that only its part can keep a sharer from them."""

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from gateway.config.section import Name, PositiveMs, Section
 from gateway.policies.registry import OPTION_ALIASES, make_policy
 from gateway.requests.slo import Slo
+from gateway.scheduling.routing import make_routing
 
 PolicyOptions = dict[str, bool | int | float | str]
 
@@ -31,6 +32,17 @@ class PolicyConfig(Section):
     @model_validator(mode="after")
     def _is_valid(self) -> PolicyConfig:
         self.options = _checked_options(self.name, self.options)
+        return self
+
+
+class RoutingConfig(Section):
+    """How an engine is chosen for a request (docs/routing.md)."""
+
+    name: str = "least_load"
+
+    @model_validator(mode="after")
+    def _is_valid(self) -> RoutingConfig:
+        make_routing(self.name)
         return self
 
 

@@ -18,7 +18,7 @@ from gateway.api.body_fields import FieldGuard
 from gateway.config.engines import EngineConfig, FailoverConfig, HttpEngineConfig, PredictorConfig
 from gateway.config.keys import SHARED, KeyConfig, KeysFileConfig
 from gateway.config.observability import DecisionsConfig, LoggingConfig, TracingConfig
-from gateway.config.policies import PolicyConfig, ShadowConfig, SloClassConfig
+from gateway.config.policies import PolicyConfig, RoutingConfig, ShadowConfig, SloClassConfig
 from gateway.config.section import Name, Section
 from gateway.config.server import LimitsConfig, ServerConfig
 from gateway.policies.base import Policy
@@ -35,6 +35,7 @@ RELOADABLE = frozenset((
     "keys_file",
     "limits",
     "policy",
+    "routing",
     "shadow",
     "logging.level",
     "predictor.timeout_ms",
@@ -60,6 +61,7 @@ class GatewayConfig(Section):
     failover: FailoverConfig = Field(default_factory=FailoverConfig)
     predictor: PredictorConfig = Field(default_factory=PredictorConfig)
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    routing: RoutingConfig = Field(default_factory=RoutingConfig)
     shadow: list[ShadowConfig] = Field(default_factory=list, max_length=8)
     classes: dict[Name, SloClassConfig] = Field(min_length=1, max_length=64)
     default_class: str

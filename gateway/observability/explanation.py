@@ -14,7 +14,7 @@ _REASONS = {
     "queue_full": "the queue of its SLO class was full",
     "rate_limited": "its tenant had used its tokens per minute",
     "gateway_full": "the gateway had too many open requests (server.max_open_requests)",
-    "tenant_full": "its tenant had too many open requests (its part of server.max_open_requests)",
+    "tenant_full": "its tenant, or its class there, had too many open requests (its part of server.max_open_requests)",
     "engine_down": "the engine was down and not expected back in time",
     "draining": "the gateway was shutting down",
     "engine_refused": "the engine found the request invalid; its response says why",

@@ -14,6 +14,7 @@ import numpy as np
 from engine_adapter.engine import EngineState
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Policy, prefill_seconds
+from gateway.policies.running_batch import RunningBatch
 from gateway.requests.prefix_index import PrefixIndex
 from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
@@ -45,6 +46,7 @@ class AdmissionController:
     waiting: WaitingQueue = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
     schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
+    _expected: RunningBatch | None = field(init=False, default=None)
     _room: Room | None = field(init=False, default=None)
     _changed: bool = field(init=False, default=False)
     """Whether an answer began or a request left since ``_room`` was made."""
@@ -70,6 +72,8 @@ class AdmissionController:
             request.cached_tokens = request.shared_tokens = 0
         self.prefixes.wait(request)
         self.waiting.add(request)
+        if self._expected is not None:
+            self._expected.add((request,))
         if self._room is not None:
             self._room.add(request)
         self.schedule.on_change(self.busy and len(self.waiting) > 1)
@@ -90,6 +94,7 @@ class AdmissionController:
 
     def capacity_changed(self) -> None:
         """Note that a request which did not fit may fit now: an answer began or ended, or the engine changed."""
+        self._expected = None
         self._changed = True
         self.schedule.on_change(self.busy)
 
@@ -131,6 +136,8 @@ class AdmissionController:
                 self.waiting.remove(request)
                 self.prefixes.withdraw(request)
                 rejected.append(rejection)
+        if decision.reject:
+            self._expected = None
         waived = len(rejected) < len(decision.reject)
         decision.reject = rejected
         self.schedule.on_decision(now, decision, self.busy and not waived)
@@ -157,6 +164,16 @@ class AdmissionController:
         room = self._room = Room(now, self.engine, requests)
         self._changed = False
         return room.is_ample_for(request, prefill_s, now)
+
+    def expected_batch(self) -> RunningBatch:
+        """Return what runs and waits here as one batch, to compare engines. It is kept until a request ends or begins.
+
+        So its cost does not depend on the number of requests for most of the engines that a router compares.
+        """
+        if self._expected is None:
+            self._expected = RunningBatch(self.running.values(), self.engine)
+            self._expected.add(self.waiting)
+        return self._expected
 
     def queued_prefill_s(self) -> float:
         """Return the seconds of prefill work that wait. Each arrival asks, so a long queue is summed as an array."""

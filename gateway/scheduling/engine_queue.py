@@ -70,8 +70,6 @@ class EngineQueue:
         self.shadows = ShadowRunner(shadows, engine.state, clock)
         self.calls = 0
         """Calls of the engine's app outside scheduling that have not returned."""
-        self.passed_over = 0
-        """Requests of its models that other engines got since this one's last request. Counted by the router."""
         self.retired = False
         """Whether the engine is no longer configured: it finishes what it has and gets no new requests."""
         self.decisions = 0
@@ -107,6 +105,10 @@ class EngineQueue:
     def running(self) -> dict[str, Request]:
         """The admitted requests that have not ended, by id."""
         return self.admission.running
+
+    def now(self) -> float:
+        """Return the time of this queue's clock (s)."""
+        return self._clock()
 
     # --- events ---------------------------------------------------------------------------------------------------
 

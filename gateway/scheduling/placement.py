@@ -54,6 +54,11 @@ def load(admission: AdmissionController, request: Request, passed_over: int = 0)
         if request.arrival_s + work_s + own_s <= request.deadline_s:
             known = max(0.0, 1 - passed_over / model.window)
         return Load(work_s + known * own_s, count, error_s)
+    return free_memory_load(admission)
+
+
+def free_memory_load(admission: AdmissionController) -> Load:
+    """Return the KV memory (tokens) that an engine's requests need beyond its own."""
     requests = [*admission.running.values(), *admission.waiting]
     return Load(sum([kv_tokens(other) for other in requests]) - admission.engine.kv_tokens, len(requests))
 

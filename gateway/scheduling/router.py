@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from engine_adapter.model_card import ModelCard
 from gateway.requests.request import Request
 from gateway.scheduling.engine_queue import EngineQueue
-from gateway.scheduling.placement import keeps_share, load, ranks
+from gateway.scheduling.placement import keeps_share
+from gateway.scheduling.routing import LeastLoad, Routing
 
 log = logging.getLogger("antares.router")
 
@@ -26,11 +27,19 @@ class UnknownModel(Exception):  # noqa: N818 - named after its cause
 class Router:
     """Holds one `EngineQueue` per engine; ``engine_queues`` must not be empty. `join` and `leave` change the list.
 
-    The *pool* of a model is the engines that serve it, dead ones included: they still own their models.
+    The *pool* of a model is the engines that serve it, dead ones included: they still own their models. ``routing``
+    chooses among those that can serve now. ``clock`` returns monotonic seconds.
     """
 
-    def __init__(self, engine_queues: list[EngineQueue]) -> None:
+    def __init__(
+        self,
+        engine_queues: list[EngineQueue],
+        routing: Routing | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.engine_queues = engine_queues
+        self.routing: Routing = routing or LeastLoad()
+        self._clock = clock
         self._by_name = {engine_queue.engine.name: engine_queue for engine_queue in self.engine_queues}
         self._owners: OrderedDict[str, str] = OrderedDict()
         for engine_queue in self.engine_queues:
@@ -84,7 +93,7 @@ class Router:
     # --- placement ----------------------------------------------------------------------------------------------------
 
     def place(self, request: Request) -> EngineQueue:
-        """Return the queue for ``request``: of the engines in its pool that can serve it now, the least loaded.
+        """Return the queue for ``request``: of the engines in its pool that can serve it now, the one of `routing`.
 
         An engine whose rest is over comes first: the request probes it, and is sent to another engine if that fails.
         Engines that rest come after the others, then engines that are down, then those that failed the request.
@@ -93,19 +102,26 @@ class Router:
         pool = self._candidates(request)
         if len(pool) == 1:
             return pool[0]
-        now = time.monotonic()
+        now = self._clock()
         alive = [queue for queue in pool if queue.engine.state.alive]
         if not alive:
-            return _by_load(pool, request)[0]
+            return self._ranked(pool, request)[0]
         ready = [queue for queue in alive if queue.circuit.admits(now)]
         if not ready:
-            return min(_by_load(alive, request), key=lambda queue: queue.circuit.back_at)
+            return min(self._ranked(alive, request), key=lambda queue: queue.circuit.back_at)
         due = [queue for queue in ready if queue.circuit.due_for_probe(now)]
         if 0 < len(due) < len(alive) and not request.failed_on:
             return due[0]
-        ready = _by_load(ready, request)
+        ready = self._ranked(ready, request)
         ready.sort(key=lambda queue: (queue in due, queue.circuit.suspected(now)))
         return next((queue for queue in ready if keeps_share(request, queue.circuit.share(now))), ready[0])
+
+    def _ranked(self, queues: list[EngineQueue], request: Request) -> list[EngineQueue]:
+        """Return ``queues``, the best one for ``request`` first."""
+        if len(queues) == 1:
+            return queues
+        keys = self.routing.keys(request, queues)
+        return [queues[at] for at in sorted(range(len(queues)), key=keys.__getitem__)]
 
     def others(self, request: Request) -> list[EngineQueue]:
         """Return the live engines of the request's pool that have not failed it."""
@@ -121,7 +137,7 @@ class Router:
         ``model``: what the request names, "" for none. ``owner``: the only engine that can serve it; "" for any.
         ``tried``: names of engines that have failed it. None if no live engine is left. Raises `UnknownModel`.
         """
-        now = time.monotonic()
+        now = self._clock()
         only = self._by_name.get(owner)
         pool = [only] if only is not None else self.pool(model) if model else self.engine_queues
         alive = [queue for queue in pool if queue.engine.state.alive and queue.engine.name not in tried]
@@ -137,7 +153,7 @@ class Router:
 
     def _can_move(self, engine_queue: EngineQueue, request: Request) -> bool:
         """Whether an engine other than that of ``engine_queue`` is alive. It must not rest, unless this one is down."""
-        now, is_down = time.monotonic(), not engine_queue.engine.state.alive
+        now, is_down = self._clock(), not engine_queue.engine.state.alive
         others = (queue for queue in self.others(request) if queue is not engine_queue)
         return any(is_down or queue.circuit.state != "open" or queue.circuit.admits(now) for queue in others)
 
@@ -146,18 +162,16 @@ class Router:
     def on_sent(self, engine_queue: EngineQueue, request: Request) -> None:
         """Note that ``request`` was queued for the engine."""
         if len(self.engine_queues) > 1:
-            for other in self.others(request):
-                other.passed_over += 1
-            engine_queue.passed_over = 0
-        engine_queue.circuit.on_sent(request.id, time.monotonic())
+            self.routing.on_sent(request, engine_queue)
+        engine_queue.circuit.on_sent(request.id, self._clock())
 
     def on_ended(self, engine_queue: EngineQueue, request: Request) -> None:
         """Note that ``request`` is no longer with the engine, whatever happened. Called after any other outcome."""
-        engine_queue.circuit.on_dropped(request.id, time.monotonic())
+        engine_queue.circuit.on_dropped(request.id, self._clock())
 
     def on_success(self, engine_queue: EngineQueue, sent_at: float) -> None:
         """Note that the engine began its response to a request that it was sent at ``sent_at`` (monotonic s)."""
-        if engine_queue.circuit.on_success(sent_at, time.monotonic()):
+        if engine_queue.circuit.on_success(sent_at, self._clock()):
             log.info("engine %s serves again; its share of requests grows", engine_queue.engine.name)
 
     def on_completed(self, engine_queue: EngineQueue) -> None:
@@ -175,7 +189,7 @@ class Router:
         """Note that the engine failed a request. If it rests from now on, its waiting requests move elsewhere."""
         if engine_queue.retired:
             return
-        now, circuit = time.monotonic(), engine_queue.circuit
+        now, circuit = self._clock(), engine_queue.circuit
         if reason == "http_429":
             rests = circuit.on_overload(sent_at, now, retry_after_s)
         else:
@@ -187,7 +201,7 @@ class Router:
 
     def suspect(self, engine_queue: EngineQueue) -> None:
         """Avoid the engine for a moment: it failed a request that may fail on every engine."""
-        engine_queue.circuit.suspect(time.monotonic())
+        engine_queue.circuit.suspect(self._clock())
 
     # --- stored responses ---------------------------------------------------------------------------------------------
 
@@ -236,14 +250,6 @@ class Router:
         """Close every queue."""
         for engine_queue in self.engine_queues:
             engine_queue.close()
-
-
-def _by_load(queues: list[EngineQueue], request: Request) -> list[EngineQueue]:
-    """Return ``queues``, the best one for ``request`` first."""
-    if len(queues) == 1:
-        return queues
-    keys = ranks([load(queue.admission, request, queue.passed_over) for queue in queues])
-    return [queues[at] for at in sorted(range(len(queues)), key=keys.__getitem__)]
 
 
 def _merged(name: str, card: ModelCard, other: ModelCard | None) -> ModelCard:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 console = Console(stderr=True, highlight=False)
 
-_WALL_CLOCK = ("scheduling_s", "wall_s", "setup_s")
+_WALL_CLOCK = ("scheduling_s", "routing_s", "wall_s", "setup_s")
 """Keys of a run record that differ between two runs of the same command."""
 
 _COLUMNS = {
@@ -95,7 +95,18 @@ def simulate(
         str,
         typer.Option(help="Length predictor: shipped[:FACTOR], oracle, noise:SIGMA, constant or reversed."),
     ] = "shipped",
-    replicas: Annotated[int, typer.Option(min=1, help="Number of engines behind the gateway.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, max=1024, help="Number of engines behind the gateway.")] = 1,
+    routing: Annotated[
+        str, typer.Option(help="How the gateway's router chooses among the engines (docs/routing.md).")
+    ] = "least_load",
+    profiles: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Profiles of further engines, which take turns with --profile: 8 replicas with one of them are 4 and "
+            "4; repeatable.",
+            show_default="all engines alike",
+        ),
+    ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="As in vLLM.", show_default=_FROM_PROFILE)] = None,
     max_num_batched_tokens: Annotated[
         int | None, typer.Option(min=1, help="As in vLLM.", show_default=_FROM_PROFILE)
@@ -161,6 +172,10 @@ def simulate(
     How does SCORPIO compare with stock vLLM at the capacity of stock vLLM, and at twice that?
 
         antares simulate --qps 20 --qps 40 --policy fcfs --policy scorpio --plot curve.png
+
+    How many requests per second do eight engines serve, half of them H200?
+
+        antares simulate --hold 0.99 --policy slack --replicas 8 --profiles h200-llama3.1-8b --routing headroom
     """
     from engine_adapter.simulated.speculation import RandomAcceptance
     from lab.simulate.experiment import Experiment, runs_of
@@ -180,6 +195,8 @@ def simulate(
             predictor=predictor,
             step_mode=step_mode,
             replicas=replicas,
+            routing=routing,
+            profiles=tuple(profiles or ()),
             learn=learn,
             colocated_gateway=_resolve_alias(colocated_gateway, apart),
             prefix_caching=prefix_caching,
@@ -255,12 +272,16 @@ def _check(
         ModuleNotFoundError: a plot is requested and matplotlib is missing.
     """
     from engine_adapter.simulated.scheduler import STEP_MODES
+    from gateway.scheduling.routing import make_routing
     from lab.records.plot import check_plot
     from lab.simulate.experiment import parse_policy
     from lab.simulate.predictions import predict
     from lab.workload import make_workload
 
-    experiment.engine()
+    experiment.engines()
+    make_routing(experiment.routing)
+    if experiment.profiles and experiment.replicas <= len(experiment.profiles):
+        raise ValueError(f"--profiles needs --replicas {len(experiment.profiles) + 1} or more")
     if experiment.step_mode not in STEP_MODES:
         raise ValueError(f"unknown step mode {experiment.step_mode!r}: choose one of {', '.join(STEP_MODES)}")
     for policy in policies:

@@ -36,8 +36,9 @@ class Experiment:
         workload: arguments of `make_workload`, without rate and seed.
         predictor: see `lab.simulate.predictions`.
         limits: engine limits that replace those of the profile, by field name.
-        step_mode, replicas, learn, colocated_gateway, step_jitter, prefix_caching, prefix_index, speculation: see
-            `lab.simulate.simulator.simulate`.
+        profiles: names or files of further profiles, which the replicas after the first use in turn.
+        step_mode, replicas, routing, learn, colocated_gateway, step_jitter, prefix_caching, prefix_index,
+            speculation: see `lab.simulate.simulator.simulate`.
     """
 
     profile: str = "a100-llama3.1-8b"
@@ -45,6 +46,8 @@ class Experiment:
     predictor: str = "shipped"
     step_mode: str = "chunked"
     replicas: int = 1
+    routing: str = "least_load"
+    profiles: tuple[str, ...] = ()
     learn: bool = True
     colocated_gateway: bool = False
     limits: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +62,15 @@ class Experiment:
         Raises:
             ValueError: an unknown profile, or KV memory for less than one sequence.
         """
-        profile = replace(load_profile(self.profile), **self.limits)
+        return self._engine(self.profile)
+
+    def engines(self) -> list[Profile]:
+        """Return the profile of each replica. Raises ValueError as `engine` does."""
+        kinds = [self._engine(name) for name in (self.profile, *self.profiles)]
+        return [kinds[number % len(kinds)] for number in range(self.replicas)]
+
+    def _engine(self, name: str) -> Profile:
+        profile = replace(load_profile(name), **self.limits)
         if profile.kv_tokens < profile.max_model_len:
             raise ValueError(
                 f"kv_tokens ({profile.kv_tokens}) must hold one sequence of {profile.max_model_len} tokens"
@@ -124,7 +135,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         ValueError: invalid settings, or a workload without requests.
     """
     setup_started = time.perf_counter()
-    profile = experiment.engine()
+    profiles = experiment.engines()
     workload = experiment.requests(run.qps, run.seed)
     if not workload:
         raise ValueError("the workload has no requests: raise --requests or --duration")
@@ -133,10 +144,11 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
     result = simulate(
         workload,
         predictions,
-        profile,
+        profiles,
         lambda: parse_policy(run.policy),
         step_mode=experiment.step_mode,
         replicas=experiment.replicas,
+        routing=experiment.routing,
         learn=experiment.learn,
         colocated_gateway=experiment.colocated_gateway,
         step_jitter=experiment.step_jitter,
@@ -147,7 +159,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         on_ended=on_ended,
     )
     wall_s = time.perf_counter() - started
-    costs = token_costs(profile)
+    costs = token_costs(profiles[0])
     shares_prefixes = any(request.blocks for request in workload)
     capacity_s = result.duration_s * experiment.replicas
     return run_record(
@@ -158,7 +170,8 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         result.duration_s,
         wall_s=wall_s,
         scheduling_s=result.scheduling_s,
-        bounds=bounds(workload, costs, experiment.replicas),
+        bounds=bounds(workload, costs, experiment.replicas) if len(set(map(id, profiles))) == 1 else None,
+        routing_s=round(result.routing_s, 4),
         steps=result.steps,
         decisions=result.decisions,
         preemptions=result.preemptions,
@@ -191,13 +204,14 @@ def capacity(
     adherence: float,
     *,
     precision: float = 0.02,
+    first_qps: float = 1.0,
     jobs: int = 1,
     on_try: Callable[[float, float], None] = lambda qps, measured: None,
 ) -> tuple[float, list[dict[str, Any]]]:
     """Return the highest rate (1/s) at which ``policy`` keeps ``adherence``, and the records of all runs of the search.
 
-    Doubles the rate until adherence falls below the target, then bisects. A rate at which the workload has no request
-    counts as kept.
+    Doubles ``first_qps`` until adherence falls below the target, or halves it until it does not. Then bisects. A rate
+    at which the workload has no request counts as kept.
 
     Args:
         experiment: the settings of every run.
@@ -205,6 +219,7 @@ def capacity(
         seeds: adherence is the mean over these seeds.
         adherence: the share of requests that must attain their SLO, from 0 to 1.
         precision: relative precision of the rate.
+        first_qps: rate (1/s) of the first try. One close to the result saves runs.
         jobs: number of processes.
         on_try: called with each rate (1/s) tried and the adherence measured there.
 
@@ -223,11 +238,15 @@ def capacity(
         on_try(qps, measured)
         return measured >= adherence
 
-    low, high = 0.0, 1.0
+    low, high = 0.0, first_qps
     while keeps(high):
         low, high = high, high * 2
         if high > MAX_QPS:
             return low, all_records
+    while low == 0.0 and high > 1.0 and not keeps(high / 2):
+        high /= 2
+    if low == 0.0 and high > 1.0:
+        low = high / 2
     low = low or 0.25
     if low == 0.25 and not keeps(low):
         return 0.0, all_records

@@ -8,6 +8,7 @@ points: a step takes the time that the profile gives, and the network and the ga
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,8 +20,8 @@ from gateway.policies.base import Policy
 from gateway.requests.progress import tpot
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
-from gateway.scheduling.placement import load, ranks
 from lab.records.run_record import RequestResult
+from lab.simulate.fleet import Fleet
 from lab.simulate.predictions import PredictedLength
 from lab.simulate.replica import Replica
 from lab.simulate.step_jitter import StepJitter
@@ -35,6 +36,7 @@ class SimulationResult:
         results: one per request, in the order of the workload.
         duration_s: time of the last event.
         scheduling_s: real seconds spent in policy decisions.
+        routing_s: real seconds spent in choosing engines.
         decisions: number of policy decisions.
         steps: number of engine steps.
         busy_s: time that engines spent in steps, summed over engines.
@@ -46,6 +48,7 @@ class SimulationResult:
     results: list[RequestResult]
     duration_s: float
     scheduling_s: float
+    routing_s: float
     decisions: int
     steps: int
     busy_s: float
@@ -57,11 +60,12 @@ class SimulationResult:
 def simulate(
     workload: Sequence[WorkloadRequest],
     predictions: Sequence[PredictedLength],
-    profile: Profile,
+    profile: Profile | Sequence[Profile],
     make_policy: Callable[[], Policy],
     *,
     step_mode: str = "chunked",
     replicas: int = 1,
+    routing: str = "least_load",
     times: StepTimes | None = None,
     learn: bool = True,
     colocated_gateway: bool = False,
@@ -79,10 +83,12 @@ def simulate(
     Args:
         workload: the requests, with true output lengths.
         predictions: predicted output lengths, one per request of ``workload``.
-        profile: step times and limits of each engine.
+        profile: step times and limits of each engine; of several profiles, replica i gets the one at i modulo their
+            number.
         make_policy: called once per replica.
         step_mode: one of `engine_adapter.simulated.scheduler.STEP_MODES`.
-        replicas: number of engines; a request goes to the engine with the least work ahead of it.
+        replicas: number of engines.
+        routing: how the router chooses among them, one of `gateway.scheduling.routing.ROUTINGS`.
         times: initial step times of the policies' step-time model; by default those of the profile.
         learn: whether the step-time model learns during the run.
         colocated_gateway: the gateway runs inside the engine and reacts to a step before the next one starts, as in
@@ -100,7 +106,9 @@ def simulate(
         ValueError: a request that is longer than the context length of the profile.
         RuntimeError: the policy leaves requests waiting forever while every engine is idle.
     """
+    profiles = [profile] if isinstance(profile, Profile) else list(profile)
     longest = max((request.prompt_tokens + request.output_tokens for request in workload), default=0)
+    profile = min(profiles, key=lambda one: one.max_model_len)
     if longest > profile.max_model_len:
         raise ValueError(
             f"the workload has a request of {longest} tokens, but the context length of profile {profile.name!r} is "
@@ -109,7 +117,7 @@ def simulate(
     step_factors = [step_jitter.step_factors(seed * replicas + n) if step_jitter else None for n in range(replicas)]
     engines = [
         Replica(
-            profile,
+            profiles[number % len(profiles)],
             make_policy(),
             step_mode=step_mode,
             times=times,
@@ -123,7 +131,8 @@ def simulate(
         for number, factors in enumerate(step_factors)
     ]
     results = _Results(workload, on_ended)
-    now, arrived = 0.0, 0
+    now, arrived, routing_s = 0.0, 0, 0.0
+    fleet = Fleet(engines, routing, lambda: now) if len(engines) > 1 else None
     while results.open:
         engine = min(engines, key=_next_event_s) if len(engines) > 1 else engines[0]
         arrival_s = workload[arrived].at_s if arrived < len(workload) else math.inf
@@ -135,8 +144,10 @@ def simulate(
             request = _request(arrived, workload[arrived], predictions[arrived], tenant)
             if prefix_index:
                 request.blocks, request.block_tokens = _prompt_blocks(workload[arrived]), BLOCK_TOKENS
-            if len(engines) > 1:
-                engine = _least_loaded(engines, request)
+            if fleet is not None:
+                started = time.perf_counter()
+                engine = fleet.place(request)
+                routing_s += time.perf_counter() - started
             engine.admission.submit(request)
             arrived += 1
         else:
@@ -158,6 +169,7 @@ def simulate(
         results=results.all(),
         duration_s=now,
         scheduling_s=sum(e.scheduling_s for e in engines),
+        routing_s=routing_s,
         decisions=sum(e.decisions for e in engines),
         steps=sum(e.steps for e in engines),
         busy_s=sum(e.busy_s for e in engines),
@@ -209,13 +221,6 @@ class _Results:
 
 def _next_event_s(engine: Replica) -> float:
     return engine.next_event_s
-
-
-def _least_loaded(engines: Sequence[Replica], request: Request) -> Replica:
-    if len(engines) == 1:
-        return engines[0]
-    keys = ranks([load(engine.admission, request) for engine in engines])
-    return engines[min(range(len(engines)), key=keys.__getitem__)]
 
 
 def slo_of(request: WorkloadRequest) -> Slo:

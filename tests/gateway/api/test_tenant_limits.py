@@ -15,6 +15,8 @@ from tests.fixtures.live_gateway import AdmitNothing, Live, chat, live
 from tests.fixtures.live_server import eventually
 
 EMBEDDINGS = "/v1/embeddings"
+ONE_CLASS: dict[str, Any] = {"chat": {"ttft_ms": 2000, "tpot_ms": 100}}
+"""A class alone gets the whole part of its tenant."""
 KEYS = [{"tenant": name, "sha256": hash_key(f"sk-{name}")} for name in ("abuser", "victim")]
 
 
@@ -29,7 +31,7 @@ async def cancel(*tasks: asyncio.Task[Any]) -> None:
 
 
 async def test_open_requests_of_one_tenant_leave_room_for_another() -> None:
-    async with live(keys=KEYS, server={"max_open_requests": 9}) as antares:
+    async with live(keys=KEYS, classes=ONE_CLASS, server={"max_open_requests": 9}) as antares:
         queue = antares.gateway.engine_queues[0]
         policy, queue.admission.policy = queue.admission.policy, AdmitNothing()
         flood = [ask(antares, "abuser") for _ in range(12)]
@@ -52,7 +54,7 @@ async def test_open_requests_of_one_tenant_leave_room_for_another() -> None:
 
 
 async def test_tenant_alone_may_have_all_open_requests() -> None:
-    async with live(keys=[KEYS[0]], server={"max_open_requests": 9}) as antares:
+    async with live(keys=[KEYS[0]], classes=ONE_CLASS, server={"max_open_requests": 9}) as antares:
         antares.gateway.engine_queues[0].admission.policy = AdmitNothing()
         requests = [ask(antares, "abuser") for _ in range(9)]
         await eventually(lambda: antares.gateway.ledger.open_count == 9)

@@ -76,7 +76,7 @@ def test_simulation_is_deterministic(policy: str) -> None:
     workload = make_workload("small", qps=30, requests=40, seed=5)
     profile = replace(HAND, regimes=(Regime(math.inf, 0.01, 0.0, 1e-4, 1e-3, 1e-7, 0.0),), kv_tokens=2000)
     first, second = (run(workload, policy, profile, replicas=2) for _ in range(2))
-    assert replace(first, scheduling_s=0) == replace(second, scheduling_s=0)
+    assert replace(first, scheduling_s=0, routing_s=0) == replace(second, scheduling_s=0, routing_s=0)
 
 
 def test_two_replicas_halve_the_duration() -> None:

@@ -1,0 +1,184 @@
+"""Compares the routing policies of the gateway on many simulated engines.
+
+    python -m benchmarks.routing.study --json > docs/results/routing.json
+    python -m benchmarks.routing.study --page docs/results/routing.json
+
+All engines run `slack`, and all routing policies see the same requests, predictions and estimates. The router is the
+gateway's own. S is the capacity of `least_load`, the default.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks import results_json
+from benchmarks.markdown import table, wrapped
+from gateway.scheduling.routing import ROUTINGS
+from lab.simulate.experiment import Experiment, Run, capacity, perform
+
+KEEPS = 0.99
+"""Adherence that defines a capacity."""
+
+LOADS = (1.0, 2.0)
+"""Offered rates as multiples of S, for the goodput."""
+
+POLICY = "slack"
+SLOTS = 1024
+"""Sequences of an engine's batch. With the 256 of the profiles, slots limit the looser classes before time does."""
+
+A100, H200 = "a100-llama3.1-8b", "h200-llama3.1-8b"
+
+OURS, DEFAULT = "headroom", "least_load"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One fleet and its traffic. ``first_qps``: first rate of the search (1/s)."""
+
+    name: str
+    workload: str
+    replicas: int
+    profiles: tuple[str, ...]
+    first_qps: float
+
+
+ROWS = (
+    Row("six categories, 4 A100", "sharegpt", 4, (), 90.0),
+    Row("six categories, 8 A100", "sharegpt", 8, (), 180.0),
+    Row("multi-turn, 8 A100", "multi-turn", 8, (), 100.0),
+    Row("six categories, 4 A100 and 4 H200", "sharegpt", 8, (H200,), 330.0),
+    Row("six categories, 16 A100", "sharegpt", 16, (), 370.0),
+)
+
+FIELDS = ("goodput", "slo_adherence", "rejected", "hit_rate", "requests")
+"""Fields of a run record that the results keep."""
+
+
+def measure(row: Row, routing: str, seeds: list[int], duration_s: float, stock_qps: float | None) -> dict[str, Any]:
+    """Return the capacity (1/s) of ``routing``, its runs at `LOADS` times ``stock_qps`` (None: its own capacity)."""
+    experiment = Experiment(
+        profile=A100,
+        workload={"name": row.workload, "duration_s": duration_s},
+        replicas=row.replicas,
+        routing=routing,
+        profiles=row.profiles,
+        limits={"max_num_seqs": SLOTS},
+    )
+    qps, records = capacity(experiment, POLICY, seeds, KEEPS, precision=0.015, first_qps=row.first_qps)
+    runs = []
+    for load in LOADS:
+        for seed in seeds:
+            record = perform(experiment, Run(POLICY, load * (stock_qps or qps), seed))
+            records.append(record)
+            runs.append({"load": load, "seed": seed, **{field: record[field] for field in FIELDS}})
+    decision_us = 1e6 * sum(r["routing_s"] for r in records) / sum(r["requests"] for r in records)
+    return {"routing": routing, "qps": round(qps, 1), "decision_us": round(decision_us, 1), "runs": runs}
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return the result page of the study's JSON."""
+    names = ", ".join(map(str, found["seeds"]))
+    head = f"""# Routing
+
+**Simulated.** [Routing](../routing.md) explains the policies. Llama-3.1-8B, {found["slots"]} sequences a batch,
+{found["duration_s"]:g} s of arrivals, seeds {names}, the shipped length predictor. The policy of every engine is
+`{POLICY}`. The six categories are those of the SCORPIO paper, with its `sharegpt` lengths.
+
+- *Capacity*: the highest rate of the fleet at which {found["keeps"]:.0%} of the requests attain their SLO. The search
+ends at a precision of 1.5%.
+- *Best other*: the highest capacity of the other policies. A ratio below 1 is a loss of `{OURS}`.
+- *S*: the capacity of `{DEFAULT}` in that row.
+- *Goodput*: attained requests per second, drain included.
+- *Decision*: time to choose an engine, per request, on a shared machine. It grows with the number of engines.
+
+```
+python -m benchmarks.routing.study --json > docs/results/routing.json
+python -m benchmarks.routing.study --page docs/results/routing.json
+```
+
+## Capacity of `{OURS}`"""
+    rows = []
+    for part in found["rows"]:
+        ours = next(one for one in part["routings"] if one["routing"] == OURS)
+        best = max((one for one in part["routings"] if one is not ours), key=lambda one: float(one["qps"]))
+        ratio = f"{ours['qps'] / best['qps']:.2f}x"
+        rows.append([part["row"], f"{ours['qps']:.0f}", f"{best['qps']:.0f} (`{best['routing']}`)", ratio])
+    summary = table(["fleet and traffic", f"`{OURS}`", "best other", "ratio"], rows)
+    return "\n\n".join([wrapped(head), summary, *(text for part in found["rows"] for text in _section(part))]) + "\n"
+
+
+def _section(part: dict[str, Any]) -> Iterator[str]:
+    yield f"## {part['row'][0].upper()}{part['row'][1:]}"
+    heads = ["routing", "capacity", "per engine", *(f"goodput at {load:g} S" for load in LOADS)]
+    heads += ["adherence at 2 S", "hits at S", "decision µs"]
+    rows = []
+    for one in part["routings"]:
+        by_load = [[run for run in one["runs"] if run["load"] == load] for load in LOADS]
+        hits = _mean(by_load[0], "hit_rate")
+        rows.append(
+            [
+                f"`{one['routing']}`",
+                f"{one['qps']:.0f}",
+                f"{one['qps'] / part['replicas']:.1f}",
+                *(f"{_mean(runs, 'goodput'):.0f}" for runs in by_load),
+                f"{_mean(by_load[-1], 'slo_adherence'):.2f}",
+                "-" if hits is None else f"{hits:.2f}",
+                f"{one['decision_us']:.0f}",
+            ]
+        )
+    yield table(heads, rows)
+
+
+def _mean(runs: list[dict[str, Any]], field: str) -> float | None:
+    values = [run[field] for run in runs if run[field] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def main(
+    row: Annotated[list[str] | None, typer.Option(help="Simulate this row; repeat for several. [default: all]")] = None,
+    routing: Annotated[
+        list[str] | None, typer.Option(help="Only this routing policy; repeatable. [default: all]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 1,
+    duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals.")] = 30.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+    page_of: Annotated[
+        Path | None, typer.Option("--page", help="Write the page beside this JSON file; simulate nothing.")
+    ] = None,
+) -> None:
+    """Simulate the routing policies on fleets of engines."""
+    if page_of is not None:
+        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        return
+    names = [one.name for one in ROWS]
+    for name in row or ():
+        if name not in names:
+            raise typer.BadParameter(f"unknown row {name!r}: choose from {', '.join(names)}")
+    numbers, progress = list(range(seeds)), Console(stderr=True)
+    # The default first: its capacity is S of the others.
+    routings = sorted(routing or ROUTINGS, key=lambda name: name != DEFAULT)
+    parts = []
+    for one in (one for one in ROWS if not row or one.name in row):
+        measured: list[dict[str, Any]] = []
+        for name in routings:
+            stock_qps = measured[0]["qps"] if measured else None
+            measured.append(measure(one, name, numbers, duration, stock_qps))
+            progress.print(f"{one.name}: {name}: {measured[-1]['qps']:g}/s")
+        parts.append({"row": one.name, "replicas": one.replicas, "routings": measured})
+    found = {"seeds": numbers, "duration_s": duration, "keeps": KEEPS, "slots": SLOTS, "rows": parts}
+    if as_json:
+        sys.stdout.write(results_json.dumps(found))
+    else:
+        Console().print(page(found))
+
+
+if __name__ == "__main__":
+    typer.run(main)

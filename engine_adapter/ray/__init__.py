@@ -1,0 +1,1 @@
+"""OpenAI servers, such as vLLM's, as actors of a Ray cluster. Needs the extra `ray`."""

@@ -1,0 +1,138 @@
+"""Keeps a number of servers running in a Ray cluster, each in an actor with a placement group.
+
+Ray restarts an actor whose server or node is lost, on another node if need be. The URLs of the servers that answer are
+written to a file, which the gateway follows (`discover.file`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine_adapter.ray.server_process import ServerProcess
+
+log = logging.getLogger("antares.ray")
+
+ASK_TIMEOUT_S = 5.0
+"""Seconds to wait for the actors. One that does not answer keeps its URL until Ray says that it is lost."""
+
+
+class Replica:
+    """The actor: one server. Its process ends when the server does, so that Ray starts both again."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        import ray
+
+        self._server = ServerProcess(command, ray.util.get_node_ip_address())
+
+    def url(self) -> str:
+        """Return the URL of the server once it answers; "" before."""
+        if self._server.exit_code is not None:
+            # Not an exception, which would leave the actor alive.
+            os._exit(1)
+        return self._server.url if self._server.is_healthy() else ""
+
+    def stop(self, drain_s: float) -> int:
+        """Stop the server, which has ``drain_s`` to finish its requests. Returns its exit code."""
+        return self._server.stop(drain_s)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One replica: its placement group, its actor, and its URL while it is known to serve."""
+
+    group: Any
+    actor: Any
+    url: str = ""
+
+
+@dataclass(slots=True)
+class Replicas:
+    """``count`` servers that run ``command``, each with the Ray resources ``bundle``. `start` and `refresh` them.
+
+    ``file``: where the URLs are written. ``command`` has ``{host}`` and ``{port}`` in place of the address.
+    """
+
+    command: Sequence[str]
+    count: int
+    bundle: Mapping[str, float]
+    file: Path
+    _slots: list[_Slot] = field(default_factory=list)
+    _written: list[str] | None = None
+
+    def start(self) -> None:
+        """Start the actors. Those for which the cluster has no room wait for it."""
+        self._slots = [self._new_slot() for _ in range(self.count)]
+
+    def refresh(self) -> list[str]:
+        """Ask every actor for its URL, replace those that Ray gave up, and write the file. Returns the URLs."""
+        import ray
+        from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
+
+        asked = [slot.actor.url.remote() for slot in self._slots]
+        until = time.monotonic() + ASK_TIMEOUT_S
+        for index, (slot, answer) in enumerate(zip(self._slots, asked, strict=True)):
+            try:
+                url = ray.get(answer, timeout=max(0.0, until - time.monotonic()))
+            except GetTimeoutError:
+                ray.cancel(answer)
+                continue
+            except ActorDiedError as error:
+                log.error("replica %d is lost and is started again: %s", index, error)
+                ray.util.remove_placement_group(slot.group)
+                self._slots[index] = self._new_slot()
+                continue
+            except RayActorError:
+                # Ray restarts it.
+                url = ""
+            if url != slot.url:
+                log.info("replica %d: %s", index, url or f"{slot.url} is lost")
+            slot.url = url
+        urls = [slot.url for slot in self._slots if slot.url]
+        self._write(urls)
+        return urls
+
+    def stop(self, drain_s: float) -> list[int]:
+        """Stop all servers at once; each has ``drain_s`` to finish its requests. Returns the exit codes."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        stopping = [slot.actor.stop.remote(drain_s) for slot in self._slots if slot.url]
+        codes = []
+        until = time.monotonic() + drain_s + ASK_TIMEOUT_S
+        for answer in stopping:
+            try:
+                codes.append(ray.get(answer, timeout=max(0.0, until - time.monotonic())))
+            except (RayActorError, GetTimeoutError) as error:
+                log.error("a replica did not stop cleanly: %s", error)
+        for slot in self._slots:
+            ray.kill(slot.actor)
+            ray.util.remove_placement_group(slot.group)
+        self._slots = []
+        return codes
+
+    def _new_slot(self) -> _Slot:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group = ray.util.placement_group([dict(self.bundle)], strategy="STRICT_PACK")
+        strategy = PlacementGroupSchedulingStrategy(placement_group=group)
+        needs = {"num_cpus": self.bundle.get("CPU", 0), "num_gpus": self.bundle.get("GPU", 0)}
+        others = {name: amount for name, amount in self.bundle.items() if name not in {"CPU", "GPU"}}
+        actor = ray.remote(Replica).options(scheduling_strategy=strategy, max_restarts=-1, resources=others, **needs)
+        return _Slot(group, actor.remote(list(self.command)))
+
+    def _write(self, urls: list[str]) -> None:
+        if urls == self._written:
+            return
+        # A reader sees the old file or the new one.
+        new = self.file.with_name(f".{self.file.name}.new")
+        new.write_text(json.dumps({"engines": urls}))
+        new.replace(self.file)
+        self._written = urls

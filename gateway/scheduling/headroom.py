@@ -1,0 +1,244 @@
+"""Routing by headroom: the engine that attains a request's bounds at the least cost to its other requests.
+
+An engine's strictest pace P* limits its steps. T(R) of each is for the decodes of all its requests R, so the share
+1 - T(R)/P* is left for prompts: 0.58 at 30 ms and 0.75 at 50 ms for an A100 whose shortest step takes 12.5 ms. One
+request of 30 ms among those of 50 ms takes that difference from all of them. So similar paces share engines:
+
+    1 over the last `MEMORY_S`, w_k tokens of work came with pace P_k; they need n_k = w_k / (1 - T(1)/P_k) of capacity
+    2 in order of pace, each pace gets its share n_k / sum(n) of the engines, the fastest ones for the tightest pace
+    3 an engine fits r if slots and memory suffice, T(R + r) <= P*(R + r), and r's prompt ends before its deadline
+    4 of the engines of its pace that fit, r goes to the one with the least 2 T(R + r) + mu * (backlog + own) / share
+    5 if none fits, r goes to an engine of a tighter pace that fits, or to a looser one that has `AMPLE` room for it
+
+The shares follow the mix, and an engine at the edge between two paces serves both. An engine's own step-time model,
+queue, memory and prefix index answer lines 3 and 4, and prompts count by their uncached tokens, at mu seconds each. So
+engines may differ, and a chat returns to the engine that has its history cached as far as that saves time.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine_adapter.service_kind import ServiceKind
+from gateway.requests.request import Request
+from gateway.scheduling.engine_queue import EngineQueue
+
+MEMORY_S = 30.0
+"""Time constant (s) of the mix of paces. A few times as long as responses take, so that the bands are steady."""
+
+REFRESH_S = 1.0
+"""Seconds between two divisions of the engines. Convention; short against `MEMORY_S`."""
+
+PACE_STEP = 1.1
+"""Ratio of neighbouring paces that are told apart. Equal bounds must get equal bands; convention."""
+
+EDGE = 0.1
+"""Least part of an engine that a pace uses. Without, a sliver of a band would set the pace of a whole engine."""
+
+AMPLE = 0.67
+"""Longest step on an engine of a looser pace, as a share of the request's pace. There the tight request costs the
+others little, because the engine's steps are short anyway. Measured: 0.5 and 0.67 do not differ at capacity."""
+
+FASTER = 1.25
+"""Ratio of shortest steps from which one engine counts as faster than another: above the noise of the estimates."""
+
+COMPARED = 16
+"""Engines of a band that are compared. Of more, a random choice is compared, so a decision costs the same in any pool.
+The least of 16 is in the best sixteenth on average."""
+
+LEAST_SHARE = 0.01
+"""Least share of time that counts as left for prompts: bounds the cost of a full engine."""
+
+MAX_OWNERS = 100_000
+"""Prompts whose engine is remembered, and models whose paces are. The oldest are forgotten first."""
+
+
+@dataclass(slots=True)
+class PaceBands:
+    """The division of one pool's engines between the paces of its requests.
+
+    ``ranks``: engine name to position, the fastest engine first. A band is a range of positions.
+    """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    _work: dict[int, float] = field(default_factory=dict)
+    _paces: list[int] = field(default_factory=list)
+    _bands: list[tuple[int, int]] = field(default_factory=list)
+    _divided_s: float = -math.inf
+
+    def note(self, request: Request) -> None:
+        """Count the work of ``request``: its uncached prompt and its predicted output, in tokens."""
+        pace = _pace_number(request)
+        tokens = request.uncached_tokens + request.predicted_tokens * request.sequences
+        self._work[pace] = self._work.get(pace, 0.0) + tokens
+
+    def of(self, request: Request, queues: Sequence[EngineQueue], now: float) -> tuple[int, int]:
+        """Return the band for ``request``. Divides ``queues`` again if that was `REFRESH_S` ago, or they changed."""
+        if now - self._divided_s >= REFRESH_S or len(queues) != len(self.ranks):
+            self._divide(queues, now)
+        if not self._bands:
+            return 0, len(queues)
+        return self._bands[min(bisect_left(self._paces, _pace_number(request)), len(self._bands) - 1)]
+
+    def _divide(self, queues: Sequence[EngineQueue], now: float) -> None:
+        """Lines 1 and 2 of the module."""
+        kept = math.exp((self._divided_s - now) / MEMORY_S) if self._divided_s > -math.inf else 1.0
+        self._divided_s = now
+        self._work = {pace: work * kept for pace, work in self._work.items() if work * kept > 1.0}
+        engines = self._in_order(queues)
+        self.ranks = {name: at for at, (name, _, _) in enumerate(engines)}
+        self._paces, self._bands = sorted(self._work), []
+        if not self._paces:
+            return
+        step_s = sum(step_s for _, step_s, _ in engines) / len(engines)
+        needs = [self._work[pace] / max(LEAST_SHARE, 1 - step_s / PACE_STEP**pace) for pace in self._paces]
+        pace_s = 1 / (sum(need / PACE_STEP**pace for need, pace in zip(needs, self._paces, strict=True)) / sum(needs))
+        speeds = [max(LEAST_SHARE, 1 - step_s / pace_s) / token_s for _, step_s, token_s in engines]
+        ends = _cumulated(speeds)
+        first = 0.0
+        for last in _cumulated(needs):
+            self._bands.append(_band(first, last, ends))
+            first = last
+
+    def _in_order(self, queues: Sequence[EngineQueue]) -> list[tuple[str, float, float]]:
+        """Return name, shortest step (s) and seconds per prompt token of each engine, the fastest step first.
+
+        The order changes only for engines that differ by `FASTER`, since estimates of equal engines do too.
+        """
+        engines = []
+        for queue in queues:
+            state = queue.engine.state
+            curve = state.step_time.curve
+            token_s = curve.prefill_token_s(0.0, state.max_num_batched_tokens, math.inf)
+            engines.append((queue.engine.name, curve.step_s(1, 0), max(token_s, 1e-9)))
+        engines.sort(key=lambda engine: self.ranks.get(engine[0], len(self.ranks)))
+        for end in range(1, len(engines)):
+            at = end
+            while at and engines[at][1] * FASTER < engines[at - 1][1]:
+                engines[at], engines[at - 1] = engines[at - 1], engines[at]
+                at -= 1
+        return engines
+
+
+class Headroom:
+    """Lines 3 to 5 of the module, with the bands of each model's pool."""
+
+    name = "headroom"
+
+    def __init__(self) -> None:
+        self._pools: dict[str, PaceBands] = {}
+        self._owners: dict[int, str] = {}
+
+    def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
+        """See `gateway.scheduling.routing.Routing.keys`."""
+        now = queues[0].now()
+        bands = self._bands_of(request.requested_model)
+        first, end = bands.of(request, queues, now)
+        ranks = bands.ranks
+        keys: list[tuple[int, float]] = [(_NOT_COMPARED, 0.0)] * len(queues)
+        own = [at for at, queue in enumerate(queues) if first <= ranks.get(queue.engine.name, 0) < end]
+        fits = False
+        for at in self._some(request, queues, own):
+            fit, cost = _judge(request, queues[at], now)
+            keys[at] = (_FITS if fit else _FULL, cost)
+            fits |= fit
+        if not fits:
+            others = [at for at, queue in enumerate(queues) if not first <= ranks.get(queue.engine.name, 0) < end]
+            for at in self._some(request, queues, others):
+                fit, cost = _judge(request, queues[at], now, ranks.get(queues[at].engine.name, 0) >= end)
+                keys[at] = (_FITS_BESIDE if fit else _FULL_BESIDE, cost)
+        return keys
+
+    def on_sent(self, request: Request, engine_queue: EngineQueue) -> None:
+        """Note the work of ``request``, and which engine has its prompt."""
+        self._bands_of(request.requested_model).note(request)
+        if request.blocks:
+            owners, last = self._owners, request.blocks[-1]
+            owners.pop(last, None)
+            owners[last] = engine_queue.engine.name
+            if len(owners) > MAX_OWNERS:
+                del owners[next(iter(owners))]
+
+    def _bands_of(self, model: str) -> PaceBands:
+        bands = self._pools.get(model)
+        if bands is None:
+            if len(self._pools) >= MAX_OWNERS:
+                self._pools.clear()
+            bands = self._pools[model] = PaceBands()
+        return bands
+
+    def _some(self, request: Request, queues: Sequence[EngineQueue], at: list[int]) -> list[int]:
+        """Return at most `COMPARED` of the indices ``at``, and that of the engine which has the prompt's beginning."""
+        if len(at) <= COMPARED:
+            return at
+        some = random.Random(zlib.crc32(request.id.encode())).sample(at, COMPARED)
+        owners = self._owners
+        owner = next((owners[block] for block in reversed(request.blocks) if block in owners), None)
+        if owner is not None:
+            some.extend(index for index in at if queues[index].engine.name == owner and index not in some)
+        return some
+
+
+_FITS, _FITS_BESIDE, _FULL, _FULL_BESIDE, _NOT_COMPARED = range(5)
+"""First part of a key: the engine fits, one outside the band fits, neither does, or the engine was not compared."""
+
+
+def _judge(request: Request, queue: EngineQueue, now: float, looser: bool = False) -> tuple[bool, float]:
+    """Return whether the engine fits ``request``, and its cost: seconds until its first token there.
+
+    ``looser``: the engine is for looser paces.
+    """
+    admission = queue.admission
+    batch = admission.expected_batch()
+    curve = batch.engine.step_time.curve
+    pace_s = request.pace_s if request.kind is ServiceKind.PACED and request.pace_s is not None else math.inf
+    pace_s *= batch.engine.tokens_per_step
+    strictest_s = min(batch.strictest_s, pace_s)
+    context = (request.prompt_tokens + request.predicted_tokens / 2) * request.sequences
+    step_s = curve.step_s(batch.decoding + request.sequences, batch.context + context)
+    share = max(LEAST_SHARE, 1 - step_s / strictest_s)
+    cached = admission.prefixes.cached_tokens(request) if batch.engine.prefix_caching else 0
+    tokens = batch.backlog + max(1, request.prompt_tokens - cached)
+    token_s = curve.prefill_token_s(
+        batch.decoding + request.sequences, batch.engine.max_num_batched_tokens, strictest_s - step_s
+    )
+    cost_s = 2 * step_s + token_s * tokens / share
+    fits = step_s <= (AMPLE * pace_s if looser else strictest_s) and batch.has_capacity_for(request)
+    return fits and now + cost_s <= request.deadline_s, cost_s
+
+
+def _pace_number(request: Request) -> int:
+    """Return the request's pace on a scale of `PACE_STEP`; of a request without one, the number of a slow pace."""
+    pace_s = request.pace_s if request.kind is ServiceKind.PACED and request.pace_s is not None else math.inf
+    return round(math.log(min(max(pace_s, 1e-4), 10.0), PACE_STEP))
+
+
+def _cumulated(weights: Sequence[float]) -> list[float]:
+    """Return the running sums of ``weights``, as shares of their total."""
+    total, sums, at = sum(weights), [], 0.0
+    for weight in weights:
+        at += weight / total
+        sums.append(at)
+    return sums
+
+
+def _band(first: float, last: float, ends: Sequence[float]) -> tuple[int, int]:
+    """Return the engines that a band from ``first`` to ``last`` covers by `EDGE` at least; ``ends``: their upper ends.
+
+    A band that covers less of every engine gets the one at its middle.
+    """
+    covered = [
+        at
+        for at, end in enumerate(ends)
+        if min(last, end) - max(first, start := ends[at - 1] if at else 0.0) >= EDGE * (end - start)
+    ]
+    if covered:
+        return covered[0], covered[-1] + 1
+    middle = min(bisect_left(ends, (first + last) / 2), len(ends) - 1)
+    return middle, middle + 1

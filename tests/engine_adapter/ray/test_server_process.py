@@ -1,0 +1,107 @@
+"""A server as a child process: its address, its health and its end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import pytest
+
+from engine_adapter.ray.server_process import ServerProcess
+
+pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform != "linux", reason="uses PR_SET_PDEATHSIG")]
+
+SERVER = """
+import http.server, signal, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404); self.end_headers()
+    def log_message(self, *args): pass
+def stop(*_):
+    time.sleep(float(sys.argv[3])); sys.exit(7)
+signal.signal(signal.SIGTERM, stop)
+http.server.HTTPServer((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
+"""
+
+
+def command(stops_after_s: float = 0.0) -> list[str]:
+    return [sys.executable, "-c", SERVER, "{host}", "{port}", str(stops_after_s)]
+
+
+def wait_healthy(server: ServerProcess) -> None:
+    until = time.monotonic() + 20
+    while not server.is_healthy():
+        assert server.exit_code is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def server() -> Iterator[ServerProcess]:
+    running = ServerProcess(command(), "127.0.0.1")
+    yield running
+    running.stop(0)
+
+
+def test_server_gets_a_free_address_and_answers(server: ServerProcess) -> None:
+    wait_healthy(server)
+    other = ServerProcess(command(), "127.0.0.1")
+    try:
+        assert urlsplit(server.url).hostname == "127.0.0.1"
+        assert other.url != server.url
+        wait_healthy(other)
+    finally:
+        other.stop(0)
+
+
+def test_stop_waits_for_the_drain_and_returns_the_exit_code(server: ServerProcess) -> None:
+    slow = ServerProcess(command(0.3), "127.0.0.1")
+    wait_healthy(slow)
+    assert slow.stop(10) == 7
+    assert not slow.is_healthy()
+    assert slow.stop(10) == 7
+
+
+def test_server_that_does_not_stop_is_killed() -> None:
+    stubborn = ServerProcess(command(60), "127.0.0.1")
+    wait_healthy(stubborn)
+    assert stubborn.stop(0.1) == -signal.SIGKILL
+
+
+def test_command_that_does_not_exist_ends_at_once() -> None:
+    absent = ServerProcess(["/no/such/program"], "127.0.0.1")
+    assert absent.stop(10) != 0
+    assert not absent.is_healthy()
+
+
+def test_server_ends_with_its_parent() -> None:
+    script = f"""
+import sys, time
+from engine_adapter.ray.server_process import ServerProcess
+server = ServerProcess({command()!r}, "127.0.0.1")
+while not server.is_healthy(): time.sleep(0.05)
+print(server._process.pid, flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert is_running(pid)
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 10
+    while is_running(pid):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:  # noqa: PTH123 - a process may end meanwhile
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

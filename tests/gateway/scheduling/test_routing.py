@@ -1,0 +1,252 @@
+"""Routing policies: which engine each one prefers, and that `headroom` keeps paces apart."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+
+from engine_adapter.simulated.engine import SimulatedEngine
+from engine_adapter.step_time.linear_forms import StepTimes
+from engine_adapter.step_time.model import StepTimeModel
+from gateway.policies.registry import make_policy
+from gateway.requests.request import Request
+from gateway.requests.slo import Slo, SloClass
+from gateway.scheduling.engine_queue import EngineQueue
+from gateway.scheduling.headroom import COMPARED, REFRESH_S, PaceBands
+from gateway.scheduling.router import Router
+from gateway.scheduling.routing import ROUTINGS, LeastLoad, make_routing
+from tests.fixtures.policy_builders import make_request
+
+A100 = StepTimes(b=6e-5, d=0.0125, alpha=6e-5, beta=0.0125)
+"""Step times like those of an A100."""
+
+
+class ManualClock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def router_of(routing: str, count: int, clock: ManualClock | None = None, times: StepTimes = A100) -> Router:
+    clock = clock or ManualClock()
+    queues = []
+    for number in range(count):
+        engine = SimulatedEngine(name=str(number))
+        engine.state.alive, engine.state.step_time = True, StepTimeModel(times=times)
+        queues.append(EngineQueue(engine, make_policy("slack"), {"chat": SloClass("chat", Slo())}, clock=clock))
+    return Router(queues, make_routing(routing), clock)
+
+
+def send(router: Router, request: Request, runs: bool = True) -> int:
+    """Place ``request``, note that it was sent, and have it decode there. Returns the engine's number."""
+    queue = router.place(request)
+    router.on_sent(queue, request)
+    if runs:
+        request.first_token_s = request.admitted_s = request.arrival_s
+        queue.admission.running[request.id] = request
+        queue.admission.capacity_changed()
+    return int(queue.engine.name)
+
+
+def request_at(number: int, paces: tuple[float, ...]) -> Request:
+    """Return one of 50 requests a second, whose paces take turns."""
+    pace_s = paces[number % len(paces)]
+    return make_request(f"r{number}", prompt=200, output=100, at=number / 50, ttft=5.0, tpot=pace_s)
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_routing_uses_every_idle_engine_and_none_that_is_down(name: str) -> None:
+    router = router_of(name, 4)
+    router.engine_queues[2].engine.state.alive = False
+    used = {send(router, make_request(f"{number}", prompt=100, tpot=0.05)) for number in range(60)}
+    assert used == {0, 1, 3}
+
+
+def test_make_routing_lists_the_known_names() -> None:
+    with pytest.raises(ValueError, match=r"no routing is called 'random'.*headroom"):
+        make_routing("random")
+
+
+def test_round_robin_takes_turns() -> None:
+    router = router_of("round_robin", 3)
+    assert [send(router, make_request(f"{number}")) for number in range(6)] == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["least_requests", "most_free_memory", "least_load"])
+def test_routing_avoids_the_engine_with_a_request(name: str) -> None:
+    router = router_of(name, 2)
+    request = make_request("waits", prompt=500)
+    router.engine_queues[0].admission.submit(request)
+    assert send(router, make_request("next")) == 1
+
+
+def test_power_of_two_depends_on_the_request_alone() -> None:
+    router = router_of("power_of_two", 8)
+    places = {router.place(make_request("same")).engine.name for _ in range(5)}
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize("name", ["prefix_affinity", "headroom", "least_load"])
+def test_routing_returns_a_chat_to_the_engine_with_its_history(name: str) -> None:
+    router = router_of(name, 4)
+    router.engine_queues[2].admission.prefixes.stored(range(60), 16)
+    chat = make_request("chat", prompt=1000, tpot=0.05)
+    chat.blocks, chat.block_tokens = tuple(range(60)), 16
+    assert send(router, chat) == 2
+
+
+def test_prefix_affinity_balances_engines_that_differ_too_much() -> None:
+    router = router_of("prefix_affinity", 2)
+    router.engine_queues[0].admission.prefixes.stored(range(60), 16)
+    for number in range(80):
+        other = make_request(f"{number}", first_token_s=0.0)
+        router.engine_queues[0].admission.running[other.id] = other
+    chat = make_request("chat", prompt=1000)
+    chat.blocks, chat.block_tokens = tuple(range(60)), 16
+    assert send(router, chat) == 1
+
+
+def test_least_load_counts_requests_of_each_model_apart() -> None:
+    routing, router = LeastLoad(), router_of("least_load", 2)
+    first, second = router.engine_queues
+    asked = make_request("a", prompt=1000)
+    before = routing.keys(asked, [first, second])
+    for number in range(600):
+        routing.on_sent(make_request(f"{number}", requested_model="other"), first)
+    assert routing.keys(asked, [first, second]) == before
+    for number in range(600):
+        routing.on_sent(make_request(f"{number}"), first)
+    assert routing.keys(asked, [first, second])[1] < before[1], "the estimate of the second engine is out of date"
+
+
+# --- headroom ---------------------------------------------------------------------------------------------------------
+
+
+def placed_by_pace(router: Router, clock: ManualClock, count: int, paces: tuple[float, ...]) -> dict[float, set[int]]:
+    """Send ``count`` requests, which end after 2 s; return the engines of each pace in the second half."""
+    running: collections.deque[tuple[float, Request, int]] = collections.deque()
+    engines: dict[float, set[int]] = {pace: set() for pace in paces}
+    for number in range(count):
+        request = request_at(number, paces)
+        clock.now = request.arrival_s
+        while running and running[0][0] <= clock.now:
+            _, ended, at = running.popleft()
+            router.engine_queues[at].admission.leave(ended)
+        at = send(router, request)
+        running.append((clock.now + 2.0, request, at))
+        if number > count / 2:
+            engines[request.pace_s or 0.0].add(at)
+    return engines
+
+
+def test_headroom_keeps_paces_apart() -> None:
+    clock = ManualClock()
+    engines = placed_by_pace(router_of("headroom", 8, clock), clock, 600, (0.03, 0.05))
+    assert len(engines[0.03] & engines[0.05]) <= 1
+    assert len(engines[0.03]) > len(engines[0.05]) - 1, "the tight pace needs more engines for the same tokens"
+    assert engines[0.03] | engines[0.05] == set(range(8))
+
+
+def test_headroom_gives_a_single_pace_every_engine() -> None:
+    clock = ManualClock()
+    assert placed_by_pace(router_of("headroom", 4, clock), clock, 400, (0.05,))[0.05] == {0, 1, 2, 3}
+
+
+def test_headroom_serves_a_tight_pace_on_the_engines_with_short_steps() -> None:
+    clock = ManualClock()
+    router = router_of("headroom", 4, clock)
+    for number in (1, 3):
+        router.engine_queues[number].engine.state.step_time = StepTimeModel(
+            times=StepTimes(b=2e-5, d=0.006, alpha=2e-5, beta=0.006)
+        )
+    engines = placed_by_pace(router, clock, 400, (0.03, 0.05))
+    assert engines[0.03] <= {1, 3}
+    assert not engines[0.05] & {1}
+
+
+def test_headroom_moves_the_edge_with_the_mix() -> None:
+    clock = ManualClock()
+    router = router_of("headroom", 8, clock)
+    mostly_loose = placed_by_pace(router, clock, 600, (0.03, 0.05, 0.05, 0.05, 0.05, 0.05))
+    assert len(mostly_loose[0.03]) <= 3
+    mostly_tight = placed_by_pace(router_of("headroom", 8, clock), clock, 600, (0.03, 0.03, 0.03, 0.03, 0.03, 0.05))
+    assert len(mostly_tight[0.03]) >= 6
+
+
+def test_headroom_does_not_slow_an_engine_of_a_looser_pace_for_a_request_that_does_not_fit() -> None:
+    clock = ManualClock()
+    router = router_of("headroom", 2, clock)
+    placed_by_pace(router, clock, 200, (0.03, 0.05))
+    tight, loose = router.engine_queues
+    for number in range(250):
+        for queue, pace in ((tight, 0.03), (loose, 0.05)):
+            other = make_request(f"{pace} {number}", tpot=pace, first_token_s=0.0)
+            queue.admission.running[other.id] = other
+            queue.admission.capacity_changed()
+    assert router.place(make_request("tight", tpot=0.03, at=clock.now)) is tight
+    assert router.place(make_request("loose", tpot=0.05, at=clock.now)) is loose
+
+
+def test_headroom_takes_an_engine_outside_the_band_that_has_ample_room() -> None:
+    clock = ManualClock()
+    router = router_of("headroom", 2, clock)
+    placed_by_pace(router, clock, 200, (0.03, 0.05))
+    tight = router.engine_queues[0]
+    for queue in router.engine_queues:
+        queue.admission.running.clear()
+        queue.admission.capacity_changed()
+    tight.engine.state.max_num_seqs = 1
+    busy = make_request("busy", tpot=0.03, first_token_s=0.0)
+    tight.admission.running[busy.id] = busy
+    tight.admission.capacity_changed()
+    assert router.place(make_request("tight", tpot=0.03, at=clock.now)) is router.engine_queues[1]
+
+
+def test_headroom_order_ignores_noise_of_equal_engines() -> None:
+    clock = ManualClock()
+    queues = router_of("headroom", 3, clock).engine_queues
+    bands = PaceBands()
+    bands.of(make_request(tpot=0.03), queues, clock.now)
+    before = dict(bands.ranks)
+    for queue, factor in zip(queues, (1.1, 1.0, 0.95), strict=True):
+        queue.engine.state.step_time = StepTimeModel(times=StepTimes(d=0.0125 * factor, b=6e-5, alpha=6e-5))
+    clock.now += 2 * REFRESH_S
+    bands.of(make_request(tpot=0.03), queues, clock.now)
+    assert bands.ranks == before
+
+
+def test_headroom_compares_a_bounded_number_of_engines_and_the_one_with_the_prompt() -> None:
+    router = router_of("headroom", 6 * COMPARED)
+    chat = make_request("chat", prompt=1000, tpot=0.05)
+    chat.blocks, chat.block_tokens = tuple(range(60)), 16
+    at = send(router, chat, runs=False)
+    router.engine_queues[at].admission.prefixes.stored(range(60), 16)
+    compared = 0
+    for number in range(20):
+        turn = make_request(f"turn {number}", prompt=1100, tpot=0.05)
+        turn.blocks, turn.block_tokens = tuple(range(66)), 16
+        keys = router.routing.keys(turn, router.engine_queues)
+        compared = max(compared, sum(key != max(keys) for key in keys))
+        assert router.engine_queues.index(router.place(turn)) == at
+    assert compared <= COMPARED + 1
+
+
+def test_expected_batch_follows_every_change() -> None:
+    queue = router_of("headroom", 2).engine_queues[0]
+    admission = queue.admission
+    assert admission.expected_batch().slots == 0
+    request = make_request("one", prompt=300, tpot=0.05)
+    admission.submit(request)
+    assert (admission.expected_batch().slots, admission.expected_batch().backlog) == (1, 300)
+    admission.decide(0.0)
+    assert (admission.expected_batch().slots, admission.expected_batch().backlog) == (1, 300)
+    request.first_token_s = 1.0
+    admission.capacity_changed()
+    assert (admission.expected_batch().slots, admission.expected_batch().backlog) == (1, 0)
+    admission.leave(request)
+    assert admission.expected_batch().slots == 0
