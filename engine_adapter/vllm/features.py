@@ -89,6 +89,7 @@ _HISTORIES = (
 _DRAFTS = "the scheduler is tested with drafts of any origin, but no engine ran with this method"
 _STEPPED = "tests/engine_adapter/vllm/test_scheduler_features.py"
 _PLAIN = "tests/e2e/test_plain_vllm.py"
+_NGRAM = "tests/engine_adapter/vllm/test_ngram_answers.py::test_answers_with_drafts_equal_stock_ones"
 _PARALLEL = "tests/e2e/test_tensor_parallel.py::test_paced_requests_of_two_workers_answer_as_stock"
 
 FEATURES = (
@@ -96,7 +97,7 @@ FEATURES = (
         "speculative decoding, n-gram",
         "`speculative-config: {method: ngram}`",
         _speculates("ngram", "ngram_gpu"),
-        _works(_PARALLEL),
+        _works(_NGRAM),
     ),
     Feature(
         "speculative decoding, EAGLE",
