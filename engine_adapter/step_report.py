@@ -68,9 +68,12 @@ class Acceptance:
 
     Attributes:
         rate: r; 0 until a sequence had drafts.
+        draft_tokens, accepted_tokens: all drafts that were verified, and those that were accepted.
     """
 
     rate: float = 0.0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     _drafting: float = 0.0
     _drafts: float = 0.0
     _accepted: float = 0.0
@@ -84,6 +87,8 @@ class Acceptance:
         self._offered = kept * self._offered + step.offered_requests
         if not step.drafting_requests:
             return
+        self.draft_tokens += step.draft_tokens
+        self.accepted_tokens += step.accepted_tokens
         self._drafting = kept * self._drafting + step.drafting_requests
         self._drafts = kept * self._drafts + step.draft_tokens
         self._accepted = kept * self._accepted + step.accepted_tokens

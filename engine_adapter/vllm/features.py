@@ -89,6 +89,7 @@ _HISTORIES = (
 _DRAFTS = "the scheduler is tested with drafts of any origin, but no engine ran with this method"
 _STEPPED = "tests/engine_adapter/vllm/test_scheduler_features.py"
 _PLAIN = "tests/e2e/test_plain_vllm.py"
+_NGRAM = "tests/engine_adapter/vllm/test_ngram_answers.py::test_answers_with_drafts_equal_stock_ones"
 _PARALLEL = "tests/e2e/test_tensor_parallel.py::test_paced_requests_of_two_workers_answer_as_stock"
 
 FEATURES = (
@@ -96,7 +97,7 @@ FEATURES = (
         "speculative decoding, n-gram",
         "`speculative-config: {method: ngram}`",
         _speculates("ngram", "ngram_gpu"),
-        _works(_PARALLEL),
+        _works(_NGRAM),
     ),
     Feature(
         "speculative decoding, EAGLE",
@@ -195,7 +196,7 @@ FEATURES = (
         "sleep mode",
         "`enable-sleep-mode`",
         lambda config: bool(config.model_config.enable_sleep_mode),
-        _untested("vLLM on CPU has none"),
+        _untested("vLLM on CPU has no sleep mode, so it could not be tried"),
         in_process=_refused("the gateway has no route for sleeping. Run vLLM as a server, and use `kind: http`"),
     ),
     Feature(
@@ -224,7 +225,7 @@ FEATURES = (
         "data parallel (DP)",
         "`data-parallel-size`",
         lambda config: config.parallel_config.data_parallel_size > 1,
-        _untested("[tried](results/vllm_features.md); each rank has a gate of its own"),
+        _untested("[tried](results/vllm_features.md); each rank has its own gate"),
         in_process=_refused(
             "the gateway counts one rank's slots and step times, so it would use 1/N of the ranks. "
             "Use one engine per rank: a `vllm serve` for each, with `kind: http`"
@@ -234,7 +235,7 @@ FEATURES = (
         "expert parallel (EP)",
         "`enable-expert-parallel`",
         lambda config: bool(config.parallel_config.enable_expert_parallel),
-        _untested("vLLM on CPU dies in a kernel of its own"),
+        _untested("vLLM on CPU crashes in its own expert-parallel kernel, so it could not be tried"),
     ),
 )
 

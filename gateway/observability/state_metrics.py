@@ -73,6 +73,10 @@ STATE_METRICS: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamil
         "Best-effort requests that the engine preempted for paced and deadline-only ones. It recomputes them later.",
         ("engine",),
     ),
+    "antares_draft_tokens_total": (
+        CounterMetricFamily, "Drafts (speculative decoding) that the engine verified, and those that were accepted.",
+        ("engine", "kind"),
+    ),
     "antares_gate_seconds_total": (CounterMetricFamily, "Time spent in the step gate.", ("engine",)),
     "antares_shadow_up": (GaugeMetricFamily, "1 while the shadow policy runs, else 0.", ("policy", "engine")),
     "antares_shadow_requests_total": (
@@ -176,6 +180,8 @@ class GatewayState(Collector):
                     put("antares_step_time_mape_ratio", quality.mape, engine, form)
             put("antares_gate_steps_total", state.gate.gated_steps, engine)
             put("antares_best_effort_preemptions_total", state.gate.best_effort_preemptions, engine)
+            put("antares_draft_tokens_total", state.acceptance.draft_tokens, engine, "verified")
+            put("antares_draft_tokens_total", state.acceptance.accepted_tokens, engine, "accepted")
             put("antares_gate_seconds_total", state.gate.gate_seconds, engine)
             for tpot, count in state.gate.eligible.items():
                 put("antares_gate_eligible_total", count, engine, tpot)

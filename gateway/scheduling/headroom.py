@@ -220,7 +220,7 @@ def _judge(request: Request, queue: EngineQueue, now: float, looser: bool = Fals
         batch.decoding + request.sequences, batch.engine.max_num_batched_tokens, strictest_s - step_s
     )
     cost_s = 2 * step_s + token_s * tokens / share
-    fits = step_s <= (AMPLE * pace_s if looser else strictest_s) and batch.has_capacity_for(request)
+    fits = step_s <= (AMPLE * pace_s if looser else strictest_s) and batch.has_room_for(request)
     return fits and now + cost_s <= request.deadline_s, cost_s
 
 

@@ -131,6 +131,13 @@ def simulate(
             help="Prediction of prefix-cache hits in the gateway. Without, policies plan with whole prompts.",
         ),
     ] = True,
+    draft_tokens: Annotated[
+        int, typer.Option(min=0, help="Speculative decoding: drafts per decode, vLLM's num_speculative_tokens.")
+    ] = 0,
+    draft_acceptance: Annotated[
+        float, typer.Option(min=0, max=1, help="Probability that a draft is accepted if those before it are.")
+    ] = 0.6,
+    draft_ms: Annotated[float, typer.Option(min=0, help="Milliseconds that making drafts adds to a step.")] = 0.0,
     learn: Annotated[
         bool, typer.Option("--learn/--no-learn", help="Learn step times during the run, as a live gateway does.")
     ] = True,
@@ -170,6 +177,7 @@ def simulate(
 
         antares simulate --hold 0.99 --policy slack --replicas 8 --profiles h200-llama3.1-8b --routing headroom
     """
+    from engine_adapter.simulated.speculation import RandomAcceptance
     from lab.simulate.experiment import Experiment, runs_of
 
     seeds, policies = list(dict.fromkeys(seed or [0])), list(dict.fromkeys(policy or ["fcfs", "scorpio"]))
@@ -193,6 +201,7 @@ def simulate(
             colocated_gateway=_resolve_alias(colocated_gateway, apart),
             prefix_caching=prefix_caching,
             prefix_index=prefix_index,
+            speculation=RandomAcceptance(draft_tokens, draft_acceptance, draft_ms / 1000) if draft_tokens else None,
             limits={name: limit for name, limit in limits.items() if limit is not None},
         )
         if hold is not None:

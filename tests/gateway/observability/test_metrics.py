@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine_adapter.engine import Receive, Scope, Send
 from engine_adapter.simulated.engine import SimulatedEngine
+from engine_adapter.step_report import StepReport
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.observability.state_metrics import METRIC_ALIASES
 from tests.fixtures.live_gateway import CHAT, CLASSES, TEXT, Live, chat, fast_engine, live
@@ -259,3 +260,12 @@ async def test_step_times_are_compared_with_the_model(antares: Live) -> None:
     assert f'antares_step_seconds_total{{engine="simulated",kind="actual"}} {model.actual_s}' in text
     assert f'antares_step_seconds_total{{engine="simulated",kind="predicted"}} {model.predicted_s}' in text
     assert f'antares_step_error_seconds_total{{engine="simulated"}} {model.error_s}' in text
+
+
+async def test_drafts_are_counted_by_kind(antares: Live) -> None:
+    for _ in range(3):
+        antares.engine.state.acceptance.observe(StepReport(4, 0, 100.0, 0.02, 4, 12, 5, offered_requests=4))
+    antares.engine.state.acceptance.observe(StepReport(4, 0, 100.0, 0.02))
+    text = await exposition(antares)
+    assert 'antares_draft_tokens_total{engine="simulated",kind="verified"} 36.0' in text
+    assert 'antares_draft_tokens_total{engine="simulated",kind="accepted"} 15.0' in text

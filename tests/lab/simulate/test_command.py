@@ -227,3 +227,19 @@ def test_old_gateway_options_work_and_warn() -> None:
     assert separate.stdout == apart.stdout != colocated.stdout == inside.stdout
     assert "--apart is deprecated: leave it out" in message(apart)
     assert "--inside is deprecated: use --colocated-gateway" in message(inside)
+
+
+def test_accepted_drafts_shorten_tpot() -> None:
+    def tpot_s(*options: str) -> float:
+        arguments = ("--policy", "slack", "--qps", "4", "--duration", "5")
+        return float(document(*arguments, *options)["runs"][0]["tpot_p50_s"])
+
+    drafts = ("--draft-tokens", "3", "--draft-acceptance")
+    plain_s, few_s, all_s = tpot_s(), tpot_s(*drafts, "0.3"), tpot_s(*drafts, "1")
+    assert all_s < 0.5 * plain_s
+    assert all_s < few_s < plain_s
+
+
+@pytest.mark.parametrize("wrong", [("--draft-tokens", "-1"), ("--draft-acceptance", "1.2"), ("--draft-ms", "-1")])
+def test_impossible_speculation_is_refused(wrong: tuple[str, str]) -> None:
+    assert antares(*wrong).exit_code == 2
