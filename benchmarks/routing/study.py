@@ -55,7 +55,7 @@ MAIN = (DEFAULT, OURS, "least_requests")
 
 ROWS = (
     Row("six categories, 8 A100", "sharegpt", 8, (), 200.0, (*MAIN, "round_robin", "power_of_two")),
-    Row("multi-turn, 8 A100", "multi-turn", 8, (), 114.0, (*MAIN, "prefix_affinity", "round_robin")),
+    Row("multi-turn, 8 A100", "multi-turn", 8, (), 114.0, (*MAIN, "prefix_affinity")),
     Row("six categories, 4 A100", "sharegpt", 4, (), 98.0, MAIN),
     Row("six categories, 4 A100 and 4 H200", "sharegpt", 8, (H200,), 350.0, MAIN),
     Row("six categories, 16 A100", "sharegpt", 16, (), 410.0, MAIN),
@@ -77,35 +77,39 @@ def measure(
         profiles=row.profiles,
         limits={"max_num_seqs": SLOTS},
     )
-    qps, records = capacity(experiment, POLICY, seeds, KEEPS, precision=0.02, first_qps=row.first_qps, growth=1.1)
+    qps, _ = capacity(experiment, POLICY, seeds, KEEPS, precision=0.02, first_qps=row.first_qps, growth=1.1)
     runs = []
     for load in loads:
         for seed in seeds:
             record = perform(experiment, Run(POLICY, load * (stock_qps or qps), seed))
-            records.append(record)
             runs.append({"load": load, "seed": seed, **{field: record[field] for field in FIELDS}})
-    decision_us = 1e6 * sum(r["routing_s"] for r in records) / sum(r["requests"] for r in records)
-    return {"routing": routing, "qps": round(qps, 1), "decision_us": round(decision_us, 1), "runs": runs}
+    return {"routing": routing, "qps": round(qps, 1), "runs": runs}
 
 
 def page(found: dict[str, Any]) -> str:
     """Return the result page of the study's JSON."""
-    names = ", ".join(map(str, found["seeds"]))
+    names, goodput, option = ", ".join(map(str, found["seeds"])), "", " --no-goodput"
+    if any(one["runs"] for part in found["rows"] for one in part["routings"]):
+        option = ""
+        goodput = f"""- *S*: the capacity of `{DEFAULT}` in that row.
+- *Goodput*: attained requests per second, drain included.
+"""
+    if len(found["rows"]) < len(ROWS):
+        option += "".join(f' --row "{part["row"]}"' for part in found["rows"])
     head = f"""# Routing
 
 **Simulated.** [Routing](../routing.md) explains the policies. Llama-3.1-8B, {found["slots"]} sequences a batch,
-{found["duration_s"]:g} s of arrivals, seeds {names}, the shipped length predictor. The policy of every engine is
+{found["duration_s"]:g} s of arrivals, seed {names}, the shipped length predictor. The policy of every engine is
 `{POLICY}`. The six categories are those of the SCORPIO paper, with its `sharegpt` lengths.
 
 - *Capacity*: the highest rate of the fleet at which {found["keeps"]:.0%} of the requests attain their SLO. The search
-ends at a precision of 2%.
+ends at a precision of 2%, so a search that starts at another rate may differ by that much.
 - *Best other*: the highest capacity of the other policies. A ratio below 1 is a loss of `{OURS}`.
-- *S*: the capacity of `{DEFAULT}` in that row.
-- *Goodput*: attained requests per second, drain included.
-- *Decision*: time to choose an engine, per request, on a shared machine. It grows with the number of engines.
+{goodput}
+The CPU time of a decision is on the page about [routing](../routing.md#what-does-a-decision-cost).
 
 ```
-python -m benchmarks.routing.study --json > docs/results/routing.json
+python -m benchmarks.routing.study{option} --json > docs/results/routing.json
 python -m benchmarks.routing.study --page docs/results/routing.json
 ```
 
@@ -123,7 +127,7 @@ python -m benchmarks.routing.study --page docs/results/routing.json
 def _section(part: dict[str, Any]) -> Iterator[str]:
     yield f"## {part['row'][0].upper()}{part['row'][1:]}"
     loads = list(dict.fromkeys(run["load"] for one in part["routings"] for run in one["runs"]))
-    heads = ["routing", "capacity", "per engine", "decision µs", *(f"goodput at {load:g} S" for load in loads)]
+    heads = ["routing", "capacity", "per engine", *(f"goodput at {load:g} S" for load in loads)]
     heads += [f"adherence at {load:g} S" for load in loads]
     rows = []
     for one in part["routings"]:
@@ -133,7 +137,6 @@ def _section(part: dict[str, Any]) -> Iterator[str]:
                 f"`{one['routing']}`",
                 f"{one['qps']:.0f}",
                 f"{one['qps'] / part['replicas']:.1f}",
-                f"{one['decision_us']:.0f}",
                 *(f"{fmean(run['goodput'] for run in runs):.0f}" for runs in by_load),
                 *(f"{fmean(run['slo_adherence'] for run in runs):.2f}" for runs in by_load),
             ]

@@ -36,7 +36,7 @@ class SimulationResult:
         results: one per request, in the order of the workload.
         duration_s: time of the last event.
         scheduling_s: real seconds spent in policy decisions.
-        routing_s: real seconds spent in choosing engines.
+        routing_s: CPU seconds spent in choosing engines.
         decisions: number of policy decisions.
         steps: number of engine steps.
         busy_s: time that engines spent in steps, summed over engines.
@@ -145,9 +145,9 @@ def simulate(
             if prefix_index:
                 request.blocks, request.block_tokens = _prompt_blocks(workload[arrived]), BLOCK_TOKENS
             if fleet is not None:
-                started = time.perf_counter()
+                started = time.process_time()
                 engine = fleet.place(request)
-                routing_s += time.perf_counter() - started
+                routing_s += time.process_time() - started
             engine.admission.submit(request)
             arrived += 1
         else:
