@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import results_json
+from benchmarks.command import chosen
 from benchmarks.faults.checks import Ends, snapshot, verdict
 from benchmarks.faults.client import NO_ANSWER, Reply, chat, exchange
 from benchmarks.faults.mutate import Mutation, mutation
@@ -129,7 +130,8 @@ def main(
     ] = None,
 ) -> None:
     """Send mutated requests to a gateway with each kind of engine. Exit code 1 if it made a mistake."""
-    rows = [asyncio.run(measure(kind, count, seed)) for kind in KINDS if not engine or kind in engine]
+    kinds = chosen("--engine", engine, KINDS)
+    rows = [asyncio.run(measure(kind, count, seed)) for kind in KINDS if kind in kinds]
     sys.stdout.write(results_json.dumps({"seed": seed, "engines": rows}))
     raise typer.Exit(int(any(row["mistakes"] for row in rows)))
 

@@ -31,6 +31,7 @@ import typer
 import yaml
 
 from benchmarks import results_json
+from benchmarks.command import AsJson, PageOf, print_results, write_page
 from benchmarks.faults.checks import OUTCOMES, Ends, Snapshot, snapshot, verdict
 from benchmarks.faults.client import HUNG_UP, NO_ANSWER, Reply, chat, exchange
 from benchmarks.faults.fault import recovered
@@ -362,12 +363,10 @@ def main(
     warm_up_min: Annotated[
         float, typer.Option("--warm-up", min=0.0, help="Minutes of the same load before the memory is judged.")
     ] = WARM_UP_MIN,
-    engine: Annotated[str, typer.Option(help="simulated or vllm.")] = "simulated",
+    engine: Annotated[Engine, typer.Option()] = "simulated",
     seed: Annotated[int, typer.Option(help="Seed of requests and faults.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; measure nothing.")
-    ] = None,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
     of: Annotated[list[Path] | None, typer.Option(help="With --page: soaks that this file holds from now on.")] = None,
 ) -> None:
     """Soak a gateway. Exit code 1 if it lost or leaked something."""
@@ -375,13 +374,11 @@ def main(
         if of:
             documents = [json.loads(file.read_text(encoding="utf-8")) for file in of]
             results_json.write({"soaks": [row for document in documents for row in document["soaks"]]}, page_of)
-        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        write_page(page_of, page)
         return
-    if engine not in ("simulated", "vllm"):
-        raise typer.BadParameter("use simulated or vllm", param_hint="--engine")
-    row = asyncio.run(measure("vllm" if engine == "vllm" else "simulated", minutes, seed, warm_up_min))
+    row = asyncio.run(measure(engine, minutes, seed, warm_up_min))
     found = {"soaks": [row]}
-    sys.stdout.write(results_json.dumps(found) if as_json else page(found))
+    print_results(found, as_json, page)
     for problem in row["problems"]:
         sys.stderr.write(f"problem: {problem}\n")
     raise typer.Exit(int(bool(row["problems"])))

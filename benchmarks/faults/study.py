@@ -7,7 +7,6 @@ from the start, B is healthy. Once all requests have ended, A is repaired, and l
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import sys
 import time
@@ -15,14 +14,13 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
 import uvicorn
 
-from benchmarks import results_json
+from benchmarks.command import AsJson, PageOf, chosen, print_results, write_page
 from benchmarks.faults.server import FAULTS, FaultyServer
 from benchmarks.markdown import table, wrapped
 from engine_adapter.engine import ASGIApp
@@ -197,21 +195,19 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="Requests while A has the fault.")] = 500,
     clients: Annotated[int, typer.Option(min=1, help="Clients at the same time.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the faults and of the requests.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; measure nothing.")
-    ] = None,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Measure failover with every fault on this machine."""
     if page_of is not None:
-        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        write_page(page_of, page)
         return
     rows = []
-    for name in fault or FAULTS:
+    for name in chosen("--fault", fault, FAULTS):
         rows.append(asyncio.run(measure(name, requests, clients, seed)))
         sys.stderr.write(f"{rows[-1]}\n")
     found = {"made_with": {"requests": requests, "clients": clients, "seed": seed}, "faults": rows}
-    sys.stdout.write(results_json.dumps(found) if as_json else page(found))
+    print_results(found, as_json, page)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ The table says what was done, how often, what clients saw, how long the gateway 
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks import results_json
+from benchmarks.command import AsJson, PageOf, chosen, print_results, write_page
 from benchmarks.faults import mutations
 from benchmarks.faults.client_faults import CLIENT_FAULTS
 from benchmarks.faults.fault import Fault, Result, measure
@@ -132,23 +130,21 @@ def main(
     mutated: Annotated[int, typer.Option("--mutations", min=1, help="Mutated requests for each engine.")] = 20_000,
     fault: Annotated[list[str] | None, typer.Option(help="Repeat for several. [default: all]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the mutations.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; measure nothing.")
-    ] = None,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Inject every fault. Exit code 1 if one left something behind."""
     if page_of is not None:
-        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        write_page(page_of, page)
         return
-    rows = []
+    names, rows = chosen("--fault", fault, [each.name for each in FAULTS]), []
     for each in FAULTS:
-        for kind in each.kinds if not fault or each.name in fault else ():
+        for kind in each.kinds if each.name in names else ():
             rows.append(record(asyncio.run(measure(each, kind, rounds))))
             sys.stderr.write(f"{rows[-1]}\n")
     mutation_rows = [asyncio.run(mutations.measure(kind, mutated, seed)) for kind in KINDS]
     found = {"seed": seed, "rounds": rounds, "faults": rows, "mutations": mutation_rows}
-    sys.stdout.write(results_json.dumps(found) if as_json else page(found))
+    print_results(found, as_json, page)
     raise typer.Exit(int(any(row["problems"] for row in rows) or any(row["mistakes"] for row in mutation_rows)))
 
 

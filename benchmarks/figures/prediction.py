@@ -105,8 +105,8 @@ def section(document: Document) -> str:
     return f"""**Paper.** Evaluates the predictor by itself, not the cost of its errors.
 
 **Here.** `{PROFILE}`, chunked prefill, {runs[0]["workload_options"]["duration_s"]:g} s of ShareGPT arrivals,
-{len(document["seeds"])} seeds. *Saturation* is the rate at which stock vLLM attains {document["hold"]:.0%}
-({document["saturation_qps"]:.1f}/s).
+{len(document["seeds"])} seeds. Load 1 is the capacity of stock vLLM: it
+attains {document["hold"]:.0%} at {document["saturation_qps"]:.1f}/s with seed 0.
 
 - `oracle`: the true length.
 - `shipped`: the errors of the shipped model on held-out answers.
@@ -141,8 +141,8 @@ def _reading(runs: list[Record]) -> str:
 
     all_lengths = mean(matching(runs, load=LOADS[-1]), "mean_output_tokens")
     return (
-        f"Goodput of `scorpio` against `constant` at saturation: {gains('scorpio', LOADS[0])}. At {LOADS[-1]:g} times "
-        f"saturation: {gains('scorpio', LOADS[-1])}. `s3` at {LOADS[-1]:g} times saturation: {gains('s3', LOADS[-1])}."
+        f"Goodput of `scorpio` against `constant` at load 1: {gains('scorpio', LOADS[0])}. At load "
+        f"{LOADS[-1]:g}: {gains('scorpio', LOADS[-1])}. `s3` at load {LOADS[-1]:g}: {gains('s3', LOADS[-1])}."
         "\n\n"
         "`s3` orders requests by predicted length. `scorpio` does not. But when the batch is nearly full, its TPOT "
         "estimate still admits short answers, which add less context. A request that does not fit does not block the "
@@ -155,7 +155,7 @@ def _reading(runs: list[Record]) -> str:
 def headline(document: Document) -> str:
     """The gain of an oracle at overload."""
     gains = [f"`{p}` {_gain(document['runs'], p, LOADS[-1], 'oracle'):+.1%}" for p in POLICIES]
-    return f"goodput with an oracle over a constant at twice saturation: {', '.join(gains)}"
+    return f"goodput with an oracle over a constant at load 2: {', '.join(gains)}"
 
 
 FIGURE = Figure(NAME, "Effect of length prediction", measure, draw, section, headline)

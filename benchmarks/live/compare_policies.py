@@ -1,10 +1,10 @@
-"""Compares policies on one real engine: vLLM on CPU with a small random model, up to and above its capacity.
+"""Compares policies on one real engine, below and above its saturation throughput: vLLM, a small random model, CPU.
 
     python -m benchmarks.live.compare_policies --policy fcfs --policy slack --load 1 --load 2 --repeats 3
 
 One engine serves the whole comparison. In each round the policies take turns in front of it, at each load and with the
-same seed. So a drift in machine speed affects all of them. The capacity is measured first: the rate at which the
-engine completes the same workload with 64 requests always in flight.
+same seed. So a drift in machine speed affects all of them. The saturation throughput is measured first: the rate at
+which the engine completes the same workload with 64 requests always in flight.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from lab.workload import make_workload
 console = Console(stderr=True)
 
 _IN_FLIGHT = 64
-"""Concurrent requests of the capacity measurement."""
+"""Concurrent requests of the measurement of the saturation throughput."""
 
 
-async def _capacity(real: RealEngine, seed: int, temperature: float) -> float:
+async def _saturation(real: RealEngine, seed: int, temperature: float) -> float:
     """Requests per second that the engine completes with 64 in flight and no SLOs.
 
     Counts from the end of the 64th request to the start of the last, so that ramp-up and drain stay out.
@@ -81,12 +81,14 @@ async def compare(
         console.print("Starting vLLM…")
         await real.start()
         try:
-            capacity = await _capacity(real, seed, temperature)
-            console.print(f"Capacity {capacity:.2f} requests/s; offering {', '.join(map(str, loads))} times that")
+            saturation = await _saturation(real, seed, temperature)
+            console.print(
+                f"Saturation throughput {saturation:.2f} requests/s; offering {', '.join(map(str, loads))} times that"
+            )
             runs = []
             for repeat, load, policy in itertools.product(range(repeats), loads, policies):
                 workload = make_workload(
-                    "small", qps=load * capacity, duration_s=duration_s, seed=seed + repeat, slo_scale=slo_scale
+                    "small", qps=load * saturation, duration_s=duration_s, seed=seed + repeat, slo_scale=slo_scale
                 )
                 gate_s = real.engine.state.gate.gate_seconds
                 async with real.gateway(policy_spec(policy)) as (gateway, url):
@@ -96,7 +98,7 @@ async def compare(
                     scheduling = _scheduling_cost(gateway, real.engine, gate_s)
                 record = run_record(
                     policy,
-                    load * capacity,
+                    load * saturation,
                     seed + repeat,
                     sent.results(),
                     sent.duration_s,
@@ -114,7 +116,7 @@ async def compare(
             await real.engine.stop()
     return {
         "real": "vLLM on CPU, 8-layer 512-wide Llama with random weights, in bfloat16",
-        "capacity_rps": round(capacity, 3),
+        "capacity_rps": round(saturation, 3),
         "duration_s": duration_s,
         "slo_table": "llama-3.1-8b",
         "slo_scale": slo_scale,
@@ -156,7 +158,7 @@ def _table(result: dict[str, Any]) -> Table:
 
 def main(
     policy: Annotated[list[str] | None, typer.Option(help="NAME or NAME:OPTION=VALUE,...; repeat for several.")] = None,
-    load: Annotated[list[float] | None, typer.Option(help="Multiple of capacity; repeat. [default: 2]")] = None,
+    load: Annotated[list[float] | None, typer.Option(help="Multiple of saturation; repeat. [default: 2]")] = None,
     duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals per run.")] = 30.0,
     repeats: Annotated[int, typer.Option(help="Rounds; the policies take turns in each.")] = 3,
     slo_scale: Annotated[float, typer.Option(help="Multiplies the paper's SLO table.")] = 2.0,

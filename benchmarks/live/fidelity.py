@@ -2,7 +2,7 @@
 
     python -m benchmarks.live.fidelity --json > docs/results/fidelity.json
 
-1. Start the configuration's engine (vLLM on CPU with SmolLM2) and measure its capacity.
+1. Start the configuration's engine (vLLM on CPU with SmolLM2) and measure its saturation throughput.
 2. Fit a profile to the steps that it reports while it serves a few workloads with seeds of their own. A sweep would
    not do: the gateway and the load client share two cores with the engine, which slows down its steps.
 3. Send other workloads to the engine, and to the simulator under that profile, at several loads and with several
@@ -49,7 +49,7 @@ KEYS = ("slo_adherence", "ttft_p50_s", "tpot_p50_s", "goodput", "rejected", "ttf
 SPEEDS = (0.95, 0.98, 1.0, 1.02, 1.05)
 """Step-time multipliers of the simulations that show how sensitive a run is to the machine's speed."""
 IN_FLIGHT = 32
-"""Concurrent requests of the capacity measurement."""
+"""Concurrent requests of the measurement of the saturation throughput."""
 FIT_LOADS = (0.5, 1.0, 2.0)
 FIT_REQUESTS = 80
 STRETCH = 40
@@ -74,7 +74,7 @@ async def measure(
         config: configuration file; its first engine is used.
         known: the profile to use; None fits one.
         save: where to write the profile.
-        loads: offered rates as multiples of the capacity.
+        loads: offered rates as multiples of the saturation throughput.
         policies: names of policies.
         requests: requests per run.
         slo_scale: multiplies the bounds of the paper's SLO table.
@@ -85,25 +85,25 @@ async def measure(
     console.print("Starting vLLM…")
     await real.start()
     try:
-        capacity = await _capacity(real, seed)
-        console.print(f"Capacity {capacity:.2f} requests/s")
-        profile = known or await _fit_profile(real, description, capacity, slo_scale, seed)
+        saturation = await _saturation(real, seed)
+        console.print(f"Saturation throughput {saturation:.2f} requests/s")
+        profile = known or await _fit_profile(real, description, saturation, slo_scale, seed)
         if save is not None:
             save_profile(profile, save)
         pairs = []
         for number, load in enumerate(loads):
             workload = make_workload(
-                "small", qps=load * capacity, requests=requests, seed=seed + number, slo_scale=slo_scale
+                "small", qps=load * saturation, requests=requests, seed=seed + number, slo_scale=slo_scale
             )
             for policy in policies:
-                pair = await _pair(real, profile, policy, load, load * capacity, workload, seed + number)
+                pair = await _pair(real, profile, policy, load, load * saturation, workload, seed + number)
                 console.print(_line(pair))
                 pairs.append(pair)
     finally:
         await engine.stop()
     return {
         "real": description,
-        "capacity_rps": round(capacity, 3),
+        "capacity_rps": round(saturation, 3),
         "slo_table": "llama-3.1-8b",
         "slo_scale": slo_scale,
         "seed": seed,
@@ -112,7 +112,7 @@ async def measure(
     }
 
 
-async def _capacity(real: RealEngine, seed: int) -> float:
+async def _saturation(real: RealEngine, seed: int) -> float:
     """Requests per second that the engine completes with `IN_FLIGHT` in flight, under SLOs too loose to matter."""
     workload = make_workload("small", qps=1000.0, requests=3 * IN_FLIGHT, seed=seed, slo_scale=60.0)
     async with real.gateway({"name": "fcfs"}) as (_, url):
@@ -124,15 +124,15 @@ async def _capacity(real: RealEngine, seed: int) -> float:
     return finished / sent.duration_s
 
 
-async def _fit_profile(real: RealEngine, description: str, capacity: float, slo_scale: float, seed: int) -> Profile:
+async def _fit_profile(real: RealEngine, description: str, saturation: float, slo_scale: float, seed: int) -> Profile:
     """A profile fitted to the steps that the engine reports while it serves. Holds out whole stretches of steps."""
     state = real.engine.state
     recorder = StepRecorder(state.step_time.times)
     state.step_time = recorder
     for number, load in enumerate(FIT_LOADS):
-        console.print(f"Fitting step times at {load:g} times the capacity…")
+        console.print(f"Fitting step times at {load:g} times that…")
         workload = make_workload(
-            "small", qps=load * capacity, requests=FIT_REQUESTS, seed=seed + 1000 + number, slo_scale=slo_scale
+            "small", qps=load * saturation, requests=FIT_REQUESTS, seed=seed + 1000 + number, slo_scale=slo_scale
         )
         async with real.gateway({"name": "fcfs"}, lengths_known=True) as (_, url):
             await send_from_another_process(Target(url, state.model), workload, seed + 1000 + number)
@@ -142,7 +142,7 @@ async def _fit_profile(real: RealEngine, description: str, capacity: float, slo_
     fitted = [s for i, s in enumerate(samples) if not stretches[i // STRETCH]]
     method = (
         f"{len(FIT_LOADS)} workloads of {FIT_REQUESTS} requests through the gateway, at "
-        f"{', '.join(map(str, FIT_LOADS))} times capacity, seed {seed}; {len(fitted)} steps fitted, "
+        f"{', '.join(map(str, FIT_LOADS))} times the saturation throughput, seed {seed}; {len(fitted)} steps fitted, "
         f"{len(held_out)} held out in stretches "
         f"of {STRETCH}, {len(recorder.samples) - len(samples)} interrupted steps left out"
     )
@@ -248,7 +248,7 @@ def main(
     profile: Annotated[str | None, typer.Option(help="Use this profile instead of fitting one.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the profile to this file.")] = None,
     load: Annotated[
-        list[float] | None, typer.Option(help="Multiple of capacity; repeat. [default: 0.5, 1, 1.5]")
+        list[float] | None, typer.Option(help="Multiple of the saturation throughput; repeat. [default: 0.5, 1, 1.5]")
     ] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Repeat for several. [default: fcfs, scorpio]")] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests per run.")] = 200,

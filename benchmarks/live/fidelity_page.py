@@ -82,7 +82,7 @@ threshold, and the first token waits for that moment.
 
 ## Limits
 
-Above capacity, a policy that delays requests is sensitive to the speed of the machine, as the last column shows. No
+Above load 1, a policy that delays requests is sensitive to the speed of the machine, as the last column shows. No
 prediction of its median TTFT can be more accurate than the machine is steady.
 
 An earlier session used bounds times 4, and each side learned step times for itself. Adherence was within 5 points in 6

@@ -32,7 +32,8 @@ SUMMARY = ("goodput", "slo_adherence", "rejected", "tpot_violations")
 TUNED_RIVALS = """## Tuned rivals (simulated)
 
 The policies above run with their published settings: SCORPIO with eta 1.3, and vLLM with a token budget of 512. A later
-check tuned them on a **simulation** of this engine, at 2 times its capacity. Its runs are not in overload.json.
+check tuned them on a **simulation** of this engine, at 2 times its saturation throughput. Its
+runs are not in overload.json.
 
 | policy | settings | goodput, attained/s |
 |---|---|---|
@@ -71,7 +72,7 @@ def page(result: dict[str, Any]) -> str:
         for load in loads
     )
     client_late_ms = max(run["client_lateness_p99_s"] for run in runs) * 1000
-    text = f"""# One real engine at {loads[0]:g} to {loads[-1]:g} times its capacity
+    text = f"""# One real engine at {loads[0]:g} to {loads[-1]:g} times its saturation throughput
 
 - **Real:** HTTP, the gateway and the engine, on two shared cores. The load client has a process of its own.
 - **Not a GPU:** {result["real"]}.
@@ -81,8 +82,8 @@ def page(result: dict[str, Any]) -> str:
 
 ## Settings
 
-- Capacity is {result["capacity_rps"]:.2f} requests/s: the rate at which the engine completes the same workload with 64
-requests always in flight. A load is a multiple of it.
+- The saturation throughput is {result["capacity_rps"]:.2f} requests/s: the rate at which the engine completes the
+same workload with 64 requests always in flight. A load is a multiple of it.
 - One engine serves the whole comparison. In each round all policies take turns in front of it, with the same seed.
 - SLOs are the paper's table for Llama-3.1-8B times {result["slo_scale"]:g}, with its six categories in equal shares.
 The strictest bounds are {0.5 * result["slo_scale"]:g} s TTFT and {30 * result["slo_scale"]:g} ms TPOT.
@@ -145,7 +146,7 @@ def write_pages(file: Path, readme: Path) -> None:
     """Write the page beside ``file``, and the marked blocks of the index beside it and of ``readme``."""
     result = write_page(file, page)
     highest = max(run["load"] for run in result["runs"])
-    entry = f"[One real engine]({file.stem}.md) at {highest:g} times its capacity:\n\n{summary(result)}"
+    entry = f"[One real engine]({file.stem}.md) at {highest:g} times its saturation throughput:\n\n{summary(result)}"
     for path, name, block in ((file.with_name("README.md"), "overload", entry), (readme, "results", summary(result))):
         path.write_text(with_block(path.read_text(encoding="utf-8"), name, block), encoding="utf-8")
 

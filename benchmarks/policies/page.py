@@ -50,7 +50,8 @@ def page(found: dict[str, Any], all_settings: Sequence[str]) -> str:
 **Simulated.** Errors of the shipped predictor, {found["duration_s"]:g} s of arrivals unless the setting says otherwise,
 seeds {names}.
 
-- *S*: the highest rate at which stock vLLM (`fcfs`) keeps {found["keeps"]:.0%} adherence.
+- *S*: the highest rate at which stock vLLM (`fcfs`) keeps {found["keeps"]:.0%} adherence, as the mean over these seeds
+([other seeds](../planning.md#capacity-of-the-shipped-profiles)).
 - *Goodput*: attained requests per second, drain included; mean (standard deviation) over the seeds.
 - *Ratio*: mean goodput of `slack` over that of the best other policy at the same load.
 - *Count bound*: no policy can exceed this adherence.

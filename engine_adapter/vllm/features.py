@@ -196,7 +196,7 @@ FEATURES = (
         "sleep mode",
         "`enable-sleep-mode`",
         lambda config: bool(config.model_config.enable_sleep_mode),
-        _untested("vLLM on CPU has none"),
+        _untested("vLLM on CPU has no sleep mode, so it could not be tried"),
         in_process=_refused("the gateway has no route for sleeping. Run vLLM as a server, and use `kind: http`"),
     ),
     Feature(
@@ -225,7 +225,7 @@ FEATURES = (
         "data parallel (DP)",
         "`data-parallel-size`",
         lambda config: config.parallel_config.data_parallel_size > 1,
-        _untested("[tried](results/vllm_features.md); each rank has a gate of its own"),
+        _untested("[tried](results/vllm_features.md); each rank has its own gate"),
         in_process=_refused(
             "the gateway counts one rank's slots and step times, so it would use 1/N of the ranks. "
             "Use one engine per rank: a `vllm serve` for each, with `kind: http`"
@@ -235,7 +235,7 @@ FEATURES = (
         "expert parallel (EP)",
         "`enable-expert-parallel`",
         lambda config: bool(config.parallel_config.enable_expert_parallel),
-        _untested("vLLM on CPU dies in a kernel of its own"),
+        _untested("vLLM on CPU crashes in its own expert-parallel kernel, so it could not be tried"),
     ),
 )
 

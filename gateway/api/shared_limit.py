@@ -14,7 +14,7 @@ from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 FREE_FACTOR = 8
-"""How many times the free rest one tenant may hold: alone 8/9 of the resource. Convention, usual in switches."""
+"""How many times the free units one tenant may hold: alone 8/9 of the resource. Convention, usual in switches."""
 
 
 class Sharer(NamedTuple):

@@ -300,7 +300,7 @@ class Decisions:
         by_id[record.tenant, record.client_id] = by_id[record.tenant, record.id] = record
 
     def find(self, request_id: str, tenant: str | None) -> RequestRecord | None:
-        """Return the latest request with this id, of either kind, of ``tenant`` (None: of any)."""
+        """Return the latest request with this id, scheduled or not, of ``tenant`` (None: of any)."""
         for entry in reversed(self._open.values()):
             if request_id in (entry.client_id, entry.request.id) and tenant in (None, entry.request.tenant):
                 return RequestRecord.of(entry, 0)

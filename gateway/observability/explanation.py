@@ -188,7 +188,7 @@ def time_parts(document: Document) -> list[Part]:
     for attempt in attempts:
         until(attempt["placed_ms"], "choosing an engine")
         engine = attempt["engine"]
-        queue = "Add engine capacity, or use a class or a bound that may wait longer."
+        queue = "Add engines, or use a class or a bound that may wait longer."
         until(attempt["admitted_ms"], f"waiting for admission to {engine}", queue)
         if attempt["end"] is not None and not _begun(document, attempt):
             until(attempt["ended_ms"], f"on {engine}, which did not serve it: {_end(attempt)}", _broken(engine))
@@ -201,7 +201,7 @@ def time_parts(document: Document) -> list[Part]:
             decode = "Limit the output (max_tokens), or run fewer sequences at once (max-num-seqs)."
             until(ended, f"decode of {_tokens(tokens)} on {engine}", decode, before_token=False)
         until(ended, f"on {engine}, without a token", _broken(engine))
-    until(ended, "waiting for admission", "Add engine capacity, or use a class or a bound that may wait longer.")
+    until(ended, "waiting for admission", "Add engines, or use a class or a bound that may wait longer.")
     return parts
 
 
@@ -240,13 +240,13 @@ def _advice_on_rejection(document: Document, reason: str) -> list[str]:
     bound, attainable = rejection.get("bound"), rejection.get("attainable_ms")
     if bound is None:
         advice = {
-            "queue_full": "Add engine capacity, raise classes.max_waiting, or use a class with a shorter queue.",
+            "queue_full": "Add engines, raise classes.max_waiting, or use a class with a shorter queue.",
             "rate_limited": "Retry later, or have the operator raise tokens_per_minute of the tenant.",
-            "gateway_full": "Add engine capacity, or raise server.max_open_requests.",
+            "gateway_full": "Add engines, or raise server.max_open_requests.",
             "tenant_full": "Send fewer requests at once, or raise the tenant's weight or server.max_open_requests.",
             "engine_down": "Retry later, or add an engine that serves the model too.",
             "draining": "Send the request to another gateway, or to this one after its restart.",
-            "engine_busy": "Add engine capacity.",
+            "engine_busy": "Add engines.",
         }.get(reason)
         return [advice] if advice else []
     lines = []
@@ -256,7 +256,7 @@ def _advice_on_rejection(document: Document, reason: str) -> list[str]:
     if rejection["infeasible"]:
         lines.append("More engines of this kind do not help: an idle one misses the bound too. A faster one may.")
     else:
-        lines.append(f"Retry after {max(1.0, rejection['retry_after_s']):.0f} s, or add engine capacity.")
+        lines.append(f"Retry after {max(1.0, rejection['retry_after_s']):.0f} s, or add engines.")
     return lines
 
 

@@ -49,16 +49,16 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     if name not in POLICIES:
         raise ValueError(f"no policy is called {name!r}; choose one of {', '.join(POLICIES)}")
     options = _renamed(name, options or {})
-    kind, fixed = POLICIES[name]
-    known = {f.name for f in dataclasses.fields(kind) if f.init} - {"name", "gate"} - fixed.keys()
+    policy_class, fixed = POLICIES[name]
+    known = {f.name for f in dataclasses.fields(policy_class) if f.init} - {"name", "gate"} - fixed.keys()
     unknown = sorted(options.keys() - known)
     if unknown:
         takes = ", ".join(sorted(known)) or "none"
         raise ValueError(f"policy {name!r} has no option {unknown[0]!r}; its options: {takes}")
-    policy = kind()
+    policy = policy_class()
     for option, value in options.items():
         _check_option(option, value, getattr(policy, option))
-    made: Policy = kind(**fixed, **options, name=name)
+    made: Policy = policy_class(**fixed, **options, name=name)
     return made
 
 

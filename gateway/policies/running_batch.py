@@ -89,7 +89,7 @@ class RunningBatch:
         """Slots that are free for a request that may preempt best-effort ones."""
         return self.engine.max_num_seqs - self.slots + max(0, self.best_effort_slots - self.protected_slots)
 
-    def has_capacity_for(self, request: Request) -> bool:
+    def has_room_for(self, request: Request) -> bool:
         """Whether slots and KV memory suffice for ``request`` too, without preempting any."""
         memory = self.memory + (request.prompt_tokens + max(request.predicted_tokens, 1.0)) * request.sequences
         has_memory = self.engine.kv_tokens <= 0 or memory - request.shared_tokens <= self.engine.kv_tokens

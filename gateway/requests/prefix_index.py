@@ -20,7 +20,7 @@ from engine_adapter.engine import RenderedPrompt
 from gateway.requests.request import Request
 
 DEFAULT_CAPACITY_TOKENS = 1_000_000
-"""Capacity (tokens) while an engine's KV memory is unknown. `PrefixIndex.learn` corrects a value that is too high."""
+"""Tokens while an engine's KV memory is unknown. `PrefixIndex.learn` corrects a value that is too high."""
 
 MAX_BLOCKS = 1 << 18
 """Bounds the memory of an index to about 60 MB: 4 million tokens in blocks of 16."""

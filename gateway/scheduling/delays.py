@@ -28,7 +28,7 @@ def note_handover(engine: EngineState, seconds: float) -> None:
 
 
 def overdue_s(now: float, running: Collection[Request], engine: EngineState) -> float:
-    """Return the expected rest (s) of a step that is overdue, 0 of any other.
+    """Return the expected remaining time (s) of a step that is overdue, 0 of any other.
 
     Such a step may take as long again as it has taken: the engine compiles, is starved of CPU time, or hangs.
     """

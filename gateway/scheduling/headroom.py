@@ -55,6 +55,9 @@ The least of 16 is in the best sixteenth on average."""
 LEAST_SHARE = 0.01
 """Least share of time that counts as left for prompts: bounds the cost of a full engine."""
 
+MAX_PLACES = 10_000
+"""Names of engines whose place is kept. Names of discovered engines change; bounds memory."""
+
 MAX_OWNERS = 100_000
 """Prompts whose engine is remembered, and models whose paces are. The oldest are forgotten first."""
 
@@ -67,6 +70,7 @@ class PaceBands:
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
+    _places: dict[str, int] = field(default_factory=dict)
     _work: dict[int, float] = field(default_factory=dict)
     _paces: list[int] = field(default_factory=list)
     _bands: list[tuple[int, int]] = field(default_factory=list)
@@ -109,20 +113,27 @@ class PaceBands:
     def _in_order(self, queues: Sequence[EngineQueue]) -> list[tuple[str, float, float]]:
         """Return name, shortest step (s) and seconds per prompt token of each engine, the fastest step first.
 
-        The order changes only for engines that differ by `FASTER`, since estimates of equal engines do too.
+        The order changes only for engines that differ by `FASTER`, since estimates of equal engines do too. An engine
+        that was missing for a while gets its place back.
         """
+        places = self._places
+        if len(places) > MAX_PLACES:
+            places.clear()
         engines = []
         for queue in queues:
             state = queue.engine.state
             curve = state.step_time.curve
             token_s = curve.prefill_token_s(0.0, state.max_num_batched_tokens, math.inf)
             engines.append((queue.engine.name, curve.step_s(1, 0), max(token_s, 1e-9)))
-        engines.sort(key=lambda engine: self.ranks.get(engine[0], len(self.ranks)))
+            places.setdefault(queue.engine.name, max(places.values(), default=0) + 1)
+        engines.sort(key=lambda engine: places[engine[0]])
+        free = [places[name] for name, _, _ in engines]
         for end in range(1, len(engines)):
             at = end
             while at and engines[at][1] * FASTER < engines[at - 1][1]:
                 engines[at], engines[at - 1] = engines[at - 1], engines[at]
                 at -= 1
+        places.update(zip((name for name, _, _ in engines), free, strict=True))
         return engines
 
 
@@ -209,7 +220,7 @@ def _judge(request: Request, queue: EngineQueue, now: float, looser: bool = Fals
         batch.decoding + request.sequences, batch.engine.max_num_batched_tokens, strictest_s - step_s
     )
     cost_s = 2 * step_s + token_s * tokens / share
-    fits = step_s <= (AMPLE * pace_s if looser else strictest_s) and batch.has_capacity_for(request)
+    fits = step_s <= (AMPLE * pace_s if looser else strictest_s) and batch.has_room_for(request)
     return fits and now + cost_s <= request.deadline_s, cost_s
 
 

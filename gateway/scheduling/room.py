@@ -9,8 +9,8 @@ from engine_adapter.engine import EngineState
 from gateway.requests.request import Request
 
 AMPLE = 0.5
-"""Share of an engine's capacity and of a request's bounds up to which no request has to wait for its prediction. It
-leaves a factor of two for errors of the step-time model. Convention."""
+"""Share of an engine's slots and KV memory, and of a request's bounds, up to which no request waits for its prediction.
+It leaves a factor of two for errors of the step-time model. Convention."""
 
 ROOM_S = 0.05
 """Seconds for which the sums over an engine's requests are used again. Contexts grow by a few tokens in that time."""

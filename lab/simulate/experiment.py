@@ -205,13 +205,14 @@ def capacity(
     *,
     precision: float = 0.02,
     first_qps: float = 1.0,
+    growth: float = 2.0,
     jobs: int = 1,
     on_try: Callable[[float, float], None] = lambda qps, measured: None,
 ) -> tuple[float, list[dict[str, Any]]]:
     """Return the highest rate (1/s) at which ``policy`` keeps ``adherence``, and the records of all runs of the search.
 
-    Doubles ``first_qps`` until adherence falls below the target, or halves it until it does not. Then bisects. A rate
-    at which the workload has no request counts as kept.
+    Multiplies ``first_qps`` by ``growth`` until adherence falls below the target, or divides it until it does not. Then
+    bisects. A rate at which the workload has no request counts as kept.
 
     Args:
         experiment: the settings of every run.
@@ -219,7 +220,8 @@ def capacity(
         seeds: adherence is the mean over these seeds.
         adherence: the share of requests that must attain their SLO, from 0 to 1.
         precision: relative precision of the rate.
-        first_qps: rate (1/s) of the first try. One close to the result saves runs.
+        first_qps, growth: rate (1/s) of the first try, and factor between tries. A rate close to the result and a small
+            factor save runs.
         jobs: number of processes.
         on_try: called with each rate (1/s) tried and the adherence measured there.
 
@@ -240,13 +242,13 @@ def capacity(
 
     low, high = 0.0, first_qps
     while keeps(high):
-        low, high = high, high * 2
+        low, high = high, high * growth
         if high > MAX_QPS:
             return low, all_records
-    while low == 0.0 and high > 1.0 and not keeps(high / 2):
-        high /= 2
+    while low == 0.0 and high > 1.0 and not keeps(high / growth):
+        high /= growth
     if low == 0.0 and high > 1.0:
-        low = high / 2
+        low = high / growth
     low = low or 0.25
     if low == 0.25 and not keeps(low):
         return 0.0, all_records

@@ -20,7 +20,7 @@ Out = TypeVar("Out")
 
 
 class QueueFull(Exception):  # noqa: N818
-    """The queue has no capacity for these inputs."""
+    """The queue has no room for these inputs."""
 
 
 class DeadlinePassed(Exception):  # noqa: N818
@@ -94,7 +94,7 @@ class Batcher(Generic[In, Out]):
         """Return one result for each input, in order.
 
         Raises:
-            QueueFull: immediately, without capacity in the queue.
+            QueueFull: immediately, without room in the queue.
             DeadlinePassed: after ``timeout_s`` seconds.
             Exception: whatever ``compute`` raised.
         """

@@ -81,13 +81,15 @@ def test_slope_of_a_moment_is_zero() -> None:
 def test_soak_page_has_the_figures() -> None:
     row = {
         "engine": "simulated", "minutes": 10.0, "warm_up_min": 3.0, "requests": 20_000, "lost": 0, "leaked_requests": 0,
-        "leaked_descriptors": 0, "memory_mb": {"start": 85.0, "warm": 98.0, "peak": 110.0, "end": 99.0},
+        "clients": 116, "saturation_per_s": 19.5, "offered_per_s": 39.0, "longest_s": 82.1, "leaked_descriptors": 0,
+        "memory_mb": {"start": 85.0, "warm": 98.0, "peak": 110.0, "end": 99.0},
         "slope_mb_per_min": 0.05, "descriptors": {"before": 30, "peak": 300, "after": 30}, "seen": {"200": 9},
         "abusive": {"400": 4}, "faults": {"reload": 3}, "problems": [],
         "ledger": {"accepted": 19_000, "finished": 18_000, "rejected": 900, "failed": 0, "cancelled": 100, "open": 0},
     }  # fmt: skip
     text = page({"soaks": [row]})
-    assert "| simulated | 3 + 10 | 20,000 | 0 | 0 / 0 | 85, 98, 99, 110 | +0.05 | 30, 300, 30 |" in text
+    load = "| simulated | 3 + 10 | 19.5/s for 116 clients | 39.0/s | 20,000 | 82 s |"
+    assert f"{load} 0 | 0 / 0 | 85, 98, 99, 110 | +0.05 | 30, 300, 30 |" in text
     assert "Problems:\n\nNone." in text
     assert "| 4 x 400 | 3 x reload | 19,000 accepted, 18,000 finished, 900 rejected" in text
     assert "- simulated: lost: 2" in page({"soaks": [{**row, "problems": ["lost: 2"]}]})

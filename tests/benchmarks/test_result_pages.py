@@ -74,7 +74,7 @@ def test_results_page_writes_page_index_and_readme(tmp_path: Path) -> None:
         path.write_text("# Title\n\nText.\n\n## More\n", encoding="utf-8")
     results_page.write_pages(file, readme)
     assert "python -m benchmarks.live.compare_policies --policy fcfs" in (tmp_path / "overload.md").read_text()
-    assert "[One real engine](overload.md) at 2 times its capacity" in (tmp_path / "README.md").read_text()
+    assert "[One real engine](overload.md) at 2 times its saturation throughput" in (tmp_path / "README.md").read_text()
     assert "| `slack` | 11.77 " in readme.read_text()
     assert results_page.README == ROOT / "README.md"
 

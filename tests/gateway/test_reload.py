@@ -102,6 +102,7 @@ async def test_reload_changes_guarded_fields() -> None:
     ("change", "changed", "needs_restart"),
     [
         ({"policy": {"name": "fcfs"}}, ["policy"], []),
+        ({"routing": {"name": "headroom"}}, ["routing"], []),
         ({"server": {"port": 9}}, [], ["server.port"]),
         (
             {"server": {"cors": {"allow_origins": ["*"]}}, "logging": {"format": "json"}},
@@ -122,6 +123,14 @@ async def test_reload_names_what_changed_and_what_needs_a_restart(
         # What needs a restart stays a difference; what was applied does not.
         done = antares.gateway.reload(gateway_config(**change))
         assert (done.changed, done.needs_restart) == ([], needs_restart)
+
+
+async def test_reload_routes_later_requests_by_the_new_policy() -> None:
+    async with live() as antares:
+        assert antares.gateway.router.routing.name == "least_load"
+        antares.gateway.reload(gateway_config(routing={"name": "headroom"}))
+        assert antares.gateway.router.routing.name == "headroom"
+        assert (await antares.ask()).status_code == 200
 
 
 async def test_reload_never_opens_a_reachable_gateway() -> None:

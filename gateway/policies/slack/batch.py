@@ -81,7 +81,7 @@ def surely_fits(request: Request, pace_s: float, batch: RunningBatch, now: float
 
     ``waiting_tokens``: prompt tokens of all that wait.
     """
-    if not batch.has_capacity_for(request):
+    if not batch.has_room_for(request):
         return False
     curve, most = batch.engine.step_time.curve, batch.engine.max_num_batched_tokens
     weight = request.sequences * (1.0 if request.kind is ServiceKind.PACED else SLACK.best_effort_share)
@@ -104,6 +104,6 @@ def fits_alone(request: Request, batch: RunningBatch, now: float) -> bool:
     if request.slo.e2e_s is not None:
         return False
     if request.kind is ServiceKind.BEST_EFFORT:
-        return batch.has_capacity_for(request)
+        return batch.has_room_for(request)
     pace_s = math.inf if request.pace_s is None or request.kind is not ServiceKind.PACED else request.pace_s
     return surely_fits(request, pace_s, batch, now, request.uncached_tokens)

@@ -240,7 +240,7 @@ class Slack:
             full = batch.best_effort_slots and batch.best_effort_slots + request.sequences > slots
             if full or batch.slots >= most or this.lookahead.left < (0 if overdue else request.uncached_tokens):
                 break
-            if not batch.slots or batch.has_capacity_for(request):
+            if not batch.slots or batch.has_room_for(request):
                 this.admit(request)
             elif blocks:
                 break  # It may fit once the running best-effort requests have ended.

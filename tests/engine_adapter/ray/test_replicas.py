@@ -156,7 +156,9 @@ async def test_lost_node_costs_only_its_streams_and_ray_replaces_its_server(tmp_
                 after = await asyncio.gather(*(ended(http, 2) for _ in range(6)))
                 assert after == ["done"] * 6
                 outcomes = await asyncio.gather(*streams)
-                assert set(outcomes) == {"done", "engine_lost"}
+                # Its server gets SIGTERM or SIGKILL, whichever Ray and the kernel send first.
+                assert "done" in outcomes
+                assert set(outcomes) - {"done"} in ({"engine_lost"}, {"draining"}, {"engine_lost", "draining"})
 
                 await cluster.add()
                 await until(both_listed)

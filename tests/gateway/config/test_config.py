@@ -62,6 +62,7 @@ def test_load_accepts_every_shipped_configuration(file: Path) -> None:
         ("name: one", "nmae: one", 5, "engines[0].nmae", "unknown key"),
         ("name: one", "name: no spaces please", 5, "engines[0].name", "match pattern"),
         ("name: scorpio", "name: best", 6, "policy", "no policy is called 'best'"),
+        ("policy:", "routing: {name: best}\npolicy:", 6, "routing", "no routing is called 'best'"),
         ("eta: 1.3", "etta: 1.3", 6, "policy", "no option 'etta'"),
         ("eta: 1.3", "eta: much", 6, "policy", "eta must be a number"),
         ("eta: 1.3", "eta: .nan", 6, "policy", "eta must be a number"),

@@ -263,7 +263,7 @@ def test_only_equals_the_batch_of_the_selected_requests(requests: list[Request],
 
 
 @given(RUNNING, st.lists(RUNNING, max_size=5), st.integers(0, 20_000), st.integers(1, 30))
-def test_has_capacity_for_never_counts_preemptible_slots_or_memory(
+def test_has_room_for_never_counts_preemptible_slots_or_memory(
     one: Request, old: list[Request], kv_tokens: int, slots: int
 ) -> None:
     one.generated = 0
@@ -271,7 +271,7 @@ def test_has_capacity_for_never_counts_preemptible_slots_or_memory(
     both = RunningBatch([*old, one], state)
     if abs(both.memory - kv_tokens) > 1e-6:
         expected = both.slots <= slots and (not kv_tokens or both.memory <= kv_tokens)
-        assert RunningBatch(old, state).has_capacity_for(one) == expected
+        assert RunningBatch(old, state).has_room_for(one) == expected
 
 
 def test_cost_counts_fewer_decodes_with_accepted_drafts() -> None:

@@ -26,6 +26,7 @@ from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.placement import Load, load, ranks
 from gateway.scheduling.router import Router
+from gateway.scheduling.routing import ROUTINGS
 from tests.fixtures.live_gateway import CHAT, chat, fast_engine, gateway_config, serving
 from tests.fixtures.live_server import eventually
 from tests.fixtures.policy_builders import engine, make_request
@@ -108,6 +109,17 @@ async def test_router_spreads_requests_by_load() -> None:
         await eventually(lambda: sum(len(engine_queue.running) for engine_queue in gateway.engine_queues) == 8)
         assert [len(engine_queue.running) for engine_queue in gateway.engine_queues] == [4, 4]
         assert {(await task).status_code for task in tasks} == {200}
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+async def test_every_routing_serves_and_survives_a_dead_engine(name: str) -> None:
+    async with two_engines(restart_s=30) as (gateway, engines, http):
+        gateway.reload(gateway_config(routing={"name": name}))
+        assert (await http.post(CHAT, json=chat())).status_code == 200
+        engines[0].crash()
+        answers = [await http.post(CHAT, json=chat(), headers={"x-slo-report": "1"}) for _ in range(3)]
+        assert {answer.json()["antares"]["engine"] for answer in answers} == {"right"}
+        await eventually(lambda: gateway.ledger.open_count == 0)
 
 
 async def test_router_skips_a_dead_engine() -> None:

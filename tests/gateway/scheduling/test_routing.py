@@ -220,6 +220,18 @@ def test_headroom_order_ignores_noise_of_equal_engines() -> None:
     assert bands.ranks == before
 
 
+def test_headroom_gives_an_engine_that_was_missing_its_place_back() -> None:
+    clock = ManualClock()
+    queues = router_of("headroom", 4, clock).engine_queues
+    bands, request = PaceBands(), make_request(tpot=0.03)
+    bands.of(request, queues, clock.now)
+    before = dict(bands.ranks)
+    bands.of(request, queues[1:], clock.now)
+    assert bands.ranks == {"1": 0, "2": 1, "3": 2}
+    bands.of(request, queues, clock.now)
+    assert bands.ranks == before
+
+
 def test_headroom_compares_a_bounded_number_of_engines_and_the_one_with_the_prompt() -> None:
     router = router_of("headroom", 6 * COMPARED)
     chat = make_request("chat", prompt=1000, tpot=0.05)

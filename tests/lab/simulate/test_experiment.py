@@ -181,6 +181,13 @@ def test_capacity_is_within_two_percent_below_true_rate(true_qps: float, fake_ru
     assert len({run.qps for run in fake_runs}) == len(fake_runs), "no rate is tried twice"
 
 
+@pytest.mark.parametrize("first_qps", [20.0, 200.0, 2000.0])
+def test_capacity_does_not_depend_on_the_first_rate(first_qps: float, fake_runs: list[Run]) -> None:
+    rate, _ = capacity(SMALL, "200.5", [0], 0.9, first_qps=first_qps, growth=1.2)
+    assert rate <= 200.5 < rate * 1.021
+    assert len(fake_runs) < 25
+
+
 @pytest.mark.usefixtures("fake_runs")
 @pytest.mark.parametrize(("true_qps", "rate"), [(0.2, 0.0), (10_000.0, 4096.0)])
 def test_capacity_has_lower_and_upper_limit(true_qps: float, rate: float) -> None:

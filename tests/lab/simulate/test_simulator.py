@@ -21,6 +21,7 @@ from gateway.policies.registry import POLICIES, make_policy
 from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.admission import AdmissionController
+from gateway.scheduling.routing import ROUTINGS
 from lab.simulate.predictions import PredictedLength, predict
 from lab.simulate.replica import Replica
 from lab.simulate.simulator import simulate
@@ -77,6 +78,34 @@ def test_simulation_is_deterministic(policy: str) -> None:
     profile = replace(HAND, regimes=(Regime(math.inf, 0.01, 0.0, 1e-4, 1e-3, 1e-7, 0.0),), kv_tokens=2000)
     first, second = (run(workload, policy, profile, replicas=2) for _ in range(2))
     assert replace(first, scheduling_s=0, routing_s=0) == replace(second, scheduling_s=0, routing_s=0)
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_routing_changes_nothing_with_one_replica(name: str) -> None:
+    workload = make_workload("small", qps=30, requests=60, seed=5)
+    plain, routed = run(workload, "slack"), run(workload, "slack", routing=name)
+    assert plain.results == routed.results
+    assert (plain.decisions, plain.steps, routed.routing_s) == (routed.decisions, routed.steps, 0.0)
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_every_request_ends_once_with_any_routing(name: str) -> None:
+    workload = make_workload("small", qps=200, requests=120, seed=5)
+    result = run(workload, "slack", replicas=4, routing=name)
+    assert [one.request for one in result.results] == workload
+    assert result.routing_s > 0
+
+
+def test_replicas_take_turns_with_the_profiles() -> None:
+    slow = replace(HAND, regimes=(Regime(math.inf, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0),))
+    burst = [request(prompt=50, output=4) for _ in range(3)]
+    fast_only = run(burst, profile=[HAND], replicas=3, routing="round_robin")
+    mixed = run(burst, profile=[HAND, slow], replicas=3, routing="round_robin")
+    latencies = [
+        (one.e2e_s or 0.0) / (other.e2e_s or 1.0) for one, other in zip(mixed.results, fast_only.results, strict=True)
+    ]
+    assert (latencies[0], latencies[2]) == (1.0, 1.0)
+    assert latencies[1] > 2
 
 
 def test_two_replicas_halve_the_duration() -> None:

@@ -1,0 +1,93 @@
+"""Measures the CPU time of choosing an engine, by routing policy and number of engines.
+
+    python -m benchmarks.routing.decision_time
+
+Every engine runs 100 requests of two paces. The requests that are placed wait there, as at a steady load.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.markdown import table
+from engine_adapter.model_card import ModelCard
+from engine_adapter.simulated.engine import SimulatedEngine
+from engine_adapter.step_time.model import StepTimeModel
+from engine_adapter.step_time.profile import load_profile
+from gateway.policies.registry import make_policy
+from gateway.requests.request import Request
+from gateway.requests.slo import Slo, SloClass
+from gateway.scheduling.engine_queue import EngineQueue
+from gateway.scheduling.router import Router
+from gateway.scheduling.routing import ROUTINGS, make_routing
+
+PROFILE = "a100-llama3.1-8b"
+RUNNING = 100
+"""Requests that run on each engine."""
+
+WARM_UP = 50
+"""Placements before the first measured one."""
+
+RATE = 25.0
+"""Requests per second and engine, which decides how often estimates are refreshed."""
+
+
+def _request(name: str, number: int, at_s: float) -> Request:
+    pace_s = (0.03, 0.05)[number % 2]
+    return Request(name, "chat", at_s, Slo(2.0, pace_s), prompt_tokens=300, predicted_tokens=200)
+
+
+def measure(routing: str, engines: int, placements: int) -> float:
+    """Return the mean CPU time (us) of placing a request on one of ``engines`` engines."""
+    now, times = 0.0, load_profile(PROFILE).step_times()
+    queues = []
+    for number in range(engines):
+        engine = SimulatedEngine(name=str(number))
+        engine.state.alive, engine.state.step_time = True, StepTimeModel(times=times)
+        engine.state.set_models([ModelCard("model")])
+        queue = EngineQueue(engine, make_policy("slack"), {"chat": SloClass("chat", Slo())}, clock=lambda: now)
+        for running in range(RUNNING):
+            request = _request(f"{number}-{running}", running, now)
+            request.admitted_s = request.first_token_s = now
+            queue.running[request.id] = request
+        queues.append(queue)
+    router = Router(queues, make_routing(routing), lambda: now)
+    seconds = 0.0
+    for number in range(WARM_UP + placements):
+        now += 1 / (RATE * engines)
+        request = _request(f"new-{number}", number, now)
+        started = time.process_time()
+        queue = router.place(request)
+        router.on_sent(queue, request)
+        if number >= WARM_UP:
+            seconds += time.process_time() - started
+        queue.admission.submit(request)
+    return 1e6 * seconds / placements
+
+
+def main(
+    engines: Annotated[
+        list[int] | None, typer.Option(help="Number of engines; repeatable. [default: 8, 64, 256]")
+    ] = None,
+    placements: Annotated[int, typer.Option(min=1, help="Measured placements.")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+) -> None:
+    """Measure the CPU time of choosing an engine (us)."""
+    counts = engines or [8, 64, 256]
+    found = {name: {str(count): round(measure(name, count, placements), 1) for count in counts} for name in ROUTINGS}
+    if as_json:
+        json.dump(found, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        rows = [[f"`{name}`", *(f"{us:.0f}" for us in by_count.values())] for name, by_count in found.items()]
+        Console().print(table(["routing", *(f"{count} engines" for count in counts)], rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
