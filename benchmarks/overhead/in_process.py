@@ -11,7 +11,6 @@ time from its engine. A round takes about three minutes.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import typer
 import uvloop
 import yaml
 
-from benchmarks import results_json
+from benchmarks.command import AsJson, PageOf, print_results, write_page
 from benchmarks.live.dummy_model import write_dummy_model
 from benchmarks.markdown import table, wrapped
 from benchmarks.overhead.peers.client import API_KEY
@@ -118,9 +117,12 @@ def page(found: dict[str, Any]) -> str:
         "# vLLM in the gateway's process against `vllm serve`",
         f"""**CPU.** A small Llama with random weights on {found["cpus"]} cores, which engine, server and load client
 share; streamed answers of {TOKENS} tokens. Its steps are shorter than those of a large model on a GPU, so the overhead
-weighs more. Flags of both: {flags}. *antares* has the engine in its process, with an API key, SLO headers, the default
-policy, the predictor and metrics. Medians over the rounds ({found["rounds"]}), in brackets their range. The servers
-take turns; each round starts them afresh. *ratio*: antares over `vllm serve` in the same round.""",
+weighs more. Medians over the rounds ({found["rounds"]}), in brackets their range. The servers take turns, and each
+round starts them afresh.""",
+        f"""- *antares*: the engine runs in the gateway's process. API key, SLO headers, the default policy, the
+predictor and metrics are on.
+- *ratio*: antares divided by `vllm serve`, in the same round.
+- Both have the flags {flags}.""",
         f"""```
 python -m benchmarks.overhead.in_process --rounds {found["rounds"]} --json > docs/results/in_process.json
 python -m benchmarks.overhead.in_process --page docs/results/in_process.json
@@ -135,19 +137,16 @@ python -m benchmarks.overhead.in_process --page docs/results/in_process.json
 
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the servers take turns.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; measure nothing.")
-    ] = None,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Measure vLLM behind and without the gateway, in rounds, and report medians, ranges and ratios."""
     if page_of is not None:
-        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        write_page(page_of, page)
         return
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runs = runner.run(measure(SERVERS, rounds, SHAPES, WARM_UPS))
-    found = {"rounds": rounds, "cpus": os.cpu_count(), "runs": runs}
-    sys.stdout.write(results_json.dumps(found) if as_json else page(found))
+    print_results({"rounds": rounds, "cpus": os.cpu_count(), "runs": runs}, as_json, page)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,15 @@ gateway's own. S is the capacity of `least_load`, the default.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from benchmarks import results_json
+from benchmarks.command import AsJson, Duration, PageOf, Seeds, chosen, print_results, write_page
 from benchmarks.markdown import table, wrapped
 from lab.simulate.experiment import Experiment, Run, capacity, perform
 
@@ -149,27 +146,22 @@ def main(
     routing: Annotated[
         list[str] | None, typer.Option(help="Only this routing policy; repeatable. [default: those of the row]")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 1,
-    duration: Annotated[float, typer.Option(min=1, help="Seconds of arrivals.")] = 30.0,
+    seeds: Seeds = 1,
+    duration: Duration = 30.0,
     goodput: Annotated[
         bool, typer.Option("--goodput/--no-goodput", help="Also run at multiples of S, which takes most of the time.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; simulate nothing.")
-    ] = None,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Simulate the routing policies on fleets of engines."""
     if page_of is not None:
-        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        write_page(page_of, page)
         return
-    names = [one.name for one in ROWS]
-    for name in row or ():
-        if name not in names:
-            raise typer.BadParameter(f"unknown row {name!r}: choose from {', '.join(names)}")
+    names = chosen("--row", row, [one.name for one in ROWS])
     numbers, progress = list(range(seeds)), Console(stderr=True)
     parts = []
-    for one in (one for one in ROWS if not row or one.name in row):
+    for one in (one for one in ROWS if one.name in names):
         measured: list[dict[str, Any]] = []
         for name in routing or one.routings:
             stock_qps = measured[0]["qps"] if measured else None
@@ -177,10 +169,7 @@ def main(
             progress.print(f"{one.name}: {name}: {measured[-1]['qps']:g}/s")
         parts.append({"row": one.name, "replicas": one.replicas, "routings": measured})
     found = {"seeds": numbers, "duration_s": duration, "keeps": KEEPS, "slots": SLOTS, "rows": parts}
-    if as_json:
-        sys.stdout.write(results_json.dumps(found))
-    else:
-        Console().print(page(found))
+    print_results(found, as_json, page)
 
 
 if __name__ == "__main__":

@@ -3,24 +3,20 @@
     python -m benchmarks.slack.recomputation --json > docs/results/recomputation.json
     python -m benchmarks.slack.recomputation --page docs/results/recomputation.json
 
-A preempted request computes its prompt and its output again. *Whole* is the step gate, which counts all of these tokens
-as prefill. *Prompt only* is the gate of older versions, which counted those of the prompt.
+A preempted request computes its prompt and its output again. The step gate counts all of these tokens as prefill: that
+is *whole*. The gate of older versions counted the prompt's tokens: that is *prompt only*.
 """
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from rich.console import Console
 
-from benchmarks import results_json
+from benchmarks.command import AsJson, PageOf, Seeds, print_results, write_page
 from benchmarks.markdown import table, wrapped
 from engine_adapter.gates.base import Decoding, StepPlan
 from engine_adapter.gates.slack import SlackGate
@@ -148,24 +144,17 @@ def _cell(values: list[int]) -> str:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; simulate nothing.")
-    ] = None,
+    seeds: Seeds = 3,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Simulate bursts that preempt best-effort requests. Takes about a minute."""
     if page_of is not None:
-        found = json.loads(page_of.read_text(encoding="utf-8"))
-        page_of.with_suffix(".md").write_text(page(found), encoding="utf-8")
+        write_page(page_of, page)
         return
     profile = load_profile(PROFILE)
     runs = [run(counted, pace, seed, profile) for pace in PACES_MS for counted in COUNTED for seed in range(seeds)]
-    found = {"profile": PROFILE, "seeds": seeds, "runs": runs}
-    if as_json:
-        sys.stdout.write(results_json.dumps(found))
-    else:
-        Console().print(page(found))
+    print_results({"profile": PROFILE, "seeds": seeds, "runs": runs}, as_json, page)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,17 @@
 
 1. Start vLLM with SmolLM2 and n-gram drafts, and measure its capacity under `fcfs`, which behaves as stock vLLM.
 2. Send workloads at multiples of the capacity. `fcfs` and `slack` get the same requests, one after the other.
-3. Fit the step-time model to every other stretch of the steps, and score it on the others: once with drafts counted as
-   tokens of decodes, as the gate counts them, and once with the drafts ignored.
+3. Fit the step-time model to every other stretch of the steps, and score it on the other ones. Do that once with
+   drafts counted as tokens, as the gate counts them, and once without.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -26,7 +23,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from benchmarks import results_json
+from benchmarks.command import AsJson, PageOf, Seeds, print_results, write_page
 from benchmarks.live.real_engine import RealEngine
 from benchmarks.markdown import policy_label, table, wrapped
 from engine_adapter.build import BUILDERS
@@ -200,9 +197,10 @@ The prompts are random tokens, and the answers repeat themselves, as those of sm
 drafts, and the acceptance says nothing about other models or texts. A run lasts 10 to 30 seconds, so the
 overload at 2x is short. The model that ignores drafts is worst under `slack` at 2x, where the gate drops most drafts.
 
-- *R2*: of the step-time model on every other stretch of {STRETCH} steps, which it was not fitted to. *Drafts ignored*:
-a decode counts as one token. *Drafts counted*: it counts with its drafts, as in the step gate. Steps that take
-{INTERRUPTED} times the median of steps of their size are left out of both.
+- *R2*: of the step-time model. It is fitted to every other stretch of {STRETCH} steps, and R2 is that of the
+other stretches. Steps that take {INTERRUPTED} times the median of their size are left out.
+- *Drafts ignored*: the model counts a decode as one token.
+- *Drafts counted*: the model counts a decode and its drafts, as the step gate does.
 - Each cell is the median over the seeds, and the range.
 
 ```
@@ -232,22 +230,15 @@ def _cell(values: list[float]) -> str:
 
 def main(
     requests: Annotated[int, typer.Option(min=8, help="Requests per run.")] = 60,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, which are 0, 1, ...")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; measure nothing.")
-    ] = None,
+    seeds: Seeds = 3,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Measure n-gram speculation on a real vLLM on CPU. Takes about eight minutes."""
     if page_of is not None:
-        found = json.loads(page_of.read_text(encoding="utf-8"))
-        page_of.with_suffix(".md").write_text(page(found), encoding="utf-8")
+        write_page(page_of, page)
         return
-    found = asyncio.run(measure(requests, seeds))
-    if as_json:
-        sys.stdout.write(results_json.dumps(found))
-    else:
-        Console().print(page(found))
+    print_results(asyncio.run(measure(requests, seeds)), as_json, page)
 
 
 if __name__ == "__main__":

@@ -139,8 +139,11 @@ all requests. The gate learns it.
 with the best number of drafts. Steps may take {1000 * PACE_S:g} ms for each token that a decode brings. Gains beyond it
 come from different paces and from bursts.
 
-Rows that chosen drafts lose against none: on the A100 a lower adherence at 2 S at an acceptance of 0.4, and less
-goodput and adherence at 2 S with 3 ms of drafting; on the H200, 0.99x of the capacity at 90% at an acceptance of 0.4.
+Rows in which chosen drafts lose against none:
+
+- A100, acceptance 0.4: the adherence at 2 S is lower.
+- A100, 3 ms of drafting: goodput and adherence at 2 S are lower.
+- H200, acceptance 0.4: the capacity at 90% is 0.99x.
 
 On the H200, chosen drafts at an acceptance of 0.6 gain 1.11x, which is the gain of the steady state. Its 256 slots are
 full and decode in 13 ms, so no pace is tight. One draft for each takes 18 ms and brings 1.6 times the tokens: 1.18x
