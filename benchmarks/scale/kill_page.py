@@ -29,7 +29,8 @@ def page(found: dict[str, Any]) -> str:
 Two servers behind one gateway with the default policy, all on one machine with {found["cpus"]} cores: {what}.
 12 clients send one stream after the other, of three SLO classes, with 24 to 96 output tokens. After 10 s one server is
 killed with SIGKILL: the process of an HTTP server, or the process of a Ray actor. The command starts an HTTP server
-again after 1 s, as a supervisor does. Ray starts an actor again. The load continues until the replacement has served
+again after 1 s, as a supervisor does. Ray starts an actor again. For 3 s from the kill on, a short stream of 4 tokens
+starts every 0.1 s. The load continues until the replacement has served
 requests.
 
 The bounds are loose, because the replacement loads its model on the cores of the server that is left. With tight bounds
@@ -96,6 +97,7 @@ _ROWS: tuple[tuple[str, Callable[[Sequence[dict[str, Any]]], str]], ...] = (
     ("other requests that completed", _share("completed", "others")),
     ("of them moved", _number("moved")),
     ("other requests rejected with 429", _number("rejected")),
+    ("new requests in the first second", _number("new_first_s")),
     ("last request to the killed server, s", _number("leaves_s", 3)),
     ("shown as down, s", _number("shown_s", 2)),
     ("new requests until the replacement was up", _number("new_while_down")),
