@@ -159,7 +159,7 @@ def simulate(
         decision = engine.decide(now)
         for request in decision.admit:
             sent = workload[int(request.id)]
-            engine.send(request, sent.output_tokens, sent.blocks)
+            engine.send(request, sent.output_tokens, sent.blocks[:])
         for rejection in decision.reject:
             results.reject(rejection.request, f"{rejection.bound}_unattainable")
         if engine.step is None:
@@ -232,7 +232,7 @@ def slo_of(request: WorkloadRequest) -> Slo:
 
 def _prompt_blocks(request: WorkloadRequest) -> tuple[int, ...]:
     """Return the hashes of the whole blocks of the prompt."""
-    return request.blocks[: request.prompt_tokens // BLOCK_TOKENS]
+    return tuple(request.blocks[: request.prompt_tokens // BLOCK_TOKENS])
 
 
 def _request(index: int, request: WorkloadRequest, predicted: PredictedLength, tenant: str) -> Request:
