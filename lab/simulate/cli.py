@@ -131,6 +131,13 @@ def simulate(
         float, typer.Option(min=0, max=1, help="Probability that a draft is accepted if those before it are.")
     ] = 0.6,
     draft_ms: Annotated[float, typer.Option(min=0, help="Milliseconds that making drafts adds to a step.")] = 0.0,
+    fail: Annotated[
+        list[str] | None,
+        typer.Option(help="An engine dies: SECONDS, or SECONDS:REPLICA, counted from 0; repeatable."),
+    ] = None,
+    cold_start: Annotated[
+        float, typer.Option(min=0, help="Seconds until another engine serves in place of one that died.")
+    ] = 60.0,
     learn: Annotated[
         bool, typer.Option("--learn/--no-learn", help="Learn step times during the run, as a live gateway does.")
     ] = True,
@@ -180,6 +187,7 @@ def simulate(
     """
     from engine_adapter.simulated.speculation import RandomAcceptance
     from lab.simulate.experiment import Experiment, runs_of
+    from lab.simulate.lifecycle import Changes, parse_failure
     from lab.simulate.report import print_sizings
     from lab.simulate.sizing import SEARCH, check_search, number_of_replicas, size
 
@@ -208,6 +216,7 @@ def simulate(
             prefix_caching=prefix_caching,
             prefix_index=prefix_index,
             speculation=RandomAcceptance(draft_tokens, draft_acceptance, draft_ms / 1000) if draft_tokens else None,
+            changes=Changes(tuple(map(parse_failure, fail)), cold_start) if fail else None,
             limits={name: limit for name, limit in limits.items() if limit is not None},
         )
         rates: list[float | None] = [*qps] if qps else [None if experiment.workload["arrivals"] == "trace" else 20.0]

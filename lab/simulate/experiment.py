@@ -19,6 +19,7 @@ from gateway.policies.registry import make_policy
 from lab.bounds import bounds, token_costs
 from lab.records.run_record import run_record
 from lab.records.timeline import timeline
+from lab.simulate.lifecycle import Changes
 from lab.simulate.predictions import predict
 from lab.simulate.simulator import simulate
 from lab.simulate.step_jitter import StepJitter
@@ -40,7 +41,7 @@ class Experiment:
         limits: engine limits that replace those of the profile, by field name.
         profiles: names or files of further profiles, which the replicas after the first use in turn.
         step_mode, replicas, routing, learn, colocated_gateway, step_jitter, prefix_caching, prefix_index,
-            speculation: see `lab.simulate.simulator.simulate`.
+            speculation, changes: see `lab.simulate.simulator.simulate`.
         timeline_bins: if above 0, records have outcomes over time (`lab.records.timeline`), in as many parts.
     """
 
@@ -59,6 +60,7 @@ class Experiment:
     prefix_index: bool = True
     speculation: RandomAcceptance | None = None
     timeline_bins: int = 0
+    changes: Changes | None = None
 
     def engine(self) -> Profile:
         """Return the profile with ``limits`` applied.
@@ -159,6 +161,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         prefix_caching=experiment.prefix_caching,
         prefix_index=experiment.prefix_index,
         speculation=experiment.speculation,
+        changes=experiment.changes,
         seed=run.seed,
         on_ended=on_ended,
     )
