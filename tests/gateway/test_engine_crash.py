@@ -48,7 +48,7 @@ async def test_plain_request_in_flight_gets_503_with_retry_after() -> None:
 
 
 async def test_request_during_a_restart_is_served_after_it() -> None:
-    async with live(fast_engine(restart_s=0.3)) as antares:
+    async with live(fast_engine(restart_s=1.0)) as antares:
         antares.engine.crash()
         answers = await asyncio.gather(*(antares.ask() for _ in range(5)))
         assert [answer.status_code for answer in answers] == [200] * 5

@@ -58,10 +58,10 @@ def prediction(length: Any, p90: Any = 99.0) -> dict[str, Any]:
 
 
 async def eventually_down(antares: Live) -> None:
-    """Send requests until their failed predictions open the breaker."""
+    """Send requests that wait for their predictions, until the failures open the breaker."""
     async with asyncio.timeout(10):
         while antares.gateway.predictor.up:
-            assert (await antares.ask()).status_code == 200
+            assert (await antares.ask(x_slo_e2e_ms="60000")).status_code == 200
     assert "antares_predictor_up 0.0" in (await antares.http.get("/metrics")).text
 
 

@@ -44,7 +44,8 @@ class RequestLoad(Load):
         antares.gateway.predictor.predict = timed  # type: ignore[method-assign]
 
     async def ask(self) -> None:
-        self.responses.append(await self.antares.ask())
+        # With an end-to-end bound a request waits for its prediction.
+        self.responses.append(await self.antares.ask(x_slo_e2e_ms="60000"))
 
     async def wait_for(self, count: int) -> None:
         """Wait for ``count`` further responses."""
