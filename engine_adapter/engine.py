@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine_adapter.model_card import ModelCard
-from engine_adapter.step_report import Acceptance, GateReport, StepReport
+from engine_adapter.step_report import Acceptance, GateReport, ReportLog, StepReport
 from engine_adapter.step_time.model import StepTimeModel
 
 Scope = MutableMapping[str, Any]
@@ -167,6 +167,7 @@ class EngineState:
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     gate: GateReport = field(default_factory=GateReport)
     acceptance: Acceptance = field(default_factory=Acceptance)
+    reports: ReportLog = field(default_factory=ReportLog)
 
     def observe_step(self, step: StepReport) -> None:
         """Learn from a step that the engine reports. Drafts (speculative decoding) are part of what a decode costs."""

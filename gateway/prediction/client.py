@@ -32,8 +32,8 @@ HEAD_CHARS, TAIL_CHARS = 15_360, 1024
 its length features do not distinguish longer prompts."""
 
 LATER_S = 0.05
-"""Seconds for which questions are collected that no request waits for: a request that ends before needs no answer.
-Convention: a few steps of an engine."""
+"""Seconds after which a question is asked that no request waits for: a request that ends before needs no answer. It is
+asked at most as much later, with the others. Convention: a few steps of an engine."""
 
 PROBE_S = 1.0
 """Seconds between probes of a service whose circuit breaker is open. The breaker's own pause is as long."""
@@ -86,7 +86,7 @@ class LengthPredictor:
     A request waits at most ``timeout_s`` seconds. Failures open a circuit breaker, so that requests do not wait for a
     dead predictor. While it is open, one task probes the service, so an idle gateway notices the recovery too.
     There is one call at a time: questions that arrive during a call form the batch of the next one. Questions for which
-    no request waits are collected for `LATER_S`, and then asked for those that have not ended.
+    no request waits are asked after `LATER_S`, for the requests that have not ended.
     """
 
     def __init__(self, url: str | None, timeout_s: float, statistics: LengthStatistics) -> None:
@@ -99,6 +99,8 @@ class LengthPredictor:
         """Actual lengths to send to the service."""
         self._pending: deque[_Pending] = deque()
         self._later: list[_Later] = []
+        self._due: list[_Later] = []
+        """Those of ``_later`` that the timer's next end is for."""
         self._later_timer: asyncio.TimerHandle | None = None
         self._sender: asyncio.Task[None] | None = None
         self._prober: asyncio.Task[None] | None = None
@@ -139,7 +141,7 @@ class LengthPredictor:
 
         ``wanted`` is called before. If it returns False, the service is not asked.
         """
-        if self.url is None or len(self._later) + len(self._pending) >= _MAX_PENDING:
+        if self.url is None or len(self._later) + len(self._due) + len(self._pending) >= _MAX_PENDING:
             on_answer(None)
             return
         self._later.append(_Later(wanted, on_answer, question))
@@ -147,8 +149,10 @@ class LengthPredictor:
             self._later_timer = asyncio.get_running_loop().call_later(LATER_S, self._ask_later)
 
     def _ask_later(self) -> None:
-        later, self._later, self._later_timer = self._later, [], None
-        for one in later:
+        due, self._due, self._later, self._later_timer = self._due, self._later, [], None
+        if self._due:
+            self._later_timer = asyncio.get_running_loop().call_later(LATER_S, self._ask_later)
+        for one in due:
             pending = self._ask(one.question) if one.wanted() and self._breaker.allows() else None
             if pending is None:
                 one.on_answer(None)

@@ -36,7 +36,7 @@ class DecisionSchedule:
     def on_drained(self) -> None:
         """Note that the engine has no prompt left to prefill, so that waiting longer would waste its time.
 
-        The hold for a slow decision shrinks to the time that the decision took.
+        The hold for a step ends, as the step has. The hold for a slow decision shrinks to the time that it took.
         """
         self._held_until_s = min(self._held_until_s, self._drained_hold_until_s)
         self.due_s = min(self.due_s, self._held_until_s)
@@ -51,14 +51,14 @@ class DecisionSchedule:
         self.due_s = now + MAX_DECISION_INTERVAL_S
         if decision.recheck_at is not None:
             self.due_s = min(self.due_s, decision.recheck_at)
+        self._drained_hold_until_s = -math.inf
         self._hold(now + decision.hold_s, busy)
-        self._drained_hold_until_s = self._held_until_s
 
     def on_cost(self, now: float, seconds: float, busy: bool) -> None:
         """Note that the latest decision, of ``now``, took ``seconds`` to compute; hold the next one accordingly."""
         self._hold(now + min(seconds / MAX_DECIDING_SHARE, self._max_hold_s), busy)
         # NOTE: `now` is when it began, so half of the time is left for everything else.
-        self._drained_hold_until_s = max(self._drained_hold_until_s, now + 2 * seconds)
+        self._drained_hold_until_s = now + 2 * seconds
 
     def _hold(self, until_s: float, busy: bool) -> None:
         if busy:

@@ -174,7 +174,7 @@ def test_vllm_bench_serve_runs_against_the_gateway(served: Served, tmp_path: Pat
     command = [sys.executable, "-c", VLLM_CLI, "bench", "serve", "--backend", "openai-chat"]
     command += ["--base-url", served.base, "--endpoint", "/v1/chat/completions", "--model", MODEL, "--tokenizer", model]
     command += ["--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "8"]
-    command += ["--num-prompts", "50", "--request-rate", "4", "--seed", "7", "--ignore-eos"]
+    command += ["--num-prompts", "20", "--request-rate", "4", "--seed", "7", "--ignore-eos"]
     command += ["--goodput", "ttft:20000", "tpot:2000", "--save-result", "--result-dir", str(tmp_path)]
     command += ["--header", "x-slo-ttft-ms=60000", "x-slo-tpot-ms=5000"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -182,7 +182,7 @@ def test_vllm_bench_serve_runs_against_the_gateway(served: Served, tmp_path: Pat
     assert run.returncode == 0, run.stderr[-3000:]
     assert "Request goodput" in run.stdout
     result = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert (result["completed"], result.get("failed", 0)) == (50, 0)
+    assert (result["completed"], result.get("failed", 0)) == (20, 0)
 
 
 def test_metrics_include_gateway_and_engine(served: Served) -> None:
@@ -194,20 +194,24 @@ def test_metrics_include_gateway_and_engine(served: Served) -> None:
 
 
 def test_killed_predictor_fails_no_request_and_restarts(served: Served, client: openai.OpenAI) -> None:
-    before = served.metric("antares_predictions_total", source="fallback")
+    def complete() -> None:
+        # The predictor is asked about a request only if it is still open after `LATER_S`, so it must not be short.
+        completion = client.completions.create(
+            model=MODEL, prompt="One two", max_tokens=48, extra_body={"ignore_eos": True}, extra_headers=SLO
+        )
+        assert completion.usage.completion_tokens == 48  # type: ignore[union-attr]
+
+    fallbacks = served.metric("antares_predictions_total", source="fallback")
+    restarts = served.metric("antares_predictor_restarts_total")
     os.kill(served.child("predictor_service"), signal.SIGKILL)
     for _ in range(3):
-        completion = client.completions.create(model=MODEL, prompt="One two", max_tokens=2, extra_headers=SLO)
-        assert completion.usage.completion_tokens <= 2  # type: ignore[union-attr]
-    assert served.metric("antares_predictions_total", source="fallback") > before
-    until = time.monotonic() + 30
-    while time.monotonic() < until and not served.metric("antares_predictor_restarts_total"):
-        time.sleep(0.2)
-    assert served.metric("antares_predictor_restarts_total") >= 1
+        complete()
+    assert served.count("antares_predictions_total", fallbacks + 1, source="fallback") > fallbacks
+    assert served.count("antares_predictor_restarts_total", restarts + 1, timeout_s=60) > restarts
     predictions = served.metric("antares_predictions_total", source="service")
-    while time.monotonic() < until and served.metric("antares_predictions_total", source="service") == predictions:
-        client.completions.create(model=MODEL, prompt="One two", max_tokens=1, extra_headers=SLO)
-        time.sleep(0.3)
+    until = time.monotonic() + 60
+    while served.metric("antares_predictions_total", source="service") == predictions and time.monotonic() < until:
+        complete()
     assert served.metric("antares_predictions_total", source="service") > predictions
 
 

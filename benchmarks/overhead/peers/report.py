@@ -128,8 +128,8 @@ TRIED = """## What was tried
 | the prompts of all requests count together, so fewer wait for a prediction | less CPU in the predictor | yes |
 | the first arrival of a turn is decided at once, the others of it together | fewer instructions for a stream | yes |
 | a garbage collection of young objects each 5,000 objects, not 700 | 1% fewer instructions | no |
-| such predictions are collected for 50 ms, and dropped for requests that have ended | less CPU in the predictor | yes |
-| a held decision goes ahead when the engine has no prompt left | a shorter tail when many streams start | yes |
+| such a prediction is asked for after 50 ms, and not for a request that has ended | less CPU in the predictor | yes |
+| a held decision goes ahead as soon as the engine has no prompt left | a shorter tail when many streams start | yes |
 | events that differ in their text only are not parsed | less CPU for an event | yes |
 | a lone request, and most of several, are tested without arrays | faster decisions | yes |
 | one placement, no timer for an arrived body, running sums of streams | fewer instructions for a request | yes |

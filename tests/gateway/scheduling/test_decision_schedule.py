@@ -100,11 +100,11 @@ def test_slow_decision_holds_the_next_one_longer(cost_s: float, hold_s: float, h
     ("cost_s", "hold_s", "held_s"),
     [
         (0.002, 0.0, 0.004),  # at most half of the time is spent deciding
-        (0.002, 0.03, 0.03),  # a step under way ends first
+        (0.002, 0.03, 0.004),  # nor is there a step to wait for
         (1e-6, 0.0, 2e-6),
     ],
 )
-def test_engine_without_prompts_ends_the_hold_for_a_slow_decision(cost_s: float, hold_s: float, held_s: float) -> None:
+def test_engine_without_prompts_ends_the_holds(cost_s: float, hold_s: float, held_s: float) -> None:
     schedule = after(Decision(hold_s=hold_s, max_hold_s=0.05))
     schedule.on_cost(NOW, cost_s, busy=True)
     schedule.on_drained()
