@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from benchmarks import results_json
-from benchmarks.command import Duration, JsonTo, PageOf, chosen, write_page
+from benchmarks.command import Duration, JsonTo, PageOf, Seeds, chosen, write_page
 from benchmarks.routing.page import page
 from lab.simulate.experiment import Experiment, Run, capacity, perform
 
@@ -47,7 +47,7 @@ OURS, DEFAULT = "headroom", "least_load"
 class Row:
     """One fleet and its traffic. ``first_qps``: first rate of the search (1/s). ``routings``: those compared, S first.
 
-    ``seeds``: number of seeds. ``loads``: multiples of S at which goodput is measured, with the first seed.
+    ``loads``: multiples of S at which goodput of `DEFAULT` and `OURS` is measured, with the first seed.
     """
 
     name: str
@@ -56,20 +56,17 @@ class Row:
     profiles: tuple[str, ...]
     first_qps: float
     routings: tuple[str, ...]
-    seeds: int = 3
     loads: tuple[float, ...] = ()
 
 
 MAIN = (DEFAULT, OURS, "least_requests")
-MORE = (*MAIN, "round_robin", "power_of_two", "most_free_memory")
 
 ROWS = (
-    Row("six categories, 8 A100", "sharegpt", 8, (), 212.0, MAIN, 3, LOADS),
-    Row("multi-turn, 8 A100", "multi-turn", 8, (), 120.0, (DEFAULT, OURS, "prefix_affinity"), 3, LOADS),
-    Row("six categories, 4 A100", "sharegpt", 4, (), 106.0, MAIN),
-    Row("six categories, 4 A100 and 4 H200", "sharegpt", 8, (H200,), 360.0, MAIN, 1, LOADS),
-    Row("six categories, 16 A100", "sharegpt", 16, (), 430.0, (DEFAULT, OURS), 1),
-    Row("six categories, 8 A100, more policies", "sharegpt", 8, (), 212.0, MORE, 1),
+    Row("six categories, 8 A100", "sharegpt", 8, (), 200.0, (*MAIN, "power_of_two"), LOADS),
+    Row("multi-turn, 8 A100", "multi-turn", 8, (), 115.0, (DEFAULT, OURS, "prefix_affinity"), LOADS),
+    Row("six categories, 4 A100", "sharegpt", 4, (), 100.0, MAIN),
+    Row("six categories, 4 A100 and 4 H200", "sharegpt", 8, (H200,), 350.0, MAIN),
+    Row("six categories, 16 A100", "sharegpt", 16, (), 410.0, (DEFAULT, OURS)),
 )
 
 LARGE = (64, 256)
@@ -81,23 +78,23 @@ FIELDS = ("goodput", "slo_adherence", "rejected", "hit_rate", "requests")
 """Fields of a run record that the results keep."""
 
 
-def measure(row: Row, routing: str, duration_s: float, stock_qps: float | None) -> dict[str, Any]:
-    """Return the capacity (1/s) of ``routing``, and its runs at the row's loads.
+def measure(row: Row, routing: str, seed: int, duration_s: float, stock_qps: float | None) -> dict[str, Any]:
+    """Return the capacity (1/s) of ``routing`` with ``seed``, and the runs at the row's loads.
 
     A load is a multiple of ``stock_qps``; None: of the capacity that is found.
     """
     experiment = _experiment(row.workload, row.replicas, routing, duration_s, row.profiles)
-    started, seeds = time.process_time(), range(row.seeds)
+    started = time.process_time()
     first_qps = row.first_qps * (1.1 if routing == OURS else 1.0)
-    qps, tried = capacity(experiment, POLICY, seeds, KEEPS, precision=PRECISION, first_qps=first_qps, growth=1.1)
+    qps, tried = capacity(experiment, POLICY, [seed], KEEPS, precision=PRECISION, first_qps=first_qps, growth=1.1)
     runs = []
-    for load in row.loads:
-        for seed in seeds[:1]:
-            record = perform(experiment, Run(POLICY, load * (stock_qps or qps), seed))
-            runs.append({"load": load, "seed": seed, **{field: record[field] for field in FIELDS}})
+    for load in row.loads if seed == 0 and routing in (DEFAULT, OURS) else ():
+        record = perform(experiment, Run(POLICY, load * (stock_qps or qps), seed))
+        runs.append({"load": load, **{field: record[field] for field in FIELDS}})
     requests = sum(record["requests"] for record in tried)
     return {
         "routing": routing,
+        "seed": seed,
         "qps": round(qps, 1),
         "decision_us": round(1e6 * sum(record["routing_s"] for record in tried) / requests, 1),
         "cpu_s": round(time.process_time() - started, 1),
@@ -108,7 +105,7 @@ def measure(row: Row, routing: str, duration_s: float, stock_qps: float | None) 
 def measure_large(parts: list[dict[str, Any]], replicas: int, duration_s: float) -> dict[str, Any]:
     """Return one run of `OURS` on ``replicas`` A100s, at `NEAR_LINEAR` of its capacity per engine in `LINEAR_ROW`."""
     part = next(part for part in parts if part["row"] == LINEAR_ROW)
-    qps = next(one["qps"] for one in part["routings"] if one["routing"] == OURS) / part["replicas"]
+    qps = fmean(one["qps"] for one in part["found"] if one["routing"] == OURS) / part["replicas"]
     rate = NEAR_LINEAR * qps * replicas
     started = time.process_time()
     record = perform(_experiment("sharegpt", replicas, OURS, duration_s), Run(POLICY, rate, 0))
@@ -136,7 +133,8 @@ def _experiment(
 
 def main(
     row: Annotated[list[str] | None, typer.Option(help="Simulate this row; repeat for several. [default: all]")] = None,
-    duration: Duration = 20.0,
+    seeds: Seeds = 3,
+    duration: Duration = 30.0,
     json_to: JsonTo = None,
     page_of: PageOf = None,
 ) -> None:
@@ -148,18 +146,19 @@ def main(
     found: dict[str, Any] = {"duration_s": duration, "keeps": KEEPS, "precision": PRECISION, "slots": SLOTS, "rows": []}
     if json_to is not None and json_to.exists():
         found |= json.loads(json_to.read_text(encoding="utf-8"))
-    for one in (one for one in ROWS if one.name in names):
+    rows = [known for known in ROWS if known.name in names]
+    wanted = [(seed, one, name) for seed in range(seeds) for one in rows for name in one.routings]
+    for seed, one, name in wanted:
         part = _part(found["rows"], one)
-        for name in one.routings:
-            if any(known["routing"] == name for known in part["routings"]):
-                continue
-            stock = next((known["qps"] for known in part["routings"] if known["routing"] == DEFAULT), None)
-            part["routings"].append(measure(one, name, duration, stock))
-            progress.print(f"{one.name}: {name}: {part['routings'][-1]['qps']:g}/s")
-            _save(found, json_to)
+        if any((known["routing"], known["seed"]) == (name, seed) for known in part["found"]):
+            continue
+        stock = next((known["qps"] for known in part["found"] if known["routing"] == DEFAULT), None)
+        part["found"].append(measure(one, name, seed, duration, stock))
+        progress.print(f"{one.name}: {name}, seed {seed}: {part['found'][-1]['qps']:g}/s")
+        _save(found, json_to)
     large = found.setdefault("large", [])
     for replicas in LARGE if row is None else ():
-        if all(one["replicas"] != replicas for one in large):
+        if all(known["replicas"] != replicas for known in large):
             large.append(measure_large(found["rows"], replicas, duration))
             progress.print(f"{replicas} A100: {large[-1]['slo_adherence']:.4f}")
             _save(found, json_to)
@@ -177,7 +176,7 @@ def _part(parts: list[dict[str, Any]], row: Row) -> dict[str, Any]:
     for part in parts:
         if part["row"] == row.name:
             return part
-    part = {"row": row.name, "replicas": row.replicas, "seeds": row.seeds, "routings": []}
+    part = {"row": row.name, "replicas": row.replicas, "found": []}
     parts.append(part)
     order = [one.name for one in ROWS]
     parts.sort(key=lambda one: order.index(one["row"]))

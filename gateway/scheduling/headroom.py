@@ -53,6 +53,9 @@ COMPARED = 8
 """Engines of a band that are compared. Of more, a random choice is compared, so a decision costs the same in any pool.
 The least of 8 is in the best eighth on average."""
 
+UNTESTED_S = 30.0
+"""Seconds after which an idle engine that fits is tried: an estimate that no request tests goes out of date."""
+
 LEAST_SHARE = 0.01
 """Least share of time that counts as left for prompts: bounds the cost of a full engine."""
 
@@ -149,6 +152,8 @@ class Headroom:
     def __init__(self) -> None:
         self._pools: dict[str, PaceBands] = {}
         self._owners: dict[int, str] = {}
+        self._last_s: dict[str, float] = {}
+        """When each engine got its last request, by name."""
 
     def best(self, request: Request, queues: Sequence[EngineQueue]) -> EngineQueue:
         """See `gateway.scheduling.routing.Routing.best`."""
@@ -175,13 +180,22 @@ class Headroom:
             if at == COMPARED and least is not None and least.fits:
                 break
             judged = _judge(request, queue, now, looser)
+            if judged.fits and not queue.running and self._untested(queue, now):
+                return judged
             if least is None or (judged.fits, -judged.cost_s) > (least.fits, -least.cost_s):
                 least = judged
         assert least is not None
         return least
 
+    def _untested(self, queue: EngineQueue, now: float) -> bool:
+        """Whether the engine got no request for `UNTESTED_S`."""
+        return now - self._last_s.setdefault(queue.engine.name, now) > UNTESTED_S
+
     def on_sent(self, request: Request, engine_queue: EngineQueue) -> None:
-        """Note the work of ``request``, and which engine has its prompt."""
+        """Note the work of ``request``, when the engine got it, and which engine has its prompt."""
+        if len(self._last_s) > MAX_PLACES:
+            self._last_s.clear()
+        self._last_s[engine_queue.engine.name] = engine_queue.now()
         self._bands_of(request.requested_model).note(request)
         if request.blocks:
             owners, last = self._owners, request.blocks[-1]

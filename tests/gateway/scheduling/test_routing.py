@@ -14,7 +14,7 @@ from gateway.requests.request import Request
 from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling import headroom
 from gateway.scheduling.engine_queue import EngineQueue
-from gateway.scheduling.headroom import COMPARED, REFRESH_S, PaceBands
+from gateway.scheduling.headroom import COMPARED, REFRESH_S, UNTESTED_S, PaceBands
 from gateway.scheduling.router import Router
 from gateway.scheduling.routing import ROUTINGS, LeastLoad, make_routing
 from tests.fixtures.policy_builders import make_request
@@ -235,6 +235,21 @@ def test_headroom_gives_an_engine_that_was_missing_its_place_back() -> None:
     assert names_of(bands) == ["1", "2", "3"]
     bands.of(request, queues, clock.now)
     assert names_of(bands) == before
+
+
+def test_headroom_tries_an_idle_engine_whose_estimate_is_out_of_date() -> None:
+    clock = ManualClock()
+    router = router_of("headroom", 2, clock)
+    slow = StepTimes(b=6e-5, d=0.04, alpha=6e-5, beta=0.04)
+    router.engine_queues[0].engine.state.step_time = StepTimeModel(times=slow)
+    used = []
+    for number in range(100):
+        clock.now = 1.0 * number
+        used.append(send(router, make_request(f"{number}", prompt=100, tpot=0.1, at=clock.now), runs=False))
+    assert 1 <= used.count(0) <= 4
+    tight = make_request("tight", prompt=100, tpot=0.03, at=clock.now + 2 * UNTESTED_S)
+    clock.now = tight.arrival_s
+    assert send(router, tight, runs=False) == 1, "the slow engine cannot keep its pace by any estimate"
 
 
 def test_headroom_compares_a_few_engines_and_the_one_with_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
