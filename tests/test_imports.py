@@ -78,7 +78,7 @@ EXTRAS = {
     "lab/bench/": {"bench"},
     "lab/profile/from_aiconfigurator.py": {"profile"},
     "lab/profile/cli.py": {"bench"},
-    "lab/records/plot.py": {"bench"},
+    "lab/records/plot": {"bench"},
     "predictor_service/model/classifier.py": {"cpu"},
     "predictor_service/training/fit_classifier.py": {"cpu"},
     "predictor_service/training/": {"train"},
