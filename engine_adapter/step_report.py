@@ -90,7 +90,7 @@ class Acceptance:
 
     Attributes:
         rate: r; 0 until a sequence had drafts.
-        draft_tokens, accepted_tokens: all drafts that were verified, and those that were accepted.
+        draft_tokens, accepted_tokens: drafts verified, and drafts accepted.
     """
 
     rate: float = 0.0

@@ -32,8 +32,8 @@ class ServerMetrics:
     Attributes:
         queue: requests that run and wait, and the mean usage of KV memory.
         kv_tokens: tokens that fit in the KV memory, 0 if the server does not say so.
-        tokens, drafting, draft_tokens, accepted_tokens: counters: tokens generated, decodes with drafts, their drafts,
-            and those that were accepted.
+        tokens, drafting, draft_tokens, accepted_tokens: counters: tokens generated, decodes with drafts, drafts
+            verified and drafts accepted.
     """
 
     queue: QueueReport

@@ -28,7 +28,7 @@ class Router:
     """Holds one `EngineQueue` per engine; ``engine_queues`` must not be empty. `join` and `leave` change the list.
 
     The *pool* of a model is the engines that serve it, dead ones included: they still own their models. ``routing``
-    chooses among those that can serve now. ``clock`` returns monotonic seconds.
+    chooses one that is alive. ``clock`` returns monotonic seconds.
     """
 
     def __init__(

@@ -6,7 +6,6 @@ import asyncio
 import os
 import random
 import signal
-import socket
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -21,6 +20,7 @@ from gateway.prediction import supervisor as supervisor_module
 from gateway.prediction.supervisor import Supervisor
 from tests.fixtures.live_gateway import CHAT, Live, Load, chat, events, gateway_config, live, serving
 from tests.fixtures.live_server import eventually
+from tests.fixtures.ports import free_port
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
@@ -31,9 +31,7 @@ LOOSE = {"chat": {"ttft_ms": 60_000, "tpot_ms": 1000}}
 @asynccontextmanager
 async def served() -> AsyncIterator[tuple[Supervisor, HttpEngine]]:
     """Yield a server process that is restarted when it dies, and an engine for it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "benchmarks.overhead.gateway_cost", "--engine-alone", str(port), "--step-ms", "5"]
     server = Supervisor("server", command)
     await server.start()

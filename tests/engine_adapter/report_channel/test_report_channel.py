@@ -251,7 +251,7 @@ async def test_slow_gateway_loses_reports_and_delays_nobody(monkeypatch: pytest.
             await eventually(lambda: any(link.dropped for link in server._links))
             assert len(quick.reports) + quick.dropped >= count
             assert len(quick.reports) > 0.9 * count
-        # Bounded in memory: what waits is at most the limit and one report.
+        # The memory is bounded: at most the limit and one report wait.
         waiting = [link.writer.transport.get_write_buffer_size() for link in server._links]
         assert max(waiting) <= (1 << 14) + len(large) + Frames.PREFIX_BYTES
         writer.transport.abort()
