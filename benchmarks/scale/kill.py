@@ -375,7 +375,11 @@ def main(
     rows = []
     for kind in kinds:
         for number in range(seed, seed + runs):
-            rows.append(asyncio.run(measure(kind, name, number)))  # type: ignore[arg-type]
+            try:
+                rows.append(asyncio.run(measure(kind, name, number)))  # type: ignore[arg-type]
+            except (TimeoutError, RuntimeError) as error:
+                say(f"FAILED: {kind}, seed {number}: {error}")
+                raise typer.Exit(1) from error
             say(f"{rows[-1]}")
     found = {"engine": name, "seed": seed, "runs": runs, "cpus": psutil.cpu_count(), "rows": rows}
     print_results(found, as_json, kill_page.page)
