@@ -50,7 +50,10 @@ python -m benchmarks.scale.kill --page docs/results/scale.json
 - *in flight*: streams that had begun and not ended when the server was killed.
 - *moved*: requests that were placed on the killed server, and whose clients had received nothing. The other one served
   them.
-- *last request to the killed server*: seconds after the kill. *shown as down*: by `/status`, and so by `antares top`.
+- All times are seconds after the kill. *killed server ended*: its sockets close only now. Before, the kernel frees its
+  memory, on busy cores.
+- *last request to the killed server*: the gateway placed it there. *shown as down*: by `/status`, and so by
+  `antares top`.
 - *served by the replacement*: requests until the load ended.
 - *ledger*: requests that the gateway accepted, and how they ended. Some were sent before the load, to fill its pools.
 - *lost*: requests without an answer, or whose outcome in the ledger is not what their client saw.
@@ -100,6 +103,7 @@ _ROWS: tuple[tuple[str, Callable[[Sequence[dict[str, Any]]], str]], ...] = (
     ("of them moved", _number("moved")),
     ("other requests rejected with 429", _number("rejected")),
     ("new requests in the first second", _number("new_first_s")),
+    ("killed server ended, s", _number("dead_s", 3)),
     ("last request to the killed server, s", _number("leaves_s", 3)),
     ("shown as down, s", _number("shown_s", 2)),
     ("new requests until the replacement was up", _number("new_while_down")),
