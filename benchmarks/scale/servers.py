@@ -52,7 +52,7 @@ class Servers(Protocol):
         """Return the addresses of the servers that are known to answer."""
 
     async def kill(self, url: str) -> list[psutil.Process]:
-        """Kill the server at ``url``, and have it replaced. Returns the processes that must end, the server first."""
+        """Kill the server at ``url``, and have it replaced. Returns the processes that must end."""
 
     async def stop(self) -> None:
         """Stop everything that was started."""
@@ -166,8 +166,8 @@ class RayServers:
             for process in psutil.process_iter(["cmdline"])
             if str(SUPERVISOR) in (words := process.info["cmdline"] or ()) and port in words
         )
-        actor, server = supervisor.parent(), supervisor.children()[0]
-        lost = [server, *(each for each in [actor, *actor.children(recursive=True)] if each != server)]
+        actor = supervisor.parent()
+        lost = [actor, *actor.children(recursive=True)]
         actor.kill()
         return lost
 

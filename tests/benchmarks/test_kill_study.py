@@ -13,7 +13,7 @@ from benchmarks.scale import kill, kill_page
 GOOD: dict[str, Any] = {
     "servers": "http", "seed": 0, "requests": 150, "in_flight": 6, "broken": 6, "broken_within_s": 0.01,
     "others": 144, "completed": 143, "moved": 2, "rejected": 1, "new_first_s": 9, "new_while_down": 20,
-    "dead_s": 0.01, "leaves_s": 0.02, "shown_s": 0.08, "back_s": 40.0, "taken": 9, "ended_s": 1.5,
+    "closed_s": 0.01, "leaves_s": 0.02, "shown_s": 0.08, "back_s": 40.0, "taken": 9, "ended_s": 1.5,
     "lost": 0, "leaked_requests": 0, "leaked_descriptors": 0, "memory_mb": 1.0, "ends": {"200": 143}, "problems": [],
     "ledger": {"accepted": 160, "open": 0, "finished": 153, "failed": 6, "rejected": 1, "cancelled": 0},
 }  # fmt: skip
