@@ -23,10 +23,9 @@ engines may differ, and a chat returns to the engine that has its history cached
 from __future__ import annotations
 
 import math
-import random
 import zlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -218,18 +217,23 @@ class Headroom:
             bands = self._pools[model] = PaceBands()
         return bands
 
-    def _some(self, request: Request, queues: list[EngineQueue]) -> list[EngineQueue]:
-        """Return at most twice `COMPARED` of ``queues``; first the one that has the prompt's beginning, if one does."""
-        if len(queues) <= 2 * COMPARED:
-            some = queues
-        else:
-            some = random.Random(zlib.crc32(request.id.encode())).sample(queues, 2 * COMPARED)
-        if request.blocks and len(queues) > COMPARED:
-            owners = self._owners
-            owner = next((owners[block] for block in reversed(request.blocks) if block in owners), None)
-            if owner is not None:
-                some = [*(queue for queue in queues if queue.engine.name == owner), *some]
-        return some
+    def _some(self, request: Request, queues: list[EngineQueue]) -> Iterator[EngineQueue]:
+        """Yield ``queues`` if they are few. Of many, yield twice `COMPARED` random ones, some more than once.
+
+        The one that has the prompt's beginning comes first. A request always gets the same ones.
+        """
+        count = len(queues)
+        if count <= COMPARED:
+            yield from queues
+            return
+        owner = next((self._owners[block] for block in reversed(request.blocks) if block in self._owners), None)
+        if owner is not None:
+            yield from (queue for queue in queues if queue.engine.name == owner)
+        number = zlib.crc32(request.id.encode())
+        for _ in range(2 * COMPARED):
+            # A linear congruential generator, because seeding Python's takes as long as comparing four engines.
+            number = (1664525 * number + 1013904223) % 2**32
+            yield queues[number * count >> 32]
 
 
 class _Judged(NamedTuple):
