@@ -211,6 +211,8 @@ class EngineEvents:
     """The engine came up (True) or went down (False)."""
     on_prefix_cache: Callable[[Sequence[PrefixCacheEvent]], None] = lambda events: None
     """What the engine's prefix cache holds has changed. Only for an engine that reports it."""
+    on_limits: Callable[[], None] = lambda: None
+    """The engine is up, and its limits or the size of its KV memory became known only now."""
 
 
 class Engine(Protocol):

@@ -66,7 +66,7 @@ class ReportLog:
 
     Attributes:
         source: where they come from now: "channel" (the report channel), "metrics" (the server's ``/metrics``), or "".
-        at: when the last one arrived (monotonic s); None before the first.
+        at: when the last one, or the last heartbeat, arrived (monotonic s); None before the first.
         counts: reports by source.
         dropped: reports that the server dropped on this connection, because they could not be sent in time.
     """

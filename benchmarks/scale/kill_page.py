@@ -16,7 +16,9 @@ def page(found: dict[str, Any]) -> str:
     kinds = list(dict.fromkeys(row["servers"] for row in found["rows"]))
     groups = [[row for row in found["rows"] if row["servers"] == kind] for kind in kinds]
     runs, seed = found["runs"], found["seed"]
-    seeds = f"seed {seed}" if runs == 1 else f"seeds {seed} to {seed + runs - 1}"
+    which = f"One run, seed {seed}:"
+    if runs > 1:
+        which = f"Median (range) of {runs} runs, seeds {seed} to {seed + runs - 1}. Ends and the ledger are sums:"
     what = (
         "vLLM on CPU with SmolLM2-135M-Instruct, one thread each"
         if found["engine"] == "vllm"
@@ -26,7 +28,7 @@ def page(found: dict[str, Any]) -> str:
     rows = [[name, *(cell(group) for group in groups)] for name, cell in _ROWS]
     text = f"""# Loss of one of two servers
 
-Two servers behind one gateway with the default policy, all on one machine with {found["cpus"]} cores: {what}.
+Two servers behind one gateway with the default policy, all on one machine with {found["cpus"]} shared cores: {what}.
 12 clients send one stream after the other, of three SLO classes, with 24 to 96 output tokens. After 10 s one server is
 killed with SIGKILL: the process of an HTTP server, or the process of a Ray actor. The command starts an HTTP server
 again after 1 s, as a supervisor does. Ray starts an actor again. For 3 s from the kill on, a short stream of 4 tokens
@@ -34,23 +36,26 @@ starts every 0.1 s. The load continues until the replacement has served
 requests.
 
 The bounds are loose, because the replacement loads its model on the cores of the server that is left. With tight bounds
-the policy would reject requests meanwhile.
+the policy would reject requests meanwhile. Other programs used these cores too, which lengthens the start of a server.
 
 ```
 python -m benchmarks.scale.kill --runs {runs} --json > docs/results/scale.json
 python -m benchmarks.scale.kill --page docs/results/scale.json
 ```
 
-Median (range) of {runs} runs, {seeds}:
+{which}
 
 {table(["", *(_HEADS[kind] for kind in kinds)], rows)}
 
 - *in flight*: streams that had begun and not ended when the server was killed.
 - *moved*: requests that were placed on the killed server, and whose clients had received nothing. The other one served
   them.
-- *last request to the killed server*: seconds after the kill. `/status`, and so `antares top`, then show it as down.
+- All times are seconds after the kill. The kernel closes the sockets of a killed server once it has freed its memory,
+  on these busy cores up to a second later.
+- *last request to the killed server*: the gateway placed it there. *shown as down*: by `/status`, and so by
+  `antares top`.
 - *served by the replacement*: requests until the load ended.
-- *ledger*: requests that the gateway accepted, and how they ended. Sums over all runs.
+- *ledger*: requests that the gateway accepted, and how they ended. Some were sent before the load, to fill its pools.
 - *lost*: requests without an answer, or whose outcome in the ledger is not what their client saw.
 
 Failed checks:

@@ -80,7 +80,7 @@ class Replicas:
         self._slots = [self._new_slot() for _ in range(self.count)]
 
     def refresh(self) -> list[str]:
-        """Ask every actor for its URL, replace those that Ray gave up, and write the file. Returns the URLs."""
+        """Ask each actor for its URL, replace actors that Ray gave up, and write the file. Returns the URLs."""
         import ray
         from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 

@@ -125,16 +125,18 @@ class Reports:
         state.max_model_len = limits.max_model_len
         state.prefix_caching, state.plans_ahead = limits.prefix_caching, limits.plans_ahead
         self._set_gate(GateReport(preemptible=limits.preemptible, kv_tokens=limits.kv_tokens))
+        # Drafts are counted once: those of the time until the next reading of the metrics are not known.
+        self._last = None
         self._set_source(CHANNEL)
         self._set_queue(QueueReport())
         self._on_capacity()
 
     def _on_report(self, report: Report | None, dropped: int) -> None:
         state, now = self._state, time.monotonic()
-        state.reports.note(CHANNEL, now)
-        state.reports.dropped = dropped
+        state.reports.at, state.reports.dropped = now, dropped
         if report is None:
             return
+        state.reports.note(CHANNEL, now)
         self._set_gate(report.gate)
         self._set_queue(report.queue)
         for step in report.steps:
@@ -165,4 +167,4 @@ class Reports:
 
     def _on_capacity(self) -> None:
         if self._state.alive:
-            self.events.on_alive(True)
+            self.events.on_limits()

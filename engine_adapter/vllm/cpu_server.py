@@ -34,6 +34,8 @@ FLAGS = {
     "max-num-batched-tokens": "512",
     "dtype": "float32",
     "uvicorn-log-level": "warning",
+    # Without it, vLLM 0.32 neither continues nor ends its streams after SIGTERM, and waits for their clients.
+    "shutdown-timeout": "30",
 }
 """Defaults of the flags."""
 

@@ -49,6 +49,10 @@ def kill(server: Supervisor) -> int:
     return killed
 
 
+LONG = 200
+"""Tokens of a long stream, which takes a second."""
+
+
 class MixedLoad(Load):
     """Plain and streamed, short and long requests. Every fifth client disconnects early. ``ends`` counts the ends."""
 
@@ -57,7 +61,8 @@ class MixedLoad(Load):
 
     async def ask(self) -> None:
         stream, disconnect_after_s = self.random.random() < 0.5, self.random.uniform(0.01, 0.5)
-        body = chat(stream=stream, max_tokens=self.random.randint(1, 100), ignore_eos=True)
+        length = LONG if self.random.random() < 0.1 else self.random.randint(1, 100)
+        body = chat(stream=stream or length == LONG, max_tokens=length, ignore_eos=True)
         pending = self.antares.http.post(CHAT, json=body)
         if self.random.random() > 0.2:
             self.ends[end_of(await pending)] += 1
@@ -67,6 +72,13 @@ class MixedLoad(Load):
                 self.ends[end_of(await pending)] += 1
         except TimeoutError:
             self.ends["disconnected"] += 1
+
+    async def wait_for_streams(self, number: int = 0) -> None:
+        """Wait until three long streams of engine ``number`` have begun and are far from their end."""
+        running = self.antares.gateway.engine_queues[number].running
+        await eventually(
+            lambda: sum(r.max_tokens == LONG and 0 < r.generated < LONG / 2 for r in running.values()) >= 3, within_s=20
+        )
 
     async def wait_for_more(self, complete: int) -> None:
         """Wait for ``complete`` further complete responses."""
@@ -101,7 +113,7 @@ async def test_killed_and_stopped_server_fails_only_requests_in_flight(monkeypat
                 assert load.ends.keys() <= {"complete", "disconnected"}
 
                 for _ in range(2):
-                    await eventually(lambda: engine.state.engine_running > 5, within_s=20)
+                    await load.wait_for_streams()
                     killed = kill(server)
                     await eventually(lambda killed=killed: server.pid not in {None, killed}, within_s=20)
                     await eventually(lambda: engine.state.alive, within_s=20)
@@ -158,7 +170,7 @@ async def test_killing_one_server_of_two_fails_only_its_requests(monkeypatch: py
     monkeypatch.setattr(supervisor_module, "_BACKOFF_S", (60.0,))
     async with two_servers() as (antares, (first, _)):
         async with MixedLoad(antares) as load:
-            await eventually(lambda: antares.engine.state.engine_running > 5, within_s=20)
+            await load.wait_for_streams()
             kill(first)
             await eventually(lambda: not antares.engine.state.alive, within_s=20)
             await load.wait_for_more(100)

@@ -226,3 +226,26 @@ def test_restarted_server_adds_no_negative_decodes() -> None:
     after = ServerMetrics(QueueReport(), tokens=10, drafting=1, draft_tokens=3, accepted_tokens=1)
     assert after.steps_since(before) is None
     assert before.steps_since(before) is None
+
+
+async def test_limits_that_become_known_later_are_announced() -> None:
+    announced: list[int] = []
+    with report_server() as reports:
+        async with serve(SimulatedVllm()) as url:
+            engine = HttpEngine("remote", url, report=ReportAddress(reports.port, KEY))
+            await engine.start(EngineEvents(on_limits=lambda: announced.append(engine.state.kv_tokens)))
+            await eventually(lambda: announced == [4096])
+            await engine.stop()
+
+
+async def test_drafts_are_counted_once_when_the_source_changes() -> None:
+    """Drafts that the channel reported are also in the counters of the metrics."""
+    server = SimulatedVllm()
+    with report_server() as first:
+        port = first.port
+        async with engine_of(server, port) as engine:
+            await eventually(lambda: engine.state.reports.source == "channel")
+            server.metrics = METRICS.replace(b"} 1000.0", b"} 1250.0").replace(b"} 300.0", b"} 600.0")
+            first.close()
+            await eventually(lambda: engine.state.reports.counts.get("metrics", 0) >= 3)
+            assert engine.state.acceptance.draft_tokens == 0
