@@ -264,7 +264,12 @@ def test_headroom_compares_a_few_engines_and_the_one_with_the_prompt(monkeypatch
     at = send(router, chat, runs=False)
     router.engine_queues[at].admission.prefixes.stored(range(60), 16)
     compared: list[EngineQueue] = []
-    monkeypatch.setattr(headroom, "_judge", lambda *args: compared.append(args[1]) or judge(*args))
+
+    def counting_judge(request: Request, queue: EngineQueue, now: float, looser: bool) -> headroom._Judged:
+        compared.append(queue)
+        return judge(request, queue, now, looser)
+
+    monkeypatch.setattr(headroom, "_judge", counting_judge)
     for number in range(20):
         turn = make_request(f"turn {number}", prompt=1100, tpot=0.05)
         turn.blocks, turn.block_tokens = tuple(range(66)), 16
