@@ -11,7 +11,7 @@ Workload = Annotated[
     str,
     typer.Option(
         help="Prompt and output lengths: sharegpt, lmsys-like, azure-conv, azure-code, code-chat or small. "
-        "Or sessions with a growing history: multi-turn or agents."
+        "Or sessions with a growing history: multi-turn or agents. Or a file, as with --trace."
     ),
 ]
 Requests = Annotated[int | None, typer.Option(min=1, help="Stop arrivals after N requests.", metavar="N")]
@@ -24,7 +24,23 @@ Arrivals = Annotated[
 Burstiness = Annotated[
     float, typer.Option(help="Coefficient of variation of the gaps between arrivals; above 1 is bursty.")
 ]
-Trace = Annotated[str | None, typer.Option(help="Trace with the arrival times: azure-conv or azure-code.")]
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        help="Trace with the arrival times: azure-conv or azure-code. Or a file with its requests: JSON lines of "
+        "Mooncake, of vLLM's timed_trace, of Bailian or of this gateway, or the CSV of Azure or BurstGPT."
+    ),
+]
+RateScale = Annotated[
+    float, typer.Option(help="Factor on the rate of a trace that keeps its time scale: overlaid, shifted copies.")
+]
+TraceUnit = Annotated[
+    str | None, typer.Option(help="Unit of a file's timestamps: s or ms.", show_default="as its format has it")
+]
+TraceBlockTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens for each of a file's hash_ids.", show_default="512, as Mooncake"),
+]
 Speed = Annotated[float, typer.Option(help="Speed-up factor of a trace. Do not combine with --qps.")]
 Window = Annotated[float | None, typer.Option(help="Replay only the first SECONDS of the trace.", metavar="SECONDS")]
 SloTable = Annotated[
@@ -50,6 +66,9 @@ _ARGUMENTS = {
     "slo_table": "slo_table",
     "slo_scale": "slo_scale",
     "mix": "mix",
+    "rate_scale": "rate_scale",
+    "trace_unit": "trace_unit",
+    "trace_block_tokens": "trace_block_tokens",
     "max_prompt": "max_prompt",
     "max_output": "max_output",
 }
@@ -65,13 +84,26 @@ def workload_arguments(options: Mapping[str, Any], default_duration_s: float | N
     Raises:
         ValueError: the mix is malformed.
     """
+    from lab.workload.trace_file import is_trace_file
+
     arguments = {argument: options[option] for option, argument in _ARGUMENTS.items()}
     arguments["mix"] = _mix(options["mix"])
     if options["arrivals"] == "poisson" and options["burstiness"] != 1:
         arguments["arrivals"] = "gamma"
-    if options["duration"] is None and options["requests"] is None and options["arrivals"] != "trace":
+    if options["trace"] is not None and is_trace_file(options["trace"]):
+        # The file has the lengths too: `workload_name` makes it the workload.
+        arguments |= {"arrivals": "trace", "trace": None}
+    if options["duration"] is None and options["requests"] is None and arguments["arrivals"] != "trace":
         arguments["duration_s"] = default_duration_s
     return arguments
+
+
+def workload_name(options: Mapping[str, Any]) -> str:
+    """Return the name of the workload that a command's ``options`` choose: a file of ``--trace``, or ``--workload``."""
+    from lab.workload.trace_file import is_trace_file
+
+    trace = options["trace"]
+    return str(trace if trace is not None and is_trace_file(trace) else options["workload"])
 
 
 def _mix(text: str | None) -> dict[int, float] | None:

@@ -19,14 +19,18 @@ from lab.workload_options import (
     MaxOutput,
     MaxPrompt,
     Mix,
+    RateScale,
     Requests,
     SloScale,
     SloTable,
     Speed,
     Trace,
+    TraceBlockTokens,
+    TraceUnit,
     Window,
     Workload,
     workload_arguments,
+    workload_name,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +59,9 @@ def bench(
     trace: Trace = None,
     speed: Speed = 1.0,
     window: Window = None,
+    rate_scale: RateScale = 1.0,
+    trace_unit: TraceUnit = None,
+    trace_block_tokens: TraceBlockTokens = None,
     slo_table: SloTable = "llama-3.1-8b",
     slo_scale: SloScale = 1.0,
     mix: Mix = None,
@@ -97,11 +104,11 @@ def bench(
         target = _target(url, url_option, model, endpoint, prompt_style, ignore_eos, api_key, timeout, max_connections)
         target = replace(target, temperature=temperature)
         arguments = workload_arguments(context.params)
-        if qps is None and arrivals != "trace":
+        if qps is None and arguments["arrivals"] != "trace":
             raise ValueError("set at least one --qps")
         rates: list[float | None] = [*qps] if qps else [None]
         planned = [
-            (rate, run_seed, make_workload(workload, qps=rate, seed=run_seed, **arguments))
+            (rate, run_seed, make_workload(workload_name(context.params), qps=rate, seed=run_seed, **arguments))
             for rate in rates
             for run_seed in (seed or [0])
         ]
@@ -116,7 +123,7 @@ def bench(
         typer.echo(f"antares: {error}", err=True)
         raise typer.Exit(2) from error
     except ModuleNotFoundError as error:
-        typer.echo(f"antares: bench needs {error.name}: pip install 'antares-gateway[bench]'", err=True)
+        typer.echo(f"antares: bench needs {error.name}: pip install -e '.[bench]' in your clone", err=True)
         raise typer.Exit(1) from error
     try:
         target = _warm_up(target, planned[0][2][0], warmup)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from lab.simulate.progress import console, progress
 from lab.workload_options import (
     Arrivals,
     Burstiness,
@@ -22,39 +18,25 @@ from lab.workload_options import (
     MaxOutput,
     MaxPrompt,
     Mix,
+    RateScale,
     Requests,
     SloScale,
     SloTable,
     Speed,
     Trace,
+    TraceBlockTokens,
+    TraceUnit,
     Window,
     Workload,
     workload_arguments,
+    workload_name,
 )
 
 if TYPE_CHECKING:
     from lab.simulate.experiment import Experiment, Run
 
-console = Console(stderr=True, highlight=False)
-
 _WALL_CLOCK = ("scheduling_s", "routing_s", "wall_s", "setup_s")
 """Keys of a run record that differ between two runs of the same command."""
-
-_COLUMNS = {
-    "goodput": "goodput /s",
-    "slo_adherence": "adherence",
-    "rejected": "rejected",
-    "ttft_violations": "TTFT viol.",
-    "tpot_violations": "TPOT viol.",
-    "ttft_p50_s": "TTFT p50 s",
-    "tpot_p50_s": "TPOT p50 s",
-    "count_bound": "count bound",
-    "fair_bound": "fair bound",
-}
-"""Key of the run record to header of the table."""
-
-_PREFIX_COLUMNS = {"predicted_hit_rate": "predicted hits", "hit_rate": "hits"}
-"""Columns of a workload with shared prefixes: shares of the prompt tokens."""
 
 _FROM_PROFILE = "from the profile"
 
@@ -67,7 +49,9 @@ def simulate(
     workload: Workload = "sharegpt",
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="NAME or NAME:OPTION=VALUE,...; repeatable.", show_default="fcfs, scorpio"),
+        typer.Option(
+            help="NAME or NAME:OPTION=VALUE,...; repeatable.", show_default="fcfs, scorpio; with a search slack"
+        ),
     ] = None,
     qps: Annotated[
         list[float] | None, typer.Option(help="Offered rate (requests/s); repeatable.", show_default="20")
@@ -86,6 +70,9 @@ def simulate(
     trace: Trace = None,
     speed: Speed = 1.0,
     window: Window = None,
+    rate_scale: RateScale = 1.0,
+    trace_unit: TraceUnit = None,
+    trace_block_tokens: TraceBlockTokens = None,
     slo_table: SloTable = "llama-3.1-8b",
     slo_scale: SloScale = 1.0,
     mix: Mix = None,
@@ -95,7 +82,13 @@ def simulate(
         str,
         typer.Option(help="Length predictor: shipped[:FACTOR], oracle, noise:SIGMA, constant or reversed."),
     ] = "shipped",
-    replicas: Annotated[int, typer.Option(min=1, max=1024, help="Number of engines behind the gateway.")] = 1,
+    replicas: Annotated[
+        str,
+        typer.Option(help="Number of engines behind the gateway, or search: the fewest that keep --target."),
+    ] = "1",
+    target: Annotated[
+        float, typer.Option(help="SLO adherence of --replicas search: the share of all requests that must attain it.")
+    ] = 0.99,
     routing: Annotated[
         str, typer.Option(help="How the gateway's router chooses among the engines (docs/routing.md).")
     ] = "least_load",
@@ -138,6 +131,13 @@ def simulate(
         float, typer.Option(min=0, max=1, help="Probability that a draft is accepted if those before it are.")
     ] = 0.6,
     draft_ms: Annotated[float, typer.Option(min=0, help="Milliseconds that making drafts adds to a step.")] = 0.0,
+    fail: Annotated[
+        list[str] | None,
+        typer.Option(help="An engine dies: SECONDS, or SECONDS:REPLICA, counted from 0; repeatable."),
+    ] = None,
+    cold_start: Annotated[
+        float, typer.Option(min=0, help="Seconds until another engine serves in place of one that died.")
+    ] = 60.0,
     learn: Annotated[
         bool, typer.Option("--learn/--no-learn", help="Learn step times during the run, as a live gateway does.")
     ] = True,
@@ -160,7 +160,11 @@ def simulate(
         ),
     ] = True,
     plot: Annotated[
-        Path | None, typer.Option(help="Plot goodput and adherence over the rate to a .png, .svg or .pdf.")
+        Path | None,
+        typer.Option(
+            help="Plot goodput and adherence over the rate to a .png, .svg or .pdf. With --replicas search: adherence "
+            "over the replicas, and over time."
+        ),
     ] = None,
 ) -> None:
     """Plan capacity and compare policies in virtual time, without a GPU.
@@ -176,12 +180,19 @@ def simulate(
     How many requests per second do eight engines serve, half of them H200?
 
         antares simulate --hold 0.99 --policy slack --replicas 8 --profiles h200-llama3.1-8b --routing headroom
+
+    How many A100s does my traffic need?
+
+        antares simulate --trace traffic.jsonl --replicas search --plot traffic.svg
     """
     from engine_adapter.simulated.speculation import RandomAcceptance
     from lab.simulate.experiment import Experiment, runs_of
+    from lab.simulate.lifecycle import Changes, parse_failure
+    from lab.simulate.report import print_sizings
+    from lab.simulate.sizing import SEARCH, check_search, number_of_replicas, size
 
-    seeds, policies = list(dict.fromkeys(seed or [0])), list(dict.fromkeys(policy or ["fcfs", "scorpio"]))
-    rates: list[float | None] = [*qps] if qps else [None if arrivals == "trace" else 20.0]
+    seeds = list(dict.fromkeys(seed or [0]))
+    policies = list(dict.fromkeys(policy or (["slack"] if replicas == SEARCH else ["fcfs", "scorpio"])))
     limits = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -191,10 +202,13 @@ def simulate(
     try:
         experiment = Experiment(
             profile=profile,
-            workload={"name": workload, **workload_arguments(context.params, default_duration_s=60.0)},
+            workload={
+                "name": workload_name(context.params),
+                **workload_arguments(context.params, default_duration_s=60.0),
+            },
             predictor=predictor,
             step_mode=step_mode,
-            replicas=replicas,
+            replicas=number_of_replicas(replicas, len(profiles or ())),
             routing=routing,
             profiles=tuple(profiles or ()),
             learn=learn,
@@ -202,11 +216,15 @@ def simulate(
             prefix_caching=prefix_caching,
             prefix_index=prefix_index,
             speculation=RandomAcceptance(draft_tokens, draft_acceptance, draft_ms / 1000) if draft_tokens else None,
+            changes=Changes(tuple(map(parse_failure, fail)), cold_start) if fail else None,
             limits={name: limit for name, limit in limits.items() if limit is not None},
         )
+        rates: list[float | None] = [*qps] if qps else [None if experiment.workload["arrivals"] == "trace" else 20.0]
         if hold is not None:
             _check_hold(experiment, hold, qps)
             rates = [1.0]
+        if replicas == SEARCH:
+            check_search(target, hold, rates)
         _check(experiment, policies, rates, seeds, plot)
     except ValueError as error:
         _usage(str(error))
@@ -215,7 +233,11 @@ def simulate(
     workers = jobs or os.cpu_count() or 1
     document: dict[str, Any] = {"runs": []}
     try:
-        if hold is None:
+        if replicas == SEARCH:
+            document, sizings = size(experiment, policies, rates[0], seeds, target, workers, plot)
+            if not as_json:
+                print_sizings(sizings, experiment, target)
+        elif hold is None:
             document["runs"] = _perform(experiment, runs_of(policies, rates, seeds), workers)
         else:
             document["capacity_qps"] = {}
@@ -225,16 +247,36 @@ def simulate(
                 document["runs"] += records
     except ValueError as error:
         _usage(str(error))
+    except OSError as error:
+        _fail(error)
+    _finish(document, experiment, hold, plot if replicas != SEARCH else None, as_json, timings)
+
+
+def _finish(
+    document: dict[str, Any],
+    experiment: Experiment,
+    hold: float | None,
+    plot: Path | None,
+    as_json: bool,
+    timings: bool,
+) -> None:
+    """Plot and print the runs of ``document``. A search has printed its table, and drawn its plot."""
     if plot is not None:
-        _plot(document["runs"], plot, f"{profile}, {workload}")
+        _plot(document["runs"], plot, f"{experiment.profile}, {experiment.workload['name']}")
+    if as_json:
+        _print_json(document, timings)
+    elif "replicas" not in document:
+        from lab.simulate.report import print_runs
+
+        print_runs(document, experiment, hold)
+
+
+def _print_json(document: dict[str, Any], timings: bool) -> None:
     if not timings:
         for record in document["runs"]:
             record.update(dict.fromkeys(_WALL_CLOCK))
-    if as_json:
-        json.dump(document, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    else:
-        _print(document, experiment, hold)
+    json.dump(document, sys.stdout, indent=2)
+    sys.stdout.write("\n")
 
 
 def _resolve_alias(colocated_gateway: bool, apart: bool | None) -> bool:
@@ -299,7 +341,7 @@ def _perform(experiment: Experiment, runs: list[Run], jobs: int) -> list[dict[st
     from lab.simulate.experiment import perform_all
 
     records = []
-    with _progress("Simulating", len(runs)) as advance:
+    with progress("Simulating", len(runs)) as advance:
         for record in perform_all(experiment, runs, jobs):
             records.append(record)
             advance(f"{record['policy']} at {record['qps']:g}/s")
@@ -311,7 +353,7 @@ def _capacity(
 ) -> tuple[float, list[dict[str, Any]]]:
     from lab.simulate.experiment import capacity
 
-    with _progress(f"Searching the capacity of {policy}", None) as advance:
+    with progress(f"Searching the capacity of {policy}", None) as advance:
         return capacity(
             experiment,
             policy,
@@ -322,16 +364,6 @@ def _capacity(
         )
 
 
-@contextmanager
-def _progress(label: str, total: int | None) -> Iterator[Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda text: progress.update(task, advance=1, description=text)
-
-
 def _plot(runs: list[dict[str, Any]], path: Path, title: str) -> None:
     from lab.records.plot import plot_runs
 
@@ -340,41 +372,6 @@ def _plot(runs: list[dict[str, Any]], path: Path, title: str) -> None:
     except OSError as error:
         _fail(error)
     console.print(f"Wrote {path}")
-
-
-def _print(document: dict[str, Any], experiment: Experiment, hold: float | None) -> None:
-    from lab.simulate.experiment import MAX_QPS
-
-    out = Console(highlight=False)
-    if not out.is_terminal:
-        # Rich assumes 80 columns for a pipe, which would truncate the table.
-        out = Console(highlight=False, width=160)
-    if hold is not None:
-        for policy, rate in document["capacity_qps"].items():
-            at_least = "at least " if rate >= MAX_QPS else ""
-            out.print(
-                f"{policy}: {at_least}{rate:g} requests/s at {hold:.0%} SLO adherence "
-                f"({experiment.profile}, {experiment.workload['name']})"
-            )
-        return
-    runs = document["runs"]
-    table = Table(title=f"{experiment.profile}, {experiment.workload['name']}, {experiment.step_mode} steps")
-    columns = dict(_COLUMNS)
-    if any(run["hit_rate"] is not None for run in runs):
-        columns |= _PREFIX_COLUMNS
-    for header in ("policy", "offered /s", *columns.values()):
-        table.add_column(header, justify="left" if header == "policy" else "right")
-    for policy, rate in dict.fromkeys((run["policy"], run["qps"]) for run in runs):
-        over_seeds = [run for run in runs if (run["policy"], run["qps"]) == (policy, rate)]
-        table.add_row(policy, f"{rate:g}", *(_mean([run[key] for run in over_seeds]) for key in columns))
-    out.print(table)
-    if len({run["seed"] for run in runs}) > 1:
-        out.print("Means over seeds; --json prints each run.")
-
-
-def _mean(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{statistics.fmean(known):.3f}" if known else "-"
 
 
 def _usage(text: str) -> NoReturn:

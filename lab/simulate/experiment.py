@@ -18,10 +18,13 @@ from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
 from lab.bounds import bounds, token_costs
 from lab.records.run_record import run_record
+from lab.records.timeline import timeline
+from lab.simulate.lifecycle import Changes
 from lab.simulate.predictions import predict
 from lab.simulate.simulator import simulate
 from lab.simulate.step_jitter import StepJitter
 from lab.workload import WorkloadRequest, make_workload
+from lab.workload.trace_replay import PrefixBlocks
 
 MAX_QPS = 4096.0
 """Highest rate (1/s) that `capacity` tries, so that its search ends."""
@@ -38,7 +41,8 @@ class Experiment:
         limits: engine limits that replace those of the profile, by field name.
         profiles: names or files of further profiles, which the replicas after the first use in turn.
         step_mode, replicas, routing, learn, colocated_gateway, step_jitter, prefix_caching, prefix_index,
-            speculation: see `lab.simulate.simulator.simulate`.
+            speculation, changes: see `lab.simulate.simulator.simulate`.
+        timeline_bins: if above 0, records have outcomes over time (`lab.records.timeline`), in as many parts.
     """
 
     profile: str = "a100-llama3.1-8b"
@@ -55,6 +59,8 @@ class Experiment:
     prefix_caching: bool = True
     prefix_index: bool = True
     speculation: RandomAcceptance | None = None
+    timeline_bins: int = 0
+    changes: Changes | None = None
 
     def engine(self) -> Profile:
         """Return the profile with ``limits`` applied.
@@ -155,6 +161,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         prefix_caching=experiment.prefix_caching,
         prefix_index=experiment.prefix_index,
         speculation=experiment.speculation,
+        changes=experiment.changes,
         seed=run.seed,
         on_ended=on_ended,
     )
@@ -170,7 +177,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         result.duration_s,
         wall_s=wall_s,
         scheduling_s=result.scheduling_s,
-        bounds=bounds(workload, costs, experiment.replicas) if len(set(map(id, profiles))) == 1 else None,
+        bounds=bounds(workload, costs, experiment.replicas) if _has_bounds(profiles, workload) else None,
         routing_s=round(result.routing_s, 4),
         steps=result.steps,
         decisions=result.decisions,
@@ -179,7 +186,13 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         predicted_hit_rate=round(result.predicted_hit_rate, 4) if shares_prefixes else None,
         utilisation=round(result.busy_s / capacity_s, 4) if capacity_s else 0.0,
         setup_s=round(started - setup_started, 3),
+        **({"timeline": timeline(result.results, experiment.timeline_bins)} if experiment.timeline_bins else {}),
     )
+
+
+def _has_bounds(profiles: Sequence[Profile], workload: Sequence[WorkloadRequest]) -> bool:
+    """Whether `lab.bounds` holds: for equal engines. Its sets of a recorded trace's blocks would not fit in memory."""
+    return len(set(map(id, profiles))) == 1 and not any(isinstance(r.blocks, PrefixBlocks) for r in workload)
 
 
 def _mean_rate(workload: Sequence[WorkloadRequest]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
@@ -93,7 +93,7 @@ class Replica:
         self.admission = AdmissionController(
             policy, self.state, lambda request: best_effort, PrefixIndex(profile.kv_tokens)
         )
-        self.scheduler = SimulatedScheduler(
+        self._new_scheduler: Callable[[], SimulatedScheduler] = lambda: SimulatedScheduler(
             max_num_seqs=profile.max_num_seqs,
             max_num_batched_tokens=profile.max_num_batched_tokens,
             max_model_len=profile.max_model_len,
@@ -103,6 +103,9 @@ class Replica:
             prefix_caching=prefix_caching,
             speculation=speculation,
         )
+        self.scheduler = self._new_scheduler()
+        self.down = False
+        """Whether the engine does nothing at all: it has not started yet, or it has stopped."""
         self.prefix_hits = PrefixHits()
         self.step: Step | None = None
         self.step_ends_s = math.inf
@@ -125,6 +128,8 @@ class Replica:
 
         While the engine is busy, a recheck waits for the end of the step, because no decision takes effect earlier.
         """
+        if self.down:
+            return math.inf
         return self.recheck_at_s if self.step is None else self.step_ends_s
 
     def decide(self, now: float) -> Decision:
@@ -141,6 +146,28 @@ class Replica:
         if decision.recheck_at is not None:
             self.recheck_at_s = max(now + _RECHECK_AFTER_S, decision.recheck_at)
         return decision
+
+    def take_waiting(self) -> list[Request]:
+        """Remove and return the requests that wait for admission."""
+        waiting = list(self.admission.waiting)
+        for request in waiting:
+            self.admission.withdraw(request)
+        return waiting
+
+    def lose_requests(self) -> tuple[list[Request], list[Request]]:
+        """Remove all requests, because the engine dies: those whose answer has begun, and the others."""
+        running = list(self.admission.running.values())
+        for request in running:
+            self.admission.leave(request)
+        begun = [request for request in running if request.first_token_s is not None]
+        return begun, [request for request in running if request.first_token_s is None] + self.take_waiting()
+
+    def restart(self) -> None:
+        """Forget the KV memory, the steps and what the gateway knows of them. The engine has no requests."""
+        self.scheduler = self._new_scheduler()
+        self.admission.prefixes.clear()
+        self.step = self._planned = self._outcome = None
+        self.step_ends_s = self.recheck_at_s = math.inf
 
     def send(self, request: Request, output_tokens: int, blocks: Sequence[int] = ()) -> None:
         """Send an admitted ``request`` to the engine, which generates ``output_tokens`` for it.
@@ -214,8 +241,8 @@ class Replica:
             # The engine planned this step before the gateway could react to the tokens of the last one.
             self.start_step(now)
         prefilled, done = cast(list[ReplicaSequence], finished.prefilled), cast(list[ReplicaSequence], finished.done)
-        for sequence, tokens in step.tokens():
-            cast(ReplicaSequence, sequence).request.advance(tokens)
+        for sequence, tokens in cast(Iterator[tuple[ReplicaSequence, int]], step.tokens()):
+            sequence.request.advance(tokens)
         for sequence in prefilled:
             sequence.request.advance(1)
             if sequence.request.first_token_s is None:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
 
 from engine_adapter.simulated.scheduler import BLOCK_TOKENS
 from engine_adapter.simulated.speculation import RandomAcceptance
@@ -22,6 +23,7 @@ from gateway.requests.request import Request
 from gateway.requests.slo import Slo
 from lab.records.run_record import RequestResult
 from lab.simulate.fleet import Fleet
+from lab.simulate.lifecycle import ENGINE_LOST, Changes, Lifecycle
 from lab.simulate.predictions import PredictedLength
 from lab.simulate.replica import Replica
 from lab.simulate.step_jitter import StepJitter
@@ -43,6 +45,8 @@ class SimulationResult:
         preemptions: number of preempted sequences.
         hit_rate, predicted_hit_rate: share of the prompt tokens sent to engines that the engines found in their prefix
             caches, and that the gateway predicted at admission; 0 without prompts.
+        gpu_s: seconds that engines used GPUs, summed over engines.
+        sizes: time (s) and number of engines, whenever it changed; empty without `Changes`.
     """
 
     results: list[RequestResult]
@@ -55,6 +59,8 @@ class SimulationResult:
     preemptions: int
     hit_rate: float
     predicted_hit_rate: float
+    gpu_s: float
+    sizes: list[tuple[float, int]]
 
 
 def simulate(
@@ -75,6 +81,7 @@ def simulate(
     prefix_caching: bool = True,
     prefix_index: bool = True,
     speculation: RandomAcceptance | None = None,
+    changes: Changes | None = None,
     seed: int = 0,
     on_ended: Callable[[int], None] = lambda ended: None,
 ) -> SimulationResult:
@@ -99,6 +106,7 @@ def simulate(
         prefix_caching: whether engines share the KV blocks of equal prefixes (`WorkloadRequest.blocks`).
         prefix_index: whether the gateway predicts prefix-cache hits. Without, it plans with whole prompts.
         speculation: speculative decoding in the engines; none by default.
+        changes: failures, cold starts and autoscaling of the engines; none by default.
         seed: seed of ``step_jitter`` and ``speculation``.
         on_ended: called now and then with the number of requests that have ended.
 
@@ -107,13 +115,7 @@ def simulate(
         RuntimeError: the policy leaves requests waiting forever while every engine is idle.
     """
     profiles = [profile] if isinstance(profile, Profile) else list(profile)
-    longest = max((request.prompt_tokens + request.output_tokens for request in workload), default=0)
-    profile = min(profiles, key=lambda one: one.max_model_len)
-    if longest > profile.max_model_len:
-        raise ValueError(
-            f"the workload has a request of {longest} tokens, but the context length of profile {profile.name!r} is "
-            f"{profile.max_model_len}: set --max-prompt and --max-output"
-        )
+    _check_lengths(workload, min(profiles, key=lambda one: one.max_model_len))
     step_factors = [step_jitter.step_factors(seed * replicas + n) if step_jitter else None for n in range(replicas)]
     engines = [
         Replica(
@@ -133,10 +135,19 @@ def simulate(
     results = _Results(workload, on_ended)
     now, arrived, routing_s = 0.0, 0, 0.0
     fleet = Fleet(engines, routing, lambda: now) if len(engines) > 1 else None
+    events = _Events(engines)
+    place = fleet.place if fleet is not None else lambda request: engines[0]
+    lifecycle = Lifecycle(changes, engines, place) if changes is not None else None
     while results.open:
-        engine = min(engines, key=_next_event_s) if len(engines) > 1 else engines[0]
+        engine = events.first()
         arrival_s = workload[arrived].at_s if arrived < len(workload) else math.inf
-        if arrival_s <= engine.next_event_s:
+        touched = [engine]
+        if lifecycle is not None and lifecycle.is_next(min(arrival_s, engine.next_event_s)):
+            now = lifecycle.next_s
+            touched, failed = lifecycle.apply(now)
+            results.fail(failed)
+            events = _Events(engines)
+        elif arrival_s <= engine.next_event_s:
             if arrival_s == math.inf:
                 raise RuntimeError(f"{results.open} requests wait, but every engine is idle and the policy admits none")
             now = arrival_s
@@ -150,20 +161,16 @@ def simulate(
                 routing_s += time.process_time() - started
             engine.admission.submit(request)
             arrived += 1
+            touched = [engine]
         else:
             now = engine.next_event_s
             if engine.step is not None:
                 results.finish(now, engine.end_step())
                 if not colocated_gateway and engine.step is None:
                     engine.start_step(now)
-        decision = engine.decide(now)
-        for request in decision.admit:
-            sent = workload[int(request.id)]
-            engine.send(request, sent.output_tokens, sent.blocks)
-        for rejection in decision.reject:
-            results.reject(rejection.request, f"{rejection.bound}_unattainable")
-        if engine.step is None:
-            engine.start_step(now)
+        for engine in touched:
+            _decide(engine, now, workload, results)
+            events.changed(engine)
     prompt_tokens = max(1, sum(e.prefix_hits.prompt_tokens for e in engines))
     return SimulationResult(
         results=results.all(),
@@ -176,7 +183,32 @@ def simulate(
         preemptions=sum(e.scheduler.preemptions for e in engines),
         hit_rate=sum(e.prefix_hits.cached_tokens for e in engines) / prompt_tokens,
         predicted_hit_rate=sum(e.prefix_hits.predicted_tokens for e in engines) / prompt_tokens,
+        gpu_s=now * len(engines) if lifecycle is None else lifecycle.gpu_s(now),
+        sizes=[] if lifecycle is None else lifecycle.sizes,
     )
+
+
+def _check_lengths(workload: Sequence[WorkloadRequest], profile: Profile) -> None:
+    longest = max((request.prompt_tokens + request.output_tokens for request in workload), default=0)
+    if longest > profile.max_model_len:
+        raise ValueError(
+            f"the workload has a request of {longest} tokens, but the context length of profile {profile.name!r} is "
+            f"{profile.max_model_len}: set --max-prompt and --max-output"
+        )
+
+
+def _decide(engine: Replica, now: float, workload: Sequence[WorkloadRequest], results: _Results) -> None:
+    """Ask the policy of ``engine``, apply its decision, and start a step if none runs."""
+    if engine.down:
+        return
+    decision = engine.decide(now)
+    for request in decision.admit:
+        sent = workload[int(request.id)]
+        engine.send(request, sent.output_tokens, sent.blocks[:])
+    for rejection in decision.reject:
+        results.reject(rejection.request, f"{rejection.bound}_unattainable")
+    if engine.step is None:
+        engine.start_step(now)
 
 
 class _Results:
@@ -203,6 +235,11 @@ class _Results:
                 ),
             )
 
+    def fail(self, requests: Sequence[Request]) -> None:
+        """Record that the engine of ``requests`` died during their answers."""
+        for request in requests:
+            self._end(request, RequestResult(self._workload[int(request.id)], "failed", reason=ENGINE_LOST))
+
     def reject(self, request: Request, reason: str) -> None:
         """Record that the policy rejected ``request``."""
         self._end(request, RequestResult(self._workload[int(request.id)], "rejected", reason=reason))
@@ -219,8 +256,28 @@ class _Results:
         return [result for result in self._results if result is not None]
 
 
-def _next_event_s(engine: Replica) -> float:
-    return engine.next_event_s
+class _Events:
+    """The next event of each engine, in a heap. Of equal times, the first engine's comes first."""
+
+    def __init__(self, engines: Sequence[Replica]) -> None:
+        self._engines = engines
+        self._numbers = {engine: number for number, engine in enumerate(engines)}
+        self._heap = [(engine.next_event_s, number) for number, engine in enumerate(engines)]
+        heapify(self._heap)
+
+    def first(self) -> Replica:
+        """Return the engine with the first event."""
+        heap, engines = self._heap, self._engines
+        while True:
+            at_s, number = heap[0]
+            engine = engines[number]
+            if engine.next_event_s == at_s:
+                return engine
+            heappop(heap)
+
+    def changed(self, engine: Replica) -> None:
+        """Note that the engine's next event may be another one."""
+        heappush(self._heap, (engine.next_event_s, self._numbers[engine]))
 
 
 def slo_of(request: WorkloadRequest) -> Slo:
@@ -232,7 +289,7 @@ def slo_of(request: WorkloadRequest) -> Slo:
 
 def _prompt_blocks(request: WorkloadRequest) -> tuple[int, ...]:
     """Return the hashes of the whole blocks of the prompt."""
-    return request.blocks[: request.prompt_tokens // BLOCK_TOKENS]
+    return tuple(request.blocks[: request.prompt_tokens // BLOCK_TOKENS])
 
 
 def _request(index: int, request: WorkloadRequest, predicted: PredictedLength, tenant: str) -> Request:

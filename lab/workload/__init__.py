@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from lab.workload import code_chat, sessions
 from lab.workload.arrivals import renewal, replay, unit_gaps
 from lab.workload.lengths import SMALL_OUTPUTS, SMALL_PROMPTS, TRACES, WORKLOADS, Ints, Lengths, dataset, truncate
+from lab.workload.request import WorkloadRequest
 from lab.workload.sessions import SESSIONS
+from lab.workload.trace_file import UNITS, is_trace_file, read_trace
+from lab.workload.trace_replay import arrival_times, recorded_workload, superposed
 
 __all__ = [
     "ARRIVALS",
@@ -33,6 +35,9 @@ __all__ = [
 
 ARRIVALS = ("poisson", "gamma", "trace")
 
+MAX_RATE_SCALE = 1000.0
+"""Largest factor on the rate of a trace: each copy takes as much memory as the trace."""
+
 PAPER_SLOS: dict[str, tuple[tuple[float, float], ...]] = {
     # (TTFT s, TPOT ms) of the six categories, SCORPIO table 1.
     "llama-3.1-8b": ((0.5, 30), (2, 30), (3, 30), (0.5, 50), (1, 50), (7.5, 50)),
@@ -45,34 +50,6 @@ SLO_TABLES: dict[str, tuple[tuple[float, float, float], ...]] = {
     **code_chat.SLOS,
     **sessions.SLOS,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class WorkloadRequest:
-    """One request of a workload.
-
-    Attributes:
-        at_s: arrival time, in seconds after the start.
-        prompt_tokens: length of the prompt.
-        output_tokens: length of the answer.
-        ttft_slo_s, tpot_slo_s, e2e_slo_s: bounds in seconds; infinite if the request has no such bound.
-        category: row of the SLO table, from 1.
-        blocks: chained hashes of the blocks of `sessions.BLOCK_TOKENS` tokens of the prompt and the answer. Requests
-            with equal leading hashes begin with the same tokens. The last block may be partial; its hash is the one of
-            the full block in a later turn. Empty if the request shares no prefix.
-        messages: tokens of each message of the prompt: the system prompt, then user and assistant in turn. Empty if the
-            prompt is one message.
-    """
-
-    at_s: float
-    prompt_tokens: int
-    output_tokens: int
-    ttft_slo_s: float
-    tpot_slo_s: float
-    category: int
-    e2e_slo_s: float = math.inf
-    blocks: tuple[int, ...] = ()
-    messages: tuple[int, ...] = ()
 
 
 def workload_names() -> list[str]:
@@ -102,12 +79,15 @@ def make_workload(
     mix: Mapping[int, float] | None = None,
     max_prompt: int | None = None,
     max_output: int | None = None,
+    rate_scale: float = 1.0,
+    trace_unit: str | None = None,
+    trace_block_tokens: int | None = None,
 ) -> list[WorkloadRequest]:
     """Return a workload, in order of arrival.
 
     Args:
         name: source of the lengths, one of `workload_names`; see ``lab/workload/data/README.md``. Those of
-            `lab.workload.sessions` are sessions, whose requests share prefixes.
+            `lab.workload.sessions` are sessions, whose requests share prefixes. Or a file (`lab.workload.trace_file`).
         qps: mean arrival rate (1/s) of requests, all turns of sessions included. Optional with ``arrivals="trace"``,
             where it replaces ``speed``.
         requests, duration_s: limits on the number of requests and on their arrival times (s). The first limit that is
@@ -127,6 +107,8 @@ def make_workload(
         max_prompt, max_output: limits in tokens. ``sharegpt`` excludes longer requests (1024 each by default). Other
             workloads truncate them; log-normal lengths have default limits, traces have none. In sessions,
             ``max_prompt`` limits the prompt with its history (7168 by default).
+        rate_scale: with trace arrivals, a factor on the rate that keeps the time scale (`trace_replay.superposed`).
+        trace_unit, trace_block_tokens: of a file; see `trace_file.read_trace`.
 
     Raises:
         ValueError: an unknown name (the message lists the known ones), a number out of range, or contradictory
@@ -135,12 +117,26 @@ def make_workload(
     if name in SLO_TABLES and slo_table in PAPER_SLOS:
         slo_table = name
     _check(name, qps, requests, duration_s, arrivals, burstiness, speed, trace, window_s, slo_table, slo_scale, seed)
+    _check_replay(name, arrivals, rate_scale, trace_unit, trace_block_tokens)
     for limit, value in (("max_prompt", max_prompt), ("max_output", max_output)):
         if value is not None and value < 1:
             raise ValueError(f"{limit} must be at least 1")
     gaps, lengths, classes = (np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(3))
     slos = SLO_TABLES[slo_table]
     ttft, tpot, e2e = np.array(slos, dtype=float).T * slo_scale
+    if is_trace_file(name):
+        recording = read_trace(name, unit=trace_unit, block_tokens=trace_block_tokens, window_s=window_s)
+        if arrivals == "trace":
+            times, chosen, copies = superposed(arrival_times(recording, name), rate_scale, gaps)
+            at_s = replay(times, qps=qps, speed=speed, window_s=None, requests=requests, duration_s=duration_s)
+        else:
+            assert qps is not None
+            at_s = renewal(gaps, qps, burstiness, requests, duration_s)
+            chosen, copies = lengths.integers(0, len(recording), len(at_s)), None
+        drawn = _categories(classes, len(at_s), len(slos), mix)
+        slo_rows = list(zip(ttft.tolist(), (tpot / 1000).tolist(), range(1, len(slos) + 1), e2e.tolist(), strict=True))
+        bounds = [slo_rows[category] for category in drawn.tolist()]
+        return recorded_workload(recording, at_s, chosen, copies, bounds, slo_scale, max_prompt, max_output)
     if name in SESSIONS:
         assert qps is not None
         turns = sessions.turns(
@@ -153,15 +149,18 @@ def make_workload(
             max_prompt=max_prompt,
             max_output=max_output,
         )
-        bounds = [(float(ttft[c]), float(tpot[c]) / 1000, c + 1, float(e2e[c])) for c in range(len(slos))]
+        by_category = [(float(ttft[c]), float(tpot[c]) / 1000, c + 1, float(e2e[c])) for c in range(len(slos))]
         return [
-            WorkloadRequest(t.at_s, t.prompt_tokens, t.output_tokens, *bounds[t.category], t.blocks, t.messages)
+            WorkloadRequest(t.at_s, t.prompt_tokens, t.output_tokens, *by_category[t.category], t.blocks, t.messages)
             for t in turns
         ]
     recorded = trace or (name if name in TRACES else TRACES[0])
     if arrivals == "trace":
-        times = dataset(recorded).at_s
-        assert times is not None
+        recorded_s = dataset(recorded).at_s
+        assert recorded_s is not None
+        # Copies are of the window. Without copies, `replay` cuts it, because the rate depends on its length.
+        whole = recorded_s if window_s is None or rate_scale == 1 else recorded_s[recorded_s < window_s]
+        times, rows, _ = superposed(whole, rate_scale, gaps)
         at_s = replay(times, qps=qps, speed=speed, window_s=window_s, requests=requests, duration_s=duration_s)
     else:
         assert qps is not None
@@ -169,7 +168,8 @@ def make_workload(
     n = len(at_s)
     if arrivals == "trace" and recorded == name:
         data = dataset(name)
-        prompts, outputs = truncate(data.prompt_tokens[:n], max_prompt), truncate(data.output_tokens[:n], max_output)
+        prompts = truncate(data.prompt_tokens[rows[:n]], max_prompt)
+        outputs = truncate(data.output_tokens[rows[:n]], max_output)
     else:
         prompts, outputs = WORKLOADS[name](lengths, n, max_prompt, max_output)
     categories = _categories(classes, n, len(slos), mix)
@@ -203,6 +203,19 @@ def _categories(random: np.random.Generator, n: int, count: int, mix: Mapping[in
     return np.minimum(drawn, int(np.flatnonzero(weights)[-1]))
 
 
+def _check_replay(
+    name: str, arrivals: str, rate_scale: float, trace_unit: str | None, trace_block_tokens: int | None
+) -> None:
+    if not (rate_scale > 0 and rate_scale <= MAX_RATE_SCALE):
+        raise ValueError(f"rate_scale must be above 0 and at most {MAX_RATE_SCALE:g}, not {rate_scale:g}")
+    if rate_scale != 1 and arrivals != "trace":
+        raise ValueError("rate_scale needs trace arrivals")
+    if trace_unit is not None and trace_unit not in UNITS:
+        raise ValueError(f"unknown unit {trace_unit!r} of a trace: choose one of {', '.join(UNITS)}")
+    if (trace_unit is not None or trace_block_tokens is not None) and not is_trace_file(name):
+        raise ValueError(f"trace_unit and trace_block_tokens describe a file, and {name} is not one")
+
+
 def _check(
     name: str,
     qps: float | None,
@@ -218,7 +231,7 @@ def _check(
     seed: int,
 ) -> None:
     for label, value, known in (
-        ("workload", name, {**WORKLOADS, **SESSIONS}),
+        ("workload", name, {**WORKLOADS, **SESSIONS, **({name: ()} if is_trace_file(name) else {})}),
         ("arrivals", arrivals, ARRIVALS),
         ("trace", trace or TRACES[0], TRACES),
         ("SLO table", slo_table, SLO_TABLES),

@@ -1,0 +1,103 @@
+"""How many replicas a workload needs: the fewest that keep an SLO adherence, found by simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any
+
+from lab.bounds import token_costs
+from lab.simulate.experiment import Experiment, Run, perform_all
+from lab.workload import WorkloadRequest
+
+MAX_REPLICAS = 1024
+"""Most replicas that the search tries, so that it ends."""
+
+_FULL_STEPS = 1.5
+"""Time that a request takes in the steps of a paced engine, over that in full steps. Only the search's start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """The result of `fewest_replicas`.
+
+    Attributes:
+        replicas: the fewest replicas that keep the target; None if the most that may be tried do not.
+        records: of all runs (`lab.records.run_record`), each with the number of its ``replicas``.
+        tried: number of replicas to mean adherence over the seeds.
+    """
+
+    replicas: int | None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    tried: dict[int, float] = field(default_factory=dict)
+
+
+def fewest_replicas(
+    experiment: Experiment,
+    policy: str,
+    qps: float | None,
+    seeds: Sequence[int],
+    target: float,
+    *,
+    first: int | None = None,
+    most: int = MAX_REPLICAS,
+    jobs: int = 1,
+    on_try: Callable[[int, float], None] = lambda replicas, measured: None,
+) -> Sizing:
+    """Return the fewest replicas of ``experiment`` with which ``policy`` attains at least ``target`` of all requests.
+
+    Adherence is taken to grow with the number of replicas. The search begins at ``first``, by default at the work of
+    the requests (`busy_replicas`). It goes up or down in growing steps until the target is between two of them, and
+    bisects.
+
+    Raises:
+        ValueError: invalid settings, or a workload without requests.
+    """
+    kinds = len(experiment.profiles) + 1
+    found = Sizing(None)
+
+    def keeps(replicas: int) -> bool:
+        runs = [Run(policy, qps, seed) for seed in seeds]
+        records = list(perform_all(replace(experiment, replicas=replicas), runs, jobs))
+        found.records.extend(record | {"replicas": replicas} for record in records)
+        found.tried[replicas] = fmean(record["slo_adherence"] for record in records)
+        on_try(replicas, found.tried[replicas])
+        return found.tried[replicas] >= target
+
+    if first is None:
+        first = busy_replicas(experiment, experiment.requests(qps, seeds[0]))
+    # INVARIANT: ``low`` replicas do not keep the target (fewer than one of each kind cannot be simulated), ``high`` do.
+    low, high = kinds - 1, most + 1
+    at, step = min(max(first, kinds), most), 1
+    while high - low > 1:
+        if keeps(at):
+            high = at
+        else:
+            low = at
+        if low < kinds:
+            at = max(high - step, kinds)
+        elif high > most:
+            at = min(low + step, most)
+        else:
+            at = (low + high) // 2
+        step *= 2
+    return replace(found, replicas=high if high <= most else None)
+
+
+def busy_replicas(experiment: Experiment, workload: Sequence[WorkloadRequest]) -> int:
+    """Return a first guess at the replicas that ``workload`` needs: its work in full steps, per second of arrivals.
+
+    Steps are rarely full, so the guess is low; with shared prefixes it is high.
+    """
+    if not workload:
+        return 1
+    costs = token_costs(experiment.engine())
+    cost = costs[len(costs) // 2]
+    work_s = sum(
+        cost.per_prompt_token_s * request.prompt_tokens
+        + cost.per_decode_s * request.output_tokens
+        + cost.per_context_token_s * request.output_tokens * (request.prompt_tokens + request.output_tokens / 2)
+        for request in workload
+    )
+    return max(1, round(_FULL_STEPS * work_s / max(workload[-1].at_s - workload[0].at_s, 1.0)))
