@@ -33,19 +33,24 @@ install: $(STAMPS)/run ## create .venv with vLLM on CPU and the gateway
 serve: install ## start the gateway with vLLM on CPU and a small model
 	@exec $(BIN)/antares serve --config $(CONFIG) $(ARGS)
 
+# Two engines at a time do not disturb each other if each has one thread and is bound to no core. With PYTEST_ARGS,
+# a phase may have no tests (pytest's exit code 5).
 test: $(STAMPS)/dev ## run all tests: of the product, with processes, of the studies, then with a real vLLM
-	@unit=0; process=0; study=0; engine=0; export HF_HUB_OFFLINE=1; \
-	parallel="-n logical --maxprocesses 4 --dist loadfile"; \
-	echo "==> tests of the product, without an engine"; \
-	$(BIN)/python -m pytest -m "not engine and not study and not process" $$parallel $(PYTEST_ARGS) || unit=$$?; \
-	echo "==> tests of the product with processes and in real time"; \
-	$(BIN)/python -m pytest -m "process and not engine and not study" $$parallel $(PYTEST_ARGS) || process=$$?; \
-	echo "==> tests of the studies in benchmarks/"; \
-	$(BIN)/python -m pytest -m "study and not engine" $$parallel $(PYTEST_ARGS) || study=$$?; \
-	echo "==> tests with a real vLLM"; \
-	$(BIN)/python -m pytest -m engine $(PYTEST_ARGS) || engine=$$?; \
-	echo "==> exit codes: product $$unit, with processes $$process, studies $$study, with a real vLLM $$engine"; \
-	test $$unit -eq 0 && test $$process -eq 0 && test $$study -eq 0 && test $$engine -eq 0
+	@summary=; failed=0; export HF_HUB_OFFLINE=1; \
+	phase() { \
+		title=$$1; shift; echo "==> tests $$title"; began=$$(date +%s); \
+		env "$$@" $(PYTEST_ARGS); code=$$?; \
+		test $$code -eq $(if $(strip $(PYTEST_ARGS)),5,0) || test $$code -eq 0 || failed=1; \
+		summary="$$summary$$(printf '%5d s, exit code %d: tests %s' $$(($$(date +%s) - began)) $$code "$$title")|"; \
+	}; \
+	run="$(BIN)/python -m pytest --dist loadfile"; \
+	phase "of the product, without an engine" $$run -n logical --maxprocesses 4 -m "not engine and not study and not process"; \
+	phase "of the product with processes and in real time" $$run -n 4 -m "process and not engine and not study"; \
+	phase "of the studies in benchmarks/" $$run -n logical --maxprocesses 4 -m "study and not engine"; \
+	phase "with a real vLLM" VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 $$run -n 2 -m "engine and not alone"; \
+	phase "that judge times of a real vLLM" $$run -n 0 -m "engine and alone"; \
+	echo "==> summary"; printf '%s' "$$summary" | tr '|' '\n'; \
+	exit $$failed
 
 coverage: $(STAMPS)/dev ## run the tests without an engine and report line and branch coverage (minutes)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not engine" -n logical --maxprocesses 4 --dist loadfile \

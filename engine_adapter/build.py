@@ -24,16 +24,34 @@ def vllm_engine(
     return VllmEngine(name, model, step_times=step_times, **options)
 
 
-def http_engine(*, api_key_env: str | None, **options: Any) -> Engine:
-    """A remote OpenAI-compatible server. Raises `EngineStartError` if the variable ``api_key_env`` is not set."""
-    from engine_adapter.remote.engine import HttpEngine
+def http_engine(*, api_key_env: str | None, report: dict[str, Any] | None = None, **options: Any) -> Engine:
+    """A remote OpenAI-compatible server.
 
-    key = None
-    if api_key_env:
-        key = os.environ.get(api_key_env)
-        if not key:
-            raise EngineStartError(f"api_key_env names {api_key_env}, but that environment variable is not set")
-    return HttpEngine(api_key=key, **options)
+    ``report``: port, host and ``key_env`` of the report channel. Raises `EngineStartError` if a variable that
+    ``api_key_env`` or ``key_env`` names is not set.
+    """
+    from engine_adapter.remote.engine import HttpEngine
+    from engine_adapter.remote.reports import ReportAddress
+    from engine_adapter.report_channel.messages import checked_key
+
+    key = _variable("api_key_env", api_key_env) if api_key_env else None
+    address = None
+    if report is not None:
+        variable = report["key_env"]
+        try:
+            secret = checked_key(_variable("report.key_env", variable), variable)
+        except ValueError as error:
+            raise EngineStartError(f"report.key_env: {error}") from None
+        address = ReportAddress(report["port"], secret, report["host"])
+    return HttpEngine(api_key=key, report=address, **options)
+
+
+def _variable(key: str, name: str) -> str:
+    """Return the environment variable ``name``, which ``key`` of the configuration names."""
+    value = os.environ.get(name)
+    if not value:
+        raise EngineStartError(f"{key} names {name}, but that environment variable is not set")
+    return value
 
 
 def simulated_engine(*, step_times: StepTimes | None = None, profile: str | None = None, **options: Any) -> Engine:

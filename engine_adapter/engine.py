@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine_adapter.model_card import ModelCard
-from engine_adapter.step_report import Acceptance, GateReport, StepReport
+from engine_adapter.step_report import Acceptance, GateReport, ReportLog, StepReport
 from engine_adapter.step_time.model import StepTimeModel
 
 Scope = MutableMapping[str, Any]
@@ -167,6 +167,7 @@ class EngineState:
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     gate: GateReport = field(default_factory=GateReport)
     acceptance: Acceptance = field(default_factory=Acceptance)
+    reports: ReportLog = field(default_factory=ReportLog)
 
     def observe_step(self, step: StepReport) -> None:
         """Learn from a step that the engine reports. Drafts (speculative decoding) are part of what a decode costs."""
@@ -210,6 +211,8 @@ class EngineEvents:
     """The engine came up (True) or went down (False)."""
     on_prefix_cache: Callable[[Sequence[PrefixCacheEvent]], None] = lambda events: None
     """What the engine's prefix cache holds has changed. Only for an engine that reports it."""
+    on_limits: Callable[[], None] = lambda: None
+    """The engine is up, and its limits or the size of its KV memory became known only now."""
 
 
 class Engine(Protocol):

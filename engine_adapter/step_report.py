@@ -61,6 +61,28 @@ class GateReport:
 
 
 @dataclass(slots=True)
+class ReportLog:
+    """Which reports of a remote engine arrive.
+
+    Attributes:
+        source: where they come from now: "channel" (the report channel), "metrics" (the server's ``/metrics``), or "".
+        at: when the last one, or the last heartbeat, arrived (monotonic s); None before the first.
+        counts: reports by source.
+        dropped: reports that the server dropped on this connection, because they could not be sent in time.
+    """
+
+    source: str = ""
+    at: float | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    dropped: int = 0
+
+    def note(self, source: str, at: float) -> None:
+        """Count a report from ``source`` that arrived at ``at``."""
+        self.at = at
+        self.counts[source] = self.counts.get(source, 0) + 1
+
+
+@dataclass(slots=True)
 class Acceptance:
     """Learns the rate at which drafts are accepted, as an average that forgets old steps.
 
@@ -68,7 +90,7 @@ class Acceptance:
 
     Attributes:
         rate: r; 0 until a sequence had drafts.
-        draft_tokens, accepted_tokens: all drafts that were verified, and those that were accepted.
+        draft_tokens, accepted_tokens: drafts verified, and drafts accepted.
     """
 
     rate: float = 0.0

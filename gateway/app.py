@@ -214,7 +214,7 @@ class Gateway:
                 self._calibrations.add(task)
                 task.add_done_callback(self._calibrations.discard)
 
-        return EngineEvents(engine_queue.wake, on_alive, engine_queue.on_prefix_cache)
+        return EngineEvents(engine_queue.wake, on_alive, engine_queue.on_prefix_cache, engine_queue.on_limits)
 
     def reload(self, config: GatewayConfig) -> Reloaded:
         """Apply the keys of ``config`` that can change while the gateway serves (`RELOADABLE`).

@@ -47,6 +47,7 @@ LAYERS = {
         "ray",
         "remote",
         "simulated",
+        "report_channel",
         "asgi",
         "gates",
         "engine",

@@ -290,9 +290,30 @@ def test_a100_engines_are_placed_on_a100_nodes() -> None:
 
 def test_engines_are_reached_by_the_gateway_only() -> None:
     policy = one(rendered("values.yaml"), "NetworkPolicy", "engines")
-    (rule,) = policy["spec"]["ingress"]
-    (peer,) = rule["from"]
-    assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "gateway"
+    peers = [peer for rule in policy["spec"]["ingress"] for peer in rule["from"]]
+    assert {peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in peers} == {"gateway"}
+
+
+def test_engines_report_to_the_gateway_with_its_key() -> None:
+    """Both ends have the port and the key of the pool, and the network policies let the connection through."""
+    pools = [{"name": "a-b", "model": "m", "report": {"secret": "s", "key": "k"}}, {"name": "c", "model": "m"}]
+    made = render({"engines": pools})
+    reporting, silent = configuration(made)["engines"]
+    port = reporting["report"]["port"]
+    assert "report" not in silent
+    engine, gateway = container_of(one(made, "Deployment", "a-b")), container_of(one(made, "Deployment", "gateway"))
+    variables = {each["name"]: each for each in engine["env"]}
+    assert variables["ANTARES_REPORT_ADDRESS"]["value"] == f"0.0.0.0:{port}"
+    assert {"name": "reports", "containerPort": port} in engine["ports"]
+    keys = {each["name"]: each["valueFrom"]["secretKeyRef"] for each in gateway["env"]}
+    assert keys == {reporting["report"]["key_env"]: {"name": "s", "key": "k"}}
+    assert variables["ANTARES_REPORT_KEY"]["valueFrom"]["secretKeyRef"] == {"name": "s", "key": "k"}
+    other = container_of(one(made, "Deployment", "c"))
+    assert not any("REPORT" in each["name"] for each in other["env"])
+    into = [r["port"] for rule in one(made, "NetworkPolicy", "engines")["spec"]["ingress"] for r in rule["ports"]]
+    out = [r["port"] for rule in one(made, "NetworkPolicy", "gateway")["spec"]["egress"] for r in rule["ports"]]
+    assert port in into
+    assert port in out
 
 
 def test_queries_use_metrics_of_the_gateway() -> None:

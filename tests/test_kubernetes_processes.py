@@ -34,7 +34,7 @@ from tests.fixtures.helm_chart import (
     values,
 )
 from tests.fixtures.live_gateway import CHAT, chat
-from tests.fixtures.served import free_port
+from tests.fixtures.ports import free_port
 from tests.fixtures.served_process import served
 
 ROOT = Path(__file__).parents[1]

@@ -35,7 +35,7 @@ def main(
     if quick and output.resolve() == RESULTS.resolve():
         raise typer.BadParameter("--quick would overwrite docs/results with toy sizes: give --output")
     if find_spec("matplotlib") is None:
-        print("figures need matplotlib: pip install 'antares-gateway[bench]'", file=sys.stderr)
+        print("figures need matplotlib: pip install -e '.[bench]' in your clone", file=sys.stderr)
         raise typer.Exit(1)
     output.mkdir(parents=True, exist_ok=True)
     with laboratory(jobs or os.cpu_count() or 1) as lab:

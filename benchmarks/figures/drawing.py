@@ -61,7 +61,7 @@ def canvas(
     try:
         import matplotlib as mpl
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("figures need matplotlib: pip install 'antares-gateway[bench]'") from error
+        raise ModuleNotFoundError("figures need matplotlib: pip install -e '.[bench]' in your clone") from error
     mpl.use("Agg")
     from matplotlib import pyplot
 

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import asdict, dataclass
@@ -31,7 +29,7 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import results_json
+from benchmarks.command import AsJson, PageOf, print_results, write_page
 from benchmarks.markdown import table, wrapped
 from benchmarks.overhead.gateway_cost import (
     MODEL,
@@ -241,19 +239,17 @@ async def compared(before: Path, rounds: int) -> dict[str, Any]:
 def main(
     before: Annotated[Path | None, typer.Option(help="Checkout of the commit to compare with.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the servers take turns.")] = 40,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; measure nothing.")
-    ] = None,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Compare the gateway's CPU time per request with that of another checkout."""
     if page_of is not None:
-        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        write_page(page_of, page)
         return
     if before is None:
         raise typer.BadParameter("the other checkout is required", param_hint="--before")
     found = asyncio.run(compared(before.resolve(), rounds))
-    sys.stdout.write(results_json.dumps(found) if as_json else page(found))
+    print_results(found, as_json, page)
 
 
 if __name__ == "__main__":

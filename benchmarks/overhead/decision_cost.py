@@ -21,14 +21,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results_json
+from benchmarks.command import AsJson, PageOf, write_page
 from benchmarks.markdown import table as markdown_table
 from benchmarks.markdown import wrapped
 from engine_adapter.engine import EngineState
@@ -290,14 +289,12 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Timed decisions per case.")] = 300,
     profile: Annotated[str, typer.Option(help="Profile of the step times.")] = "a100-llama3.1-8b",
     seed: Annotated[int, typer.Option(help="Seed of the request sizes.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; measure nothing.")
-    ] = None,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
 ) -> None:
     """Measure decisions, gates and shadow policies on this machine."""
     if page_of is not None:
-        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        write_page(page_of, page)
         return
     step_times = load_profile(profile)
     workload = make_workload("sharegpt", qps=1.0, requests=2048, seed=seed)

@@ -16,9 +16,9 @@ BATCH_STEP = 8
 def steady_rate(profile: Profile, workload: list[WorkloadRequest], drafts: int, acceptance: float) -> float:
     """Return the most requests per second of a steady state in which every decode has ``drafts`` drafts.
 
-    A step of D decodes brings D * g tokens, g = 1 + r + ... + r^k, and computes the prompts of the D * g / y requests
-    that end in it. It may take g paces. No queue, no variation and no policy can serve more, on average, with equal
-    drafts for all.
+    A decode brings g = 1 + r + ... + r^k tokens per step, for k drafts of acceptance r. So D * g / y of D requests with
+    y tokens end in each step, and as many prompts are computed. A step may take g paces. No queue, no variation and no
+    policy can serve more, on average, with equal drafts for all.
     """
     prompt = sum([request.prompt_tokens for request in workload]) / len(workload)
     output = sum([request.output_tokens for request in workload]) / len(workload)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 from engine_adapter.gates.base import Decoding, GatedRequest, StepPlan
 from engine_adapter.gates.constants import SLACK
@@ -25,6 +26,7 @@ from engine_adapter.step_report import Acceptance, StepReport
 from engine_adapter.step_time.model import StepTimeModel
 
 _PACED, _YIELDING = ServiceKind.PACED, ServiceKind.YIELDING
+_DRAFTS = attrgetter("drafts")
 
 
 class SlackGate:
@@ -44,7 +46,7 @@ class SlackGate:
     ) -> StepPlan:
         """Return the requests that sit out, and the prefill tokens that fit before the earliest due token."""
         plan, curve, unpaced = StepPlan(), self._step_time.curve, list[Decoding]()
-        if self._choose_drafts and any(request.drafts for request in decoding):
+        if self._choose_drafts and any(map(_DRAFTS, decoding)):
             plan.drafts = best_drafts(decoding, self._acceptance, curve, prefill_backlog)
         paced, decodes, context, due, strictest = self._of_kind(now, decoding, _PACED, plan.drafts)
         if paced < len(decoding):
@@ -101,10 +103,11 @@ class SlackGate:
                 step_s += expected(own_drafts) * pace
             if step_s < strictest:  # noqa: PLR1730  # min() takes three times as long, for each request in each step.
                 strictest = step_s
+            since_first_s = (length - 1) * pace
             offset = offsets.get(request.request_id)
             if offset is None:
-                offsets[request.request_id] = offset = now - (length - 1) * pace
-            own = offset + (length - 1) * pace + step_s
+                offsets[request.request_id] = offset = now - since_first_s
+            own = offset + since_first_s + step_s
             if now <= own < due:
                 due = own
         return count, count + drafts, context, due, strictest

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -14,6 +16,17 @@ from engine_adapter.ray.replicas import Replicas
 REFRESH_S = 1.0
 """Seconds between two looks at the actors. Convention: below the gateway's `discover.every_s`."""
 
+RESOURCE_HELP = "another Ray resource of each server: NAME=AMOUNT, such as engine=1"
+
+
+def _resource(text: str) -> tuple[str, float]:
+    """Return name and amount of a resource. Raises `argparse.ArgumentTypeError`."""
+    name, _, amount = text.partition("=")
+    with contextlib.suppress(ValueError):
+        if name and 0 < float(amount) < math.inf:
+            return name, float(amount)
+    raise argparse.ArgumentTypeError(f"{text!r} is not NAME=AMOUNT, such as engine=1")
+
 
 def main() -> None:
     """Start the servers, watch them, and stop them on SIGTERM or SIGINT."""
@@ -21,7 +34,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1, help="number of servers")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of each server")
     parser.add_argument("--cpus", type=float, default=1, help="CPU cores of each server")
-    parser.add_argument("--resource", action="append", default=[], help="another Ray resource of each: NAME=AMOUNT")
+    parser.add_argument("--resource", action="append", type=_resource, default=[], help=RESOURCE_HELP)
     parser.add_argument("--file", type=Path, required=True, help="file for the URLs: the gateway's discover.file")
     parser.add_argument("--address", help="address of a Ray cluster; without it one starts on this machine")
     parser.add_argument("--node-ip", help="this machine's address in the cluster, if it is not the default one")
@@ -30,16 +43,14 @@ def main() -> None:
     given = parser.parse_args()
     if not any("{port}" in word for word in given.command):
         parser.error("the command needs {port}, such as --port {port}")
-    bundle = {"CPU": given.cpus, "GPU": given.gpus}
-    for resource in given.resource:
-        name, _, amount = resource.partition("=")
-        bundle[name] = float(amount)
+    bundle = {"CPU": given.cpus, "GPU": given.gpus, **dict(given.resource)}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    new = {"include_dashboard": False} if given.address is None else {"address": given.address}
-    ray.init(**new, log_to_driver=False, _node_ip_address=given.node_ip)
+    # Without an address, Ray would join the cluster of RAY_ADDRESS, or the latest one on this machine.
+    where = {"address": "local", "include_dashboard": False} if given.address is None else {"address": given.address}
+    ray.init(**where, log_to_driver=False, _node_ip_address=given.node_ip)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())

@@ -45,18 +45,27 @@ class Replica:
 
 @dataclass(slots=True)
 class _Slot:
-    """One replica: its placement group, its actor, and its URL while it is known to serve."""
+    """One replica: its placement group, its actor, and its server's URL, "" while the server does not answer.
+
+    ``has_served``: the server has answered since it was started, so it may have requests even while it is too busy to
+    answer.
+    """
 
     group: Any
     actor: Any
     url: str = ""
+    has_served: bool = False
 
 
 @dataclass(slots=True)
 class Replicas:
-    """``count`` servers that run ``command``, each with the Ray resources ``bundle``. `start` and `refresh` them.
+    """Runs ``count`` servers in a Ray cluster: call `start` once, then `refresh` about every second.
 
-    ``file``: where the URLs are written. ``command`` has ``{host}`` and ``{port}`` in place of the address.
+    Attributes:
+        command: starts one server; ``{host}`` and ``{port}`` stand for its address.
+        count: number of servers.
+        bundle: Ray resources that each server reserves, such as ``{"CPU": 1, "GPU": 1}``.
+        file: JSON file that `refresh` writes the URLs to.
     """
 
     command: Sequence[str]
@@ -71,7 +80,7 @@ class Replicas:
         self._slots = [self._new_slot() for _ in range(self.count)]
 
     def refresh(self) -> list[str]:
-        """Ask every actor for its URL, replace those that Ray gave up, and write the file. Returns the URLs."""
+        """Ask each actor for its URL, replace actors that Ray gave up, and write the file. Returns the URLs."""
         import ray
         from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
@@ -90,20 +99,23 @@ class Replicas:
                 continue
             except RayActorError:
                 # Ray restarts it.
-                url = ""
+                url, slot.has_served = "", False
             if url != slot.url:
                 log.info("replica %d: %s", index, url or f"{slot.url} is lost")
-            slot.url = url
+            slot.url, slot.has_served = url, slot.has_served or bool(url)
         urls = [slot.url for slot in self._slots if slot.url]
         self._write(urls)
         return urls
 
     def stop(self, drain_s: float) -> list[int]:
-        """Stop all servers at once; each has ``drain_s`` to finish its requests. Returns the exit codes."""
+        """Stop all servers at once; each has ``drain_s`` (s) to finish its requests. Returns the exit codes.
+
+        Servers that never answered have no requests, and are killed.
+        """
         import ray
         from ray.exceptions import GetTimeoutError, RayActorError
 
-        stopping = [slot.actor.stop.remote(drain_s) for slot in self._slots if slot.url]
+        stopping = [slot.actor.stop.remote(drain_s) for slot in self._slots if slot.has_served]
         codes = []
         until = time.monotonic() + drain_s + ASK_TIMEOUT_S
         for answer in stopping:

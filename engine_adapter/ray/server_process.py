@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 
 HEALTH_TIMEOUT_S = 1.0
 """Seconds to wait for the server's `/health`."""
 
-_LAUNCH = f"""\
-import ctypes, os, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
-"""Has the kernel send SIGTERM when the parent ends (PR_SET_PDEATHSIG, Linux only), and becomes the server."""
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+
+KILL_S = 10.0
+"""Seconds that the processes of a killed server may take to end. Convention."""
 
 
 class ServerProcess:
@@ -30,15 +27,15 @@ class ServerProcess:
         port = _free_port(host)
         self.url = f"http://{host}:{port}"
         words = [word.replace("{host}", host).replace("{port}", str(port)) for word in command]
-        # NOTE: the signal fires when the starting thread ends. Ray runs the methods of an actor in its main thread.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCH, *words], stdin=subprocess.DEVNULL, start_new_session=True
+        # NOTE: the supervisor acts when the starting thread ends. Ray runs the methods of an actor in its main thread.
+        self._supervisor = subprocess.Popen(
+            [sys.executable, "-P", str(SUPERVISOR), *words], stdin=subprocess.DEVNULL, start_new_session=True
         )
 
     @property
     def exit_code(self) -> int | None:
         """The exit code; None while it runs."""
-        return self._process.poll()
+        return self._supervisor.poll()
 
     def is_healthy(self) -> bool:
         """Whether the server answers `/health`."""
@@ -50,15 +47,14 @@ class ServerProcess:
             return False
 
     def stop(self, drain_s: float) -> int:
-        """Send SIGTERM, and SIGKILL to its whole process group after ``drain_s``. Returns the exit code."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            return self._process.wait(drain_s)
-        except subprocess.TimeoutExpired:
+        """Send SIGTERM, and SIGKILL to all its processes after ``drain_s`` (s). Returns the exit code."""
+        for number, within_s in ((signal.SIGTERM, drain_s), (signal.SIGHUP, KILL_S)):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            return self._process.wait()
+                self._supervisor.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._supervisor.wait(within_s)
+        self._supervisor.kill()
+        return self._supervisor.wait()
 
 
 def _free_port(host: str) -> int:

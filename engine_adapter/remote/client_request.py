@@ -15,6 +15,19 @@ USUAL_DONE = (CompletionCounter.done, b"data: [DONE]\r\n\r\n")
 """Forms of a completion's last event that the gateway recognises behind other events."""
 
 
+class NullObserver:
+    """Ignores what an engine reports: the observer of a request that has none."""
+
+    def ignore(self, *reported: object) -> None:
+        """Do nothing."""
+
+    on_prompt = on_cached = on_tokens = on_unobserved = ignore
+
+
+class BadUpstreamError(Exception):
+    """The server's response is a failure although its status is not an error. The message says why."""
+
+
 @dataclass(slots=True)
 class ClientRequest:
     """One client request and the channel for its response. ``plan`` is None unless the request generates tokens."""

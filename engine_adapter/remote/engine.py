@@ -23,8 +23,9 @@ from engine_adapter.engine import (
     RenderedPrompt,
 )
 from engine_adapter.model_card import ModelCard, read_cards
-from engine_adapter.remote.client import Upstream
+from engine_adapter.remote.client import Upstream, server_url
 from engine_adapter.remote.proxy import HttpProxy
+from engine_adapter.remote.reports import ReportAddress, Reports
 from engine_adapter.step_time.curve import StepCurve
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
@@ -84,6 +85,7 @@ class HttpEngine:
             so that no policy admits a request that would wait for a connection. Health probes use a separate one.
         first_token: how the first token of a non-streaming completion is observed.
         send_slo: send ``x-slo-*`` headers and the ``antares_*`` members of ``vllm_xargs`` to the server.
+        report: where the server's scheduler class reports its steps.
 
     Raises:
         ValueError: ``base_url`` is not an http or https URL, or holds credentials.
@@ -108,13 +110,17 @@ class HttpEngine:
         max_connections: int | None = None,
         first_token: Literal["stream", "none"] = "stream",
         send_slo: bool = True,
+        report: ReportAddress | None = None,
     ) -> None:
         self.name = name
-        self.base_url = _base_url(base_url)
+        self.base_url = server_url(base_url)
         self._initial_times = step_times or StepTimes()
         total = max_connections or max_num_seqs + PASS_THROUGH_CONNECTIONS
         max_num_seqs = max(1, min(max_num_seqs, total - 1))
         connections = (max_num_seqs, max(1, total - max_num_seqs))
+        if report is not None and max_connections is None:
+            # Each request that is preempted keeps its connection.
+            connections = (2 * max_num_seqs, PASS_THROUGH_CONNECTIONS)
         self.state = EngineState(
             aliases=dict(aliases or {}),
             any_model=any_model,
@@ -145,6 +151,15 @@ class HttpEngine:
             on_broken=self._on_broken,
             on_unauthorized=self._on_unauthorized,
         )
+        self._reports = Reports(
+            name,
+            self.state,
+            self._proxy,
+            None
+            if report is None
+            else (report.host or urlsplit(self.base_url).hostname or "", report.port, report.key),
+            lambda: self.takes_xargs and connections[0] >= 2 * self.state.max_num_seqs,
+        )
         self._events = EngineEvents()
         self._health_path = "/health"
         self._models = tuple(models)
@@ -163,7 +178,7 @@ class HttpEngine:
         A server that does not answer yet is not an error, because Antares does not start it. ``state.alive`` stays
         False until it answers. Raises `EngineStartError` if the server rejects the key.
         """
-        self._events = self._proxy.events = events
+        self._events = self._proxy.events = self._reports.events = events
         try:
             await self._probe()
         except EngineStartError:
@@ -171,6 +186,7 @@ class HttpEngine:
             raise
         if not self.state.alive:
             log.warning("engine %s is not ready, waiting for it: %s", self.name, self._why_down)
+        self._reports.start()
         self._watcher = asyncio.create_task(self._watch(), name=f"{self.name}-health")
 
     async def stop(self) -> None:
@@ -180,6 +196,7 @@ class HttpEngine:
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
+        await self._reports.stop()
         self.state.alive = False
         await asyncio.gather(self._upstream.close(), self._probe_upstream.close())
 
@@ -269,6 +286,8 @@ class HttpEngine:
             if not self.state.alive and (was_alive or self._why_down != reason):
                 log.warning("engine %s is not ready: %s", self.name, self._why_down)
             failures = 0 if self.state.alive else failures + 1
+            if self.state.alive and self._is_vllm:
+                await self._reports.read_metrics(self._get)
             self._end_hung_requests()
             if failures >= DOWN_AFTER_PROBES and time.monotonic() - failing_since >= DOWN_AFTER_S:
                 self._end_requests(failing_since)
@@ -368,20 +387,8 @@ class HttpEngine:
         if alive == self.state.alive:
             return
         self.state.alive = alive
+        if not alive:
+            self._reports.on_down()
         self.state.ready_in_s = 0.0 if alive else ready_in_s
         log.info("engine %s at %s is %s", self.name, self.base_url, "up" if alive else "down")
         self._events.on_alive(alive)
-
-
-def _base_url(text: str) -> str:
-    try:
-        url = urlsplit(text)
-        host, _ = url.hostname, url.port  # Reading the port checks it.
-    except ValueError:
-        host = None
-    if not host or "\\" in host or url.scheme not in ("http", "https"):
-        raise ValueError(f"base_url {text!r} is not an http(s) URL: write it like http://host:8000")
-    if url.username is not None or url.password is not None:
-        # Log lines and errors name the URL and would leak the credentials.
-        raise ValueError("base_url must not contain a user or a password: set the server's key as api_key")
-    return text.rstrip("/").removesuffix("/v1")

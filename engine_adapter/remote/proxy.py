@@ -30,7 +30,7 @@ from engine_adapter.engine import (
 )
 from engine_adapter.remote.assemble import Assembler
 from engine_adapter.remote.client import Upstream
-from engine_adapter.remote.client_request import USUAL_DONE, ClientRequest
+from engine_adapter.remote.client_request import USUAL_DONE, BadUpstreamError, ClientRequest, NullObserver
 from engine_adapter.remote.counting.by_path import counter_for
 from engine_adapter.remote.counting.completions import CompletionCounter
 from engine_adapter.remote.counting.token_counter import EventKind, TokenCounter
@@ -55,21 +55,7 @@ BYTES_PER_TOKEN = 4
 LARGEST_PARSED = 8 << 20
 """Largest non-streaming response (bytes) that is parsed for its usage. Bounds the memory of the copy."""
 LOST_LOGGED_S = 10.0
-"""Shortest time between two log lines about lost responses, in seconds. A dying server loses many at once."""
-
-
-class _NullObserver:
-    def on_prompt(self, sequence: str, tokens: int) -> None: ...
-
-    def on_cached(self, sequence: str, tokens: int) -> None: ...
-
-    def on_tokens(self, sequence: str, count: int, at: float) -> None: ...
-
-    def on_unobserved(self) -> None: ...
-
-
-class BadUpstreamError(Exception):
-    """The server's response is a failure although its status is not an error. The message says why."""
+"""Shortest time (s) between two log lines about lost responses. A dying server loses many at once."""
 
 
 class HttpProxy:
@@ -87,7 +73,7 @@ class HttpProxy:
     Args:
         upstream: the server.
         name: the engine's name.
-        state: the engine's state; its running and waiting requests are counted here.
+        state: the engine's state; its running and waiting requests are counted here, unless the server reports them.
         api_key: the server's own key.
         connections: maximum requests in flight: (requests that generate tokens, all other requests).
         see_first_token: request non-streaming completions as streams.
@@ -131,8 +117,18 @@ class HttpProxy:
         self._on_broken = on_broken
         self._on_unauthorized = on_unauthorized
         self._sampler = StepSampler(state)
-        self._usage_unsupported = False
-        self._log_lost_at = 0.0
+        self._usage_unsupported = self._queue_is_reported = False
+        self._log_lost_at, self._running, self._waiting = 0.0, 0, 0
+
+    def set_reported(self, *, steps: bool, queue: bool) -> None:
+        """Say what the server reports itself: its steps, its queue. What it does not report is estimated here."""
+        self._sampler.learns = not steps
+        self._queue_is_reported = queue
+        self._show_queue()
+
+    def _show_queue(self) -> None:
+        if not self._queue_is_reported:
+            self._state.engine_running, self._state.engine_waiting = self._running, self._waiting
 
     def is_silent(self) -> bool:
         """Whether the server sends nothing, and for longer than its streams explain. Call it regularly."""
@@ -151,10 +147,11 @@ class HttpProxy:
 
     async def _serve(self, scope: Scope, document: dict[str, Any] | None, raw: bytes, send: Send) -> None:
         plan = self._plan(scope, document, raw)
-        request = ClientRequest(scope, plan, scope.get(OBSERVER_KEY) or _NullObserver(), send)
+        request = ClientRequest(scope, plan, scope.get(OBSERVER_KEY) or NullObserver(), send)
         connections = self._others if plan is None else self._generating
         await self._wait_for(connections)
-        self._state.engine_running += 1
+        self._running += 1
+        self._show_queue()
         try:
             if plan is None:
                 raw = raw if document is None else encode_json(document)
@@ -178,7 +175,8 @@ class HttpProxy:
             self._on_broken()
             raise
         finally:
-            self._state.engine_running -= 1
+            self._running -= 1
+            self._show_queue()
             connections.release()
 
     def _plan(self, scope: Scope, document: dict[str, Any] | None, raw: bytes) -> CompletionPlan | None:
@@ -196,14 +194,16 @@ class HttpProxy:
         if not connections.locked():
             await connections.acquire()
             return
-        self._state.engine_waiting += 1
+        self._waiting += 1
+        self._show_queue()
         try:
             async with asyncio.timeout(self._upstream.head_timeout_s):
                 await connections.acquire()
         except TimeoutError:
             raise EngineLost(f"{self._upstream.where}: no connection became free") from None
         finally:
-            self._state.engine_waiting -= 1
+            self._waiting -= 1
+            self._show_queue()
 
     async def _complete(self, request: ClientRequest, plan: CompletionPlan) -> None:
         content = plan.encoded()
@@ -217,7 +217,7 @@ class HttpProxy:
                     await self._forward(request, plan, response, counter, timing)
                     return
                 error = await response.read_all()
-                if b"stream_options" not in error and b"include_usage" not in error:
+                if not (b"stream_options" in error or b"include_usage" in error):
                     await request.send_head(response, altered=False)
                     await request.send_body(error, more=False)
                     return

@@ -1,9 +1,9 @@
 """Estimates step times of a remote engine from the timing of its streams.
 
-A remote server sends no step reports. Each of its streams gets one token per step, so the time between two tokens is
-one step. The time to first token is one prefill, if no other prefill delayed it. With a step gate, only the streams
-with the strictest pace decode in every step. Other streams count in the batch by their share of the steps
-(SCORPIO's virtual batch size).
+A remote server without the report channel sends no step reports. Each of its streams gets one token per step, so the
+time between two tokens is one step. With accepted drafts, a step brings several tokens. The time to first token is one
+prefill, if no other prefill delayed it. With a step gate, only the streams with the strictest pace decode in every
+step. Other streams count in the batch by their share of the steps (SCORPIO's virtual batch size).
 """
 
 from __future__ import annotations
@@ -67,9 +67,13 @@ class _Decoding:
 
 
 class StepSampler:
-    """Derives samples for one engine's step-time model from its streams."""
+    """Derives samples for one engine's step-time model from its streams.
+
+    ``learns``: False while the engine reports its steps; then the model gets no samples from here.
+    """
 
     def __init__(self, state: EngineState) -> None:
+        self.learns = True
         self._state = state
         self._streams: set[StreamTiming] = set()
         self._prefilling = 0
@@ -115,13 +119,16 @@ class StepSampler:
         self._decoding[stream.tpot_ms].kv_tokens += count
         gap = at - stream._last_at
         self._longest_gap_s = max(self._longest_gap_s, gap)
+        if not self.learns:
+            stream._last_at = at
+            return False
         stream._gaps.append(gap * stream.sequences / count)
         stream._last_at = at
         stream._since_sample += count
         if stream._since_sample < SAMPLE_EVERY:
             return False
         # The model needs decode-only steps. The median ignores steps lengthened by a prefill.
-        step = median(stream._gaps)
+        step = median(stream._gaps) * self._state.tokens_per_step
         stream._gaps.clear()
         stream._since_sample = 0.0
         if stream.tpot_ms is not None and stream.tpot_ms > self._strictest():
@@ -154,7 +161,7 @@ class StepSampler:
         if not decoding.sequences:
             del self._decoding[stream.tpot_ms]
         # A longer prompt takes several steps, and their decode time would count as prefill.
-        if not stream.alone or not computed or computed > self._state.max_num_batched_tokens:
+        if not self.learns or not stream.alone or not computed or computed > self._state.max_num_batched_tokens:
             return False
         elapsed = stream.first_at - stream.sent_at
         if stream.batch_at_first:

@@ -207,10 +207,11 @@ class SimulatedScheduler:
 
     def _select_decodes(self, step: Step, plan: StepPlan) -> int:
         """Add the decodes that do not sit out, with their drafts. Return the budget that is left."""
-        decodes, sat_out, context, at, budget = step.decodes, step.sat_out, 0, 0, self._budget
-        while at < len(self._decoding) and budget > 0:
-            sequence = self._decoding[at]
-            at += 1
+        decodes, sat_out, context, budget, has_drafts = step.decodes, step.sat_out, 0, self._budget, self._drafts > 0
+        # Preempted sequences leave the end of the list, so the iteration ends before them.
+        for sequence in self._decoding:
+            if budget <= 0:
+                break
             if sat_out and sequence.request_id in sat_out:
                 continue
             length, drafts = sequence.length, sequence.drafts
@@ -220,11 +221,11 @@ class SimulatedScheduler:
             budget -= 1 + drafts
             if length + drafts > sequence.capacity and not self._grow(sequence, length + drafts):
                 break  # it was the newest of the batch, and preempted itself
-            if length == sequence.capacity or self._drafts:
+            if length == sequence.capacity or has_drafts:
                 self._publish(sequence, length)
             decodes.append(sequence)
             context += length
-            if self._drafts:
+            if has_drafts:
                 step.drafts.append(drafts)
                 step.offered += sequence.drafts > 0
         step.decode_context = context

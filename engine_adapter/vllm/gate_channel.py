@@ -1,8 +1,10 @@
 """One-way channel from the step gate, inside vLLM's EngineCore process, to the gateway.
 
-It sends datagrams over a Unix socket. The environment variable `SOCKET_ENV` holds the socket's path. One syscall
-covers many steps and never blocks the engine. A lost datagram does no harm: counters are cumulative, and the step-time
-model only misses a few samples.
+To a gateway on this machine that started the engine, it sends datagrams over a Unix socket. The environment variable
+`SOCKET_ENV` holds the socket's path. One syscall covers many steps and never blocks the engine. A lost datagram does no
+harm: counters are cumulative, and the step-time model only misses a few samples.
+
+In a plain vLLM server, reports go to the gateways that connect to the report channel (`engine_adapter.report_channel`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from pathlib import Path
 
 import msgspec
 
+from engine_adapter.report_channel.messages import EngineLimits, QueueReport
+from engine_adapter.report_channel.server import ADDRESS_ENV, INTERVAL_S, ReportServer
 from engine_adapter.step_report import GateReport, StepReport
 
 SOCKET_ENV = "ANTARES_GATE_SOCKET"
@@ -37,6 +41,8 @@ class GateReporter:
         self._interval = interval_s
         self._steps: list[tuple[float, ...]] = []
         self._last_sent = 0.0
+        self._server: ReportServer | None = None
+        self._queue: Callable[[], QueueReport] = QueueReport
         self._socket: socket.socket | None = None
         if path:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -48,9 +54,23 @@ class GateReporter:
         """A reporter to the socket in `SOCKET_ENV`. It does nothing if the variable is not set."""
         return cls(os.environ.get(SOCKET_ENV))
 
+    def serve(self, limits: EngineLimits, queue: Callable[[], QueueReport], ranks: int = 1) -> None:
+        """Open the report channel, if the environment asks for it.
+
+        ``queue`` returns the engine's queue. ``ranks``: data-parallel ranks of the server. Raises ValueError if the
+        channel's variables are wrong, or if it has several ranks.
+        """
+        if ranks > 1 and os.environ.get(ADDRESS_ENV):
+            raise ValueError(f"{ADDRESS_ENV}: data-parallel ranks cannot share it: run one `vllm serve` per rank")
+        self._server, self._queue, self._interval = ReportServer.from_env(limits), queue, INTERVAL_S
+
+    @property
+    def _wanted(self) -> bool:
+        return self._socket is not None or (self._server is not None and self._server.wanted)
+
     def step(self, now: float, step: StepReport) -> None:
         """Record ``step``, which ended at ``now`` (monotonic s)."""
-        if self._socket is None:
+        if not self._wanted:
             return
         if len(self._steps) < _MAX_STEPS:
             self._steps.append(tuple(step))
@@ -59,13 +79,16 @@ class GateReporter:
 
     def flush(self, now: float) -> None:
         """Send the collected reports and the counters. Errors are ignored."""
-        if self._socket is None:
+        if not self._wanted:
             return
-        payload = msgspec.json.encode({"steps": self._steps, "gate": self.report})
+        payload = msgspec.json.encode({"steps": self._steps, "gate": self.report, "queue": self._queue()})
         self._steps.clear()
         self._last_sent = now
-        with contextlib.suppress(OSError):
-            self._socket.sendto(payload, self._path)
+        if self._server is not None:
+            self._server.publish(payload)
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.sendto(payload, self._path)
 
 
 class GateListener:

@@ -71,7 +71,7 @@ GATE: Uses = {
     "vllm.multimodal.inputs.MultiModalFeatureSpec": ("mm_position",),
     "vllm.multimodal.inputs.PlaceholderRange": ("offset", "length"),
     "vllm.config.CacheConfig": ("block_size", "enable_prefix_caching"),
-    "vllm.config.ModelConfig": ("enable_sleep_mode", "is_multimodal_model"),
+    "vllm.config.ModelConfig": ("enable_sleep_mode", "is_multimodal_model", "max_model_len"),
     "vllm.config.ParallelConfig": (
         "data_parallel_size",
         "enable_expert_parallel",
@@ -82,6 +82,8 @@ GATE: Uses = {
         "async_scheduling",
         "disable_chunked_mm_input",
         "enable_chunked_prefill",
+        "max_num_batched_tokens",
+        "max_num_seqs",
         "policy",
     ),
     "vllm.config.SpeculativeConfig": ("method",),

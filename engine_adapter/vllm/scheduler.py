@@ -8,7 +8,8 @@ vLLM resolves the class by name inside its EngineCore process. A request states 
 requests behaves exactly as stock vLLM.
 
 Environment: ``ANTARES_GATE`` names the gate of requests that name none (``credit``, the default, ``slack`` or
-``open``). ``ANTARES_GATE_SOCKET`` is where reports go; without it there are none.
+``open``). ``ANTARES_GATE_SOCKET`` is where reports go in a gateway's own engine. In a server, gateways that have the
+key ``ANTARES_REPORT_KEY`` get them at ``ANTARES_REPORT_ADDRESS``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from engine_adapter.gates.base import StepPlan
 from engine_adapter.gates.best_effort_preemption import BestEffortPreemption, Capacity, Member
 from engine_adapter.gates.composite import Gates
 from engine_adapter.gates.drafts import fit_drafts
+from engine_adapter.report_channel.messages import EngineLimits, QueueReport
 from engine_adapter.service_kind import ServiceKind
 from engine_adapter.step_report import StepReport
 from engine_adapter.vllm.features import check_server
@@ -87,6 +89,8 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         if PARENT_ENV in os.environ:
             # This process belongs to a gateway; if the gateway is killed, nothing else would stop it.
             exit_with_parent(int(os.environ[PARENT_ENV]))
+        else:
+            self._reporter.serve(self._limits(), self._queue, self.vllm_config.parallel_config.data_parallel_size)
         self._preemptible: set[str] = set()
         """Ids of requests that may be preempted; some of them may have ended."""
         self._yielding: set[str] = set()
@@ -164,6 +168,24 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         """Begin the next turn of a session as vLLM does. Its tokens are due from the new first one on."""
         super()._update_request_as_session(session, update)
         self._gate.forget(session.request_id)
+
+    def _limits(self) -> EngineLimits:
+        """Return what a gateway that uses this server must know of the engine."""
+        config, report = self.vllm_config, self._reporter.report
+        return EngineLimits(
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            max_model_len=config.model_config.max_model_len,
+            kv_tokens=report.kv_tokens,
+            prefix_caching=bool(config.cache_config.enable_prefix_caching),
+            plans_ahead=bool(config.scheduler_config.async_scheduling),
+            preemptible=report.preemptible,
+        )
+
+    def _queue(self) -> QueueReport:
+        pool, running = self.kv_cache_manager.block_pool, len(self.running)
+        usage = 1 - pool.get_num_free_blocks() / max(1, pool.num_gpu_blocks)
+        return QueueReport(running, len(self.requests) - running, min(1.0, max(0.0, usage)))
 
     def _best_effort_preemption(self) -> BestEffortPreemption | None:
         """Return None where vLLM cannot take a request out of a running batch, or has an order of its own."""

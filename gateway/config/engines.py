@@ -60,6 +60,14 @@ class DiscoverConfig(Section):
     max_engines: int = Field(64, ge=1, le=256, description="Addresses beyond this number are ignored.")
 
 
+class ReportConfig(Section):
+    """The report channel of a vLLM server that runs the scheduler class."""
+
+    port: int = Field(ge=1, le=65535, description="Port in the server's ANTARES_REPORT_ADDRESS.")
+    key_env: str = Field(min_length=1, description="Environment variable with the server's ANTARES_REPORT_KEY.")
+    host: str | None = Field(None, min_length=1, description="By default the host of the server.")
+
+
 class HttpEngineConfig(Section):
     """Any OpenAI-compatible server."""
 
@@ -80,6 +88,7 @@ class HttpEngineConfig(Section):
     max_connections: int | None = Field(None, ge=2, description="Maximum requests in flight on the server.")
     first_token: Literal["stream", "none"] = "stream"
     send_slo: bool = Field(True, description="Send SLO headers, and paces as vllm_xargs; the server must be vLLM.")
+    report: ReportConfig | None = Field(None, description="Where the server's scheduler class reports its steps.")
     step_times: StepTimesConfig | None = None
 
     @model_validator(mode="after")

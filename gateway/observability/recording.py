@@ -33,7 +33,7 @@ def make_recorder(
             from gateway.observability.tracing import Tracer
         except ImportError as error:
             raise ObservabilityError(
-                f"tracing.enabled: install the extra 'otel' (pip install 'antares-gateway[otel]'): {error}"
+                f"tracing.enabled: install the extra 'otel' (pip install -e '.[otel]' in your clone): {error}"
             ) from error
         tracer = Tracer(endpoint, sample_ratio)
     sinks: tuple[RecordSink, ...] = tuple(sink for sink in (log, tracer) if sink is not None)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine_adapter.step_report import ReportLog
 from gateway.observability.ledger import Ledger
 from gateway.observability.recorder import RecordSink
 from gateway.observability.windows import Windows
@@ -43,6 +44,14 @@ STATE_METRICS: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamil
     "antares_engine_running_sequences": (GaugeMetricFamily, "Sequences that the engine runs.", ("engine",)),
     "antares_engine_waiting_sequences": (GaugeMetricFamily, "Sequences in the engine's own queue.", ("engine",)),
     "antares_engine_kv_usage_ratio": (GaugeMetricFamily, "Fraction of KV cache memory in use.", ("engine",)),
+    "antares_engine_reports_total": (
+        CounterMetricFamily, "Reports of a remote engine: from its report channel, or from its /metrics.",
+        ("engine", "source"),
+    ),
+    "antares_engine_reports_dropped_total": (
+        CounterMetricFamily, "Reports that the server dropped on this connection: they could not be sent in time.",
+        ("engine",),
+    ),
     "antares_engine_steps_total": (CounterMetricFamily, "Engine steps seen by the step-time model.", ("engine",)),
     "antares_step_seconds_total": (
         CounterMetricFamily, "Duration of engine steps: actual, and as the step-time model predicted it.",
@@ -163,6 +172,7 @@ class GatewayState(Collector):
             put("antares_engine_running_sequences", state.engine_running, engine)
             put("antares_engine_waiting_sequences", state.engine_waiting, engine)
             put("antares_engine_kv_usage_ratio", state.kv_usage, engine)
+            _put_reports(put, engine, state.reports)
             put("antares_engine_steps_total", state.step_time.steps_seen, engine)
             put("antares_step_seconds_total", state.step_time.actual_s, engine, "actual")
             put("antares_step_seconds_total", state.step_time.predicted_s, engine, "predicted")
@@ -199,3 +209,9 @@ class GatewayState(Collector):
                 for decisions in _AGREEMENT:
                     put("antares_shadow_agreement_total", shadow.agreement[decisions], *source, *decisions)
         return [*families.values(), *aliases.values()]
+
+
+def _put_reports(put: Callable[..., None], engine: str, reports: ReportLog) -> None:
+    for source, count in reports.counts.items():
+        put("antares_engine_reports_total", count, engine, source)
+    put("antares_engine_reports_dropped_total", reports.dropped, engine)

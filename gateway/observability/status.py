@@ -169,6 +169,8 @@ def _engine(engine_queue: EngineQueue) -> dict[str, Any]:
         "waiting": len(engine_queue.waiting),
         "slots": state.max_num_seqs,
         "kv_usage": round(state.kv_usage, 4),
+        "reports": state.reports.source,
+        "report_age_ms": None if state.reports.at is None else round(1000 * (now - state.reports.at), 1),
         "steps_seen": state.step_time.steps_seen,
         "handover_ms": round(1000 * state.handover_s, 3),
         "step_base_ms": round(times.d * 1000, 3),

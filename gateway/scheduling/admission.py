@@ -166,9 +166,9 @@ class AdmissionController:
         return room.is_ample_for(request, prefill_s, now)
 
     def expected_batch(self) -> RunningBatch:
-        """Return what runs and waits here as one batch, to compare engines. It is kept until a request ends or begins.
+        """Return all requests of this engine as one batch, by which a router compares engines.
 
-        So its cost does not depend on the number of requests for most of the engines that a router compares.
+        It is kept until a request ends or begins, so for most engines it costs nothing.
         """
         if self._expected is None:
             self._expected = RunningBatch(self.running.values(), self.engine)

@@ -24,6 +24,9 @@ STATES: tuple[State, ...] = ("closed", "open", "half_open", "recovering")
 FAILURES_TO_OPEN = 3
 """Failures in a row that open the circuit. One or two can be chance; convention."""
 
+NO_FAILURES = 0.005
+"""Failure rate below which an engine counts as free of failures: about 50 successes after the last one."""
+
 RATE_TO_OPEN, RATE_MEMORY = 0.6, 20
 """Failure rate that opens the circuit, as a moving average over about the last `RATE_MEMORY` responses. An engine that
 fails less often is worth its retries."""
@@ -54,6 +57,8 @@ class CircuitBreaker:
         back_at: when an open circuit lets a probe through.
         reason: why the circuit opened last.
         opened: how often the circuit opened.
+        in_doubt: whether the engine failed lately. If not, `admits` is true, `due_for_probe` and `suspected` are false,
+            and `share` is 1.
     """
 
     max_rest_s: float = 30.0
@@ -61,6 +66,7 @@ class CircuitBreaker:
     back_at: float = -math.inf
     reason: str = ""
     opened: int = 0
+    in_doubt: bool = False
     _rest_s: float = FIRST_REST_S
     _in_a_row: int = 0
     _cut_in_a_row: int = 0
@@ -125,6 +131,8 @@ class CircuitBreaker:
             return True
         if self.current(now) == "closed":
             self.state, self._rest_s = "closed", FIRST_REST_S
+            if self._rate < NO_FAILURES and not self.suspected(now):
+                self.in_doubt, self._rate = False, 0.0
         return False
 
     def on_completed(self) -> None:
@@ -140,6 +148,7 @@ class CircuitBreaker:
         """
         if self.state == "open" or sent_at < self._since:
             return False
+        self.in_doubt = True
         self._in_a_row += not begun
         self._cut_in_a_row += begun
         self._rate += (1 - self._rate) / RATE_MEMORY
@@ -161,7 +170,7 @@ class CircuitBreaker:
 
     def suspect(self, now: float) -> None:
         """Avoid the engine for a moment: a request failed that may fail on every engine."""
-        self._suspect_until = now + SUSPECT_S
+        self.in_doubt, self._suspect_until = True, now + SUSPECT_S
 
     def _too_many(self) -> bool:
         return max(self._in_a_row, self._cut_in_a_row) >= FAILURES_TO_OPEN or self._rate >= RATE_TO_OPEN
@@ -169,4 +178,5 @@ class CircuitBreaker:
     def _open(self, reason: str, now: float, rest_s: float) -> None:
         self.state, self.reason, self.back_at, self._since = "open", reason, now + rest_s, now
         self._probe, self._in_a_row, self._cut_in_a_row = "", 0, 0
+        self.in_doubt = True
         self.opened += 1

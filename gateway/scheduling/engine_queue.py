@@ -170,13 +170,15 @@ class EngineQueue:
     def on_alive(self, alive: bool) -> None:
         """Note that the engine came up or went down."""
         self._down_since = None if alive else self._clock()
-        prefixes = self.admission.prefixes
-        if alive:
-            prefixes.capacity_tokens = self.engine.state.kv_tokens or DEFAULT_CAPACITY_TOKENS
-        else:
-            self._prefix_events.clear()
         if not alive:
+            self._prefix_events.clear()
             self.shadows.engine_lost()
+        self.on_limits()
+
+    def on_limits(self) -> None:
+        """Note that the engine's limits or its KV memory may have changed."""
+        if self.engine.state.alive:
+            self.admission.prefixes.capacity_tokens = self.engine.state.kv_tokens or DEFAULT_CAPACITY_TOKENS
         self.admission.capacity_changed()
         self.wake()
 

@@ -1,8 +1,9 @@
-"""Routing by headroom: the engine that attains a request's bounds at the least cost to its other requests.
+"""Routing by headroom: chooses the engine that keeps the request's bounds and leaves the most room to others.
 
-An engine's strictest pace P* limits its steps. T(R) of each is for the decodes of all its requests R, so the share
-1 - T(R)/P* is left for prompts: 0.58 at 30 ms and 0.75 at 50 ms for an A100 whose shortest step takes 12.5 ms. One
-request of 30 ms among those of 50 ms takes that difference from all of them. So similar paces share engines:
+The strictest pace P* on an engine limits the length of its steps. T(R) of each step goes to the decodes of all its
+requests R, so the share 1 - T(R)/P* is left for prompts. On an A100, whose shortest step takes 12.5 ms, that share is
+at most 0.58 at a pace of 30 ms, and 0.75 at 50 ms. So one request of 30 ms costs all others on its engine, and similar
+paces share engines:
 
     1 over the last `MEMORY_S`, w_k tokens of work came with pace P_k; they need n_k = w_k / (1 - T(1)/P_k) of capacity
     2 in order of pace, each pace gets its share n_k / sum(n) of the engines, the fastest ones for the tightest pace
@@ -23,7 +24,7 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 from engine_adapter.service_kind import ServiceKind
 from gateway.requests.request import Request
@@ -48,9 +49,12 @@ others little, because the engine's steps are short anyway. Measured: 0.5 and 0.
 FASTER = 1.25
 """Ratio of shortest steps from which one engine counts as faster than another: above the noise of the estimates."""
 
-COMPARED = 16
+COMPARED = 8
 """Engines of a band that are compared. Of more, a random choice is compared, so a decision costs the same in any pool.
-The least of 16 is in the best sixteenth on average."""
+The least of 8 is in the best eighth on average."""
+
+UNTESTED_S = 30.0
+"""Seconds after which an idle engine that fits is tried: an estimate that no request tests goes out of date."""
 
 LEAST_SHARE = 0.01
 """Least share of time that counts as left for prompts: bounds the cost of a full engine."""
@@ -66,10 +70,12 @@ MAX_OWNERS = 100_000
 class PaceBands:
     """The division of one pool's engines between the paces of its requests.
 
-    ``ranks``: engine name to position, the fastest engine first. A band is a range of positions.
+    ``ordered``: the engines, the fastest one first. A band is a range of positions.
     """
 
-    ranks: dict[str, int] = field(default_factory=dict)
+    ordered: list[EngineQueue] = field(default_factory=list)
+    _queues: list[EngineQueue] = field(default_factory=list)
+    """The engines in the order of the last call."""
     _places: dict[str, int] = field(default_factory=dict)
     _work: dict[int, float] = field(default_factory=dict)
     _paces: list[int] = field(default_factory=list)
@@ -84,7 +90,7 @@ class PaceBands:
 
     def of(self, request: Request, queues: Sequence[EngineQueue], now: float) -> tuple[int, int]:
         """Return the band for ``request``. Divides ``queues`` again if that was `REFRESH_S` ago, or they changed."""
-        if now - self._divided_s >= REFRESH_S or len(queues) != len(self.ranks):
+        if now - self._divided_s >= REFRESH_S or queues != self._queues:
             self._divide(queues, now)
         if not self._bands:
             return 0, len(queues)
@@ -96,7 +102,7 @@ class PaceBands:
         self._divided_s = now
         self._work = {pace: work * kept for pace, work in self._work.items() if work * kept > 1.0}
         engines = self._in_order(queues)
-        self.ranks = {name: at for at, (name, _, _) in enumerate(engines)}
+        self._queues, self.ordered = list(queues), [queue for queue, _, _ in engines]
         self._paces, self._bands = sorted(self._work), []
         if not self._paces:
             return
@@ -110,8 +116,8 @@ class PaceBands:
             self._bands.append(_band(first, last, ends))
             first = last
 
-    def _in_order(self, queues: Sequence[EngineQueue]) -> list[tuple[str, float, float]]:
-        """Return name, shortest step (s) and seconds per prompt token of each engine, the fastest step first.
+    def _in_order(self, queues: Sequence[EngineQueue]) -> list[tuple[EngineQueue, float, float]]:
+        """Return each engine, its shortest step (s) and its seconds per prompt token, the fastest step first.
 
         The order changes only for engines that differ by `FASTER`, since estimates of equal engines do too. An engine
         that was missing for a while gets its place back.
@@ -124,16 +130,17 @@ class PaceBands:
             state = queue.engine.state
             curve = state.step_time.curve
             token_s = curve.prefill_token_s(0.0, state.max_num_batched_tokens, math.inf)
-            engines.append((queue.engine.name, curve.step_s(1, 0), max(token_s, 1e-9)))
-            places.setdefault(queue.engine.name, max(places.values(), default=0) + 1)
-        engines.sort(key=lambda engine: places[engine[0]])
-        free = [places[name] for name, _, _ in engines]
+            engines.append((queue, curve.step_s(1, 0), max(token_s, 1e-9)))
+            if queue.engine.name not in places:
+                places[queue.engine.name] = max(places.values(), default=0) + 1
+        engines.sort(key=lambda engine: places[engine[0].engine.name])
+        free = [places[queue.engine.name] for queue, _, _ in engines]
         for end in range(1, len(engines)):
             at = end
             while at and engines[at][1] * FASTER < engines[at - 1][1]:
                 engines[at], engines[at - 1] = engines[at - 1], engines[at]
                 at -= 1
-        places.update(zip((name for name, _, _ in engines), free, strict=True))
+        places.update(zip((queue.engine.name for queue, _, _ in engines), free, strict=True))
         return engines
 
 
@@ -145,29 +152,50 @@ class Headroom:
     def __init__(self) -> None:
         self._pools: dict[str, PaceBands] = {}
         self._owners: dict[int, str] = {}
+        self._last_s: dict[str, float] = {}
+        """When each engine got its last request, by name."""
 
-    def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
-        """See `gateway.scheduling.routing.Routing.keys`."""
+    def best(self, request: Request, queues: Sequence[EngineQueue]) -> EngineQueue:
+        """See `gateway.scheduling.routing.Routing.best`."""
         now = queues[0].now()
         bands = self._bands_of(request.requested_model)
         first, end = bands.of(request, queues, now)
-        ranks = bands.ranks
-        keys: list[tuple[int, float]] = [(_NOT_COMPARED, 0.0)] * len(queues)
-        own = [at for at, queue in enumerate(queues) if first <= ranks.get(queue.engine.name, 0) < end]
-        fits = False
-        for at in self._some(request, queues, own):
-            fit, cost = _judge(request, queues[at], now)
-            keys[at] = (_FITS if fit else _FULL, cost)
-            fits |= fit
-        if not fits:
-            others = [at for at, queue in enumerate(queues) if not first <= ranks.get(queue.engine.name, 0) < end]
-            for at in self._some(request, queues, others):
-                fit, cost = _judge(request, queues[at], now, ranks.get(queues[at].engine.name, 0) >= end)
-                keys[at] = (_FITS_BESIDE if fit else _FULL_BESIDE, cost)
-        return keys
+        engines = bands.ordered
+        own = self._least(request, engines[first:end], now)
+        if own.fits:
+            return own.queue
+        beside = [self._least(request, engines[:first], now)] if first else []
+        if end < len(engines):
+            beside.append(self._least(request, engines[end:], now, looser=True))
+        return min((one for one in beside if one.fits), key=lambda one: one.cost_s, default=own).queue
+
+    def _least(self, request: Request, queues: list[EngineQueue], now: float, looser: bool = False) -> _Judged:
+        """Return the engine of ``queues`` with the least cost: of those that fit ``request``, or else of all compared.
+
+        Of many, `COMPARED` random ones are compared, and as many again if none of them fits.
+        """
+        least: _Judged | None = None
+        compared = self._some(request, queues)
+        for at, queue in enumerate(compared):
+            if at == COMPARED and least is not None and least.fits:
+                break
+            judged = _judge(request, queue, now, looser)
+            if judged.fits and not queue.running and self._untested(queue, now):
+                return judged
+            if least is None or (judged.fits, -judged.cost_s) > (least.fits, -least.cost_s):
+                least = judged
+        assert least is not None
+        return least
+
+    def _untested(self, queue: EngineQueue, now: float) -> bool:
+        """Whether the engine got no request for `UNTESTED_S`."""
+        return now - self._last_s.setdefault(queue.engine.name, now) > UNTESTED_S
 
     def on_sent(self, request: Request, engine_queue: EngineQueue) -> None:
-        """Note the work of ``request``, and which engine has its prompt."""
+        """Note the work of ``request``, when the engine got it, and which engine has its prompt."""
+        if len(self._last_s) > MAX_PLACES:
+            self._last_s.clear()
+        self._last_s[engine_queue.engine.name] = engine_queue.now()
         self._bands_of(request.requested_model).note(request)
         if request.blocks:
             owners, last = self._owners, request.blocks[-1]
@@ -184,44 +212,45 @@ class Headroom:
             bands = self._pools[model] = PaceBands()
         return bands
 
-    def _some(self, request: Request, queues: Sequence[EngineQueue], at: list[int]) -> list[int]:
-        """Return at most `COMPARED` of the indices ``at``, and that of the engine which has the prompt's beginning."""
-        if len(at) <= COMPARED:
-            return at
-        some = random.Random(zlib.crc32(request.id.encode())).sample(at, COMPARED)
-        owners = self._owners
-        owner = next((owners[block] for block in reversed(request.blocks) if block in owners), None)
-        if owner is not None:
-            some.extend(index for index in at if queues[index].engine.name == owner and index not in some)
+    def _some(self, request: Request, queues: list[EngineQueue]) -> list[EngineQueue]:
+        """Return at most twice `COMPARED` of ``queues``; first the one that has the prompt's beginning, if one does."""
+        if len(queues) <= 2 * COMPARED:
+            some = queues
+        else:
+            some = random.Random(zlib.crc32(request.id.encode())).sample(queues, 2 * COMPARED)
+        if request.blocks and len(queues) > COMPARED:
+            owners = self._owners
+            owner = next((owners[block] for block in reversed(request.blocks) if block in owners), None)
+            if owner is not None:
+                some = [*(queue for queue in queues if queue.engine.name == owner), *some]
         return some
 
 
-_FITS, _FITS_BESIDE, _FULL, _FULL_BESIDE, _NOT_COMPARED = range(5)
-"""First part of a key: the engine fits, one outside the band fits, neither does, or the engine was not compared."""
+class _Judged(NamedTuple):
+    """An engine as a place for a request: whether it fits, and its cost, the seconds until the first token there."""
+
+    fits: bool
+    cost_s: float
+    queue: EngineQueue
 
 
-def _judge(request: Request, queue: EngineQueue, now: float, looser: bool = False) -> tuple[bool, float]:
-    """Return whether the engine fits ``request``, and its cost: seconds until its first token there.
-
-    ``looser``: the engine is for looser paces.
-    """
+def _judge(request: Request, queue: EngineQueue, now: float, looser: bool = False) -> _Judged:
+    """Judge an engine for ``request``. ``looser``: the engine is for looser paces."""
     admission = queue.admission
     batch = admission.expected_batch()
-    curve = batch.engine.step_time.curve
-    pace_s = request.pace_s if request.kind is ServiceKind.PACED and request.pace_s is not None else math.inf
-    pace_s *= batch.engine.tokens_per_step
+    engine, decoding, sequences = batch.engine, batch.decoding, request.sequences
+    curve = engine.step_time.curve
+    pace_s = request.pace_s if request.pace_s is not None and request.kind is ServiceKind.PACED else math.inf
+    pace_s *= engine.tokens_per_step
     strictest_s = min(batch.strictest_s, pace_s)
-    context = (request.prompt_tokens + request.predicted_tokens / 2) * request.sequences
-    step_s = curve.step_s(batch.decoding + request.sequences, batch.context + context)
-    share = max(LEAST_SHARE, 1 - step_s / strictest_s)
-    cached = admission.prefixes.cached_tokens(request) if batch.engine.prefix_caching else 0
+    context = (request.prompt_tokens + request.predicted_tokens / 2) * sequences
+    step_s = curve.step_s(decoding + sequences, batch.context + context)
+    cached = admission.prefixes.cached_tokens(request) if request.blocks and engine.prefix_caching else 0
     tokens = batch.backlog + max(1, request.prompt_tokens - cached)
-    token_s = curve.prefill_token_s(
-        batch.decoding + request.sequences, batch.engine.max_num_batched_tokens, strictest_s - step_s
-    )
-    cost_s = 2 * step_s + token_s * tokens / share
+    token_s = curve.prefill_token_s(decoding + sequences, engine.max_num_batched_tokens, strictest_s - step_s)
+    cost_s = 2 * step_s + token_s * tokens / max(LEAST_SHARE, 1 - step_s / strictest_s)
     fits = step_s <= (AMPLE * pace_s if looser else strictest_s) and batch.has_room_for(request)
-    return fits and now + cost_s <= request.deadline_s, cost_s
+    return _Judged(fits and now + cost_s <= request.deadline_s, cost_s, queue)
 
 
 def _pace_number(request: Request) -> int:

@@ -20,6 +20,10 @@ MAX_OWNED = 10_000
 """Stored responses whose engine is remembered. The oldest are forgotten first; bounds memory to a few MB."""
 
 
+MAX_POOLS = 1000
+"""Models whose pools are kept, since clients may invent names. Then the oldest is found again."""
+
+
 class UnknownModel(Exception):  # noqa: N818 - named after its cause
     """No engine serves the model."""
 
@@ -28,7 +32,7 @@ class Router:
     """Holds one `EngineQueue` per engine; ``engine_queues`` must not be empty. `join` and `leave` change the list.
 
     The *pool* of a model is the engines that serve it, dead ones included: they still own their models. ``routing``
-    chooses among those that can serve now. ``clock`` returns monotonic seconds.
+    chooses one that is alive. ``clock`` returns monotonic seconds.
     """
 
     def __init__(
@@ -42,6 +46,9 @@ class Router:
         self._clock = clock
         self._by_name = {engine_queue.engine.name: engine_queue for engine_queue in self.engine_queues}
         self._owners: OrderedDict[str, str] = OrderedDict()
+        self._pools: dict[str, list[EngineQueue]] = {}
+        self._models: list[dict[str, ModelCard] | None] = []
+        """The models of each engine when `_pools` was made."""
         for engine_queue in self.engine_queues:
             engine_queue.can_move = partial(self._can_move, engine_queue)
 
@@ -53,7 +60,20 @@ class Router:
         They are the engines that list it. If there are none, they are the engines that serve any model, or else those
         whose models are not known yet. Raises `UnknownModel`.
         """
-        model = model or self.default_model
+        queues = self.engine_queues
+        models = [queue.engine.state.models for queue in queues]
+        changed, self._models = models != self._models, models
+        if changed:
+            self._pools.clear()
+        pool = self._pools.get(model)
+        if pool is not None:
+            return pool
+        pool = self._pools[model] = self._find_pool(model or self.default_model)
+        if len(self._pools) > MAX_POOLS:
+            del self._pools[next(iter(self._pools))]
+        return pool
+
+    def _find_pool(self, model: str) -> list[EngineQueue]:
         queues = self.engine_queues
         pool = (
             [queue for queue in queues if queue.engine.state.own_name(model) is not None]
@@ -102,26 +122,40 @@ class Router:
         pool = self._candidates(request)
         if len(pool) == 1:
             return pool[0]
-        now = self._clock()
         alive = [queue for queue in pool if queue.engine.state.alive]
         if not alive:
-            return self._ranked(pool, request)[0]
+            return self.routing.best(request, pool)
+        if True in [queue.circuit.in_doubt for queue in alive]:  # a list is built faster than `any` asks a generator
+            return self._place_in_doubt(request, alive)
+        return self._best(request, alive)
+
+    def _place_in_doubt(self, request: Request, alive: list[EngineQueue]) -> EngineQueue:
+        """Return the queue for ``request`` as `place` does, among engines of which some failed lately."""
+        now = self._clock()
         ready = [queue for queue in alive if queue.circuit.admits(now)]
         if not ready:
-            return min(self._ranked(alive, request), key=lambda queue: queue.circuit.back_at)
+            back_at = min(queue.circuit.back_at for queue in alive)
+            return self._best(request, [queue for queue in alive if queue.circuit.back_at == back_at])
         due = [queue for queue in ready if queue.circuit.due_for_probe(now)]
         if 0 < len(due) < len(alive) and not request.failed_on:
             return due[0]
-        ready = self._ranked(ready, request)
-        ready.sort(key=lambda queue: (queue in due, queue.circuit.suspected(now)))
-        return next((queue for queue in ready if keeps_share(request, queue.circuit.share(now))), ready[0])
+        first: EngineQueue | None = None
+        groups: dict[tuple[bool, bool], list[EngineQueue]] = {}
+        for queue in ready:
+            groups.setdefault((queue in due, queue.circuit.suspected(now)), []).append(queue)
+        for _, group in sorted(groups.items(), key=lambda item: item[0]):
+            while group:
+                best = self._best(request, group)
+                if keeps_share(request, best.circuit.share(now)):
+                    return best
+                first = first or best
+                group.remove(best)
+        assert first is not None
+        return first
 
-    def _ranked(self, queues: list[EngineQueue], request: Request) -> list[EngineQueue]:
-        """Return ``queues``, the best one for ``request`` first."""
-        if len(queues) == 1:
-            return queues
-        keys = self.routing.keys(request, queues)
-        return [queues[at] for at in sorted(range(len(queues)), key=keys.__getitem__)]
+    def _best(self, request: Request, queues: list[EngineQueue]) -> EngineQueue:
+        """Return the best of ``queues`` for ``request``."""
+        return queues[0] if len(queues) == 1 else self.routing.best(request, queues)
 
     def others(self, request: Request) -> list[EngineQueue]:
         """Return the live engines of the request's pool that have not failed it."""
@@ -148,8 +182,8 @@ class Router:
         return [owner] if owner is not None else self.pool(request.requested_model)
 
     def _candidates(self, request: Request) -> list[EngineQueue]:
-        pool = self._pool_of(request)
-        return [queue for queue in pool if queue.engine.name not in request.failed_on] or pool
+        pool, failed_on = self._pool_of(request), request.failed_on
+        return ([queue for queue in pool if queue.engine.name not in failed_on] or pool) if failed_on else pool
 
     def _can_move(self, engine_queue: EngineQueue, request: Request) -> bool:
         """Whether an engine other than that of ``engine_queue`` is alive. It must not rest, unless this one is down."""
@@ -231,6 +265,7 @@ class Router:
     def join(self, engine_queue: EngineQueue, replaced: EngineQueue | None = None) -> None:
         """Send requests to the engine from now on, in place of the ``replaced`` one if given."""
         engine_queue.can_move = partial(self._can_move, engine_queue)
+        self._pools.clear()
         if replaced is None:
             self.engine_queues.append(engine_queue)
         else:
@@ -243,6 +278,7 @@ class Router:
     def leave(self, engine_queue: EngineQueue) -> None:
         """Remove the engine from routing, and place its waiting requests again. It must not be the last engine."""
         self.engine_queues.remove(engine_queue)
+        self._pools.clear()
         del self._by_name[engine_queue.engine.name]
         engine_queue.retire()
 

@@ -32,21 +32,30 @@ class Routing(Protocol):
 
     name: str
 
-    def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
-        """Return a sort key for each of ``queues``, at least two; the best engine for ``request`` has the smallest."""
+    def best(self, request: Request, queues: Sequence[EngineQueue]) -> EngineQueue:
+        """Return the best of ``queues``, at least two, for ``request``."""
 
     def on_sent(self, request: Request, engine_queue: EngineQueue) -> None:
         """Note that ``request`` was queued for the engine."""
 
 
-class _Stateless:
-    """A routing policy that remembers nothing."""
+class _ByKey:
+    """A routing policy that ranks all engines by a key. This one remembers nothing."""
+
+    def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
+        """Return a sort key for each of ``queues``; the best engine for ``request`` has the smallest."""
+        raise NotImplementedError
+
+    def best(self, request: Request, queues: Sequence[EngineQueue]) -> EngineQueue:
+        """See `Routing.best`."""
+        keys = self.keys(request, queues)
+        return queues[min(range(len(keys)), key=keys.__getitem__)]
 
     def on_sent(self, request: Request, engine_queue: EngineQueue) -> None:
         """Do nothing."""
 
 
-class LeastLoad:
+class LeastLoad(_ByKey):
     """The engine with the least predicted prefill time, this prompt included (`placement.load`)."""
 
     name = "least_load"
@@ -56,7 +65,7 @@ class LeastLoad:
         self._at_last: dict[tuple[str, str], int] = {}
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
-        """See `Routing.keys`."""
+        """See `_ByKey.keys`."""
         model = request.requested_model
         sent, at_last = self._sent.get(model, 0), self._at_last
         return ranks(
@@ -75,17 +84,17 @@ class LeastLoad:
         self._sent[model] = self._at_last[engine_queue.engine.name, model] = self._sent.get(model, 0) + 1
 
 
-class LeastMemory(_Stateless):
+class LeastMemory(_ByKey):
     """The engine with the most KV memory left (arXiv 2504.14966, algorithm 2)."""
 
     name = "most_free_memory"
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
-        """See `Routing.keys`."""
+        """See `_ByKey.keys`."""
         return ranks([free_memory_load(queue.admission) for queue in queues])
 
 
-class RoundRobin:
+class RoundRobin(_ByKey):
     """The engine whose last request is the longest ago."""
 
     name = "round_robin"
@@ -95,7 +104,7 @@ class RoundRobin:
         self._last: dict[str, int] = {}
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
-        """See `Routing.keys`."""
+        """See `_ByKey.keys`."""
         return [self._last.get(queue.engine.name, 0) for queue in queues]
 
     def on_sent(self, request: Request, engine_queue: EngineQueue) -> None:
@@ -104,28 +113,28 @@ class RoundRobin:
         self._last[engine_queue.engine.name] = self._sent
 
 
-class LeastRequests(_Stateless):
+class LeastRequests(_ByKey):
     """The engine with the fewest requests."""
 
     name = "least_requests"
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
-        """See `Routing.keys`."""
+        """See `_ByKey.keys`."""
         return [_requests(queue) for queue in queues]
 
 
-class PowerOfTwo(_Stateless):
+class PowerOfTwo(_ByKey):
     """Of two engines that the request's id picks, the one with fewer requests."""
 
     name = "power_of_two"
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
-        """See `Routing.keys`."""
+        """See `_ByKey.keys`."""
         picked = random.Random(zlib.crc32(request.id.encode())).sample(range(len(queues)), 2)
         return [(at not in picked, _requests(queue)) for at, queue in enumerate(queues)]
 
 
-class PrefixAffinity(_Stateless):
+class PrefixAffinity(_ByKey):
     """The engine that has most of the prompt in its prefix cache, unless the engines are out of balance.
 
     The rule of SGLang's router: the engine with the fewest requests gets a prompt of which no engine has a worthwhile
@@ -135,7 +144,7 @@ class PrefixAffinity(_Stateless):
     name = "prefix_affinity"
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
-        """See `Routing.keys`."""
+        """See `_ByKey.keys`."""
         requests = [_requests(queue) for queue in queues]
         most, least = max(requests), min(requests)
         if most - least > BALANCED_REQUESTS and most > BALANCED_RATIO * least:

@@ -123,7 +123,7 @@ def bench(
         typer.echo(f"antares: {error}", err=True)
         raise typer.Exit(2) from error
     except ModuleNotFoundError as error:
-        typer.echo(f"antares: bench needs {error.name}: pip install 'antares-gateway[bench]'", err=True)
+        typer.echo(f"antares: bench needs {error.name}: pip install -e '.[bench]' in your clone", err=True)
         raise typer.Exit(1) from error
     try:
         target = _warm_up(target, planned[0][2][0], warmup)

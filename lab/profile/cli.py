@@ -122,7 +122,7 @@ def _from_aiconfigurator(
                 progress=lambda: advance(1),
             )
         except ImportError:
-            _fail("--from-aiconfigurator needs NVIDIA's kernel timings: pip install 'antares-gateway[profile]'")
+            _fail("--from-aiconfigurator needs NVIDIA's kernel timings: pip install -e '.[profile]' in your clone")
         except ValueError as error:
             _usage(str(error))
         except RuntimeError as error:
@@ -216,7 +216,7 @@ def _text(value: Any) -> str:
 
 def _require_matplotlib() -> None:
     if find_spec("matplotlib") is None:
-        _usage("--plot needs matplotlib: pip install 'antares-gateway[bench]'")
+        _usage("--plot needs matplotlib: pip install -e '.[bench]' in your clone")
 
 
 def _usage(message: str) -> NoReturn:

@@ -35,7 +35,7 @@ def check_plot(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--plot: folder {path.parent} does not exist")
     if find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'antares-gateway[bench]'", name="matplotlib")
+        raise ModuleNotFoundError("plots need matplotlib: pip install -e '.[bench]' in your clone", name="matplotlib")
 
 
 def plot_runs(runs: Sequence[Run], path: Path | str, title: str = "") -> None:
@@ -52,7 +52,7 @@ def plot_runs(runs: Sequence[Run], path: Path | str, title: str = "") -> None:
     try:
         import matplotlib as mpl
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'antares-gateway[bench]'") from error
+        raise ModuleNotFoundError("plots need matplotlib: pip install -e '.[bench]' in your clone") from error
     mpl.use("Agg")
     from matplotlib import pyplot
 

@@ -1,8 +1,8 @@
 """Engines that fail, start and stop during a simulation: failures, cold starts and autoscaling.
 
 An engine serves, starts (its cold start), drains (it finishes what it has) or is stopped. Its GPU is in use unless it
-is stopped. As in the gateway, requests that wait at an engine that stops serving are placed again, and so are those
-that it loses before their first token. Those that it loses later fail.
+is stopped. As in the gateway, the requests that wait at an engine that fails are placed again, and so are running
+requests without a first token. Its other requests fail.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
@@ -241,8 +241,8 @@ class Replica:
             # The engine planned this step before the gateway could react to the tokens of the last one.
             self.start_step(now)
         prefilled, done = cast(list[ReplicaSequence], finished.prefilled), cast(list[ReplicaSequence], finished.done)
-        for sequence, tokens in step.tokens():
-            cast(ReplicaSequence, sequence).request.advance(tokens)
+        for sequence, tokens in cast(Iterator[tuple[ReplicaSequence, int]], step.tokens()):
+            sequence.request.advance(tokens)
         for sequence in prefilled:
             sequence.request.advance(1)
             if sequence.request.first_token_s is None:

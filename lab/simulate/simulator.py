@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
 
 from engine_adapter.simulated.scheduler import BLOCK_TOKENS
 from engine_adapter.simulated.speculation import RandomAcceptance
@@ -134,16 +135,18 @@ def simulate(
     results = _Results(workload, on_ended)
     now, arrived, routing_s = 0.0, 0, 0.0
     fleet = Fleet(engines, routing, lambda: now) if len(engines) > 1 else None
+    events = _Events(engines)
     place = fleet.place if fleet is not None else lambda request: engines[0]
     lifecycle = Lifecycle(changes, engines, place) if changes is not None else None
     while results.open:
-        engine = min(engines, key=_next_event_s) if len(engines) > 1 else engines[0]
+        engine = events.first()
         arrival_s = workload[arrived].at_s if arrived < len(workload) else math.inf
         touched = [engine]
         if lifecycle is not None and lifecycle.is_next(min(arrival_s, engine.next_event_s)):
             now = lifecycle.next_s
             touched, failed = lifecycle.apply(now)
             results.fail(failed)
+            events = _Events(engines)
         elif arrival_s <= engine.next_event_s:
             if arrival_s == math.inf:
                 raise RuntimeError(f"{results.open} requests wait, but every engine is idle and the policy admits none")
@@ -167,6 +170,7 @@ def simulate(
                     engine.start_step(now)
         for engine in touched:
             _decide(engine, now, workload, results)
+            events.changed(engine)
     prompt_tokens = max(1, sum(e.prefix_hits.prompt_tokens for e in engines))
     return SimulationResult(
         results=results.all(),
@@ -252,8 +256,28 @@ class _Results:
         return [result for result in self._results if result is not None]
 
 
-def _next_event_s(engine: Replica) -> float:
-    return engine.next_event_s
+class _Events:
+    """The next event of each engine, in a heap. Of equal times, the first engine's comes first."""
+
+    def __init__(self, engines: Sequence[Replica]) -> None:
+        self._engines = engines
+        self._numbers = {engine: number for number, engine in enumerate(engines)}
+        self._heap = [(engine.next_event_s, number) for number, engine in enumerate(engines)]
+        heapify(self._heap)
+
+    def first(self) -> Replica:
+        """Return the engine with the first event."""
+        heap, engines = self._heap, self._engines
+        while True:
+            at_s, number = heap[0]
+            engine = engines[number]
+            if engine.next_event_s == at_s:
+                return engine
+            heappop(heap)
+
+    def changed(self, engine: Replica) -> None:
+        """Note that the engine's next event may be another one."""
+        heappush(self._heap, (engine.next_event_s, self._numbers[engine]))
 
 
 def slo_of(request: WorkloadRequest) -> Slo:

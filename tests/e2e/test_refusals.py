@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.live.dummy_model import write_dummy_model
-from tests.fixtures.served import free_port
+from tests.fixtures.ports import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 

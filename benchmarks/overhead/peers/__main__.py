@@ -12,7 +12,6 @@ there is skipped, with a line that says how to install it. A round takes about 3
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results_json
+from benchmarks.command import AsJson, PageOf, write_page
 from benchmarks.overhead.peers.measure import measure
 from benchmarks.overhead.peers.report import failures, page, tables
 from benchmarks.overhead.peers.servers import chosen, default_folder
@@ -31,16 +31,14 @@ from benchmarks.overhead.peers.servers import chosen, default_folder
 
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the servers take turns.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
-    page_of: Annotated[
-        Path | None, typer.Option("--page", help="Write the page beside this JSON file; measure nothing.")
-    ] = None,
+    as_json: AsJson = False,
+    page_of: PageOf = None,
     peers: Annotated[Path | None, typer.Option(help="Folder with a virtual environment for each peer.")] = None,
     only: Annotated[list[str] | None, typer.Option("--server", help="Measure these servers only.")] = None,
 ) -> None:
     """Measure this gateway and the peers that are installed, in rounds, and report medians and ranges."""
     if page_of is not None:
-        page_of.with_suffix(".md").write_text(page(json.loads(page_of.read_text(encoding="utf-8"))), encoding="utf-8")
+        write_page(page_of, page)
         return
     try:
         servers, skipped = chosen(peers or default_folder(), only or [])

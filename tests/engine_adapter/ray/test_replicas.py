@@ -22,7 +22,7 @@ from tests.fixtures.served_process import served
 pytestmark = [
     pytest.mark.process,
     pytest.mark.timeout(240),
-    pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install antares-gateway[ray]"),
+    pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install -e '.[ray]'"),
 ]
 
 HOST = "127.0.0.2"

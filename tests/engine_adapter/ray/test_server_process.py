@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -16,7 +18,8 @@ from engine_adapter.ray.server_process import ServerProcess
 pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform != "linux", reason="uses PR_SET_PDEATHSIG")]
 
 SERVER = """
-import http.server, signal, sys, time
+import http.server, signal, subprocess, sys, time
+if sys.argv[4:]: subprocess.Popen(["sleep", "60"])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200 if self.path == "/health" else 404); self.end_headers()
@@ -28,8 +31,8 @@ http.server.HTTPServer((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
 """
 
 
-def command(stops_after_s: float = 0.0) -> list[str]:
-    return [sys.executable, "-c", SERVER, "{host}", "{port}", str(stops_after_s)]
+def command(stops_after_s: float = 0.0, *, child: bool = False) -> list[str]:
+    return [sys.executable, "-c", SERVER, "{host}", "{port}", str(stops_after_s), *["child"] * child]
 
 
 def wait_healthy(server: ServerProcess) -> None:
@@ -69,7 +72,7 @@ def test_stop_waits_for_the_drain_and_returns_the_exit_code(server: ServerProces
 def test_server_that_does_not_stop_is_killed() -> None:
     stubborn = ServerProcess(command(60), "127.0.0.1")
     wait_healthy(stubborn)
-    assert stubborn.stop(0.1) == -signal.SIGKILL
+    assert stubborn.stop(0.1) == 128 + signal.SIGKILL
 
 
 def test_command_that_does_not_exist_ends_at_once() -> None:
@@ -78,25 +81,46 @@ def test_command_that_does_not_exist_ends_at_once() -> None:
     assert not absent.is_healthy()
 
 
-def test_server_ends_with_its_parent() -> None:
+@pytest.mark.parametrize("stops_after_s", [0.0, 60.0])
+def test_server_and_its_processes_end_with_the_parent(stops_after_s: float) -> None:
     script = f"""
-import sys, time
+import time
 from engine_adapter.ray.server_process import ServerProcess
-server = ServerProcess({command()!r}, "127.0.0.1")
+server = ServerProcess({command(stops_after_s, child=True)!r}, "127.0.0.1")
 while not server.is_healthy(): time.sleep(0.05)
-print(server._process.pid, flush=True)
+print(server._supervisor.pid, flush=True)
 time.sleep(60)
 """
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    assert is_running(pid)
+    supervisor = int(parent.stdout.readline())
+    processes = [supervisor, *descendants(supervisor)]
+    assert len(processes) == 3
     parent.kill()
     parent.wait()
+    wait_until_gone(processes)
+
+
+def test_processes_of_a_server_end_with_it() -> None:
+    server = ServerProcess(command(child=True), "127.0.0.1")
+    wait_healthy(server)
+    supervisor = server._supervisor.pid
+    first, child = descendants(supervisor)
+    os.kill(first, signal.SIGKILL)
+    wait_until_gone([first, child])
+    assert server.stop(10) == 128 + signal.SIGKILL
+
+
+def wait_until_gone(processes: list[int]) -> None:
     until = time.monotonic() + 10
-    while is_running(pid):
+    while any(is_running(pid) for pid in processes):
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    return [each for child in map(int, children) for each in (child, *descendants(child))]
 
 
 def is_running(pid: int) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 
 import pytest
 
 from engine_adapter.engine import EngineEvents, EngineStartError, Receive, Scope, Send
 from engine_adapter.remote.engine import HttpEngine
 from tests.fixtures.live_server import eventually, serve
+from tests.fixtures.ports import free_port
 from tests.fixtures.scripted_server import Scripted, fast_probes, post
 
 pytestmark = pytest.mark.process
@@ -70,9 +70,7 @@ async def test_late_server_that_wants_a_key_stays_down(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fast_probes(monkeypatch, timeout_s=2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     engine = HttpEngine("remote", f"http://127.0.0.1:{port}")
     await engine.start(EngineEvents())
     server = await asyncio.start_server(_unauthorized, "127.0.0.1", port)

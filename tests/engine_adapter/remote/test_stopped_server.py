@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -16,6 +15,7 @@ import pytest
 from engine_adapter.engine import EngineEvents, EngineLost, Receive, Scope, Send
 from engine_adapter.remote.engine import HttpEngine
 from tests.fixtures.live_server import eventually
+from tests.fixtures.ports import free_port
 from tests.fixtures.scripted_server import CHAT, DONE, ScriptedStream, ask, chunk, fast_probes, post, proxied
 
 pytestmark = pytest.mark.process
@@ -46,9 +46,7 @@ uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), lifespan="off", log_le
 @asynccontextmanager
 async def server_process() -> AsyncIterator[tuple[int, str]]:
     """A server of endless streams in its own process. Yields (process id, URL)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", STOPPABLE, str(port))
     try:
         yield process.pid, f"http://127.0.0.1:{port}"

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from engine_adapter.report_channel.messages import QueueReport
+from engine_adapter.report_channel.server import ADDRESS_ENV, KEY_ENV
 from engine_adapter.step_report import GateReport, StepReport
 from engine_adapter.vllm.gate_channel import GateListener, GateReporter
 from engine_adapter.vllm.versions import UnsupportedVllmError, require_gate, require_in_process
+from tests.fixtures.live_server import eventually
+from tests.fixtures.report_channel import KEY, LIMITS, report_client
+from tests.fixtures.served import free_port
 
 
 async def test_listener_receives_steps_and_counters() -> None:
@@ -69,3 +74,39 @@ def test_in_process_engine_rejects_other_versions_with_a_fix(version: str) -> No
 def test_gate_rejects_other_versions_with_a_fix_for_servers(version: str) -> None:
     with pytest.raises(UnsupportedVllmError, match=r">=0\.26,<0\.34.*without --scheduler-cls and set send_slo: false"):
         require_gate(version)
+
+
+async def test_reporter_of_a_server_sends_to_the_gateways_that_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv(ADDRESS_ENV, f"127.0.0.1:{port}")
+    monkeypatch.setenv(KEY_ENV, KEY.decode())
+    reporter = GateReporter(None)
+    asked = 0
+
+    def queue() -> QueueReport:
+        nonlocal asked
+        asked += 1
+        return QueueReport(2, 1, 0.5)
+
+    reporter.serve(LIMITS, queue)
+    reporter.step(0.0, StepReport(9, 9, 9.0, 9.0))
+    assert asked == 0, "no gateway, no report"
+    async with report_client(port) as received:
+        await eventually(lambda: received.connected == [LIMITS])
+        await eventually(lambda: reporter._wanted)
+        reporter.report.best_effort_preemptions = 4
+        reporter.step(1.0, StepReport(3, 0, 40.5, 0.012))
+        reporter.step(1.001, StepReport(4, 16, 41.0, 0.02, 2, 6, 3, 16))
+        reporter.flush(1.002)
+        await eventually(lambda: len(received.reports) == 2)
+    first, second = received.reports
+    assert [step.decode_requests for step in first.steps + second.steps] == [3, 4]
+    assert second.gate.best_effort_preemptions == 4
+    assert second.queue == QueueReport(2, 1, 0.5)
+
+
+def test_ranks_of_a_server_cannot_share_a_report_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ADDRESS_ENV, "127.0.0.1:9410")
+    monkeypatch.setenv(KEY_ENV, KEY.decode())
+    with pytest.raises(ValueError, match="one `vllm serve` per rank"):
+        GateReporter(None).serve(LIMITS, QueueReport, ranks=2)

@@ -16,7 +16,7 @@ from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.api.auth import hash_key
 from tests.fixtures.browser import CHROMIUM, BrowserPage, browser_page
 from tests.fixtures.live_gateway import CLASSES, Live, Load, live
-from tests.fixtures.served import free_port
+from tests.fixtures.ports import free_port
 
 pytestmark = pytest.mark.process
 

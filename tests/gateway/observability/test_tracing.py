@@ -291,7 +291,7 @@ async def test_remote_server_gets_the_gateways_span_as_parent(collector: StandIn
 
 async def test_missing_extra_is_named_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gateway.observability.tracing", None)
-    with pytest.raises(ObservabilityError, match=r"pip install 'antares-gateway\[otel\]'"):
+    with pytest.raises(ObservabilityError, match=r"pip install -e '\.\[otel\]' in your clone"):
         async with live(tracing={"enabled": True}):
             pass
 

@@ -84,13 +84,13 @@ async def test_predict_returns_the_prediction_of_the_service() -> None:
 
 async def test_predict_falls_back_after_its_timeout() -> None:
     async with silent_server() as url:
-        client = make_client(url, timeout_s=0.05)
+        client = make_client(url, timeout_s=0.4)
         started = time.monotonic()
         assert (await client.predict(Question("hi", 1, "chat", None))).source == "fallback"
-        assert time.monotonic() - started < 0.2
+        assert time.monotonic() - started < 0.95, "not the 1 s that a call may take"
         started = time.monotonic()
         await client.predict(Question("hi", 1, "chat", None))
-        assert time.monotonic() - started < 0.02, "requests must not wait behind a late call"
+        assert time.monotonic() - started < 0.35, "requests must not wait behind a late call"
         async with asyncio.timeout(10):
             while client.up:
                 await client.predict(Question("hi", 1, "chat", None))

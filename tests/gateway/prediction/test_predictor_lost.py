@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from gateway.prediction.lengths import Prediction
 from gateway.prediction.supervisor import Supervisor
 from tests.fixtures.live_gateway import Live, Load, live
 from tests.fixtures.live_server import eventually
+from tests.fixtures.ports import free_port
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
@@ -54,9 +54,7 @@ class RequestLoad(Load):
 
 
 async def test_predictor_hang_and_crash_fail_no_request_and_lose_no_correction(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "predictor_service.cli", "serve", "--port", str(port), "--log-level", "error"]
     command += ["--state", str(tmp_path), "--exit-with-parent"]
     supervisor = Supervisor("predictor", command, backoff_s=(0.05,))

@@ -156,7 +156,7 @@ def test_missing_client_library_names_the_extra(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delitem(sys.modules, module, raising=False)
     result = run("http://127.0.0.1:9", "--qps", "1")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "antares: bench needs aiohttp: pip install 'antares-gateway[bench]'\n"
+    assert result.stderr == "antares: bench needs aiohttp: pip install -e '.[bench]' in your clone\n"
 
 
 def test_import_of_command_is_light() -> None:

@@ -68,14 +68,14 @@ def test_missing_kernel_timings_name_the_extra(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "aiconfigurator_core", None)
     result = run("--from-aiconfigurator", "meta-llama/Meta-Llama-3.1-8B", "a100_sxm")
     assert result.exit_code == 1
-    assert "pip install 'antares-gateway[profile]'" in result.stderr
+    assert "pip install -e '.[profile]' in your clone" in result.stderr
 
 
 def test_missing_matplotlib_fails_before_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("--from-engine", "http://127.0.0.1:9", "--plot", "x.png")
     assert result.exit_code == 2
-    assert "pip install 'antares-gateway[bench]'" in result.stderr
+    assert "pip install -e '.[bench]' in your clone" in result.stderr
 
 
 def test_measured_profile_is_written_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,8 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- end -}}
 {{- if eq .kind "simulated" -}}
 {{- $_ := set $engine "send_slo" false -}}
+{{- else if .report.secret -}}
+{{- $_ := set $engine "report" (dict "port" 9410 "key_env" (include "antares.reportKeyVariable" .)) -}}
 {{- end -}}
 {{- $engines = append $engines (mergeOverwrite $engine .gateway) -}}
 {{- end -}}
@@ -79,6 +81,11 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{/* Environment variable of the gateway with the API key of a pool's engines. */}}
 {{- define "antares.apiKeyVariable" -}}
 {{- printf "ENGINE_KEY_%s" (.name | upper | replace "-" "_") -}}
+{{- end -}}
+
+{{/* Environment variable of the gateway with the key of the report channel of a pool's engines. */}}
+{{- define "antares.reportKeyVariable" -}}
+{{- printf "REPORT_KEY_%s" (.name | upper | replace "-" "_") -}}
 {{- end -}}
 
 {{- define "antares.containerSecurity" -}}

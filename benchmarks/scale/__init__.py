@@ -1,0 +1,1 @@
+"""Studies of several engines behind one gateway."""
