@@ -28,6 +28,7 @@ from gateway.observability.live import HEADERS_ONLY_KEY, LiveFeed
 from gateway.observability.metrics import Metrics
 from gateway.observability.recording import make_recorder
 from gateway.observability.status import Status
+from gateway.observability.wanted_replicas import WantedReplicas, WantedSettings
 from gateway.observability.windows import MAX_TENANTS, Windows
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
@@ -115,6 +116,8 @@ class Gateway:
             config.predictor.timeout_ms / 1000,
             statistics or LengthStatistics(expected=config.predictor.expected_tokens),
         )
+        self.wanted_replicas = WantedReplicas(self.recorder.decisions, self.engine_queues, self._wanted_settings())
+        self.metrics.registry.register(self.wanted_replicas)
         self.metrics.watch(self.engine_queues, self.ledger, self.windows)
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
         self._retries = RetryBudget()
@@ -138,7 +141,7 @@ class Gateway:
             self._proxy_settings(),
         )
         self.metrics.watch_edge(self.connections, self.proxy.bodies)
-        self._operator = operator_routes(self.why_not_ready, self.metrics, self.status, self.live)
+        self._operator = operator_routes(self.why_not_ready, self.metrics, self.status, self.live, self.wanted_replicas)
         self.on_reload: Reload | None = None
         """Reads the configuration file again, for `POST /reload`. None without a file."""
         add_reload_route(self._operator, lambda: self.proxy.keys, self._reload_file)
@@ -173,6 +176,7 @@ class Gateway:
     async def start(self) -> None:
         """Start every engine and return when all can serve. Raises `engine_adapter.engine.EngineStartError`."""
         self.live.start()
+        self.wanted_replicas.start()
         self.proxy.loading = True
         self.can_reload.clear()
         async with asyncio.TaskGroup() as group:
@@ -243,6 +247,7 @@ class Gateway:
                 engine_queue.set_shadows(effective.shadow_policies(), effective.changed_shadows(old))
         if "routing" in changed:
             self.router.routing = make_routing(effective.routing.name)
+        self.wanted_replicas.settings = self._wanted_settings()
         if "engines" in changed:
             self.engines.change(effective.engines, new_engines)
         return Reloaded(
@@ -293,6 +298,14 @@ class Gateway:
             self._config.limits.limits(),
         )
 
+    def _wanted_settings(self) -> WantedSettings:
+        config = self._config
+        wanted = config.wanted_replicas
+        return WantedSettings(
+            wanted.enabled, wanted.target, wanted.window_s, wanted.interval_s, wanted.max_replicas,
+            config.policy.name, dict(config.policy.options), config.routing.name,
+        )  # fmt: skip
+
     def _make_policy(self) -> Policy:
         return make_policy(self._config.policy.name, dict(self._config.policy.options))
 
@@ -328,6 +341,7 @@ class Gateway:
             task.cancel()
         self.router.close()
         await self.live.stop()
+        await self.wanted_replicas.stop()
         await self.predictor.close()
         await self.engines.stop()
         await self.proxy.cut()

@@ -216,7 +216,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot read profile ({error})") from error
     try:
-        return _parse(document)
+        return parse_profile(document)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -238,7 +238,8 @@ def profile_document(profile: Profile) -> dict[str, Any]:
     return document
 
 
-def _parse(document: Any) -> Profile:
+def parse_profile(document: Any) -> Profile:
+    """Return the profile of a JSON document (`profile_document`). Raises ValueError."""
     _expect(document, dict, "a profile")
     if document.get("format") != FORMAT:
         raise ValueError(f"format is {document.get('format')!r}; this version supports {FORMAT}")

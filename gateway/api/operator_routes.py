@@ -16,9 +16,12 @@ from gateway.observability.dashboard import Page, dashboard_page
 from gateway.observability.live import EVENTS_PATH, LiveFeed
 from gateway.observability.metrics import Metrics
 from gateway.observability.status import Status
+from gateway.observability.wanted_replicas import WantedReplicas
 
 
-def operator_routes(why_not_ready: Callable[[], str], metrics: Metrics, status: Status, live: LiveFeed) -> FastAPI:
+def operator_routes(
+    why_not_ready: Callable[[], str], metrics: Metrics, status: Status, live: LiveFeed, wanted: WantedReplicas
+) -> FastAPI:
     """Return the app with the operator's routes. Each answers GET.
 
     ``why_not_ready`` returns why the gateway serves no requests now; "" if it does.
@@ -48,6 +51,10 @@ def operator_routes(why_not_ready: Callable[[], str], metrics: Metrics, status: 
     @app.get("/status", summary="Current state as JSON")
     async def state() -> dict[str, Any]:
         return status.document()
+
+    @app.get("/replicas", summary="Engines that recent traffic needs, and why")
+    async def replicas() -> dict[str, Any]:
+        return wanted.document()
 
     @app.get("/dashboard", response_class=Page, summary="Current state as a page")
     async def dashboard() -> Response:

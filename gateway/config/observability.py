@@ -32,3 +32,13 @@ class DecisionsConfig(Section):
     """The records of ended requests, for `antares explain` (docs/observability.md). They never contain text."""
 
     keep: int = Field(10_000, ge=0, le=100_000, description="Records that are kept, about 1.3 kB each.")
+
+
+class WantedReplicasConfig(Section):
+    """How many engines recent traffic needs, for autoscalers (docs/kubernetes.md)."""
+
+    enabled: bool = False
+    target: float = Field(0.99, gt=0, le=1, description="Share of the requests that must attain their SLO.")
+    window_s: float = Field(300.0, ge=10, le=3600, description="Requests that arrived in this time are simulated.")
+    interval_s: float = Field(60.0, ge=5, le=3600, description="Pause between two simulations.")
+    max_replicas: int = Field(64, ge=1, le=1024, description="Most replicas that are wanted.")

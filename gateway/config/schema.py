@@ -17,7 +17,7 @@ from gateway.api.auth import ApiKey
 from gateway.api.body_fields import FieldGuard
 from gateway.config.engines import EngineConfig, FailoverConfig, HttpEngineConfig, PredictorConfig
 from gateway.config.keys import SHARED, KeyConfig, KeysFileConfig
-from gateway.config.observability import DecisionsConfig, LoggingConfig, TracingConfig
+from gateway.config.observability import DecisionsConfig, LoggingConfig, TracingConfig, WantedReplicasConfig
 from gateway.config.policies import PolicyConfig, RoutingConfig, ShadowConfig, SloClassConfig
 from gateway.config.section import Name, Section
 from gateway.config.server import LimitsConfig, ServerConfig
@@ -70,6 +70,7 @@ class GatewayConfig(Section):
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     tracing: TracingConfig = Field(default_factory=TracingConfig)
     decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
+    wanted_replicas: WantedReplicasConfig = Field(default_factory=WantedReplicasConfig)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> GatewayConfig:
@@ -93,6 +94,8 @@ class GatewayConfig(Section):
                 "add keys, or set server.allow_anonymous: true"
             )
         self._require_operator_auth()
+        if self.wanted_replicas.enabled and self.decisions.keep == 0:
+            raise ValueError("wanted_replicas: it reads the records of requests; set decisions.keep above 0")
         return self
 
     def _require_operator_auth(self) -> None:

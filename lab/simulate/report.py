@@ -86,6 +86,12 @@ def print_sizings(sizings: Mapping[str, Sizing], experiment: Experiment, target:
                 f"{policy}: {sizing.replicas} {engines} for {rate:g} requests/s at {target:.0%} SLO adherence "
                 f"(measured {found})"
             )
+        if sizing.saturated:
+            out.print("More replicas do not help: these are mostly idle, and the target is not attained.")
+        if sizing.feasible < 1:
+            out.print(
+                f"An idle engine misses the bounds of {1 - sizing.feasible:.1%} of the requests, prefix caching aside."
+            )
         table = Table()
         for header in ("replicas", *_SIZING_COLUMNS.values()):
             table.add_column(header, justify="right")

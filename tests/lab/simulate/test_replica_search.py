@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from engine_adapter.step_time.profile import load_profile
 from gateway.cli import app
 from lab.simulate import replica_search
 from lab.simulate.experiment import Experiment
-from lab.simulate.replica_search import busy_replicas, fewest_replicas
+from lab.simulate.replica_search import busy_replicas, fewest_replicas, is_feasible
+from lab.workload import WorkloadRequest
 
 
 def _scripted(monkeypatch: pytest.MonkeyPatch, needed: int) -> list[int]:
@@ -21,7 +23,8 @@ def _scripted(monkeypatch: pytest.MonkeyPatch, needed: int) -> list[int]:
 
     def perform_all(experiment: Experiment, runs: list[Any], jobs: int) -> list[dict[str, Any]]:
         tried.append(experiment.replicas)
-        return [{"slo_adherence": 1.0 if experiment.replicas >= needed else 0.5} for _ in runs]
+        adherence = 1.0 if experiment.replicas >= needed else 0.5
+        return [{"slo_adherence": adherence, "utilisation": min(1.0, 8 / experiment.replicas)} for _ in runs]
 
     monkeypatch.setattr(replica_search, "perform_all", perform_all)
     return tried
@@ -42,6 +45,25 @@ def test_search_says_if_the_most_are_not_enough(monkeypatch: pytest.MonkeyPatch)
     _scripted(monkeypatch, 65)
 
     assert fewest_replicas(Experiment(), "slack", 1.0, [0], 0.99, first=3, most=64).replicas is None
+
+
+def test_search_ends_where_engines_idle_and_the_target_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    _scripted(monkeypatch, 2000)
+
+    found = fewest_replicas(Experiment(), "slack", 1.0, [0], 0.99, first=1)
+
+    assert found.saturated
+    assert found.replicas == 81  # utilisation 8 / 81 is the first below 0.1
+
+
+def test_request_is_feasible_if_an_idle_engine_attains_it() -> None:
+    slow, fast = (load_profile(name) for name in ("a100-llama3.1-8b", "h200-llama3.1-8b"))
+    prompt = WorkloadRequest(0.0, 6000, 10, 0.2, 0.05, 1)
+
+    assert not is_feasible(prompt, [slow])
+    assert is_feasible(prompt, [slow, fast])
+    assert not is_feasible(WorkloadRequest(0.0, 10, 10, 1.0, 0.001, 1), [slow, fast])
+    assert not is_feasible(WorkloadRequest(0.0, 10, 1000, 1.0, 0.05, 1, e2e_slo_s=1.0), [slow, fast])
 
 
 def test_search_tries_at_least_one_replica_of_each_profile(monkeypatch: pytest.MonkeyPatch) -> None:
