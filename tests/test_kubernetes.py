@@ -109,6 +109,7 @@ BAD_VALUES: list[tuple[str, dict[str, Any]]] = [
     ("name", {"engines": [{"name": "Main_1", "model": "m"}]}),
     ("kind", {"engines": [{"name": "a", "model": "m", "kind": "sglang"}]}),
     ("kind", {"autoscaling": {"kind": "vpa"}}),
+    ("signal", {"autoscaling": {"signal": "queue"}}),
     ("requestsPerSecond", {"engineDefaults": {"autoscaling": {"requestsPerSecond": 0}}}),
     ("max", {"engineDefaults": {"autoscaling": {"max": 1000}}}),
     ("drainSeconds", {"drainSeconds": "2m"}),
@@ -162,6 +163,28 @@ def test_gateway_and_engines_have_the_same_limits(file: str) -> None:
         limits = [spec.get("maxReplicas") or spec["maxReplicaCount"] for spec in specs]
         most = deployment["spec"].get("replicas") or limits[0]
         assert engine["discover"]["max_engines"] >= most
+
+
+@pytest.mark.parametrize("kind", ["hpa", "keda"])
+def test_pools_scale_by_the_replicas_that_the_gateway_wants(kind: str, tmp_path: Path) -> None:
+    pool = {"name": "a", "model": "org/m", "servedModelName": "m", "autoscaling": {"enabled": True}}
+    scaling = {"kind": kind, "signal": "wanted"}
+    made = render({"engines": [pool], "autoscaling": scaling, "monitoring": {"enabled": True}})
+
+    query = 'sum(antares_wanted_replicas{namespace="llm",job="prod-gateway",model="m"})'
+    if kind == "keda":
+        (trigger,) = one(made, "ScaledObject", "a")["spec"]["triggers"]
+        asked, each = trigger["metadata"]["query"], trigger["metadata"]["threshold"]
+    else:
+        (metric,) = one(made, "HorizontalPodAutoscaler", "a")["spec"]["metrics"]
+        (rule,) = of_kind(made, "PrometheusRule")[0]["spec"]["groups"][0]["rules"]
+        assert metric["external"]["metric"]["name"] == rule["record"] == "antares_pool_wanted_replicas"
+        asked, each = rule["expr"], metric["external"]["target"]["averageValue"]
+    assert asked == query
+    assert str(each) == "1"
+    assert configuration(made)["wanted_replicas"] == {"enabled": True}
+    (tmp_path / "gateway.yaml").write_text(one(made, "ConfigMap", "gateway")["data"]["gateway.yaml"])
+    assert load(tmp_path / "gateway.yaml", env={}).wanted_replicas.enabled
 
 
 def test_values_reach_the_gateway_and_its_engines() -> None:

@@ -49,6 +49,9 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- $_ := set $config "keys_file" "/etc/antares/keys/keys.json" -}}
 {{- end -}}
 {{- $_ := set $config "server" (mergeOverwrite (deepCopy (default dict $config.server)) $server) -}}
+{{- if eq .Values.autoscaling.signal "wanted" -}}
+{{- $_ := set $config "wanted_replicas" (mergeOverwrite (dict "enabled" true) (default dict $config.wanted_replicas)) -}}
+{{- end -}}
 {{- $engines := list -}}
 {{- range (include "antares.pools" . | fromYaml).pools -}}
 {{- $most := int (ternary .autoscaling.max .replicas .autoscaling.enabled) -}}
@@ -107,6 +110,19 @@ seccompProfile: { type: RuntimeDefault }
 {{- $models := uniq (list (.pool.servedModelName | default .pool.model)) -}}
 {{- range $alias, $own := (default dict .pool.gateway.aliases) }}{{ $models = append $models $alias }}{{ end -}}
 sum(rate(antares_requests_total{namespace={{ .root.Release.Namespace | quote }},job="{{ include "antares.fullname" .root }}-gateway",model=~{{ join "|" $models | replace "." "\\\\." | printf "\"%s\"" }}}[2m])) or vector(0)
+{{- end -}}
+
+{{/* What a pool is scaled by, as PromQL: its demand, or the replicas that each gateway wants. */}}
+{{- define "antares.signal" -}}
+{{- if eq .root.Values.autoscaling.signal "wanted" -}}
+sum(antares_wanted_replicas{namespace={{ .root.Release.Namespace | quote }},job="{{ include "antares.fullname" .root }}-gateway",model={{ .pool.servedModelName | default .pool.model | quote }}})
+{{- else -}}
+{{ include "antares.demand" . }}
+{{- end -}}
+{{- end -}}
+
+{{- define "antares.signalName" -}}
+{{ ternary "antares_pool_wanted_replicas" "antares_pool_requests_per_second" (eq .Values.autoscaling.signal "wanted") }}
 {{- end -}}
 
 {{- define "antares.dnsEgress" -}}
