@@ -20,7 +20,7 @@ import yaml
 from benchmarks.faults.checks import Ends
 from benchmarks.faults.client import HUNG_UP, chat, exchange
 from benchmarks.faults.fault import Fault, load, recovered
-from benchmarks.faults.process_faults import predictor, with_predictor
+from benchmarks.faults.process_faults import WAITS_FOR_LENGTH, predictor, with_predictor
 from benchmarks.faults.rig import CLASSES, Rig, until
 
 DISK_BYTES = 4 << 20
@@ -130,7 +130,7 @@ async def fill_disk(running: Rig, ends: Ends) -> None:
     """Fill the disk under load, and make room again. The access log must continue."""
     disk, log = running.folder / "disk", Path(running.config["logging"]["access_path"])
     filler = disk / "filler"
-    async with load(running, ends, max_tokens=4):
+    async with load(running, ends, max_tokens=4, headers=WAITS_FOR_LENGTH):
         with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
             while file.tell() < DISK_BYTES and file.write(b"x" * 16384):
                 pass
@@ -158,7 +158,7 @@ async def corrupt_state(running: Rig, ends: Ends) -> None:
     pid = await predictor(running)
     content = STATE_FILES[len(list(running.folder.glob("seen-*"))) % len(STATE_FILES)]
     (running.folder / f"seen-{time.monotonic_ns()}").touch()
-    async with load(running, ends):
+    async with load(running, ends, headers=WAITS_FOR_LENGTH):
         os.kill(pid, signal.SIGSTOP)
         _overwrite(state, content)
         os.kill(pid, signal.SIGKILL)

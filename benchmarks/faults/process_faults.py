@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -84,6 +85,9 @@ async def _until_listening(port: int) -> None:
 
 # --- the predictor ----------------------------------------------------------------------------------------------------
 
+WAITS_FOR_LENGTH = {"x-slo-e2e-ms": "20000"}
+"""With an end-to-end bound, the pace depends on the length, so even a short request waits for its prediction."""
+
 
 @contextlib.asynccontextmanager
 async def with_predictor(folder: Path) -> AsyncIterator[dict[str, Any]]:
@@ -100,6 +104,17 @@ async def _predicts(running: Rig) -> float:
     return await until(predicts, 30, 0.1)
 
 
+async def _predictions(running: Rig, source: str) -> float:
+    """Return the number of predictions by ``source``: ``service`` or ``fallback``."""
+    text = (await running.get("/metrics")).body
+    found = re.search(rb'^antares_predictions_total\{source="%s"\} (\S+)' % source.encode(), text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+async def _exceeds(running: Rig, fallbacks: float) -> bool:
+    return await _predictions(running, "fallback") > fallbacks
+
+
 async def predictor(running: Rig) -> int:
     """Return the predictor's process id, once it predicts."""
     await _predicts(running)
@@ -111,9 +126,11 @@ async def predictor(running: Rig) -> int:
 async def kill_predictor(running: Rig, ends: Ends) -> None:
     """SIGKILL the predictor while it predicts. The gateway starts it again."""
     pid = await predictor(running)
-    async with load(running, ends):
-        await asyncio.sleep(0.3)
+    async with load(running, ends, headers=WAITS_FOR_LENGTH):
+        await until(lambda: _predictions(running, "service"))
+        missed = await _predictions(running, "fallback")
         os.kill(pid, signal.SIGKILL)
+        await until(lambda: _exceeds(running, missed))
         ends.recovery_s = await until(lambda: running.predictor_pid() not in (None, pid), 30)
     ends.recovery_s += await _predicts(running)
 
@@ -121,11 +138,13 @@ async def kill_predictor(running: Rig, ends: Ends) -> None:
 async def hang_predictor(running: Rig, ends: Ends) -> None:
     """SIGSTOP the predictor while it predicts, for a second."""
     pid = await predictor(running)
-    async with load(running, ends):
-        await asyncio.sleep(0.3)
+    async with load(running, ends, headers=WAITS_FOR_LENGTH):
+        await until(lambda: _predictions(running, "service"))
+        missed = await _predictions(running, "fallback")
         os.kill(pid, signal.SIGSTOP)
         try:
             await asyncio.sleep(1)
+            await until(lambda: _exceeds(running, missed))
         finally:
             os.kill(pid, signal.SIGCONT)
         ends.recovery_s = await _predicts(running)
@@ -177,8 +196,9 @@ async def with_garbage(folder: Path) -> AsyncIterator[dict[str, Any]]:
 
 async def ask_garbage(running: Rig, ends: Ends) -> None:
     """Send requests while the predictor answers garbage."""
-    async with load(running, ends):
+    async with load(running, ends, headers=WAITS_FOR_LENGTH):
         await asyncio.sleep(2)
+        await until(lambda: _exceeds(running, 0))
 
 
 PROCESS_FAULTS = (

@@ -32,7 +32,7 @@ RUNNING = 100
 """Requests that run on each engine."""
 
 WARM_UP = 50
-"""Placements before the first measured one."""
+"""Placements before the first measured one, besides one for each engine."""
 
 RATE = 25.0
 """Requests per second and engine, which decides how often estimates are refreshed."""
@@ -58,14 +58,14 @@ def measure(routing: str, engines: int, placements: int) -> float:
             queue.running[request.id] = request
         queues.append(queue)
     router = Router(queues, make_routing(routing), lambda: now)
-    seconds = 0.0
-    for number in range(WARM_UP + placements):
+    seconds, warm_up = 0.0, WARM_UP + engines
+    for number in range(warm_up + placements):
         now += 1 / (RATE * engines)
         request = _request(f"new-{number}", number, now)
         started = time.process_time()
         queue = router.place(request)
         router.on_sent(queue, request)
-        if number >= WARM_UP:
+        if number >= warm_up:
             seconds += time.process_time() - started
         queue.admission.submit(request)
     return 1e6 * seconds / placements
@@ -73,13 +73,13 @@ def measure(routing: str, engines: int, placements: int) -> float:
 
 def main(
     engines: Annotated[
-        list[int] | None, typer.Option(help="Number of engines; repeatable. [default: 8, 64, 256]")
+        list[int] | None, typer.Option(help="Number of engines; repeatable. [default: 4, 8, 64, 256]")
     ] = None,
     placements: Annotated[int, typer.Option(min=1, help="Measured placements.")] = 200,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Measure the CPU time of choosing an engine (us)."""
-    counts = engines or [8, 64, 256]
+    counts = engines or [4, 8, 64, 256]
     found = {name: {str(count): round(measure(name, count, placements), 1) for count in counts} for name in ROUTINGS}
     if as_json:
         json.dump(found, sys.stdout, indent=2)

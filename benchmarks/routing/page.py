@@ -22,13 +22,13 @@ categories are those of the SCORPIO paper, with its `sharegpt` lengths.
 - *Capacity*: the highest rate of the fleet at which {found["keeps"]:.0%} of the requests attain their SLO, as the mean
 over the seeds. Each search ends at a precision of {found["precision"]:.1%}.
 - *Best other*: the highest capacity of the other policies. A ratio below 1 is a loss of `{OURS}`.
-- *Goodput*: attained requests per second, drain included, of seed 0. S is the capacity of `{DEFAULT}`.
+- *Goodput*: requests that attain their SLO, per second of arrivals, of seed 0. S is the capacity of `{DEFAULT}`.
 - *Decision*: CPU time of choosing an engine, per request, during the simulation. It includes the sums over the requests
 of an engine, which are made again when one ends. The page about [routing](../routing.md#what-does-a-decision-cost) has
 the time without them.
 
 ```
-python -m benchmarks.routing.study --json docs/results/routing.json
+python -m benchmarks.routing.study{_options(found)} --json docs/results/routing.json
 python -m benchmarks.routing.study --page docs/results/routing.json
 ```
 
@@ -45,8 +45,15 @@ The first command continues a file that exists, so remove it to measure again.
         ratio = f"{ours / capacities[best]:.2f}x"
         rows.append([part["row"], f"{ours:.0f}", f"{capacities[best]:.0f} (`{best}`)", ratio])
     summary = table(["fleet and traffic", f"`{OURS}`", "best other", "ratio"], rows)
-    sections = [text for part in found["rows"] for text in _section(part)]
+    sections = [text for part in found["rows"] for text in _section(part, found["duration_s"])]
     return "\n\n".join([wrapped(head), summary, *_large(found), *sections]) + "\n"
+
+
+def _options(found: dict[str, Any]) -> str:
+    """Return the options that measure what ``found`` has."""
+    seeds = max(one["seed"] for part in found["rows"] for one in part["found"]) + 1
+    rows = "" if found.get("large") else "".join(f' --row "{part["row"]}"' for part in found["rows"])
+    return f" --seeds {seeds}{rows}"
 
 
 def _large(found: dict[str, Any]) -> Iterator[str]:
@@ -91,7 +98,12 @@ def _seeds(part: dict[str, Any]) -> list[int]:
     return sorted(seed for seed, having in by_seed.items() if having == names)
 
 
-def _section(part: dict[str, Any]) -> Iterator[str]:
+def _goodput(run: dict[str, Any], duration_s: float) -> float:
+    """Return the attained requests per second of arrivals. A drain would count against the policy that rejects less."""
+    return float(run["slo_adherence"] * run["requests"] / duration_s)
+
+
+def _section(part: dict[str, Any], duration_s: float) -> Iterator[str]:
     yield f"## {part['row'][0].upper()}{part['row'][1:]}"
     seeds, runs = _seeds(part), {one["routing"]: one["runs"] for one in part["found"] if one["runs"]}
     yield f"Seeds: {', '.join(map(str, seeds))}."
@@ -108,7 +120,7 @@ def _section(part: dict[str, Any]) -> Iterator[str]:
                 f"{qps:.0f}",
                 f"{qps / part['replicas']:.1f}",
                 f"{us:.0f}",
-                *(f"{by_load[load]['goodput']:.0f}" if load in by_load else "" for load in loads),
+                *(f"{_goodput(by_load[load], duration_s):.1f}" if load in by_load else "" for load in loads),
                 *(f"{by_load[load]['slo_adherence']:.3f}" if load in by_load else "" for load in loads),
             ]
         )

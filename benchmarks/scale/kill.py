@@ -55,8 +55,8 @@ SHORT_REQUESTS, SHORT_EVERY_S, SHORT_TOKENS = 30, 0.1, 4
 """Short requests from the kill on, and the seconds between two: the clients alone send too few in a second."""
 
 MOVED_S = 1.0
-"""Seconds from the close of the killed server's sockets to the last request that may be sent to it. The kernel closes
-them once it has freed the server's memory: on busy cores up to a second after the kill."""
+"""Seconds from the close of the killed server's sockets to the last request that may be sent to it. The kernel needs up
+to seconds to end a killed process on busy cores."""
 
 ENDED_S = 60.0
 """Seconds that the processes of the killed server may take to end."""

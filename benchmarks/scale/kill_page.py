@@ -36,10 +36,11 @@ starts every 0.1 s. The load continues until the replacement has served
 requests.
 
 The bounds are loose, because the replacement loads its model on the cores of the server that is left. With tight bounds
-the policy would reject requests meanwhile. Other programs used these cores too, which lengthens the start of a server.
+the policy would reject requests meanwhile. Other programs used these cores too, so servers took long to
+start and to end.
 
 ```
-python -m benchmarks.scale.kill --runs {runs} --json > docs/results/scale.json
+python -m benchmarks.scale.kill {f"--seed {seed} " if seed else ""}--runs {runs} --json > docs/results/scale.json
 python -m benchmarks.scale.kill --page docs/results/scale.json
 ```
 
@@ -50,8 +51,8 @@ python -m benchmarks.scale.kill --page docs/results/scale.json
 - *in flight*: streams that had begun and not ended when the server was killed.
 - *moved*: requests that were placed on the killed server, and whose clients had received nothing. The other one served
   them.
-- All times are seconds after the kill. The kernel closes the sockets of a killed server once it has freed its memory,
-  on these busy cores up to a second later.
+- All times are seconds after the kill. *sockets closed*: by the kernel, which needs up to seconds to end a killed
+  process on busy cores. Until then nothing tells that the server is lost.
 - *last request to the killed server*: the gateway placed it there. *shown as down*: by `/status`, and so by
   `antares top`.
 - *served by the replacement*: requests until the load ended.
@@ -103,6 +104,7 @@ _ROWS: tuple[tuple[str, Callable[[Sequence[dict[str, Any]]], str]], ...] = (
     ("of them moved", _number("moved")),
     ("other requests rejected with 429", _number("rejected")),
     ("new requests in the first second", _number("new_first_s")),
+    ("sockets of the killed server closed, s", _number("closed_s", 2)),
     ("last request to the killed server, s", _number("leaves_s", 3)),
     ("shown as down, s", _number("shown_s", 2)),
     ("new requests until the replacement was up", _number("new_while_down")),

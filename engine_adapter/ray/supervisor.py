@@ -41,7 +41,8 @@ def main() -> int:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, stop)
     _signal_at_end_of_parent(signal.SIGHUP)
     if os.getppid() != started_by:
@@ -58,6 +59,9 @@ def main() -> int:
     if is_over:
         kill()
     code = server.wait()
+    for number in numbers:
+        # NOTE: otherwise a signal while the interpreter ends would replace the exit code.
+        signal.signal(number, signal.SIG_IGN)
     # The server's own processes, such as vLLM's EngineCore.
     kill()
     return code if code >= 0 else 128 - code

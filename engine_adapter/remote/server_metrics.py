@@ -46,11 +46,12 @@ class ServerMetrics:
     def steps_since(self, before: ServerMetrics) -> StepReport | None:
         """Return the decodes since ``before`` as if one step had computed them, for `Acceptance`.
 
-        None if there are none, or if the server was restarted in between: its counters begin again.
+        None if there are none, or if the counters are not of one server: it was restarted in between, or the address
+        leads to several.
         """
         drafting, accepted = self.drafting - before.drafting, self.accepted_tokens - before.accepted_tokens
         drafts, decodes = self.draft_tokens - before.draft_tokens, self.tokens - before.tokens - accepted
-        if min(drafting, accepted, drafts) < 0 or decodes <= 0:
+        if min(drafting, drafts) < 0 or not 0 <= accepted <= drafts or not drafting <= drafts or decodes <= 0:
             return None
         drafting = min(drafting, decodes)
         return StepReport(decodes, 0, 0.0, 0.0, drafting, drafts, accepted, 0, drafting)

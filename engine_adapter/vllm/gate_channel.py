@@ -55,11 +55,13 @@ class GateReporter:
         return cls(os.environ.get(SOCKET_ENV))
 
     def serve(self, limits: EngineLimits, queue: Callable[[], QueueReport], ranks: int = 1) -> None:
-        """Open the report channel, if the environment asks for it.
+        """Open the report channel, if the environment asks for it and this is no gateway's own engine.
 
         ``queue`` returns the engine's queue. ``ranks``: data-parallel ranks of the server. Raises ValueError if the
         channel's variables are wrong, or if it has several ranks.
         """
+        if self._socket is not None:
+            return
         if ranks > 1 and os.environ.get(ADDRESS_ENV):
             raise ValueError(f"{ADDRESS_ENV}: data-parallel ranks cannot share it: run one `vllm serve` per rank")
         self._server, self._queue, self._interval = ReportServer.from_env(limits), queue, INTERVAL_S

@@ -89,8 +89,7 @@ class SloScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM ships no types
         if PARENT_ENV in os.environ:
             # This process belongs to a gateway; if the gateway is killed, nothing else would stop it.
             exit_with_parent(int(os.environ[PARENT_ENV]))
-        else:
-            self._reporter.serve(self._limits(), self._queue, self.vllm_config.parallel_config.data_parallel_size)
+        self._reporter.serve(self._limits(), self._queue, self.vllm_config.parallel_config.data_parallel_size)
         self._preemptible: set[str] = set()
         """Ids of requests that may be preempted; some of them may have ended."""
         self._yielding: set[str] = set()

@@ -60,6 +60,10 @@ def test_page_has_medians_ranges_and_failed_checks() -> None:
     assert "| of them ended by an error event `engine_lost` or `draining` | 18 of 18 |" in text
     assert "480 accepted: 459 finished, 18 failed, 3 rejected, 0 cancelled" in text
     assert "- http, seed 1: lost: 2" in text
+    assert "benchmarks.scale.kill --runs 3 --json" in text
+    assert "benchmarks.scale.kill --seed 4 --runs 1" in kill_page.page(
+        {"engine": "vllm", "seed": 4, "runs": 1, "cpus": 2, "rows": rows[:1]}
+    )
 
 
 @pytest.mark.parametrize(("problems", "code"), [([], 0), (["lost: 1"], 1)])

@@ -249,3 +249,17 @@ async def test_drafts_are_counted_once_when_the_source_changes() -> None:
             first.close()
             await eventually(lambda: engine.state.reports.counts.get("metrics", 0) >= 3)
             assert engine.state.acceptance.draft_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        {"tokens": 5000, "drafting": 120, "draft_tokens": 330, "accepted_tokens": 900},
+        {"tokens": 5000, "drafting": 900, "draft_tokens": 330, "accepted_tokens": 160},
+        {"tokens": 5000, "drafting": 90, "draft_tokens": 330, "accepted_tokens": 160},
+        {"tokens": 1000, "drafting": 110, "draft_tokens": 330, "accepted_tokens": 160},
+    ],
+)
+def test_counters_that_are_not_of_one_server_say_nothing_of_drafts(after: dict[str, int]) -> None:
+    before = ServerMetrics(QueueReport(), tokens=1000, drafting=100, draft_tokens=300, accepted_tokens=150)
+    assert ServerMetrics(QueueReport(), **after).steps_since(before) is None

@@ -14,7 +14,7 @@ from engine_adapter.step_report import GateReport, StepReport
 from engine_adapter.vllm.gate_channel import GateListener, GateReporter
 from engine_adapter.vllm.versions import UnsupportedVllmError, require_gate, require_in_process
 from tests.fixtures.live_server import eventually
-from tests.fixtures.report_channel import KEY, LIMITS, report_client
+from tests.fixtures.report_channel import KEY, LIMITS, report_client, report_server
 from tests.fixtures.served import free_port
 
 
@@ -110,3 +110,13 @@ def test_ranks_of_a_server_cannot_share_a_report_channel(monkeypatch: pytest.Mon
     monkeypatch.setenv(KEY_ENV, KEY.decode())
     with pytest.raises(ValueError, match="one `vllm serve` per rank"):
         GateReporter(None).serve(LIMITS, QueueReport, ranks=2)
+
+
+def test_engine_of_a_gateway_opens_no_report_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway's own environment may name a channel for its servers. Its engines would fight for the port."""
+    with report_server() as other:
+        monkeypatch.setenv(ADDRESS_ENV, f"127.0.0.1:{other.port}")
+        monkeypatch.setenv(KEY_ENV, KEY.decode())
+        GateReporter(str(tmp_path / "gate.sock")).serve(LIMITS, QueueReport)
+        with pytest.raises(ValueError, match="cannot be used"):
+            GateReporter(None).serve(LIMITS, QueueReport)

@@ -100,7 +100,7 @@ async def test_predictor_hang_and_crash_fail_no_request_and_lose_no_correction(t
                 corrected = await predicted()
                 await load.wait_for(10)
         assert {response.status_code for response in load.responses} == {200}
-        assert max(load.waits) < TIMEOUT_S + 0.5  # allows 0.5 s of delay on a busy machine; a hang would not end
+        assert max(load.waits) < TIMEOUT_S + 5  # a busy machine delays; a hang would not end
         assert corrected.raw == pytest.approx(uncorrected.raw)
         assert corrected.tokens == pytest.approx(TOKENS, rel=0.5)
     finally:

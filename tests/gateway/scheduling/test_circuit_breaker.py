@@ -35,6 +35,18 @@ def test_circuit_opens_after_failures_in_a_row() -> None:
     assert breaker.admits(FIRST_REST_S)
 
 
+def test_circuit_is_in_doubt_until_many_successes_follow_a_failure() -> None:
+    breaker = CircuitBreaker()
+    assert not breaker.in_doubt
+    breaker.on_failure("lost", 0.0, 0.0)
+    assert breaker.in_doubt
+    successes = 0
+    while breaker.in_doubt:
+        breaker.on_success(1.0, 1.0)
+        successes += 1
+    assert 10 < successes < 100
+
+
 def test_success_between_failures_keeps_the_circuit_closed() -> None:
     breaker = CircuitBreaker()
     for now in range(100):
@@ -185,6 +197,14 @@ class Breaker(RuleBasedStateMachine):
     def engine_is_never_excluded_for_long(self) -> None:
         limit = max(30.0, LONGEST_RETRY_AFTER_S, PROBE_LIMIT_S)
         assert self.breaker.admits(self.now + limit), "an engine is probed at the latest after its longest rest"
+
+    @invariant()
+    def circuit_that_is_not_in_doubt_lets_every_request_through(self) -> None:
+        if not self.breaker.in_doubt:
+            breaker, now = self.breaker, self.now
+            assert breaker.admits(now)
+            assert not (breaker.due_for_probe(now) or breaker.suspected(now))
+            assert breaker.share(now) == 1
 
     @invariant()
     def no_engine_is_admitted_during_its_rest(self) -> None:

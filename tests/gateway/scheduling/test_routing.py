@@ -179,18 +179,22 @@ def test_headroom_moves_the_edge_with_the_mix() -> None:
     assert len(mostly_tight[0.03]) >= 6
 
 
-def test_headroom_does_not_slow_an_engine_of_a_looser_pace_for_a_request_that_does_not_fit() -> None:
+def test_headroom_of_a_full_pool_takes_few_requests_but_no_looser_pace() -> None:
     clock = ManualClock()
     router = router_of("headroom", 2, clock)
-    placed_by_pace(router, clock, 200, (0.03, 0.05))
+    placed_by_pace(router, clock, 200, (0.03, 0.05, 0.05))
     tight, loose = router.engine_queues
-    for number in range(250):
-        for queue, pace in ((tight, 0.03), (loose, 0.05)):
-            other = make_request(f"{pace} {number}", tpot=pace, first_token_s=0.0)
+    for queue, pace, count in ((tight, 0.03, 300), (loose, 0.05, 250)):
+        for number in range(count):
+            other = make_request(f"{pace} {number}", prompt=3000, tpot=pace, first_token_s=0.0)
             queue.admission.running[other.id] = other
-            queue.admission.capacity_changed()
-    assert router.place(make_request("tight", tpot=0.03, at=clock.now)) is tight
-    assert router.place(make_request("loose", tpot=0.05, at=clock.now)) is loose
+        queue.admission.capacity_changed()
+    loose.engine.state.max_num_seqs = tight.engine.state.max_num_seqs = 280
+    waits = [make_request(f"waits {pace}", tpot=pace, at=clock.now) for pace in (0.03, 0.05)]
+    assert [router.place(request).engine.name for request in waits] == ["0", "1"]
+    for number in range(20):
+        loose.admission.submit(make_request(f"more {number}", tpot=0.05, at=clock.now))
+    assert [router.place(request).engine.name for request in waits] == ["0", "0"]
 
 
 def test_headroom_takes_an_engine_outside_the_band_that_has_ample_room() -> None:
@@ -260,7 +264,12 @@ def test_headroom_compares_a_few_engines_and_the_one_with_the_prompt(monkeypatch
     at = send(router, chat, runs=False)
     router.engine_queues[at].admission.prefixes.stored(range(60), 16)
     compared: list[EngineQueue] = []
-    monkeypatch.setattr(headroom, "_judge", lambda *args: compared.append(args[1]) or judge(*args))
+
+    def counting_judge(request: Request, queue: EngineQueue, now: float, looser: bool) -> headroom._Judged:
+        compared.append(queue)
+        return judge(request, queue, now, looser)
+
+    monkeypatch.setattr(headroom, "_judge", counting_judge)
     for number in range(20):
         turn = make_request(f"turn {number}", prompt=1100, tpot=0.05)
         turn.blocks, turn.block_tokens = tuple(range(66)), 16
