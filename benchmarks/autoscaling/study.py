@@ -81,10 +81,12 @@ class Recorded:
         self._wanted, self._spare = wanted, spare
 
     def replicas(self, load: FleetLoad) -> int:
-        """Return the highest number of the last `STABILISE_S` seconds."""
+        """Return the highest number of the last `STABILISE_S` seconds; before the first one, keep what there is."""
         known = [number for at_s, number in self._wanted if at_s <= load.now]
+        if not known:
+            return load.serving + load.starting
         recent = [n for at_s, n in self._wanted if load.now - STABILISE_S < at_s <= load.now]
-        return max(recent or known[-1:] or [load.serving]) + self._spare
+        return max(recent or known[-1:]) + self._spare
 
 
 class QueueLength:

@@ -23,7 +23,7 @@ def test_queue_length_scaling_follows_the_rule_of_kubernetes() -> None:
 def test_recorded_scaling_takes_the_highest_of_the_last_minutes() -> None:
     scaler = Recorded([(300.0, 5), (450.0, 2), (600.0, 3)], spare=1)
 
-    assert scaler.replicas(_load(0, 4, 0)) == 5  # nothing is known yet: the number stays
+    assert scaler.replicas(_load(0, 4, 0)) == 4  # nothing is known yet: the number stays
     assert scaler.replicas(_load(500, 4, 0)) == 6
     assert scaler.replicas(_load(650, 4, 0)) == 4
 
