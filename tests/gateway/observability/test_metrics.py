@@ -59,6 +59,7 @@ async def test_metric_names_list_exactly_the_exported_metrics(antares: Live) -> 
         "_coefficient",
         "_r2",
         "_per_second",
+        "_replicas",
     )
     assert all(name.endswith(units) for name in METRIC_NAMES)
 
