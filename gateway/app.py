@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from gateway.engines import Engines, Expand, one_each
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.live import HEADERS_ONLY_KEY, LiveFeed
 from gateway.observability.metrics import Metrics
-from gateway.observability.recording import make_recorder
+from gateway.observability.recording import make_recorder, make_recording
 from gateway.observability.status import Status
 from gateway.observability.wanted_replicas import WantedReplicas, WantedSettings
 from gateway.observability.windows import MAX_TENANTS, Windows
@@ -104,7 +105,7 @@ class Gateway:
             config.decisions.keep, config.logging.access == "json", config.logging.access_path,
             config.tracing.enabled, config.tracing.endpoint, config.tracing.sample_ratio,
         )  # fmt: skip
-        self.metrics.dropped_records.sinks = self.recorder.sinks
+        self._record_traffic()
         self.router = Router(self.engine_queues, make_routing(config.routing.name))
         self.engines = Engines(self.router, config.engines, self._make_queue, self.events_of, expand=expand)
         self.windows = Windows()
@@ -220,7 +221,8 @@ class Gateway:
         """Apply the keys of ``config`` that can change while the gateway serves (`RELOADABLE`).
 
         Open requests keep the class and the rights that they were judged with. Nothing changes if this raises
-        pydantic's ValidationError, or `gateway.engines.EngineConfigError`.
+        pydantic's ValidationError, `gateway.engines.EngineConfigError` or
+        `gateway.observability.recorder.ObservabilityError`.
         """
         return self.apply(self._config.change_to(config))
 
@@ -228,6 +230,8 @@ class Gateway:
         """Apply a change of the current configuration, as `reload` does. ``access``: that of its configuration."""
         effective, changed = change.config, change.keys
         new_engines = self.engines.build_new(effective.engines) if "engines" in changed else {}
+        if "recording" in changed:
+            self._record_traffic(effective)
         old, self._config = self._config, effective
         if not self.proxy.in_flight:
             self._queued_classes.clear()
@@ -261,6 +265,16 @@ class Gateway:
         """Adapt the engines to what the sections of the configuration stand for now (``expand``)."""
         if self.can_reload.is_set():
             self.engines.change(self._config.engines, self.engines.build_new(self._config.engines))
+
+    def _record_traffic(self, config: GatewayConfig | None = None) -> None:
+        """Begin and end to record traffic as ``config`` asks, by default the current one."""
+        recording = (config or self._config).recording
+        old, self.recorder.traffic = self.recorder.traffic, make_recording(recording.path, recording.max_mb)
+        sinks = self.recorder.sinks
+        self.metrics.dropped_records.sinks = sinks if self.recorder.traffic is None else (*sinks, self.recorder.traffic)
+        if old is not None:
+            # Its last lines may wait for a disk.
+            threading.Thread(target=old.close, name="close recording").start()
 
     def _grant(self, access: Access) -> None:
         """Have later requests judged by ``access``."""

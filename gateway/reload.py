@@ -21,6 +21,7 @@ from gateway.config.keys_file import keys_path, read_keys
 from gateway.config.mistakes import ConfigError, Mistake, mistake_of
 from gateway.config.schema import GatewayConfig
 from gateway.engines import EngineConfigError
+from gateway.observability.recorder import ObservabilityError
 
 log = logging.getLogger("antares.reload")
 
@@ -123,7 +124,7 @@ class Reloader:
         except Exception as error:
             log.error("nothing changed: %s: %s", path, error, exc_info=error)
 
-    def _located(self, error: ValidationError | EngineConfigError) -> ConfigError:
+    def _located(self, error: ValidationError | EngineConfigError | ObservabilityError) -> ConfigError:
         keys_file = self._gateway.config.keys_file
         return located(self._file, _mistakes(error), None if keys_file is None else keys_file.path)
 
@@ -147,7 +148,7 @@ class Reloader:
             try:
                 change = await asyncio.to_thread(self._gateway.config.change_to, config)
                 done = self._gateway.apply(change, await asyncio.to_thread(Access.of, change.config))
-            except (ValidationError, EngineConfigError) as error:
+            except (ValidationError, EngineConfigError, ObservabilityError) as error:
                 raise await asyncio.to_thread(self._located, error) from error
         except ConfigError as error:
             _log_mistakes(error)
@@ -179,9 +180,12 @@ def _log_mistakes(error: ConfigError) -> None:
         log.error("nothing changed: %s: %s", error.path, mistake)
 
 
-def _mistakes(error: ValidationError | EngineConfigError) -> list[tuple[str, str]]:
+def _mistakes(error: ValidationError | EngineConfigError | ObservabilityError) -> list[tuple[str, str]]:
     """Return key and reason of each mistake."""
     if isinstance(error, EngineConfigError):
         return [(f"engines[{error.index}]", error.reason)]
+    if isinstance(error, ObservabilityError):
+        key, _, reason = str(error).partition(": ")
+        return [(key, reason)]
     found = [mistake_of(detail, None) for detail in error.errors()]
     return [(mistake.key, mistake.reason) for mistake in found]

@@ -41,6 +41,10 @@ TraceBlockTokens = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens for each of a file's hash_ids.", show_default="512, as Mooncake"),
 ]
+TraceModel = Annotated[
+    list[str] | None,
+    typer.Option(help="Only the requests of this model in a recording; repeatable.", show_default="all"),
+]
 Speed = Annotated[float, typer.Option(help="Speed-up factor of a trace. Do not combine with --qps.")]
 Window = Annotated[float | None, typer.Option(help="Replay only the first SECONDS of the trace.", metavar="SECONDS")]
 SloTable = Annotated[
@@ -69,6 +73,7 @@ _ARGUMENTS = {
     "rate_scale": "rate_scale",
     "trace_unit": "trace_unit",
     "trace_block_tokens": "trace_block_tokens",
+    "trace_model": "trace_models",
     "max_prompt": "max_prompt",
     "max_output": "max_output",
 }
@@ -88,6 +93,7 @@ def workload_arguments(options: Mapping[str, Any], default_duration_s: float | N
 
     arguments = {argument: options[option] for option, argument in _ARGUMENTS.items()}
     arguments["mix"] = _mix(options["mix"])
+    arguments["trace_models"] = options["trace_model"] or ()
     if options["arrivals"] == "poisson" and options["burstiness"] != 1:
         arguments["arrivals"] = "gamma"
     if options["trace"] is not None and is_trace_file(options["trace"]):

@@ -52,6 +52,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Shadow policies": policies.ShadowConfig,
     "logging": observability.LoggingConfig,
     "decisions": observability.DecisionsConfig,
+    "recording": observability.RecordingConfig,
     "tracing": observability.TracingConfig,
 }
 """Heading in docs/configuration.md to the model whose keys its first table lists."""

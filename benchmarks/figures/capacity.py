@@ -15,7 +15,7 @@ from lab.simulate.experiment import Experiment
 from lab.simulate.experiment import capacity as highest_rate
 
 NAME = "capacity"
-POLICIES = ("fcfs", "scorpio")
+POLICIES = ("fcfs", "scorpio", "slack")
 PROFILES = {
     "a100-llama3.1-8b": "llama-3.1-8b",
     "h200-llama3.1-8b": "llama-3.1-8b",
@@ -75,7 +75,7 @@ def measure(lab: Lab, quick: bool) -> Document:
     """Run all searches."""
     searches = _searches(quick)
     # The longest searches start first, so that none of them runs alone at the end.
-    order = sorted(searches, key=lambda s: (s.duration_s, s.replicas, s.policy == "scorpio"), reverse=True)
+    order = sorted(searches, key=lambda s: (s.duration_s, s.replicas, POLICIES.index(s.policy)), reverse=True)
     found = dict(zip(order, lab.each("Capacity", capacity_record, order), strict=True))
     profiles = tuple(dict.fromkeys(search.profile for search in searches))
     return new_document(NAME, (SEED,), profiles, capacities=[found[search] for search in searches])
@@ -106,13 +106,13 @@ def draw(document: Document, folder: Path) -> list[str]:
     with canvas(folder / f"{NAME}.png", title, 1, 1, (9, 3.8)) as (figure, ((axes,),)):
         for position, policy in enumerate(POLICIES):
             heights = [matching(records, profile=p, policy=policy)[0]["capacity_qps"] for p in profiles]
-            x = [group + (position - 0.5) * 0.36 for group in range(len(profiles))]
-            bars = axes.bar(x, heights, 0.34, color=look(policy)[0], label=plot_label(policy))
+            x = [group + (position - (len(POLICIES) - 1) / 2) * 0.28 for group in range(len(profiles))]
+            bars = axes.bar(x, heights, 0.27, color=look(policy)[0], label=plot_label(policy))
             axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
         axes.set_xticks(range(len(profiles)), profiles)
         axes.set_ylabel("requests per second")
         axes.grid(axis="x", visible=False)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(POLICIES), frameon=False)
     return [f"{NAME}.png"]
 
 
@@ -128,11 +128,11 @@ def tables(document: Document) -> str:
     rows = []
     for command in dict.fromkeys(record["command"] for record in capacities):
         by_policy = {record["policy"]: record for record in matching(capacities, command=command)}
-        stock, scorpio = by_policy["fcfs"]["capacity_qps"], by_policy["scorpio"]["capacity_qps"]
-        gain = factor_text(scorpio / stock) if stock else "-"
-        profile = by_policy["fcfs"]["profile"]
-        rows.append([f"`{command}`", f"`{profile}`", f"{stock:.1f}", f"{scorpio:.1f}", gain])
-    return table(["command", "profile", *map(policy_label, POLICIES), "`scorpio` over stock"], rows)
+        rates = [by_policy[policy]["capacity_qps"] for policy in POLICIES]
+        stock, slack = by_policy["fcfs"]["capacity_qps"], by_policy["slack"]["capacity_qps"]
+        gain = factor_text(slack / stock) if stock else "-"
+        rows.append([f"`{command}`", f"`{by_policy['fcfs']['profile']}`", *(f"{rate:.1f}" for rate in rates), gain])
+    return table(["command", "profile", *map(policy_label, POLICIES), "`slack` over stock"], rows)
 
 
 def section(document: Document) -> str:

@@ -28,6 +28,13 @@ class TracingConfig(Section):
     )
 
 
+class RecordingConfig(Section):
+    """A recording of the traffic for `antares simulate --trace` (docs/planning.md). It never contains text."""
+
+    path: str | None = Field(None, min_length=7, pattern=r"\.jsonl$", description="File of the recording; null: none.")
+    max_mb: int = Field(256, ge=1, le=1_000_000, description="Size at which the file is renamed to NAME.1.jsonl.")
+
+
 class DecisionsConfig(Section):
     """The records of ended requests, for `antares explain` (docs/observability.md). They never contain text."""
 

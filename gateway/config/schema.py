@@ -17,7 +17,13 @@ from gateway.api.auth import ApiKey
 from gateway.api.body_fields import FieldGuard
 from gateway.config.engines import EngineConfig, FailoverConfig, HttpEngineConfig, PredictorConfig, fixed_pools
 from gateway.config.keys import SHARED, KeyConfig, KeysFileConfig
-from gateway.config.observability import DecisionsConfig, LoggingConfig, TracingConfig, WantedReplicasConfig
+from gateway.config.observability import (
+    DecisionsConfig,
+    LoggingConfig,
+    RecordingConfig,
+    TracingConfig,
+    WantedReplicasConfig,
+)
 from gateway.config.policies import PolicyConfig, RoutingConfig, ShadowConfig, SloClassConfig
 from gateway.config.section import Name, Section
 from gateway.config.server import LimitsConfig, ServerConfig
@@ -36,6 +42,7 @@ RELOADABLE = frozenset((
     "keys_file",
     "limits",
     "policy",
+    "recording",
     "routing",
     "shadow",
     "logging.level",
@@ -71,6 +78,7 @@ class GatewayConfig(Section):
     keys_file: KeysFileConfig | None = None
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     tracing: TracingConfig = Field(default_factory=TracingConfig)
+    recording: RecordingConfig = Field(default_factory=RecordingConfig)
     decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
     wanted_replicas: WantedReplicasConfig = Field(default_factory=WantedReplicasConfig)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -11,7 +10,8 @@ import orjson
 
 from gateway.observability.background import BackgroundQueue
 from gateway.observability.decisions import RequestRecord, to_ms
-from gateway.observability.recorder import ObservabilityError, UnscheduledRecord
+from gateway.observability.line_file import LineFile
+from gateway.observability.recorder import UnscheduledRecord
 
 CLOSE_S = 3.0
 """Seconds that a shutdown waits for the last lines to be written. Convention."""
@@ -20,20 +20,13 @@ CLOSE_S = 3.0
 class AccessLog:
     """Writes a line for each record, in a thread. ``path``: None writes to stderr.
 
-    A file that was renamed or deleted is opened again before the next write, so log rotation needs no signal.
-    Raises `ObservabilityError` if the file cannot be opened.
+    Raises `ObservabilityError` if the file cannot be opened (`LineFile`).
     """
 
     name = "access_log"
 
     def __init__(self, path: str | None) -> None:
-        self._path = path
-        self._descriptor: int | None = None
-        if path is not None:
-            try:
-                self._descriptor = _open(path)
-            except OSError as error:
-                raise ObservabilityError(f"logging.access_path: cannot open {path}: {error.strerror}") from error
+        self._file = None if path is None else LineFile(path, "logging.access_path")
         self._queue: BackgroundQueue[RequestRecord | UnscheduledRecord] = BackgroundQueue("access log", self._write)
 
     @property
@@ -55,32 +48,11 @@ class AccessLog:
 
     def _write(self, records: list[RequestRecord | UnscheduledRecord]) -> None:
         lines = b"".join(orjson.dumps(line_of(record), option=orjson.OPT_APPEND_NEWLINE) for record in records)
-        if self._path is None:
+        if self._file is None:
             sys.stderr.buffer.write(lines)
             sys.stderr.buffer.flush()
-            return
-        descriptor = self._current(self._path)
-        while lines:
-            lines = lines[os.write(descriptor, lines) :]
-
-    def _current(self, path: str) -> int:
-        """Return the descriptor of the file that is called ``path`` now."""
-        if self._descriptor is not None:
-            opened = os.fstat(self._descriptor)
-            try:
-                named = os.stat(path)  # noqa: PTH116 - next to fstat
-            except FileNotFoundError:
-                named = None
-            if named is not None and (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino):
-                return self._descriptor
-            os.close(self._descriptor)
-            self._descriptor = None
-        self._descriptor = _open(path)
-        return self._descriptor
-
-
-def _open(path: str) -> int:
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        else:
+            self._file.append(lines)
 
 
 def line_of(record: RequestRecord | UnscheduledRecord) -> dict[str, Any]:

@@ -59,12 +59,16 @@ class BackgroundQueue(Generic[T]):
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
 
-    def close(self, timeout_s: float) -> None:
-        """Handle the waiting items, within ``timeout_s`` seconds, and accept no more. Idempotent."""
+    def close(self, timeout_s: float) -> bool:
+        """Accept no more items, and handle the waiting ones within ``timeout_s`` seconds.
+
+        Idempotent. Return whether all are handled.
+        """
         self._closing.set()
         self._awake.set()
         if self._thread is not None:
             self._thread.join(timeout_s)
+        return self._thread is None or not self._thread.is_alive()
 
     def _run(self) -> None:
         while not self._closing.is_set():

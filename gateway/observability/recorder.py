@@ -51,6 +51,22 @@ class UnscheduledSink(Protocol):
         """Take ``record``, or drop it and count that."""
 
 
+class TrafficSink(Protocol):
+    """Takes the requests that ended, with what only their ledger entry has: the blocks of the prompt."""
+
+    name: str
+
+    @property
+    def dropped(self) -> int:
+        """Requests that were dropped."""
+
+    def put(self, record: RequestRecord, entry: Entry) -> None:
+        """Take the request of ``entry``, or drop it and count that. Must not block, nor keep ``entry``."""
+
+    def close(self) -> None:
+        """Handle the waiting requests, within a few seconds. May block."""
+
+
 class TraceSampler(Protocol):
     """Decides whether a request is traced, before it reaches an engine."""
 
@@ -66,6 +82,7 @@ class Recorder:
     sinks: tuple[RecordSink, ...] = ()
     unscheduled: UnscheduledSink | None = None
     sampler: TraceSampler | None = None
+    traffic: TrafficSink | None = None
 
     def opened(self, entry: Entry, traceparent: str | None, tracestate: str | None) -> None:
         """Note that ``entry`` was opened, and give it its trace context. The headers are the client's."""
@@ -81,6 +98,8 @@ class Recorder:
         self.decisions.ended(record)
         for sink in self.sinks:
             sink.put(record)
+        if self.traffic is not None:
+            self.traffic.put(record, entry)
 
     def ended_unscheduled(
         self, client_id: str, tenant: str, route: str, status: int, arrival_s: float, traceparent: str | None
@@ -96,3 +115,5 @@ class Recorder:
         """Close the sinks. Blocks for a few seconds at most."""
         for sink in self.sinks:
             sink.close()
+        if self.traffic is not None:
+            self.traffic.close()

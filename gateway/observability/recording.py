@@ -1,4 +1,4 @@
-"""Builds the `Recorder` of a gateway from its configuration."""
+"""Builds the `Recorder` of a gateway, and its recording of traffic, from the configuration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from gateway.observability.access_log import AccessLog
 from gateway.observability.decisions import Decisions
 from gateway.observability.recorder import ObservabilityError, Recorder, RecordSink
+from gateway.observability.traffic_recording import TrafficRecording
 
 
 def make_recorder(
@@ -38,3 +39,11 @@ def make_recorder(
         tracer = Tracer(endpoint, sample_ratio)
     sinks: tuple[RecordSink, ...] = tuple(sink for sink in (log, tracer) if sink is not None)
     return Recorder(Decisions(keep), sinks, log, tracer)
+
+
+def make_recording(path: str | None, max_mb: int) -> TrafficRecording | None:
+    """Return what records traffic to ``path``, in files of at most ``max_mb`` MB; None without a path.
+
+    Raises `ObservabilityError` if the file cannot be opened.
+    """
+    return None if path is None else TrafficRecording(path, max_mb * 1_000_000)

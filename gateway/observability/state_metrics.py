@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from engine_adapter.step_report import ReportLog
 from gateway.observability.ledger import Ledger
-from gateway.observability.recorder import RecordSink
+from gateway.observability.recorder import RecordSink, TrafficSink
 from gateway.observability.windows import Windows
 from gateway.scheduling.engine_queue import EngineQueue
 
@@ -117,16 +117,16 @@ _AGREEMENT = [(active, shadow) for active in ("admitted", "rejected") for shadow
 
 
 class DroppedRecords(Collector):
-    """Counts the records that the ``sinks`` lost: the access log and the traces, as far as they are on."""
+    """Counts the records that the ``sinks`` lost: access log, traces and recording, as far as they are on."""
 
     def __init__(self) -> None:
-        self.sinks: Sequence[RecordSink] = ()
+        self.sinks: Sequence[RecordSink | TrafficSink] = ()
 
     def collect(self) -> Iterable[Metric]:
         """Return the count of each sink."""
-        text = "Requests that the access log or the traces lost, to delay no response."
+        text = "Requests that the access log, the traces or the recording lost, to delay no response."
         family = CounterMetricFamily("antares_records_dropped_total", text, labels=("sink",))
-        dropped = {"access_log": 0, "traces": 0} | {sink.name: sink.dropped for sink in self.sinks}
+        dropped = {"access_log": 0, "traces": 0, "recording": 0} | {sink.name: sink.dropped for sink in self.sinks}
         for name, count in dropped.items():
             family.add_metric((name,), count)
         yield family

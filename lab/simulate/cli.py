@@ -25,6 +25,7 @@ from lab.workload_options import (
     Speed,
     Trace,
     TraceBlockTokens,
+    TraceModel,
     TraceUnit,
     Window,
     Workload,
@@ -40,6 +41,10 @@ _WALL_CLOCK = ("scheduling_s", "routing_s", "wall_s", "setup_s")
 
 _FROM_PROFILE = "from the profile"
 
+DEFAULT_POLICIES = ("fcfs", "slack")
+"""Policies without `--policy`: stock vLLM, and the gateway's default. A search takes the last one only, since it takes
+many runs."""
+
 
 def simulate(
     context: typer.Context,
@@ -50,7 +55,8 @@ def simulate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME or NAME:OPTION=VALUE,...; repeatable.", show_default="fcfs, scorpio; with a search slack"
+            help="NAME or NAME:OPTION=VALUE,...; repeatable.",
+            show_default="fcfs (stock vLLM) and slack; with a search slack",
         ),
     ] = None,
     qps: Annotated[
@@ -73,6 +79,7 @@ def simulate(
     rate_scale: RateScale = 1.0,
     trace_unit: TraceUnit = None,
     trace_block_tokens: TraceBlockTokens = None,
+    trace_model: TraceModel = None,
     slo_table: SloTable = "llama-3.1-8b",
     slo_scale: SloScale = 1.0,
     mix: Mix = None,
@@ -172,13 +179,13 @@ def simulate(
 ) -> None:
     """Plan capacity and compare policies in virtual time, without a GPU.
 
-    How many requests per second does one A100 serve with 90% of the SLOs attained?
+    How many requests per second does one A100 serve with 90% of the SLOs attained, under stock vLLM and under slack?
 
         antares simulate --hold 0.9
 
-    How does SCORPIO compare with stock vLLM at the capacity of stock vLLM, and at twice that?
+    How does slack compare with SCORPIO at the capacity of stock vLLM, and at twice that?
 
-        antares simulate --qps 20 --qps 40 --policy fcfs --policy scorpio --plot curve.png
+        antares simulate --qps 20 --qps 40 --policy slack --policy scorpio --plot curve.png
 
     How many requests per second do eight engines serve, half of them H200?
 
@@ -195,7 +202,7 @@ def simulate(
     from lab.simulate.sizing import SEARCH, check_search, number_of_replicas, size
 
     seeds = list(dict.fromkeys(seed or [0]))
-    policies = list(dict.fromkeys(policy or (["slack"] if replicas == SEARCH else ["fcfs", "scorpio"])))
+    policies = list(dict.fromkeys(policy or (DEFAULT_POLICIES[1:] if replicas == SEARCH else DEFAULT_POLICIES)))
     limits = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,

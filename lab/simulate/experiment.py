@@ -170,6 +170,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
     wall_s = time.perf_counter() - started
     costs = token_costs(profiles[0])
     shares_prefixes = any(request.blocks for request in workload)
+    names = {str(request.category): request.slo_class for request in workload if request.slo_class}
     capacity_s = result.duration_s * experiment.replicas
     return run_record(
         run.policy,
@@ -188,6 +189,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         predicted_hit_rate=round(result.predicted_hit_rate, 4) if shares_prefixes else None,
         utilisation=round(result.busy_s / capacity_s, 4) if capacity_s else 0.0,
         setup_s=round(started - setup_started, 3),
+        **({"class_names": names} if names else {}),
         **({"timeline": timeline(result.results, experiment.timeline_bins)} if experiment.timeline_bins else {}),
     )
 

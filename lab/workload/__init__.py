@@ -8,7 +8,7 @@ all policies at one seed see the same requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -82,6 +82,7 @@ def make_workload(
     rate_scale: float = 1.0,
     trace_unit: str | None = None,
     trace_block_tokens: int | None = None,
+    trace_models: Sequence[str] = (),
 ) -> list[WorkloadRequest]:
     """Return a workload, in order of arrival.
 
@@ -108,7 +109,7 @@ def make_workload(
             workloads truncate them; log-normal lengths have default limits, traces have none. In sessions,
             ``max_prompt`` limits the prompt with its history (7168 by default).
         rate_scale: with trace arrivals, a factor on the rate that keeps the time scale (`trace_replay.superposed`).
-        trace_unit, trace_block_tokens: of a file; see `trace_file.read_trace`.
+        trace_unit, trace_block_tokens, trace_models: of a file; see `trace_file.read_trace`.
 
     Raises:
         ValueError: an unknown name (the message lists the known ones), a number out of range, or contradictory
@@ -117,7 +118,7 @@ def make_workload(
     if name in SLO_TABLES and slo_table in PAPER_SLOS:
         slo_table = name
     _check(name, qps, requests, duration_s, arrivals, burstiness, speed, trace, window_s, slo_table, slo_scale, seed)
-    _check_replay(name, arrivals, rate_scale, trace_unit, trace_block_tokens)
+    _check_replay(name, arrivals, rate_scale, trace_unit, trace_block_tokens, trace_models)
     for limit, value in (("max_prompt", max_prompt), ("max_output", max_output)):
         if value is not None and value < 1:
             raise ValueError(f"{limit} must be at least 1")
@@ -125,7 +126,9 @@ def make_workload(
     slos = SLO_TABLES[slo_table]
     ttft, tpot, e2e = np.array(slos, dtype=float).T * slo_scale
     if is_trace_file(name):
-        recording = read_trace(name, unit=trace_unit, block_tokens=trace_block_tokens, window_s=window_s)
+        recording = read_trace(
+            name, unit=trace_unit, block_tokens=trace_block_tokens, window_s=window_s, models=trace_models
+        )
         if arrivals == "trace":
             times, chosen, copies = superposed(arrival_times(recording, name), rate_scale, gaps)
             at_s = replay(times, qps=qps, speed=speed, window_s=None, requests=requests, duration_s=duration_s)
@@ -204,7 +207,12 @@ def _categories(random: np.random.Generator, n: int, count: int, mix: Mapping[in
 
 
 def _check_replay(
-    name: str, arrivals: str, rate_scale: float, trace_unit: str | None, trace_block_tokens: int | None
+    name: str,
+    arrivals: str,
+    rate_scale: float,
+    trace_unit: str | None,
+    trace_block_tokens: int | None,
+    trace_models: Sequence[str],
 ) -> None:
     if not (rate_scale > 0 and rate_scale <= MAX_RATE_SCALE):
         raise ValueError(f"rate_scale must be above 0 and at most {MAX_RATE_SCALE:g}, not {rate_scale:g}")
@@ -212,8 +220,8 @@ def _check_replay(
         raise ValueError("rate_scale needs trace arrivals")
     if trace_unit is not None and trace_unit not in UNITS:
         raise ValueError(f"unknown unit {trace_unit!r} of a trace: choose one of {', '.join(UNITS)}")
-    if (trace_unit is not None or trace_block_tokens is not None) and not is_trace_file(name):
-        raise ValueError(f"trace_unit and trace_block_tokens describe a file, and {name} is not one")
+    if (trace_unit is not None or trace_block_tokens is not None or trace_models) and not is_trace_file(name):
+        raise ValueError(f"trace_unit, trace_block_tokens and trace_models describe a file, and {name} is not one")
 
 
 def _check(

@@ -22,6 +22,7 @@ class WorkloadRequest:
             the full block in a later turn. Empty if the request shares no prefix.
         messages: tokens of each message of the prompt: the system prompt, then user and assistant in turn. Empty if the
             prompt is one message.
+        slo_class: name of its class in a recording of the gateway, or "".
     """
 
     at_s: float
@@ -33,3 +34,4 @@ class WorkloadRequest:
     e2e_slo_s: float = math.inf
     blocks: Sequence[int] = ()
     messages: tuple[int, ...] = ()
+    slo_class: str = ""

@@ -1,10 +1,10 @@
-"""Reads traces of other projects: arrival times, lengths and shared prefixes, never text.
+"""Reads traces of the gateway and of other projects: arrival times, lengths and shared prefixes, never text.
 
 | format | file | recognised by |
 |---|---|---|
 | Mooncake, vLLM's `timed_trace`, AIPerf | one JSON object a line: ``timestamp``, ``input_length``, ``output_length``, ``hash_ids`` | `.jsonl` |
 | Alibaba Bailian | the same with ``chat_id``; seconds, and 16 tokens for each hash | ``chat_id`` |
-| the gateway's own recording | the same with ``block_tokens``, ``slo_class`` and bounds | ``block_tokens`` |
+| the gateway's own recording | the same with ``block_tokens``, ``model``, ``slo_class`` and bounds | ``block_tokens`` |
 | Azure 2023 and 2024 | CSV: ``TIMESTAMP``, ``ContextTokens``, ``GeneratedTokens`` | the header |
 | BurstGPT | CSV: ``Timestamp``, ``Request tokens``, ``Response tokens`` | the header |
 | ShareGPT | a JSON array of ``conversations``, without times; tokens are estimated | `.json` |
@@ -18,8 +18,8 @@ import csv
 import gzip
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +42,9 @@ MAX_LINE = 8 << 20
 CHARS_PER_TOKEN = 4
 """Characters per token by which ShareGPT's texts are measured. Convention for English text."""
 
+MAX_SEQUENCES = 16
+"""Most sequences of one request (``n``) that are replayed, as requests with the same prompt."""
+
 UNITS = {"s": 1.0, "ms": 1e-3}
 """Units of the ``timestamp`` of a JSON line, in seconds."""
 
@@ -63,6 +66,9 @@ class TraceRequest:
         at_s: arrival, in seconds; None in a file without times.
         prompt_tokens, output_tokens: lengths, at least 1.
         prefix: numbers of the blocks of the prompt, of ``block_tokens`` tokens each. Equal numbers mean equal prefixes.
+        block_ends: of the gateway's own recording, by the number of a block: the tokens of the prompt up to its end.
+            The gateway estimates them from text, so the blocks of two prompts with a common beginning differ in size.
+            Those of the first one count for all, so that the beginnings still agree.
         slo_class: its class in the gateway that recorded it, or "".
         bounds_s: TTFT, TPOT and end-to-end bounds in seconds; None if the file has no bounds.
     """
@@ -71,7 +77,8 @@ class TraceRequest:
     prompt_tokens: int
     output_tokens: int
     prefix: tuple[int, ...] = ()
-    block_tokens: int = 0
+    block_tokens: float = 0
+    block_ends: Sequence[float] = field(default=(), repr=False, compare=False)
     slo_class: str = ""
     bounds_s: tuple[float, float, float] | None = None
 
@@ -87,6 +94,7 @@ def read_trace(
     unit: str | None = None,
     block_tokens: int | None = None,
     window_s: float | None = None,
+    models: Collection[str] = (),
 ) -> tuple[TraceRequest, ...]:
     """Return the requests of the file ``path`` by arrival; the first one arrives at 0.
 
@@ -97,6 +105,7 @@ def read_trace(
         unit: unit of the timestamps of JSON lines, one of `UNITS`. By default milliseconds, as in Mooncake's files.
         block_tokens: tokens for each of the ``hash_ids``; 512 by default, as in Mooncake's files.
         window_s: stop at the first line that arrives later than this (s) after the first one.
+        models: only the requests of these. A recording of several models needs them, since others have other engines.
 
     Raises:
         TraceError: the file cannot be read, or a line is not valid.
@@ -106,18 +115,23 @@ def read_trace(
         changed = path.stat().st_mtime_ns
     except OSError as error:
         raise TraceError(f"cannot read the trace {str(path)!r}: {error.strerror}") from error
-    return _read(path, changed, unit, block_tokens, window_s)
+    return _read(path, changed, unit, block_tokens, window_s, tuple(models))
 
 
 @lru_cache(maxsize=2)
 def _read(
-    path: Path, changed: int, unit: str | None, block_tokens: int | None, window_s: float | None
+    path: Path,
+    changed: int,
+    unit: str | None,
+    block_tokens: int | None,
+    window_s: float | None,
+    models: tuple[str, ...],
 ) -> tuple[TraceRequest, ...]:
     rows: list[TraceRequest] = []
     blocks, first_s = 0, None
     try:
         with _open(path) as file:
-            for row in _rows(path, file, unit, block_tokens):
+            for row in _rows(path, file, unit, block_tokens, models):
                 if row.at_s is not None:
                     first_s = row.at_s if first_s is None else first_s
                     if window_s is not None and row.at_s - first_s >= window_s:
@@ -137,18 +151,7 @@ def _read(
     start_s = rows[0].at_s
     if start_s is None:
         return tuple(rows)
-    return tuple(
-        TraceRequest(
-            (row.at_s or 0.0) - start_s,
-            row.prompt_tokens,
-            row.output_tokens,
-            row.prefix,
-            row.block_tokens,
-            row.slo_class,
-            row.bounds_s,
-        )
-        for row in rows
-    )
+    return tuple(replace(row, at_s=(row.at_s or 0.0) - start_s) for row in rows)
 
 
 def _open(path: Path) -> IO[str]:
@@ -157,14 +160,18 @@ def _open(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _rows(path: Path, file: IO[str], unit: str | None, block_tokens: int | None) -> Iterator[TraceRequest]:
+def _rows(
+    path: Path, file: IO[str], unit: str | None, block_tokens: int | None, models: tuple[str, ...]
+) -> Iterator[TraceRequest]:
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if models and kind != "jsonl":
+        raise TraceError(f"{path}: only a recording of the gateway has models: remove --trace-model")
     if kind == "csv":
         yield from _csv_rows(path, file)
     elif kind == "json":
         yield from _conversations(path, file)
     elif kind == "jsonl":
-        yield from _JsonLines(path, unit, block_tokens).rows(file)
+        yield from _JsonLines(path, unit, block_tokens, models).rows(file)
     else:
         raise TraceError(f"{path}: the name of a trace must end in {', '.join(SUFFIXES)}, or one of them and .gz")
 
@@ -175,9 +182,11 @@ def _rows(path: Path, file: IO[str], unit: str | None, block_tokens: int | None)
 class _JsonLines:
     """Reads one JSON object a line: Mooncake's format, and what others made of it."""
 
-    def __init__(self, path: Path, unit: str | None, block_tokens: int | None) -> None:
-        self._path, self._unit, self._block_tokens = path, unit, block_tokens
+    def __init__(self, path: Path, unit: str | None, block_tokens: int | None, models: tuple[str, ...]) -> None:
+        self._path, self._unit, self._block_tokens, self._models = path, unit, block_tokens, models
         self._numbers: dict[Any, int] = {}
+        self._ends: list[float] = []
+        self._seen: dict[str, None] = {}
 
     def rows(self, file: IO[str]) -> Iterator[TraceRequest]:
         """Yield the requests of ``file``."""
@@ -192,12 +201,31 @@ class _JsonLines:
             try:
                 document = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
+                if self._ends and not line.endswith("\n"):
+                    # The gateway is writing it.
+                    break
                 raise TraceError(f"{where}: not JSON ({error}); each line must be one JSON object") from None
             if not isinstance(document, dict):
                 raise TraceError(f"{where}: each line must be a JSON object, such as {_EXAMPLE}")
+            model = str(document.get("model", ""))[:128]
+            self._seen[model] = None
+            if not self._models and len(self._seen) > 1:
+                raise TraceError(
+                    f"{where}: requests of the models {' and '.join(self._seen)}, which have engines of their own: "
+                    "choose one with --trace-model; repeat it for the adapters of a model"
+                )
+            if self._models and model not in self._models:
+                continue
             row = self._row(where, document)
             if row.output_tokens:
-                yield row
+                yield from [row] * self._sequences(where, document)
+        if self._models and not self._seen.keys() & set(self._models):
+            known = ", ".join(list(self._seen)[:8])
+            raise TraceError(f"{self._path}: no request of --trace-model {' '.join(self._models)}; it has {known}")
+
+    def _sequences(self, where: str, document: dict[str, Any]) -> int:
+        count = _whole(where, document, "sequences") if "sequences" in document else 1
+        return min(max(1, count), MAX_SEQUENCES)
 
     def _row(self, where: str, document: dict[str, Any]) -> TraceRequest:
         bailian = "chat_id" in document
@@ -205,9 +233,11 @@ class _JsonLines:
         at = _number(where, document, "timestamp")
         prompt = _whole(where, document, "input_length")
         output = _whole(where, document, "output_length")
-        tokens = self._block_tokens or (16 if bailian else 512)
-        if self._block_tokens is None and "block_tokens" in document:
-            tokens = max(1, _whole(where, document, "block_tokens"))
+        tokens: float = self._block_tokens or (16 if bailian else 512)
+        own = self._block_tokens is None and "block_tokens" in document
+        if own:
+            tokens = max(1.0, _number(where, document, "block_tokens"))
+        prefix = self._prefix(where, document.get("hash_ids") or ())
         bounds = None
         if "slo_class" in document:
             bounds = tuple(_bound(where, document, key) for key in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms"))
@@ -215,8 +245,9 @@ class _JsonLines:
             at * UNITS[unit],
             max(1, prompt),
             output,
-            self._prefix(where, document.get("hash_ids") or ()),
+            prefix,
             tokens,
+            self._block_ends(prefix, tokens) if own else (),
             str(document.get("slo_class", ""))[:64],
             bounds,  # type: ignore[arg-type]  # three bounds
         )
@@ -227,6 +258,15 @@ class _JsonLines:
             raise TraceError(f"{where}: hash_ids must be a list of numbers")
         numbers = self._numbers
         return tuple(numbers.setdefault(one, len(numbers)) for one in ids)
+
+    def _block_ends(self, prefix: tuple[int, ...], tokens: float) -> list[float]:
+        """Return the ends of all blocks so far. New ones of ``prefix`` have ``tokens`` tokens each."""
+        end = 0.0
+        for number in prefix:
+            if number == len(self._ends):
+                self._ends.append(end + tokens)
+            end = self._ends[number]
+        return self._ends
 
 
 _EXAMPLE = '{"timestamp": 0, "input_length": 1000, "output_length": 100, "hash_ids": [0, 1]}'

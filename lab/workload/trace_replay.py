@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import overload
 
@@ -86,12 +87,11 @@ def recorded_workload(
         blocks: Sequence[int] = ()
         if row.prefix and copies is not None:
             copy = int(copies[number])
-            prefix = row.prefix if copy == 0 else [block + copy * offset for block in row.prefix]
-            blocks = PrefixBlocks(prefix, row.block_tokens, prompt, output, number)
+            blocks = PrefixBlocks(row, copy * offset, prompt, output, number)
         if row.bounds_s is not None:
             ttft_s, tpot_s, e2e_s = (bound * slo_scale for bound in row.bounds_s)
             slo = ttft_s, tpot_s, categories[row.slo_class], e2e_s
-        found.append(WorkloadRequest(at, prompt, output, *slo, blocks))
+        found.append(WorkloadRequest(at, prompt, output, *slo, blocks, slo_class=row.slo_class))
     return found
 
 
@@ -99,15 +99,14 @@ class PrefixBlocks(Sequence[int]):
     """Hashes of the blocks of a prompt and its answer (`WorkloadRequest.blocks`), made from a trace when asked for.
 
     A trace has one number for many blocks, and long prompts have thousands of blocks, so keeping all of them would not
-    fit in memory. ``number`` of the request makes the hashes of the tokens that it does not share.
+    fit in memory. ``first`` is added to the numbers of the ``row``, so that a copy of the trace has its own. The
+    ``number`` of the request makes the hashes of the tokens that it does not share.
     """
 
-    __slots__ = ("_block_tokens", "_number", "_prefix", "_prompt_tokens", "_tokens")
+    __slots__ = ("_first", "_number", "_prompt_tokens", "_row", "_tokens")
 
-    def __init__(
-        self, prefix: Sequence[int], block_tokens: int, prompt_tokens: int, output_tokens: int, number: int
-    ) -> None:
-        self._prefix, self._block_tokens, self._prompt_tokens = prefix, block_tokens, prompt_tokens
+    def __init__(self, row: TraceRequest, first: int, prompt_tokens: int, output_tokens: int, number: int) -> None:
+        self._row, self._first, self._prompt_tokens = row, first, prompt_tokens
         self._tokens, self._number = prompt_tokens + output_tokens, number
 
     def __len__(self) -> int:
@@ -124,7 +123,11 @@ class PrefixBlocks(Sequence[int]):
 
     def _hash(self, at: int) -> int:
         last = (at + 1) * BLOCK_TOKENS - 1
-        block = last // self._block_tokens
-        if last < self._prompt_tokens and block < len(self._prefix):
-            return self._prefix[block] * _POSITIONS + at
+        row = self._row
+        if row.block_ends:
+            block = bisect_right(row.prefix, float(last), key=lambda number: row.block_ends[number])
+        else:
+            block = int(last // row.block_tokens)
+        if last < self._prompt_tokens and block < len(row.prefix):
+            return (row.prefix[block] + self._first) * _POSITIONS + at
         return _UNSHARED + self._number * _POSITIONS + at

@@ -190,6 +190,14 @@ async def test_mistakes_that_only_the_process_finds_have_a_line(tmp_path: Path) 
         assert [(m["line"], m["key"]) for m in report["mistakes"]] == [(3, "engines[1]")]
         assert "NOT_SET" in report["mistakes"][0]["reason"]
         assert (await antares.ask(x_slo_class="free")).status_code == 200
+    absent = tmp_path / "absent" / "traffic.jsonl"
+    file.write_text(
+        f"engines: [{{kind: simulated}}]\nclasses: {{chat: {{}}}}\ndefault_class: chat\nrecording: {{path: {absent}}}\n"
+    )
+    async with live() as antares:
+        report = await Reloader(antares.gateway, lambda: load(file), file=file).reload()
+        assert [(m["line"], m["key"]) for m in report["mistakes"]] == [(4, "recording.path")]
+        assert "cannot open" in report["mistakes"][0]["reason"]
     async with live(server={"host": "0.0.0.0"}, keys=[key(ALICE, "alice")]) as antares:
         file.write_text("server: {port: 7}\n" + CONFIG.split("\n", 1)[1])
         report = await Reloader(antares.gateway, lambda: load(file), file=file).reload()

@@ -94,10 +94,11 @@ def test_program_prints_only_the_document_to_stdout() -> None:
     assert done.stdout == antares(*QUICK, "--policy", "fcfs", "--json", "--no-timings").stdout
 
 
-def test_default_output_is_table_of_fcfs_and_scorpio() -> None:
+def test_default_output_is_table_of_fcfs_and_slack() -> None:
     result = antares(*QUICK, "--seed", "0", "--seed", "1")
     assert result.exit_code == 0
-    assert all(word in result.stdout for word in ("fcfs", "scorpio", "adherence", "count bound", "Means over seeds"))
+    assert all(word in result.stdout for word in ("fcfs", "slack", "adherence", "count bound", "Means over seeds"))
+    assert "scorpio" not in result.stdout
 
 
 def test_engine_options_change_the_run() -> None:

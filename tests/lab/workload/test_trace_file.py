@@ -109,6 +109,52 @@ def test_recording_of_the_gateway_keeps_its_bounds_and_classes(tmp_path: Path) -
     assert chat.blocks[:6] == batch.blocks[:6]
 
 
+def test_estimated_blocks_of_one_beginning_have_one_size(tmp_path: Path) -> None:
+    line = {"timestamp": 0, "output_length": 1, "slo_class": "chat"}
+    rows = [
+        line | {"input_length": 1000, "block_tokens": 60.5, "hash_ids": list(range(16))},
+        line | {"input_length": 1300, "block_tokens": 65.25, "hash_ids": [*range(16), 20, 21, 22]},
+    ]
+
+    first, second = make_workload(str(_lines(tmp_path / "own.jsonl", rows)), arrivals="trace")
+
+    # 16 blocks of 60.5 tokens are 968, which have 60 whole blocks of 16.
+    assert first.blocks[:60] == second.blocks[:60]
+    assert first.blocks[60] != second.blocks[60]
+    # The others follow them, 65.25 tokens each.
+    assert sum(block < 1 << 62 for block in second.blocks) == int((16 * 60.5 + 3 * 65.25) // 16)
+
+
+def test_sequences_of_a_recording_are_requests_with_one_prompt(tmp_path: Path) -> None:
+    row = {"timestamp": 0, "input_length": 64, "output_length": 9, "block_tokens": 64, "hash_ids": [7], "sequences": 3}
+
+    requests = make_workload(str(_lines(tmp_path / "own.jsonl", [row])), arrivals="trace")
+
+    assert len(requests) == 3
+    assert len({tuple(request.blocks[:4]) for request in requests}) == 1
+
+
+def test_recording_of_several_models_needs_a_choice(tmp_path: Path) -> None:
+    row = {"timestamp": 0, "input_length": 9, "output_length": 1, "block_tokens": 64}
+    path = _lines(tmp_path / "own.jsonl", [row | {"model": name} for name in ("large", "small", "lora")])
+
+    with pytest.raises(TraceError, match=r"own.jsonl:2: .* models large and small.*--trace-model"):
+        read_trace(path)
+    with pytest.raises(TraceError, match="no request of --trace-model tiny; it has large, small, lora"):
+        read_trace(path, models=["tiny"])
+    assert len(read_trace(path, models=["small", "lora"])) == 2
+    with pytest.raises(ValueError, match="trace_models describe a file"):
+        make_workload("sharegpt", qps=1, requests=1, trace_models=["small"])
+
+
+def test_last_line_may_be_under_way(tmp_path: Path) -> None:
+    row = {"timestamp": 0, "input_length": 99, "output_length": 1, "block_tokens": 64, "hash_ids": [7]}
+    path = _lines(tmp_path / "own.jsonl", [row, row])
+    path.write_text(path.read_text()[:-9])
+
+    assert len(read_trace(path)) == 1
+
+
 @pytest.mark.parametrize(
     ("line", "fix"),
     [
