@@ -115,6 +115,7 @@ class Discovery:
         keys = {_key(pool) for pool in pools}
         self._numbers = {key: numbers for key, numbers in self._numbers.items() if key in keys}
         self._failures = {key: reason for key, reason in self._failures.items() if key in keys}
+        self._shares = {key: share for key, share in self._shares.items() if key in keys}
         await asyncio.gather(*(self._look_up(pool) for pool in pools))
 
     async def follow(self, sections: Callable[[], Sequence[EngineConfig]], apply: Callable[[], None]) -> None:

@@ -28,14 +28,28 @@ adherence.
 simulation.
 - *Decisions/s*: requests that one process could route and decide on a core, if it did nothing else.
 
+CPU times are those of one of two cores that other work shared. Requests are shortened so that 100 A100s hold 10,000 a
+second: an A100 holds 29 whole ones ([routing](routing.md)). {_spread(seeds)}
+
 ```
-python -m benchmarks.scale.gateways --seeds {len(seeds)} --json docs/results/gateways.json
+python -m benchmarks.scale.gateways{_fleets(found)} --seeds {len(seeds)} --json docs/results/gateways.json
 python -m benchmarks.scale.gateways --page docs/results/gateways.json
 ```
 
 The first command continues a file that exists, so remove it to measure again."""
     sections = [text for fleet in found["fleets"] for text in _section(fleet, found["runs"])]
-    return "\n\n".join([wrapped(head), *sections, *_process()]) + "\n"
+    return "\n\n".join([wrapped(head), *sections, *_process(found)]) + "\n"
+
+
+def _spread(seeds: list[int]) -> str:
+    return "With one seed, differences of 0.1% mean nothing." if len(seeds) == 1 else "Means over the seeds."
+
+
+def _fleets(found: dict[str, Any]) -> str:
+    """Return the options for the fleets that were measured; "" for all."""
+    measured = {run["fleet"] for run in found["runs"]}
+    names = [fleet["fleet"] for fleet in found["fleets"]]
+    return "" if measured >= {*names} else "".join(f' --fleet "{name}"' for name in names if name in measured)
 
 
 def _section(fleet: dict[str, Any], runs: list[dict[str, Any]]) -> Iterator[str]:
@@ -79,11 +93,7 @@ def _traffic(fleet: dict[str, Any]) -> str:
     """Return what arrives, and how the requests were shortened."""
     text = f"{fleet['qps']:,.0f} requests a second on {fleet['engines']} A100s, for {fleet['duration_s']:g} s."
     if fleet["max_output"]:
-        text += (
-            f" Prompts are cut at {fleet['max_prompt']:,} tokens and answers at {fleet['max_output']} tokens. An A100 "
-            "holds 29 whole requests a second ([routing](routing.md)). With them, 10,000 requests a second would need "
-            "345 A100s, and a steady load more than 30 s."
-        )
+        text += f" Prompts are cut at {fleet['max_prompt']:,} tokens and answers at {fleet['max_output']} tokens."
     else:
         text += (
             " Turns of chats. Each turn goes to a random gateway, as behind a load balancer that knows no sessions. "
@@ -92,14 +102,23 @@ def _traffic(fleet: dict[str, Any]) -> str:
     return text
 
 
-def _process() -> Iterator[str]:
-    """Yield what one process can do, everything included."""
+def _process(found: dict[str, Any]) -> Iterator[str]:
+    """Yield what one process can do, everything included, and why shards were chosen."""
     yield "## What one process can do"
     requests, streams = 1e6 / REQUEST_US, 1e6 / (REQUEST_US + 100 * EVENT_US)
     yield wrapped(
-        "Decisions are a small part of a gateway's work. With HTTP, prediction and metrics, a request takes "
+        "HTTP, prediction and metrics come on top of the decisions. With one engine, a whole request takes "
         f"{REQUEST_US} µs of CPU and each event of a stream {EVENT_US} µs ([measured](peers.md)). That is "
         f"{requests:,.0f} short answers a second, or {streams:,.0f} streams of 100 tokens that begin each second. So "
-        "HTTP, not scheduling, sets the number of gateways. A shard also makes each decision of `least_load` cheaper, "
-        "because that policy looks at all engines of its gateway."
+        "the length of streams sets the number of gateways, unless a decision takes as long as one of `least_load` "
+        "among 100 engines."
     )
+    first = found["fleets"][0]
+    whole = [run for run in found["runs"] if (run["fleet"], run["gateways"]) == (first["fleet"], 1)]
+    if whole:
+        cores = first["qps"] * (whole[0]["routing_us"] + whole[0]["policy_us"]) / 1e6
+        yield wrapped(
+            "The other design is one scheduling process behind many HTTP processes. For the decisions of "
+            f"`{whole[0]['routing']}` alone it would need {cores:.1f} cores, and a process has one. Its loss would "
+            "stop all requests. So gateways divide the engines."
+        )

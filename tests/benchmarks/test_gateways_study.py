@@ -68,3 +68,10 @@ def test_page_of_chats_has_the_prefix_hits() -> None:
     assert "| prefix hits |" in text
     assert "| 0.875 |" in text
     assert "cut at" not in text
+
+
+def test_command_on_the_page_names_the_fleets_that_were_measured() -> None:
+    fleet = {"engines": 2, "qps": 9.0, "duration_s": 1.0, "max_prompt": None, "max_output": None}
+    fleets = [{"fleet": "f", **fleet}, {"fleet": "g", **fleet}]
+    assert 'gateways --fleet "f" --seeds 1' in gateways_page.page({"slots": 8, "fleets": fleets, "runs": [run(1, 9.0)]})
+    assert "gateways --seeds 1" in gateways_page.page({"slots": 8, "fleets": fleets[:1], "runs": [run(1, 9.0)]})
