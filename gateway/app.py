@@ -328,7 +328,7 @@ class Gateway:
             engine,
             self._make_policy(),
             self._queued_classes,
-            on_decided=self.metrics.scheduling.labels(engine.name).observe,
+            on_decided=self.metrics.scheduling.observer((engine.name,)),
             shadow=self._config.shadow_policies(),
         )
         engine_queue.circuit.max_rest_s = self._config.failover.max_rest_s

