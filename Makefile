@@ -33,8 +33,8 @@ install: $(STAMPS)/run ## create .venv with vLLM on CPU and the gateway
 serve: install ## start the gateway with vLLM on CPU and a small model
 	@exec $(BIN)/antares serve --config $(CONFIG) $(ARGS)
 
-# Two engines at a time do not disturb each other if each has one thread and is bound to no core. With PYTEST_ARGS,
-# a phase may have no tests (pytest's exit code 5).
+# Each engine has one thread and is bound to no core, so that it leaves CPU time to the gateway and to a second engine.
+# With PYTEST_ARGS, a phase may have no tests (pytest's exit code 5).
 test: $(STAMPS)/dev ## run all tests: of the product, with processes, of the studies, then with a real vLLM
 	@summary=; failed=0; export HF_HUB_OFFLINE=1; \
 	phase() { \
@@ -43,12 +43,12 @@ test: $(STAMPS)/dev ## run all tests: of the product, with processes, of the stu
 		test $$code -eq $(if $(strip $(PYTEST_ARGS)),5,0) || test $$code -eq 0 || failed=1; \
 		summary="$$summary$$(printf '%5d s, exit code %d: tests %s' $$(($$(date +%s) - began)) $$code "$$title")|"; \
 	}; \
-	run="$(BIN)/python -m pytest --dist loadfile"; \
+	run="$(BIN)/python -m pytest --dist loadfile"; one_thread="VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1"; \
 	phase "of the product, without an engine" $$run -n logical --maxprocesses 4 -m "not engine and not study and not process"; \
 	phase "of the product with processes and in real time" $$run -n 4 -m "process and not engine and not study"; \
 	phase "of the studies in benchmarks/" $$run -n logical --maxprocesses 4 -m "study and not engine"; \
-	phase "with a real vLLM" VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 $$run -n 2 -m "engine and not alone"; \
-	phase "that judge times of a real vLLM" $$run -n 0 -m "engine and alone"; \
+	phase "with a real vLLM" $$one_thread $$run -n 2 -m "engine and not alone"; \
+	phase "that judge times of a real vLLM" $$one_thread $$run -n 0 -m "engine and alone"; \
 	echo "==> summary"; printf '%s' "$$summary" | tr '|' '\n'; \
 	exit $$failed
 

@@ -23,7 +23,7 @@ from gateway.api.reload_route import Reload, add_reload_route
 from gateway.api.response_relay import send_error
 from gateway.api.routes.table import RouteTable
 from gateway.config.schema import RELOADABLE, ConfigChange, GatewayConfig
-from gateway.engines import Engines, Expand
+from gateway.engines import Engines, Expand, one_each
 from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.live import HEADERS_ONLY_KEY, LiveFeed
 from gateway.observability.metrics import Metrics
@@ -80,7 +80,7 @@ class Gateway:
     """One gateway and its engines, as an ASGI app. Call `start` before the first request and `stop` after the last.
 
     ``predictor_url``: the length predictor service; None predicts from the running ``statistics`` only.
-    ``expand``: returns the engines of a section of the configuration, of which ``engines`` are the first ones.
+    ``expand``: returns the engines of each section of the configuration, of which ``engines`` are the first ones.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Gateway:
         engines: list[Engine],
         predictor_url: str | None = None,
         statistics: LengthStatistics | None = None,
-        expand: Expand = lambda section: (section,),
+        expand: Expand = one_each,
     ) -> None:
         self._config = config
         self.can_reload = asyncio.Event()
@@ -328,7 +328,7 @@ class Gateway:
             engine,
             self._make_policy(),
             self._queued_classes,
-            on_decided=self.metrics.scheduling.labels(engine.name).observe,
+            on_decided=self.metrics.scheduling.observer((engine.name,)),
             shadow=self._config.shadow_policies(),
         )
         engine_queue.circuit.max_rest_s = self._config.failover.max_rest_s
@@ -367,6 +367,7 @@ class Gateway:
         return {
             "policy": self._config.policy.name,
             "draining": self.proxy.draining,
+            "shard": self._config.shard.document(),
             "predictor": predictor,
             "predictor_up": self.predictor.up,
             "usage": self.proxy.accounts.document(MAX_TENANTS),

@@ -1,6 +1,8 @@
 """Finds the servers of `kind: http` engines with `discover`: one engine for each address of the host in `base_url`,
 or for each URL in a file.
 
+Of several gateways that divide the engines, each follows its share only.
+
 A new address is an engine that starts. An address that disappears is an engine that leaves, as after a reload of the
 configuration (`gateway.engines`). A look-up that fails or finds no address changes nothing, because a failing name
 server must not stop the engines. Health probes see servers that are down.
@@ -19,7 +21,8 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from gateway.config.engines import EngineConfig, HttpEngineConfig
+from gateway.config.engines import EngineConfig, HttpEngineConfig, fixed_pools
+from gateway.scheduling.shards import Shard
 
 log = logging.getLogger("antares.discovery")
 
@@ -81,15 +84,33 @@ def _server(entry: Any) -> tuple[str, int | None]:
 class Discovery:
     """Knows the servers behind each engine section that has `discover`. ``resolve`` asks the name server.
 
+    ``shard``: the share of this gateway. Each pool is divided by itself, so every gateway has engines of each.
+
     A server keeps its number while it is known. The numbers of servers that are gone are used again, so the names of
     engines, and with them the labels of metrics, stay few however often servers are replaced.
     """
 
-    def __init__(self, resolve: Resolve = resolve) -> None:
+    def __init__(self, resolve: Resolve = resolve, shard: Shard = Shard()) -> None:  # noqa: B008 - it is immutable
         self._resolve = resolve
+        self._shard = shard
+        self._shares: dict[tuple[str, str], tuple[int, int]] = {}
         self._numbers: dict[tuple[str, str], dict[str, int]] = {}
         self._report_ports: dict[tuple[str, str], dict[str, int | None]] = {}
         self._failures: dict[tuple[str, str], str] = {}
+
+    def engines(self, sections: Sequence[EngineConfig]) -> list[list[EngineConfig]]:
+        """Return this gateway's engines of each of ``sections``: of other gateways' engines, none.
+
+        Engines in the gateway's process are always its own.
+        """
+        own = self._own(sections)
+        return [self.expand(section) if section.name in own else [] for section in sections]
+
+    def _own(self, sections: Sequence[EngineConfig]) -> set[str]:
+        """Return the names of the sections that this gateway has engines of."""
+        pools = fixed_pools(sections).values()
+        others = {section.name for section in sections}.difference(*pools)
+        return others.union(*map(self._shard.share, pools))
 
     def expand(self, section: EngineConfig) -> list[EngineConfig]:
         """Return the engines of ``section``: one for each known server, or the section itself without `discover`.
@@ -144,8 +165,17 @@ class Discovery:
             log.warning("engine %s: cannot look up servers in %s: %s; %d are known", pool.name, source, reason, known)
         self._failures[key] = reason
         if found:
-            self._number(pool, found.keys())
+            own = self._shard.share(found)
+            self._note_share(pool, len(own), len(found))
+            self._number(pool, own)
             self._report_ports[key] = found
+
+    def _note_share(self, pool: HttpEngineConfig, own: int, found: int) -> None:
+        """Log how many of the servers are this gateway's, whenever that changes."""
+        if self._shard.count > 1 and self._shares.get(_key(pool)) != (own, found):
+            self._shares[_key(pool)] = own, found
+            shared = "" if found >= self._shard.count else ", which it may share: there are fewer servers than gateways"
+            log.info("engine %s: %d of %d servers are this gateway's%s", pool.name, own, found, shared)
 
     async def _find(self, pool: HttpEngineConfig) -> dict[str, int | None]:
         """Return the servers of ``pool``, as `read_servers`. Raises OSError, TimeoutError or ValueError."""

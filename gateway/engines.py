@@ -27,8 +27,13 @@ START_AGAIN_S = (1.0, 5.0, 15.0, 60.0)
 
 Build = Callable[[EngineConfig], Engine]
 
-Expand = Callable[[EngineConfig], Sequence[EngineConfig]]
-"""Returns the engines that a section of the configuration stands for (`gateway.discovery`)."""
+Expand = Callable[[Sequence[EngineConfig]], Sequence[Sequence[EngineConfig]]]
+"""Returns the gateway's engines that each section of the configuration stands for (`gateway.discovery`)."""
+
+
+def one_each(sections: Sequence[EngineConfig]) -> Sequence[Sequence[EngineConfig]]:
+    """Return ``sections`` as engines: each is one."""
+    return [[section] for section in sections]
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -78,7 +83,7 @@ class Engines:
         make_queue: returns the queue for a new engine.
         events_of: returns what the engine of a queue reports to.
         build: returns the engine of a section (`build_engine`).
-        expand: returns the engines of a section; by default the section itself.
+        expand: returns the engines of each section; by default the section itself.
 
     ``drain_s``: time (s) that requests have to finish on an engine that leaves.
     """
@@ -90,7 +95,7 @@ class Engines:
         make_queue: Callable[[Engine], EngineQueue],
         events_of: Callable[[EngineQueue], EngineEvents],
         build: Build = build_engine,
-        expand: Expand = lambda section: (section,),
+        expand: Expand = one_each,
     ) -> None:
         self.drain_s = 30.0
         self._router = router
@@ -125,8 +130,8 @@ class Engines:
         """
         present = [member.config for member in self._members]
         new = {}
-        for index, section in enumerate(configs):
-            for config in self._expand(section):
+        for index, engines in enumerate(self._expand(configs)):
+            for config in engines:
                 if config not in present:
                     try:
                         new[config.name] = self._build(config)
@@ -135,7 +140,7 @@ class Engines:
         return new
 
     def _expanded(self, configs: Sequence[EngineConfig]) -> list[EngineConfig]:
-        return [config for section in configs for config in self._expand(section)]
+        return [config for engines in self._expand(configs) for config in engines]
 
     def change(self, configs: Sequence[EngineConfig], new: dict[str, Engine]) -> None:
         """Adapt the engines to ``configs``, in the background. ``new`` are those of `build_new` for ``configs``."""

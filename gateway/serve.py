@@ -32,6 +32,7 @@ from gateway.heap import collecting_when_quiet
 from gateway.observability.recorder import ObservabilityError
 from gateway.prediction.supervisor import Supervisor
 from gateway.reload import Reloader, Report
+from gateway.scheduling.shards import Shard
 
 log = logging.getLogger("antares.serve")
 console = Console(stderr=True, highlight=False)
@@ -91,7 +92,7 @@ async def serve(
             await supervisor.start()
             stack.push_async_callback(supervisor.stop)
         stack.push_async_callback(cancel_and_wait, asyncio.create_task(sd_notify.keep_watchdog(), name="watchdog"))
-        discovery = Discovery()
+        discovery = Discovery(shard=_shard(config))
         gateway = await _gateway(config, predictor_url, discovery)
         if supervisor is not None:
             supervisor.on_restart = gateway.metrics.predictor_restarts.inc
@@ -195,12 +196,20 @@ def _free_port() -> int:
         return port
 
 
+def _shard(config: GatewayConfig) -> Shard:
+    """Return the gateway's share of the engines. Raises `ServeError`."""
+    try:
+        return config.shard.shard()
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+
+
 async def _gateway(config: GatewayConfig, predictor_url: str | None, discovery: Discovery) -> Gateway:
     """Return the gateway, with the engines that ``discovery`` finds now. Raises `ServeError`."""
     await discovery.refresh(config.engines)
-    engines = [_build(engine) for section in config.engines for engine in discovery.expand(section)]
+    engines = [_build(engine) for of_section in discovery.engines(config.engines) for engine in of_section]
     try:
-        return Gateway(config, engines, predictor_url, expand=discovery.expand)
+        return Gateway(config, engines, predictor_url, expand=discovery.engines)
     except ObservabilityError as error:
         raise ServeError(str(error)) from error
 
@@ -213,7 +222,7 @@ def _build(config: EngineConfig) -> Engine:
 
 
 async def _start(config: GatewayConfig, gateway: Gateway) -> None:
-    names = ", ".join(engine.name for engine in config.engines)
+    names = ", ".join(queue.engine.name for queue in gateway.engine_queues)
     slow = " (vLLM takes 30 to 90 s)" if any(engine.kind == "vllm" for engine in config.engines) else ""
     failed: BaseExceptionGroup[EngineStartError] | None = None
     try:

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from gateway.api.body_fields import GUARDED_FIELDS
-from gateway.config import engines, keys, observability, policies, server
+from gateway.config import engines, keys, observability, policies, server, shard
 from gateway.observability.state_metrics import METRIC_ALIASES
 from gateway.policies.registry import OPTION_ALIASES, POLICIES
 from tests.fixtures.docs_checkers import (
@@ -43,6 +43,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "discover": engines.DiscoverConfig,
     "kind: simulated": engines.SimulatedEngineConfig,
     "step_times": engines.StepTimesConfig,
+    "shard": shard.ShardConfig,
     "failover": engines.FailoverConfig,
     "predictor": engines.PredictorConfig,
     "SLO classes": policies.SloClassConfig,

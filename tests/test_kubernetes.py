@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from gateway.config.file import load
+from gateway.scheduling.shards import Shard
 from gateway.serve import CLOSE_S
 from tests.fixtures.helm_chart import (
     CHART,
@@ -103,6 +104,14 @@ def test_values_file_replaces_the_engines_of_the_defaults(file: str) -> None:
 BAD_VALUES: list[tuple[str, dict[str, Any]]] = [
     ("gatway", {"gatway": {}}),
     ("replicas", {"gateway": {"replicas": 0}}),
+    ("shards", {"gateway": {"shards": 0}}),
+    (
+        "gateway.shards is 3, but the pool a has at most 2 engines",
+        {
+            "gateway": {"shards": 3},
+            "engines": [{"name": "a", "model": "m", "replicas": 2}],
+        },
+    ),
     ("engines", {"engines": []}),
     ("name", {"engines": [{"model": "m"}]}),
     ("name", {"engines": [{"name": "gateway", "model": "m"}]}),
@@ -215,6 +224,54 @@ def test_keys_in_the_values_become_a_secret() -> None:
     made = render({"keys": {"anonymous": False, "file": '{"keys": []}', "operatorKey": "k"}})
     assert one(made, "Secret", "keys")["stringData"] == {"keys.json": '{"keys": []}', "operator-key": "k"}
     assert "prod-keys" in references(one(made, "Deployment", "gateway"), "secretName")
+
+
+# --- several gateways -------------------------------------------------------------------------------------------------
+
+
+def sharded(shards: int) -> list[Manifest]:
+    pool = {"name": "a", "model": "m", "replicas": 8, "report": {"secret": "r"}}
+    return render({"gateway": {"shards": shards}, "engines": [pool]})
+
+
+def test_each_shard_is_a_deployment_with_its_index(tmp_path: Path) -> None:
+    made = sharded(3)
+    (tmp_path / "gateway.yaml").write_text(one(made, "ConfigMap", "gateway")["data"]["gateway.yaml"])
+    for index in range(3):
+        container = container_of(one(made, "Deployment", f"gateway-{index}"))
+        env = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert env.keys() == {"REPORT_KEY_A", "ANTARES_SHARD_INDEX", "ANTARES_SHARD_COUNT"}
+        variables = {name: value for name, value in env.items() if value is not None}
+        assert load(tmp_path / "gateway.yaml", env=variables).shard.shard() == Shard(index, 3)
+    with pytest.raises(ValueError, match="unpack"):
+        one(made, "Deployment", "gateway")
+
+
+def test_shards_share_one_service_and_their_pods_are_apart() -> None:
+    made = sharded(3)
+    pods = [m["spec"]["template"]["metadata"]["labels"] for m in of_kind(made, "Deployment")]
+    service = one(made, "Service", "gateway")["spec"]["selector"]
+    assert sum(selects(service, labels) for labels in pods) == 3
+    for index in range(3):
+        deployment = one(made, "Deployment", f"gateway-{index}")
+        assert sum(selects(deployment["spec"]["selector"]["matchLabels"], labels) for labels in pods) == 1
+        (spread,) = pod_of(deployment)["topologySpreadConstraints"]
+        assert sum(selects(spread["labelSelector"]["matchLabels"], labels) for labels in pods) == 3
+    (policy,) = [m for m in of_kind(made, "NetworkPolicy") if m["metadata"]["name"] == "prod-gateway"]
+    assert sum(selects(policy["spec"]["podSelector"]["matchLabels"], labels) for labels in pods) == 3
+    assert one(made, "PodDisruptionBudget", "gateway")["spec"]["maxUnavailable"] == 1
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_shards_satisfy_the_schemas_of_kubernetes(version: str) -> None:
+    for manifest in sharded(2):
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_single_shard_is_rendered_as_without_shards() -> None:
+    assert sharded(1) == render({"engines": [{"name": "a", "model": "m", "replicas": 8, "report": {"secret": "r"}}]})
+    deployment = one(sharded(1), "Deployment", "gateway")
+    assert "antares/shard" not in deployment["spec"]["selector"]["matchLabels"]
 
 
 # --- drains, security, references -------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ TRACES = ("azure-conv", "azure-code")
 WINDOW_S, EVERY_S = 300.0, 150.0
 COLD_START_S = 60.0
 MOST = 64
-QUEUE_TARGETS = (8, 16, 32)
+QUEUE_TARGETS = (2, 4, 8, 16, 32)
 """Requests that wait or run for each engine, to which queue-length scaling is tuned."""
 
 STABILISE_S = 300.0

@@ -21,8 +21,8 @@ def live_profile(
 ) -> Profile:
     """Return the profile of an engine with the step ``curve`` and these limits (tokens).
 
-    The curve is piecewise linear in the tokens of a step, so each part of it is one regime. What lies beyond the last
-    knot continues with its slope.
+    The curve is piecewise linear in the tokens of a step, so each part of it is one regime. Beyond the last knot,
+    the last slope continues.
     """
     knots, values = KNOTS.tolist(), curve.at_knots.tolist()
     regimes = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -139,6 +141,15 @@ class SimulatedEngineConfig(Section):
 
 
 EngineConfig = Annotated[VllmEngineConfig | HttpEngineConfig | SimulatedEngineConfig, Field(discriminator="kind")]
+
+
+def fixed_pools(sections: Sequence[EngineConfig]) -> dict[str, set[str]]:
+    """Return the names of the remote engines with a fixed address, by pool: the name without the number at its end."""
+    pools: dict[str, set[str]] = {}
+    for section in sections:
+        if isinstance(section, HttpEngineConfig) and section.discover is None:
+            pools.setdefault(re.sub(r"[-_.]?\d+$", "", section.name), set()).add(section.name)
+    return pools
 
 
 class FailoverConfig(Section):

@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "ANTARES_HOST": "server.host",
     "ANTARES_PORT": "server.port",
     "ANTARES_PREDICTOR_URL": "predictor.url",
+    "ANTARES_SHARD_COUNT": "shard.count",
+    "ANTARES_SHARD_INDEX": "shard.index",
 }
 """Environment variable to the dotted key that it overrides. Containers use them."""
 

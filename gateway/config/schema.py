@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from gateway.api.addresses import is_loopback
 from gateway.api.auth import ApiKey
 from gateway.api.body_fields import FieldGuard
-from gateway.config.engines import EngineConfig, FailoverConfig, HttpEngineConfig, PredictorConfig
+from gateway.config.engines import EngineConfig, FailoverConfig, HttpEngineConfig, PredictorConfig, fixed_pools
 from gateway.config.keys import SHARED, KeyConfig, KeysFileConfig
 from gateway.config.observability import (
     DecisionsConfig,
@@ -27,6 +27,7 @@ from gateway.config.observability import (
 from gateway.config.policies import PolicyConfig, RoutingConfig, ShadowConfig, SloClassConfig
 from gateway.config.section import Name, Section
 from gateway.config.server import LimitsConfig, ServerConfig
+from gateway.config.shard import ShardConfig
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
 from gateway.requests.slo import SloClass
@@ -65,6 +66,7 @@ class GatewayConfig(Section):
     server: ServerConfig = Field(default_factory=ServerConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     engines: list[EngineConfig] = Field(min_length=1, max_length=64)
+    shard: ShardConfig = Field(default_factory=ShardConfig)
     failover: FailoverConfig = Field(default_factory=FailoverConfig)
     predictor: PredictorConfig = Field(default_factory=PredictorConfig)
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
@@ -172,6 +174,12 @@ class GatewayConfig(Section):
             first, *others = unbounded_e2e
             keys = f"{first} and {len(others)} more" if others else first
             cautions.append(f"{keys}: min_ttft_ms and min_tpot_ms only partly limit x-slo-e2e-ms; set min_e2e_ms too")
+        for pool, names in fixed_pools(self.engines).items():
+            if len(names) < self.shard.count:
+                cautions.append(
+                    f"engines: {self.shard.count} gateways divide {len(names)} engines called {pool!r}, so some share "
+                    "an engine; give engines of one model the same name with numbers, such as main-1 and main-2"
+                )
         return cautions
 
     def _require_class(self, name: str, key: str) -> None:
@@ -197,8 +205,12 @@ class GatewayConfig(Section):
         return [key.api_key(self.default_class, allowed) for _, key in self.all_keys()]
 
     def tenant_limits(self) -> dict[str, TenantLimits]:
-        """Return the limits by tenant. All keys of a tenant have the same."""
-        return {key.tenant: key.limits for _, key in self.all_keys()}
+        """Return this gateway's part of the limits by tenant. All keys of a tenant have the same.
+
+        Raises ValueError if the gateway's place in `shard` is not known.
+        """
+        shard = self.shard.shard()
+        return {key.tenant: key.limits.part_of(shard) for _, key in self.all_keys()}
 
     def anonymous_key(self) -> ApiKey:
         """Return the rights of all requests if no keys are configured."""

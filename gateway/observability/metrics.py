@@ -7,13 +7,13 @@ engine serves, never a value that a client sent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from gateway.observability.ledger import Entry, Ledger
+from gateway.observability.series import Counters, Histograms, Labels
 from gateway.observability.state_metrics import DroppedRecords, GatewayState
 from gateway.observability.usage_metrics import UsageMetrics
 from gateway.observability.windows import Windows
@@ -32,8 +32,6 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
-M = TypeVar("M", bound=MetricWrapperBase)
-
 
 class _Connections(Protocol):
     buffered: int
@@ -51,72 +49,72 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
-        self._children: dict[tuple[MetricWrapperBase, tuple[str, ...]], MetricWrapperBase] = {}
-        self.requests = Counter(
+        self.requests = Counters(
             "antares_requests_total",
             "Accepted requests by outcome and reason.",
             (*_REQUEST, "tenant", "outcome", "reason"),
-            registry=registry,
+            registry,
         )
-        self.attained = Counter(
+        self.attained = Counters(
             "antares_requests_attained_total",
             "Requests that finished and met every bound.",
             (*_REQUEST, "tenant"),
-            registry=registry,
+            registry,
         )
-        self.violations = Counter(
+        self.violations = Counters(
             "antares_slo_violations_total",
             "Bounds that finished requests missed.",
             (*_REQUEST, "bound"),
-            registry=registry,
+            registry,
         )
-        self.ttft = _histogram(
-            "antares_ttft_seconds", "Time from arrival to the first output token.", _LATENCY_S, registry
+        self.ttft = Histograms(
+            "antares_ttft_seconds", "Time from arrival to the first output token.", _REQUEST, _LATENCY_S, registry
         )
-        self.tpot = _histogram("antares_tpot_seconds", "Mean time per output token after the first.", _TPOT_S, registry)
-        self.e2e = _histogram(
-            "antares_e2e_seconds", "Time from arrival to the last output token.", _LATENCY_S, registry
+        self.tpot = Histograms(
+            "antares_tpot_seconds", "Mean time per output token after the first.", _REQUEST, _TPOT_S, registry
         )
-        self.ttft_ratio = _histogram(
+        self.e2e = Histograms(
+            "antares_e2e_seconds", "Time from arrival to the last output token.", _REQUEST, _LATENCY_S, registry
+        )
+        self.ttft_ratio = Histograms(
             "antares_ttft_prediction_ratio",
             "Measured TTFT divided by the TTFT predicted at admission, of finished requests.",
-            _QUOTIENTS, registry,
+            _REQUEST, _QUOTIENTS, registry,
         )  # fmt: skip
-        self.tpot_ratio = _histogram(
+        self.tpot_ratio = Histograms(
             "antares_tpot_prediction_ratio",
             "Measured TPOT divided by the step time predicted at admission, of finished requests.",
-            _QUOTIENTS, registry,
+            _REQUEST, _QUOTIENTS, registry,
         )  # fmt: skip
-        self.queue = _histogram("antares_queue_seconds", "Time from arrival to admission.", _LATENCY_S, registry)
-        self.prompt_tokens = Counter(
+        self.queue = Histograms(
+            "antares_queue_seconds", "Time from arrival to admission.", _REQUEST, _LATENCY_S, registry
+        )
+        self.prompt_tokens = Counters(
             "antares_prompt_tokens_total", "Prompt tokens of requests that reached an engine.",
-            (*_REQUEST, "tenant"), registry=registry,
+            (*_REQUEST, "tenant"), registry,
         )  # fmt: skip
-        self.output_tokens = Counter(
+        self.output_tokens = Counters(
             "antares_output_tokens_total", "Output tokens of requests that reached an engine.",
-            (*_REQUEST, "tenant"), registry=registry,
+            (*_REQUEST, "tenant"), registry,
         )  # fmt: skip
-        self.prompt_size_error = Histogram(
-            "antares_prompt_size_error_ratio", "Relative error of estimated prompt sizes.", ("model",),
-            buckets=_RATIOS, registry=registry,
+        self.prompt_size_error = Histograms(
+            "antares_prompt_size_error_ratio", "Relative error of estimated prompt sizes.", ("model",), _RATIOS,
+            registry,
         )  # fmt: skip
-        self.prefix_tokens = Counter(
+        self.prefix_tokens = Counters(
             "antares_prefix_cache_tokens_total",
             "Tokens of prompts whose prefix-cache hit the engine reported: all, predicted to be cached, cached.",
-            ("model", "engine", "kind"), registry=registry,
+            ("model", "engine", "kind"), registry,
         )  # fmt: skip
-        self.prediction_error = Histogram(
-            "antares_prediction_error_tokens", "Absolute error of the predicted output length.",
-            buckets=_TOKENS, registry=registry,
-        )  # fmt: skip
-        self.predictions = Counter(
-            "antares_predictions_total", "Output-length predictions by source.", ("source",),
-            registry=registry,
-        )  # fmt: skip
-        self.prediction_seconds = Histogram(
-            "antares_prediction_seconds", "Time that a request waited for its prediction.",
-            buckets=_SHORT_S, registry=registry,
-        )  # fmt: skip
+        self.prediction_error = Histograms(
+            "antares_prediction_error_tokens", "Absolute error of the predicted output length.", (), _TOKENS, registry
+        )
+        self.predictions = Counters(
+            "antares_predictions_total", "Output-length predictions by source.", ("source",), registry
+        )
+        self.prediction_seconds = Histograms(
+            "antares_prediction_seconds", "Time that a request waited for its prediction.", (), _SHORT_S, registry
+        )
         self.predictor_up = Gauge(
             "antares_predictor_up", "1 while the predictor service responds, else 0.", registry=registry
         )
@@ -125,15 +123,12 @@ class Metrics:
             "Restarts of the supervised predictor.",
             registry=registry,
         )
-        self.scheduling = Histogram(
+        self.scheduling = Histograms(
             "antares_scheduling_seconds", "Duration of one policy decision, including its application.", ("engine",),
-            buckets=_SHORT_S, registry=registry,
+            _SHORT_S, registry,
         )  # fmt: skip
-        self.http_requests = Counter(
-            "antares_http_requests_total",
-            "HTTP responses of the gateway.",
-            ("route", "status"),
-            registry=registry,
+        self.http_requests = Counters(
+            "antares_http_requests_total", "HTTP responses of the gateway.", ("route", "status"), registry
         )
         self.failovers = Counter(
             "antares_failovers_total", "Requests that went to another engine because this one failed them.",
@@ -165,15 +160,15 @@ class Metrics:
         )
         self.body_memory = Gauge("antares_body_memory_bytes", "Memory reserved for request bodies.", registry=registry)
         for source in ("service", "fallback"):
-            self.predictions.labels(source)
+            self.predictions.add((source,), 0)
 
     def on_response(self, route: str, status: int) -> None:
         """Count one HTTP response of the gateway."""
-        self._child(self.http_requests, route, str(status)).inc()
+        self.http_requests.add((route, str(status)))
 
     def on_connection_closed(self, reason: str) -> None:
         """Count a connection that the gateway closed or refused because of ``reason``."""
-        self._child(self.connections_closed, reason).inc()
+        self.connections_closed.labels(reason).inc()
 
     def watch_edge(self, connections: _Connections, bodies: _Bodies) -> None:
         """Export the state of the HTTP edge, read at each scrape."""
@@ -183,54 +178,48 @@ class Metrics:
 
     def on_prediction(self, source: str, seconds: float) -> None:
         """Count one length prediction, which a request waited ``seconds`` for."""
-        self._child(self.predictions, source).inc()
-        self.prediction_seconds.observe(seconds)
-
-    def _child(self, metric: M, *labels: str) -> M:
-        """Return ``metric.labels(*labels)``. NOTE: that takes 2 us, ten times in each request, so it is kept."""
-        child = self._children.get((metric, labels))
-        if child is None:
-            child = self._children[metric, labels] = metric.labels(*labels)
-        return child  # type: ignore[return-value]
+        self.predictions.add((source,))
+        self.prediction_seconds.observe((), seconds)
 
     def on_close(self, entry: Entry) -> None:
         """Count a request that ended (`Ledger.on_close`)."""
         request = entry.request
         labels, tenant = (request.slo_class, request.model, entry.engine), self.usage.label(request.tenant)
-        self._child(self.requests, *labels, tenant, entry.outcome or "", entry.reason).inc()
+        of_tenant = (*labels, tenant)
+        self.requests.add((*of_tenant, entry.outcome or "", entry.reason))
         if entry.attained:
-            self._child(self.attained, *labels, tenant).inc()
+            self.attained.add(of_tenant)
         for bound in entry.violated:
-            self._child(self.violations, *labels, bound).inc()
+            self.violations.add((*labels, bound))
         exemplar = _exemplar(entry)
         if request.admitted_s is not None:
-            self._child(self.queue, *labels).observe(entry.queue_s, exemplar)
-            self._child(self.prompt_tokens, *labels, tenant).inc(request.prompt_tokens)
-            self._child(self.output_tokens, *labels, tenant).inc(request.generated)
+            self.queue.observe(labels, entry.queue_s, exemplar)
+            self.prompt_tokens.add(of_tenant, request.prompt_tokens)
+            self.output_tokens.add(of_tenant, request.generated)
         self._count_prompt(entry)
         if entry.outcome == "finished":
             if entry.ttft_s is not None:
-                self._child(self.ttft, *labels).observe(entry.ttft_s, exemplar)
-            self._child(self.tpot, *labels).observe(entry.tpot_s, exemplar)
-            self._child(self.e2e, *labels).observe(entry.e2e_s, exemplar)
+                self.ttft.observe(labels, entry.ttft_s, exemplar)
+            self.tpot.observe(labels, entry.tpot_s, exemplar)
+            self.e2e.observe(labels, entry.e2e_s, exemplar)
             self._compare_with_predictions(entry, labels)
-            self.prediction_error.observe(abs(request.generated / request.sequences - request.predicted_at_arrival))
+            self.prediction_error.observe((), abs(request.generated / request.sequences - request.predicted_at_arrival))
 
-    def _compare_with_predictions(self, entry: Entry, labels: tuple[str, ...]) -> None:
+    def _compare_with_predictions(self, entry: Entry, labels: Labels) -> None:
         if entry.ttft_s is not None and entry.predicted_ttft_s:
-            self._child(self.ttft_ratio, *labels).observe(entry.ttft_s / entry.predicted_ttft_s)
+            self.ttft_ratio.observe(labels, entry.ttft_s / entry.predicted_ttft_s)
         if entry.tpot_s > 0 and entry.predicted_tpot_s:
-            self._child(self.tpot_ratio, *labels).observe(entry.tpot_s / entry.predicted_tpot_s)
+            self.tpot_ratio.observe(labels, entry.tpot_s / entry.predicted_tpot_s)
 
     def _count_prompt(self, entry: Entry) -> None:
         request = entry.request
         if entry.estimated_prompt_tokens is not None and request.first_token_s is not None:
             error = abs(entry.estimated_prompt_tokens / request.prompt_tokens - 1)
-            self._child(self.prompt_size_error, request.model).observe(error)
+            self.prompt_size_error.observe((request.model,), error)
         if entry.cached_tokens is not None:
             tokens = (request.prompt_tokens, entry.predicted_cached_tokens, entry.cached_tokens)
             for kind, count in zip(("prompt", "predicted", "cached"), tokens, strict=True):
-                self._child(self.prefix_tokens, request.model, entry.engine, kind).inc(count)
+                self.prefix_tokens.add((request.model, entry.engine, kind), count)
 
     def watch(self, engine_queues: Sequence[EngineQueue], ledger: Ledger, windows: Windows) -> None:
         """Export the state of ``engine_queues`` and ``ledger``, and the ``windows``, read at each scrape."""
@@ -262,7 +251,3 @@ def _exemplar(entry: Entry) -> dict[str, str] | None:
     if trace is not None and trace.sampled and trace.span_id:
         return {"trace_id": trace.trace_id, "request_id": entry.request.id}
     return {"request_id": entry.request.id} if entry.violated else None
-
-
-def _histogram(name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry) -> Histogram:
-    return Histogram(name, text, _REQUEST, buckets=buckets, registry=registry)

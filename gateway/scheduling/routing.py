@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -39,19 +40,19 @@ class Routing(Protocol):
         """Note that ``request`` was queued for the engine."""
 
 
-class _ByKey:
-    """A routing policy that ranks all engines by a key. This one remembers nothing."""
+class _ByKey(ABC):
+    """A routing policy that ranks all engines by a key. By default it remembers nothing."""
 
+    @abstractmethod
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
         """Return a sort key for each of ``queues``; the best engine for ``request`` has the smallest."""
-        raise NotImplementedError
 
     def best(self, request: Request, queues: Sequence[EngineQueue]) -> EngineQueue:
         """See `Routing.best`."""
         keys = self.keys(request, queues)
         return queues[min(range(len(keys)), key=keys.__getitem__)]
 
-    def on_sent(self, request: Request, engine_queue: EngineQueue) -> None:
+    def on_sent(self, request: Request, engine_queue: EngineQueue) -> None:  # noqa: B027 (optional to override)
         """Do nothing."""
 
 

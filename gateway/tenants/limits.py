@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from gateway.scheduling.shards import Shard
+
 Limit = Literal["requests_per_minute", "tokens_per_minute", "max_concurrent"]
 LIMITS: tuple[Limit, ...] = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
 
@@ -21,11 +23,23 @@ RETRY_CONCURRENT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class TenantLimits:
-    """The limits of one tenant. None: no limit."""
+    """The limits of one tenant. None: no limit.
+
+    ``largest_prompt``: the longest prompt (tokens) that may wait for a full bucket and leave a debt; None:
+    ``tokens_per_minute``.
+    """
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     max_concurrent: int | None = None
+    largest_prompt: int | None = None
+
+    def part_of(self, shard: Shard) -> TenantLimits:
+        """Return the part of one of several gateways, at least 1 of each limit. Prompts may be as long as before."""
+        if shard.count == 1:
+            return self
+        parts = {name: None if (limit := getattr(self, name)) is None else shard.part(limit) for name in LIMITS}
+        return TenantLimits(**parts, largest_prompt=self.tokens_per_minute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +122,20 @@ class TenantLimiter:
     def reserve(self, prompt: int, expected: float, now: float) -> float | Exceeded:
         """Take ``prompt`` and ``expected`` output tokens, and return how many were taken, for `settle`.
 
-        An expectation beyond the whole bucket is cut to it, so that the request can run alone. A prompt beyond it never
-        can: `Exceeded.retry_after_s` is None.
+        An expectation beyond the whole bucket is cut to it, so that the request can run alone. So can a prompt up to
+        ``largest_prompt``, which leaves a debt. A longer one never can: `Exceeded.retry_after_s` is None.
         """
         tokens = self.tokens
         if tokens is None:
             return 0.0
         tokens.refill(now)
-        if prompt > tokens.capacity:
-            return Exceeded("tokens_per_minute", tokens.capacity, _used(tokens), prompt, None)
-        amount = float(min(prompt + expected, tokens.capacity))
-        if tokens.level < amount:
-            return _exceeded("tokens_per_minute", tokens, amount)
+        largest = self.limits.largest_prompt or tokens.capacity
+        if prompt > largest:
+            return Exceeded("tokens_per_minute", largest, _used(tokens), prompt, None)
+        needed = float(min(prompt + expected, tokens.capacity))
+        if tokens.level < needed:
+            return _exceeded("tokens_per_minute", tokens, needed)
+        amount = max(needed, float(prompt))
         tokens.level -= amount
         return amount
 

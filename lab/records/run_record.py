@@ -82,7 +82,7 @@ def run_record(
         results: one result per request of the workload.
         duration_s: seconds from the start to the last answer, in simulated or real time.
         wall_s: wall-clock seconds of the run.
-        scheduling_s: wall-clock seconds spent in policy decisions.
+        scheduling_s: seconds spent in policy decisions: CPU time of a simulation, or wall-clock time.
         bounds: count bound and fair bound on adherence (`lab.bounds`).
         extra: further members, added unchanged.
 

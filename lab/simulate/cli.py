@@ -99,6 +99,9 @@ def simulate(
     routing: Annotated[
         str, typer.Option(help="How the gateway's router chooses among the engines (docs/routing.md).")
     ] = "least_load",
+    gateways: Annotated[
+        int, typer.Option(min=1, help="Gateways that divide the engines; each request goes to a random one.")
+    ] = 1,
     profiles: Annotated[
         list[str] | None,
         typer.Option(
@@ -217,6 +220,7 @@ def simulate(
             step_mode=step_mode,
             replicas=number_of_replicas(replicas, len(profiles or ())),
             routing=routing,
+            gateways=gateways,
             profiles=tuple(profiles or ()),
             learn=learn,
             colocated_gateway=_resolve_alias(colocated_gateway, apart),
@@ -231,7 +235,7 @@ def simulate(
             _check_hold(experiment, hold, qps)
             rates = [1.0]
         if replicas == SEARCH:
-            check_search(target, hold, rates)
+            check_search(target, hold, rates, gateways)
         _check(experiment, policies, rates, seeds, plot)
     except ValueError as error:
         _usage(str(error))
@@ -331,6 +335,8 @@ def _check(
     make_routing(experiment.routing)
     if experiment.profiles and experiment.replicas <= len(experiment.profiles):
         raise ValueError(f"--profiles needs --replicas {len(experiment.profiles) + 1} or more")
+    if experiment.gateways > experiment.replicas:
+        raise ValueError(f"--gateways {experiment.gateways} needs --replicas {experiment.gateways} or more")
     if experiment.step_mode not in STEP_MODES:
         raise ValueError(f"unknown step mode {experiment.step_mode!r}: choose one of {', '.join(STEP_MODES)}")
     for policy in policies:

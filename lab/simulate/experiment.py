@@ -40,7 +40,7 @@ class Experiment:
         predictor: see `lab.simulate.predictions`.
         limits: engine limits that replace those of the profile, by field name.
         profiles: names or files of further profiles, which the replicas after the first use in turn.
-        step_mode, replicas, routing, learn, colocated_gateway, step_jitter, prefix_caching, prefix_index,
+        step_mode, replicas, routing, gateways, learn, colocated_gateway, step_jitter, prefix_caching, prefix_index,
             speculation, changes: see `lab.simulate.simulator.simulate`.
         timeline_bins: if above 0, records have outcomes over time (`lab.records.timeline`), in as many parts.
     """
@@ -51,6 +51,7 @@ class Experiment:
     step_mode: str = "chunked"
     replicas: int = 1
     routing: str = "least_load"
+    gateways: int = 1
     profiles: tuple[str, ...] = ()
     learn: bool = True
     colocated_gateway: bool = False
@@ -155,6 +156,7 @@ def perform(experiment: Experiment, run: Run, on_ended: Callable[[int], None] = 
         step_mode=experiment.step_mode,
         replicas=experiment.replicas,
         routing=experiment.routing,
+        gateways=experiment.gateways,
         learn=experiment.learn,
         colocated_gateway=experiment.colocated_gateway,
         step_jitter=experiment.step_jitter,

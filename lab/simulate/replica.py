@@ -139,9 +139,9 @@ class Replica:
             self.recheck_at_s = math.inf
         if not due:
             return Decision()
-        started = time.perf_counter()
+        started = time.process_time()
         decision = self.admission.decide(now)
-        self.scheduling_s += time.perf_counter() - started
+        self.scheduling_s += time.process_time() - started
         self.decisions += 1
         if decision.recheck_at is not None:
             self.recheck_at_s = max(now + _RECHECK_AFTER_S, decision.recheck_at)

@@ -22,7 +22,7 @@ from gateway.requests.progress import tpot
 from gateway.requests.request import Request
 from gateway.requests.slo import Slo
 from lab.records.run_record import RequestResult
-from lab.simulate.fleet import Fleet
+from lab.simulate.fleet import Fleet, ShardedFleet
 from lab.simulate.lifecycle import ENGINE_LOST, Changes, Lifecycle
 from lab.simulate.predictions import PredictedLength
 from lab.simulate.replica import Replica
@@ -37,7 +37,7 @@ class SimulationResult:
     Attributes:
         results: one per request, in the order of the workload.
         duration_s: time of the last event.
-        scheduling_s: real seconds spent in policy decisions.
+        scheduling_s: CPU seconds spent in policy decisions.
         routing_s: CPU seconds spent in choosing engines.
         decisions: number of policy decisions.
         steps: number of engine steps.
@@ -72,6 +72,7 @@ def simulate(
     step_mode: str = "chunked",
     replicas: int = 1,
     routing: str = "least_load",
+    gateways: int = 1,
     times: StepTimes | None = None,
     learn: bool = True,
     colocated_gateway: bool = False,
@@ -96,6 +97,7 @@ def simulate(
         step_mode: one of `engine_adapter.simulated.scheduler.STEP_MODES`.
         replicas: number of engines.
         routing: how the router chooses among them, one of `gateway.scheduling.routing.ROUTINGS`.
+        gateways: number of gateways that divide the engines. Each request goes to a random one.
         times: initial step times of the policies' step-time model; by default those of the profile.
         learn: whether the step-time model learns during the run.
         colocated_gateway: the gateway runs inside the engine and reacts to a step before the next one starts, as in
@@ -107,11 +109,11 @@ def simulate(
         prefix_index: whether the gateway predicts prefix-cache hits. Without, it plans with whole prompts.
         speculation: speculative decoding in the engines; none by default.
         changes: failures, cold starts and autoscaling of the engines; none by default.
-        seed: seed of ``step_jitter`` and ``speculation``.
+        seed: seed of ``step_jitter``, ``speculation`` and the gateway of each request.
         on_ended: called now and then with the number of requests that have ended.
 
     Raises:
-        ValueError: a request that is longer than the context length of the profile.
+        ValueError: a request that is longer than the context length of the profile, or more gateways than engines.
         RuntimeError: the policy leaves requests waiting forever while every engine is idle.
     """
     profiles = [profile] if isinstance(profile, Profile) else list(profile)
@@ -134,7 +136,11 @@ def simulate(
     ]
     results = _Results(workload, on_ended)
     now, arrived, routing_s = 0.0, 0, 0.0
-    fleet = Fleet(engines, routing, lambda: now) if len(engines) > 1 else None
+    fleet: Fleet | ShardedFleet | None = None
+    if gateways > 1:
+        fleet = ShardedFleet(engines, routing, lambda: now, gateways, len(workload), seed)
+    elif len(engines) > 1:
+        fleet = Fleet(engines, routing, lambda: now)
     events = _Events(engines)
     place = fleet.place if fleet is not None else lambda request: engines[0]
     lifecycle = Lifecycle(changes, engines, place) if changes is not None else None

@@ -32,7 +32,7 @@ def number_of_replicas(text: str, further_profiles: int) -> int:
     return int(text)
 
 
-def check_search(target: float, hold: float | None, rates: Sequence[float | None]) -> None:
+def check_search(target: float, hold: float | None, rates: Sequence[float | None], gateways: int) -> None:
     """Check the options of a search. Raises ValueError."""
     if not 0 < target <= 1:
         raise ValueError("--target is a fraction of all requests, above 0 and at most 1")
@@ -40,6 +40,8 @@ def check_search(target: float, hold: float | None, rates: Sequence[float | None
         raise ValueError("--hold searches for the rate of a number of replicas: give one, or remove --hold")
     if len(rates) > 1:
         raise ValueError("--replicas search takes one --qps")
+    if gateways > 1:
+        raise ValueError("--replicas search finds the engines of one gateway: give a number, or remove --gateways")
 
 
 def size(

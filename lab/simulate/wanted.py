@@ -91,7 +91,8 @@ class Answer:
 
     Attributes:
         wanted: at least 1, and at most ``Traffic.most``.
-        requests, infeasible: requests that count, and those that an idle engine cannot attain.
+        requests: number of requests in the estimate.
+        infeasible: number of requests whose bounds an idle engine cannot attain. They are not in ``requests``.
         sampled: share of the requests that were simulated.
         tried: number of engines to adherence, of the sample if ``sampled`` is below 1.
         saturated: more engines do not help, although the target is not attained.

@@ -21,7 +21,7 @@ from benchmarks.overhead import decision_cost, gateway_cost
 from benchmarks.overhead.peers import report as peers_report
 from benchmarks.policies import page as policies_page
 from benchmarks.policies.table import SETTINGS
-from benchmarks.scale import kill_page, report_page
+from benchmarks.scale import gateways_page, kill_page, report_page
 from benchmarks.speculation import study as speculation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +42,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "peers": peers_report.page,
     "scale": kill_page.page,
     "report_channel": report_page.page,
+    "gateways": gateways_page.page,
 }
 
 

@@ -74,7 +74,11 @@ def body(tokens: int, **more: Any) -> dict[str, Any]:
 
 
 async def read_stream(
-    http: httpx.AsyncClient, tokens: int, leave_after: int | None = None, **headers: str
+    http: httpx.AsyncClient,
+    tokens: int,
+    leave_after: int | None = None,
+    begun: asyncio.Event | None = None,
+    **headers: str,
 ) -> list[str]:
     lines: list[str] = []
     request = http.stream("POST", "/v1/completions", json=body(tokens, stream=True), headers={**LOOSE, **headers})
@@ -82,9 +86,20 @@ async def read_stream(
         async for line in response.aiter_lines():
             if line:
                 lines.append(line)
+                if begun is not None:
+                    begun.set()
             if leave_after is not None and len(lines) >= leave_after:
                 break
     return lines
+
+
+async def begun(http: httpx.AsyncClient, count: int) -> list[asyncio.Task[list[str]]]:
+    """Start ``count`` streams, as long as the model allows, and return them once each has its first token."""
+    first_tokens = [asyncio.Event() for _ in range(count)]
+    streams = [asyncio.create_task(read_stream(http, 900, begun=event)) for event in first_tokens]
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(event.wait() for event in first_tokens))
+    return streams
 
 
 def is_complete(lines: list[str]) -> bool:
@@ -250,10 +265,10 @@ async def test_seed_that_kills_vllm_on_cpu_does_not_reach_it(served: Served, htt
 
 
 async def test_killed_engine_fails_requests_in_flight_and_restarts(served: Served, http: httpx.AsyncClient) -> None:
-    streams = [asyncio.create_task(read_stream(http, 900)) for _ in range(4)]
+    core = served.child("EngineCore")
     non_streaming = asyncio.create_task(http.post("/v1/completions", json=body(900), headers=LOOSE))
-    await eventually(lambda: served.metric("antares_engine_running_sequences"), 30, lambda running: running == 5)
-    os.kill(served.child("EngineCore"), signal.SIGKILL)
+    streams = await begun(http, 4)
+    os.kill(core, signal.SIGKILL)
     for lines in await asyncio.gather(*streams):
         assert '"code":"engine_lost"' in lines[-2]
         assert lines[-1] == "data: [DONE]"
@@ -282,9 +297,8 @@ async def test_killed_engine_fails_requests_in_flight_and_restarts(served: Serve
 
 async def test_stopped_engine_is_found_killed_and_restarted(served: Served, http: httpx.AsyncClient) -> None:
     restarts = served.metric("antares_engine_restarts_total")
-    streams = [asyncio.create_task(read_stream(http, 900)) for _ in range(2)]
-    await eventually(lambda: served.metric("antares_engine_running_sequences"), 30, lambda running: running == 2)
     core = served.child("EngineCore")
+    streams = await begun(http, 2)
     os.kill(core, signal.SIGSTOP)
     stopped = time.monotonic()
     for lines in await asyncio.gather(*streams):

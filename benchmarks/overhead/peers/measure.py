@@ -94,7 +94,7 @@ async def all_running(servers: Sequence[Server], folder: Path) -> AsyncIterator[
         here = {"PYTHONPATH": str(TREE)}
         log = folder / "upstream.log"
         upstream = await stack.enter_async_context(processes.running([sys.executable, "-c", code], log, here))
-        await _until_up(port, upstream, "upstream", log)
+        await until_up(port, upstream, "upstream", log)
         found, starting = [], []
         for server in servers:
             if server.command is None:
@@ -105,12 +105,17 @@ async def all_running(servers: Sequence[Server], folder: Path) -> AsyncIterator[
             log = folder / f"{at}.log"
             process = await stack.enter_async_context(processes.running(command, log, server.env))
             found.append(Running(server, at, process.pid))
-            starting.append(_until_up(at, process, server.name, log))
+            starting.append(until_up(at, process, server.name, log))
         await asyncio.gather(*starting)
         yield found
 
 
-async def _until_up(port: int, process: asyncio.subprocess.Process, name: str, log: Path) -> None:
+async def until_up(port: int, process: asyncio.subprocess.Process, name: str, log: Path) -> None:
+    """Wait until the server on ``port`` answers a request.
+
+    Raises:
+        RuntimeError: it did not. The message has the end of its log.
+    """
     deadline = time.monotonic() + _START_S
     probe = Shape("probe", 1, 1, stream=False, requests=1, seconds=1.0, limit_s=5.0)
     cause = "no answer"

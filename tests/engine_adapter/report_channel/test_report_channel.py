@@ -250,7 +250,7 @@ async def test_slow_gateway_loses_reports_and_delays_nobody(monkeypatch: pytest.
                 await eventually(lambda sent=sent: len(quick.reports) + quick.dropped > sent)  # type: ignore[misc]
             await eventually(lambda: any(link.dropped for link in server._links))
             assert len(quick.reports) + quick.dropped >= count
-            assert len(quick.reports) > 0.9 * count
+            assert len(quick.reports) > count / 2
         # The memory is bounded: at most the limit and one report wait.
         waiting = [link.writer.transport.get_write_buffer_size() for link in server._links]
         assert max(waiting) <= (1 << 14) + len(large) + Frames.PREFIX_BYTES

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from gateway.scheduling.shards import Shard
 from gateway.tenants.limits import Bucket, Exceeded, TenantLimiter, TenantLimits, Tenants
 from gateway.tenants.usage import MAX_TENANTS, OTHER, Usage
 
@@ -41,6 +42,28 @@ def test_rate_over_many_minutes_is_the_limit(per_minute: int) -> None:
         taken += int(bucket.level)
         bucket.level -= int(bucket.level)
     assert per_minute * 9 <= taken <= per_minute * 11 + per_minute * now / 600
+
+
+def test_prompt_beyond_the_part_of_a_gateway_leaves_a_debt() -> None:
+    tenant = TenantLimiter(TenantLimits(tokens_per_minute=1000).part_of(Shard(0, 4)), 0.0)
+    assert tenant.reserve(600, 100, 0.0) == 600
+    assert isinstance(tenant.reserve(1, 1, 0.0), Exceeded)
+    # 350 tokens of debt, at 250 tokens per minute.
+    assert isinstance(tenant.reserve(10, 0, 84.0), Exceeded)
+    assert tenant.reserve(1, 0, 85.0) == 1
+    never = tenant.reserve(1001, 1, 10_000.0)
+    assert isinstance(never, Exceeded)
+    assert (never.allowed, never.retry_after_s) == (1000, None)
+
+
+def test_parts_of_the_gateways_add_up_to_the_limits_of_a_tenant() -> None:
+    limits = TenantLimits(requests_per_minute=10, tokens_per_minute=1001, max_concurrent=3)
+    parts = [limits.part_of(Shard(index, 3)) for index in range(3)]
+    assert [part.requests_per_minute for part in parts] == [4, 3, 3]
+    assert [part.tokens_per_minute for part in parts] == [334, 334, 333]
+    assert [part.max_concurrent for part in parts] == [1, 1, 1]
+    assert limits.part_of(Shard()) is limits
+    assert TenantLimits().part_of(Shard(0, 3)) == TenantLimits()
 
 
 def test_max_concurrent_counts_open_requests() -> None:

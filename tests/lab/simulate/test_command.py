@@ -197,6 +197,8 @@ def test_hold_rejects_options_that_fix_rate_or_requests(other: tuple[str, str]) 
         (("--max-num-seqs", "0"), ("--max-num-seqs",)),
         (("--replicas", "0"), ("--replicas",)),
         (("--routing", "nearest"), ("no routing is called 'nearest'", "least_load", "headroom")),
+        (("--gateways", "4", "--replicas", "2"), ("--gateways 4 needs --replicas 4 or more",)),
+        (("--gateways", "2", "--replicas", "search"), ("finds the engines of one gateway",)),
         (("--profiles", "h200-llama3.1-8b"), ("--profiles needs --replicas 2 or more",)),
         (("--replicas", "2", "--profiles", "b200"), ("b200",)),
         (("--kv-tokens", "50"), ("kv_tokens (50) must hold one sequence",)),

@@ -11,6 +11,9 @@ app.kubernetes.io/component: {{ .component }}
 {{- with .pool }}
 antares/pool: {{ . }}
 {{- end }}
+{{- with .shard }}
+antares/shard: {{ . | quote }}
+{{- end }}
 {{- end -}}
 
 {{- define "antares.labels" -}}
