@@ -27,8 +27,8 @@ def vllm_engine(
 def http_engine(*, api_key_env: str | None, report: dict[str, Any] | None = None, **options: Any) -> Engine:
     """A remote OpenAI-compatible server.
 
-    ``report``: port, host and ``key_env`` of the report channel. Raises `EngineStartError` if a variable that
-    ``api_key_env`` or ``key_env`` names is not set.
+    ``report``: port, host and ``key_env`` of the report channel; there is none if the port is None. Raises
+    `EngineStartError` if a variable that ``api_key_env`` or ``key_env`` names is not set.
     """
     from engine_adapter.remote.engine import HttpEngine
     from engine_adapter.remote.reports import ReportAddress
@@ -42,7 +42,8 @@ def http_engine(*, api_key_env: str | None, report: dict[str, Any] | None = None
             secret = checked_key(_variable("report.key_env", variable), variable)
         except ValueError as error:
             raise EngineStartError(f"report.key_env: {error}") from None
-        address = ReportAddress(report["port"], secret, report["host"])
+        if report["port"] is not None:
+            address = ReportAddress(report["port"], secret, report["host"])
     return HttpEngine(api_key=key, report=address, **options)
 
 

@@ -14,8 +14,9 @@ import asyncio
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
@@ -34,6 +35,11 @@ IDLE_S = 1.0
 MAX_FILE_BYTES = 1 << 20
 """Largest file of engines in bytes; thousands of URLs take less."""
 
+_FORMAT = (
+    'it must be an object with one member, "engines": a list of http and https URLs, or of objects with "url" and '
+    '"report_port"'
+)
+
 Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
 """Returns the IP addresses of a host. Raises OSError."""
 
@@ -48,9 +54,10 @@ async def resolve(host: str, port: int) -> list[str]:
     return four or [str(address[0]) for family, *_, address in found if family == socket.AF_INET6]
 
 
-def read_urls(path: str) -> list[str]:
-    """Return the base URLs in the file at ``path``, a JSON object with the member "engines".
+def read_servers(path: str) -> dict[str, int | None]:
+    """Return the base URLs in the file at ``path``, each with the port of its report channel, None if it has no own.
 
+    The file is a JSON object with the member "engines": a list of URLs, and of objects with "url" and "report_port".
     Raises OSError or ValueError.
     """
     with Path(path).open("rb") as file:
@@ -58,10 +65,20 @@ def read_urls(path: str) -> list[str]:
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
     document = orjson.loads(content)
-    urls = document.get("engines") if isinstance(document, dict) else None
-    if not isinstance(urls, list) or not all(isinstance(url, str) and _is_url(url) for url in urls):
-        raise ValueError('it must be an object with one member, "engines", a list of http and https URLs')
-    return [url.rstrip("/") for url in urls]
+    entries = document.get("engines") if isinstance(document, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(_FORMAT)
+    return dict(map(_server, entries))
+
+
+def _server(entry: Any) -> tuple[str, int | None]:
+    """Return URL and report port of an entry in the file. Raises ValueError."""
+    url, port = (entry.get("url"), entry.get("report_port")) if isinstance(entry, dict) else (entry, None)
+    if not isinstance(url, str) or not _is_url(url):
+        raise ValueError(_FORMAT)
+    if port is not None and (type(port) is not int or not 0 < port < 1 << 16):
+        raise ValueError(f"the report_port of {url[:200]} is not a port")
+    return url.rstrip("/"), port
 
 
 class Discovery:
@@ -78,6 +95,7 @@ class Discovery:
         self._shard = shard
         self._shares: dict[tuple[str, str], tuple[int, int]] = {}
         self._numbers: dict[tuple[str, str], dict[str, int]] = {}
+        self._report_ports: dict[tuple[str, str], dict[str, int | None]] = {}
         self._failures: dict[tuple[str, str], str] = {}
 
     def engines(self, sections: Sequence[EngineConfig]) -> list[list[EngineConfig]]:
@@ -104,8 +122,9 @@ class Discovery:
         numbers = self._numbers.get(_key(section))
         if not numbers:
             return [section.model_copy(update={"name": f"{section.name}-0"})]
+        ports = self._report_ports.get(_key(section), {})
         return [
-            section.model_copy(update={"name": f"{section.name}-{number}", "base_url": url})
+            _engine(section, number, url, ports.get(url))
             for url, number in sorted(numbers.items(), key=lambda item: item[1])
         ]
 
@@ -114,6 +133,7 @@ class Discovery:
         pools = _pools(sections)
         keys = {_key(pool) for pool in pools}
         self._numbers = {key: numbers for key, numbers in self._numbers.items() if key in keys}
+        self._report_ports = {key: ports for key, ports in self._report_ports.items() if key in keys}
         self._failures = {key: reason for key, reason in self._failures.items() if key in keys}
         self._shares = {key: share for key, share in self._shares.items() if key in keys}
         await asyncio.gather(*(self._look_up(pool) for pool in pools))
@@ -138,9 +158,9 @@ class Discovery:
                 found = await self._find(pool)
             reason = "" if found else "there are none"
         except TimeoutError:
-            found, reason = set(), f"no answer within {LOOK_UP_TIMEOUT_S:.0f} s"
+            found, reason = {}, f"no answer within {LOOK_UP_TIMEOUT_S:.0f} s"
         except (OSError, ValueError) as error:
-            found, reason = set(), str(error)
+            found, reason = {}, str(error)
         if reason and reason != self._failures.get(key):
             known = len(self._numbers.get(key, ()))
             log.warning("engine %s: cannot look up servers in %s: %s; %d are known", pool.name, source, reason, known)
@@ -149,6 +169,7 @@ class Discovery:
             own = self._shard.share(found)
             self._note_share(pool, len(own), len(found))
             self._number(pool, own)
+            self._report_ports[key] = found
 
     def _note_share(self, pool: HttpEngineConfig, own: int, found: int) -> None:
         """Log how many of the servers are this gateway's, whenever that changes."""
@@ -157,15 +178,15 @@ class Discovery:
             shared = "" if found >= self._shard.count else ", which it may share: there are fewer servers than gateways"
             log.info("engine %s: %d of %d servers are this gateway's%s", pool.name, own, found, shared)
 
-    async def _find(self, pool: HttpEngineConfig) -> set[str]:
-        """Return the base URLs of the servers of ``pool``. Raises OSError, TimeoutError or ValueError."""
+    async def _find(self, pool: HttpEngineConfig) -> dict[str, int | None]:
+        """Return the servers of ``pool``, as `read_servers`. Raises OSError, TimeoutError or ValueError."""
         if pool.discover is not None and pool.discover.file is not None:
-            return set(await asyncio.to_thread(read_urls, pool.discover.file))
+            return await asyncio.to_thread(read_servers, pool.discover.file)
         url = urlsplit(pool.base_url)
         addresses = await self._resolve(url.hostname or "", url.port or 80)
-        return {_at(pool.base_url, address) for address in addresses if _is_usable(address)}
+        return {_at(pool.base_url, address): None for address in addresses if _is_usable(address)}
 
-    def _number(self, pool: HttpEngineConfig, found: set[str]) -> None:
+    def _number(self, pool: HttpEngineConfig, found: Set[str]) -> None:
         """Give each server of ``found`` that is new a number, and forget the others."""
         assert pool.discover is not None
         old = self._numbers.get(_key(pool), {})
@@ -179,6 +200,14 @@ class Discovery:
             new[url] = next(number for number in range(len(taken) + 1) if number not in taken)
             log.info("engine %s-%d is %s", pool.name, new[url], url)
         self._numbers[_key(pool)] = new
+
+
+def _engine(section: HttpEngineConfig, number: int, url: str, report_port: int | None) -> HttpEngineConfig:
+    """Return the section of the server at ``url``. A ``report_port`` of its own replaces that of ``section``."""
+    changes: dict[str, Any] = {"name": f"{section.name}-{number}", "base_url": url}
+    if section.report is not None and report_port is not None:
+        changes["report"] = section.report.model_copy(update={"port": report_port})
+    return section.model_copy(update=changes)
 
 
 def _pools(sections: Sequence[EngineConfig]) -> list[HttpEngineConfig]:

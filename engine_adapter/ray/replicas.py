@@ -31,12 +31,12 @@ class Replica:
 
         self._server = ServerProcess(command, ray.util.get_node_ip_address())
 
-    def url(self) -> str:
-        """Return the URL of the server once it answers; "" before."""
+    def address(self) -> tuple[str, int | None]:
+        """Return the URL of the server once it answers, "" before, and the port of its report channel, if chosen."""
         if self._server.exit_code is not None:
             # Not an exception, which would leave the actor alive.
             os._exit(1)
-        return self._server.url if self._server.is_healthy() else ""
+        return self._server.url if self._server.is_healthy() else "", self._server.report_port
 
     def stop(self, drain_s: float) -> int:
         """Stop the server, which has ``drain_s`` to finish its requests. Returns its exit code."""
@@ -47,6 +47,7 @@ class Replica:
 class _Slot:
     """One replica: its placement group, its actor, and its server's URL, "" while the server does not answer.
 
+    ``report_port``: of the server's report channel, if it was chosen for this server.
     ``has_served``: the server has answered since it was started, so it may have requests even while it is too busy to
     answer.
     """
@@ -54,6 +55,7 @@ class _Slot:
     group: Any
     actor: Any
     url: str = ""
+    report_port: int | None = None
     has_served: bool = False
 
 
@@ -73,7 +75,7 @@ class Replicas:
     bundle: Mapping[str, float]
     file: Path
     _slots: list[_Slot] = field(default_factory=list)
-    _written: list[str] | None = None
+    _written: list[Any] | None = None
 
     def start(self) -> None:
         """Start the actors. Those for which the cluster has no room wait for it."""
@@ -84,11 +86,11 @@ class Replicas:
         import ray
         from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
-        asked = [slot.actor.url.remote() for slot in self._slots]
+        asked = [slot.actor.address.remote() for slot in self._slots]
         until = time.monotonic() + ASK_TIMEOUT_S
         for index, (slot, answer) in enumerate(zip(self._slots, asked, strict=True)):
             try:
-                url = ray.get(answer, timeout=max(0.0, until - time.monotonic()))
+                url, slot.report_port = ray.get(answer, timeout=max(0.0, until - time.monotonic()))
             except GetTimeoutError:
                 ray.cancel(answer)
                 continue
@@ -103,9 +105,9 @@ class Replicas:
             if url != slot.url:
                 log.info("replica %d: %s", index, url or f"{slot.url} is lost")
             slot.url, slot.has_served = url, slot.has_served or bool(url)
-        urls = [slot.url for slot in self._slots if slot.url]
-        self._write(urls)
-        return urls
+        serving = [slot for slot in self._slots if slot.url]
+        self._write([_entry(slot.url, slot.report_port) for slot in serving])
+        return [slot.url for slot in serving]
 
     def stop(self, drain_s: float) -> list[int]:
         """Stop all servers at once; each has ``drain_s`` (s) to finish its requests. Returns the exit codes.
@@ -140,11 +142,16 @@ class Replicas:
         actor = ray.remote(Replica).options(scheduling_strategy=strategy, max_restarts=-1, resources=others, **needs)
         return _Slot(group, actor.remote(list(self.command)))
 
-    def _write(self, urls: list[str]) -> None:
-        if urls == self._written:
+    def _write(self, entries: list[Any]) -> None:
+        if entries == self._written:
             return
         # A reader sees the old file or the new one.
         new = self.file.with_name(f".{self.file.name}.new")
-        new.write_text(json.dumps({"engines": urls}))
+        new.write_text(json.dumps({"engines": entries}))
         new.replace(self.file)
-        self._written = urls
+        self._written = entries
+
+
+def _entry(url: str, report_port: int | None) -> Any:
+    """Return the server's entry in the file: its URL, or an object with the port of its report channel too."""
+    return url if report_port is None else {"url": url, "report_port": report_port}

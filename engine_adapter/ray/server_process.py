@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+
+from engine_adapter.report_channel.server import ADDRESS_ENV
 
 HEALTH_TIMEOUT_S = 1.0
 """Seconds to wait for the server's `/health`."""
@@ -21,15 +24,30 @@ KILL_S = 10.0
 
 
 class ServerProcess:
-    """A server that runs ``command``, in which ``{host}`` and ``{port}`` stand for its address."""
+    """A server that runs ``command``, in which ``{host}`` and ``{port}`` stand for its address.
+
+    Attributes:
+        url: its base URL.
+        report_port: where its report channel listens, if the environment asks for a free port (``HOST:0``); else None.
+    """
 
     def __init__(self, command: Sequence[str], host: str) -> None:
         port = _free_port(host)
         self.url = f"http://{host}:{port}"
         words = [word.replace("{host}", host).replace("{port}", str(port)) for word in command]
+        report_host, _, report_port = os.environ.get(ADDRESS_ENV, "").rpartition(":")
+        self.report_port: int | None = None
+        environment = dict(os.environ)
+        if report_port == "0":
+            # Servers of one machine share the environment, but cannot share a port.
+            self.report_port = _free_port(report_host.removeprefix("[").removesuffix("]"))
+            environment[ADDRESS_ENV] = f"{report_host}:{self.report_port}"
         # NOTE: the supervisor acts when the starting thread ends. Ray runs the methods of an actor in its main thread.
         self._supervisor = subprocess.Popen(
-            [sys.executable, "-P", str(SUPERVISOR), *words], stdin=subprocess.DEVNULL, start_new_session=True
+            [sys.executable, "-P", str(SUPERVISOR), *words],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=environment,
         )
 
     @property

@@ -65,7 +65,9 @@ class DiscoverConfig(Section):
 class ReportConfig(Section):
     """The report channel of a vLLM server that runs the scheduler class."""
 
-    port: int = Field(ge=1, le=65535, description="Port in the server's ANTARES_REPORT_ADDRESS.")
+    port: int | None = Field(
+        None, ge=1, le=65535, description="Port in the server's ANTARES_REPORT_ADDRESS; null: as discover.file says."
+    )
     key_env: str = Field(min_length=1, description="Environment variable with the server's ANTARES_REPORT_KEY.")
     host: str | None = Field(None, min_length=1, description="By default the host of the server.")
 
@@ -97,6 +99,13 @@ class HttpEngineConfig(Section):
     def _addresses_have_no_certificates(self) -> HttpEngineConfig:
         if self.discover is not None and self.discover.file is None and not self.base_url.lower().startswith("http://"):
             raise ValueError("discover needs a base_url with http://: certificates name hosts, not addresses")
+        return self
+
+    @model_validator(mode="after")
+    def _report_has_a_port(self) -> HttpEngineConfig:
+        from_file = self.discover is not None and self.discover.file is not None
+        if self.report is not None and self.report.port is None and not from_file:
+            raise ValueError("report.port is missing; only a discover.file can say it for each server")
         return self
 
     @property

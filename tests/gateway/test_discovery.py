@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from engine_adapter.engine import EngineEvents
+from engine_adapter.report_channel.messages import EngineLimits
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway import discovery
 from gateway.config.engines import HttpEngineConfig, SimulatedEngineConfig
@@ -22,6 +23,7 @@ from gateway.scheduling.shards import Shard
 from tests.fixtures.live_gateway import CHAT, Live, StubbedEngine, chat, fast_engine, gateway_config, live
 from tests.fixtures.live_server import eventually, serve
 from tests.fixtures.ports import free_port
+from tests.fixtures.report_channel import KEY, LIMITS, report_server
 from tests.fixtures.served_process import served
 
 SECTION: dict[str, Any] = {"kind": "http", "name": "pool", "base_url": "http://pods.test:8000", "discover": {}}
@@ -212,6 +214,8 @@ async def test_each_url_in_a_file_is_an_engine(tmp_path: Path) -> None:
     [
         "", "[]", "{}", '{"engines": null}', '{"engines": [7]}', '{"engines": ["10.0.0.5:8000"]}',
         '{"engines": ["http://"]}', '{"engines": ["file:///etc/passwd"]}', '{"engines": ["http://user:key@a"]}',
+        '{"engines": [{"report_port": 9}]}', '{"engines": [{"url": "http://a", "report_port": 65536}]}',
+        '{"engines": [{"url": "http://a", "report_port": "9"}]}',
         '{"engines": ["http://[::1"]}', "\xff", "[" * 100_000, '{"engines": []}', " " * (discovery.MAX_FILE_BYTES + 1),
     ],
 )  # fmt: skip
@@ -225,6 +229,32 @@ async def test_bad_file_changes_nothing(tmp_path: Path, content: str, caplog: py
     assert "cannot look up servers" in caplog.text
     file.unlink()
     assert await found(resolver, pool, knows) == before
+
+
+async def test_file_says_the_report_port_of_each_server(tmp_path: Path) -> None:
+    file, report = tmp_path / "engines.json", {"key_env": "KEY"}
+    pool, knows = section(discover={"file": str(file)}, report=report), Discovery(ScriptedResolver())
+    servers = ["http://a:1", {"url": "http://a:2", "report_port": 9502}]
+
+    async def ports(pool: Any) -> list[int | None]:
+        await knows.refresh([pool])
+        return [engine.report.port for engine in knows.expand(pool)]
+
+    assert await ports(pool) == [None]
+    file.write_text(json.dumps({"engines": servers}))
+    assert await ports(pool) == [None, 9502]
+    assert await ports(section(discover={"file": str(file)}, report={**report, "port": 9410})) == [9410, 9502]
+    file.write_text(json.dumps({"engines": [servers[0], {**servers[1], "report_port": 9503}]}))
+    assert await ports(pool) == [None, 9503]
+    silent = section(discover={"file": str(file)})
+    assert [engine.report for engine in knows.expand(silent)] == [None, None]
+
+
+def test_report_port_may_be_missing_only_where_a_file_says_it() -> None:
+    with pytest.raises(ValueError, match=r"report.port is missing"):
+        section(report={"key_env": "KEY"})
+    with pytest.raises(ValueError, match=r"report.port is missing"):
+        section(discover=None, report={"key_env": "KEY"})
 
 
 def test_configuration_accepts_tls_with_a_file() -> None:
@@ -280,6 +310,28 @@ def all_alive(antares: Live) -> bool:
 
 
 @pytest.mark.process
+async def test_servers_of_one_host_report_on_ports_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REPORT_KEY", KEY.decode())
+    file = tmp_path / "engines.json"
+    pool, knows = section(discover={"file": str(file)}, report={"key_env": "REPORT_KEY"}), Discovery()
+    async with servers("127.0.0.1", "127.0.0.2") as (port, _):
+        with report_server(limits=EngineLimits(4, 512, 1024)) as one, report_server(limits=LIMITS) as other:
+            ports = {"127.0.0.1": one.port, "127.0.0.2": other.port}
+            entries = [{"url": f"http://{host}:{port}", "report_port": ports[host]} for host in ports]
+            file.write_text(json.dumps({"engines": entries}))
+            pool = pool.model_copy(update={"report": pool.report.model_copy(update={"host": "127.0.0.1"})})
+            await knows.refresh([pool])
+            engines = [build_engine(engine) for engine in knows.expand(pool)]
+            for engine in engines:
+                await engine.start(EngineEvents())
+            await eventually(lambda: all(engine.state.reports.source == "channel" for engine in engines))
+            assert [engine.state.max_num_seqs for engine in engines] == [4, 8]
+            for engine in engines:
+                await engine.stop()
+
+
 async def test_new_address_gets_requests_and_a_vanished_one_drains() -> None:
     resolver = ScriptedResolver("127.0.0.1")
     async with servers("127.0.0.1", "127.0.0.2") as (port, engines), following(resolver, port) as antares:

@@ -18,13 +18,17 @@ class ScriptedError(Exception):
 
 
 class ScriptedActor:
-    """An actor that answers from a script; an exception is raised."""
+    """An actor that answers from a script; an exception is raised. It says ``report_port`` with every URL."""
 
-    def __init__(self, *urls: Any) -> None:
-        self._urls = list(urls)
+    def __init__(self, *urls: Any, report_port: int | None = None) -> None:
+        self._urls, self._report_port = list(urls), report_port
         self.stopped = False
-        self.url = SimpleNamespace(remote=lambda: self._urls.pop(0))
+        self.address = SimpleNamespace(remote=self._next)
         self.stop = SimpleNamespace(remote=self._stop)
+
+    def _next(self) -> Any:
+        url = self._urls.pop(0)
+        return url if isinstance(url, Exception) else (url, self._report_port)
 
     def _stop(self, drain_s: float) -> int:
         self.stopped = True
@@ -72,3 +76,10 @@ def test_stop_does_not_wait_for_a_server_that_starts_again(tmp_path: Path) -> No
         assert json.loads((tmp_path / "engines.json").read_text())["engines"] == expected
     assert running.stop(1) == []
     assert not lost.stopped
+
+
+def test_file_has_the_report_port_of_each_server_that_chose_one(tmp_path: Path) -> None:
+    running = replicas(tmp_path, ScriptedActor("http://a:1", report_port=9500), ScriptedActor("http://b:2"))
+    assert running.refresh() == ["http://a:1", "http://b:2"]
+    entries = json.loads((tmp_path / "engines.json").read_text())["engines"]
+    assert entries == [{"url": "http://a:1", "report_port": 9500}, "http://b:2"]

@@ -98,8 +98,12 @@ async def launched(folder: Path, address: str, file: Path) -> AsyncIterator[asyn
             await process.wait()
 
 
-def urls_in(file: Path) -> list[str]:
+def entries_in(file: Path) -> list[dict[str, Any]]:
     return list(json.loads(file.read_text())["engines"]) if file.exists() else []
+
+
+def urls_in(file: Path) -> list[str]:
+    return [entry["url"] for entry in entries_in(file)]
 
 
 async def until(condition: Callable[[], Awaitable[bool]], within_s: float = 60) -> None:
@@ -131,6 +135,11 @@ def short_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        # Ray notes the latest cluster there. It creates the folder for its default clusters only.
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        (Path(folder) / "ray").mkdir()
+        # Each server chooses a port for its report channel, which these simulated ones do not have.
+        monkeypatch.setenv("ANTARES_REPORT_ADDRESS", f"{HOST}:0")
         yield folder
 
 
@@ -147,6 +156,7 @@ async def test_lost_node_costs_only_its_streams_and_ray_replaces_its_server(tmp_
 
             await until(both_listed)
             first = set(urls_in(file))
+            assert len({entry["report_port"] for entry in entries_in(file)}) == 2
             async with served(tmp_path, GATEWAY.replace("FILE", str(file))) as (_, http):
                 await until(lambda: _both_up(http))
                 streams = [asyncio.create_task(ended(http, 400)) for _ in range(12)]

@@ -43,6 +43,13 @@ def wait_healthy(server: ServerProcess) -> None:
         time.sleep(0.05)
 
 
+def wait_ended(server: ServerProcess) -> None:
+    until = time.monotonic() + 20
+    while server.exit_code is None:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def server() -> Iterator[ServerProcess]:
     running = ServerProcess(command(), "127.0.0.1")
@@ -129,3 +136,25 @@ def is_running(pid: int) -> bool:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_servers_of_one_host_get_report_ports_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str
+) -> None:
+    monkeypatch.setenv("ANTARES_REPORT_ADDRESS", f"{host}:0")
+    code = "import os, sys; open(sys.argv[2], 'w').write(os.environ['ANTARES_REPORT_ADDRESS'])"
+    ports = set()
+    for name in ("a", "b"):
+        server = ServerProcess([sys.executable, "-c", code, "{port}", str(tmp_path / name)], "127.0.0.1")
+        wait_ended(server)
+        assert (tmp_path / name).read_text() == f"{host}:{server.report_port}"
+        ports.add(server.report_port)
+    assert len(ports) == 2
+
+
+def test_report_address_with_a_port_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTARES_REPORT_ADDRESS", "127.0.0.1:9410")
+    server = ServerProcess(["true"], "127.0.0.1")
+    wait_ended(server)
+    assert server.report_port is None

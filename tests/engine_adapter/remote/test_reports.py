@@ -188,7 +188,7 @@ async def test_wrong_key_leaves_the_engine_usable() -> None:
 
 
 def test_key_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = {"port": 9410, "host": None, "key_env": "REPORT_KEY"}
+    report: dict[str, Any] = {"port": 9410, "host": None, "key_env": "REPORT_KEY"}
 
     def build() -> Any:
         return http_engine(api_key_env=None, report=report, name="remote", base_url="http://127.0.0.1:9")
@@ -199,6 +199,8 @@ def test_key_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineStartError, match="REPORT_KEY must have at least 16 bytes"):
         build()
     monkeypatch.setenv("REPORT_KEY", "k" * 16)
+    assert build().name == "remote"
+    report["port"] = None  # a server whose entry in `discover.file` has no port
     assert build().name == "remote"
 
 

@@ -147,6 +147,13 @@ def test_recording_of_several_models_needs_a_choice(tmp_path: Path) -> None:
         make_workload("sharegpt", qps=1, requests=1, trace_models=["small"])
 
 
+def test_window_of_a_recording_has_requests_that_ended_late(tmp_path: Path) -> None:
+    line = {"input_length": 9, "output_length": 1, "block_tokens": 64, "slo_class": "chat"}
+    path = _lines(tmp_path / "own.jsonl", [line | {"timestamp": at} for at in (1000, 9000, 2000)])
+
+    assert [row.at_s for row in read_trace(path, window_s=5)] == [0.0, 1.0]
+
+
 def test_last_line_may_be_under_way(tmp_path: Path) -> None:
     row = {"timestamp": 0, "input_length": 99, "output_length": 1, "block_tokens": 64, "hash_ids": [7]}
     path = _lines(tmp_path / "own.jsonl", [row, row])
