@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,11 +169,10 @@ class Gateway:
             scope = {**scope, "method": "GET", HEADERS_ONLY_KEY: True}
         await self._operator(scope, receive, send)
 
-    async def _serve_api(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _serve_api(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["path"].startswith(API_PREFIX):
-            await self.proxy(scope, receive, send)
-        else:
-            await send_error(send, unknown_path(scope["path"]))
+            return self.proxy(scope, receive, send)
+        return send_error(send, unknown_path(scope["path"]))
 
     async def start(self) -> None:
         """Start every engine and return when all can serve. Raises `engine_adapter.engine.EngineStartError`."""

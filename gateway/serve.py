@@ -103,6 +103,9 @@ async def serve(
                 ws="none",
                 lifespan="off",
                 access_log=False,
+                # NOTE: `check_local` needs the address that a proxy on this machine forwards, although each request of
+                # the API passes one coroutine more for it.
+                proxy_headers=True,
                 log_level="warning",
                 server_header=False,
                 backlog=2048,

@@ -44,7 +44,9 @@ _MAX_CHOICES = 4096
 def can_rebuild(body: Json) -> bool:
     """Whether the non-streaming response to ``body`` (a parsed OpenAI request) can be rebuilt from a stream."""
     # NOTE: not `in (None, False)`, because 0 == False and prompt_logprobs=0 counts as set.
-    if any(body.get(name) is not None and body[name] is not False for name in NOT_REBUILDABLE):
+    if not NOT_REBUILDABLE.isdisjoint(body) and any(
+        body.get(name) is not None and body[name] is not False for name in NOT_REBUILDABLE
+    ):
         return False
     # Echoed prompt tokens have logprobs, whose text offsets restart in a stream.
     return not (body.get("echo") and body.get("logprobs") is not None)

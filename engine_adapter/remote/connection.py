@@ -21,10 +21,7 @@ class Receiver(Protocol):
     status: int
     headers: Headers
     read_at: float
-
-    @property
-    def complete(self) -> bool:
-        """Whether the whole response has arrived."""
+    complete: bool
 
     def on_head(self, status: int) -> bool:
         """Take the status; the headers are complete. Returns whether a body follows."""

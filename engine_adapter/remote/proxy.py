@@ -14,8 +14,9 @@ import orjson
 from engine_adapter.asgi import (
     BODY_KEY,
     ClientDisconnected,
+    JsonBody,
     encode_json,
-    read_document_or_body,
+    read_body,
     run_until_disconnect,
 )
 from engine_adapter.engine import (
@@ -28,7 +29,7 @@ from engine_adapter.engine import (
     Scope,
     Send,
 )
-from engine_adapter.remote.assemble import Assembler
+from engine_adapter.remote.assembled import assembled
 from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.client_request import USUAL_DONE, BadUpstreamError, ClientRequest, NullObserver
 from engine_adapter.remote.counting.by_path import counter_for
@@ -43,9 +44,8 @@ from engine_adapter.remote.request import (
     upstream_headers,
 )
 from engine_adapter.remote.response import READABLE_ENCODINGS, Response
-from engine_adapter.remote.sse import ParsedEvent, parse_data
+from engine_adapter.remote.sse import parse_data
 from engine_adapter.remote.step_samples import StepSampler, StreamTiming
-from engine_adapter.remote.tool_calls import UnreadableStream
 from engine_adapter.remote.upstream_error import error_status
 
 log = logging.getLogger("antares.engine.http")
@@ -134,16 +134,22 @@ class HttpProxy:
         """Whether the server sends nothing, and for longer than its streams explain. Call it regularly."""
         return self._upstream.silent_s() > self._sampler.silence_limit_s()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request. A caller that passes a parsed body cancels this when the client disconnects."""
+        body: JsonBody | None = scope.get(BODY_KEY)
+        if body is None:
+            return self._serve_unparsed(scope, receive, send)
+        # NOTE: a coroutine less for each event to pass through.
+        return self._serve(scope, body.take_document(), b"", send)
+
+    async def _serve_unparsed(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         try:
-            document, raw = await read_document_or_body(scope, receive)
+            raw = await read_body(receive)
         except ClientDisconnected:
             return
-        serving = self._serve(scope, document, raw, send)
-        await (serving if BODY_KEY in scope else run_until_disconnect(serving, receive))
+        await run_until_disconnect(self._serve(scope, None, raw, send), receive)
 
     async def _serve(self, scope: Scope, document: dict[str, Any] | None, raw: bytes, send: Send) -> None:
         plan = self._plan(scope, document, raw)
@@ -252,7 +258,8 @@ class HttpProxy:
             return
         on_read = partial(self._on_read, response, counter, timing)
         if plan.rewritten and isinstance(counter, CompletionCounter):
-            await self._assemble(request, response, counter, on_read)
+            status, data = await assembled(response, counter, on_read)
+            await request.send_json(status, data, downstream_headers(response.headers, altered=True))
         else:
             await self._stream(request, plan, response, counter, on_read)
         response.close_after_last_bytes()
@@ -273,52 +280,27 @@ class HttpProxy:
         on_read: Callable[[int], None],
     ) -> None:
         await request.send_head(response, altered=True)
+        hidden = EventKind.USAGE if plan.asked_usage else None
         reader = EventReader(response, counter, counter.see, on_read)
         while batch := await reader.next():
+            if not counter.ended and len(batch) == 1:
+                kind, event = batch[0]
+                if kind is not hidden:
+                    await request.send({"type": "http.response.body", "body": event, "more_body": True})
+                continue
             last = batch.pop() if counter.ended else None
-            kept = [event for kind, event in batch if not (plan.asked_usage and kind is EventKind.USAGE)]
+            kept = [event for kind, event in batch if kind is not hidden]
             if last is not None and last[1] in USUAL_DONE:
                 kept.append(last[1])
                 last = None
             if kept:
                 ended = counter.ended and last is None
-                await request.send_body(kept[0] if len(kept) == 1 else b"".join(kept), more=not ended)
+                await request.send_body(b"".join(kept), more=not ended)
                 if ended:
                     return
             if last is not None:
                 await request.send_last(*last, counter)
         await request.send_body(b"", more=False)
-
-    async def _assemble(
-        self,
-        request: ClientRequest,
-        response: Response,
-        counter: CompletionCounter,
-        on_read: Callable[[int], None],
-    ) -> None:
-        assembler = Assembler()
-
-        def see(event: bytes, at: float) -> EventKind:
-            text = counter.see_text(event, at)
-            if text is not None:
-                assembler.add_text(counter.texts.place, text, len(event))
-                return EventKind.TOKEN
-            parsed = ParsedEvent.of(event)
-            kind = counter.see_parsed(parsed, at)
-            assembler.add(parsed)
-            return kind
-
-        reader = EventReader(response, counter, see, on_read)
-        try:
-            while await reader.next():
-                pass
-            status, body = assembler.response()
-            data = orjson.dumps(body)
-        except UnreadableStream as error:
-            raise BadUpstreamError(f"sent a stream that cannot be assembled: {error}") from error
-        except orjson.JSONEncodeError as error:
-            raise BadUpstreamError("sent a stream that cannot be assembled: it nests too deeply") from error
-        await request.send_json(status, data, downstream_headers(response.headers, altered=True))
 
     async def _relay(self, request: ClientRequest, response: Response) -> None:
         """Forward a response unchanged."""

@@ -36,13 +36,18 @@ _REPLACED = frozenset((b"host", b"content-length", b"accept-encoding", b"expect"
 _SLO_PREFIXES = (b"x-slo-", b"x-llm-d-slo-")
 # The gateway's own server sets them, so the client would get two.
 _SERVERS_OWN = frozenset((b"date", b"server"))
+_BODY_HEADERS = frozenset((b"content-length", b"content-encoding", b"content-md5", b"etag"))
+
+_NOT_SENT = _HOP_BY_HOP | _CREDENTIALS | _REPLACED
+_NOT_RETURNED = _HOP_BY_HOP | _SERVERS_OWN
+_NOT_RETURNED_IF_ALTERED = _NOT_RETURNED | _BODY_HEADERS
 
 
 def upstream_headers(headers: Iterable[tuple[bytes, bytes]], api_key: str | None, send_slo: bool) -> Headers:
     """Headers of the upstream request: without hop-by-hop headers and gateway credentials, with the engine's key."""
     forwarded: Headers = []
     received = [(raw.lower(), value) for raw, value in headers]
-    dropped = _HOP_BY_HOP | _CREDENTIALS | _REPLACED | _connection_options(received)
+    dropped = _with_connection_options(_NOT_SENT, received)
     for name, value in received:
         if name in dropped:
             continue
@@ -60,17 +65,17 @@ def downstream_headers(headers: Iterable[tuple[bytes, bytes]], altered: bool) ->
 
     ``altered``: the proxy changes the body, so headers that describe its exact bytes are dropped.
     """
-    body_headers = (b"content-length", b"content-encoding", b"content-md5", b"etag")
     received = [(raw.lower(), value) for raw, value in headers]
-    dropped = _HOP_BY_HOP | _SERVERS_OWN | _connection_options(received)
-    dropped |= frozenset(body_headers) if altered else frozenset()
+    dropped = _with_connection_options(_NOT_RETURNED_IF_ALTERED if altered else _NOT_RETURNED, received)
     return [(name, value) for name, value in received if name not in dropped]
 
 
-def _connection_options(headers: Headers) -> frozenset[bytes]:
-    """Additional hop-by-hop headers, named by the ``Connection`` header."""
-    names = b",".join(value for name, value in headers if name == b"connection")
-    return frozenset(name.strip().lower() for name in names.split(b","))
+def _with_connection_options(dropped: frozenset[bytes], headers: Headers) -> frozenset[bytes]:
+    """Return ``dropped`` and the additional hop-by-hop headers that the ``Connection`` header names."""
+    values = [value for name, value in headers if name == b"connection"]
+    if not values:
+        return dropped
+    return dropped | {name.strip().lower() for name in b",".join(values).split(b",")}
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Protocol
 
@@ -45,23 +45,26 @@ class Response:
     """The server's response. Leaving its ``with`` block closes it, which ends its generation.
 
     Attributes:
+        complete: whether the whole response has arrived.
         status: the HTTP status.
         headers: the headers, with names in lower case.
         read_at: when bytes last arrived (monotonic s).
     """
 
     __slots__ = (
-        "_complete",
         "_connection",
         "_decompressor",
         "_error",
         "_head_arrived",
+        "_is_compressed",
         "_is_head",
+        "_loop",
         "_timer",
         "_unread",
         "_unread_bytes",
         "_upstream",
         "_waiter",
+        "complete",
         "headers",
         "read_at",
         "status",
@@ -74,14 +77,16 @@ class Response:
         self._upstream = upstream
         self._connection: Connection | None = connection
         self._is_head = is_head
-        self._head_arrived = self._complete = False
+        self._head_arrived = self.complete = False
         self._unread: list[bytes] = []
         self._unread_bytes = 0
         self._error: EngineLost | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._is_compressed: bool | None = None
         self._decompressor: Callable[[bytes], bytes] | None = None
         first_check_s = min(upstream.head_timeout_s, upstream.read_timeout_s)
-        self._timer = asyncio.get_running_loop().call_later(first_check_s, self._check_time, self.read_at)
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(first_check_s, self._check_time, self.read_at)
 
     def __enter__(self) -> Response:
         return self
@@ -95,18 +100,16 @@ class Response:
         return self._upstream.where
 
     @property
-    def complete(self) -> bool:
-        """Whether the whole response has arrived."""
-        return self._complete
-
-    @property
     def awaited(self) -> bool:
         """Whether a reader waits for bytes. If not, its client is slow, and the server need not send."""
         return self._waiter is not None
 
     def header(self, name: bytes) -> str:
         """The value of a header in lower case; "" without it."""
-        return next((value.decode("latin-1").lower() for key, value in self.headers if key == name), "")
+        for key, value in self.headers:
+            if key == name:
+                return value.decode("latin-1").lower()
+        return ""
 
     async def read(self) -> bytes:
         """The bytes of the body that arrived since the last call, still encoded; b"" at its end. Raises `EngineLost`.
@@ -116,9 +119,14 @@ class Response:
         while not self._unread:
             if self._error is not None:
                 raise self._error
-            if self._complete:
+            if self.complete:
                 return b""
-            await self._wait()
+            # NOTE: not `_wait`, a coroutine more to resume for each read.
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         data = self._unread[0] if len(self._unread) == 1 else b"".join(self._unread)
         self._unread.clear()
         if self._unread_bytes > _MAX_UNREAD_BYTES and self._connection is not None:
@@ -126,14 +134,18 @@ class Response:
         self._unread_bytes = 0
         return data
 
-    async def read_plain(self) -> bytes:
+    def read_plain(self) -> Awaitable[bytes]:
         """As `read`, but decompressed if the body is gzip or deflate. Other encodings pass unchanged.
 
         A server may compress although the request asks for ``identity``.
         """
+        if self._is_compressed is None:
+            self._is_compressed = self.header(b"content-encoding") in _COMPRESSED
+        return self._read_decompressed() if self._is_compressed else self.read()
+
+    async def _read_decompressed(self) -> bytes:
         if self._decompressor is None:
-            packed = self.header(b"content-encoding") in _COMPRESSED
-            self._decompressor = zlib.decompressobj(_GZIP_OR_ZLIB).decompress if packed else _unchanged
+            self._decompressor = zlib.decompressobj(_GZIP_OR_ZLIB).decompress
         while data := await self.read():
             try:
                 # NOTE: the first bytes of a compressed body may give no output yet.
@@ -163,17 +175,17 @@ class Response:
         """Free the connection, and close it unless it can be used again. Idempotent."""
         connection = self._detach()
         if connection is not None:
-            connection.finish(self._complete)
+            connection.finish(self.complete)
 
     def close_after_last_bytes(self) -> None:
         """As `close`, but give the server `LAST_BYTES_S` to complete a response whose last event has arrived."""
         connection = self._detach()
         if connection is not None:
-            connection.finish(self._complete, wait_s=LAST_BYTES_S)
+            connection.finish(self.complete, wait_s=LAST_BYTES_S)
 
     def fail(self, error: EngineLost) -> None:
         """End the response with ``error``, unless it is complete, and close its connection."""
-        if self._complete or self._error is not None:
+        if self.complete or self._error is not None:
             return
         self._error = error
         if self._connection is not None:
@@ -184,7 +196,7 @@ class Response:
         """Take the status; the headers are complete. Returns whether a body follows. Called by the connection."""
         self.status, self._head_arrived = status, True
         if self._is_head:
-            self._complete = True
+            self.complete = True
         self._wake()
         return not self._is_head
 
@@ -194,17 +206,18 @@ class Response:
         self._unread_bytes += len(data)
         if self._unread_bytes > _MAX_UNREAD_BYTES and self._connection is not None:
             self._connection.pause()
-        if self._waiter is not None:
-            self._wake()
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def on_complete(self) -> None:
         """Note that the body is complete. Called by the connection."""
-        self._complete = True
+        self.complete = True
         self._wake()
 
     def on_lost(self, reason: str) -> None:
         """Note that the connection broke. Called by the connection."""
-        if not self._complete and self._error is None:
+        if not self.complete and self._error is None:
             self._error = self._lost(reason)
         self._wake()
 
@@ -223,7 +236,7 @@ class Response:
             waiter.set_result(None)
 
     async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
@@ -242,8 +255,4 @@ class Response:
             self.fail(self._lost(late))
             return
         again_in_s = min(due - now, upstream.read_timeout_s)
-        self._timer = asyncio.get_running_loop().call_later(again_in_s + 0.001, self._check_time, began)
-
-
-def _unchanged(data: bytes) -> bytes:
-    return data
+        self._timer = self._loop.call_later(again_in_s + 0.001, self._check_time, began)

@@ -102,7 +102,7 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 
     Both are empty for a comment. Other fields are ignored. A byte order mark may open the stream, so it is skipped.
     """
-    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and event.find(b"\r") < 0:
         return b"", event[6:-2]  # Most events are one line of data.
     name = b""
     data: list[bytes] = []
@@ -117,6 +117,8 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 
 def parse_data(data: bytes) -> dict[str, Any] | None:
     """The JSON object in an event's data, or None if it has none (a comment, ``[DONE]``, invalid JSON)."""
+    if data.startswith(b"["):
+        return None  # It is no object. For ``[DONE]``, raising the parser's error would cost more than parsing.
     try:
         parsed = orjson.loads(data)
     except orjson.JSONDecodeError:

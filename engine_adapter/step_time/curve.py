@@ -132,8 +132,8 @@ class StepCurve:
         knots = self._knots
         sizes, slopes, taken = self._least_slopes(max_tokens).lists
         filled = _interpolate(_interpolate(decodes, knots, taken) + (spare_s - self.h), taken, knots)
-        at = bisect_left(sizes, min(filled, max_tokens))
-        right = min(max(bisect_left(knots, decodes), 1), len(knots) - 1)
+        at = bisect_left(sizes, filled if filled < max_tokens else max_tokens)
+        right = bisect_left(knots, decodes, 1, len(knots) - 1)
         left = right - 1
         share = (decodes - knots[left]) / (knots[right] - knots[left])
         at_left = slopes[left][at]
@@ -182,7 +182,8 @@ class StepCurve:
 
     def _f(self, tokens: float) -> float:
         knots, values = self._knots, self._values
-        at = min(max(bisect_left(knots, tokens), 1), len(knots) - 1)
+        # Beyond the last knot, the last slope continues.
+        at = bisect_left(knots, tokens, 1, len(knots) - 1)
         left, right = knots[at - 1], knots[at]
         return values[at - 1] + (values[at] - values[at - 1]) * (tokens - left) / (right - left)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from secrets import token_hex
+from os import urandom
 from typing import Any
 
 from starlette.datastructures import Headers as HeaderView
@@ -120,21 +120,25 @@ class HttpRequest:
         if connection is not None:
             connection.give_up_body()
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """Send ``message`` to the client, and note the response's status."""
         if message["type"] == "http.response.start":
-            self.status, self.response_started = message["status"], True
-            headers, self.streaming = client_headers(message.get("headers", ()))
-            if self.rate_headers is not None:
-                # The tenant's limits are the gateway's, not those of the engine's server.
-                headers = [header for header in headers if not header[0].lower().startswith(b"x-ratelimit-")]
-                headers += self.rate_headers()
-            message = {**message, "headers": [*headers, (_REQUEST_ID, self.request_id)]}
-            if self.status >= 400 and self.route.errors.adapted is not None and not self.streaming:
-                self._error_start = message
-                return
-        elif self._error_start is not None:
-            await self._send_error_body(message)
+            return self._send_start(message)
+        if self._error_start is not None:
+            return self._send_error_body(message)
+        # NOTE: a coroutine less for each event to pass through.
+        return self.client_send(message)
+
+    async def _send_start(self, message: Message) -> None:
+        self.status, self.response_started = message["status"], True
+        headers, self.streaming = client_headers(message.get("headers", ()))
+        if self.rate_headers is not None:
+            # The tenant's limits are the gateway's, not those of the engine's server.
+            headers = [header for header in headers if not header[0].lower().startswith(b"x-ratelimit-")]
+            headers += self.rate_headers()
+        message = {**message, "headers": [*headers, (_REQUEST_ID, self.request_id)]}
+        if self.status >= 400 and self.route.errors.adapted is not None and not self.streaming:
+            self._error_start = message
             return
         await self.client_send(message)
 
@@ -181,7 +185,6 @@ def client_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[Headers, boo
 
 def _request_id(given: str | None) -> bytes:
     """Return the client's own id if its characters are safe in headers and logs, else a new one."""
-    given = (given or "").strip()
-    if _SAFE_ID.fullmatch(given):
+    if given and _SAFE_ID.fullmatch(given := given.strip()):
         return given.encode()
-    return token_hex(16).encode()
+    return urandom(16).hex().encode()

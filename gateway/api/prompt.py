@@ -13,14 +13,16 @@ from gateway.api.errors import bad_request
 from gateway.prompts.content import Features, Part, PromptContent
 from gateway.prompts.reader import last_text, read_message, read_parts, read_tools
 
-_ELSEWHERE = (
-    "truncate_prompt_tokens",
-    "previous_response_id",
-    "conversation",
-    "prompt_embeds",
-    "input_embeds",
-    "chat_template",
-    "context_management",
+_ELSEWHERE = frozenset(
+    (
+        "truncate_prompt_tokens",
+        "previous_response_id",
+        "conversation",
+        "prompt_embeds",
+        "input_embeds",
+        "chat_template",
+        "context_management",
+    )
 )
 """Fields that cut the prompt, replace its template, or name a part of it that the server has."""
 
@@ -135,7 +137,9 @@ def read_responses(body: dict[str, Any]) -> Prompt:
 
 def _is_whole(body: dict[str, Any]) -> bool:
     """Whether a body holds its whole prompt, so that the engine's count of tokens belongs to it."""
-    return all(body.get(field) is None for field in _ELSEWHERE) and not isinstance(body.get("prompt"), dict)
+    if not _ELSEWHERE.isdisjoint(body) and any(body.get(field) is not None for field in _ELSEWHERE):
+        return False
+    return not isinstance(body.get("prompt"), dict)
 
 
 def _read_common(body: dict[str, Any]) -> int:

@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from secrets import token_hex
+from os import urandom
 from typing import Any
 
 from engine_adapter.asgi import ClientDisconnected
@@ -76,6 +76,9 @@ log = logging.getLogger("antares.proxy")
 
 MAX_HEADERS = 128
 """Limit on the header lines of a request."""
+
+_NOTHING = contextlib.nullcontext()
+"""In place of `KeepAlive` for a request without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +264,7 @@ class Proxy:
         slo_class, slo = read_slo(http.headers, key, self.classes)
         prompt = route.read_prompt(document)
         request = Request(
-            id=token_hex(16),
+            id=urandom(16).hex(),
             slo_class=slo_class.name,
             arrival_s=http.arrival_s,
             slo=slo,
@@ -284,7 +287,7 @@ class Proxy:
     def _keep_alive(self, call: Call) -> contextlib.AbstractContextManager[object]:
         """Return what keeps the connection of a stream alive until its answer begins; nothing by default."""
         if self._settings.keep_alive_s is None or call.document.get("stream") is not True:
-            return contextlib.nullcontext()
+            return _NOTHING
         return KeepAlive(call.http, self._settings.keep_alive_s)
 
     def _model_of(self, document: dict[str, Any], key: ApiKey) -> tuple[str, list[EngineQueue]]:

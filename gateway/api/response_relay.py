@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 
 from engine_adapter.engine import FAILED_KEY, Message, Send
 from gateway.api.errors import ApiError, Headers
@@ -71,21 +71,21 @@ class ResponseRelay:
         self._first_token_sent_s: float | None = None
         self._last_token_sent_s = 0.0
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """Relay one message of the engine's app. This is the ``send`` that the app is called with."""
         if message["type"] != "http.response.body":
-            if message["type"] == "http.response.start":
-                # Delayed until the first body bytes, when the measured TTFT is known and can go into a header.
-                self._pending_start = message
-                self.status = message["status"]
-                self._streaming = is_event_stream(message.get("headers", ()))
-                if self.held.begin(message):
-                    self._streaming = False
-            return
-        if self._streaming:
-            await self._send_event(message)
-        else:
-            await self._send_document(message)
+            return self._begin(message)
+        # NOTE: a coroutine less for each event to pass through.
+        return self._send_event(message) if self._streaming else self._send_document(message)
+
+    async def _begin(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            # Delayed until the first body bytes, when the measured TTFT is known and can go into a header.
+            self._pending_start = message
+            self.status = message["status"]
+            self._streaming = is_event_stream(message.get("headers", ()))
+            if self.held.begin(message):
+                self._streaming = False
 
     async def _send_event(self, message: Message) -> None:
         body: bytes = message.get("body", b"")
@@ -102,10 +102,11 @@ class ResponseRelay:
             # A server may open the stream before its first token. Then no TTFT is known yet.
             has_token = bool(body) and self._progress.request.generated > 0
             await self._send_start(time.monotonic() - self._entry.request.arrival_s if has_token else None)
-        several = may_hold_several_events(body)
-        if self._format.has_error(body, several):
-            self.failed_in_stream = True
-        end = self._format.end_in(body, several)
+        end = -1
+        if not self._format.is_usual(body):
+            several = may_hold_several_events(body)
+            self.failed_in_stream |= self._format.has_error(body, several)
+            end = self._format.end_in(body, several)
         if end >= 0 and self._report and not self.failed_in_stream:
             self.measure(time.monotonic())
             message = {**message, "body": body[:end] + sse_comment(self._entry) + body[end:]}

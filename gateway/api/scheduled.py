@@ -69,8 +69,7 @@ class Scheduled:
     ) -> None:
         self._router = router
         self._predictor = predictor
-        self._ledger = ledger
-        self._recorder = recorder
+        self._ledger, self._recorder = ledger, recorder
         self._metrics = metrics
         self.failover = failover
         self._accounts = accounts
@@ -197,7 +196,7 @@ class Scheduled:
     async def _serve(self, call: Call, entry: Entry, client: DisconnectWatch, placed: EngineQueue | None) -> None:
         """Queue the request and send it to the engine that admits it, and to another one if that engine fails it.
 
-        ``placed``: where it was placed just now, if it was.
+        ``placed``: where it was placed just now and has ample room, if it was.
         """
         self.failover.budget.on_request(time.monotonic())
         served = False
@@ -227,13 +226,15 @@ class Scheduled:
         outcome: QueueOutcome = Reroute()
         while isinstance(outcome, Reroute):
             engine_queue = placed or await self._place(call)
+            # `_predict` has found ample room where it was placed, in this turn of the event loop.
+            at_once = placed is not None or engine_queue.has_ample_room(call.request)
             placed = None
             attempt = entry.begin_attempt(Attempt(engine_queue.engine.name, time.monotonic()))
             attempt.waiting, attempt.running = len(engine_queue.waiting), len(engine_queue.running)
             entry.prompt_source = call.size.source
             self._router.on_sent(engine_queue, call.request)
             try:
-                outcome = await _wait_in_queue(call.request, engine_queue, client, attempt)
+                outcome = await _wait_in_queue(call.request, engine_queue, client, attempt, at_once)
             finally:
                 if not isinstance(outcome, Admitted):
                     self._router.on_ended(engine_queue, call.request)
@@ -376,10 +377,10 @@ def _next_token_s(engine_queue: EngineQueue) -> float:
 
 
 async def _wait_in_queue(
-    request: Request, engine_queue: EngineQueue, client: DisconnectWatch, attempt: Attempt
+    request: Request, engine_queue: EngineQueue, client: DisconnectWatch, attempt: Attempt, at_once: bool
 ) -> QueueOutcome:
-    """Queue the request and return what was decided. Raises `ClientDisconnected` if the client disconnects first."""
-    decision = engine_queue.submit(request, at_once=engine_queue.has_ample_room(request))
+    """Queue the request (`EngineQueue.submit`) and return what was decided. Raises `ClientDisconnected`."""
+    decision = engine_queue.submit(request, at_once)
     if decision.done():
         return decision.result()
     attempt.position = engine_queue.waiting.position(request)

@@ -15,12 +15,12 @@ REPORT_HEADER = "x-slo-report"
 
 def first_byte_headers(entry: Entry, ttft_s: float | None) -> Headers:
     """Return ``x-antares-queue-ms``, ``-predicted-ttft-ms`` and ``-ttft-ms``, each only if its value is known."""
-    known = {
-        b"x-antares-queue-ms": entry.queue_s,
-        b"x-antares-predicted-ttft-ms": entry.predicted_ttft_s,
-        b"x-antares-ttft-ms": ttft_s,
-    }
-    return [(name, f"{seconds * 1000:.1f}".encode()) for name, seconds in known.items() if seconds is not None]
+    known = (
+        (b"x-antares-queue-ms", entry.queue_s),
+        (b"x-antares-predicted-ttft-ms", entry.predicted_ttft_s),
+        (b"x-antares-ttft-ms", ttft_s),
+    )
+    return [(name, b"%.1f" % (seconds * 1000)) for name, seconds in known if seconds is not None]
 
 
 def slo_report(entry: Entry) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class LengthStatistics:
 def within(prediction: Prediction, max_tokens: int | None, min_tokens: int) -> Prediction:
     """Return ``prediction`` within the limits that the request states."""
     most, least = math.inf if max_tokens is None else max_tokens, max(1.0, min_tokens)
+    if prediction.beyond is None and least <= prediction.tokens <= prediction.p90 <= most:
+        return prediction
     return Prediction(
         tokens=max(least, min(prediction.tokens, most)),
         p90=max(least, min(prediction.p90, most)),

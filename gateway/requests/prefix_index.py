@@ -236,8 +236,10 @@ class PrefixIndex:
         return cached, cached if still_held is None else still_held
 
     def _hit(self, request: Request, blocks: int) -> int:
+        if not blocks:
+            return 0
         tokens = blocks * request.block_tokens
-        tail = self._tails.get(request.blocks[blocks - 1]) if 0 < blocks < len(request.blocks) else None
+        tail = self._tails.get(request.blocks[blocks - 1]) if blocks < len(request.blocks) else None
         if tail is not None and request.content.startswith(tail.rest, blocks * request.block_bytes):
             # An engine caches whole blocks only.
             tokens += tail.tokens // request.block_tokens * request.block_tokens

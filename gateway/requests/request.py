@@ -9,6 +9,9 @@ from engine_adapter.service_kind import ServiceKind
 from gateway.requests.length_survival import surviving_quantile
 from gateway.requests.slo import Slo
 
+# Looking a member up in its class costs more than comparing it.
+_PACED, _DEADLINE_ONLY, _BEST_EFFORT = ServiceKind.PACED, ServiceKind.DEADLINE_ONLY, ServiceKind.BEST_EFFORT
+
 E2E_PACE_S = 0.03
 """Seconds per output token with which an end-to-end bound is split.
 
@@ -98,7 +101,8 @@ class Request:
     @property
     def uncached_tokens(self) -> int:
         """Prompt tokens that the engine must compute, at least 1: the last one is never taken from the cache."""
-        return max(1, self.prompt_tokens - self.cached_tokens)
+        uncached = self.prompt_tokens - self.cached_tokens
+        return uncached if uncached > 1 else 1
 
     @property
     def length(self) -> float:
@@ -207,6 +211,6 @@ class Request:
             pace_s = None if pace_s is None else max(pace_s, BEST_EFFORT_PACE_S)
         self.ttft_slo_s, self.pace_s, self.deadline_s = ttft_s, pace_s, self.arrival_s + ttft_s
         if self.bounds_waived or (pace_s is None and ttft_s == math.inf):
-            self.kind = ServiceKind.BEST_EFFORT
+            self.kind = _BEST_EFFORT
         else:
-            self.kind = ServiceKind.DEADLINE_ONLY if pace_s is None else ServiceKind.PACED
+            self.kind = _DEADLINE_ONLY if pace_s is None else _PACED

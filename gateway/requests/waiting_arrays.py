@@ -18,6 +18,8 @@ from gateway.requests.request import Request
 
 Floats = NDArray[np.float64]
 
+_PACED = ServiceKind.PACED
+
 _INITIAL_CAPACITY = 64
 """Rows of a new table; the capacity doubles when it is full."""
 
@@ -62,7 +64,7 @@ def tenant_number(tenant: str) -> float:
 
 
 def _row(request: Request) -> tuple[float, ...]:
-    slo, paced = request.slo, request.kind is ServiceKind.PACED
+    slo, paced = request.slo, request.kind is _PACED
     return (
         request.arrival_s,
         request.deadline_s,

@@ -137,9 +137,10 @@ class WaitingQueue(Sequence[Request]):
 
     def _table_to_update(self) -> WaitingTable | None:
         """Return the table, or None (and drop it) after so many updates that rebuilding it is cheaper."""
-        self._updates += 1
-        if self._updates > max(_MAX_UPDATES, len(self._requests) // 16):
-            self._table = None
+        if self._table is not None:
+            self._updates += 1
+            if self._updates > max(_MAX_UPDATES, len(self._requests) // 16):
+                self._table = None
         return self._table
 
     def __contains__(self, request: object) -> bool:

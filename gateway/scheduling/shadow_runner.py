@@ -67,6 +67,8 @@ class ShadowRunner:
 
     def submitted(self, request: Request) -> None:
         """``request`` arrived."""
+        if not self._active:
+            return
         self._notify(Shadow.submitted, request)
         self.wake()
 

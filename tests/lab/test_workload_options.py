@@ -15,7 +15,7 @@ from lab.workload_options import workload_arguments, workload_name
 OPTIONS: dict[str, Any] = {
     "requests": None, "duration": None, "arrivals": "poisson", "burstiness": 1.0, "trace": None, "speed": 1.0,
     "window": None, "slo_table": "llama-3.1-8b", "slo_scale": 1.0, "mix": None, "max_prompt": None, "max_output": None,
-    "rate_scale": 1.0, "trace_unit": None, "trace_block_tokens": None,
+    "rate_scale": 1.0, "trace_unit": None, "trace_block_tokens": None, "trace_model": None,
 }  # fmt: skip
 
 

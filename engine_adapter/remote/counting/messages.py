@@ -26,7 +26,7 @@ class MessagesCounter(TokenCounter):
         if (
             self.total < self._next_sample
             and event.startswith(b"event: content_block_delta\n")
-            and b'"signature_delta"' not in event
+            and event.find(b'"signature_delta"') < 0
         ):
             self._report("0", 1, at)
             return EventKind.TOKEN

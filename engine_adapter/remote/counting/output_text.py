@@ -12,7 +12,7 @@ def shows_output(choice: Json) -> bool:
     if choice.get("text"):
         return True
     delta = choice.get("delta")
-    return isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
+    return isinstance(delta, dict) and any(value and key != "role" for key, value in delta.items())
 
 
 def output_text(choice: Json) -> str:

@@ -32,12 +32,21 @@ class StreamFormat:
     errors: tuple[bytes, ...]
     openings: tuple[bytes, ...] = ()
     openings_contain: tuple[bytes, ...] = ()
+    _marked: tuple[bytes, ...] = field(init=False)
     _later_ends: tuple[bytes, ...] = field(init=False)
     _later_errors: tuple[bytes, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_marked", (*self.ends, *self.errors))
         object.__setattr__(self, "_later_ends", _after_newline(self.ends))
         object.__setattr__(self, "_later_errors", _after_newline(self.errors))
+
+    def is_usual(self, body: bytes) -> bool:
+        """Whether ``body`` is one event that neither reports a failure nor ends the stream. False: it may be another.
+
+        So most events take one test.
+        """
+        return body.find(_EVENT_END) == len(body) - len(_EVENT_END) and not body.startswith(self._marked)
 
     def has_error(self, body: bytes, several: bool) -> bool:
         """Whether an event in ``body`` reports a failure. ``several``: it may hold more than one event."""

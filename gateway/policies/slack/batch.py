@@ -15,6 +15,9 @@ from gateway.policies.running_batch import RunningBatch
 from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import Floats, WaitingArrays
 
+# Looking a member up in its class costs more than comparing it.
+_PACED, _BEST_EFFORT = ServiceKind.PACED, ServiceKind.BEST_EFFORT
+
 _MARGIN = 0.95
 """Part of each time limit that `surely_fits` uses: numbers round differently from arrays, which decide beyond it."""
 
@@ -84,7 +87,7 @@ def surely_fits(request: Request, pace_s: float, batch: RunningBatch, now: float
     if not batch.has_room_for(request):
         return False
     curve, most = batch.engine.step_time.curve, batch.engine.max_num_batched_tokens
-    weight = request.sequences * (1.0 if request.kind is ServiceKind.PACED else SLACK.best_effort_share)
+    weight = request.sequences * (1.0 if request.kind is _PACED else SLACK.best_effort_share)
     decoding = batch.decoding + weight
     step_s = curve.step_s(decoding, batch.context + (request.prompt_tokens + request.predicted_tokens / 2) * weight)
     strictest_s = min(pace_s * batch.engine.tokens_per_step, batch.strictest_s)
@@ -103,7 +106,7 @@ def fits_alone(request: Request, batch: RunningBatch, now: float) -> bool:
     """
     if request.slo.e2e_s is not None:
         return False
-    if request.kind is ServiceKind.BEST_EFFORT:
+    if request.kind is _BEST_EFFORT:
         return batch.has_room_for(request)
-    pace_s = math.inf if request.pace_s is None or request.kind is not ServiceKind.PACED else request.pace_s
+    pace_s = math.inf if request.pace_s is None or request.kind is not _PACED else request.pace_s
     return surely_fits(request, pace_s, batch, now, request.uncached_tokens)

@@ -39,6 +39,9 @@ from gateway.requests.request import Request
 from gateway.requests.waiting_arrays import tenant_number
 from gateway.requests.waiting_queue import arrays_of, tenant_weights
 
+# Looking a member up in its class costs more than comparing it.
+_PACED, _BEST_EFFORT = ServiceKind.PACED, ServiceKind.BEST_EFFORT
+
 
 @dataclass(slots=True)
 class ClassShares:
@@ -49,7 +52,7 @@ class ClassShares:
 
     def note(self, decision: Decision) -> None:
         """Count the decided requests, but no best-effort or infeasible ones. A waived one counts as rejected."""
-        decided = [(request, 1.0) for request in decision.admit if request.kind is not ServiceKind.BEST_EFFORT]
+        decided = [(request, 1.0) for request in decision.admit if request.kind is not _BEST_EFFORT]
         decided += [(rejection.request, 0.0) for rejection in decision.reject if not rejection.infeasible]
         for request, admitted in decided:
             for name in (request.slo_class, None):
@@ -76,13 +79,13 @@ class _Round:
     def admit(self, request: Request, needed_s: float = math.inf) -> None:
         """Admit ``request``. ``needed_s``: the pace that an end-to-end bound needs now; it is relaxed."""
         pace_s, tpot_s = request.pace_s, request.slo.tpot_s
-        if request.slo.e2e_s is not None and request.kind is ServiceKind.PACED:
+        if request.slo.e2e_s is not None and request.kind is _PACED:
             pace_s = min(SLACK.e2e_pace_factor * needed_s, math.inf if tpot_s is None else tpot_s)
             self.decision.paces[request.id] = pace_s
         self.batch.add((request,), pace_s)
         self.lookahead.add(request)
         self.decision.admit.append(request)
-        if self.batch.beside_yielding and request.kind is not ServiceKind.BEST_EFFORT:
+        if self.batch.beside_yielding and request.kind is not _BEST_EFFORT:
             self.decision.yielding.add(request.id)
 
 
@@ -110,7 +113,7 @@ class Slack:
 
     def order(self, request: Request) -> tuple[float, ...]:
         """Earliest deadline first; best-effort requests last, in arrival order."""
-        if request.kind is ServiceKind.BEST_EFFORT:
+        if request.kind is _BEST_EFFORT:
             return (math.inf, request.arrival_s)
         return (min(request.deadline_s, request.arrival_s + self.max_wait_s), request.arrival_s)
 
@@ -134,7 +137,7 @@ class Slack:
         """Admit the only waiting request if it surely fits and does not yield."""
         if not this.lookahead.fits(request) or not fits_alone(request, this.batch, this.now):
             return False
-        if request.kind is not ServiceKind.BEST_EFFORT:
+        if request.kind is not _BEST_EFFORT:
             above, _ = self._tenants.above(this.now, {request.tenant: request.weight}, running, this.batch)
             if request.tenant in above:
                 return False
@@ -144,7 +147,7 @@ class Slack:
     def _serve_all(self, this: _Round, waiting: Sequence[Request], running: Collection[Request]) -> None:
         """Lines 1 to 9."""
         now, batch, waits = this.now, this.batch, False
-        count = bisect(waiting, False, key=lambda request: request.kind is ServiceKind.BEST_EFFORT)
+        count = bisect(waiting, False, key=lambda request: request.kind is _BEST_EFFORT)
         best_effort, reserved = waiting[count:], reserved_slots(batch.engine.max_num_seqs)
         queue = self._reject_infeasible(this, WaitingBatch.of(waiting[:count], arrays_of(waiting, count), now))
         above, others_share = self._tenants.above(now, tenant_weights(waiting), running, batch)

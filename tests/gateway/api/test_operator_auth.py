@@ -183,3 +183,10 @@ async def test_feed_of_a_revoked_operator_ends() -> None:
                 async for _ in lines:
                     pass
         assert (await antares.http.get("/dashboard/events", headers={"x-api-key": OPERATOR})).status_code == 401
+
+
+async def test_client_of_a_local_proxy_is_not_local() -> None:
+    async with live() as antares:
+        forwarded = await antares.http.post("/reload", headers={"x-forwarded-for": "203.0.113.9"})
+        assert (forwarded.status_code, forwarded.json()["error"]["code"]) == (403, "not_an_operator")
+        assert (await antares.http.post("/reload")).status_code != 403
