@@ -13,6 +13,7 @@ All times are in seconds, lengths in tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -75,6 +76,8 @@ def nonnegative_least_squares(columns: Floats, target: Floats, parsimonious: boo
     scale[scale == 0] = 1.0
     scaled = columns / scale
     gram, moment, energy = scaled.T @ scaled, scaled.T @ target, float(target @ target)
+    if not parsimonious and k == 2:
+        return np.array(_two_columns(gram.tolist(), moment.tolist())) / scale
     if not parsimonious:
         # The loss is convex, so a feasible least-squares solution is the best one. It must be the only one.
         w, _, rank, _ = np.linalg.lstsq(gram, moment, rcond=1e-10)
@@ -95,6 +98,26 @@ def nonnegative_least_squares(columns: Floats, target: Floats, parsimonious: boo
                 best_criterion, best = criterion, np.zeros(k)
                 best[rows] = w
     return np.asarray(best / scale, dtype=np.float64)
+
+
+def _two_columns(gram: list[list[float]], moment: list[float]) -> tuple[float, float]:
+    """Return argmin over w >= 0 of w'Gw - 2 w'm, for G = ``gram`` of shape (2, 2) and m = ``moment``.
+
+    `fit_prefill` needs a dozen of these, and each call of LAPACK takes 20 us for two numbers.
+    """
+    (a, b), (_, d), (m, n) = *gram, moment
+    middle, radius = (a + d) / 2, math.hypot((a - d) / 2, b)
+    if middle - radius > 1e-10 * (middle + radius):
+        # Both eigenvalues count, so there is one solution. The loss is convex: no other is better, if it is feasible.
+        determinant = a * d - b * b
+        w, v = (d * m - b * n) / determinant, (a * n - b * m) / determinant
+        if w >= 0 and v >= 0:
+            return w, v
+    # One column alone lowers the loss by m^2 / a, if its weight is positive.
+    alone, other = (max(x, 0.0) ** 2 / y if y > 0 else 0.0 for x, y in ((m, a), (n, d)))
+    if alone == other == 0.0:
+        return 0.0, 0.0
+    return (m / a, 0.0) if alone >= other else (0.0, n / d)
 
 
 def fit_quality(predicted: Floats, actual: Floats) -> FitQuality:
