@@ -36,8 +36,8 @@ python -m benchmarks.scale.report_channel --page docs/results/report_channel.jso
 
 ## Paced requests while best-effort ones hold all slots
 
-Real: one vLLM on CPU with {found["slots"]} slots and a small random model, HTTP, and two gateways with the default policy, of
-which one connects to the report channel. All run on one machine with {found["cpus"]} shared cores, which other programs used too.
+Real HTTP and one vLLM on CPU with {found["slots"]} slots and a small random model. Two gateways with the default policy share it;
+one of them connects to the report channel. All run on one machine with {found["cpus"]} shared cores, which other programs used too.
 
 {found["batch_clients"]} best-effort clients send one request of {shortest} to {longest} tokens after the other, so all slots are
 taken and others wait. Every {found["paced_every_s"]:g} s a paced request of {found["paced_tokens"]} tokens arrives, for
@@ -49,7 +49,7 @@ for its wait.
 - TTFT is what the client measured, over all rounds. *tokens/s* are those of all requests, from the server's own counter.
 - Without the channel, a paced request waits until a best-effort one ends.
 - With it, the newest best-effort request is preempted and computed again later. Its slot stays free for paced requests for ten
-  seconds, which takes part of the throughput: it is {_ratio(groups)} of that without the channel in the same round.
+  seconds. This reduces the throughput to {_ratio(groups)} of that without the channel in the same round.
 
 ## What a report costs
 

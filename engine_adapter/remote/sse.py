@@ -118,7 +118,7 @@ def event_fields(event: bytes) -> tuple[bytes, bytes]:
 def parse_data(data: bytes) -> dict[str, Any] | None:
     """The JSON object in an event's data, or None if it has none (a comment, ``[DONE]``, invalid JSON)."""
     if data.startswith(b"["):
-        return None  # It is no object. For ``[DONE]``, raising the parser's error would cost more than parsing.
+        return None  # Not an object. For ``[DONE]``, raising the parser's error would cost more than parsing.
     try:
         parsed = orjson.loads(data)
     except orjson.JSONDecodeError:
