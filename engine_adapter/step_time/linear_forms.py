@@ -77,7 +77,7 @@ def nonnegative_least_squares(columns: Floats, target: Floats, parsimonious: boo
     scaled = columns / scale
     gram, moment, energy = scaled.T @ scaled, scaled.T @ target, float(target @ target)
     if not parsimonious and k == 2:
-        return np.array(_two_columns(gram.tolist(), moment.tolist())) / scale
+        return np.asarray(np.array(_two_columns(gram.tolist(), moment.tolist())) / scale, dtype=np.float64)
     if not parsimonious:
         # The loss is convex, so a feasible least-squares solution is the best one. It must be the only one.
         w, _, rank, _ = np.linalg.lstsq(gram, moment, rcond=1e-10)

@@ -60,6 +60,12 @@ def test_rows_show_thousands_of_instructions_or_none() -> None:
     ]
 
 
+def test_rows_show_an_earlier_measurement_beside() -> None:
+    earlier = {CASES[0].name: {**FOUND["cases"][CASES[0].name], "python_calls": 1500.0}}
+    assert rows(FOUND["cases"], earlier)[0][1] == "1,500 → 1,000"
+    assert rows(FOUND["cases"], earlier)[1][1] == "1,000"
+
+
 def test_module_rows_sum_the_files_of_a_folder() -> None:
     assert module_rows(FOUND["cases"])[0] == ["gateway/api", *["5.0"] * len(CASES)]
     assert "| gateway/api | 5.0 |" in page(FOUND)

@@ -17,7 +17,7 @@ from benchmarks.isolation import http as isolation_http
 from benchmarks.isolation import page as isolation_page
 from benchmarks.live import fidelity_page, results_page
 from benchmarks.markdown import with_block
-from benchmarks.overhead import decision_cost, gateway_cost
+from benchmarks.overhead import calls, decision_cost, gateway_cost
 from benchmarks.overhead.peers import report as peers_report
 from benchmarks.policies import page as policies_page
 from benchmarks.policies.table import SETTINGS
@@ -34,6 +34,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "policies": lambda found: policies_page.page(found, list(SETTINGS)),
     "decision_cost": decision_cost.page,
     "gateway_cost": gateway_cost.page,
+    "calls": calls.page,
     "failover": study.page,
     "isolation": isolation_page.page,
     "faults": fault_table.page,
