@@ -12,8 +12,8 @@ which counts instructions in user space. Without valgrind the instructions are m
 
 What an idle gateway executes in the same time is subtracted. A paced event counts beyond a streamed answer. The gateway
 is up to 50 times slower while it is measured. So the predictor is asked that much later for lengths that no request
-waits for. What runs once in a hundred requests is off, since it would make a few of them seem expensive. These are full
-garbage collections, and refits of the step-time model, which take about 5 ms.
+waits for. Full garbage collections and refits of the step-time model are off. They happen about once in a hundred
+requests and take about 5 ms, so they would make a few requests look expensive.
 """
 
 from __future__ import annotations

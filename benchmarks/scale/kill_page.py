@@ -29,15 +29,14 @@ def page(found: dict[str, Any]) -> str:
     text = f"""# Loss of one of two servers
 
 Two servers behind one gateway with the default policy, all on one machine with {found["cpus"]} shared cores: {what}.
-12 clients send one stream after the other, of three SLO classes, with 24 to 96 output tokens. After 10 s one server is
-killed with SIGKILL: the process of an HTTP server, or the process of a Ray actor. The command starts an HTTP server
-again after 1 s, as a supervisor does. Ray starts an actor again. For 3 s from the kill on, a short stream of 4 tokens
-starts every 0.1 s. The load continues until the replacement has served
-requests.
+Each of 12 clients sends one stream at a time, of three SLO classes, with 24 to 96 output tokens. After 10 s one server
+gets SIGKILL: the process of an HTTP server, or the process of a Ray actor. The command starts an HTTP server again
+after 1 s, as a supervisor does. Ray restarts an actor itself. In the 3 s after the kill, a short stream of 4 tokens
+starts every 0.1 s. The load continues until the replacement has served requests.
 
-The bounds are loose, because the replacement loads its model on the cores of the server that is left. With tight bounds
-the policy would reject requests meanwhile. Other programs used these cores too, so servers took long to
-start and to end.
+The replacement loads its model on the cores of the remaining server. So the bounds are loose: with tight ones, the
+policy would reject requests during that time. Other programs used these cores too, so servers took long to start and to
+end.
 
 ```
 python -m benchmarks.scale.kill {f"--seed {seed} " if seed else ""}--runs {runs} --json > docs/results/scale.json
