@@ -18,6 +18,6 @@ async def test_request_has_the_weight_of_its_key(
     async with live(keys=[{"sha256": hash_key(KEY), "tenant": "alice", **options}]) as antares:
         queue, submitted = antares.gateway.engine_queues[0], list[Request]()
         submit = queue.submit
-        monkeypatch.setattr(queue, "submit", lambda request, **how: submitted.append(request) or submit(request, **how))
+        monkeypatch.setattr(queue, "submit", lambda request, *how: submitted.append(request) or submit(request, *how))
         assert (await antares.ask(x_api_key=KEY)).status_code == 200
     assert [request.weight for request in submitted] == [weight]
