@@ -14,7 +14,7 @@ import yaml
 
 from engine_adapter.engine import EngineEvents
 from tests.fixtures.live_gateway import CHAT, CLASSES, chat, fast_engine
-from tests.fixtures.live_server import eventually, serve
+from tests.fixtures.live_server import serve
 from tests.fixtures.ports import free_port
 from tests.fixtures.served_process import served
 
@@ -71,11 +71,10 @@ async def test_keys_and_corrections_survive_a_crash(tmp_path: Path) -> None:
             async with asyncio.timeout(10):
                 while await ask(http, KEY) == 401:
                     await asyncio.sleep(0.2)
-            assert set(await asyncio.gather(*(ask(http, KEY) for _ in range(60)))) == {200}
-            async with asyncio.timeout(10):
-                while (await predicted(predictor))["p50"] > 16:
-                    await asyncio.sleep(0.2)
-            await eventually(lambda: saved_answers(tmp_path / "state") >= 20, within_s=10)
+            # A busy machine answers some predictions late, and their requests teach the predictor nothing: ask for more.
+            async with asyncio.timeout(60):
+                while (await predicted(predictor))["p50"] > 16 or saved_answers(tmp_path / "state") < 20:
+                    assert {await ask(http, KEY) for _ in range(10)} == {200}
             before = await predicted(predictor)
             process.kill()
         # The predictor notes that its gateway is gone, and leaves its port to the next one.
