@@ -194,7 +194,7 @@ def page(found: dict[str, Any]) -> str:
 
 **CPU**: vLLM with {found["model"]} on two shared cores, {found["drafts"]} n-gram drafts per decode, temperature 0.
 {found["requests"]} requests per run, seeds {", ".join(map(str, found["seeds"]))}, the paper's bounds times
-{found["slo_scale"]:g}. So the tightest pace is {TIGHTEST_PACE:g} times the median TPOT at saturation. The capacity is
+{found["slo_scale"]:g}, so the tightest pace is {1000 * PAPER_PACE_S * found["slo_scale"]:.0f} ms. The capacity is
 {found["capacity_rps"]:.2f} requests/s, completed with {IN_FLIGHT} in flight under `fcfs`. Both policies use the
 same engine and the same drafter, in turns, because other work shares the machine.
 `fcfs` sends no pace, so the gate plans nothing.
