@@ -243,7 +243,8 @@ class HttpEngine:
 
     @_why_down.setter
     def _why_down(self, why: str) -> None:
-        self.state.why_down = why
+        # Its readers put the engine's name in front.
+        self.state.why_down = why.removeprefix(f"engine {self.name} at ")
 
     def _on_unreachable(self) -> None:
         """Mark the server as down, so that new requests wait or go to another engine, and probe it at once.
@@ -336,7 +337,7 @@ class HttpEngine:
             fix = "check the key in the variable that its api_key_env names"
             if not self._api_key:
                 fix = "set its api_key_env to the name of the environment variable with the server's key"
-            raise EngineStartError(f"{self.base_url}{path} returned {status}: {fix}")
+            raise EngineStartError(f"engine {self.name} at {self.base_url}: {path} returned {status}: {fix}")
 
     async def _status(self, path: str) -> int | None:
         answer = await self._get(path)
@@ -357,8 +358,7 @@ class HttpEngine:
                 with await self._probe_upstream.send("GET", path.encode(), headers, b"") as answer:
                     return answer.status, await answer.read_all()
         except EngineLost as error:
-            # Readers of `why_down` put the engine's name in front.
-            self._why_down = str(error).removeprefix(f"engine {self.name} at ")
+            self._why_down = str(error)
         except TimeoutError:
             self._why_down = f"{self.base_url}{path}: no answer within {self._probe_timeout_s:g} s"
         return None
