@@ -57,7 +57,7 @@ class AdmissionController:
     @property
     def busy(self) -> bool:
         """Whether requests wait and the engine has work."""
-        return bool(self.waiting and self.running)
+        return bool(self.running and self.waiting)
 
     def set_policy(self, policy: Policy) -> None:
         """Have ``policy`` decide from now on. Waiting requests get its order; running ones stay as they are."""

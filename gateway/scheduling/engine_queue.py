@@ -66,6 +66,10 @@ class EngineQueue:
         self.engine = engine
         self.classes = classes
         self.admission = AdmissionController(policy, engine.state, self._serves_best_effort)
+        self.waiting: WaitingQueue = self.admission.waiting
+        """The waiting requests of all classes."""
+        self.running: dict[str, Request] = self.admission.running
+        """The admitted requests that have not ended, by id."""
         shadows = [self._shadow(name, policy) for name, policy in (shadow or {}).items()]
         self.shadows = ShadowRunner(shadows, engine.state, clock)
         self.calls = 0
@@ -95,16 +99,6 @@ class EngineQueue:
     def policy(self) -> Policy:
         """The policy that decides."""
         return self.admission.policy
-
-    @property
-    def waiting(self) -> WaitingQueue:
-        """The waiting requests of all classes."""
-        return self.admission.waiting
-
-    @property
-    def running(self) -> dict[str, Request]:
-        """The admitted requests that have not ended, by id."""
-        return self.admission.running
 
     def now(self) -> float:
         """Return the time of this queue's clock (s)."""
