@@ -117,10 +117,11 @@ def _large(found: dict[str, Any]) -> Iterator[str]:
             f"{found['keeps']:.0%} or more."
         )
         yield table(
-            ["A100s", "rate", "per engine", "adherence", "decision (µs)"],
+            ["A100s", "arrivals (s)", "rate", "per engine", "adherence", "decision (µs)"],
             [
                 [
                     str(one["replicas"]),
+                    f"{one['duration_s']:g}",
                     f"{one['qps']:.0f}",
                     f"{one['qps'] / one['replicas']:.1f}",
                     f"{one['slo_adherence']:.4f}",

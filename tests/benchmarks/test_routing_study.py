@@ -55,12 +55,12 @@ def test_study_measures_capacity_and_goodput_of_each_policy(file: Path) -> None:
 
 
 def test_study_measures_larger_fleets_at_a_load_of_the_linear_row(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "LARGE", (study.Large(2, "headroom", 0.5, "headroom"),))
+    monkeypatch.setattr(study, "LARGE", (study.Large(2, "headroom", 0.5, "headroom", 0.5),))
     linear = part(study.LINEAR_ROW, [found("headroom", 0, 160.0)])
     file.write_text(json.dumps({"duration_s": 1.0, "rows": [linear]}))
     assert command("--row", study.MORE, "--json", str(file)).exit_code == 0
     (run,) = json.loads(file.read_text())["large"]
-    assert (run["replicas"], run["load"], run["qps"]) == (2, 0.5, 20.0)
+    assert (run["replicas"], run["load"], run["qps"], run["duration_s"]) == (2, 0.5, 20.0, 0.5)
     assert run["routing_us"] > 0
 
 
@@ -103,14 +103,21 @@ def test_page_has_the_goodput_of_policies_with_runs() -> None:
 
 
 def test_page_separates_near_linear_runs_from_those_at_multiples_of_s() -> None:
-    run = {"replicas": 64, "qps": 1600.0, "goodput": 1590.0, "slo_adherence": 0.994, "routing_us": 40.0}
+    run = {
+        "replicas": 64,
+        "duration_s": 30.0,
+        "qps": 1600.0,
+        "goodput": 1590.0,
+        "slo_adherence": 0.994,
+        "routing_us": 40.0,
+    }
     large = [
         {**run, "routing": "headroom", "load": 0.95, "of": "headroom"},
         {**run, "routing": "least_load", "load": 1.0, "of": "least_load"},
     ]
     rows = [part("fleet", [found("least_load", 0, 100.0), found("headroom", 0, 110.0)])]
     text = page.page(document(rows=rows, large=large))
-    assert "| 64 | 1600 | 25.0 | 0.9940 | 40 |" in text
+    assert "| 64 | 30 | 1600 | 25.0 | 0.9940 | 40 |" in text
     assert "| 64 | `least_load` | 1 S | 1600 | 1590 | 0.994 | 40 |" in text
 
 
