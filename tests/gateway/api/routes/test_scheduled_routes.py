@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import AsyncIterable
 from typing import Any
 
 import anthropic
@@ -220,22 +221,28 @@ async def test_anthropic_client_reads_messages(antares: Live) -> None:
 @pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
 async def test_sdk_raises_for_the_error_event(path: str) -> None:
     async with live(fast_engine(times=StepTimes(d=0.02))) as antares:
-        asyncio.get_running_loop().call_later(0.2, antares.engine.crash)
         if path == RESPONSES:
             client = openai.AsyncOpenAI(base_url=f"{antares.url}/v1", api_key="none", max_retries=0)
             with pytest.raises(openai.APIError, match="died"):
-                async for _ in await client.responses.create(
+                await read_to_a_crash(antares, await client.responses.create(
                     model="simulated", input="a", stream=True, extra_body={"ignore_eos": True, "max_output_tokens": 500}
-                ):
-                    pass
+                ))  # fmt: skip
             return
         anthropic_client = anthropic.AsyncAnthropic(base_url=antares.url, api_key="none", max_retries=0)
         with pytest.raises(anthropic.APIError, match="died"):
-            async for _ in await anthropic_client.messages.create(
+            await read_to_a_crash(antares, await anthropic_client.messages.create(
                 model="simulated", max_tokens=500, stream=True, extra_body={"ignore_eos": True},
                 messages=[{"role": "user", "content": "a"}],
-            ):  # fmt: skip
-                pass
+            ))  # fmt: skip
+
+
+async def read_to_a_crash(antares: Live, events: AsyncIterable[object]) -> None:
+    """Read ``events``. The engine crashes after the first one."""
+    crashed = False
+    async for _ in events:
+        if not crashed:
+            antares.engine.crash()
+            crashed = True
 
 
 @pytest.mark.parametrize(
