@@ -201,7 +201,7 @@ def test_systemd_accepts_the_unit_and_finds_little_exposure(tmp_path: Path):
 
     def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["systemd-analyze", *arguments, str(file)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     verified = analyze("verify")
     assert (verified.returncode, verified.stderr) == (0, "")

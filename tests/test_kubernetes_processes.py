@@ -34,6 +34,7 @@ from tests.fixtures.helm_chart import (
     values,
 )
 from tests.fixtures.live_gateway import CHAT, chat
+from tests.fixtures.live_server import HANG_S
 from tests.fixtures.ports import free_port
 from tests.fixtures.served_process import served
 
@@ -117,7 +118,7 @@ async def test_stream_ends_normally_when_its_pod_is_deleted(tmp_path: Path, stop
         events: asyncio.Queue[str] = asyncio.Queue()
         stream = asyncio.create_task(stream_of(gateway, events))
         for _ in range(20):
-            await asyncio.wait_for(events.get(), 10)
+            await asyncio.wait_for(events.get(), HANG_S)
         code = await (gateway if stops == "gateway" else engine).stop()
         await stream
         left = [events.get_nowait() for _ in range(events.qsize())]
@@ -161,7 +162,7 @@ async def test_queries_of_the_autoscalers_return_the_demand_of_a_running_gateway
             assert [float(s["value"][1]) for s in await server.query(queries["keda"])] == [0]
             body = {**chat(max_tokens=2, ignore_eos=True), "model": "simulated"}
             found: dict[str, float] = {}
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(HANG_S):
                 while len(found) < 2:
                     assert (await gateway.http.post(CHAT, json=body)).status_code == 200
                     for name, query in queries.items():
@@ -230,6 +231,7 @@ def test_init_container_copies_the_scheduler_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(600)
 def test_vllm_accepts_the_arguments_and_loads_the_scheduler_class(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     subprocess.run(init_command(tmp_path), cwd=ROOT, check=True, timeout=60)
@@ -251,6 +253,6 @@ for arguments in {lists!r}:
 """
     answer = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert answer.stdout.split() == ["SloScheduler"] * 4, answer.stderr[-3000:]

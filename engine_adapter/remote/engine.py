@@ -336,7 +336,7 @@ class HttpEngine:
             fix = "check the key in the variable that its api_key_env names"
             if not self._api_key:
                 fix = "set its api_key_env to the name of the environment variable with the server's key"
-            raise EngineStartError(f"engine {self.name} at {self.base_url}: {path} returned {status}: {fix}")
+            raise EngineStartError(f"{self.base_url}{path} returned {status}: {fix}")
 
     async def _status(self, path: str) -> int | None:
         answer = await self._get(path)
@@ -357,7 +357,8 @@ class HttpEngine:
                 with await self._probe_upstream.send("GET", path.encode(), headers, b"") as answer:
                     return answer.status, await answer.read_all()
         except EngineLost as error:
-            self._why_down = str(error)
+            # Readers of `why_down` put the engine's name in front.
+            self._why_down = str(error).removeprefix(f"engine {self.name} at ")
         except TimeoutError:
             self._why_down = f"{self.base_url}{path}: no answer within {self._probe_timeout_s:g} s"
         return None

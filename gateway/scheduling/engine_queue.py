@@ -192,12 +192,12 @@ class EngineQueue:
         self.admission.capacity_changed()
         self.wake()
 
-    def on_first_token(self) -> None:
-        """Note that a response began, so its prompt is prefilled."""
+    def on_first_token(self, request: Request) -> None:
+        """Note that the response to ``request`` began, so its prompt is prefilled."""
         # The latest requests are the likeliest to have no first token yet.
         if self.waiting and not any(request.prefilling for request in reversed(self.running.values())):
             self.admission.schedule.on_drained()
-        self.admission.capacity_changed()
+        self.admission.on_first_token(request)
         self.wake()
 
     def on_cache_hit(self, request: Request, predicted: int, actual: int) -> None:

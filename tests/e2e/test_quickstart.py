@@ -80,7 +80,7 @@ def test_non_streaming_response_reports_ttft(client: openai.OpenAI) -> None:
 
 def test_slo_report_is_a_comment_before_the_end_of_a_stream(served: Served) -> None:
     body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 5, "stream": True}
-    raw = httpx.post(f"{served.base}/v1/completions", json=body, headers={"x-slo-report": "1"}, timeout=60).text
+    raw = httpx.post(f"{served.base}/v1/completions", json=body, headers={"x-slo-report": "1"}, timeout=120).text
     comment = re.search(r"^: antares (\{.*\})\n\ndata: \[DONE\]", raw, re.MULTILINE)
     assert comment is not None
     assert json.loads(comment[1])["output_tokens"] == 5
@@ -88,7 +88,7 @@ def test_slo_report_is_a_comment_before_the_end_of_a_stream(served: Served) -> N
 
 def test_unattainable_bound_is_rejected_with_attainable_value(served: Served) -> None:
     body = {"model": MODEL, "messages": ask("Hello"), "max_tokens": 5}
-    response = httpx.post(f"{served.base}/v1/chat/completions", json=body, headers={"x-slo-ttft-ms": "1"}, timeout=30)
+    response = httpx.post(f"{served.base}/v1/chat/completions", json=body, headers={"x-slo-ttft-ms": "1"}, timeout=120)
     error = response.json()["error"]
     assert response.status_code == 429
     assert int(response.headers["retry-after"]) >= 1
@@ -111,7 +111,7 @@ def test_bad_input_gets_400_that_names_the_field(
     served: Served, headers: dict[str, str], body: dict[str, object], param: str
 ) -> None:
     response = httpx.post(
-        f"{served.base}/v1/chat/completions", json={"model": MODEL, **body}, headers=headers, timeout=30
+        f"{served.base}/v1/chat/completions", json={"model": MODEL, **body}, headers=headers, timeout=120
     )
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
@@ -119,7 +119,7 @@ def test_bad_input_gets_400_that_names_the_field(
 
 def test_engine_errors_pass_through(served: Served) -> None:
     body = {"model": "no-such-model", "messages": ask("hi"), "max_tokens": 3}
-    response = httpx.post(f"{served.base}/v1/chat/completions", json=body, timeout=30)
+    response = httpx.post(f"{served.base}/v1/chat/completions", json=body, timeout=120)
     assert response.status_code == 404
     assert "no-such-model" in response.json()["error"]["message"]
 
@@ -225,7 +225,7 @@ def test_ctrl_c_drains_streams_and_leaves_no_process(served: Served, client: ope
         stream = client.completions.create(
             model=MODEL,
             prompt="A story:",
-            max_tokens=40,
+            max_tokens=120,
             stream=True,
             extra_body={"ignore_eos": True},
             extra_headers=SLO,
@@ -237,8 +237,9 @@ def test_ctrl_c_drains_streams_and_leaves_no_process(served: Served, client: ope
     while not finish_reasons:
         time.sleep(0.02)
     served.interrupt()
-    time.sleep(0.2)
-    rejected = httpx.post(f"{served.base}/v1/completions", json={"model": MODEL, "prompt": "late"}, timeout=30)
+    while served.get("/ready").status_code == 200:
+        time.sleep(0.02)
+    rejected = httpx.post(f"{served.base}/v1/completions", json={"model": MODEL, "prompt": "late"}, timeout=120)
     assert (rejected.status_code, rejected.json()["error"]["code"]) == (503, "draining")
     reader.join(60)
     assert finish_reasons[-1] == "length"

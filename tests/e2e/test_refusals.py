@@ -12,7 +12,7 @@ import yaml
 from benchmarks.live.dummy_model import write_dummy_model
 from tests.fixtures.ports import free_port
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
 def test_gateway_refuses_pipelines_and_ranks_in_its_process(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_gateway_refuses_pipelines_and_ranks_in_its_process(tmp_path: Path) -> N
     file.write_text(yaml.safe_dump(config))
     done = subprocess.run(
         [str(Path(sys.executable).parent / "antares"), "serve", "-c", str(file)],
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     shown = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == 1, shown

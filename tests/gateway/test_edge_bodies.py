@@ -39,7 +39,7 @@ async def test_slow_body_gets_408(path: str, framing: bytes) -> None:
         answer = await client.rest()
         dripping.cancel()
         assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 12, "stall_s is 1 s here, and 30 s by default"
 
 
 async def test_body_that_follows_its_answer_slowly_is_cut() -> None:
@@ -67,7 +67,7 @@ async def test_half_sent_bodies_take_bounded_memory_and_give_it_back() -> None:
         assert large.status_code != 503, "the half-sent ones lose their memory"
         # Includes what the clients in this process have not sent yet: 4 MiB each.
         assert rss_mb() - before < 250
-        answers = await asyncio.gather(*(client.rest(15) for client in opened))
+        answers = await asyncio.gather(*(client.rest(25) for client in opened))
         assert {answer[9:12] for answer in answers} <= {b"408", b"503"}
         for client in clients:
             await client.__aexit__(None, None, None)

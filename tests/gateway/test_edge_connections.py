@@ -11,7 +11,7 @@ import pytest
 
 from engine_adapter.step_time.linear_forms import StepTimes
 from tests.fixtures.live_gateway import CHAT, chat, fast_engine, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 from tests.fixtures.raw_client import (
     HEAD,
     WEBSOCKET,
@@ -83,14 +83,16 @@ async def test_serve_answers_with_600_idle_connections_and_exits_in_time(tmp_pat
         # What is open at SIGTERM: an upgrade, a client that reads nothing, half a body.
         upgrade, stalled, half = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
         upgrade[1].write(WEBSOCKET)
-        assert (await asyncio.wait_for(upgrade[0].read(12), 5)) == b"HTTP/1.1 400"
+        assert (await asyncio.wait_for(upgrade[0].read(12), HANG_S)) == b"HTTP/1.1 400"
+        half[1].write(HEAD + b"content-length: 500\r\n\r\n{")
         stalled[1].transport.pause_reading()  # type: ignore[attr-defined]
         stalled[1].write(a_chat(stream=True, n=8).replace(b"x-slo-class: free\r\n", b""))
-        half[1].write(HEAD + b"content-length: 500\r\n\r\n{")
-        await asyncio.sleep(0.5)
+        async with asyncio.timeout(HANG_S):
+            while "antares_ledger_open 1.0" not in (await http.get("/metrics")).text:
+                await asyncio.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
-        log = (await asyncio.wait_for(process.stderr.read(), 15)).decode()
+        log = (await asyncio.wait_for(process.stderr.read(), HANG_S)).decode()
         # The half body was cut when the drain ended.
         assert await process.wait() == 3
         assert "Traceback" not in log

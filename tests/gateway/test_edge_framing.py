@@ -92,7 +92,7 @@ async def test_malformed_request_behind_a_response_does_not_corrupt_it() -> None
 async def test_pipelined_flood_is_cut() -> None:
     async with live(limits=LIMITS) as antares, raw(antares) as client:
         sending = asyncio.create_task(client.flood(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" * 1000, 8 << 20))
-        answer = await client.rest(10)
+        answer = await client.rest()
         sending.cancel()
         assert answer.count(b"HTTP/1.1 200") <= 40
         assert reason_count(antares, "too_many_pipelined") == 1

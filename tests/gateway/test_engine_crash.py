@@ -10,7 +10,7 @@ from openai import APIError, AsyncOpenAI
 
 from engine_adapter.step_time.linear_forms import StepTimes
 from tests.fixtures.live_gateway import chat, events, fast_engine, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 
 STEADY = StepTimes(d=0.01)
 
@@ -18,8 +18,8 @@ STEADY = StepTimes(d=0.01)
 async def test_stream_in_flight_ends_with_an_openai_error_event() -> None:
     async with live(fast_engine(times=STEADY, output_tokens=500)) as antares:
         pending = asyncio.create_task(antares.ask(chat(stream=True), x_slo_class="free"))
-        await eventually(lambda: antares.gateway.engine_queues[0].running and antares.engine.state.engine_running)
-        await asyncio.sleep(0.05)
+        running = antares.gateway.engine_queues[0].running
+        await eventually(lambda: any(request.generated for request in running.values()))
         antares.engine.crash()
         answer = await pending
         assert answer.text.endswith("\n\ndata: [DONE]\n\n")
@@ -124,7 +124,7 @@ async def test_failing_policy_fails_its_waiting_requests() -> None:
 
     async with live() as antares:
         antares.gateway.engine_queues[0].admission.policy = FailingPolicy()  # type: ignore[assignment]
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(HANG_S):
             answer = await antares.ask()
         assert answer.status_code >= 500
         assert antares.is_idle()

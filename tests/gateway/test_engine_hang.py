@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import httpx
 import pytest
@@ -21,10 +20,10 @@ LONG = {"max_tokens": 500, "ignore_eos": True}
 
 
 async def running(antares: Live, stream: bool) -> asyncio.Task[httpx.Response]:
-    """A long request that the engine has begun."""
+    """A long request that has a token."""
     task = asyncio.create_task(antares.ask(chat(stream=stream, **LONG), x_slo_class="free"))
-    await eventually(lambda: antares.engine.state.engine_running)
-    await asyncio.sleep(0.05)
+    admitted = antares.gateway.engine_queues[0].running
+    await eventually(lambda: admitted and all(request.generated for request in admitted.values()))
     return task
 
 
@@ -57,10 +56,9 @@ async def test_request_that_waits_for_a_hung_engine_is_answered_by_its_deadline(
     async with live(fast_engine(times=STEADY, max_num_seqs=1, restart_s=30)) as antares:
         lost = await running(antares, False)
         antares.engine.hang(noticed_in_s=3)
-        started = time.monotonic()
         late = await antares.ask(x_slo_ttft_ms="800", x_slo_tpot_ms="1000")
         assert late.status_code in (429, 503)
-        assert time.monotonic() - started < 2
+        assert antares.engine.state.alive, "answered before anything noticed the hang"
         await lost
 
 
@@ -89,7 +87,7 @@ async def test_stream_of_a_server_that_answers_probes_and_sends_nothing_ends(mon
             await asyncio.sleep(0.6)
             assert antares.engine.state.hangs == 0
             simulated.hang(noticed_in_s=60)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 answer = await begun
             assert events(answer.text)[-1]["error"]["code"] == "engine_lost"
             assert (await second).status_code == 503

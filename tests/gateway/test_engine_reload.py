@@ -19,7 +19,7 @@ from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.engines import START_AGAIN_S
 from tests.fixtures.live_gateway import CHAT, Live, chat, fast_engine, gateway_config, live
-from tests.fixtures.live_server import eventually, serve
+from tests.fixtures.live_server import HANG_S, eventually, serve
 from tests.fixtures.ports import free_port
 from tests.fixtures.served_process import served
 
@@ -335,7 +335,7 @@ async def test_reloads_drop_none_of_200_streams(tmp_path: Path) -> None:
             tasks = [
                 asyncio.create_task(client.post(CHAT, json=body, headers={"x-slo-class": "free"})) for _ in range(200)
             ]
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(HANG_S):
                 while "antares_ledger_open 200.0" not in (await http.get("/metrics")).text:
                     await asyncio.sleep(0.05)
             changes = [

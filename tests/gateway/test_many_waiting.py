@@ -74,7 +74,7 @@ async def many_waiting(
         await queue.engine.start(gateway.events_of(queue))
     async with collecting_when_quiet(lambda: gateway.open_requests):
         tasks = [asyncio.create_task(ask(gateway, statuses, number)) for number in range(WAITING)]
-        await eventually(lambda: gateway.open_requests + len(statuses) >= WAITING, within_s=60)
+        await eventually(lambda: gateway.open_requests + len(statuses) >= WAITING)
         beating = asyncio.create_task(heartbeat.beat())
         try:
             yield gateway, engines, statuses, heartbeat
@@ -90,13 +90,13 @@ Change = Callable[[Gateway, list[StubbedEngine], list[int]], Awaitable[None]]
 
 async def crash_one(gateway: Gateway, engines: list[StubbedEngine], statuses: list[int]) -> None:
     engines[0].crash()
-    await eventually(lambda: len(gateway.engine_queues[1].waiting) > 0.7 * WAITING, within_s=60)
+    await eventually(lambda: len(gateway.engine_queues[1].waiting) > 0.7 * WAITING)
 
 
 async def crash_both(gateway: Gateway, engines: list[StubbedEngine], statuses: list[int]) -> None:
     for engine in engines:
         engine.crash()
-    await eventually(lambda: statuses.count(503) > 0.7 * WAITING, within_s=60)
+    await eventually(lambda: statuses.count(503) > 0.7 * WAITING)
 
 
 @pytest.mark.parametrize(("change", "ttft_ms"), [(crash_one, 600_000), (crash_both, 30_000)])

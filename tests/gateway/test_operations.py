@@ -24,7 +24,7 @@ from gateway import sd_notify
 from gateway.api.auth import hash_key
 from gateway.serve import EXIT_CUT
 from tests.fixtures.live_gateway import CHAT, chat, fast_engine, live
-from tests.fixtures.live_server import eventually, serve
+from tests.fixtures.live_server import HANG_S, eventually, serve
 from tests.fixtures.ports import free_port
 from tests.fixtures.served_process import served
 
@@ -52,7 +52,7 @@ async def run_antares(*arguments: str, **env: str) -> tuple[int, str, str]:
         sys.executable, "-c", RUN_MAIN, *arguments,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env},
     )  # fmt: skip
-    out, err = await asyncio.wait_for(process.communicate(), 20)
+    out, err = await asyncio.wait_for(process.communicate(), HANG_S)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 
@@ -146,13 +146,13 @@ async def test_serve_says_that_it_is_not_ready_and_why_and_keeps_trying(tmp_path
     assert process.stderr is not None
     try:
         said = ""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while "is not ready" not in said:
                 said = (await process.stderr.readline()).decode()
         assert "engine gpu-1" in said
         assert "connection refused" in said
         (tmp_path / "up").mkdir()
-        async with served(tmp_path / "up", config(SIMULATED, port=upstream)), asyncio.timeout(20):
+        async with served(tmp_path / "up", config(SIMULATED, port=upstream)), asyncio.timeout(HANG_S):
             while "is ready at" not in said:
                 assert "is not ready" not in said or "connection refused" in said
                 said = (await process.stderr.readline()).decode()
@@ -231,7 +231,7 @@ def systemd(tmp_path: Path) -> Any:
     """The socket that systemd would listen on."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.bind(str(tmp_path / "notify"))
-        channel.settimeout(20)
+        channel.settimeout(HANG_S)
         yield channel
 
 
@@ -271,7 +271,7 @@ async def test_serve_notifies_systemd_of_every_change(
             if message.startswith(prefix):
                 return message
 
-    async with asyncio.timeout(40), served(tmp_path, config(SIMULATED)) as (process, _):
+    async with asyncio.timeout(100), served(tmp_path, config(SIMULATED)) as (process, _):
         assert await told("READY=1") == "READY=1\nSTATUS=ready"
         await told("WATCHDOG=1")
         await told("WATCHDOG=1")
@@ -310,7 +310,7 @@ async def test_reload_command_prints_what_changed_and_where_the_mistakes_are(tmp
         file.write_text(text.replace("900", "800"))
         code, out, _ = await run_antares("config", "reload", "--pid", str(process.pid))
         assert code == 0
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_S):
             while (await http.get("/status")).json()["classes"]["chat"]["slo_ttft_ms"] != 800:
                 await asyncio.sleep(0.05)
         process.terminate()

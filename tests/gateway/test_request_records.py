@@ -152,8 +152,10 @@ async def test_record_of_a_failed_request_names_the_engine() -> None:
 
 async def test_record_of_a_cancelled_request_says_what_it_waited_for(antares: Live) -> None:
     antares.gateway.engine_queues[0].admission.policy = _nothing()
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(antares.http.post(CHAT, json=chat(), headers={"x-request-id": "gone"}), 0.3)
+    asking = asyncio.create_task(antares.http.post(CHAT, json=chat(), headers={"x-request-id": "gone"}))
+    await eventually(lambda: antares.gateway.engine_queues[0].waiting)
+    await asyncio.sleep(0.3)
+    asking.cancel()
     await eventually(antares.is_idle)
 
     found = await record(antares, "gone")
@@ -287,6 +289,7 @@ def test_explain_command_says_that_no_gateway_answers() -> None:
     result = CliRunner().invoke(app, ["explain", "x", "--url", "http://127.0.0.1:9"])
     assert result.exit_code == 1
     assert "cannot ask http://127.0.0.1:9" in result.output
+    assert "set --url" in result.output
 
 
 async def test_explain_command_sends_the_key() -> None:

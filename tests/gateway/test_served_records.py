@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.live_gateway import CHAT, chat
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 from tests.fixtures.served_process import served
 
 pytestmark = pytest.mark.process
@@ -51,7 +51,7 @@ async def test_log_survives_rotation_and_the_signal_of_rotating_tools(tmp_path: 
         code, explained = await run("explain", "after", "--url", str(http.base_url))
 
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 20) == 0
+        assert await asyncio.wait_for(process.wait(), HANG_S) == 0
 
     assert (code, explained.splitlines()[0][:26]) == (0, "Request after was rejected")
     lines = [json.loads(line) for line in log.read_text().splitlines()]

@@ -19,8 +19,8 @@ from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.serve import EXIT_CUT
 from tests.fixtures.live_gateway import CHAT, Live, chat, events, fast_engine, live
-from tests.fixtures.live_server import eventually, serve
-from tests.fixtures.served_process import served
+from tests.fixtures.live_server import HANG_S, eventually, serve
+from tests.fixtures.served_process import served, until_said
 
 pytestmark = pytest.mark.process
 
@@ -54,7 +54,8 @@ async def test_stream_open_after_the_drain_ends_with_an_error_event(path: str, b
     async with live(fast_engine(times=StepTimes(d=0.02))) as antares:
         stream = {**body, "stream": True, "ignore_eos": True}
         task = asyncio.create_task(antares.ask(stream, path, x_slo_report="1"))
-        await eventually(lambda: antares.engine.state.engine_running == 1)
+        running = antares.gateway.engine_queues[0].running
+        await eventually(lambda: any(request.generated for request in running.values()))
         assert not await antares.gateway.drain(0.1)
         await antares.gateway.stop()
         answer = await task
@@ -114,17 +115,18 @@ async def test_passed_through_request_that_stop_cuts_gets_draining() -> None:
 
 async def test_passed_through_stream_that_stop_cuts_ends_with_draining() -> None:
     async with live() as antares:
+        begun = asyncio.Event()
 
         async def endless(scope: Any, receive: Any, send: Any) -> None:
             headers = [(b"content-type", b"text/event-stream")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+            begun.set()
             await asyncio.sleep(60)
 
         antares.engine.stub = endless
         task = asyncio.create_task(antares.ask({"input": "a"}, "/v1/audio/speech"))
-        await eventually(lambda: antares.gateway.proxy.in_flight == 1)
-        await asyncio.sleep(0.1)
+        await begun.wait()
         await antares.gateway.stop()
         assert events((await task).text)[-1]["error"]["code"] == "draining"
 
@@ -136,7 +138,7 @@ async def test_request_without_its_whole_body_gets_draining() -> None:
         writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-length: 500\r\n\r\n{{".encode())
         await eventually(lambda: antares.gateway.proxy.in_flight == 1)
         await antares.gateway.stop()
-        answer = await asyncio.wait_for(reader.readuntil(b"}}"), 5)
+        answer = await asyncio.wait_for(reader.readuntil(b"}}"), HANG_S)
         writer.close()
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b'"code":"draining"' in answer
@@ -162,16 +164,18 @@ async def test_serve_answers_every_request_that_it_does_not_finish(tmp_path: Pat
         while "antares_ledger_open 12.0" not in (await http.get("/metrics")).text:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.3)
-        for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        log = await until_said(process, "draining: 12 open requests")
+        # Not earlier: two signals that wait for a process are one.
+        for _ in range(signals - 1):
             process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.2)
         answers = await asyncio.gather(*streams, *waiting)
         for answer in answers:
             error = events(answer.text)[-1]["error"] if answer.status_code == 200 else answer.json()["error"]
             assert error["code"] == "draining"
         assert [answer.status_code for answer in answers[4:]] == [503] * 8
         assert process.stderr is not None
-        log = (await process.stderr.read()).decode()
+        log += (await process.stderr.read()).decode()
         assert await process.wait() == EXIT_CUT
         assert "Traceback" not in log
         assert "12 requests are still open" in log

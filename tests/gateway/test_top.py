@@ -19,6 +19,7 @@ from gateway import top
 from gateway.observability import live as feed
 from gateway.top import TopError, View, frame, run
 from tests.fixtures.live_gateway import CLASSES, fast_engine, live
+from tests.fixtures.live_server import HANG_S
 from tests.fixtures.ports import free_port
 
 pytestmark = pytest.mark.process
@@ -110,7 +111,7 @@ async def test_view_comes_back_after_a_restart(monkeypatch: pytest.MonkeyPatch) 
 
     async def wait_for(text: str) -> None:
         frames.clear()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while not seen(text):
                 await asyncio.sleep(0.02)
 
@@ -152,7 +153,7 @@ async def test_q_leaves_and_restores_the_terminal() -> None:
         async for process, terminal in in_terminal(antares.url):
             output = b""
             loop = asyncio.get_running_loop()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(HANG_S):
                 while b"q quits" not in output:
                     output += await loop.run_in_executor(None, os.read, terminal, 65536)
                 os.write(terminal, b"q")

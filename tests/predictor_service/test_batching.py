@@ -34,16 +34,14 @@ class BlockedCompute:
 
     def __call__(self, inputs: list[int]) -> list[int]:
         self.inputs += inputs
-        assert self.release.wait(5)
+        assert self.release.wait(30)
         return double(inputs)
 
 
 async def wait_until(condition) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.002)
-    raise AssertionError("condition not met within one second")
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.002)
 
 
 async def test_batcher_computes_concurrent_calls_in_one_batch():
@@ -55,8 +53,8 @@ async def test_batcher_computes_concurrent_calls_in_one_batch():
 
 
 async def test_batcher_does_not_delay_single_call():
-    async with StartedBatcher(window_s=5.0) as batcher:
-        async with asyncio.timeout(1):
+    async with StartedBatcher(window_s=60.0) as batcher:
+        async with asyncio.timeout(30):
             assert await batcher.submit([1]) == [2]
 
 

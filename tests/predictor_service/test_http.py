@@ -233,10 +233,10 @@ async def test_predict_deadline_header(header, status):
 
 
 class Slow(LengthModel):
-    """Takes 0.8 s for a prediction."""
+    """Takes 2 s for a prediction."""
 
     def predict(self, rows):
-        time.sleep(0.8)
+        time.sleep(2)
         return super().predict(rows)
 
 
@@ -301,7 +301,7 @@ async def test_predict_504_when_deadline_passes():
         started = time.monotonic()
         response = await client.post("/v1/predict", json={"inputs": [{"prompt": "a"}]}, headers={"x-deadline-ms": "30"})
         assert response.status_code == 504
-        assert time.monotonic() - started < 0.6
+        assert time.monotonic() - started < 1.8
 
 
 async def test_predict_503_with_retry_after_when_queue_is_full():

@@ -10,6 +10,7 @@ import anthropic
 import openai
 import pytest
 
+from tests.fixtures.otlp_collector import StandInCollector, collecting
 from tests.fixtures.served import Served
 from tests.fixtures.tools_gateway import KEY, serve_tools
 
@@ -17,8 +18,14 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 @pytest.fixture(scope="package")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    running = serve_tools(tmp_path_factory.mktemp("clients"))
+def collector() -> Iterator[StandInCollector]:
+    with collecting() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(scope="package")
+def served(tmp_path_factory: pytest.TempPathFactory, collector: StandInCollector) -> Iterator[Served]:
+    running = serve_tools(tmp_path_factory.mktemp("clients"), collector.url)
     yield running
     running.stop()
 

@@ -36,7 +36,7 @@ def command(stops_after_s: float = 0.0, *, child: bool = False) -> list[str]:
 
 
 def wait_healthy(server: ServerProcess) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not server.is_healthy():
         assert server.exit_code is None
         assert time.monotonic() < until
@@ -44,7 +44,7 @@ def wait_healthy(server: ServerProcess) -> None:
 
 
 def wait_ended(server: ServerProcess) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while server.exit_code is None:
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -119,7 +119,7 @@ def test_processes_of_a_server_end_with_it() -> None:
 
 
 def wait_until_gone(processes: list[int]) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 50
     while any(is_running(pid) for pid in processes):
         assert time.monotonic() < until
         time.sleep(0.05)

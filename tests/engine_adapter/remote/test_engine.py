@@ -204,7 +204,7 @@ async def test_stop_ends_requests_that_wait_for_a_response() -> None:
             await received.wait()
             await engine.stop()
             with pytest.raises(EngineLost):
-                await asyncio.wait_for(call, 5)
+                await asyncio.wait_for(call, 30)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -213,7 +213,7 @@ async def test_client_disconnect_frees_the_upstream(simulated: SimulatedEngine, 
         call = asyncio.create_task(client.post(CHAT, json=ask(stream=stream, max_tokens=5000, ignore_eos=True)))
         await eventually(lambda: simulated.state.engine_running == 1)
         call.cancel()
-        await eventually(lambda: simulated.state.engine_running == 0, within_s=1)
+        await eventually(lambda: simulated.state.engine_running == 0, within_s=8)
         assert engine.state.engine_running == 0
 
 

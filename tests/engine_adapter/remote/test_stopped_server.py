@@ -60,7 +60,7 @@ async def test_stopped_process_ends_what_is_in_flight_on_it(monkeypatch: pytest.
     async with server_process() as (pid, url):
         engine = HttpEngine("remote", url)
         await engine.start(EngineEvents())
-        await eventually(lambda: engine.state.alive, within_s=20)
+        await eventually(lambda: engine.state.alive)
         paths = [CHAT, CHAT + "?silent=1", "/v1/messages", "/v1/embeddings"]
         calls = [asyncio.create_task(post(engine, path, stream=stream)) for path in paths for stream in (True, False)]
         await eventually(lambda: engine.state.engine_running == len(calls))
@@ -68,7 +68,7 @@ async def test_stopped_process_ends_what_is_in_flight_on_it(monkeypatch: pytest.
         assert not any(call.done() for call in calls), "a healthy server's requests go on"
         os.kill(pid, signal.SIGSTOP)
         began = time.monotonic()
-        ends = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+        ends = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
         assert [type(end) for end in ends] == [EngineLost] * len(calls)
         assert "down" in str(ends[0])
         assert time.monotonic() - began > 0.5
@@ -83,7 +83,7 @@ async def test_short_pause_of_the_process_ends_nothing(monkeypatch: pytest.Monke
     async with server_process() as (pid, url):
         engine = HttpEngine("remote", url)
         await engine.start(EngineEvents())
-        await eventually(lambda: engine.state.alive, within_s=20)
+        await eventually(lambda: engine.state.alive)
         call = asyncio.create_task(post(engine, stream=True))
         await eventually(lambda: engine.state.engine_running == 1)
         os.kill(pid, signal.SIGSTOP)

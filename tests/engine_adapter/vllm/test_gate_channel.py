@@ -13,7 +13,7 @@ from engine_adapter.report_channel.server import ADDRESS_ENV, KEY_ENV
 from engine_adapter.step_report import GateReport, StepReport
 from engine_adapter.vllm.gate_channel import GateListener, GateReporter
 from engine_adapter.vllm.versions import UnsupportedVllmError, require_gate, require_in_process
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 from tests.fixtures.report_channel import KEY, LIMITS, report_client, report_server
 from tests.fixtures.served import free_port
 
@@ -29,7 +29,7 @@ async def test_listener_receives_steps_and_counters() -> None:
         reporter.step(0.0, StepReport(3, 0, 40.5, 0.012))
         reporter.step(0.5, StepReport(4, 16, 41.0, 0.02, 2, 6, 3, 16))
         reporter.flush(0.6)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_S):
             while not received:
                 await asyncio.sleep(0.01)
     finally:

@@ -122,6 +122,7 @@ def test_the_kept_interface_of_the_installed_version_is_what_its_source_has() ->
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(300)  # the first one imports vLLM
 @pytest.mark.parametrize("path", ALL_USES)
 def test_installed_version_can_be_imported_and_called_as_we_do(path: str) -> None:
     module, _, name = path.rpartition(".")

@@ -12,9 +12,10 @@ import pytest
 
 from engine_adapter.engine import BlocksRemoved, BlocksStored, PrefixCacheCleared, PrefixCacheEvent
 from engine_adapter.vllm.kv_events import receive_events, subscription
+from tests.fixtures.live_server import HANG_S
 
 # vLLM is imported, which takes seconds; no engine is started.
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,15 @@ async def test_events_of_vllms_publisher_arrive(tmp_path: Path) -> None:
 
     task = asyncio.create_task(receive_events(address, "", on_events))
     try:
-        await asyncio.sleep(0.3)  # the subscription must have reached the publisher
+        sent = 1000
+        async with asyncio.timeout(HANG_S):
+            # Until the subscription has reached the publisher, and all of these events have arrived.
+            while not received or received[-1] != BlocksStored((sent,), None, list(range(32)), 16):
+                if not received:
+                    sent += 1
+                    publisher.publish(KVEventBatch(ts=0.0, events=[stored(block_hashes=[sent])]))
+                await asyncio.sleep(0.05)
+        received.clear()
         batch = [
             stored(),
             stored(extra_keys=[("salt",), None]),
@@ -69,7 +78,7 @@ async def test_events_of_vllms_publisher_arrive(tmp_path: Path) -> None:
             AllBlocksCleared(),
         ]
         publisher.publish(KVEventBatch(ts=0.0, events=batch))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while len(received) < 5:
                 await asyncio.sleep(0.01)
         tokens = list(range(32))
@@ -82,7 +91,7 @@ async def test_events_of_vllms_publisher_arrive(tmp_path: Path) -> None:
         ]
         next(publisher._seq_gen)  # one message is lost
         publisher.publish(KVEventBatch(ts=0.0, events=[stored()]))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while len(received) < 7:
                 await asyncio.sleep(0.01)
         assert received[5:] == [PrefixCacheCleared(), BlocksStored((1, 2), None, tokens, 16)]

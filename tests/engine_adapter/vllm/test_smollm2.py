@@ -14,7 +14,8 @@ import pytest
 from engine_adapter.vllm import smollm2
 from engine_adapter.vllm.smollm2 import MANIFEST, ModelPreparationError, prepare
 
-pytestmark = pytest.mark.engine  # each test prepares a model, which takes seconds; some need torch and transformers
+# Each test prepares a model, which takes seconds; some need torch and transformers.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 HIDDEN, HEADS, KV_HEADS, VOCAB = 32, 4, 2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "1", "Ġ", "ĠĠ", "Ġa"]
 

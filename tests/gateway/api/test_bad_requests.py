@@ -19,7 +19,7 @@ from gateway.api.body_memory import BodyMemory
 from gateway.api.errors import ApiError
 from gateway.api.limits import Limits
 from tests.fixtures.live_gateway import CHAT, TEXT, Live, chat, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 
 
 async def read_parts(receive: Receive, max_bytes: int) -> bytes:
@@ -129,7 +129,7 @@ async def test_client_that_stalls_inside_its_body_gets_408_and_is_closed(
     host, port = antares.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n" + first_bytes)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_S):
         answer = await reader.read()  # until the gateway closes the connection
     assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
     assert antares.gateway.proxy.in_flight == 0
@@ -241,7 +241,7 @@ async def test_connection_is_usable_after_an_error(antares: Live, bad: bytes) ->
     reader, writer = await asyncio.open_connection(url.host, url.port)
     # Pipelined: the second request is in the buffer before the first one is answered.
     writer.write(bad + good + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
-    answer = await asyncio.wait_for(reader.read(), 5)
+    answer = await asyncio.wait_for(reader.read(), HANG_S)
     writer.close()
     assert answer.count(b"HTTP/1.1 ") == 2
     assert answer.split(b"HTTP/1.1 ")[2].startswith(b"200 OK")

@@ -10,6 +10,7 @@ from gateway.api import body_memory
 from gateway.api.body_memory import FREE_BYTES, BodyMemory, BodyReservation
 from gateway.api.errors import ApiError
 from gateway.api.shared_limit import Sharer
+from tests.fixtures.live_server import HANG_S
 
 
 async def test_small_bodies_need_no_memory() -> None:
@@ -36,7 +37,7 @@ async def test_waiting_request_gets_what_another_frees() -> None:
     await asyncio.sleep(0.01)
     assert not waiting.done()
     first.shrink(0)
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, HANG_S)
     assert memory.used == 500
 
 
@@ -58,7 +59,7 @@ async def test_body_that_takes_longest_to_arrive_loses_its_memory(monkeypatch: p
     async def half_sent(name: str) -> None:
         with memory.reservation() as body:
             try:
-                async with asyncio.timeout(10) as timer:
+                async with asyncio.timeout(HANG_S) as timer:
                     await body.grow(FREE_BYTES + 500, timer)
                     await asyncio.Event().wait()
             except TimeoutError:
@@ -68,7 +69,7 @@ async def test_body_that_takes_longest_to_arrive_loses_its_memory(monkeypatch: p
     tasks = [asyncio.create_task(half_sent(name)) for name in ("first", "second")]
     await asyncio.sleep(0.01)
     with memory.reservation() as other:
-        await asyncio.wait_for(other.grow(FREE_BYTES + 400), 2)
+        await asyncio.wait_for(other.grow(FREE_BYTES + 400), HANG_S)
         assert evicted == ["first"]
         assert memory.used == 900
     for task in tasks:
@@ -80,7 +81,7 @@ async def test_body_that_takes_longest_to_arrive_loses_its_memory(monkeypatch: p
 async def held_by(memory: BodyMemory, sharer: Sharer, count: int, size: int) -> list[BodyReservation]:
     bodies = [memory.reservation(sharer) for _ in range(count)]
     for body in bodies:
-        await asyncio.wait_for(body.grow(FREE_BYTES + size), 1)
+        await asyncio.wait_for(body.grow(FREE_BYTES + size), HANG_S)
     return bodies
 
 
@@ -121,7 +122,7 @@ async def test_slow_body_loses_its_memory_to_its_tenant_or_one_that_holds_less(
     async def half_sent(tenant: str, size: int) -> None:
         with memory.reservation(Sharer(tenant)) as body:
             try:
-                async with asyncio.timeout(10) as timer:
+                async with asyncio.timeout(HANG_S) as timer:
                     await body.grow(FREE_BYTES + size, timer)
                     await asyncio.Event().wait()
             except TimeoutError:
@@ -130,7 +131,7 @@ async def test_slow_body_loses_its_memory_to_its_tenant_or_one_that_holds_less(
     # The body of tenant b is the oldest.
     tasks = [asyncio.create_task(half_sent(*body)) for body in (("b", 1000), ("a", 5000), ("a", 2000))]
     await asyncio.sleep(0.01)
-    await asyncio.wait_for(memory.reservation(Sharer(waits)).grow(FREE_BYTES + 1500), 2)
+    await asyncio.wait_for(memory.reservation(Sharer(waits)).grow(FREE_BYTES + 1500), HANG_S)
     assert lost == evicted
     for task in tasks:
         task.cancel()

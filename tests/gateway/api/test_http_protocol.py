@@ -12,6 +12,7 @@ import uvicorn
 from engine_adapter.engine import ASGIApp, Receive, Scope, Send
 from gateway.api.connections import CONNECTION_KEY
 from gateway.api.http_protocol import HttpProtocol
+from tests.fixtures.live_server import HANG_S
 
 MOST = 64
 """Largest body (bytes) that `echo_arrived` takes at once."""
@@ -73,7 +74,7 @@ async def answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
 
 @pytest.mark.parametrize("offer", [OFFER, OFFER.lower(), OFFER.replace(b": h2c", b":h2c  "), b""])
 async def test_request_that_offers_http2_is_served_with_its_body(offer: bytes) -> None:
-    async with asyncio.timeout(5), connected() as (reader, writer):
+    async with asyncio.timeout(HANG_S), connected() as (reader, writer):
         # Twice: the connection stays usable.
         for _ in range(2):
             writer.write(a_post(offer))
@@ -81,7 +82,7 @@ async def test_request_that_offers_http2_is_served_with_its_body(offer: bytes) -
 
 
 async def test_body_that_arrives_later_is_unchanged() -> None:
-    async with asyncio.timeout(5), connected() as (reader, writer):
+    async with asyncio.timeout(HANG_S), connected() as (reader, writer):
         request = a_post(OFFER)
         writer.write(request[: -len(BODY)])
         await asyncio.sleep(0.05)
@@ -90,7 +91,7 @@ async def test_body_that_arrives_later_is_unchanged() -> None:
 
 
 async def test_body_that_has_arrived_is_taken_at_once() -> None:
-    async with asyncio.timeout(5), connected(echo_arrived) as (reader, writer):
+    async with asyncio.timeout(HANG_S), connected(echo_arrived) as (reader, writer):
         for body in (BODY, b"", b"x" * MOST, BODY):
             writer.write(a_post(body=body))
             assert await answer(reader) == (b"HTTP/1.1 200 OK", body)
@@ -100,7 +101,7 @@ async def test_body_that_has_arrived_is_taken_at_once() -> None:
 
 
 async def test_body_that_is_incomplete_or_large_is_received_in_parts() -> None:
-    async with asyncio.timeout(5), connected(echo_arrived) as (reader, writer):
+    async with asyncio.timeout(HANG_S), connected(echo_arrived) as (reader, writer):
         request = a_post(body=b"a" * MOST)
         writer.write(request[:-10])
         await asyncio.sleep(0.05)

@@ -63,7 +63,6 @@ async def test_waiting_stream_gets_comments_and_then_its_answer() -> None:
         answer = await antares.ask(chat("one two three four", stream=True), x_slo_report="1", x_request_id="mine")
         assert answer.status_code == 200
         assert answer.text.startswith(COMMENT.decode())
-        assert 2 <= answer.text.count(": keep-alive") <= 6
         assert "".join(e["choices"][0]["delta"].get("content") or "" for e in events(answer.text))
         assert answer.text.endswith("data: [DONE]\n\n")
         assert answer.headers["x-request-id"] == "mine"
@@ -71,6 +70,7 @@ async def test_waiting_stream_gets_comments_and_then_its_answer() -> None:
         assert "x-antares-ttft-ms" not in answer.headers
         report = json.loads(answer.text.split(": antares ")[1].split("\n")[0])
         assert report["ttft_ms"] >= 400  # comments are not tokens
+        assert 2 <= answer.text.count(": keep-alive") <= report["ttft_ms"] / 100 + 1
         assert antares.outcomes["finished"] == 1
 
 
@@ -164,14 +164,11 @@ async def test_engine_lost_while_comments_are_sent_is_an_error_event() -> None:
 async def test_client_that_leaves_while_it_waits_frees_its_place() -> None:
     async with live(server=SOON) as antares:
         waiting_first(antares)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.35), antares.http.stream("POST", CHAT, json=chat(stream=True)) as answer:
-                async for _ in answer.aiter_lines():
-                    pass
+        async with antares.http.stream("POST", CHAT, json=chat(stream=True)) as answer:
+            assert "keep-alive" in await anext(answer.aiter_lines())
         await eventually(antares.is_idle)
         assert antares.outcomes["cancelled"] == 1
-        await asyncio.sleep(0.15)
-        assert not [task for task in asyncio.all_tasks() if task.get_name() == "keep alive"]
+        await eventually(lambda: "keep alive" not in {task.get_name() for task in asyncio.all_tasks()})
 
 
 async def test_messages_are_not_interleaved_if_the_client_reads_slowly() -> None:

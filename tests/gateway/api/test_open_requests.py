@@ -11,7 +11,7 @@ from gateway.api.auth import hash_key
 from gateway.api.open_requests import OpenRequests
 from gateway.api.shared_limit import ONLY_SHARER, Sharer
 from tests.fixtures.live_gateway import AdmitNothing, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 
 A, B = Sharer("a"), Sharer("b")
 
@@ -98,5 +98,5 @@ async def test_batch_flood_of_a_tenant_leaves_its_interactive_class_room() -> No
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert (await asyncio.wait_for(own, 10)).status_code == 200
+        assert (await asyncio.wait_for(own, HANG_S)).status_code == 200
         await eventually(lambda: antares.gateway.proxy.open_requests.used == 0)

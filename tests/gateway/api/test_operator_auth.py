@@ -14,6 +14,7 @@ from gateway.api.auth import hash_key
 from gateway.cli import app
 from tests.fixtures import prometheus
 from tests.fixtures.live_gateway import gateway_config, live
+from tests.fixtures.live_server import HANG_S
 
 OPERATOR, TENANT = "operator-0123456789abcdef", "tenant-0123456789abcdef"
 KEYS = [
@@ -167,7 +168,7 @@ async def test_deployed_prometheus_scrapes_with_the_key_of_an_operator(tmp_path:
         live(server=GUARDED, keys=KEYS) as antares,
         prometheus.started(tmp_path, {"antares": antares.url}, operator_key=key, interval_s=0.2) as scraper,
     ):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while (await scraper.targets()).get("antares") != health:
                 await asyncio.sleep(0.1)
 
@@ -179,7 +180,7 @@ async def test_feed_of_a_revoked_operator_ends() -> None:
             lines = feed.aiter_lines()
             await anext(lines)
             antares.gateway.reload(gateway_config(server=GUARDED, keys=KEYS[1:]))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(HANG_S):
                 async for _ in lines:
                     pass
         assert (await antares.http.get("/dashboard/events", headers={"x-api-key": OPERATOR})).status_code == 401

@@ -13,6 +13,7 @@ from gateway.api.errors import ApiError
 from gateway.api.paths import unknown_path
 from gateway.api.routes.table import RouteTable
 from tests.fixtures.live_gateway import CHAT, Live, chat
+from tests.fixtures.live_server import HANG_S
 
 CHAT_BODY = json.dumps(chat()).encode()
 
@@ -23,7 +24,7 @@ async def send_raw(antares: Live, target: str, *headers: str) -> tuple[int, Any]
     reader, writer = await asyncio.open_connection(url.host, url.port)
     lines = [f"POST {target} HTTP/1.1", "host: a", "connection: close", "content-type: application/json", *headers]
     writer.write("\r\n".join([*lines, f"content-length: {len(CHAT_BODY)}", "", ""]).encode() + CHAT_BODY)
-    answer = await asyncio.wait_for(reader.read(), 5)
+    answer = await asyncio.wait_for(reader.read(), HANG_S)
     writer.close()
     head_bytes, _, body = answer.partition(b"\r\n\r\n")
     return int(head_bytes.split()[1]), json.loads(body[body.index(b"{") : body.rindex(b"}") + 1])
@@ -174,6 +175,6 @@ async def test_request_id_is_trimmed(antares: Live) -> None:
         await inner(scope, receive, send)
 
     antares.engine.stub = spy
-    await asyncio.wait_for(reader.read(), 5)
+    await asyncio.wait_for(reader.read(), HANG_S)
     writer.close()
     assert seen == [b"mine"]

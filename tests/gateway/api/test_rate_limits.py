@@ -14,7 +14,7 @@ from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.api.auth import hash_key
 from gateway.api.rate_limits import duration
 from tests.fixtures.live_gateway import Live, chat, fast_engine, gateway_config, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 
 KEY, SECOND, BOB = "alice-0123456789abcdef", "alice-second-0123456789", "bob-0123456789abcdef"
 
@@ -120,7 +120,7 @@ async def test_client_that_leaves_frees_its_place() -> None:
         async with antares.http.stream("POST", "/v1/chat/completions", json=body, headers={"x-api-key": KEY}) as answer:
             await anext(answer.aiter_lines())
         await eventually(lambda: antares.gateway.ledger.open_count == 0)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_S):
             while (await antares.ask(x_api_key=KEY)).status_code == 429:
                 await asyncio.sleep(0.02)
 

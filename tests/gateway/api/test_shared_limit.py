@@ -13,6 +13,7 @@ from gateway.api.connections import CONNECTION_KEY, Connections
 from gateway.api.limits import Limits
 from gateway.api.shared_limit import ONLY_SHARER, SharedLimit, Sharer
 from gateway.api.sharers import sharer_of
+from tests.fixtures.live_server import HANG_S
 
 A, B, C = Sharer("a"), Sharer("b"), Sharer("c")
 
@@ -116,7 +117,7 @@ async def test_waiting_requests_of_one_tenant_do_not_block_another() -> None:
 
     waiting = [asyncio.create_task(one(A, f"a{n}")) for n in range(3)]
     await asyncio.sleep(0)
-    await asyncio.wait_for(one(B, "b"), 1)
+    await asyncio.wait_for(one(B, "b"), HANG_S)
     assert order == ["b"]
     assert not shared.try_take(A), "a later request waits behind those that wait"
     for _ in range(4):
@@ -134,7 +135,7 @@ async def test_waiting_request_that_is_cancelled_leaves_its_turn() -> None:
     first.cancel()
     await asyncio.sleep(0)
     shared.free(A)
-    await asyncio.wait_for(second, 1)
+    await asyncio.wait_for(second, HANG_S)
     assert shared.used == 1
     shared.free(A)
     assert shared.used == 0

@@ -12,7 +12,7 @@ import pytest
 from gateway.api import pass_through
 from gateway.api.auth import hash_key
 from tests.fixtures.live_gateway import AdmitNothing, Live, chat, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 
 EMBEDDINGS = "/v1/embeddings"
 ONE_CLASS: dict[str, Any] = {"chat": {"ttft_ms": 2000, "tpot_ms": 100}}
@@ -49,7 +49,7 @@ async def test_open_requests_of_one_tenant_leave_room_for_another() -> None:
         assert "The gateway has too many open requests" in full.text
         queue.admission.policy = policy
         await cancel(*flood)
-        assert (await asyncio.wait_for(victim, 5)).status_code == 200
+        assert (await asyncio.wait_for(victim, HANG_S)).status_code == 200
         await eventually(lambda: antares.gateway.proxy.open_requests.used == 0)
 
 
@@ -152,7 +152,7 @@ async def test_buffered_responses_of_the_tenant_with_most_are_cut_first() -> Non
         # It is behind for longest.
         await eventually(lambda: connections.buffered > 1 << 20)
         opened += [await stalled(antares, "abuser") for _ in range(8)]
-        await eventually(lambda: len(connections) <= 4 and 0 < connections.buffered <= 12 << 20, 5)
+        await eventually(lambda: len(connections) <= 4 and 0 < connections.buffered <= 12 << 20)
         assert "victim" in {connection.sharer.name for connection in connections._open}
         for writer in opened:
             writer.transport.abort()
@@ -165,12 +165,12 @@ async def test_large_bodies_of_one_tenant_leave_memory_for_another() -> None:
         policy, queue.admission.policy = queue.admission.policy, AdmitNothing()
         body = chat("hi", unused="x" * (1 << 20))
         flood = [ask(antares, "abuser", body) for _ in range(12)]
-        await eventually(lambda: antares.gateway.ledger.open_count >= 7, 5)
+        await eventually(lambda: antares.gateway.ledger.open_count >= 7)
         await asyncio.sleep(0.2)
         assert antares.gateway.ledger.open_count < 9
         victim = ask(antares, "victim", body)
-        await eventually(lambda: any(request.tenant == "victim" for request in queue.waiting), 2)
+        await eventually(lambda: any(request.tenant == "victim" for request in queue.waiting))
         queue.admission.policy = policy
         await cancel(*flood)
-        assert (await asyncio.wait_for(victim, 5)).status_code == 200
+        assert (await asyncio.wait_for(victim, HANG_S)).status_code == 200
         await eventually(lambda: antares.gateway.proxy.bodies.used == 0)

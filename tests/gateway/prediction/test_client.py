@@ -19,7 +19,7 @@ from gateway.prediction.circuit_breaker import CircuitBreaker
 from gateway.prediction.client import LengthPredictor, Question
 from gateway.prediction.lengths import LengthStatistics, Prediction
 from tests.fixtures.live_gateway import Live, chat, live, serving
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 
 
 @asynccontextmanager
@@ -59,7 +59,7 @@ def prediction(length: Any, p90: Any = 99.0) -> dict[str, Any]:
 
 async def eventually_down(antares: Live) -> None:
     """Send requests that wait for their predictions, until the failures open the breaker."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_S):
         while antares.gateway.predictor.up:
             assert (await antares.ask(x_slo_e2e_ms="60000")).status_code == 200
     assert "antares_predictor_up 0.0" in (await antares.http.get("/metrics")).text
@@ -82,16 +82,18 @@ async def test_predict_returns_the_prediction_of_the_service() -> None:
         await client.close()
 
 
-async def test_predict_falls_back_after_its_timeout() -> None:
+async def test_predict_falls_back_after_its_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction_client, "_CALL_TIMEOUT_S", 30.0)
     async with silent_server() as url:
         client = make_client(url, timeout_s=0.4)
         started = time.monotonic()
         assert (await client.predict(Question("hi", 1, "chat", None))).source == "fallback"
-        assert time.monotonic() - started < 0.95, "not the 1 s that a call may take"
+        assert time.monotonic() - started < 15, "not the time that a call may take"
+        client.timeout_s = 30.0
         started = time.monotonic()
         await client.predict(Question("hi", 1, "chat", None))
-        assert time.monotonic() - started < 0.35, "requests must not wait behind a late call"
-        async with asyncio.timeout(10):
+        assert time.monotonic() - started < 15, "requests must not wait behind a late call"
+        async with asyncio.timeout(HANG_S):
             while client.up:
                 await client.predict(Question("hi", 1, "chat", None))
                 await asyncio.sleep(0.05)
@@ -179,7 +181,7 @@ async def test_predictor_up_returns_while_the_gateway_idles() -> None:
     async with serving(service) as url, live(predictor_url=url, predictor={"timeout_ms": 5000}) as antares:
         await eventually_down(antares)
         service.answer, service.status = prediction(7), 200
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while "antares_predictor_up 1.0" not in (await antares.http.get("/metrics")).text:
                 await asyncio.sleep(0.05)
 
@@ -404,7 +406,7 @@ async def endless_server(chunk: bytes, pause_s: float) -> AsyncIterator[str]:
 async def test_answer_without_end_is_cut_and_opens_the_breaker(chunk: bytes, pause_s: float) -> None:
     async with endless_server(chunk, pause_s) as url:
         client = make_client(url, timeout_s=0.05)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while client._breaker.closed:
                 assert (await client.predict(Question("hi", 1, "chat", None))).source == "fallback"
                 await asyncio.sleep(0.02)

@@ -18,7 +18,7 @@ from gateway.prediction.client import Question
 from gateway.prediction.lengths import Prediction
 from gateway.prediction.supervisor import Supervisor
 from tests.fixtures.live_gateway import Live, Load, live
-from tests.fixtures.live_server import eventually
+from tests.fixtures.live_server import HANG_S, eventually
 from tests.fixtures.ports import free_port
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
@@ -50,7 +50,7 @@ class RequestLoad(Load):
     async def wait_for(self, count: int) -> None:
         """Wait for ``count`` further responses."""
         target = len(self.responses) + count
-        await eventually(lambda: len(self.responses) >= target, within_s=20)
+        await eventually(lambda: len(self.responses) >= target)
 
 
 async def test_predictor_hang_and_crash_fail_no_request_and_lose_no_correction(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ async def test_predictor_hang_and_crash_fail_no_request_and_lose_no_correction(t
 
             async def predicted() -> Prediction:
                 """Return the next prediction that comes from the service."""
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(HANG_S):
                     while True:
                         prediction = await predictor.predict(
                             Question("tell me a story", 4, "chat", None, model="simulated")
@@ -80,23 +80,23 @@ async def test_predictor_hang_and_crash_fail_no_request_and_lose_no_correction(t
                 windows = orjson.loads(file.read_bytes())["windows"] if file.exists() else []
                 return sum(len(window["rows"]) for window in windows)
 
-            assert await predictor.warm_up(max_wait_s=20)
+            assert await predictor.warm_up(max_wait_s=HANG_S)
             uncorrected = await predicted()
             assert uncorrected.tokens > 5 * TOKENS
             async with RequestLoad(antares) as load:
-                await eventually(lambda: saved_corrections() >= 60, within_s=20)
+                await eventually(lambda: saved_corrections() >= 60)
 
                 assert supervisor.pid is not None
                 os.kill(supervisor.pid, signal.SIGSTOP)
                 await load.wait_for(40)
                 await eventually(lambda: not predictor.up)
                 os.kill(supervisor.pid, signal.SIGCONT)
-                await eventually(lambda: predictor.up, within_s=20)
+                await eventually(lambda: predictor.up)
                 await load.wait_for(10)
 
                 os.kill(supervisor.pid, signal.SIGKILL)
                 await load.wait_for(40)
-                await eventually(lambda: supervisor.restarts == 1, within_s=20)
+                await eventually(lambda: supervisor.restarts == 1)
                 corrected = await predicted()
                 await load.wait_for(10)
         assert {response.status_code for response in load.responses} == {200}

@@ -15,6 +15,7 @@ from gateway.scheduling.circuit_breaker import FAILURES_TO_OPEN
 from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.queue_outcome import Admitted, Draining, EngineDown, Reroute
 from gateway.scheduling.router import MAX_OWNED, Router
+from tests.fixtures.live_server import HANG_S
 from tests.fixtures.policy_builders import make_request
 
 
@@ -73,7 +74,7 @@ async def test_requests_of_a_dead_engine_move_only_to_a_live_one(other_alive: bo
     set_alive(second, other_alive)
     set_alive(first, False)
     outcome = first.submit(make_request(at=-1000.0))
-    assert isinstance(await asyncio.wait_for(outcome, 5), Reroute if other_alive else EngineDown)
+    assert isinstance(await asyncio.wait_for(outcome, HANG_S), Reroute if other_alive else EngineDown)
     router.close()
 
 
@@ -82,7 +83,7 @@ async def test_queue_of_a_living_engine_serves_the_request() -> None:
     set_alive(router.engine_queues[0], False)
     engine_queue = router.place(request := make_request(at=0.0))
     outcome = engine_queue.submit(request)
-    assert isinstance(await asyncio.wait_for(outcome, 5), Admitted)
+    assert isinstance(await asyncio.wait_for(outcome, HANG_S), Admitted)
     assert engine_queue is router.engine_queues[1]
     router.close()
 
@@ -117,7 +118,7 @@ async def test_requests_waiting_for_an_engine_move_when_it_rests() -> None:
     first = router.engine_queues[0]
     outcome = first.submit(make_request("waits"))
     rest(router, 0)
-    assert isinstance(await asyncio.wait_for(outcome, 5), Reroute)
+    assert isinstance(await asyncio.wait_for(outcome, HANG_S), Reroute)
     assert not first.waiting
     router.close()
 
@@ -129,7 +130,7 @@ async def test_pool_that_rests_gets_requests_where_the_rest_ends_first() -> None
     router.engine_queues[0].circuit.back_at += 5
     assert placed(router) == 2
     outcome = router.engine_queues[2].submit(make_request())
-    assert isinstance(await asyncio.wait_for(outcome, 5), Admitted), "they are not sent around in a circle"
+    assert isinstance(await asyncio.wait_for(outcome, HANG_S), Admitted), "they are not sent around in a circle"
     router.close()
 
 
@@ -138,7 +139,7 @@ async def test_request_of_a_dead_engine_moves_to_one_that_rests() -> None:
     rest(router, 1)
     set_alive(router.engine_queues[0], False)
     outcome = router.engine_queues[0].submit(make_request(at=time.monotonic()))
-    assert isinstance(await asyncio.wait_for(outcome, 5), Reroute)
+    assert isinstance(await asyncio.wait_for(outcome, HANG_S), Reroute)
     assert placed(router) == 1
     router.close()
 
