@@ -57,9 +57,9 @@ class Upstream:
         self._host = url.hostname or ""
         self._port = url.port or (443 if self._secure else 80)
         self._prefix = _escape(url.path.encode())
-        self._fixed_headers = b"host: " + url.netloc.rpartition("@")[2].encode() + b"\r\n"
+        self._fixed_headers = [(b"host", url.netloc.rpartition("@")[2].encode())]
         if not keep_alive:
-            self._fixed_headers += b"connection: close\r\n"
+            self._fixed_headers.append((b"connection", b"close"))
         self._keep_alive = keep_alive
         self._connect_timeout_s = connect_timeout_s
         self.read_timeout_s = read_timeout_s
@@ -206,16 +206,16 @@ class Upstream:
     def _encoded(self, method: str, path: bytes, headers: Headers, content: bytes) -> bytes:
         """The request as bytes. Raises ValueError for a header that would become two."""
         target = self._prefix + (b"" if path.startswith(b"/") else b"/") + _escape(path)
-        lines = [method.encode() + b" " + target + b" HTTP/1.1\r\n" + self._fixed_headers]
-        for name, value in headers:
-            lines += (name, b": ", value, b"\r\n")
+        lines = [method.encode() + b" " + target + b" HTTP/1.1"]
+        # Each header is a name and a value.
+        lines += map(b": ".join, self._fixed_headers)
+        lines += map(b": ".join, headers)
         if content or method not in ("GET", "HEAD"):
-            lines.append(b"content-length: %d\r\n" % len(content))
-        head = b"".join(lines)
-        expected = 1 + self._fixed_headers.count(b"\n") + len(headers) + (len(lines) - 1) % 4
-        if head.count(b"\n") != expected or head.count(b"\r") != expected:
+            lines.append(b"content-length: %d" % len(content))
+        head = b"\r\n".join(lines)
+        if not head.count(b"\n") == head.count(b"\r") == len(lines) - 1:
             raise ValueError("a header contains a line break")
-        return head + b"\r\n" + content
+        return head + b"\r\n\r\n" + content
 
 
 def server_url(text: str) -> str:

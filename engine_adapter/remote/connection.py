@@ -198,8 +198,9 @@ class Connection(asyncio.Protocol):
     def _pass_body(self) -> None:
         """Pass the parts of the body that were parsed to the response. What follows its end is dropped."""
         parts, response = self._parts, self._response
-        if parts and response is not None and not response.complete:
-            response.on_body(parts[0] if len(parts) == 1 else b"".join(parts))
+        if response is not None and not response.complete and parts:
+            # NOTE: a single part is not copied.
+            response.on_body(b"".join(parts))
         parts.clear()
 
     def on_message_complete(self) -> None:

@@ -30,6 +30,7 @@ class EventReader:
         on_read: Callable[[int], None],
     ) -> None:
         self._response = response
+        self._read = response.plain_reader()
         self._counter = counter
         self._see = see
         self._on_read = on_read
@@ -43,7 +44,7 @@ class EventReader:
         counter, splitter = self._counter, self._splitter
         while not counter.ended:
             try:
-                chunk = await self._response.read_plain()
+                chunk = await self._read()
                 events = splitter.feed(chunk)
             except EventTooLarge:
                 raise EngineLost(

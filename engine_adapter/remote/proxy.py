@@ -325,8 +325,8 @@ class HttpProxy:
         An error in a document with status 200 gets an error status. A response object that says that it failed keeps
         its status, because the client can read that there.
         """
-        data = bytearray()
-        while chunk := await response.read_plain():
+        data, read = bytearray(), response.plain_reader()
+        while chunk := await read():
             self.last_data_at = time.monotonic()
             data += chunk
             if len(data) > LARGEST_PARSED:
@@ -336,7 +336,7 @@ class HttpProxy:
             return
         await request.send_head(response, altered=True)
         await request.send_body(bytes(data), more=True)
-        await self._send_rest(request, response.read_plain)
+        await self._send_rest(request, read)
 
     async def _send_document(
         self, request: ClientRequest, response: Response, data: bytes, counter: TokenCounter

@@ -28,7 +28,7 @@ _MAX_DOCUMENT_BYTES = 8 << 20
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _COMPRESSED = frozenset(("gzip", "x-gzip", "deflate"))
 READABLE_ENCODINGS = _COMPRESSED | {"identity", ""}
-"""Values of ``content-encoding`` whose bodies `Response.read_plain` returns as they were before."""
+"""Values of ``content-encoding`` whose bodies `Response.plain_reader` reads as they were before."""
 
 
 class Owner(Protocol):
@@ -59,7 +59,6 @@ class Response:
         "_decompressor",
         "_error",
         "_head_arrived",
-        "_is_compressed",
         "_is_head",
         "_loop",
         "_unread",
@@ -86,7 +85,6 @@ class Response:
         self._unread_bytes = 0
         self._error: EngineLost | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._is_compressed: bool | None = None
         self._decompressor: Callable[[bytes], bytes] | None = None
 
     def __enter__(self) -> Response:
@@ -126,21 +124,20 @@ class Response:
                 await self._waiter
             finally:
                 self._waiter = None
-        data = self._unread[0] if len(self._unread) == 1 else b"".join(self._unread)
+        # NOTE: a single part is not copied.
+        data = b"".join(self._unread)
         self._unread.clear()
         if self._unread_bytes > _MAX_UNREAD_BYTES and self._connection is not None:
             self._connection.resume()
         self._unread_bytes = 0
         return data
 
-    def read_plain(self) -> Awaitable[bytes]:
-        """As `read`, but decompressed if the body is gzip or deflate. Other encodings pass unchanged.
+    def plain_reader(self) -> Callable[[], Awaitable[bytes]]:
+        """Return what reads as `read`, but decompresses a gzip or deflate body. Other encodings pass unchanged.
 
-        A server may compress although the request asks for ``identity``.
+        A server may compress although the request asks for ``identity``. The head must have arrived.
         """
-        if self._is_compressed is None:
-            self._is_compressed = self.header(b"content-encoding") in _COMPRESSED
-        return self._read_decompressed() if self._is_compressed else self.read()
+        return self._read_decompressed if self.header(b"content-encoding") in _COMPRESSED else self.read
 
     async def _read_decompressed(self) -> bytes:
         if self._decompressor is None:

@@ -98,7 +98,9 @@ class ParsedEvent:
         """Parse one raw event."""
         name, data = event_fields(event)
         chunk = parse_data(data)
-        return cls(event, name, data, chunk, error_in(name, data, chunk))
+        # A type or a member of this name: most events have neither.
+        may_fail = name or data.find(b"error") >= 0
+        return cls(event, name, data, chunk, error_in(name, data, chunk) if may_fail else None)
 
 
 def event_fields(event: bytes) -> tuple[bytes, bytes]:

@@ -109,10 +109,7 @@ class HttpProtocol(HttpConnection):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Receive a header. Trailers are dropped, since no route has any."""
         if self._in_head:
-            name = name.lower()
-            if name == b"expect" and value.lower() == b"100-continue":
-                self.expect_100_continue = True
-            self.headers.append((name, value))
+            self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """Start to serve the request, or refuse it."""
@@ -130,10 +127,11 @@ class HttpProtocol(HttpConnection):
         self.cycle.transport = HeadBuffer(self.transport, self.loop)  # type: ignore[assignment]
 
     def _check_head(self) -> None:
-        """Refuse a request that another server might read differently."""
+        """Refuse a request that another server might read differently, and note whether it waits for a 100."""
         if not self.url.startswith(b"/") and self.url != b"*":
             self._fail("The request target must be a path. The gateway is not a proxy.", "invalid_target")
         by_name = dict(self.headers)
+        self.expect_100_continue = by_name.get(b"expect", b"").lower() == b"100-continue"
         if len(by_name) < len(self.headers) and [name for name, _ in self.headers].count(b"host") > 1:
             self._fail("More than one host header.", "invalid_http")
         if b"transfer-encoding" in by_name:

@@ -23,8 +23,6 @@ from gateway.api.slo_report import first_byte_headers, sse_comment, with_slo_rep
 from gateway.observability.ledger import Entry, Outcome
 from gateway.requests.progress import Progress, tpot
 
-_REPLACED_HEADERS = frozenset((b"content-length",))
-
 LAST_WORDS_S = 5.0
 """Time limit in seconds for sending the end of a response that the engine did not end. Convention."""
 
@@ -153,13 +151,11 @@ class ResponseRelay:
 
     async def _send_start(self, ttft_s: float | None, content_length: int | None = None) -> None:
         assert self._pending_start is not None
-        engine_headers: Headers = list(self._pending_start.get("headers", ()))
-        headers: Headers = [(k, v) for k, v in engine_headers if k.lower() not in _REPLACED_HEADERS]
-        headers += first_byte_headers(self._entry, ttft_s)
+        headers: Headers = list(self._pending_start.get("headers", ()))
         if content_length is not None:
-            headers.append((b"content-length", str(content_length).encode()))
-        else:
-            headers += [(k, v) for k, v in engine_headers if k.lower() == b"content-length"]
+            headers = [header for header in headers if header[0].lower() != b"content-length"]
+            headers.append((b"content-length", b"%d" % content_length))
+        headers += first_byte_headers(self._entry, ttft_s)
         start, self._pending_start = {**self._pending_start, "headers": headers}, None
         self._started = True
         await self._send(start)

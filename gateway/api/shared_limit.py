@@ -81,7 +81,8 @@ class SharedLimit:
 
     def try_take(self, sharer: Sharer, count: int = 1) -> bool:
         """Take ``count`` units if that is possible at once. Return False otherwise."""
-        turn = self._turns.get(sharer.name) if self._turns else None
+        # A request keeps its turn only while it waits.
+        turn = self._turns.get(sharer.name) if self._waiting else None
         if (turn is not None and turn.locked()) or not self.fits(sharer, count):
             return False
         self.take(sharer, count)
@@ -107,13 +108,13 @@ class SharedLimit:
                 del self._parts[sharer.name]
                 # Without parts, rounding errors end too.
                 self._weights = self._weights - part.weight if self._parts else 0.0
-        self.wake()
+        if self._waiting:
+            self.wake()
 
     def wake(self) -> None:
         """Let waiting requests check again whether they fit."""
-        if self._waiting:
-            self._freed.set()
-            self._freed.clear()
+        self._freed.set()
+        self._freed.clear()
 
     def turn(self, sharer: Sharer) -> asyncio.Lock:
         """Return the lock that puts the requests of ``sharer`` which wait in order of arrival."""

@@ -275,8 +275,9 @@ class PrefixIndex:
         request, watched = self._waiting[name]
         blocks = request.blocks
         cached, held = self._leading(blocks)
-        self._unwatch(name, watched)
-        watched.clear()
+        if watched:
+            self._unwatch(name, watched)
+            watched.clear()
         watched.update([blocks[at] for at in (cached - 1, cached, held - 1, held) if 0 <= at < len(blocks)])
         for key in watched:
             self._watchers.setdefault(key, set()).add(name)

@@ -91,7 +91,8 @@ class Request:
     _revise_at: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.predict(self.predicted_tokens, self.predicted_p90)
+        self._set_length(self.predicted_tokens, self.predicted_p90)
+        self._set_bounds()
 
     @property
     def prefilling(self) -> bool:
@@ -126,7 +127,9 @@ class Request:
         """
         self._beyond = beyond
         self._set_length(tokens, p90)
-        self._set_bounds()
+        if self.slo.e2e_s is not None:
+            # Other bounds do not depend on the length.
+            self._set_bounds()
 
     def replace_prediction(self, tokens: float, p90: float) -> None:
         """Replace the predicted output length at any time. There is no end-to-end bound, whose pace depends on it."""
@@ -148,7 +151,9 @@ class Request:
         """Return to the queue: the engine that admitted this request did not serve it."""
         self.admitted_s = self.first_token_s = None
         self.unobserved, self.generated = False, 0
-        self.predict(self.predicted_at_arrival, self._p90_at_arrival, self._beyond)
+        self._set_length(self.predicted_at_arrival, self._p90_at_arrival)
+        # The policy may have set another pace and kind at admission.
+        self._set_bounds()
 
     def restore_bounds(self) -> None:
         """Ask for the bounds again: the request waits for another engine, which may meet them."""

@@ -134,6 +134,7 @@ TRIED = """## What was tried
 | a lone request, and most of several, are tested without arrays | faster decisions | yes |
 | one placement, no timer for an arrived body, running sums of streams | fewer instructions for a request | yes |
 | the head of a response and its first bytes in one write | one system call less | yes |
+| events of one read count together, one timer for a server's responses | fewer instructions for a request | yes |
 | counters, assembler and `Request` compiled by mypyc | unclear: faster in five of six noisy comparisons | no |
 
 mypyc needs a C compiler, minutes at each installation, and tests of two builds. Most of what is left is the Python

@@ -152,8 +152,10 @@ class CompletionCounter(TokenCounter):
 
     def _sequence_of(self, choice: Json) -> str:
         """The sequence of a choice. An impossible index counts as the first, so a server cannot invent sequences."""
+        if not self._several:
+            return "0"
         index = str(choice.get("index") or 0)
-        return index if self._several and index.isdecimal() and int(index[:9]) < self._sequences else "0"
+        return index if index.isdecimal() and int(index[:9]) < self._sequences else "0"
 
     def _add_missing(self, missing: int) -> None:
         """Missing tokens go first to the sequences that ended with an empty event, at the time of that event."""

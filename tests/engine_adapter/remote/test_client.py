@@ -77,7 +77,8 @@ async def read(upstream: Upstream, content: bytes = b"{}") -> bytes:
     async with asyncio.timeout(TEST_TIMEOUT_S):
         with await upstream.send("POST", b"/x", [], content) as response:
             parts = []
-            while part := await response.read_plain():
+            read = response.plain_reader()
+            while part := await read():
                 parts.append(part)
             return b"".join(parts)
 
