@@ -33,7 +33,7 @@ over the seeds. Each row states the precision of the search.
 - *Goodput*: requests that attain their SLO, per second of arrivals, of seed 0. S is the capacity of `{DEFAULT}`.
 - *Decision*: CPU time of choosing an engine, per request, during the simulation. It includes the sums over the requests
 of an engine. The page about [routing](../routing.md#what-does-a-decision-cost) has the time with 100 requests on each
-engine.
+engine. Other work shared the machine, so compare times in a row only.
 
 Without shared prefixes, `prefix_affinity` is `least_requests`. On multi-turn traffic it also runs with settings that
 balance earlier than SGLang's defaults: the least difference of requests, and the least ratio. `most_free_memory` is the
