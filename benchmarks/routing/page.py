@@ -130,6 +130,10 @@ def _large(found: dict[str, Any]) -> Iterator[str]:
                 for one in near
             ],
         )
+        if any(one["duration_s"] < found["duration_s"] for one in near):
+            yield wrapped(
+                "Answers take about 7 s, so the load of a shorter run is steady in its last part only: weaker evidence."
+            )
         if any(one.get("older") for one in near):
             counts = " and ".join(str(one["replicas"]) for one in near if one.get("older"))
             yield wrapped(f"The run with {counts} was measured {_OLDER}")
