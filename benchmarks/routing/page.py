@@ -23,8 +23,7 @@ def page(found: dict[str, Any]) -> str:
 
 **Simulated.** [Routing](../routing.md) explains the policies. Llama-3.1-8B, {found["slots"]} sequences a batch,
 {found["duration_s"]:g} s of arrivals, the shipped length predictor. The policy of every engine is `slack`. The six
-categories are those of the SCORPIO paper, with its `sharegpt` lengths. *One pace*: the three of them with 50 ms per
-token.
+categories are those of the SCORPIO paper, with its `sharegpt` lengths.{_one_pace(found)}
 
 - *Capacity*: the highest rate of the fleet at which {found["keeps"]:.0%} of the requests attain their SLO, as the mean
 over the seeds. Each row states the precision of the search.
@@ -95,6 +94,12 @@ So `{DEFAULT}` is the default, and [`routing.name`](../configuration.md#routing)
     )
 
 
+def _one_pace(found: dict[str, Any]) -> str:
+    """Return what the row with a single pace has, if it was measured."""
+    measured = any(part["row"].startswith("one pace") for part in found["rows"])
+    return " *One pace*: the three of them with 50 ms per token." if measured else ""
+
+
 def _rate(qps: float) -> str:
     """Return a capacity with three digits."""
     return f"{qps:.1f}" if qps < 100 else f"{qps:.0f}"
@@ -130,6 +135,8 @@ def _large(found: dict[str, Any]) -> Iterator[str]:
                 for one in near
             ],
         )
+        if any(one["duration_s"] < found["duration_s"] for one in near):
+            yield wrapped("A shorter run ends while the load still grows, so it is weaker evidence.")
         if any(one.get("older") for one in near):
             counts = " and ".join(str(one["replicas"]) for one in near if one.get("older"))
             yield wrapped(f"The run with {counts} was measured {_OLDER}")

@@ -115,8 +115,7 @@ MORE = "more engines"
 LINEAR_ROW, NEAR_LINEAR = "six categories, 8 A100", 0.95
 
 SHORT_S = 12.0
-"""Seconds of arrivals at 256 engines. Answers take about 7 s, so the load is steady in the last third only; a run with
-30 s takes 5 minutes of CPU."""
+"""Seconds of arrivals at 256 engines, whose load still grows at the end. With 30 s it takes over 5 minutes of CPU."""
 
 LARGE = (
     Large(64, OURS, NEAR_LINEAR, OURS),
