@@ -57,7 +57,7 @@ async def test_keys_and_corrections_survive_a_crash(tmp_path: Path) -> None:
     document: dict[str, Any] = {
         "server": {"port": 0},
         "engines": [{"kind": "http", "base_url": f"http://127.0.0.1:{port}"}],
-        "predictor": {"port": predictor, "state_dir": str(tmp_path / "state")},
+        "predictor": {"port": predictor, "state_dir": str(tmp_path / "state"), "timeout_ms": 10_000},
         "keys_file": "keys.json",
         "classes": CLASSES,
         "default_class": "chat",
@@ -71,10 +71,11 @@ async def test_keys_and_corrections_survive_a_crash(tmp_path: Path) -> None:
             async with asyncio.timeout(HANG_S):
                 while await ask(http, KEY) == 401:
                     await asyncio.sleep(0.2)
-            # On a busy machine some predictions are late, and their requests teach the predictor nothing: ask for more.
+            # A request with an end-to-end bound waits for its prediction. One without a prediction teaches nothing.
+            taught = {**KEY, "x-slo-e2e-ms": "60000"}
             async with asyncio.timeout(HANG_S):
                 while (await predicted(predictor))["p50"] > 16 or saved_answers(tmp_path / "state") < 20:
-                    assert {await ask(http, KEY) for _ in range(10)} == {200}
+                    assert {await ask(http, taught) for _ in range(10)} == {200}
             before = await predicted(predictor)
             process.kill()
         # The predictor notes that its gateway is gone, and leaves its port to the next one.

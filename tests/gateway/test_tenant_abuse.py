@@ -23,18 +23,24 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="sets socket options that Windows lacks"),
 ]
 
-SECONDS = 4.0
+SECONDS = (4.0, 8.0, 16.0)
+"""How long an abuse lasts, until one is long enough for the abuser to do what it should on this machine."""
 
 
-async def abused(antares: Live, kind: str) -> tuple[Victim, Counter[str]]:
-    """Run the victim beside the abuse ``kind``, which starts half a second later."""
+async def abused(antares: Live, kind: str, least_seen: int) -> tuple[Victim, Counter[str]]:
+    """Run the victim beside the abuse ``kind``, half a second later, until the abuser has seen ``least_seen`` ends."""
     port = int(antares.url.rpartition(":")[2])
 
-    async def abuse() -> Counter[str]:
+    async def abuse(seconds: float) -> Counter[str]:
         await asyncio.sleep(0.5)
-        return await run_abuse(kind, Abuser(port, ABUSER_KEY), SECONDS)
+        return await run_abuse(kind, Abuser(port, ABUSER_KEY), seconds)
 
-    return await asyncio.gather(run_victim(antares.url, VICTIM_KEY, SECONDS + 0.5, seed=0), abuse())
+    for seconds in SECONDS:
+        victim, seen = await asyncio.gather(run_victim(antares.url, VICTIM_KEY, seconds + 0.5, seed=0), abuse(seconds))
+        assert len(victim.requests) == round(8 * (seconds + 0.5))
+        if seen.total() >= least_seen:
+            return victim, seen
+    pytest.fail(f"the abuser does too little on this machine: {seen}")
 
 
 def tenants_that_wait(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -72,10 +78,9 @@ async def test_victim_is_served_beside_an_abuser(kind: str, least: float, monkey
     limits = {**CONFIG["limits"], "max_connections": 300}
     classes = {**CONFIG["classes"], "chat": {"ttft_ms": 3000, "tpot_ms": 300}}
     async with live(engine(), **{**CONFIG, "limits": limits, "classes": classes}) as antares:
-        victim, seen = await abused(antares, kind)
+        # A loaded machine reads few of the huge bodies.
+        victim, _ = await abused(antares, kind, least_seen=4)
         assert "victim" not in waited, "its part of every shared limit is free"
-        assert seen.total() > 3, "the abuser did what it should (a loaded machine reads few of the huge bodies)"
-        assert len(victim.requests) == 36
         assert victim.adherence >= least, (victim.ends, victim.ttft_s)
         await eventually(lambda: antares.gateway.proxy.in_flight == 0)
         assert antares.gateway.proxy.open_requests.used == antares.gateway.proxy.bodies.used == 0
@@ -87,9 +92,9 @@ async def test_500_readers_that_stall_cost_the_foreground_nothing(kind: str, lea
     async with live(engine(), **{**CONFIG, "limits": {"stall_s": 60.0}}) as antares:
         held: list[tuple[int, int]] = []
         watching = asyncio.create_task(_watch(antares, held))
-        victim, seen = await abused(antares, kind)
+        # A loaded machine connects fewer than 500 in time.
+        victim, _ = await abused(antares, kind, least_seen=250)
         watching.cancel()
-        assert seen["unread"] >= 250, "a loaded machine connects fewer than 500 in time"
         connections, buffered = max(held)
         assert connections >= 250
         assert buffered >= least_bytes
