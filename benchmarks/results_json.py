@@ -10,9 +10,15 @@ from typing import Any
 _INDENT = "  "
 
 
-def write(document: Mapping[str, Any], path: Path) -> None:
-    """Write ``document`` to ``path`` in the layout of `dumps`."""
-    path.write_text(dumps(document), encoding="utf-8")
+def read(path: Path | None) -> dict[str, Any]:
+    """Return the document that a stopped study left in ``path``; empty if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+
+
+def write(document: Mapping[str, Any], path: Path | None) -> None:
+    """Write ``document`` to ``path`` in the layout of `dumps`; nothing without a path."""
+    if path is not None:
+        path.write_text(dumps(document), encoding="utf-8")
 
 
 def dumps(document: Mapping[str, Any]) -> str:

@@ -186,10 +186,10 @@ class EngineState:
 
     def own_name(self, model: str) -> str | None:
         """Return the engine's own name of the model that clients call ``model``; None if it does not list it."""
-        own = self.aliases.get(model)
-        if own is not None:
-            return own if not self.models or own in self.models or self.any_model else None
-        return model if self.models and model in self.models else None
+        aliases, models = self.aliases, self.models
+        if aliases and (own := aliases.get(model)) is not None:
+            return own if not models or own in models or self.any_model else None
+        return model if models and model in models else None
 
     def adapter(self, own_name: str) -> str:
         """Return "" for the engine's default model, else the name: models and LoRA adapters share no cached prompts."""

@@ -24,7 +24,8 @@ class ServiceKind(IntEnum):
     @property
     def label(self) -> str:
         """The name on the wire and in metrics."""
-        return self.name.lower()
+        # NOTE: `name` is a property, which calls three functions.
+        return self._name_.lower()
 
 
 KINDS_BY_LABEL = {kind.label: kind for kind in ServiceKind}

@@ -130,6 +130,8 @@ class Acceptance:
 
         Some drafters, such as n-grams, have drafts for few sequences.
         """
+        if not self._drafting:
+            return 1.0
         return 1 + self.accepted * (self._offered / self._decodes if self._decodes else 0.0)
 
     def expected(self, drafts: int) -> float:

@@ -63,6 +63,7 @@ KeyEnv = Annotated[
     str | None,
     typer.Option(help="Environment variable with the API key; by default ANTARES_OPERATOR_KEY or ANTARES_API_KEY."),
 ]
+Url = Annotated[str, typer.Option(help="URL of the gateway.")]
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (YAML); see configs/.")]
 
 
@@ -82,8 +83,12 @@ def serve(
     config: ConfigPath,
     host: Annotated[str | None, typer.Option(help="Listen here instead of server.host.")] = None,
     port: Annotated[int | None, typer.Option(help="Listen on this port instead of server.port.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Use this policy with its default options.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Use this policy, with its default options, instead of policy.name.")
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info, warning or error, instead of logging.level.")
+    ] = None,
 ) -> None:
     """Start the gateway, its engines and the predictor process."""
     import asyncio
@@ -115,7 +120,7 @@ def serve(
 
 @app.command()
 def top(
-    url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8100",
+    url: Url = "http://127.0.0.1:8100",
     key_env: KeyEnv = None,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
 ) -> None:
@@ -164,7 +169,7 @@ def config_check(
 
 @config_app.command("reload")
 def config_reload(
-    url: Annotated[str, typer.Option(help="Address of the gateway.")] = "http://127.0.0.1:8100",
+    url: Url = "http://127.0.0.1:8100",
     pid: Annotated[
         int | None, typer.Option(help="Send SIGHUP to this process instead; its log has the result.")
     ] = None,
@@ -173,8 +178,8 @@ def config_reload(
 ) -> None:
     """Have a running gateway read its configuration file again, and print what changed.
 
-    With keys configured, it needs one with `operator: true`. Exit codes: 1 for mistakes in the
-    file, which change nothing; 2 if the gateway did not reload for another reason.
+    If the gateway has API keys, the command needs a key with `operator: true`. Exit codes: 1 if the
+    file has mistakes, which change nothing; 2 if the gateway did not reload for another reason.
     """
     import orjson
 
@@ -227,11 +232,11 @@ def _hang_up(pid: int) -> None:
 
 @app.command()
 def health(
-    url: Annotated[str, typer.Option(help="Address of the gateway.")] = "http://127.0.0.1:8100",
-    ready: Annotated[bool, typer.Option("--ready", help="Also require that an engine can serve.")] = False,
+    url: Url = "http://127.0.0.1:8100",
+    ready: Annotated[bool, typer.Option("--ready", help="Also require that an engine can serve requests.")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the answer.")] = 4.0,
 ) -> None:
-    """Exit 0 if the gateway answers, else 1. For health checks of containers."""
+    """Exit 0 if the gateway answers, else 1, and say why. For health checks of containers."""
     from gateway.operator_client import Unreachable, call
 
     try:
@@ -261,7 +266,7 @@ def explain(
     request_id: Annotated[
         str, typer.Argument(help="The x-request-id of the response, or the id in the gateway's log.")
     ],
-    url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8100",
+    url: Url = "http://127.0.0.1:8100",
     key_env: KeyEnv = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead.")] = False,
 ) -> None:
@@ -271,6 +276,8 @@ def explain(
     import httpx
     import orjson
 
+    from gateway.operator_client import UNREACHABLE_HINT
+
     key = _key(key_env)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
@@ -278,7 +285,7 @@ def explain(
         answer = httpx.get(address, headers=headers, timeout=10)
         document = orjson.loads(answer.content)
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as error:
-        typer.echo(f"antares: cannot ask {url}: {type(error).__name__}: {error}", err=True)
+        typer.echo(f"antares: cannot ask {url}: {type(error).__name__}: {error}. {UNREACHABLE_HINT}", err=True)
         raise typer.Exit(1) from None
     except orjson.JSONDecodeError:
         typer.echo(f"antares: {url} answered {answer.status_code} without JSON; is it an Antares gateway?", err=True)

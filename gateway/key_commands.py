@@ -26,7 +26,7 @@ KEY_PREFIX = "antares-"
 KEY_BYTES = 24
 """Random bytes of a key: more than can be guessed, so a plain hash protects it."""
 
-app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True, add_completion=False)
 
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="Configuration file that names the keys_file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -49,24 +49,40 @@ class _Keys:
 @app.command()
 def new(
     config: ConfigPath,
-    tenant: Annotated[str, typer.Option(help="Whom the key belongs to: label in metrics, unit of shares and limits.")],
-    default_class: Annotated[str | None, typer.Option(help="Class of requests that name none.")] = None,
-    allow_class: Annotated[list[str] | None, typer.Option(help="Class that the key may use; repeat it.")] = None,
-    allow_model: Annotated[list[str] | None, typer.Option(help="Model that the key may use; repeat it.")] = None,
-    min_ttft_ms: Annotated[float | None, typer.Option(help="Strictest TTFT bound that the key may claim.")] = None,
-    min_tpot_ms: Annotated[float | None, typer.Option(help="Strictest TPOT bound that the key may claim.")] = None,
-    min_e2e_ms: Annotated[float | None, typer.Option(help="Strictest end-to-end bound that it may claim.")] = None,
-    weight: Annotated[float | None, typer.Option(help="The tenant's share of an engine, against the others.")] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(help="Requests per minute of the tenant.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(help="Its prompt and output tokens per minute.")] = None,
-    max_concurrent: Annotated[int | None, typer.Option(help="Requests that it may have open at a time.")] = None,
+    tenant: Annotated[
+        str, typer.Option(help="Tenant of the key: label in metrics; shares and limits are the tenant's.")
+    ],
+    default_class: Annotated[str | None, typer.Option(help="SLO class of requests that name none.")] = None,
+    allow_class: Annotated[
+        list[str] | None, typer.Option(help="SLO class that the key may use; repeatable. By default all.")
+    ] = None,
+    allow_model: Annotated[
+        list[str] | None, typer.Option(help="Model that the key may use; repeatable. By default all.")
+    ] = None,
+    min_ttft_ms: Annotated[float | None, typer.Option(help="Strictest x-slo-ttft-ms that the key may send.")] = None,
+    min_tpot_ms: Annotated[float | None, typer.Option(help="Strictest x-slo-tpot-ms that the key may send.")] = None,
+    min_e2e_ms: Annotated[float | None, typer.Option(help="Strictest x-slo-e2e-ms that the key may send.")] = None,
+    weight: Annotated[
+        float | None, typer.Option(help="The tenant's share of an engine, relative to other tenants.")
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="Requests per minute of the tenant; above it 429.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Prompt and output tokens per minute of the tenant.")
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(help="Requests that the tenant may have open at a time.")
+    ] = None,
     update_tenant: Annotated[
         bool, typer.Option("--update-tenant", help="Give the tenant's other keys this weight and these limits too.")
     ] = False,
     expires: Annotated[
         str | None, typer.Option(help="End of the key: days from now (30d), hours (12h), or an ISO 8601 time.")
     ] = None,
-    operator: Annotated[bool, typer.Option("--operator", help="Let the key read and reload the gateway.")] = False,
+    operator: Annotated[
+        bool, typer.Option("--operator", help="Let the key read metrics, status and all requests, and reload.")
+    ] = False,
 ) -> None:
     """Make a random key, print it once on stdout, and keep its digest in the keys file."""
     key = KEY_PREFIX + secrets.token_hex(KEY_BYTES)
@@ -109,7 +125,7 @@ def new(
 
 @app.command("list")
 def list_keys(config: ConfigPath, as_json: AsJson = False) -> None:
-    """List the keys: id, tenant, rights, limits and expiry. The keys themselves are not known."""
+    """List the keys: id, tenant, rights, limits and expiry. Only digests are stored, so no key is shown."""
     import orjson
 
     with _keys_of(config) as keys:
@@ -130,7 +146,7 @@ def revoke(
     ident: Annotated[str | None, typer.Argument(metavar="[ID]", help="The id that `antares key list` shows.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Revoke all keys of this tenant.")] = None,
 ) -> None:
-    """Remove the key ID, or all keys of a tenant, from the keys file. A running gateway refuses them in a second."""
+    """Remove the key ID, or all keys of a tenant, from the keys file. A running gateway follows within a second."""
     if (ident is None) == (tenant is None):
         _fail("give either the id of a key or --tenant", 2)
     with _keys_of(config) as keys:

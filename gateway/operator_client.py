@@ -14,6 +14,10 @@ KEY_VARIABLES = ("ANTARES_OPERATOR_KEY", "ANTARES_API_KEY", "ANTARES_KEY")
 """Environment variables that may hold the key, in this order. The last one is that of version 0.1."""
 
 
+UNREACHABLE_HINT = "Start the gateway, or set --url to its address."
+"""What to do if no gateway answers. Every command that calls one has the option."""
+
+
 class Unreachable(Exception):  # noqa: N818 - named after its cause
     """The gateway gave no answer; the message says why."""
 
@@ -48,7 +52,7 @@ def call(method: str, url: str, timeout_s: float, key: str | None = None) -> tup
             return error.code, _document(error.read())
     except (OSError, ValueError, http.client.HTTPException, ssl.SSLError) as error:
         reason = getattr(error, "reason", error)
-        raise Unreachable(f"no answer from {url}: {reason or type(error).__name__}") from error
+        raise Unreachable(f"no answer from {url}: {reason or type(error).__name__}. {UNREACHABLE_HINT}") from error
 
 
 def reload_lines(document: dict[str, Any]) -> list[str]:

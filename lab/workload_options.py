@@ -16,7 +16,11 @@ Workload = Annotated[
 ]
 Requests = Annotated[int | None, typer.Option(min=1, help="Stop arrivals after N requests.", metavar="N")]
 Duration = Annotated[
-    float | None, typer.Option(help="Stop arrivals after SECONDS.", metavar="SECONDS", show_default="60 in simulate")
+    float | None,
+    typer.Option(
+        help="Stop arrivals after SECONDS. simulate: 60 by default. bench needs this, --requests or a trace.",
+        metavar="SECONDS",
+    ),
 ]
 Arrivals = Annotated[
     str, typer.Option(help="poisson, gamma (bursty, see --burstiness) or trace (recorded arrival times).")

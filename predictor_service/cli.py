@@ -18,6 +18,7 @@ import typer
 app = typer.Typer(
     help="The output-length predictor: train, evaluate, serve, collect training data.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 

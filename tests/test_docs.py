@@ -36,10 +36,12 @@ CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "server": server.ServerConfig,
+    "limits": server.LimitsConfig,
     "cors": server.CorsConfig,
     "body_fields": server.BodyFieldsConfig,
     "kind: vllm": engines.VllmEngineConfig,
     "kind: http": engines.HttpEngineConfig,
+    "report": engines.ReportConfig,
     "discover": engines.DiscoverConfig,
     "kind: simulated": engines.SimulatedEngineConfig,
     "step_times": engines.StepTimesConfig,
@@ -49,8 +51,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "SLO classes": policies.SloClassConfig,
     "API keys": keys.KeyConfig,
     "Policies": policies.PolicyConfig,
+    "Routing": policies.RoutingConfig,
     "Shadow policies": policies.ShadowConfig,
     "logging": observability.LoggingConfig,
+    "wanted_replicas": observability.WantedReplicasConfig,
     "decisions": observability.DecisionsConfig,
     "recording": observability.RecordingConfig,
     "tracing": observability.TracingConfig,

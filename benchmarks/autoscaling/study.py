@@ -1,26 +1,30 @@
 """Compares the wanted replicas with a search, and autoscaling by them with other ways to size a fleet, in simulation.
 
-    python -m benchmarks.autoscaling.study --json > docs/results/autoscaling.json
+    python -m benchmarks.autoscaling.study --json docs/results/autoscaling.json
     python -m benchmarks.autoscaling.study --page docs/results/autoscaling.json
 
 The traces are Azure's, at `--rate-scale` times their rate. Every `EVERY_S` seconds the wanted replicas are computed
 from the requests of the last `WINDOW_S` seconds, as the gateway does. The search knows the requests of a window
-beforehand, and simulates all of them.
+beforehand, and simulates all of them. The JSON file is written after each number, and a study that was stopped
+continues from it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from benchmarks.command import AsJson, Jobs, PageOf, print_results, write_page
+from benchmarks import results_json
+from benchmarks.command import Jobs, JsonTo, PageOf, write_page
 from benchmarks.markdown import table, wrapped
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.registry import make_policy
@@ -121,13 +125,18 @@ def searched(setting: Setting, start_s: float, first: int) -> int:
     return fewest(keeps, first, 1, MOST) or MOST
 
 
-def signal(setting: Setting, end_s: float) -> tuple[int, float, float]:
+def signal(setting: Setting, end_s: float) -> dict[str, float]:
     """Return the wanted replicas from the window before ``end_s``, the share that was sampled, and the CPU time (s)."""
     requests, predictions = setting.part(end_s - WINDOW_S, end_s)
     profile = load_profile(PROFILE)
     first = max(1, round(len(requests) / WINDOW_S / 5))
     answer = wanted_replicas(Traffic(requests, predictions, [profile], POLICY, target=TARGET, first=first, most=MOST))
-    return answer.wanted, answer.sampled, answer.cpu_s
+    return {
+        "end_s": end_s,
+        "wanted": answer.wanted,
+        "sampled": round(answer.sampled, 3),
+        "cpu_s": round(answer.cpu_s, 2),
+    }
 
 
 def controlled(setting: Setting, name: str, scaler: Autoscaler | None, initial: int) -> dict[str, Any]:
@@ -146,51 +155,62 @@ def controlled(setting: Setting, name: str, scaler: Autoscaler | None, initial: 
     }
 
 
-def measured(setting: Setting, jobs: int) -> dict[str, Any]:
-    """Return the windows and the fleets of one trace."""
-    ends = [WINDOW_S + EVERY_S * number for number in range(int((60 * setting.minutes - WINDOW_S) // EVERY_S) + 1)]
-    with ProcessPoolExecutor(jobs) as pool:
-        signals = list(pool.map(signal, [setting] * len(ends), ends))
-        by_end = {end: found[0] for end, found in zip(ends, signals, strict=True)}
-        windows = setting.windows
-        firsts = [by_end[start + WINDOW_S] for start in windows]
-        needed = list(pool.map(searched, [setting] * len(windows), windows, firsts))
-        wanted = [(end, by_end[end]) for end in ends]
-        first = firsts[0]
+class Study:
+    """Adds to ``part``, the results of one trace, what is missing. Calls ``save`` after each number."""
+
+    def __init__(self, setting: Setting, part: dict[str, Any], save: Callable[[str], None]) -> None:
+        self._setting, self._part, self._save = setting, part, save
+
+    def run(self, pool: Executor) -> None:
+        """Compute the signals, then the searches that start from them, then the fleets that follow them."""
+        setting = self._setting
+        count = int((60 * setting.minutes - WINDOW_S) // EVERY_S) + 1
+        ends = [WINDOW_S + EVERY_S * number for number in range(count)]
+        signals = self._extend("signals", pool, signal, ends)
+        wanted = {one["end_s"]: one["wanted"] for one in signals}
+        firsts = [wanted[start + WINDOW_S] for start in setting.windows]
+        needed = self._extend("searched", pool, searched, setting.windows, firsts)
+        first, signalled = firsts[0], list(wanted.items())
         fleets: list[tuple[str, Autoscaler | None, int]] = [
-            ("wanted replicas", Recorded(wanted), first),
-            ("wanted replicas and one more", Recorded(wanted, 1), first + 1),
+            ("wanted replicas", Recorded(signalled), first),
+            ("wanted replicas and one more", Recorded(signalled, 1), first + 1),
             ("static, the peak of the windows", None, max(needed)),
             ("static, the mean of the windows", None, max(1, round(fmean(needed)))),
             *((f"queue length, {target} for each engine", QueueLength(target), first) for target in QUEUE_TARGETS),
         ]
-        runs = list(pool.map(controlled, [setting] * len(fleets), *zip(*fleets, strict=True)))
-    return {
-        "trace": setting.trace,
-        "rate_scale": setting.rate_scale,
-        "minutes": setting.minutes,
-        "seed": setting.seed,
-        "windows": [
-            {"start_s": start, "searched": need, "same": by_end[start + WINDOW_S], "before": by_end.get(start)}
-            for start, need in zip(windows, needed, strict=True)
-        ],
-        "sampled": round(fmean(share for _, share, _ in signals), 3),
-        "signal_cpu_s": round(fmean(cpu_s for _, _, cpu_s in signals), 2),
-        "fleets": runs,
-    }
+        self._extend("fleets", pool, controlled, *map(list, zip(*fleets, strict=True)))
+
+    def _extend(self, key: str, pool: Executor, compute: Callable[..., Any], *columns: list[Any]) -> list[Any]:
+        """Append what ``compute`` returns for each row of ``columns`` that has no result yet."""
+        known: list[Any] = self._part.setdefault(key, [])
+        missing = [column[len(known) :] for column in columns]
+        for result in pool.map(compute, [self._setting] * len(missing[0]), *missing):
+            known.append(result)
+            self._save(f"{self._setting.trace}: {key} {len(known)} of {len(columns[0])}")
+        return known
+
+
+def windows(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the search's number for each window, and the wanted replicas from that window and from the one before."""
+    wanted = {one["end_s"]: one["wanted"] for one in trace["signals"]}
+    starts = [WINDOW_S * number for number in range(len(trace["searched"]))]
+    return [
+        {"searched": needed, "same": wanted[start + WINDOW_S], "before": wanted.get(start)}
+        for start, needed in zip(starts, trace["searched"], strict=True)
+    ]
 
 
 def page(found: dict[str, Any]) -> str:
     """Return the page of the results."""
     traces = found["traces"]
-    windows = [(t["trace"], w) for t in traces for w in t["windows"]]
-    same = [abs(w["same"] - w["searched"]) for _, w in windows]
-    before = [abs(w["before"] - w["searched"]) for _, w in windows if w["before"] is not None]
+    every = [window for trace in traces for window in windows(trace)]
+    same = [abs(w["same"] - w["searched"]) for w in every]
+    before = [abs(w["before"] - w["searched"]) for w in every if w["before"] is not None]
 
     def within(errors: list[int], most: int) -> str:
         return f"{sum(error <= most for error in errors)} of {len(errors)}"
 
-    steps = [abs(b["searched"] - a["searched"]) for t in traces for a, b in pairwise(t["windows"])]
+    steps = [abs(later - earlier) for t in traces for earlier, later in pairwise(t["searched"])]
     accuracy = table(
         ["wanted replicas from", "equal to the search", "within one", "largest difference"],
         [
@@ -204,9 +224,10 @@ def page(found: dict[str, Any]) -> str:
         for t in traces
         for run in t["fleets"]
     ]
-    sizes = "; ".join(f"{t['trace']}: {', '.join(str(w['searched']) for w in t['windows'])}" for t in traces)
-    cpu = max(t["signal_cpu_s"] for t in traces)
-    sampled = min(t["sampled"] for t in traces)
+    sizes = "; ".join(f"{t['trace']}: {', '.join(map(str, t['searched']))}" for t in traces)
+    signals = [one for t in traces for one in t["signals"]]
+    cpu = fmean(one["cpu_s"] for one in signals)
+    sampled = fmean(one["sampled"] for one in signals)
     return f"""# Autoscaling by wanted replicas
 
 {
@@ -215,7 +236,7 @@ Simulated. Azure's traces at {traces[0]['rate_scale']:g} times their rate (overl
 {traces[0]['minutes']:g} minutes; profile `{PROFILE}`, policy `{POLICY}`, the six SLO categories, prompts of at most
 7,000 tokens, seed {traces[0]['seed']}. The target is {TARGET:.0%} of the requests. The signal is computed every
 {EVERY_S:g} s from the last {WINDOW_S:g} s;
-it takes {cpu:g} s of CPU time on average and simulates {sampled:.0%} of the requests or more.''')
+it takes {cpu:.1f} s of CPU time and simulates {sampled:.0%} of the requests on average.''')
     }
 
     {found["command"]}
@@ -247,17 +268,36 @@ def main(
     minutes: Annotated[float, typer.Option(min=10, help="Minutes of each trace.")] = 55.0,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     jobs: Jobs = 2,
-    as_json: AsJson = False,
+    json_to: JsonTo = None,
     page_of: PageOf = None,
 ) -> None:
-    """Compare autoscaling by wanted replicas with other ways to size a fleet."""
-    make: Callable[[Any], str] = page
+    """Compare autoscaling by wanted replicas with other ways to size a fleet. Takes about an hour."""
     if page_of is not None:
-        write_page(page_of, make)
+        write_page(page_of, page)
         return
     command = f"python -m benchmarks.autoscaling.study --rate-scale {rate_scale:g} --minutes {minutes:g} --seed {seed}"
-    traces = [measured(Setting(trace, rate_scale, minutes, seed), jobs) for trace in TRACES]
-    print_results({"command": command, "traces": traces}, as_json, make)
+    found: dict[str, Any] = {"command": command, "traces": []}
+    if json_to is not None and json_to.exists():
+        found = json.loads(json_to.read_text(encoding="utf-8"))
+        if found["command"] != command:
+            raise typer.BadParameter(f"{json_to} has the results of `{found['command']}`", param_hint="--json")
+    progress = Console(stderr=True)
+
+    def save(text: str) -> None:
+        progress.print(text)
+        if json_to is not None:
+            results_json.write(found, json_to)
+
+    with ProcessPoolExecutor(jobs) as pool:
+        for trace in TRACES:
+            setting = Setting(trace, rate_scale, minutes, seed)
+            part = next((known for known in found["traces"] if known["trace"] == trace), None)
+            if part is None:
+                part = {"trace": trace, "rate_scale": rate_scale, "minutes": minutes, "seed": seed}
+                found["traces"].append(part)
+            Study(setting, part, save).run(pool)
+    if json_to is None:
+        typer.echo(page(found), nl=False)
 
 
 if __name__ == "__main__":

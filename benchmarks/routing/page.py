@@ -10,6 +10,12 @@ from benchmarks.markdown import table, wrapped
 
 OURS, DEFAULT = "headroom", "least_load"
 
+_OLDER = (
+    "when each change made the sums over an engine's requests again. Decisions take about half of that time since, and "
+    "attainment does not differ measurably."
+)
+"""What the results with the field ``older`` have in common."""
+
 
 def page(found: dict[str, Any]) -> str:
     """Return the result page of the study's JSON."""
@@ -17,111 +23,178 @@ def page(found: dict[str, Any]) -> str:
 
 **Simulated.** [Routing](../routing.md) explains the policies. Llama-3.1-8B, {found["slots"]} sequences a batch,
 {found["duration_s"]:g} s of arrivals, the shipped length predictor. The policy of every engine is `slack`. The six
-categories are those of the SCORPIO paper, with its `sharegpt` lengths.
+categories are those of the SCORPIO paper, with its `sharegpt` lengths. *One pace*: the three of them with 50 ms per
+token.
 
 - *Capacity*: the highest rate of the fleet at which {found["keeps"]:.0%} of the requests attain their SLO, as the mean
-over the seeds. Each search ends at a precision of {found["precision"]:.1%}.
-- *Best other*: the highest capacity of the other policies. A ratio below 1 is a loss of `{OURS}`.
+over the seeds. Each row states the precision of the search.
+- *Best other*: the highest capacity of the other policies. *Ratio*: over the seeds of that one. Below 1 it is a loss of
+`{OURS}`.
 - *Goodput*: requests that attain their SLO, per second of arrivals, of seed 0. S is the capacity of `{DEFAULT}`.
 - *Decision*: CPU time of choosing an engine, per request, during the simulation. It includes the sums over the requests
-of an engine, which are made again when one ends. The page about [routing](../routing.md#what-does-a-decision-cost) has
-the time without them.
+of an engine. The page about [routing](../routing.md#what-does-a-decision-cost) has the time with 100 requests on each
+engine.
+
+Without shared prefixes, `prefix_affinity` is `least_requests`. On multi-turn traffic it also runs with settings that
+balance earlier than SGLang's defaults: the least difference of requests, and the least ratio. `most_free_memory` is the
+mapper of the annealing paper, for one request at a time. The other policies have nothing to tune.
 
 ```
-python -m benchmarks.routing.study{_options(found)} --json docs/results/routing.json
+python -m benchmarks.routing.study --seeds {_seeds(found)} --json docs/results/routing.json
 python -m benchmarks.routing.study --page docs/results/routing.json
 ```
 
-The first command continues a file that exists, so remove it to measure again.
+The first command continues a file that exists, so remove it to measure again. Policies with fewer seeds have not been
+measured with the others yet.
 
 ## Capacity of `{OURS}`"""
     rows = []
     for part in found["rows"]:
-        capacities = _capacities(part)
+        capacities = {name: fmean(by_seed.values()) for name, by_seed in _capacities(part).items()}
         if OURS not in capacities or len(capacities) == 1:
             continue
         ours = capacities.pop(OURS)
         best = max(capacities, key=lambda name: capacities[name])
-        ratio = f"{ours / capacities[best]:.2f}x"
-        rows.append([part["row"], f"{ours:.0f}", f"{capacities[best]:.0f} (`{best}`)", ratio])
+        rows.append([part["row"], _rate(ours), f"{_rate(capacities[best])} (`{best}`)", f"{_ratio(part, best):.2f}x"])
     summary = table(["fleet and traffic", f"`{OURS}`", "best other", "ratio"], rows)
-    sections = [text for part in found["rows"] for text in _section(part, found["duration_s"])]
-    return "\n\n".join([wrapped(head), summary, *_large(found), *sections]) + "\n"
+    sections = [text for part in found["rows"] for text in _section(part)]
+    return "\n\n".join([wrapped(head), summary, *_default(found), *_large(found), *sections]) + "\n"
 
 
-def _options(found: dict[str, Any]) -> str:
-    """Return the options that measure what ``found`` has."""
-    seeds = max(one["seed"] for part in found["rows"] for one in part["found"]) + 1
-    rows = "" if found.get("large") else "".join(f' --row "{part["row"]}"' for part in found["rows"])
-    return f" --seeds {seeds}{rows}"
+def _default(found: dict[str, Any]) -> Iterator[str]:
+    """Yield what speaks for and against `OURS` as the default, by the numbers of the rows that have both."""
+    parts = [part for part in found["rows"] if {OURS, DEFAULT} <= _capacities(part).keys()]
+    ratios = [_ratio(part, DEFAULT) for part in parts]
+    losses = [f"{part['row']}" for part, ratio in zip(parts, ratios, strict=True) if ratio < 1]
+    by_run = {(part["row"], run["routing"], run["load"]): run["goodput"] for part in parts for run in part["runs"]}
+    gains = [
+        goodput / by_run[row, DEFAULT, load]
+        for (row, routing, load), goodput in by_run.items()
+        if routing == OURS and (row, DEFAULT, load) in by_run
+    ]
+    times = [_routing_us(part, OURS) / _routing_us(part, DEFAULT) for part in parts]
+    if not gains:
+        return
+    yield f"## Should `{OURS}` be the default?"
+    yield wrapped(
+        f"""For it, against `{DEFAULT}` in the rows below:
+
+- Capacity: {min(ratios):.2f}x to {max(ratios):.2f}x.
+- Goodput at the loads below: {min(gains):.2f}x to {max(gains):.2f}x.
+- Time of a decision: {min(times):.2f}x to {max(times):.2f}x.
+
+Against it:
+
+- {f"It has less capacity in this row: {'; '.join(losses)}." if losses else "No row has less capacity."}
+- All of this is simulated, with a steady mix of paces and engines that report their KV memory. A mix that changes, and
+real servers, have not been measured.
+- Under the policy `annealing`, `{DEFAULT}` balances KV memory as the paper does; `{OURS}` does not.
+- At low load it uses some engines more than others.
+
+So `{DEFAULT}` is the default, and [`routing.name`](../configuration.md#routing) selects `{OURS}`."""
+    )
+
+
+def _rate(qps: float) -> str:
+    """Return a capacity with three digits."""
+    return f"{qps:.1f}" if qps < 100 else f"{qps:.0f}"
+
+
+def _seeds(found: dict[str, Any]) -> int:
+    """Return the number of seeds of the policy that has most."""
+    return max((int(one["seed"]) for part in found["rows"] for one in part["found"]), default=0) + 1
 
 
 def _large(found: dict[str, Any]) -> Iterator[str]:
     """Yield the section about more engines."""
-    if not found.get("large"):
-        return
-    yield "## More engines"
-    yield wrapped(
-        f"`{OURS}` at 95% of its capacity per engine with 8 A100. Capacity is near-linear where adherence is "
-        f"{found['keeps']:.0%} or more."
-    )
-    yield table(
-        ["A100s", "rate", "per engine", "adherence", "decision (µs)"],
-        [
+    near = [one for one in found["large"] if one["of"] == OURS]
+    loaded = [one for one in found["large"] if one["of"] == DEFAULT]
+    if near or loaded:
+        yield "## More engines"
+    if near:
+        yield wrapped(
+            f"`{OURS}` at 95% of its capacity per engine with 8 A100. Capacity is near-linear where adherence is "
+            f"{found['keeps']:.0%} or more."
+        )
+        yield table(
+            ["A100s", "arrivals (s)", "rate", "per engine", "adherence", "decision (µs)"],
             [
-                str(one["replicas"]),
-                f"{one['qps']:.0f}",
-                f"{one['qps'] / one['replicas']:.1f}",
-                f"{one['slo_adherence']:.4f}",
-                f"{one['decision_us']:.0f}",
-            ]
-            for one in found["large"]
-        ],
-    )
+                [
+                    str(one["replicas"]),
+                    f"{one['duration_s']:g}",
+                    f"{one['qps']:.0f}",
+                    f"{one['qps'] / one['replicas']:.1f}",
+                    f"{one['slo_adherence']:.4f}",
+                    f"{one['routing_us']:.0f}",
+                ]
+                for one in near
+            ],
+        )
+        if any(one.get("older") for one in near):
+            counts = " and ".join(str(one["replicas"]) for one in near if one.get("older"))
+            yield wrapped(f"The run with {counts} was measured {_OLDER}")
+    if loaded:
+        yield f"At S and 2 S, where S is the capacity of `{DEFAULT}` per engine with 8 A100:"
+        yield table(
+            ["A100s", "routing", "load", "rate", "goodput", "adherence", "decision (µs)"],
+            [
+                [
+                    str(one["replicas"]),
+                    f"`{one['routing']}`",
+                    f"{one['load']:g} S",
+                    f"{one['qps']:.0f}",
+                    f"{one['goodput']:.0f}",
+                    f"{one['slo_adherence']:.3f}",
+                    f"{one['routing_us']:.0f}",
+                ]
+                for one in loaded
+            ],
+        )
 
 
-def _capacities(part: dict[str, Any]) -> dict[str, float]:
-    """Return the mean capacity (1/s) of each policy over the seeds that all of them have."""
+def _capacities(part: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """Return the capacity (1/s) of each policy with each of its seeds, `DEFAULT` and `OURS` first."""
     by_name: dict[str, dict[int, float]] = {}
-    for one in part["found"]:
+    for one in sorted(part["found"], key=lambda one: (one["routing"] != DEFAULT, one["routing"] != OURS)):
         by_name.setdefault(one["routing"], {})[one["seed"]] = one["qps"]
-    seeds = _seeds(part)
-    return {name: fmean(by_seed[seed] for seed in seeds) for name, by_seed in by_name.items()}
+    return by_name
 
 
-def _seeds(part: dict[str, Any]) -> list[int]:
-    """Return the seeds that all policies of a row have."""
-    names = {one["routing"] for one in part["found"]}
-    by_seed: dict[int, set[str]] = {}
-    for one in part["found"]:
-        by_seed.setdefault(one["seed"], set()).add(one["routing"])
-    return sorted(seed for seed, having in by_seed.items() if having == names)
+def _ratio(part: dict[str, Any], other: str) -> float:
+    """Return the capacity of `OURS` over that of ``other``, as means over the seeds that both have."""
+    ours, theirs = _capacities(part)[OURS], _capacities(part)[other]
+    seeds = ours.keys() & theirs.keys()
+    return fmean(ours[seed] for seed in seeds) / fmean(theirs[seed] for seed in seeds)
 
 
-def _goodput(run: dict[str, Any], duration_s: float) -> float:
-    """Return the attained requests per second of arrivals. A drain would count against the policy that rejects less."""
-    return float(run["slo_adherence"] * run["requests"] / duration_s)
+def _routing_us(part: dict[str, Any], routing: str) -> float:
+    """Return the mean CPU time (us) of a decision of ``routing``."""
+    return fmean(one["routing_us"] for one in part["found"] if one["routing"] == routing)
 
 
-def _section(part: dict[str, Any], duration_s: float) -> Iterator[str]:
+def _section(part: dict[str, Any]) -> Iterator[str]:
     yield f"## {part['row'][0].upper()}{part['row'][1:]}"
-    seeds, runs = _seeds(part), {one["routing"]: one["runs"] for one in part["found"] if one["runs"]}
-    yield f"Seeds: {', '.join(map(str, seeds))}."
-    loads = list(dict.fromkeys(run["load"] for known in runs.values() for run in known))
-    heads = ["routing", "capacity", "per engine", "decision (µs)", *(f"goodput at {load:g} S" for load in loads)]
-    heads += [f"adherence at {load:g} S" for load in loads]
+    yield f"Precision of a capacity: {part['precision']:.2%}."
+    older = sorted({str(one["seed"]) for one in part["found"] if one.get("older")})
+    if older:
+        yield wrapped(f"`{OURS}` with seeds {', '.join(older)} was measured {_OLDER}")
+    runs = {(run["routing"], run["load"]): run for run in part["runs"]}
+    loads = sorted({load for _, load in runs})
+    heads = ["routing", "seeds", "capacity", "per engine", "decision (µs)"]
+    heads += [*(f"goodput at {load:g} S" for load in loads), *(f"adherence at {load:g} S" for load in loads)]
     rows = []
-    for name, qps in _capacities(part).items():
-        us = fmean(one["decision_us"] for one in part["found"] if one["routing"] == name)
-        by_load = {run["load"]: run for run in runs.get(name, ())}
+    for name, by_seed in _capacities(part).items():
+        qps = fmean(by_seed.values())
+        own = [runs.get((name, load)) for load in loads]
         rows.append(
             [
                 f"`{name}`",
-                f"{qps:.0f}",
+                ", ".join(map(str, sorted(by_seed))),
+                _rate(qps),
                 f"{qps / part['replicas']:.1f}",
-                f"{us:.0f}",
-                *(f"{_goodput(by_load[load], duration_s):.1f}" if load in by_load else "" for load in loads),
-                *(f"{by_load[load]['slo_adherence']:.3f}" if load in by_load else "" for load in loads),
+                f"{_routing_us(part, name):.0f}",
+                *(f"{run['goodput']:.1f}" if run else "" for run in own),
+                *(f"{run['slo_adherence']:.3f}" if run else "" for run in own),
             ]
         )
     yield table(heads, rows)

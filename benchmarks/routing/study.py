@@ -4,133 +4,176 @@
     python -m benchmarks.routing.study --page docs/results/routing.json
 
 All engines run `slack`, and all routing policies see the same requests, predictions and estimates. The router is the
-gateway's own. S is the capacity of `least_load` in that row. The JSON file is written after each policy, and a study
-that was stopped continues from it.
+gateway's own. S is the capacity of `least_load` in that row. The JSON file is written after each measurement, and a
+study that was stopped continues from it.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import Annotated, Any
+from unittest import mock
 
 import typer
 from rich.console import Console
 
 from benchmarks import results_json
 from benchmarks.command import Duration, JsonTo, PageOf, Seeds, chosen, write_page
+from benchmarks.fleet import POLICY, SLOTS, fleet_of, fleet_run
 from benchmarks.routing.page import page
-from lab.simulate.experiment import Experiment, Run, capacity, perform
+from gateway.scheduling.routing import ROUTINGS, PrefixAffinity
+from lab.simulate.experiment import capacity
 
 KEEPS = 0.99
 """Adherence that defines a capacity."""
 
-PRECISION = 0.025
-"""Relative precision of a capacity: three runs of each seed if the first rate of the search is close."""
+PRECISION, FINE = 0.025, 0.0125
+"""Relative precision of a capacity, and where a ratio is close to the goal of 1.15. Three or four runs of each seed, if
+the first rate of the search is close."""
 
-LOADS = (0.5, 1.0, 2.0)
+LOADS = (1.0, 2.0)
 """Offered rates as multiples of S, for the goodput."""
 
-POLICY = "slack"
-SLOTS = 1024
-"""Sequences of an engine's batch. With the 256 of the profiles, slots limit the looser classes before time does."""
+H200 = "h200-llama3.1-8b"
 
-A100, H200 = "a100-llama3.1-8b", "h200-llama3.1-8b"
+SIX: dict[str, Any] = {"name": "sharegpt"}
+ONE_PACE: dict[str, Any] = {**SIX, "mix": {4: 1.0, 5: 1.0, 6: 1.0}}
+"""The six categories, and those of them with 50 ms per token."""
 
 OURS, DEFAULT = "headroom", "least_load"
+
+POLICIES = (DEFAULT, OURS, "least_requests", "power_of_two", "round_robin", "most_free_memory")
+"""Without shared prefixes, `prefix_affinity` is `least_requests`."""
+
+VARIANTS = {
+    f"prefix_affinity, {requests}, {ratio:g}": partial(PrefixAffinity, requests, ratio)
+    for requests, ratio in ((32, 1.25), (16, 1.1), (8, 1.05))
+}
+"""`prefix_affinity` that balances earlier than by the defaults of SGLang, 64 requests and a ratio of 1.5."""
+
+FIRST = {OURS: 1.17}
+MIXED_FIRST = {OURS: 1.57, "round_robin": 0.6, "least_requests": 0.85, "power_of_two": 0.85, "most_free_memory": 0.85}
+"""First rate of a policy's search, as a multiple of the row's. A rate close to the result saves runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One fleet and its traffic. ``first_qps``: first rate of the search (1/s). ``routings``: those compared, S first.
 
-    ``loads``: multiples of S at which goodput of `DEFAULT` and `OURS` is measured, with the first seed.
+    ``loads``: multiples of S at which goodput is measured, with the first seed. ``precision``: of the capacities.
+    ``first``: see `FIRST`.
     """
 
     name: str
-    workload: str
+    workload: dict[str, Any]
     replicas: int
     profiles: tuple[str, ...]
     first_qps: float
-    routings: tuple[str, ...]
+    routings: tuple[str, ...] = POLICIES
     loads: tuple[float, ...] = ()
+    precision: float = PRECISION
+    first: Mapping[str, float] = field(default_factory=lambda: FIRST)
 
 
 ROWS = (
-    Row("six categories, 4 A100", "sharegpt", 4, (), 97.0, (DEFAULT, OURS), LOADS),
-    Row("six categories, 8 A100", "sharegpt", 8, (), 200.0, (DEFAULT, OURS, "least_requests")),
-    Row("multi-turn, 8 A100", "multi-turn", 8, (), 113.0, (DEFAULT, OURS, "prefix_affinity")),
-    Row("six categories, 4 A100 and 4 H200", "sharegpt", 8, (H200,), 350.0, (DEFAULT, OURS)),
-    Row("six categories, 16 A100", "sharegpt", 16, (), 410.0, (DEFAULT, OURS)),
+    Row("six categories, 2 A100", SIX, 2, (), 48.0),
+    Row("six categories, 4 A100", SIX, 4, (), 97.0, loads=(0.5, *LOADS)),
+    Row("six categories, 8 A100", SIX, 8, (), 200.0, precision=FINE),
+    Row("one pace, 8 A100", ONE_PACE, 8, (), 256.0, (DEFAULT, OURS, "least_requests"), first={}),
+    Row("multi-turn, 8 A100", {"name": "multi-turn"}, 8, (), 113.0, (*POLICIES, "prefix_affinity", *VARIANTS)),
+    Row("six categories, 4 A100 and 4 H200", SIX, 8, (H200,), 350.0, loads=LOADS, first=MIXED_FIRST),
+    Row("six categories, 16 A100", SIX, 16, (), 410.0, loads=LOADS),
 )
 
-LARGE = (64, 256)
-"""Numbers of A100s that are tried at `NEAR_LINEAR` of the capacity of `LINEAR_ROW` per engine."""
+
+@dataclass(frozen=True, slots=True)
+class Large:
+    """One run of ``replicas`` A100s, at ``load`` times the capacity per engine that ``of`` has in `LINEAR_ROW`.
+
+    ``duration_s``: of the arrivals (s); None: that of the study.
+    """
+
+    replicas: int
+    routing: str
+    load: float
+    of: str
+    duration_s: float | None = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The fields that identify the run in the results."""
+        return {"replicas": self.replicas, "routing": self.routing, "load": self.load, "of": self.of}
+
+
+MORE = "more engines"
+"""Name of the runs of `LARGE` among the rows."""
 
 LINEAR_ROW, NEAR_LINEAR = "six categories, 8 A100", 0.95
 
-FIELDS = ("goodput", "slo_adherence", "rejected", "hit_rate", "requests")
+SHORT_S = 12.0
+"""Seconds of arrivals at 256 engines. Answers take about 7 s, so the load is steady in the last third only; a run with
+30 s takes 5 minutes of CPU."""
+
+LARGE = (
+    Large(64, OURS, NEAR_LINEAR, OURS),
+    Large(256, OURS, NEAR_LINEAR, OURS, SHORT_S),
+    *(Large(64, routing, load, DEFAULT) for load in LOADS for routing in (OURS, DEFAULT)),
+)
+
+FIELDS = ("slo_adherence", "rejected", "hit_rate", "requests")
 """Fields of a run record that the results keep."""
 
 
-def measure(row: Row, routing: str, seed: int, duration_s: float, stock_qps: float | None) -> dict[str, Any]:
-    """Return the capacity (1/s) of ``routing`` with ``seed``, and the runs at the row's loads.
-
-    A load is a multiple of ``stock_qps``; None: of the capacity that is found.
-    """
-    experiment = _experiment(row.workload, row.replicas, routing, duration_s, row.profiles)
+def measure(row: Row, routing: str, seed: int, duration_s: float) -> dict[str, Any]:
+    """Return the capacity (1/s) of ``routing`` with ``seed``."""
+    experiment = fleet_of(row.workload, duration_s, row.replicas, routing, row.profiles)
     started = time.process_time()
-    first_qps = row.first_qps * (1.17 if routing == OURS else 1.0)
-    qps, tried = capacity(experiment, POLICY, [seed], KEEPS, precision=PRECISION, first_qps=first_qps, growth=1.05)
-    runs = []
-    for load in row.loads if seed == 0 and routing in (DEFAULT, OURS) else ():
-        record = perform(experiment, Run(POLICY, load * (stock_qps or qps), seed))
-        runs.append({"load": load, **{field: record[field] for field in FIELDS}})
+    qps, tried = capacity(
+        experiment,
+        POLICY,
+        [seed],
+        KEEPS,
+        precision=row.precision,
+        first_qps=row.first_qps * row.first.get(routing, 1.0),
+        growth=1.05,
+    )
     requests = sum(record["requests"] for record in tried)
     return {
         "routing": routing,
         "seed": seed,
         "qps": round(qps, 1),
-        "decision_us": round(1e6 * sum(record["routing_s"] for record in tried) / requests, 1),
+        "routing_us": round(1e6 * sum(record["routing_s"] for record in tried) / requests, 1),
         "cpu_s": round(time.process_time() - started, 1),
-        "runs": runs,
     }
 
 
-def measure_large(parts: list[dict[str, Any]], replicas: int, duration_s: float) -> dict[str, Any]:
-    """Return one run of `OURS` on ``replicas`` A100s, at `NEAR_LINEAR` of its capacity per engine in `LINEAR_ROW`."""
+def measure_load(row: Row, routing: str, load: float, stock_qps: float, duration_s: float) -> dict[str, Any]:
+    """Return one run of ``routing`` at ``load`` times ``stock_qps`` (1/s), with the first seed."""
+    experiment = fleet_of(row.workload, duration_s, row.replicas, routing, row.profiles)
+    return {"routing": routing, "load": load, **fleet_run(experiment, load * stock_qps, 0, FIELDS)}
+
+
+def measure_large(large: Large, parts: list[dict[str, Any]], duration_s: float) -> dict[str, Any]:
+    """Return the run of ``large``."""
     part = next(part for part in parts if part["row"] == LINEAR_ROW)
-    qps = fmean(one["qps"] for one in part["found"] if one["routing"] == OURS) / part["replicas"]
-    rate = NEAR_LINEAR * qps * replicas
-    started = time.process_time()
-    record = perform(_experiment("sharegpt", replicas, OURS, duration_s), Run(POLICY, rate, 0))
-    return {
-        "replicas": replicas,
-        "qps": round(rate, 1),
-        "decision_us": round(1e6 * record["routing_s"] / record["requests"], 1),
-        "cpu_s": round(time.process_time() - started, 1),
-        **{field: record[field] for field in FIELDS},
-    }
-
-
-def _experiment(
-    workload: str, replicas: int, routing: str, duration_s: float, profiles: tuple[str, ...] = ()
-) -> Experiment:
-    return Experiment(
-        profile=A100,
-        workload={"name": workload, "duration_s": duration_s},
-        replicas=replicas,
-        routing=routing,
-        profiles=profiles,
-        limits={"max_num_seqs": SLOTS},
-    )
+    qps = fmean(one["qps"] for one in part["found"] if one["routing"] == large.of) / part["replicas"]
+    rate = large.load * qps * large.replicas
+    duration_s = large.duration_s or duration_s
+    experiment = fleet_of(SIX, duration_s, large.replicas, large.routing)
+    return {**large.key, "duration_s": duration_s, "qps": round(rate, 1), **fleet_run(experiment, rate, 0, FIELDS)}
 
 
 def main(
-    row: Annotated[list[str] | None, typer.Option(help="Simulate this row; repeat for several. [default: all]")] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help=f'Simulate this row, or "{MORE}"; repeat for several. [default: all]')
+    ] = None,
+    routing: Annotated[
+        list[str] | None, typer.Option(help="Simulate this policy; repeat for several. [default: all of the row]")
+    ] = None,
     seeds: Seeds = 3,
     duration: Duration = 30.0,
     json_to: JsonTo = None,
@@ -140,33 +183,40 @@ def main(
     if page_of is not None:
         write_page(page_of, page)
         return
-    names, progress = chosen("--row", row, [one.name for one in ROWS]), Console(stderr=True)
-    found: dict[str, Any] = {"duration_s": duration, "keeps": KEEPS, "precision": PRECISION, "slots": SLOTS, "rows": []}
-    if json_to is not None and json_to.exists():
-        found |= json.loads(json_to.read_text(encoding="utf-8"))
+    names, progress = chosen("--row", row, [*(one.name for one in ROWS), MORE]), Console(stderr=True)
+    routings = chosen("--routing", routing, [*ROUTINGS, *VARIANTS])
+    found: dict[str, Any] = {"duration_s": duration, "keeps": KEEPS, "slots": SLOTS, "rows": [], "large": []}
+    found |= results_json.read(json_to)
     rows = [known for known in ROWS if known.name in names]
-    wanted = [(seed, one, name) for seed in range(seeds) for one in rows for name in one.routings]
-    for seed, one, name in wanted:
-        part = _part(found["rows"], one)
-        if any((known["routing"], known["seed"]) == (name, seed) for known in part["found"]):
-            continue
-        stock = next((known["qps"] for known in part["found"] if known["routing"] == DEFAULT), None)
-        part["found"].append(measure(one, name, seed, duration, stock))
-        progress.print(f"{one.name}: {name}, seed {seed}: {part['found'][-1]['qps']:g}/s")
-        _save(found, json_to)
-    large = found.setdefault("large", [])
-    for replicas in LARGE if row is None else ():
-        if all(known["replicas"] != replicas for known in large):
-            large.append(measure_large(found["rows"], replicas, duration))
-            progress.print(f"{replicas} A100: {large[-1]['slo_adherence']:.4f}")
-            _save(found, json_to)
+    large = [one for one in LARGE if MORE in names and one.routing in routings]
+    with mock.patch.dict(ROUTINGS, VARIANTS):
+        for done in _measured(found, rows, large, routings, seeds):
+            results_json.write(found, json_to)
+            progress.print(done)
     if json_to is None:
         typer.echo(page(found), nl=False)
 
 
-def _save(found: dict[str, Any], json_to: Path | None) -> None:
-    if json_to is not None:
-        json_to.write_text(results_json.dumps(found), encoding="utf-8")
+def _measured(
+    found: dict[str, Any], rows: list[Row], large: list[Large], routings: list[str], seeds: int
+) -> Iterator[str]:
+    """Measure what ``found`` lacks, and yield what was measured each time that it grows."""
+    duration_s = found["duration_s"]
+    for seed, row in ((seed, row) for seed in range(seeds) for row in rows):
+        part = _part(found["rows"], row)
+        for name in (name for name in row.routings if name in routings):
+            if not any((one["routing"], one["seed"]) == (name, seed) for one in part["found"]):
+                part["found"].append(measure(row, name, seed, duration_s))
+                yield f"{row.name}: {name}, seed {seed}: {part['found'][-1]['qps']:g}/s"
+            for load in row.loads if seed == 0 else ():
+                if not any((run["routing"], run["load"]) == (name, load) for run in part["runs"]):
+                    stock_qps = next(one["qps"] for one in part["found"] if one["routing"] == DEFAULT)
+                    part["runs"].append(measure_load(row, name, load, stock_qps, duration_s))
+                    yield f"{row.name}: {name} at {load:g} S: {part['runs'][-1]['goodput']:g}/s"
+    for one in large:
+        if not any(known.items() >= one.key.items() for known in found["large"]):
+            found["large"].append(measure_large(one, found["rows"], duration_s))
+            yield f"{one.replicas} A100, {one.routing}: {found['large'][-1]['slo_adherence']:.4f}"
 
 
 def _part(parts: list[dict[str, Any]], row: Row) -> dict[str, Any]:
@@ -174,7 +224,7 @@ def _part(parts: list[dict[str, Any]], row: Row) -> dict[str, Any]:
     for part in parts:
         if part["row"] == row.name:
             return part
-    part = {"row": row.name, "replicas": row.replicas, "found": []}
+    part = {"row": row.name, "replicas": row.replicas, "precision": row.precision, "found": [], "runs": []}
     parts.append(part)
     order = [one.name for one in ROWS]
     parts.sort(key=lambda one: order.index(one["row"]))

@@ -10,10 +10,7 @@ each run, and a study that was stopped continues from it.
 
 from __future__ import annotations
 
-import json
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,14 +18,8 @@ from rich.console import Console
 
 from benchmarks import results_json
 from benchmarks.command import JsonTo, PageOf, chosen, write_page
+from benchmarks.fleet import SLOTS, fleet_of, fleet_run
 from benchmarks.scale.gateways_page import page
-from lab.simulate.experiment import Experiment, Run, perform
-
-POLICY = "slack"
-SLOTS = 1024
-"""Sequences of an engine's batch, as in `benchmarks.routing.study`."""
-
-A100 = "a100-llama3.1-8b"
 
 SHORT = {"name": "sharegpt", "max_prompt": 1024, "max_output": 96}
 """Requests of which an A100 holds about 100/s at 99%, and which end within about 5 s, so that 10 s show a steady load.
@@ -61,29 +52,10 @@ FIELDS = ("requests", "slo_adherence", "rejected", "ttft_violations", "tpot_viol
 
 
 def measure(fleet: Fleet, routing: str, gateways: int, seed: int) -> dict[str, Any]:
-    """Return one run of ``fleet`` behind ``gateways``. ``routing_us``, ``policy_us``: CPU time per request (us)."""
-    experiment = Experiment(
-        profile=A100,
-        workload={**fleet.workload, "duration_s": fleet.duration_s},
-        replicas=fleet.engines,
-        routing=routing,
-        gateways=gateways,
-        limits={"max_num_seqs": SLOTS},
-    )
-    started = time.process_time()
-    record = perform(experiment, Run(POLICY, fleet.qps, seed))
-    requests = record["requests"]
-    return {
-        "fleet": fleet.name,
-        "routing": routing,
-        "gateways": gateways,
-        "seed": seed,
-        "goodput": round(record["slo_adherence"] * requests / fleet.duration_s, 1),
-        "routing_us": round(1e6 * record["routing_s"] / requests, 1),
-        "policy_us": round(1e6 * record["scheduling_s"] / requests, 1),
-        "cpu_s": round(time.process_time() - started, 1),
-        **{field: record[field] for field in FIELDS},
-    }
+    """Return one run of ``fleet`` behind ``gateways`` (`benchmarks.fleet.fleet_run`)."""
+    experiment = fleet_of(fleet.workload, fleet.duration_s, fleet.engines, routing, gateways=gateways)
+    run = fleet_run(experiment, fleet.qps, seed, FIELDS)
+    return {"fleet": fleet.name, "routing": routing, "gateways": gateways, "seed": seed, **run}
 
 
 def main(
@@ -106,10 +78,8 @@ def main(
             {"fleet": one.name, "engines": one.engines, "qps": one.qps, "duration_s": one.duration_s, **_limits(one)}
             for one in FLEETS
         ],
-        "runs": [],
+        "runs": results_json.read(json_to).get("runs", []),
     }
-    if json_to is not None and json_to.exists():
-        found["runs"] = json.loads(json_to.read_text(encoding="utf-8"))["runs"]
     known = {(run["fleet"], run["routing"], run["gateways"], run["seed"]) for run in found["runs"]}
     for seed in range(seeds):
         for one in fleets:
@@ -119,18 +89,13 @@ def main(
                         continue
                     found["runs"].append(measure(one, routing, gateways, seed))
                     progress.print(f"{one.name}: {routing}, {gateways} gateways, seed {seed}: {found['runs'][-1]}")
-                    _save(found, json_to)
+                    results_json.write(found, json_to)
     if json_to is None:
         typer.echo(page(found), nl=False)
 
 
 def _limits(fleet: Fleet) -> dict[str, Any]:
     return {key: fleet.workload.get(key) for key in ("max_prompt", "max_output")}
-
-
-def _save(found: dict[str, Any], json_to: Path | None) -> None:
-    if json_to is not None:
-        results_json.write(found, json_to)
 
 
 if __name__ == "__main__":

@@ -74,22 +74,23 @@ class Assembler:
         self._texts: list[bytes] = []
         self._place: Place = (0, "")
 
-    def add_text(self, place: Place, text: bytes, size: int) -> None:
-        """Merge an event of ``size`` bytes that differs from an earlier one in its text only (`TextEvents`)."""
+    def add_texts(self, place: Place, texts: list[bytes], size: int) -> None:
+        """Merge events of ``size`` bytes that differ from an earlier one in their ``texts`` only (`TextEvents`)."""
         self._count_bytes(size)
         if place != self._place:
             self._merge_texts()
             self._place = place
-        self._texts.append(text)
+        self._texts += texts
 
     def add(self, event: ParsedEvent) -> None:
         """Merge one event. Comments and events without a JSON object are skipped. Raises `UnreadableStream`."""
         self._count_bytes(len(event.raw))
-        self._merge_texts()
-        data, chunk = event.data, event.chunk
+        if self._texts:
+            self._merge_texts()
+        data, chunk, error = event.data, event.chunk, event.error
         if chunk is None and data.lstrip().startswith(b"{") and event.raw.endswith(_BLANK_LINES):
             chunk = _parse_leniently(data)
-        error = error_in(event.name, data, chunk)
+            error = error_in(event.name, data, chunk)
         if error is not None:
             self._error = error
         elif chunk is None:
@@ -135,7 +136,7 @@ class Assembler:
             raise UnreadableStream(f"the response is larger than {MAX_RESPONSE_BYTES >> 20} MiB")
 
     def _merge_texts(self) -> None:
-        """Merge the texts of `add_text`, whose events were otherwise merged before."""
+        """Merge the texts of `add_texts`, whose events were otherwise merged before."""
         if self._texts:
             index, key = self._place
             text = _unescaped(self._texts)
@@ -145,12 +146,13 @@ class Assembler:
             )
 
     def _add_chunk(self, chunk: Json) -> None:
-        for key, value in chunk.items():
-            if key == "choices":
-                for choice in value or ():
-                    self._add_choice(choice)
-            elif value is not None:
-                self._top[key] = value
+        top = dict(chunk)
+        choices = top.pop("choices", None)
+        if None in top.values():
+            top = {key: value for key, value in top.items() if value is not None}
+        self._top.update(top)
+        for choice in choices or ():
+            self._add_choice(choice)
 
     def _add_choice(self, chunk: Json) -> None:
         index = int(chunk.get("index") or 0)
@@ -164,11 +166,13 @@ class Assembler:
         for key, value in chunk.items():
             if key == "delta":
                 self._add_delta(index, choice, value or {})
-            elif key == "logprobs":
-                choice["logprobs"] = _merged(choice["logprobs"], value)
             elif key == "text":
                 choice["text"] = choice.get("text", "") + (value or "")
-            elif key != "index" and (value is not None or key not in choice):
+            elif value is None:
+                choice.setdefault(key, None)
+            elif key == "logprobs":
+                choice["logprobs"] = _merged(choice["logprobs"], value)
+            elif key != "index":
                 choice[key] = value
 
     def _add_delta(self, index: int, choice: Json, delta: Json) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 
 import orjson
 
 from engine_adapter.remote.assemble import Assembler
 from engine_adapter.remote.client_request import BadUpstreamError
 from engine_adapter.remote.counting.completions import CompletionCounter
-from engine_adapter.remote.counting.token_counter import EventKind
+from engine_adapter.remote.counting.token_counter import Batch, EventKind
 from engine_adapter.remote.events import EventReader
 from engine_adapter.remote.response import Response
 from engine_adapter.remote.sse import ParsedEvent
@@ -23,17 +24,22 @@ async def assembled(
 
     ``on_read``: called after each read with the number of new tokens. Raises `BadUpstreamError` and `EngineLost`.
     """
-    assembler, token = Assembler(), EventKind.TOKEN
+    assembler = Assembler()
 
-    def see(event: bytes, at: float) -> EventKind:
-        text = counter.see_text(event, at)
-        if text is not None:
-            assembler.add_text(counter.texts.place, text, len(event))
-            return token
-        parsed = ParsedEvent.of(event)
-        kind = counter.see_parsed(parsed, at)
-        assembler.add(parsed)
-        return kind
+    def see(events: list[bytes], at: float) -> Batch:
+        batch: Batch = []
+        while len(batch) < len(events) and not counter.ended:
+            texts = counter.see_texts(events, at, len(batch))
+            if texts:
+                same = events[len(batch) : len(batch) + len(texts)]
+                assembler.add_texts(counter.texts.place, texts, sum(map(len, same)))
+                batch += zip(repeat(EventKind.TOKEN), same, strict=False)
+            else:
+                event = events[len(batch)]
+                parsed = ParsedEvent.of(event)
+                batch.append((counter.see_parsed(parsed, at), event))
+                assembler.add(parsed)
+        return batch
 
     reader = EventReader(response, counter, see, on_read)
     try:

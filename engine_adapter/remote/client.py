@@ -26,6 +26,9 @@ IDLE_CONNECTION_S = 4.0
 Below the 5 s keep-alive of uvicorn, and so of vLLM: a connection that the server is closing must not be reused.
 """
 
+_LATE = 0.01
+"""Part of the read timeout by which a response may end late. So thousands of streams need few checks. Convention."""
+
 _AT_ONCE = 0.0
 """A time of the event loop that is over."""
 
@@ -67,6 +70,7 @@ class Upstream:
         self._active: set[Response] = set()
         self._idle: list[Connection] = []
         self._sweep: asyncio.TimerHandle | None = None
+        self._check: asyncio.TimerHandle | None = None
         self._end_reason = ""
         self._closed = False
 
@@ -89,6 +93,8 @@ class Upstream:
         connection = self._take_idle() or await self._connect()
         response = Response(self, connection, method == "HEAD")
         self._active.add(response)
+        if self._check is None:
+            self._check_later(self.read_timeout_s)
         try:
             connection.send(response, request)
             await response.head()
@@ -101,8 +107,9 @@ class Upstream:
         """Close every connection; requests in flight get `EngineLost`. Idempotent."""
         self._closed = True
         self.end_requests("the engine was stopped")
-        if self._sweep is not None:
-            self._sweep.cancel()
+        for timer in (self._sweep, self._check):
+            if timer is not None:
+                timer.cancel()
         while self._idle:
             self._idle.pop().abort()
         # The transports close their sockets in the next iteration of the event loop.
@@ -124,6 +131,16 @@ class Upstream:
         if not any(response.awaited and response.status for response in self._active):
             return 0.0
         return time.monotonic() - max(response.read_at for response in self._active)
+
+    def _check_later(self, in_s: float) -> None:
+        self._check = asyncio.get_running_loop().call_later(in_s, self._check_times)
+
+    def _check_times(self) -> None:
+        """End the responses that take too long. One timer checks all, at most `_LATE` of the timeout late."""
+        self._check, now = None, time.monotonic()
+        if self._active:
+            due = min([response.check_time(now) for response in list(self._active)])
+            self._check_later(min(max(due - now, _LATE * self.read_timeout_s), self.read_timeout_s))
 
     def on_released(self, response: Response) -> None:
         """Note that ``response`` is no longer in use."""

@@ -50,6 +50,9 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
         self._on_reusable = on_reusable
         self._transport: asyncio.Transport | None = None
+        # NOTE: without a call of Python for each part, because a server sends every event as a chunk of its own.
+        self._parts: list[bytes] = []
+        self.on_body = self._parts.append
         self._parser = httptools.HttpResponseParser(self)
         # As lenient as browsers and other clients, which real servers are tested with.
         self._parser.set_dangerous_leniencies(
@@ -126,9 +129,12 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._pass_body()
             # NOTE: its text may quote the response.
             self._broken(f"{type(error).__name__}: the server broke the protocol")
             return
+        if self._parts:
+            self._pass_body()
         if self._head_bytes > _MAX_HEAD_BYTES and not response.status:
             self._broken("ProtocolError: the head of the response is too large")
 
@@ -189,17 +195,19 @@ class Connection(asyncio.Protocol):
             # The parser waits for a body that a HEAD request does not get.
             self._reusable = False
 
-    def on_body(self, data: bytes) -> None:
-        """Take bytes of the body."""
-        response = self._response
-        if response is not None and not response.complete:
-            response.on_body(data)
+    def _pass_body(self) -> None:
+        """Pass the parts of the body that were parsed to the response. What follows its end is dropped."""
+        parts, response = self._parts, self._response
+        if parts and response is not None and not response.complete:
+            response.on_body(parts[0] if len(parts) == 1 else b"".join(parts))
+        parts.clear()
 
     def on_message_complete(self) -> None:
         """Note that the response is complete."""
         if self._interim:
             self._interim = False
             return
+        self._pass_body()
         response = self._response
         if response is None or response.complete:
             return

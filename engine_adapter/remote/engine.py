@@ -243,7 +243,8 @@ class HttpEngine:
 
     @_why_down.setter
     def _why_down(self, why: str) -> None:
-        self.state.why_down = why
+        # Its readers put the engine's name in front.
+        self.state.why_down = why.removeprefix(f"engine {self.name} at ")
 
     def _on_unreachable(self) -> None:
         """Mark the server as down, so that new requests wait or go to another engine, and probe it at once.

@@ -6,11 +6,9 @@ import time
 from collections.abc import Callable
 
 from engine_adapter.engine import EngineLost
-from engine_adapter.remote.counting.token_counter import EventKind, TokenCounter
+from engine_adapter.remote.counting.token_counter import Batch, TokenCounter
 from engine_adapter.remote.response import Response
 from engine_adapter.remote.sse import MAX_EVENT_BYTES, EventTooLarge, SSESplitter
-
-Batch = list[tuple[EventKind, bytes]]
 
 
 class EventReader:
@@ -19,7 +17,8 @@ class EventReader:
     Args:
         response: the stream, whose head has arrived.
         counter: knows when the response is complete.
-        see: has ``counter`` count one event that arrived at a time (monotonic s), and returns its kind.
+        see: has ``counter`` count events that arrived together at a time (monotonic s), and returns them with their
+            kinds, up to the stream's last one.
         on_read: called after each read with the number of new tokens.
     """
 
@@ -27,7 +26,7 @@ class EventReader:
         self,
         response: Response,
         counter: TokenCounter,
-        see: Callable[[bytes, float], EventKind],
+        see: Callable[[list[bytes], float], Batch],
         on_read: Callable[[int], None],
     ) -> None:
         self._response = response
@@ -57,7 +56,7 @@ class EventReader:
             if not chunk:
                 return self._last()
             before = counter.total
-            batch = self._count(events, self._response.read_at)
+            batch = self._see(events, self._response.read_at)
             self._on_read(counter.total - before)
             if batch:
                 return batch
@@ -66,18 +65,7 @@ class EventReader:
     def _last(self) -> Batch:
         """What follows the last blank line of a stream that has ended."""
         rest = self._splitter.take_rest()
-        batch = self._count([rest], time.monotonic()) if rest else []
+        batch = self._see([rest], time.monotonic()) if rest else []
         if not (batch or self._counter.complete):
             raise EngineLost(f"{self._response.where}: the stream ended before the response was complete")
-        return batch
-
-    def _count(self, events: list[bytes], at: float) -> Batch:
-        """The events with their kinds, up to the one that ends the stream."""
-        if len(events) == 1:
-            return [(self._see(events[0], at), events[0])]
-        batch: Batch = []
-        for event in events:
-            batch.append((self._see(event, at), event))
-            if self._counter.ended:
-                break
         return batch

@@ -44,6 +44,7 @@ from engine_adapter.remote.request import (
     upstream_headers,
 )
 from engine_adapter.remote.response import READABLE_ENCODINGS, Response
+from engine_adapter.remote.slots import Slots
 from engine_adapter.remote.sse import parse_data
 from engine_adapter.remote.step_samples import StepSampler, StreamTiming
 from engine_adapter.remote.upstream_error import error_status
@@ -110,7 +111,7 @@ class HttpProxy:
         self._name = name
         self._state = state
         self._api_key = api_key
-        self._generating, self._others = map(asyncio.Semaphore, connections)
+        self._generating, self._others = map(Slots, connections)
         self._see_first_token = see_first_token
         self._send_slo = send_slo
         self._on_unreachable = on_unreachable
@@ -155,7 +156,8 @@ class HttpProxy:
         plan = self._plan(scope, document, raw)
         request = ClientRequest(scope, plan, scope.get(OBSERVER_KEY) or NullObserver(), send)
         connections = self._others if plan is None else self._generating
-        await self._wait_for(connections)
+        if not connections.try_take():
+            await self._wait_for(connections)
         self._running += 1
         self._show_queue()
         try:
@@ -183,7 +185,7 @@ class HttpProxy:
         finally:
             self._running -= 1
             self._show_queue()
-            connections.release()
+            connections.give_back()
 
     def _plan(self, scope: Scope, document: dict[str, Any] | None, raw: bytes) -> CompletionPlan | None:
         counter = counter_for(scope["path"]) if scope["method"] == "POST" else None
@@ -195,16 +197,13 @@ class HttpProxy:
         ask_usage = not self._usage_unsupported
         return CompletionPlan.make(document, self._see_first_token, ask_usage, self._send_slo, counter)
 
-    async def _wait_for(self, connections: asyncio.Semaphore) -> None:
-        """Acquire ``connections``. Meanwhile, the request counts as waiting."""
-        if not connections.locked():
-            await connections.acquire()
-            return
+    async def _wait_for(self, connections: Slots) -> None:
+        """Wait for one of ``connections``. Meanwhile, the request counts as waiting."""
         self._waiting += 1
         self._show_queue()
         try:
             async with asyncio.timeout(self._upstream.head_timeout_s):
-                await connections.acquire()
+                await connections.wait()
         except TimeoutError:
             raise EngineLost(f"{self._upstream.where}: no connection became free") from None
         finally:
@@ -281,7 +280,7 @@ class HttpProxy:
     ) -> None:
         await request.send_head(response, altered=True)
         hidden = EventKind.USAGE if plan.asked_usage else None
-        reader = EventReader(response, counter, counter.see, on_read)
+        reader = EventReader(response, counter, counter.see_all, on_read)
         while batch := await reader.next():
             if not counter.ended and len(batch) == 1:
                 kind, event = batch[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -43,38 +42,36 @@ _NOT_RETURNED = _HOP_BY_HOP | _SERVERS_OWN
 _NOT_RETURNED_IF_ALTERED = _NOT_RETURNED | _BODY_HEADERS
 
 
-def upstream_headers(headers: Iterable[tuple[bytes, bytes]], api_key: str | None, send_slo: bool) -> Headers:
-    """Headers of the upstream request: without hop-by-hop headers and gateway credentials, with the engine's key."""
-    forwarded: Headers = []
-    received = [(raw.lower(), value) for raw, value in headers]
-    dropped = _with_connection_options(_NOT_SENT, received)
-    for name, value in received:
-        if name in dropped:
-            continue
-        if not send_slo and name.startswith(_SLO_PREFIXES):
-            continue
-        forwarded.append((name, value))
+def upstream_headers(headers: Headers, api_key: str | None, send_slo: bool) -> Headers:
+    """Headers of the upstream request: without hop-by-hop headers and gateway credentials, with the engine's key.
+
+    ``headers``: those of the client's request, with names in lower case, as ASGI requires.
+    """
+    dropped = _with_connection_options(_NOT_SENT, headers)
+    forwarded = [header for header in headers if header[0] not in dropped]
+    if not send_slo:
+        forwarded = [header for header in forwarded if not header[0].startswith(_SLO_PREFIXES)]
     forwarded.append((b"accept-encoding", b"identity"))
     if api_key is not None:
         forwarded.append((b"authorization", b"Bearer " + api_key.encode()))
     return forwarded
 
 
-def downstream_headers(headers: Iterable[tuple[bytes, bytes]], altered: bool) -> Headers:
+def downstream_headers(headers: Headers, altered: bool) -> Headers:
     """Response headers for the client, without those that the gateway's server sets itself.
 
-    ``altered``: the proxy changes the body, so headers that describe its exact bytes are dropped.
+    ``headers``: those of the `Response`. ``altered``: the proxy changes the body, so headers that describe its exact
+    bytes are dropped.
     """
-    received = [(raw.lower(), value) for raw, value in headers]
-    dropped = _with_connection_options(_NOT_RETURNED_IF_ALTERED if altered else _NOT_RETURNED, received)
-    return [(name, value) for name, value in received if name not in dropped]
+    dropped = _with_connection_options(_NOT_RETURNED_IF_ALTERED if altered else _NOT_RETURNED, headers)
+    return [header for header in headers if header[0] not in dropped]
 
 
 def _with_connection_options(dropped: frozenset[bytes], headers: Headers) -> frozenset[bytes]:
     """Return ``dropped`` and the additional hop-by-hop headers that the ``Connection`` header names."""
-    values = [value for name, value in headers if name == b"connection"]
-    if not values:
+    if b"connection" not in dict(headers):
         return dropped
+    values = [value for name, value in headers if name == b"connection"]
     return dropped | {name.strip().lower() for name in b",".join(values).split(b",")}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import zlib
 from collections.abc import Awaitable, Callable
@@ -52,6 +53,8 @@ class Response:
     """
 
     __slots__ = (
+        "_began",
+        "_by_name",
         "_connection",
         "_decompressor",
         "_error",
@@ -59,7 +62,6 @@ class Response:
         "_is_compressed",
         "_is_head",
         "_loop",
-        "_timer",
         "_unread",
         "_unread_bytes",
         "_upstream",
@@ -73,10 +75,12 @@ class Response:
     def __init__(self, upstream: Owner, connection: Connection, is_head: bool) -> None:
         self.status = 0
         self.headers: Headers = []
-        self.read_at = time.monotonic()
+        self._by_name: dict[bytes, bytes] | None = None
+        self.read_at = self._began = time.monotonic()
         self._upstream = upstream
         self._connection: Connection | None = connection
         self._is_head = is_head
+        self._loop = asyncio.get_running_loop()
         self._head_arrived = self.complete = False
         self._unread: list[bytes] = []
         self._unread_bytes = 0
@@ -84,9 +88,6 @@ class Response:
         self._waiter: asyncio.Future[None] | None = None
         self._is_compressed: bool | None = None
         self._decompressor: Callable[[bytes], bytes] | None = None
-        first_check_s = min(upstream.head_timeout_s, upstream.read_timeout_s)
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(first_check_s, self._check_time, self.read_at)
 
     def __enter__(self) -> Response:
         return self
@@ -105,11 +106,10 @@ class Response:
         return self._waiter is not None
 
     def header(self, name: bytes) -> str:
-        """The value of a header in lower case; "" without it."""
-        for key, value in self.headers:
-            if key == name:
-                return value.decode("latin-1").lower()
-        return ""
+        """The first value of a header in lower case; "" without it. The head must have arrived."""
+        if self._by_name is None:
+            self._by_name = dict(reversed(self.headers))
+        return self._by_name.get(name, b"").decode("latin-1").lower()
 
     async def read(self) -> bytes:
         """The bytes of the body that arrived since the last call, still encoded; b"" at its end. Raises `EngineLost`.
@@ -121,7 +121,6 @@ class Response:
                 raise self._error
             if self.complete:
                 return b""
-            # NOTE: not `_wait`, a coroutine more to resume for each read.
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter
@@ -169,7 +168,11 @@ class Response:
         while not self._head_arrived:
             if self._error is not None:
                 raise self._error
-            await self._wait()
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
 
     def close(self) -> None:
         """Free the connection, and close it unless it can be used again. Idempotent."""
@@ -225,7 +228,6 @@ class Response:
         return EngineLost(f"{self._upstream.where}: {reason}")
 
     def _detach(self) -> Connection | None:
-        self._timer.cancel()
         connection, self._connection = self._connection, None
         self._upstream.on_released(self)
         return connection
@@ -235,24 +237,21 @@ class Response:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    async def _wait(self) -> None:
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+    def check_time(self, now: float) -> float:
+        """End the response if nothing arrived for too long at ``now``; return when to check again (monotonic s).
 
-    def _check_time(self, began: float) -> None:
-        """End the response if nothing arrived for too long. While the reader is slow, the server need not send."""
-        upstream, now = self._upstream, time.monotonic()
+        While the reader is slow, the server need not send.
+        """
+        upstream = self._upstream
+        if self.complete or self._error is not None:
+            return math.inf
         if not self._head_arrived:
-            due = began + upstream.head_timeout_s
+            due = self._began + upstream.head_timeout_s
             late = f"no response began within {upstream.head_timeout_s:.0f} s"
         else:
             due = (now if self._unread else self.read_at) + upstream.read_timeout_s
             late = f"no data for {upstream.read_timeout_s:.0f} s"
         if now >= due:
             self.fail(self._lost(late))
-            return
-        again_in_s = min(due - now, upstream.read_timeout_s)
-        self._timer = self._loop.call_later(again_in_s + 0.001, self._check_time, began)
+            return math.inf
+        return min(due, now + upstream.read_timeout_s)

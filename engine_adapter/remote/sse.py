@@ -11,6 +11,8 @@ from typing import Any
 
 import orjson
 
+from engine_adapter.remote.upstream_error import error_in
+
 MAX_EVENT_BYTES = 8 << 20
 """Largest event in bytes. Bounds the memory for one event of a server that never ends it; convention."""
 
@@ -83,18 +85,20 @@ class SSESplitter:
 
 @dataclass(slots=True)
 class ParsedEvent:
-    """One event: its raw bytes, its type, its data, and the JSON object in its data (None without one)."""
+    """One event: its raw bytes, its type, its data, the JSON object in its data (None without one), and its error."""
 
     raw: bytes
     name: bytes
     data: bytes
     chunk: dict[str, Any] | None
+    error: dict[str, Any] | None
 
     @classmethod
     def of(cls, event: bytes) -> ParsedEvent:
         """Parse one raw event."""
         name, data = event_fields(event)
-        return cls(event, name, data, parse_data(data))
+        chunk = parse_data(data)
+        return cls(event, name, data, chunk, error_in(name, data, chunk))
 
 
 def event_fields(event: bytes) -> tuple[bytes, bytes]:

@@ -7,6 +7,7 @@ those that follow are known by comparing these bytes.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -22,6 +23,10 @@ _SPECIAL = re.compile(rb'["\\\x00-\x1f]')
 """What ends a text, begins an escape, or makes JSON invalid."""
 
 _START = {key: re.compile(rb'"%b"\s*:\s*"' % key.encode()) for key in ("content", "text")}
+
+
+_TOGETHER = 64
+"""Events that are compared together: those of most reads. Bounds the work for an event that is something else."""
 
 
 class TextEvents:
@@ -40,13 +45,29 @@ class TextEvents:
 
     def text_of(self, event: bytes) -> bytes | None:
         """The text of ``event`` as it is in the JSON, if it needs no unescaping; None if it may be something else."""
-        if not self._around or not event.startswith(self._before) or not event.endswith(self._after):
-            return None
-        text = event[len(self._before) : -len(self._after)]
-        # The bytes around the text must not overlap.
-        if not text or len(text) + self._around != len(event) or _SPECIAL.search(text):
-            return None
-        return text
+        texts = self.texts_of((event,))
+        return texts[0] if texts else None
+
+    def texts_of(self, events: Sequence[bytes], first: int = 0) -> list[bytes]:
+        """The texts of ``events`` from number ``first`` on, as `text_of`, up to one that may be something else.
+
+        At most `_TOGETHER`.
+        """
+        before, after = self._before, self._after
+        if not self._around or not events[first].startswith(before):
+            return []
+        # Hot path: no bytecode for each event.
+        together = b"".join(events[first : first + _TOGETHER])
+        texts = together[len(before) :].split(after + before)
+        texts[-1], end, _ = texts[-1].partition(after)
+        if not end:
+            texts.pop()
+        if b"" in texts or _SPECIAL.search(b"".join(texts)):
+            for number, text in enumerate(texts):
+                if not text or _SPECIAL.search(text):
+                    return texts[:number]
+        # Without line ends in the texts, and with one only at the end of ``after``, each is that of one event.
+        return texts
 
     def learn(self, event: ParsedEvent) -> None:
         """Take the bytes around the text of ``event``, if it has one and nothing else that is generated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _EAST_ASIAN = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 # One ideograph, syllable or kana; up to three digits, eight ASCII letters, four other letters or four symbols.
@@ -24,3 +25,16 @@ def estimated_tokens(text: str) -> int:
     if len(text) > _SAMPLE_CHARS:
         pieces = round(pieces * len(text) / _SAMPLE_CHARS)
     return pieces or 1
+
+
+def tokens_of_events(texts: Iterable[bytes]) -> int:
+    """The sum of `estimated_tokens` of the texts of events (UTF-8)."""
+    tokens = 0
+    for text in texts:
+        word = text[1:] if text.startswith(b" ") else text
+        # Most events, without a call. NOTE: of bytes, only ASCII letters are alphabetic.
+        if len(word) <= _LONGEST_WORD and word.isalpha():
+            tokens += 1
+        else:
+            tokens += estimated_tokens(text.decode(errors="replace"))
+    return tokens

@@ -91,6 +91,8 @@ class StepCurve:
     _knots: list[float] = field(init=False, repr=False, compare=False)
     _values: list[float] = field(init=False, repr=False, compare=False)
     _slopes: dict[int, _Slopes] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _latest: dict[tuple[float, int, float], float] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """The latest result of `prefill_token_s`: a decision asks for a batch, and again once it has admitted it."""
 
     def __post_init__(self) -> None:
         # Lists of floats: indexing an array for a single value is slow.
@@ -129,6 +131,10 @@ class StepCurve:
         steps may alternate. Smaller chunks may be cheaper per token, but each fills a step of its own: they cannot fill
         the spare seconds of one step. ``max_tokens`` is the token budget of a step.
         """
+        asked = decodes, max_tokens, spare_s
+        latest = self._latest.get(asked)
+        if latest is not None:
+            return latest
         knots = self._knots
         sizes, slopes, taken = self._least_slopes(max_tokens).lists
         filled = _interpolate(_interpolate(decodes, knots, taken) + (spare_s - self.h), taken, knots)
@@ -137,7 +143,9 @@ class StepCurve:
         left = right - 1
         share = (decodes - knots[left]) / (knots[right] - knots[left])
         at_left = slopes[left][at]
-        return at_left + share * (slopes[right][at] - at_left)
+        self._latest.clear()
+        token_s = self._latest[asked] = at_left + share * (slopes[right][at] - at_left)
+        return token_s
 
     def prefill_tokens_s(self, decodes: Floats, max_tokens: int, spare_s: Floats | float = 0.0) -> Floats:
         """Return `prefill_token_s` for arrays of shape (n,)."""

@@ -74,7 +74,8 @@ def create_llm(arguments: list[str], on_stats: Callable[[Any], None], stopped: C
     except ImportError as error:
         raise EngineStartError(
             "engines: kind is 'vllm', but vLLM is not importable "
-            f"({error}). Run `make install` for vLLM on CPU or `pip install -e '.[gpu]'` in your clone for GPUs."
+            f"({error}). Run `make install` for vLLM on CPU or `pip install -e '.[gpu]'` in your clone for GPUs, "
+            "or run vLLM as a server and use kind: http."
         ) from error
     from engine_adapter.vllm.features import Part, UnsupportedFeatureError, check
     from engine_adapter.vllm.versions import UnsupportedVllmError, require_in_process

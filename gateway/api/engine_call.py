@@ -42,20 +42,19 @@ async def call_engine(
     task = asyncio.current_task()
     assert task is not None
     cancellations = task.cancelling()
-    limit = asyncio.timeout(None)
-    observer = _CallObserver(limit, relay, client, stall_s / STALL_CHECKS, grace_s, watch)
+    observer = _CallObserver(task, relay, client, stall_s / STALL_CHECKS, grace_s, watch)
     try:
-        async with limit:
-            observer.start()
-            await app(scope, client.receive_for(body), relay.send)
+        observer.start()
+        await app(scope, client.receive_for(body), relay.send)
     except asyncio.CancelledError:
-        # Of the caller, which is raised below, or by something of the app's own.
+        # By the observer, of the caller, which is raised below, or by something of the app's own.
         pass
     except Exception as caught:
-        # The time limit, which only the observer sets, is no error of the app.
-        error = None if limit.expired() and isinstance(caught, TimeoutError) else caught
+        error = caught
     finally:
         observer.stop()
+    if observer.cancelled:
+        task.uncancel()
     if task.cancelling() > cancellations:
         # The app may have caught it.
         raise asyncio.CancelledError
@@ -66,13 +65,13 @@ async def call_engine(
 
 @dataclass(slots=True, eq=False)
 class _CallObserver:
-    """Ends the call by ``limit`` if the client disconnects or stalls, or the engine hangs.
+    """Cancels the call, which ``task`` makes, if the client disconnects or stalls, or the engine hangs.
 
     ``check_s``: seconds between two looks at whether the client reads. ``left_early``: the client disconnected or
-    stalled before its response was complete.
+    stalled before its response was complete. ``cancelled``: the call was cancelled here.
     """
 
-    limit: asyncio.Timeout
+    task: asyncio.Task[object]
     relay: ResponseRelay
     client: DisconnectWatch
     check_s: float
@@ -81,6 +80,7 @@ class _CallObserver:
     left_early: bool = False
     stalled: bool = False
     hung: bool = False
+    cancelled: bool = False
     _stalls: int = 0
     _ending: bool = False
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
@@ -114,7 +114,7 @@ class _CallObserver:
     def _check_engine(self) -> None:
         if self.watch is not None and self.watch.is_hung(time.monotonic()):
             self.hung = self._ending = True
-            self._expire()
+            self._cancel()
         else:
             self._wait()
 
@@ -135,9 +135,9 @@ class _CallObserver:
         self.left_early, self._ending = not self.relay.complete, True
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(self.grace_s, self._expire) if self.grace_s else None
-        if self._timer is None:
-            self._expire()
+        # NOTE: in a later iteration of the event loop, because a task that cancels itself is cancelled too late.
+        self._timer = self._loop.call_later(self.grace_s, self._cancel)
 
-    def _expire(self) -> None:
-        self.limit.reschedule(self._loop.time())
+    def _cancel(self) -> None:
+        self.cancelled = True
+        self.task.cancel()

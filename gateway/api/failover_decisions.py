@@ -45,7 +45,7 @@ class Failover:
 
     def on_first_token(self, call: Call, engine_queue: EngineQueue, sent_at: float) -> None:
         """Note that the engine serves the request. Engines that failed it before are to blame for that."""
-        engine_queue.on_first_token()
+        engine_queue.on_first_token(call.request)
         self.router.on_success(engine_queue, sent_at)
         for suspect, reason, tried_at in call.suspects:
             self.router.on_failure(suspect, reason, tried_at)

@@ -6,7 +6,6 @@ Only the shape of these fields is checked here. The engine checks everything els
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from gateway.api.errors import bad_request
@@ -33,7 +32,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 """The OpenAI API's own default of ``max_tokens`` for text completions."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Prompt:
     """The scheduling-relevant part of a body. Lengths in tokens, per sequence.
 
@@ -49,11 +48,14 @@ class Prompt:
     min_tokens: int = 0
     whole: bool = True
     prompts: int = 1
+    _features: Features | None = None
 
-    @cached_property
+    @property
     def features(self) -> Features:
         """The features that the prompt's size is estimated from."""
-        return self.content.features()
+        if self._features is None:
+            self._features = self.content.features()
+        return self._features
 
 
 def read_chat(body: dict[str, Any]) -> Prompt:

@@ -208,7 +208,7 @@ class Scheduled:
                     served = await self._forward(call, entry, engine_queue, client)
                 finally:
                     engine_queue.leave(call.request)
-                    if all(queue is not engine_queue for queue, _, _ in call.suspects):
+                    if not call.suspects or all(queue is not engine_queue for queue, _, _ in call.suspects):
                         self._router.on_ended(engine_queue, call.request)
         finally:
             # No other engine has served the request, so it tells nothing about these.

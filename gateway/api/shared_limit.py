@@ -45,6 +45,7 @@ class SharedLimit:
         self._parts: dict[str, _Part] = {}
         self._weights = 0.0
         self._freed = asyncio.Event()
+        self._waiting = 0
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def fits(self, sharer: Sharer, count: int = 1, *, freed: int = 0, own: int = 0) -> bool:
@@ -110,8 +111,9 @@ class SharedLimit:
 
     def wake(self) -> None:
         """Let waiting requests check again whether they fit."""
-        self._freed.set()
-        self._freed.clear()
+        if self._waiting:
+            self._freed.set()
+            self._freed.clear()
 
     def turn(self, sharer: Sharer) -> asyncio.Lock:
         """Return the lock that puts the requests of ``sharer`` which wait in order of arrival."""
@@ -124,9 +126,13 @@ class SharedLimit:
         """Take one unit, after the requests of ``sharer`` that wait already."""
         async with self.turn(sharer):
             while not self.fits(sharer):
-                await self._freed.wait()
+                await self.until_freed()
             self.take(sharer)
 
     async def until_freed(self) -> None:
         """Wait until units are given back."""
-        await self._freed.wait()
+        self._waiting += 1
+        try:
+            await self._freed.wait()
+        finally:
+            self._waiting -= 1

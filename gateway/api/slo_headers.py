@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 from gateway.api.auth import ApiKey
@@ -18,6 +19,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 HEADER = {bound: names[0] for bound, names in ALIASES.items()}
 """The header that sets each bound, as error responses name it."""
+
+_BOUNDS: tuple[Bound, ...] = ("ttft", "tpot", "e2e")
+_UNSET = {
+    unset: frozenset(bound for bound, is_unset in zip(_BOUNDS, unset, strict=True) if is_unset)
+    for unset in product((False, True), repeat=len(_BOUNDS))
+}
+"""The bounds that a request leaves to its class, by whether each one is unset."""
 
 SHORTEST_MS, LONGEST_MS = 1e-3, 24 * 3600 * 1000.0
 """Limits of a bound (ms): one microsecond, because policies divide by bounds, to one day."""
@@ -71,16 +79,15 @@ def read_slo(headers: Mapping[str, str], key: ApiKey, classes: Mapping[str, SloC
     if key.allowed_classes is not None and name not in key.allowed_classes:
         raise _forbidden(f"x-slo-class: this API key may not use class {name!r}.", "x-slo-class")
     slo_class = classes[name]
-    bounds = {bound: _read_bound(headers, bound) for bound in ALIASES}
-    _check_rights(bounds, key)
+    ttft, tpot, e2e = _read_bound(headers, "ttft"), _read_bound(headers, "tpot"), _read_bound(headers, "e2e")
+    if key.least_bounds:
+        _check_rights({"ttft": ttft, "tpot": tpot, "e2e": e2e}, key)
     base = slo_class.slo
-    ttft, tpot, e2e = bounds["ttft"], bounds["tpot"], bounds["e2e"]
-    defaults: dict[Bound, bool] = {"ttft": ttft is None, "tpot": tpot is None, "e2e": e2e is None}
     return slo_class, Slo(
         ttft_s=base.ttft_s if ttft is None else ttft,
         tpot_s=base.tpot_s if tpot is None else tpot,
         e2e_s=base.e2e_s if e2e is None else e2e,
-        from_class=frozenset(bound for bound, unset in defaults.items() if unset),
+        from_class=_UNSET[ttft is None, tpot is None, e2e is None],
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.profile import load_profile
-from gateway.config.section import ModelName, Name, PositiveMs, Section
+from gateway.config.section import URL_PATTERN, ModelName, Name, PositiveMs, Section
 
 Aliases = Annotated[dict[ModelName, ModelName], Field(max_length=256)]
 
@@ -77,7 +77,7 @@ class HttpEngineConfig(Section):
 
     kind: Literal["http"]
     name: Name = "remote"
-    base_url: str = Field(pattern=r"^https?://")
+    base_url: str = Field(pattern=URL_PATTERN)
     discover: DiscoverConfig | None = Field(None, description="Find one engine per address of the host.")
     api_key_env: str | None = Field(None, description="Environment variable that holds the server's API key.")
     models: list[ModelName] = Field(
@@ -168,7 +168,7 @@ class PredictorConfig(Section):
 
     enabled: bool = True
     url: str | None = Field(
-        None, pattern=r"^https?://", description="A predictor service to use instead of a supervised one."
+        None, pattern=URL_PATTERN, description="A predictor service to use instead of a supervised one."
     )
     port: int = Field(0, ge=0, le=65535, description="Port of the supervised predictor; 0 picks a free port.")
     timeout_ms: PositiveMs = 20.0

@@ -114,7 +114,8 @@ def _text(path: Path) -> str:
             raise ConfigError(path, [Mistake(1, "", f"is larger than {MAX_FILE_BYTES >> 20} MiB")])
         return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(path, [Mistake(1, "", f"cannot be read: {error}")]) from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(path, [Mistake(1, "", f"cannot be read: {reason}")]) from error
 
 
 def _composed(path: Path) -> yaml.Node | None:

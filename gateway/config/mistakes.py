@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from gateway.config.section import URL_PATTERN
+
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
@@ -50,6 +52,8 @@ def mistake_of(error: Any, root: yaml.Node | None) -> Mistake:
         message = "unknown key"
     elif error["type"] == "missing":
         message = "is missing"
+    elif error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] == URL_PATTERN:
+        message = "must begin with http:// or https://"
     elif not path and ": " in message:
         # Validators of the whole file start their message with the key.
         named, message = message.split(": ", 1)

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from gateway.api.body_fields import GUARDED_FIELDS
 from gateway.api.slo_headers import LONGEST_MS, SHORTEST_MS
 
+URL_PATTERN = r"^https?://"
+"""Pattern of the keys that hold a URL."""
+
 PositiveMs = Annotated[float, Field(ge=SHORTEST_MS, le=LONGEST_MS, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]

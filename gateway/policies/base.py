@@ -111,13 +111,13 @@ class Policy(Protocol):
 
 def prefill_seconds(requests: Iterable[Request], engine: EngineState) -> float:
     """Return the seconds of prefill work in ``requests``: the sum of t(p) of uncached tokens (SCORPIO eq. 6)."""
-    prefill = engine.step_time.prefill
-    return sum(prefill(r.uncached_tokens) for r in requests)
+    prefill = engine.step_time.times.prefill
+    return sum([prefill(r.uncached_tokens) for r in requests])
 
 
 def prefill_backlog(running: Collection[Request], engine: EngineState) -> float:
     """Return the seconds of prefill work of admitted requests that have no first token yet."""
-    return prefill_seconds([r for r in running if r.prefilling], engine)
+    return prefill_seconds([r for r in running if r.first_token_s is None and not r.unobserved], engine)
 
 
 @dataclass(slots=True)

@@ -29,7 +29,6 @@ class RunningBatch:
         memory, preemptible_memory: tokens of KV memory that R will reach, and the unprotected best-effort part.
         backlog: uncached prompt tokens that are not prefilled yet.
         step_s: T(R), seconds of a step in which all of R decode; 0 when R is empty.
-        prefill_token_s: mu(R), seconds that a prompt token costs in chunks that fill what R leaves of P* seconds.
     """
 
     def __init__(
@@ -41,7 +40,10 @@ class RunningBatch:
         self.protected_slots = reserved_slots(engine.max_num_seqs) if preempts else engine.max_num_seqs
         self.decoding = self.context = self.preemptible_memory = 0.0
         self.strictest_s, self.memory = math.inf, -float(engine.shared_tokens)
-        self.add(running)
+        self.step_s = 0.0
+        self._prefill_token_s: float | None = None
+        if running:
+            self.add(running)
 
     def add(self, requests: Collection[Request], pace_s: float | None = None) -> None:
         """Add requests, each with its own pace or with ``pace_s``."""
@@ -80,9 +82,19 @@ class RunningBatch:
         self.slots, self.best_effort_slots = slots, best_effort_slots
         self.decoding, self.context, self.strictest_s = decoding, context, strictest_s
         self.memory, self.preemptible_memory, self.backlog = memory, preemptible_memory, backlog
-        self.step_s = step_s = curve.step_s(decoding, context)
-        most = self.engine.max_num_batched_tokens
-        self.prefill_token_s = curve.prefill_token_s(decoding, most, strictest_s - step_s)
+        self.step_s = curve.step_s(decoding, context)
+        self._prefill_token_s = None
+
+    @property
+    def prefill_token_s(self) -> float:
+        """mu(R): seconds that a prompt token costs in chunks that fill what R leaves of P* seconds."""
+        token_s = self._prefill_token_s
+        if token_s is None:
+            curve, most = self.engine.step_time.curve, self.engine.max_num_batched_tokens
+            token_s = curve.prefill_token_s(self.decoding, most, self.strictest_s - self.step_s)
+            # Most decisions admit a lone request and ask once, for the batch with it.
+            self._prefill_token_s = token_s
+        return token_s
 
     @property
     def free_slots(self) -> int:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import orjson
 
@@ -43,8 +44,7 @@ HINT_P90 = 1.25
 whose p90 is about twice its p50."""
 
 
-@dataclass(slots=True, frozen=True)
-class Question:
+class Question(NamedTuple):
     """What the service is asked about one request: the output tokens of one sequence of ``model``.
 
     The prediction is at most ``max_tokens`` and at least ``min_tokens``.
@@ -71,8 +71,7 @@ class _Pending:
     answer: asyncio.Future[Prediction | None]
 
 
-@dataclass(slots=True, frozen=True)
-class _Later:
+class _Later(NamedTuple):
     """A question for which no request waits. ``wanted`` says whether its answer can still be used."""
 
     wanted: Callable[[], bool]

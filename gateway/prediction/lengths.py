@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Predicted output tokens of one sequence, their 0.9 quantile, and the source.
 
     ``source`` is ``service``, ``fallback``, or ``hint``: the length that the client stated. ``beyond``: the p50 and p90

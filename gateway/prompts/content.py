@@ -226,8 +226,7 @@ class PromptContent:
             self.tools,
             self.calls,
             len(images),
-            sum(image.patches for image in images),
-            sum(max(0.0, image.patches - LARGE_IMAGE_PATCHES) for image in images),
+            *(_patches(images) if images else (0, 0)),
             self.audio_s,
             *parts,
         ]
@@ -237,3 +236,9 @@ class PromptContent:
         if self.token_ids is not None:
             return token_bytes(self.token_ids), TOKEN_BLOCK * TOKEN_BYTES
         return b"\x00".join(self._rendered), BLOCK_BYTES
+
+
+def _patches(images: list[Image]) -> tuple[float, float]:
+    """Return the patches of all images, and those beyond `LARGE_IMAGE_PATCHES` of each."""
+    large = sum(max(0.0, image.patches - LARGE_IMAGE_PATCHES) for image in images)
+    return sum(image.patches for image in images), large

@@ -28,7 +28,8 @@ def read_message(message: dict[str, Any], content: PromptContent) -> None:
     """Add a chat message: its content, its reasoning, and its tool calls."""
     content.add_message(str(message.get("role", "")))
     for field in ("reasoning_content", "reasoning"):
-        content.add_json(message.get(field), Part.REASONING)
+        if field in message:
+            content.add_json(message[field], Part.REASONING)
     read_parts(message.get("content"), content)
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else ():
@@ -55,7 +56,7 @@ def read_parts(value: Any, content: PromptContent, nesting: int = 0) -> None:
             _read_part(part, content, nesting)
     elif isinstance(value, dict):
         _read_part(value, content, nesting)
-    else:
+    elif value is not None:
         _read_unknown(value, content)
 
 

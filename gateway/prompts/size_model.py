@@ -123,7 +123,7 @@ class PromptSizeModel:
         self._variance += DRIFT * (self._prior_variance - self._variance)
 
     def _estimate(self, features: Features) -> float:
-        return math.fsum(map(mul, self._theta, features))
+        return float(sum(map(mul, self._theta, features)))
 
 
 class PromptSizes:

@@ -140,17 +140,32 @@ class PrefixIndex:
 
     def update_waiting(self) -> list[Request]:
         """Predict again the hits of waiting requests whose blocks came, went or are held now. Return those changed."""
+        if not self._outdated:
+            return []
         outdated, self._outdated = self._outdated, set()
         return [self._waiting[name][0] for name in outdated if name in self._waiting and self._predict(name)]
 
     def admit(self, request: Request) -> None:
         """Note that the engine computes the blocks of ``request`` and holds them until `release`."""
         self.withdraw(request)
-        if not request.blocks:
+        blocks = request.blocks
+        if not blocks:
             return
-        self._running[request.id] = request.blocks, self._leading(request.blocks)[0]
-        for key in request.blocks:
-            self._hold(key, request.block_tokens)
+        self._running[request.id] = blocks, self._leading(blocks)[0]
+        held = self._held
+        for key in blocks:
+            block = held.get(key)
+            if block is not None:
+                self.shared_tokens += block.tokens
+                block.holders += 1
+                continue
+            tokens = self._free.pop(key, None)
+            if tokens is None:
+                tokens = request.block_tokens
+                self.tokens += tokens
+            held[key] = _Held(tokens, 1)
+            if key in self._watchers:
+                self._changed(key)
         self._evict(self.capacity_tokens)
 
     def release(self, request: Request) -> None:
@@ -158,10 +173,20 @@ class PrefixIndex:
         blocks, before = self._running.pop(request.id, ((), 0))
         kept = before if request.prefilling and not request.generated else len(blocks)
         for at in range(len(blocks) - 1, -1, -1):
-            block = self._held.get(blocks[at])
-            self._let_go(blocks[at])
-            if at >= kept and block is not None and not block.stored:
-                self._remove(blocks[at])
+            key = blocks[at]
+            block = self._held.get(key)
+            if block is None:
+                continue
+            block.holders -= 1
+            if block.holders:
+                self.shared_tokens -= block.tokens
+            else:
+                del self._held[key]
+                self._free[key] = block.tokens
+                if key in self._watchers:
+                    self._changed(key)
+            if at >= kept and not block.stored:
+                self._remove(key)
         one_answer = request.sequences == 1 and request.generated > 0
         # The content of a request that was queued again is not known any more.
         forgotten = request.block_bytes > 0 and not request.content
@@ -252,7 +277,7 @@ class PrefixIndex:
         cached, held = self._leading(blocks)
         self._unwatch(name, watched)
         watched.clear()
-        watched.update(blocks[at] for at in (cached - 1, cached, held - 1, held) if 0 <= at < len(blocks))
+        watched.update([blocks[at] for at in (cached - 1, cached, held - 1, held) if 0 <= at < len(blocks)])
         for key in watched:
             self._watchers.setdefault(key, set()).add(name)
         before = request.cached_tokens, request.shared_tokens
@@ -272,30 +297,6 @@ class PrefixIndex:
         if watchers:
             self._outdated |= watchers
 
-    def _hold(self, key: int, tokens: float) -> None:
-        block = self._held.get(key)
-        if block is None:
-            free_tokens = self._free.pop(key, None)
-            if free_tokens is None:
-                self.tokens += tokens
-            block = self._held[key] = _Held(tokens if free_tokens is None else free_tokens)
-            self._changed(key)
-        else:
-            self.shared_tokens += block.tokens
-        block.holders += 1
-
-    def _let_go(self, key: int) -> None:
-        block = self._held.get(key)
-        if block is None:
-            return
-        block.holders -= 1
-        if block.holders:
-            self.shared_tokens -= block.tokens
-        else:
-            del self._held[key]
-            self._free[key] = block.tokens
-            self._changed(key)
-
     def _add_free(self, key: int, tokens: float) -> None:
         if key in self._free:
             self._free.move_to_end(key)
@@ -306,7 +307,7 @@ class PrefixIndex:
 
     def _evict(self, limit: float) -> None:
         """Forget the least recently used blocks until at most ``limit`` tokens are left, or all others are held."""
-        while self._free and (self.tokens > limit or len(self) > MAX_BLOCKS):
+        while self._free and (self.tokens > limit or len(self._free) + len(self._held) > MAX_BLOCKS):
             self._remove(next(iter(self._free)))
 
     def _remove(self, key: int) -> None:

@@ -26,7 +26,7 @@ class WaitingQueue(Sequence[Request]):
     def __init__(self, order: Order) -> None:
         self.by_class: Counter[str] = Counter()
         """Number of waiting requests by SLO class."""
-        self.by_tenant: Counter[str] = Counter()
+        self.by_tenant: dict[str, int] = {}
         """Number of waiting requests by tenant; only tenants with any."""
         self.weights: dict[str, float] = {}
         """Weight of each of these tenants."""
@@ -47,7 +47,7 @@ class WaitingQueue(Sequence[Request]):
         self._added += 1
         self._insert(request, self._added)
         self.by_class[request.slo_class] += 1
-        self.by_tenant[request.tenant] += 1
+        self.by_tenant[request.tenant] = self.by_tenant.get(request.tenant, 0) + 1
         self.weights[request.tenant] = request.weight
         self._of.setdefault(request.slo_class, {}).setdefault(request.tenant, {})[request.id] = request
 
@@ -122,26 +122,24 @@ class WaitingQueue(Sequence[Request]):
         self._keys.insert(at, key)
         self._requests.insert(at, request)
         self._key_of[request.id] = key
-        table = self._table_to_update()
-        if table is not None:
-            table.insert(at, request)
+        if self._table is not None and self._count_update():
+            self._table.insert(at, request)
 
     def _delete(self, request: Request) -> tuple[float, ...]:
         key = self._key_of.pop(request.id)
         at = bisect_left(self._keys, key)
         del self._keys[at], self._requests[at]
-        table = self._table_to_update()
-        if table is not None:
-            table.delete(at)
+        if self._table is not None and self._count_update():
+            self._table.delete(at)
         return key
 
-    def _table_to_update(self) -> WaitingTable | None:
-        """Return the table, or None (and drop it) after so many updates that rebuilding it is cheaper."""
-        if self._table is not None:
-            self._updates += 1
-            if self._updates > max(_MAX_UPDATES, len(self._requests) // 16):
-                self._table = None
-        return self._table
+    def _count_update(self) -> bool:
+        """Return whether to update the table. After so many updates that rebuilding it is cheaper, it is dropped."""
+        self._updates += 1
+        if self._updates > max(_MAX_UPDATES, len(self._requests) // 16):
+            self._table = None
+            return False
+        return True
 
     def __contains__(self, request: object) -> bool:
         return isinstance(request, Request) and request.id in self._key_of

@@ -14,12 +14,12 @@ import numpy as np
 from engine_adapter.engine import EngineState
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Policy, prefill_seconds
-from gateway.policies.running_batch import RunningBatch
 from gateway.requests.prefix_index import PrefixIndex
 from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
 from gateway.scheduling.decision_schedule import DecisionSchedule
 from gateway.scheduling.delays import note_handover, overdue_s
+from gateway.scheduling.expected_batch import MAX_AGE_S, ExpectedBatch
 from gateway.scheduling.room import Room
 
 DECISION_GRACE_S = 2 * MAX_DECISION_INTERVAL_S
@@ -46,7 +46,7 @@ class AdmissionController:
     waiting: WaitingQueue = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
     schedule: DecisionSchedule = field(default_factory=DecisionSchedule)
-    _expected: RunningBatch | None = field(init=False, default=None)
+    _expected: ExpectedBatch | None = field(init=False, default=None)
     _room: Room | None = field(init=False, default=None)
     _changed: bool = field(init=False, default=False)
     """Whether an answer began or a request left since ``_room`` was made."""
@@ -57,7 +57,7 @@ class AdmissionController:
     @property
     def busy(self) -> bool:
         """Whether requests wait and the engine has work."""
-        return bool(self.waiting and self.running)
+        return bool(self.running and self.waiting)
 
     def set_policy(self, policy: Policy) -> None:
         """Have ``policy`` decide from now on. Waiting requests get its order; running ones stay as they are."""
@@ -89,12 +89,23 @@ class AdmissionController:
         """Remove an admitted request that has ended in any way; return False when it does not run."""
         ran = self.running.pop(request.id, None) is not None
         self.prefixes.release(request)
-        self.capacity_changed()
+        if ran and self._expected is not None:
+            self._expected.remove(request)
+        self._on_change()
         return ran
 
+    def on_first_token(self, request: Request) -> None:
+        """Note that the answer of ``request`` began: its prompt is computed, so others may fit."""
+        if self._expected is not None:
+            self._expected.begin(request)
+        self._on_change()
+
     def capacity_changed(self) -> None:
-        """Note that a request which did not fit may fit now: an answer began or ended, or the engine changed."""
+        """Note that a request which did not fit may fit now, for any other reason."""
         self._expected = None
+        self._on_change()
+
+    def _on_change(self) -> None:
         self._changed = True
         self.schedule.on_change(self.busy)
 
@@ -136,7 +147,7 @@ class AdmissionController:
                 self.waiting.remove(request)
                 self.prefixes.withdraw(request)
                 rejected.append(rejection)
-        if decision.reject:
+        if decision.reject or decision.yielding:
             self._expected = None
         waived = len(rejected) < len(decision.reject)
         decision.reject = rejected
@@ -165,15 +176,12 @@ class AdmissionController:
         self._changed = False
         return room.is_ample_for(request, prefill_s, now)
 
-    def expected_batch(self) -> RunningBatch:
-        """Return all requests of this engine as one batch, by which a router compares engines.
-
-        It is kept until a request ends or begins, so for most engines it costs nothing.
-        """
-        if self._expected is None:
-            self._expected = RunningBatch(self.running.values(), self.engine)
-            self._expected.add(self.waiting)
-        return self._expected
+    def expected_batch(self, now: float) -> ExpectedBatch:
+        """Return all requests of this engine as one batch, at most `MAX_AGE_S` old at ``now`` (monotonic s)."""
+        batch = self._expected
+        if batch is None or batch.outdated or now - batch.made_s > MAX_AGE_S:
+            batch = self._expected = ExpectedBatch(self.running.values(), self.waiting, self.engine, now)
+        return batch
 
     def queued_prefill_s(self) -> float:
         """Return the seconds of prefill work that wait. Each arrival asks, so a long queue is summed as an array."""

@@ -42,8 +42,12 @@ def overdue_s(now: float, running: Collection[Request], engine: EngineState) -> 
 
 def decode_step_s(running: Collection[Request], engine: EngineState) -> float:
     """Return the seconds of a step in which all ``running`` requests decode, 0 if there are none."""
-    sequences = sum([request.sequences for request in running])
-    return engine.step_time.curve.step_s(sequences, sum([request.length * request.sequences for request in running]))
+    sequences = context = 0
+    for request in running:
+        sequences += request.sequences
+        # Its length times its sequences.
+        context += request.prompt_tokens * request.sequences + request.generated
+    return engine.step_time.curve.step_s(sequences, context) if sequences else 0.0
 
 
 def work_ahead_s(now: float, running: Collection[Request], engine: EngineState) -> float:
@@ -55,6 +59,5 @@ def work_ahead_s(now: float, running: Collection[Request], engine: EngineState) 
     step_s = decode_step_s(running, engine)
     left_s = step_s / 2
     if engine.last_step_at is not None and engine.last_step_at <= now:
-        left_s = max(0.0, step_s - (now - engine.last_step_at))
-    left_s = max(overdue_s(now, running, engine), left_s)
+        left_s = max(0.0, step_s - (now - engine.last_step_at), overdue_s(now, running, engine))
     return engine.handover_s + left_s + prefill_backlog(running, engine) + step_s

@@ -66,6 +66,10 @@ class EngineQueue:
         self.engine = engine
         self.classes = classes
         self.admission = AdmissionController(policy, engine.state, self._serves_best_effort)
+        self.waiting: WaitingQueue = self.admission.waiting
+        """The waiting requests of all classes."""
+        self.running: dict[str, Request] = self.admission.running
+        """The admitted requests that have not ended, by id."""
         shadows = [self._shadow(name, policy) for name, policy in (shadow or {}).items()]
         self.shadows = ShadowRunner(shadows, engine.state, clock)
         self.calls = 0
@@ -95,16 +99,6 @@ class EngineQueue:
     def policy(self) -> Policy:
         """The policy that decides."""
         return self.admission.policy
-
-    @property
-    def waiting(self) -> WaitingQueue:
-        """The waiting requests of all classes."""
-        return self.admission.waiting
-
-    @property
-    def running(self) -> dict[str, Request]:
-        """The admitted requests that have not ended, by id."""
-        return self.admission.running
 
     def now(self) -> float:
         """Return the time of this queue's clock (s)."""
@@ -198,12 +192,12 @@ class EngineQueue:
         self.admission.capacity_changed()
         self.wake()
 
-    def on_first_token(self) -> None:
-        """Note that a response began, so its prompt is prefilled."""
+    def on_first_token(self, request: Request) -> None:
+        """Note that the response to ``request`` began, so its prompt is prefilled."""
         # The latest requests are the likeliest to have no first token yet.
         if self.waiting and not any(request.prefilling for request in reversed(self.running.values())):
             self.admission.schedule.on_drained()
-        self.admission.capacity_changed()
+        self.admission.on_first_token(request)
         self.wake()
 
     def on_cache_hit(self, request: Request, predicted: int, actual: int) -> None:

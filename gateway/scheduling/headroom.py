@@ -172,7 +172,7 @@ class Headroom:
         beside = [judged for judged in (tighter, looser) if judged is not None]
         if beside:
             return min(beside, key=lambda judged: judged.cost_s).queue
-        return min(self._some(request, engines[:end]), key=lambda queue: queue.admission.expected_batch().slots)
+        return min(self._some(request, engines[:end]), key=lambda queue: queue.admission.expected_batch(now).slots)
 
     def _least(self, request: Request, queues: list[EngineQueue], now: float, looser: bool = False) -> _Judged | None:
         """Return the engine of ``queues`` with the least cost of those that fit ``request``; None if none is found.
@@ -247,7 +247,7 @@ class _Judged(NamedTuple):
 def _judge(request: Request, queue: EngineQueue, now: float, looser: bool = False) -> _Judged:
     """Judge an engine for ``request``. ``looser``: the engine is for looser paces."""
     admission = queue.admission
-    batch = admission.expected_batch()
+    batch = admission.expected_batch(now)
     engine, decoding, sequences = batch.engine, batch.decoding, request.sequences
     curve = engine.step_time.curve
     pace_s = request.pace_s if request.pace_s is not None and request.kind is ServiceKind.PACED else math.inf

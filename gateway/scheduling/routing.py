@@ -139,16 +139,19 @@ class PrefixAffinity(_ByKey):
     """The engine that has most of the prompt in its prefix cache, unless the engines are out of balance.
 
     The rule of SGLang's router: the engine with the fewest requests gets a prompt of which no engine has a worthwhile
-    part, and every prompt while the engines differ too much.
+    part, and every prompt while the engines differ by more than ``balanced_requests`` and ``balanced_ratio``.
     """
 
     name = "prefix_affinity"
+
+    def __init__(self, balanced_requests: int = BALANCED_REQUESTS, balanced_ratio: float = BALANCED_RATIO) -> None:
+        self._balanced_requests, self._balanced_ratio = balanced_requests, balanced_ratio
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
         """See `_ByKey.keys`."""
         requests = [_requests(queue) for queue in queues]
         most, least = max(requests), min(requests)
-        if most - least > BALANCED_REQUESTS and most > BALANCED_RATIO * least:
+        if most - least > self._balanced_requests and most > self._balanced_ratio * least:
             return requests
         hits = [queue.admission.prefixes.cached_tokens(request) for queue in queues]
         if max(hits) < WORTHWHILE_HIT * request.prompt_tokens:

@@ -247,7 +247,7 @@ class Replica:
             sequence.request.advance(1)
             if sequence.request.first_token_s is None:
                 sequence.request.first_token_s = now
-                self.admission.capacity_changed()
+                self.admission.on_first_token(sequence.request)
         for sequence in done:
             self.admission.leave(sequence.request)
         return [sequence.request for sequence in done]

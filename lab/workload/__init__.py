@@ -268,7 +268,7 @@ def _check(
     if qps is None:
         raise ValueError(f"{arrivals} arrivals need qps")
     if requests is None and duration_s is None:
-        raise ValueError(f"{arrivals} arrivals need requests or duration_s")
+        raise ValueError(f"{arrivals} arrivals have no end: set --requests or --duration (duration_s)")
     if arrivals == "poisson" and burstiness != 1:
         raise ValueError("Poisson arrivals have burstiness 1: use gamma arrivals")
     if trace is not None or window_s is not None or speed != 1:

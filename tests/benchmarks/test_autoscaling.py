@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.autoscaling import study
 from benchmarks.autoscaling.study import QueueLength, Recorded, page
 from lab.simulate.lifecycle import FleetLoad
 
@@ -29,14 +37,14 @@ def test_recorded_scaling_takes_the_highest_of_the_last_minutes() -> None:
 
 
 def test_page_counts_differences_from_the_search() -> None:
-    windows = [
-        {"start_s": 0.0, "searched": 2, "same": 2, "before": None},
-        {"start_s": 300.0, "searched": 5, "same": 4, "before": 2},
+    signals = [
+        {"end_s": end_s, "wanted": wanted, "sampled": 0.5, "cpu_s": 7.0}
+        for end_s, wanted in ((300.0, 2), (450.0, 3), (600.0, 4))
     ]
     fleet = {"name": "wanted replicas", "adherence": 0.98, "gpu_hours": 1.5, "most": 5}
     trace = {
-        "trace": "azure-conv", "rate_scale": 4.0, "minutes": 10.0, "seed": 0, "windows": windows, "sampled": 0.5,
-        "signal_cpu_s": 7.0, "fleets": [fleet],
+        "trace": "azure-conv", "rate_scale": 4.0, "minutes": 10.0, "seed": 0, "signals": signals, "searched": [2, 5],
+        "fleets": [fleet],
     }  # fmt: skip
 
     text = page({"command": "python -m benchmarks.autoscaling.study", "traces": [trace]})
@@ -44,3 +52,23 @@ def test_page_counts_differences_from_the_search() -> None:
     assert "| the requests of the same window | 1 of 2 | 2 of 2 | 1 |" in text
     assert "| the window before | 0 of 1 | 0 of 1 | 3 |" in text
     assert "| azure-conv | wanted replicas | 0.9800 | 1.50 | 5 |" in text
+
+
+@pytest.mark.study
+def test_stopped_study_continues_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "TRACES", ("azure-code",))
+    monkeypatch.setattr(study, "QUEUE_TARGETS", (4,))
+    file, app = tmp_path / "autoscaling.json", typer.Typer()
+    app.command()(study.main)
+    options = ["--rate-scale", "0.2", "--minutes", "10", "--jobs", "1", "--json", str(file)]
+    assert CliRunner().invoke(app, options).exit_code == 0
+    whole = json.loads(file.read_text())["traces"][0]
+    assert [len(whole[key]) for key in ("signals", "searched", "fleets")] == [3, 2, 5]
+
+    stopped = {**whole, "fleets": [{"name": "computed before"}]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "traces": [stopped]}))
+    assert CliRunner().invoke(app, options).exit_code == 0
+    again = json.loads(file.read_text())["traces"][0]
+    assert again == {**whole, "fleets": [{"name": "computed before"}, *whole["fleets"][1:]]}
+
+    assert CliRunner().invoke(app, [*options, "--seed", "1"]).exit_code == 2

@@ -21,6 +21,7 @@ from benchmarks.overhead import calls, decision_cost, gateway_cost
 from benchmarks.overhead.peers import report as peers_report
 from benchmarks.policies import page as policies_page
 from benchmarks.policies.table import SETTINGS
+from benchmarks.routing import page as routing_page
 from benchmarks.scale import gateways_page, kill_page, report_page
 from benchmarks.speculation import study as speculation
 
@@ -44,6 +45,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "scale": kill_page.page,
     "report_channel": report_page.page,
     "gateways": gateways_page.page,
+    "routing": routing_page.page,
 }
 
 

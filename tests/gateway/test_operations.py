@@ -93,6 +93,7 @@ async def test_ready_names_the_engine_and_the_cause(url: str, cause: str) -> Non
             assert answer.status_code == 503
             assert not answer.json()["ready"]
             assert "engine gpu-1: " in answer.json()["why"]
+            assert answer.json()["why"].count("gpu-1") == 1
             assert cause in answer.json()["why"]
             assert (await antares.http.get("/health")).status_code == 200
 

@@ -289,6 +289,7 @@ def test_explain_command_says_that_no_gateway_answers() -> None:
     result = CliRunner().invoke(app, ["explain", "x", "--url", "http://127.0.0.1:9"])
     assert result.exit_code == 1
     assert "cannot ask http://127.0.0.1:9" in result.output
+    assert "set --url" in result.output
 
 
 async def test_explain_command_sends_the_key() -> None:

@@ -17,4 +17,7 @@ _COUNTERS: tuple[tuple[str, type[TokenCounter]], ...] = (
 
 def counter_for(path: str) -> type[TokenCounter] | None:
     """The counter for a route that generates tokens; None for any other route."""
-    return next((counter for suffix, counter in _COUNTERS if path.endswith(suffix)), None)
+    for suffix, counter in _COUNTERS:
+        if path.endswith(suffix):
+            return counter
+    return None

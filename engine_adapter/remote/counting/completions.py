@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import repeat
 
 import orjson
 
 from engine_adapter.engine import TokenObserver
 from engine_adapter.remote.counting.output_text import output_text, shows_output
-from engine_adapter.remote.counting.token_counter import EventKind, Json, TokenCounter
+from engine_adapter.remote.counting.token_counter import Batch, EventKind, Json, TokenCounter
 from engine_adapter.remote.sse import ParsedEvent
 from engine_adapter.remote.text_events import TextEvents
-from engine_adapter.remote.upstream_error import error_in
 from engine_adapter.remote.usage import Usage, completions_usage
 
 # Looking a member up in its class costs more than comparing it.
@@ -62,25 +63,40 @@ class CompletionCounter(TokenCounter):
             # Hot path: a token of the only sequence.
             self._report("0", 1, at)
             return _TOKEN
-        if self.see_text(event, at) is not None:
+        if self.see_texts((event,), at):
             return _TOKEN
         return self.see_parsed(ParsedEvent.of(event), at)
 
-    def see_text(self, event: bytes, at: float) -> bytes | None:
-        """Count an event that differs from an earlier one in its text only, and return that; None for other events."""
-        text = self.texts.text_of(event)
-        if text is not None:
-            if self.total >= self._next_sample:
-                self._sample(text.decode(errors="replace"))
-            self._report("0", 1, at)
-        return text
+    def see_all(self, events: list[bytes], at: float) -> Batch:
+        """As `TokenCounter.see_all`. Events that differ in their text only are counted together."""
+        if len(events) == 1:
+            return [(self.see(events[0], at), events[0])]
+        batch: Batch = []
+        while not self.ended and (first := len(batch)) < len(events):
+            texts = self.see_texts(events, at, first)
+            if texts:
+                batch += zip(repeat(_TOKEN), events[first : first + len(texts)], strict=False)
+            else:
+                batch.append((self.see(events[first], at), events[first]))
+        return batch
+
+    def see_texts(self, events: Sequence[bytes], at: float, first: int = 0) -> list[bytes]:
+        """Count ``events`` from number ``first`` on that differ from an earlier one in their text only.
+
+        Return their texts, up to the first event that is not of this kind.
+        """
+        texts = self.texts.texts_of(events, first)
+        if texts:
+            if self._next_sample < self.total + len(texts):
+                self._sample(texts)
+            self._report("0", len(texts), at)
+        return texts
 
     def see_parsed(self, event: ParsedEvent, at: float) -> EventKind:
         """As `see`, for an event that is parsed for another reason."""
         if event.data.startswith(b"[DONE]"):
             return self._end(EventKind.DONE)
-        chunk = event.chunk
-        self.error = error_in(event.name, event.data, chunk)
+        chunk, self.error = event.chunk, event.error
         if self.error is not None:
             return self._end(EventKind.ERROR)
         if chunk is None or not isinstance(choices := chunk.get("choices"), list):
@@ -128,7 +144,7 @@ class CompletionCounter(TokenCounter):
             if isinstance(delta, dict) and (not delta or "role" in delta):
                 return False
         if self.total >= self._next_sample:
-            self._sample(output_text(choice))
+            self._sample([output_text(choice).encode(errors="replace")])
         if self._several:
             self._next_sample = 0
         self._report(sequence, 1, at)

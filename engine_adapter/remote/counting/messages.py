@@ -37,7 +37,8 @@ class MessagesCounter(TokenCounter):
             delta = chunk.get("delta")
             if not isinstance(delta, dict) or delta.get("type") == "signature_delta":
                 return EventKind.OTHER
-            self._sample("".join(strings([value for key, value in delta.items() if key != "type"])))
+            text = "".join(strings([value for key, value in delta.items() if key != "type"]))
+            self._sample([text.encode(errors="replace")])
             self._report("0", 1, at)
             return EventKind.TOKEN
         if chunk is not None:

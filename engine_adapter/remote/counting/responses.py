@@ -28,7 +28,7 @@ class ResponsesCounter(TokenCounter):
         kind = event_type(name, chunk)
         if chunk is not None and kind.endswith(".delta"):
             delta = chunk.get("delta")
-            self._sample(delta if isinstance(delta, str) else "")
+            self._sample([delta.encode(errors="replace") if isinstance(delta, str) else b""])
             self._report("0", 1, at)
             return EventKind.TOKEN
         response = chunk.get("response") if chunk is not None else None

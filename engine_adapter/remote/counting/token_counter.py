@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from engine_adapter.engine import TokenObserver
 from engine_adapter.remote.sse import event_fields
-from engine_adapter.remote.token_estimate import estimated_tokens
+from engine_adapter.remote.token_estimate import estimated_tokens, tokens_of_events
 from engine_adapter.remote.upstream_error import error_in
 from engine_adapter.remote.usage import Usage
 
@@ -39,6 +39,10 @@ class EventKind(Enum):
     """The server reports that it failed. Ends the stream too."""
     OTHER = auto()
     """A role chunk, a comment, or the end of a sequence."""
+
+
+Batch = list[tuple[EventKind, bytes]]
+"""Events with their kinds."""
 
 
 class TokenCounter(ABC):
@@ -85,6 +89,15 @@ class TokenCounter(ABC):
     @abstractmethod
     def see(self, event: bytes, at: float) -> EventKind:
         """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
+
+    def see_all(self, events: list[bytes], at: float) -> Batch:
+        """Count raw ``events`` that arrived together, and return them with their kinds, up to the stream's last one."""
+        batch: Batch = []
+        for event in events:
+            batch.append((self.see(event, at), event))
+            if self.ended:
+                break
+        return batch
 
     @property
     def complete(self) -> bool:
@@ -161,13 +174,19 @@ class TokenCounter(ABC):
         self._last_at[sequence] = at
         self._observer.on_tokens(sequence, count, at)
 
-    def _sample(self, text: str) -> None:
-        """Estimate the tokens of the event that is about to be reported."""
-        self._samples += 1
-        self._sampled_tokens += estimated_tokens(text)
+    def _sample(self, texts: list[bytes]) -> None:
+        """Estimate the tokens of those events that are due, of events with ``texts`` that are about to be reported."""
+        first = max(self._next_sample - self.total, 0)
+        # From there on, one in so many is due.
+        later = max(first, SAMPLED_FIRST - self.total)
+        due = texts[first:later] + texts[later::SAMPLED_EVERY]
+        self._next_sample = self.total + max(first, min(len(texts), later))
+        if later < len(texts):
+            self._next_sample += SAMPLED_EVERY * len(texts[later::SAMPLED_EVERY])
+        self._samples += len(due)
+        self._sampled_tokens += tokens_of_events(due)
         mean = self._sampled_tokens / self._samples
         self.tokens_per_event = mean if mean >= SEVERAL_TOKENS else 1.0
-        self._next_sample = self.total + (1 if self.total < SAMPLED_FIRST else SAMPLED_EVERY)
 
     def _end(self, kind: EventKind) -> EventKind:
         self.ended = True

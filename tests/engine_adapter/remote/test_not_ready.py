@@ -104,7 +104,7 @@ async def test_log_names_the_cause_of_a_failed_start(url: str, why: str, caplog:
         with caplog.at_level(logging.WARNING):
             await engine.start(EngineEvents())
         await engine.stop()
-    assert f"engine far is not ready, waiting for it: engine far at {engine.base_url}: {why}" in caplog.text
+    assert f"engine far is not ready, waiting for it: {engine.base_url}: {why}" in caplog.text
 
 
 @pytest.mark.parametrize("status", [500, 503, 302, 204])

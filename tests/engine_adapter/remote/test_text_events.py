@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from engine_adapter.remote.assemble import Assembler
 from engine_adapter.remote.counting.completions import CompletionCounter
+from engine_adapter.remote.counting.token_counter import EventKind
 from engine_adapter.remote.sse import ParsedEvent
 from engine_adapter.remote.text_events import TextEvents
 from tests.fixtures.live_server import Recorder
@@ -102,14 +103,16 @@ def assembled(events: list[bytes], fast: bool) -> tuple[Any, int, int]:
     """Return the response, the tokens reported, and the estimated tokens per event in thousandths."""
     recorder, assembler = Recorder(), Assembler()
     counter = CompletionCounter(recorder)
-    for raw in events:
-        text = counter.see_text(raw, 1.0) if fast else None
-        if text is not None:
-            assembler.add_text(counter.texts.place, text, len(raw))
+    at = 0
+    while at < len(events):
+        texts = counter.see_texts(events, 1.0, at) if fast else []
+        if texts:
+            assembler.add_texts(counter.texts.place, texts, sum(map(len, events[at : at + len(texts)])))
         else:
-            parsed = ParsedEvent.of(raw)
+            parsed = ParsedEvent.of(events[at])
             counter.see_parsed(parsed, 1.0)
             assembler.add(parsed)
+        at += len(texts) or 1
     counter.settle()
     return assembler.response(), recorder.count(), round(1000 * counter.tokens_per_event)
 
@@ -134,6 +137,19 @@ def test_response_and_counts_are_those_of_parsed_events(choices: list[Any], usag
         end = {**HEAD, "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 40}}
         events.insert(-1, b"data: %b\n\n" % orjson.dumps(end))
     assert assembled(events, fast=True) == assembled(events, fast=False)
+
+
+@given(st.lists(CHOICES, min_size=1, max_size=200), st.integers(1, 100))
+def test_events_of_one_read_count_like_single_events(choices: list[Any], size: int) -> None:
+    events = [event(choice) for choice in choices] + [b"data: [DONE]\n\n", chat_event("late")]
+    one, together = Recorder(), Recorder()
+    alone, counter = CompletionCounter(one), CompletionCounter(together)
+    kinds = [alone.see(raw, 1.0) for raw in events[:-1]]
+    seen: list[tuple[EventKind, bytes]] = []
+    for at in range(0, len(events), size):
+        seen += [] if counter.ended else counter.see_all(events[at : at + size], 1.0)
+    assert seen == list(zip(kinds, events[:-1], strict=True))
+    assert (together.count(), counter.tokens_per_event) == (one.count(), alone.tokens_per_event)
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=30))

@@ -59,6 +59,7 @@ def test_load_accepts_every_shipped_configuration(file: Path) -> None:
         ("port: 8100", "port: 70000", 2, "server.port", "less than or equal to 65535"),
         ("kind: simulated", "kind: guess", 4, "engines[0]", "'vllm', 'http', 'simulated'"),
         ("kind: simulated", "model: x", 4, "engines[0].kind", "is missing"),
+        ("kind: simulated", "kind: http\n    base_url: 10.0.0.1:8000", 5, "engines[0].base_url", "must begin with http://"),
         ("name: one", "nmae: one", 5, "engines[0].nmae", "unknown key"),
         ("name: one", "name: no spaces please", 5, "engines[0].name", "match pattern"),
         ("name: scorpio", "name: best", 6, "policy", "no policy is called 'best'"),

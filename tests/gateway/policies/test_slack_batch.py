@@ -80,7 +80,7 @@ def test_running_batch_plus_one_equals_batch_of_all(requests: list[Request], one
     whole, grown = RunningBatch([*requests, one], state), RunningBatch(requests, state)
     before = grown.prefill_token_s
     grown.add((one,))
-    for name in [*sorted(vars(whole).keys() - {"engine"}), "free_slots", "prefill_share"]:
+    for name in [*sorted(vars(whole).keys() - {"engine"}), "free_slots", "prefill_share", "prefill_token_s"]:
         assert getattr(grown, name) == pytest.approx(getattr(whole, name)), name
     assert before == RunningBatch(requests, state).prefill_token_s
 
@@ -274,7 +274,7 @@ def test_has_room_for_never_counts_preemptible_slots_or_memory(
         assert RunningBatch(old, state).has_room_for(one) == expected
 
 
-def test_cost_counts_fewer_decodes_with_accepted_drafts() -> None:
+def test_cost_counts_fewer_decodes_with_accepted_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two tokens a step, a request costs what one of half the output and the same mean context costs."""
     short, long = make_request(prompt=1000, output=50), make_request(prompt=975, output=100)
     short.cached_tokens = 25
@@ -284,7 +284,7 @@ def test_cost_counts_fewer_decodes_with_accepted_drafts() -> None:
     old = [running(tpot=0.05)]
     one_token, two_tokens = RunningBatch(old, plain), RunningBatch(old, drafting)
     assert drafting.tokens_per_step == pytest.approx(2)
-    two_tokens.prefill_token_s = one_token.prefill_token_s
+    monkeypatch.setattr(RunningBatch, "prefill_token_s", one_token.prefill_token_s)
     [fast], [slow] = waiting_batch([long]).cost_s(two_tokens), waiting_batch([short]).cost_s(one_token)
     assert fast == pytest.approx(slow)
     assert fast < waiting_batch([long]).cost_s(one_token)[0]

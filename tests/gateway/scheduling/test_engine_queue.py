@@ -113,7 +113,7 @@ async def test_engine_queue_does_not_decide_without_a_change(deciding_takes: Any
     engine_queue.submit(make_request("b", at=0.0))
     await turns(engine_queue)
     assert policy.calls == [1, 2]
-    engine_queue.on_first_token()
+    engine_queue.on_first_token(engine_queue.running["running"])
     await turns(engine_queue)
     assert policy.calls == [1, 2, 2]
     engine_queue.close()
@@ -148,11 +148,11 @@ async def test_change_during_a_hold_is_decided_when_it_ends(deciding_takes: Any,
     engine_queue = busy_queue(policy)
     await turns(engine_queue)
     assert timers == [pytest.approx(MAX_DECISION_INTERVAL_S)]
-    engine_queue.on_first_token()
+    engine_queue.on_first_token(engine_queue.running["running"])
     await turns(engine_queue)
     assert policy.calls == [1]
     assert timers[1:] == [pytest.approx(0.3 * MAX_DECISION_INTERVAL_S)]
-    engine_queue.on_first_token()
+    engine_queue.on_first_token(engine_queue.running["running"])
     await turns(engine_queue)
     assert len(timers) == 2, "the timer is set already"
     engine_queue.close()
@@ -172,7 +172,7 @@ async def test_deciding_takes_a_bounded_share_of_time(
     policy = Closed()
     engine_queue = busy_queue(policy)
     await turns(engine_queue)
-    engine_queue.on_first_token()
+    engine_queue.on_first_token(engine_queue.running["running"])
     await turns(engine_queue)
     assert policy.calls == [1]
     assert timers[-1] == pytest.approx(hold_s)
@@ -355,11 +355,11 @@ async def test_engine_without_prompts_to_prefill_is_not_kept_idle_by_a_slow_deci
     engine_queue.admission.running["second"] = second
     await turns(engine_queue)
     engine_queue.admission.running["running"].first_token_s = NOW
-    engine_queue.on_first_token()
+    engine_queue.on_first_token(engine_queue.running["running"])
     await turns(engine_queue)
     assert timers[-1] == pytest.approx(0.5 * MAX_DECISION_INTERVAL_S), "the other prompt keeps the engine busy"
     second.first_token_s = NOW
-    engine_queue.on_first_token()
+    engine_queue.on_first_token(second)
     await turns(engine_queue)
     assert timers[-1] == pytest.approx(0.02 * MAX_DECISION_INTERVAL_S)
     assert policy.calls == [1]

@@ -16,7 +16,7 @@ from gateway.scheduling import headroom
 from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.headroom import COMPARED, REFRESH_S, UNTESTED_S, PaceBands
 from gateway.scheduling.router import Router
-from gateway.scheduling.routing import ROUTINGS, LeastLoad, make_routing
+from gateway.scheduling.routing import ROUTINGS, LeastLoad, PrefixAffinity, make_routing
 from tests.fixtures.policy_builders import make_request
 
 A100 = StepTimes(b=6e-5, d=0.0125, alpha=6e-5, beta=0.0125)
@@ -110,6 +110,18 @@ def test_prefix_affinity_balances_engines_that_differ_too_much() -> None:
     chat = make_request("chat", prompt=1000)
     chat.blocks, chat.block_tokens = tuple(range(60)), 16
     assert send(router, chat) == 1
+
+
+def test_prefix_affinity_can_balance_earlier() -> None:
+    router = router_of("prefix_affinity", 2)
+    router.routing = PrefixAffinity(balanced_requests=4, balanced_ratio=1.1)
+    router.engine_queues[0].admission.prefixes.stored(range(60), 16)
+    places = []
+    for number in range(8):
+        chat = make_request(f"{number}", prompt=1000)
+        chat.blocks, chat.block_tokens = tuple(range(60)), 16
+        places.append(send(router, chat))
+    assert places == [0, 0, 0, 0, 0, 1, 0, 1]
 
 
 def test_least_load_counts_requests_of_each_model_apart() -> None:
@@ -276,19 +288,3 @@ def test_headroom_compares_a_few_engines_and_the_one_with_the_prompt(monkeypatch
         compared.clear()
         assert router.engine_queues.index(router.place(turn)) == at
         assert len(compared) <= COMPARED
-
-
-def test_expected_batch_follows_every_change() -> None:
-    queue = router_of("headroom", 2).engine_queues[0]
-    admission = queue.admission
-    assert admission.expected_batch().slots == 0
-    request = make_request("one", prompt=300, tpot=0.05)
-    admission.submit(request)
-    assert (admission.expected_batch().slots, admission.expected_batch().backlog) == (1, 300)
-    admission.decide(0.0)
-    assert (admission.expected_batch().slots, admission.expected_batch().backlog) == (1, 300)
-    request.first_token_s = 1.0
-    admission.capacity_changed()
-    assert (admission.expected_batch().slots, admission.expected_batch().backlog) == (1, 0)
-    admission.leave(request)
-    assert admission.expected_batch().slots == 0

@@ -126,7 +126,7 @@ def test_failed_trial_request_exits_1_with_status(url: str) -> None:
         (("http://a", "--url", "http://b"), "once"),
         (("127.0.0.1:8000", "--qps", "1"), "http://"),
         (("http://a",), "--qps"),
-        (("http://a", "--qps", "1"), "requests or duration_s"),
+        (("http://a", "--qps", "1"), "set --requests or --duration"),
         (("http://a", "--qps", "-1", "--requests", "1"), "positive"),
         (("http://a", "--qps", "1", "--requests", "1", "--workload", "nope"), "sharegpt"),
         (("http://a", "--qps", "1", "--requests", "1", "--endpoint", "nope"), "completions or chat"),

@@ -145,7 +145,7 @@ def test_category_has_bounds_of_its_table_row() -> None:
         ({"trace": "nope", "arrivals": "trace"}, "azure-conv, azure-code"),
         ({"slo_table": "nope"}, "llama-3.1-8b, gemma-2-27b"),
         ({"qps": None}, "need qps"),
-        ({"requests": None}, "requests or duration_s"),
+        ({"requests": None}, "set --requests or --duration"),
         ({"qps": 0.0}, "qps must be a positive number"),
         ({"qps": float("nan")}, "qps must be a positive number"),
         ({"seed": -1}, "seed"),

@@ -1,0 +1,70 @@
+"""All requests of one engine as one batch, by which a router compares engines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from engine_adapter.engine import EngineState
+from engine_adapter.service_kind import ServiceKind
+from gateway.policies.running_batch import RunningBatch
+from gateway.requests.request import Request
+
+MAX_AGE_S = 0.25
+"""Seconds after which the sums are made again, because running requests grow meanwhile.
+
+On an A100 these are about 10 steps, so contexts of about 500 tokens are at most 2% too short.
+"""
+
+
+class ExpectedBatch(RunningBatch):
+    """The running and waiting requests of ``engine`` at ``made_s``, as sums that follow arrivals, begins and ends.
+
+    A sum over all requests costs more than comparing an engine, and a change concerns one request of hundreds. So the
+    sums are adjusted by that one. `preemptible_memory` is not: its requests depend on their order. Once the sums do not
+    hold any more, the batch is ``outdated``.
+    """
+
+    def __init__(
+        self, running: Collection[Request], waiting: Collection[Request], engine: EngineState, made_s: float
+    ) -> None:
+        self.made_s = made_s
+        self.outdated = False
+        self._strictest = 0
+        """Requests that have the strictest pace."""
+        self._prompts: dict[str, int] = {}
+        """The uncached tokens of each prompt that `backlog` has, since what is cached may change."""
+        super().__init__((), engine)
+        self.add(running)
+        self.add(waiting)
+
+    def add(self, requests: Collection[Request], pace_s: float | None = None) -> None:
+        """Add requests, each with its own pace."""
+        before_s = self.strictest_s
+        super().add(requests, pace_s)
+        strictest_s, step_tokens, paced = self.strictest_s, self.engine.tokens_per_step, ServiceKind.PACED
+        count = self._strictest if strictest_s == before_s else 0
+        for request in requests:
+            if request.first_token_s is None and not request.unobserved:
+                self._prompts[request.id] = request.uncached_tokens
+            if request.kind is paced and request.pace_s is not None and request.pace_s * step_tokens == strictest_s:
+                count += 1
+        self._strictest = count
+
+    def begin(self, request: Request) -> None:
+        """Note that the answer of ``request`` began, so its prompt is computed."""
+        self.backlog -= self._prompts.pop(request.id, 0)
+
+    def remove(self, request: Request) -> None:
+        """Remove ``request``, which was admitted, at the length that it has now."""
+        self.begin(request)
+        own = RunningBatch((request,), self.engine)
+        self.slots -= own.slots
+        self.best_effort_slots -= own.best_effort_slots
+        self.decoding = max(0.0, self.decoding - own.decoding)
+        self.context = max(0.0, self.context - own.context)
+        self.memory -= own.memory + self.engine.shared_tokens  # a batch has less by what its engine's requests share
+        if own.strictest_s <= self.strictest_s < math.inf:
+            self._strictest -= 1
+            self.outdated |= self._strictest <= 0
+        super().add(())

@@ -1,0 +1,94 @@
+"""The batch by which a router compares engines: it follows each change as new sums would."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from engine_adapter.engine import EngineState
+from gateway.policies.registry import make_policy
+from gateway.scheduling.admission import AdmissionController
+from gateway.scheduling.expected_batch import MAX_AGE_S, ExpectedBatch
+from tests.fixtures.policy_builders import make_request, running
+
+SUMS = ("slots", "best_effort_slots", "decoding", "context", "memory", "backlog", "strictest_s", "step_s")
+
+
+def controller() -> AdmissionController:
+    return AdmissionController(make_policy("slack"), EngineState(alive=True, max_num_seqs=64))
+
+
+def sums(batch: ExpectedBatch) -> dict[str, float]:
+    return {name: getattr(batch, name) for name in SUMS}
+
+
+def new_sums(admission: AdmissionController) -> dict[str, float]:
+    return sums(ExpectedBatch(admission.running.values(), admission.waiting, admission.engine, 0.0))
+
+
+def test_expected_batch_follows_arrival_first_token_and_end() -> None:
+    admission = controller()
+    assert admission.expected_batch(0.0).slots == 0
+    request = make_request("one", prompt=300, tpot=0.05)
+    admission.submit(request)
+    assert (admission.expected_batch(0.0).slots, admission.expected_batch(0.0).backlog) == (1, 300)
+    admission.decide(0.0)
+    assert (admission.expected_batch(0.0).slots, admission.expected_batch(0.0).backlog) == (1, 300)
+    request.first_token_s = 0.1
+    admission.on_first_token(request)
+    assert (admission.expected_batch(0.1).slots, admission.expected_batch(0.1).backlog) == (1, 0)
+    admission.leave(request)
+    assert admission.expected_batch(0.1).slots == 0
+
+
+def test_expected_batch_without_a_request_equals_new_sums() -> None:
+    admission = controller()
+    for number, pace_s in enumerate((0.03, 0.05, 0.05, None)):
+        request = running(f"{number}", prompt=100 * (1 + number), tpot=pace_s, generated=10 * number)
+        admission.running[request.id] = request
+    batch = admission.expected_batch(0.0)
+    for number in (3, 1):
+        admission.leave(admission.running[f"{number}"])
+        assert admission.expected_batch(0.0) is batch, "one change needs no new sums"
+        assert sums(batch) == pytest.approx(new_sums(admission))
+
+
+def test_expected_batch_is_made_again_when_the_strictest_pace_leaves() -> None:
+    admission = controller()
+    for name, pace_s in (("a", 0.03), ("b", 0.03), ("c", 0.05)):
+        admission.running[name] = running(name, tpot=pace_s)
+    strictest = [admission.expected_batch(0.0).strictest_s]
+    for name in ("a", "b", "c"):
+        admission.leave(admission.running[name])
+        strictest.append(admission.expected_batch(0.0).strictest_s)
+    assert strictest == [0.03, 0.03, 0.05, math.inf]
+
+
+def test_expected_batch_removes_the_prompt_that_it_added() -> None:
+    admission = controller()
+    first, second = make_request("first", prompt=300, tpot=0.05), make_request("second", prompt=200, tpot=0.05)
+    admission.submit(first)
+    admission.submit(second)
+    assert admission.expected_batch(0.0).backlog == 500
+    first.cached_tokens = 250  # as the engine reports when it begins the prompt
+    admission.on_first_token(first)
+    assert admission.expected_batch(0.0).backlog == 200
+
+
+def test_expected_batch_counts_grown_contexts_after_a_while() -> None:
+    admission = controller()
+    request = admission.running["one"] = running("one", prompt=300, tpot=0.05, generated=0)
+    assert admission.expected_batch(0.0).context == 300
+    request.advance(10)
+    assert admission.expected_batch(MAX_AGE_S).context == 300
+    assert admission.expected_batch(1.01 * MAX_AGE_S).context == 310
+
+
+def test_expected_batch_forgets_a_withdrawn_request() -> None:
+    admission = controller()
+    request = make_request("one", prompt=300, tpot=0.05)
+    admission.submit(request)
+    assert admission.expected_batch(0.0).slots == 1
+    admission.withdraw(request)
+    assert sums(admission.expected_batch(0.0)) == new_sums(admission)
