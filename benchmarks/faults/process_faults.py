@@ -59,11 +59,12 @@ async def _stop_for(running: Rig, ends: Ends, seconds: float) -> None:
 
 
 async def start_slowly(running: Rig, ends: Ends) -> None:
-    """Send requests while the server is down. It starts two seconds later, which is before their deadline."""
+    """Send requests while the server is down. It starts two seconds later, long before their deadline."""
     assert running.server is not None
     running.server.kill()
     await running.server.wait()
-    asked = [asyncio.create_task(ends.add(exchange(running.port, chat(max_tokens=8)))) for _ in range(50)]
+    request = chat(max_tokens=8, headers={"x-slo-ttft-ms": "90000"})
+    asked = [asyncio.create_task(ends.add(exchange(running.port, request, limit_s=90.0))) for _ in range(50)]
     await asyncio.sleep(2)
     await running.start_server()
     await _until_listening(running.server_port)

@@ -319,7 +319,7 @@ classes: {{chat: {{ttft_ms: {ttft}}}, free: {{}}}}
 
 
 def file_text(engines: str, policy: str = "slack", ttft: int = 9000, limit: int = 1000) -> str:
-    listed = ", ".join(f"{{kind: simulated, name: {name}, step_times: {{d: 0.05}}}}" for name in engines)
+    listed = ", ".join(f"{{kind: simulated, name: {name}, step_times: {{d: 0.15}}}}" for name in engines)
     return BASE.format(engines=listed, policy=policy, ttft=ttft, limit=limit)
 
 
@@ -331,7 +331,7 @@ async def test_reloads_drop_none_of_200_streams(tmp_path: Path) -> None:
             base_url=http.base_url, timeout=60, trust_env=False, limits=httpx.Limits(max_connections=None), verify=False
         )
         async with client:
-            body = chat(stream=True, max_tokens=120, ignore_eos=True)
+            body = chat(stream=True, max_tokens=60, ignore_eos=True)
             tasks = [
                 asyncio.create_task(client.post(CHAT, json=body, headers={"x-slo-class": "free"})) for _ in range(200)
             ]

@@ -20,21 +20,38 @@ from tests.fixtures.live_server import eventually
 
 pytestmark = [
     pytest.mark.process,
+    pytest.mark.timeout(240),
     pytest.mark.skipif(sys.platform == "win32", reason="sets socket options that Windows lacks"),
 ]
 
 SECONDS = 4.0
+SLOWNESS = (1, 2, 4)
+"""Factors of the attempts, for the duration of the abuse and the victim's bounds. A loaded machine may fail the first
+one. An abuse without limits fails each, because what it takes from the victim lasts as long as the abuse."""
+
+BOUNDS = {name: getattr(http_victim, name) for name in ("TTFT_S", "TPOT_S", "EMBEDDING_S")}
+"""Bounds of the victim (s)."""
 
 
-async def abused(antares: Live, kind: str) -> tuple[Victim, Counter[str]]:
+def config_with(monkeypatch: pytest.MonkeyPatch, slower: float, **limits: Any) -> dict[str, Any]:
+    """Return a gateway's configuration with ``limits``. The victim's bounds are ``slower`` times as long."""
+    for name, bound_s in BOUNDS.items():
+        monkeypatch.setattr(http_victim, name, slower * bound_s)
+    chat = {"ttft_ms": 1000 * slower * BOUNDS["TTFT_S"], "tpot_ms": 1000 * slower * BOUNDS["TPOT_S"]}
+    return {**CONFIG, "limits": limits, "classes": {**CONFIG["classes"], "chat": chat}}
+
+
+async def abused(antares: Live, kind: str, seconds: float) -> tuple[Victim, Counter[str]]:
     """Run the victim beside the abuse ``kind``, which starts half a second later."""
     port = int(antares.url.rpartition(":")[2])
 
     async def abuse() -> Counter[str]:
         await asyncio.sleep(0.5)
-        return await run_abuse(kind, Abuser(port, ABUSER_KEY), SECONDS)
+        return await run_abuse(kind, Abuser(port, ABUSER_KEY), seconds)
 
-    return await asyncio.gather(run_victim(antares.url, VICTIM_KEY, SECONDS + 0.5, seed=0), abuse())
+    victim, seen = await asyncio.gather(run_victim(antares.url, VICTIM_KEY, seconds + 0.5, seed=0), abuse())
+    assert len(victim.requests) == round(8 * (seconds + 0.5))
+    return victim, seen
 
 
 def tenants_that_wait(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -66,36 +83,37 @@ def tenants_that_wait(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 async def test_victim_is_served_beside_an_abuser(kind: str, least: float, monkeypatch: pytest.MonkeyPatch) -> None:
     raise_descriptor_limit()
     waited = tenants_that_wait(monkeypatch)
-    for name in ("TTFT_S", "TPOT_S", "EMBEDDING_S"):
-        # A loaded machine is slow. What an abuse without limits takes from the victim lasts as long as the abuse.
-        monkeypatch.setattr(http_victim, name, 3 * getattr(http_victim, name))
-    limits = {**CONFIG["limits"], "max_connections": 300}
-    classes = {**CONFIG["classes"], "chat": {"ttft_ms": 3000, "tpot_ms": 300}}
-    async with live(engine(), **{**CONFIG, "limits": limits, "classes": classes}) as antares:
-        victim, seen = await abused(antares, kind)
-        assert "victim" not in waited, "its part of every shared limit is free"
-        assert seen.total() > 3, "the abuser did what it should (a loaded machine reads few of the huge bodies)"
-        assert len(victim.requests) == 36
-        assert victim.adherence >= least, (victim.ends, victim.ttft_s)
-        await eventually(lambda: antares.gateway.proxy.in_flight == 0)
-        assert antares.gateway.proxy.open_requests.used == antares.gateway.proxy.bodies.used == 0
+    for slowness in SLOWNESS:
+        config = config_with(monkeypatch, 3 * slowness, **{**CONFIG["limits"], "max_connections": 300})
+        async with live(engine(), **config) as antares:
+            victim, seen = await abused(antares, kind, slowness * SECONDS)
+            assert "victim" not in waited, "its part of every shared limit is free"
+            await eventually(lambda antares=antares: antares.gateway.proxy.in_flight == 0)  # type: ignore[misc]
+            assert antares.gateway.proxy.open_requests.used == antares.gateway.proxy.bodies.used == 0
+        # A loaded machine reads few of the huge bodies.
+        if seen.total() > 3 and victim.adherence >= least:
+            return
+    pytest.fail(f"the victim: {victim.ends}, TTFT {victim.ttft_s}; the abuser: {seen}")
 
 
 @pytest.mark.parametrize(("kind", "least_bytes"), [("stalled_500", 0), ("stalled_embeddings", 20 << 20)])
-async def test_500_readers_that_stall_cost_the_foreground_nothing(kind: str, least_bytes: int) -> None:
+async def test_500_readers_that_stall_cost_the_foreground_nothing(
+    kind: str, least_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raise_descriptor_limit()
-    async with live(engine(), **{**CONFIG, "limits": {"stall_s": 60.0}}) as antares:
-        held: list[tuple[int, int]] = []
-        watching = asyncio.create_task(_watch(antares, held))
-        victim, seen = await abused(antares, kind)
-        watching.cancel()
-        assert seen["unread"] >= 250, "a loaded machine connects fewer than 500 in time"
+    for slowness in SLOWNESS:
+        async with live(engine(), **config_with(monkeypatch, slowness, stall_s=60.0)) as antares:
+            held: list[tuple[int, int]] = []
+            watching = asyncio.create_task(_watch(antares, held))
+            victim, seen = await abused(antares, kind, slowness * SECONDS)
+            watching.cancel()
+            await eventually(antares.is_idle)
         connections, buffered = max(held)
-        assert connections >= 250
-        assert buffered >= least_bytes
-        assert set(victim.ends) == {"200"}
-        assert victim.adherence >= 0.97, victim.ttft_s
-        await eventually(antares.is_idle)
+        # A loaded machine connects fewer than 500 in time.
+        enough = min(seen["unread"], connections) >= 250 and buffered >= least_bytes
+        if enough and set(victim.ends) == {"200"} and victim.adherence >= 0.97:
+            return
+    pytest.fail(f"the victim: {victim.ends}, TTFT {victim.ttft_s}; {connections} connections hold {buffered} bytes")
 
 
 async def _watch(antares: Live, held: list[tuple[int, int]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.fixtures.sdk_requests import estimated_prompts
 from tests.fixtures.served import Served, serve
 from tests.fixtures.tools_gateway import CONTEXT, KEY, MODEL
 
@@ -115,16 +116,20 @@ def test_repeated_prompt_is_served_with_a_bound_that_only_the_cache_meets(served
     body = ask(text_of(3700, "repeated"))
     tokens = Tokens(served)
     tokens.since()
-    cold = post(served, CHAT, body, {**NO_HURRY, "x-slo-report": "1"}).json()
+    cold = post(served, CHAT, body, NO_HURRY).json()
     assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert tokens.since()["predicted"] == 0
-    cold_ms = cold["antares"]["ttft_ms"]
-    second = post(served, CHAT, body, {**NO_HURRY, "x-slo-ttft-ms": str(cold_ms / 2), "x-slo-report": "1"})
-    assert second.status_code == 200, second.text
-    cached_ms = second.json()["antares"]["ttft_ms"]
-    bound = {**NO_HURRY, "x-slo-ttft-ms": str(math.sqrt(cold_ms * cached_ms))}
-    third = post(served, CHAT, body, bound)
-    assert third.status_code == 200, third.text
+
+    def attainable_ms(**fields: str) -> float:
+        """The TTFT that the gateway could promise. Measured ones depend on what else the machine does."""
+        rejected = post(served, CHAT, {**body, **fields}, {**NO_HURRY, "x-slo-ttft-ms": "1"})
+        return float(rejected.json()["error"]["attainable_ms"])
+
+    bound = {**NO_HURRY, "x-slo-ttft-ms": str(math.sqrt(attainable_ms() * attainable_ms(cache_salt="another")))}
+    tokens.since()
+    for _ in range(2):
+        cached = post(served, CHAT, body, bound)
+        assert cached.status_code == 200, cached.text
     change = tokens.since()
     assert change["cached"] > 0.9 * change["prompt"]
     assert change["predicted"] == pytest.approx(change["cached"], rel=0.05)
@@ -161,6 +166,7 @@ def test_prompt_and_its_cached_part_are_known_before_they_are_scheduled(
     served: Served, path: str, fields: dict[str, Any]
 ) -> None:
     """The gateway predicts the hit of the second request from the tokens that it scheduled with: to the token."""
+    estimated = estimated_prompts(served)
     fields = {name: value for name, value in fields.items() if value != []}
     tokens = Tokens(served)
     for cached in (0, 2 * BLOCK):
@@ -172,7 +178,7 @@ def test_prompt_and_its_cached_part_are_known_before_they_are_scheduled(
         assert (change["prompt"], change["cached"]) == (prompt_of(path, usage), cached)
         # The index lowers its predictions by the share that vLLM did not confirm lately.
         assert change["predicted"] == pytest.approx(cached, rel=0.05)
-    assert served.metric("antares_prompt_size_error_ratio_count") == 0, "nothing was estimated"
+    assert estimated_prompts(served) == estimated, "nothing was estimated"
 
 
 @pytest.mark.parametrize("headers", [{}, {"x-slo-ttft-ms": "1"}], ids=["no bounds", "impossible bound"])

@@ -11,7 +11,7 @@ import pytest
 from engine_adapter.engine import EngineLost, Receive, Scope, Send
 from engine_adapter.remote.engine import HttpEngine
 from gateway.config.engines import HttpEngineConfig
-from tests.fixtures.live_server import eventually, serve
+from tests.fixtures.live_server import HANG_S, eventually, serve
 from tests.fixtures.scripted_server import CHAT, DONE, Scripted, ScriptedStream, ask, chunk, post, proxied
 
 pytestmark = pytest.mark.process
@@ -43,7 +43,9 @@ async def test_as_many_streams_as_sequences_run_at_once() -> None:
         writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0, backlog=4096)
-    engine = HttpEngine("remote", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", max_num_seqs=2048)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    # A loaded machine takes seconds to accept all connections.
+    engine = HttpEngine("remote", url, max_num_seqs=2048, connect_timeout_s=HANG_S)
     done = 0
 
     async def stream() -> None:
