@@ -1,4 +1,4 @@
-"""Discovery with servers: new ones get requests, and those that vanish drain."""
+"""Discovery with real servers: a new one gets requests, and one that is gone drains."""
 
 from __future__ import annotations
 
