@@ -287,11 +287,27 @@ def refitted(previous: StepCurve, decodes: Floats, context: Floats, prefill: Flo
     usual = max(3 * float(np.median(error)), 0.02)
     fit = terms.solve(guess, seconds, weight * np.minimum(1.0, usual / np.maximum(error, 1e-9)))
     a, e, h = fit[len(KNOTS) :].tolist()
-    fit[: len(KNOTS)] = np.maximum.accumulate(np.maximum(fit[: len(KNOTS)], 0.0))
+    values = np.maximum.accumulate(np.maximum(fit[: len(KNOTS)], 0.0))
+    fit[: len(KNOTS)] = _continued(values, e, float((decodes + prefill).max()))
     a, h = max(a, 0.0), max(h, 0.0)
     fit[len(KNOTS) :] = a, e, h
     # The next refit scales by what this one left between the fit and the median.
     return StepCurve(fit[: len(KNOTS)], a, e, h, drift * _speed(terms.predict(fit), seconds))
+
+
+def _continued(values: Floats, e: float, largest: float) -> Floats:
+    """Return f at `KNOTS` such that prompt tokens beyond ``largest``, the tokens of the largest step, cost at least 0.
+
+    On CPU a decode costs several times a prompt token. So e is far below 0, and f may continue less steeply than that.
+    Where f + e*n falls, it rises instead, as steeply as from 0 to ``largest`` on average.
+    """
+    seen = max(int(np.searchsorted(KNOTS, largest, side="right")) - 1, 1)
+    chunk_s = values + e * KNOTS
+    added = np.diff(chunk_s)[seen:]
+    if (added >= 0).all():
+        return values
+    added = np.where(added < 0, max(chunk_s[seen], 0.0) / KNOTS[seen] * np.diff(KNOTS)[seen:], added)
+    return np.append(values[: seen + 1], chunk_s[seen] + np.cumsum(added) - e * KNOTS[seen + 1 :])
 
 
 def _speed(predicted: Floats, seconds: Floats) -> float:

@@ -94,3 +94,19 @@ def test_unseen_sizes_follow_a_slower_engine_beyond_the_drift_bound() -> None:
         seconds = slower * StepTimes().itl(32, 0) * random.normal(1, 0.05, 256)
         curve = refitted(curve, sizes, 0 * sizes, 0 * sizes, seconds)
     assert curve.step_s(512, 0) == pytest.approx(16 * before, rel=0.1)
+
+
+@pytest.mark.parametrize("largest", [60, 130, 300])
+@pytest.mark.parametrize("seed", range(4))
+def test_unseen_prompts_cost_time_if_decodes_cost_more_than_prompt_tokens(largest: int, seed: int) -> None:
+    """As on CPU: a decode takes 8 ms, a prompt token 2 ms. Few steps have prompts, of at most ``largest`` tokens."""
+    model, random = StepTimeModel(), Random(seed)
+    for number in range(700):
+        decodes, prefill = random.randint(1, 48), 0
+        if number % 20 == 0:
+            decodes, prefill = random.randint(0, 4), random.randint(8, largest)
+        seconds = (0.05 + 0.008 * decodes + 0.002 * prefill) * random.lognormvariate(0.0, 0.1)
+        model.observe(decodes, prefill, 100.0, seconds)
+    curve = model.curve
+    assert 0.001 < curve.prefill_token_s(0.0, 512, math.inf) < 0.005
+    assert curve.step_s(0, 0, 2048) > curve.step_s(0, 0, 1024) > curve.step_s(0, 0, 512) > curve.step_s(0, 0, largest)
