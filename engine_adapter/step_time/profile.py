@@ -20,6 +20,7 @@ import json
 import math
 from bisect import bisect_left
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -271,12 +272,15 @@ def _regime(document: Any, where: str) -> Regime:
 
 def _check_keys(values: dict[str, Any], kind: type[Profile | Regime], where: str) -> None:
     known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind) if f.init}
+    # A misspelled field is also missing, so look for unknown ones first.
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        similar = get_close_matches(unknown[0], known, n=1)
+        advice = f"did you mean {similar[0]!r}?" if similar else f"its fields: {', '.join(known)}"
+        raise ValueError(f"{where} has no field {unknown[0]!r}; {advice}")
     missing = [name for name, required in known.items() if required and name not in values]
     if missing:
         raise ValueError(f"{where} needs {', '.join(missing)}")
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
-        raise ValueError(f"{where} has unknown fields: {', '.join(unknown)}")
 
 
 def _expect(value: Any, kind: type | tuple[type, ...], where: str) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 
-from gateway.config.section import URL_PATTERN
+from gateway.config.schema import GatewayConfig
+from gateway.config.section import URL_PATTERN, Section
+from gateway.policies.registry import UnknownOption
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,14 @@ def mistake_of(error: Any, root: yaml.Node | None) -> Mistake:
     if error["type"] == "union_tag_not_found":
         path, message = [*path, "kind"], "is missing; choose one of vllm, http, simulated"
     elif error["type"] == "extra_forbidden":
-        message = "unknown key"
+        message = _unknown_key(error["loc"])
     elif error["type"] == "missing":
         message = "is missing"
     elif error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] == URL_PATTERN:
         message = "must begin with http:// or https://"
+    elif isinstance(error.get("ctx", {}).get("error"), UnknownOption):
+        # pydantic knows only the section in which the validator found the option.
+        path += ["options", error["ctx"]["error"].option]
     elif not path and ": " in message:
         # Validators of the whole file start their message with the key.
         named, message = message.split(": ", 1)
@@ -68,6 +74,31 @@ _UNION_MEMBERS = frozenset(
     ("bool", "int", "float", "str", "list[str]", "constrained-str", "list[constrained-str]", "[key]")
 )
 """Last parts of an error's path that pydantic adds and the file does not have."""
+
+
+def _unknown_key(loc: Sequence[str | int]) -> str:
+    """Return the reason for the unknown key at ``loc``: it names the most similar key of the section, or else all."""
+    known = _keys_at(GatewayConfig, loc[:-1])
+    similar = get_close_matches(str(loc[-1]), known, n=1)
+    if similar:
+        return f"unknown key; did you mean `{similar[0]}`?"
+    return f"unknown key; the keys here are {', '.join(known)}"
+
+
+def _keys_at(kind: Any, loc: Sequence[str | int]) -> list[str]:
+    """Return the keys of the section at ``loc``, as pydantic reports it, inside a value of the type ``kind``."""
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return _keys_at(kind.model_fields[str(loc[0])].annotation, loc[1:]) if loc else list(kind.model_fields)
+    members = get_args(kind)
+    if get_origin(kind) is Annotated:
+        return _keys_at(members[0], loc)
+    if get_origin(kind) in (list, dict):
+        return _keys_at(members[-1], loc[1:])
+    sections = [member for member in members if issubclass(member, Section)]
+    if len(sections) > 1:
+        # The next part is the engine's kind.
+        return _keys_at(next(s for s in sections if get_args(s.model_fields["kind"].annotation)[0] == loc[0]), loc[1:])
+    return _keys_at(sections[0], loc)
 
 
 def merged(mistakes: Sequence[Mistake]) -> list[Mistake]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from gateway.policies.annealing.policy import Annealing
@@ -40,11 +42,18 @@ REMOVED_OPTIONS = frozenset(("fill", "memory_risk", "tpot_target_fraction"))
 """Former options of `slack`, removed after an ablation. Ignored with a warning until version 0.3."""
 
 
+class UnknownOption(ValueError):  # noqa: N818 - named after its cause
+    """The policy has no such ``option``."""
+
+    option = ""
+
+
 def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     """Return the policy called ``name`` with its ``options``.
 
     Raises:
-        ValueError: an unknown policy or option, or a value of the wrong type; the message lists what is accepted.
+        UnknownOption: the policy has no such option.
+        ValueError: an unknown policy, or a value of the wrong type. All messages say what is accepted.
     """
     if name not in POLICIES:
         raise ValueError(f"no policy is called {name!r}; choose one of {', '.join(POLICIES)}")
@@ -53,13 +62,21 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     known = {f.name for f in dataclasses.fields(policy_class) if f.init} - {"name", "gate"} - fixed.keys()
     unknown = sorted(options.keys() - known)
     if unknown:
-        takes = ", ".join(sorted(known)) or "none"
-        raise ValueError(f"policy {name!r} has no option {unknown[0]!r}; its options: {takes}")
+        raise _unknown_option(name, unknown[0], sorted(known))
     policy = policy_class()
     for option, value in options.items():
         _check_option(option, value, getattr(policy, option))
     made: Policy = policy_class(**fixed, **options, name=name)
     return made
+
+
+def _unknown_option(policy: str, option: str, known: Sequence[str]) -> UnknownOption:
+    """Return the error for an ``option`` that is not ``known``. It names the most similar option, or else all."""
+    similar = get_close_matches(option, known, n=1)
+    advice = f"did you mean {similar[0]!r}?" if similar else f"its options: {', '.join(known) or 'none'}"
+    error = UnknownOption(f"policy {policy!r} has no option {option!r}; {advice}")
+    error.option = option
+    return error
 
 
 def _renamed(policy: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -193,7 +193,9 @@ def with_regime(**values: Any) -> Any:
     [
         (without("name"), "a profile needs name"),
         (without("format"), "format is None"),
-        (lambda d: d.update(colour="red"), "a profile has unknown fields: colour"),
+        (lambda d: d.update(colour="red"), "a profile has no field 'colour'; its fields: name, description"),
+        (lambda d: d.update(kv_token=d.pop("kv_tokens")), r"no field 'kv_token'; did you mean 'kv_tokens'\?"),
+        (with_regime(bse=1), r"regimes\[0\] has no field 'bse'; did you mean 'base'\?"),
         (lambda d: d.update(max_num_seqs=1.5), "max_num_seqs must be a whole number, not float"),
         (lambda d: d.update(kv_tokens=True), "kv_tokens must be a whole number, not bool"),
         (lambda d: d.update(plans_ahead=1), "plans_ahead must be true or false"),

@@ -54,23 +54,23 @@ def test_load_accepts_every_shipped_configuration(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "replacement", "line", "key", "reason"),
     [
-        ("port: 8100", "prot: 8100", 2, "server.prot", "unknown key"),
+        ("port: 8100", "prot: 8100", 2, "server.prot", "unknown key; did you mean `port`?"),
         ("port: 8100", "port: many", 2, "server.port", "valid integer"),
         ("port: 8100", "port: 70000", 2, "server.port", "less than or equal to 65535"),
         ("kind: simulated", "kind: guess", 4, "engines[0]", "'vllm', 'http', 'simulated'"),
         ("kind: simulated", "model: x", 4, "engines[0].kind", "is missing"),
         ("kind: simulated", "kind: http\n    base_url: 10.0.0.1:8000", 5, "engines[0].base_url", "must begin with http://"),
-        ("name: one", "nmae: one", 5, "engines[0].nmae", "unknown key"),
+        ("name: one", "nmae: one", 5, "engines[0].nmae", "unknown key; did you mean `name`?"),
         ("name: one", "name: no spaces please", 5, "engines[0].name", "match pattern"),
         ("name: scorpio", "name: best", 6, "policy", "no policy is called 'best'"),
         ("policy:", "routing: {name: best}\npolicy:", 6, "routing", "no routing is called 'best'"),
-        ("eta: 1.3", "etta: 1.3", 6, "policy", "no option 'etta'"),
+        ("eta: 1.3", "etta: 1.3", 8, "policy.options.etta", "no option 'etta'; did you mean 'eta'?"),
         ("eta: 1.3", "eta: much", 6, "policy", "eta must be a number"),
         ("eta: 1.3", "eta: .nan", 6, "policy", "eta must be a number"),
         ("eta: 1.3", "eta: [1]", 8, "policy.options.eta", "should be a valid"),
         ("ttft_ms: 500", "ttft_ms: 0", 10, "classes.chat.ttft_ms", "greater than or equal to 0.001"),
         ("ttft_ms: 500", "ttft_ms: .inf", 10, "classes.chat.ttft_ms", "finite number"),
-        ("ttft_ms: 500", "ttft: 500", 10, "classes.chat.ttft", "unknown key"),
+        ("ttft_ms: 500", "ttft: 500", 10, "classes.chat.ttft", "unknown key; did you mean `ttft_ms`?"),
         ("default_class: chat", "default_class: gold", 11, "default_class", "no class is called 'gold'; classes: chat"),
         ("default_class: chat", "", 1, "default_class", "is missing"),
         ("default_class: chat", "default_class: chat\ndefault_class: chat", 12, "default_class", "duplicate key"),
@@ -92,6 +92,48 @@ def test_load_reports_line_key_and_reason_of_a_mistake(
 
 
 DIGEST = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "reason"),
+    [
+        ("polices: {}", "polices", "did you mean `policy`?"),
+        ("colour: red", "colour", "the keys here are server, limits, engines,"),
+        ("limits: {stall: 3}", "limits.stall", "did you mean `stall_s`?"),
+        ("tracing: {colour: red}", "tracing.colour", "the keys here are enabled, endpoint, sample_ratio"),
+        (f"keys: [{{sha256: '{DIGEST}', tenant: t, wieght: 1}}]", "keys[0].wieght", "did you mean `weight`?"),
+        ("shadow: [fcfs, {name: s3, optoins: {}}]", "shadow[1].optoins", "did you mean `options`?"),
+        ("shadow: [fcfs, {name: slack, options: {max_wait: 1}}]", "shadow[1].options.max_wait", "mean 'max_wait_s'?"),
+        ("shadow: [{name: scorpio, options: {x: 1}}]", "shadow[0].options.x", "its options: eta, prefill_lookahead"),
+    ],
+)
+def test_unknown_key_is_reported_with_the_most_similar_key_or_all(
+    tmp_path: Path, section: str, key: str, reason: str
+) -> None:
+    (mistake,) = mistakes(write(tmp_path, VALID + section + "\n"))
+    assert mistake[:2] == (12, key)
+    assert reason in mistake[2]
+
+
+@pytest.mark.parametrize(
+    ("engine", "key", "reason"),
+    [
+        ("kind: simulated, step_times: {gamma: 1}", "step_times.gamma", "keys here are a, b, c, d, alpha, beta"),
+        ("kind: http, base_url: 'http://a', discover: {fil: x}", "discover.fil", "did you mean `file`?"),
+        (
+            "kind: http, base_url: 'http://a', prifile: x",
+            "prifile",
+            "the keys here are kind, name, base_url, discover,",
+        ),
+        ("kind: vllm, model: m, hang_timeout: 9", "hang_timeout", "did you mean `hang_timeout_s`?"),
+    ],
+)
+def test_unknown_key_of_an_engine_is_compared_with_those_of_its_kind(
+    tmp_path: Path, engine: str, key: str, reason: str
+) -> None:
+    (mistake,) = mistakes(write(tmp_path, VALID.replace("    name: one\n", f"    name: one\n  - {{{engine}}}\n")))
+    assert mistake[:2] == (6, f"engines[1].{key}")
+    assert reason in mistake[2]
 
 
 @pytest.mark.parametrize(

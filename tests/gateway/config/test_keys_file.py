@@ -52,7 +52,7 @@ def test_gateway_without_keys_in_its_keys_file_requires_one(tmp_path: Path) -> N
     [
         ([{"tenant": "a"}], 3, "keys[0].sha256", "is missing"),
         ([{"sha256": "the-key-itself-0123456789", "tenant": "a"}], 4, "keys[0].sha256", "hash-key"),
-        ([{"sha256": DIGEST, "tenant": "a", "wieght": 2}], 6, "keys[0].wieght", "unknown key"),
+        ([{"sha256": DIGEST, "tenant": "a", "wieght": 2}], 6, "keys[0].wieght", "unknown key; did you mean `weight`?"),
         ([{"sha256": DIGEST, "tenant": "a"}, {"sha256": DIGEST, "tenant": "b"}], 7, "keys[1]", "same digest"),
         ([{"sha256": DIGEST, "tenant": "a", "default_class": "foo"}], 3, "keys[0]", "no class is called 'foo'"),
         ([1], 3, "keys[0]", "valid dictionary"),

@@ -81,9 +81,9 @@ def test_prefill_backlog_counts_admitted_requests_without_first_token() -> None:
     ("name", "options", "message"),
     [
         ("best", {}, "no policy is called 'best'; choose one of fcfs"),
-        ("scorpio", {"etta": 1}, "has no option 'etta'; its options: eta,"),
+        ("scorpio", {"etta": 1}, "has no option 'etta'; did you mean 'eta'?"),
         ("fcfs", {"eta": 1}, "its options: none"),
-        ("scorpio", {"name": "x"}, "has no option 'name'"),
+        ("scorpio", {"name": "x"}, "has no option 'name'; its options: eta,"),
         ("slack", {"_granted": 1}, "has no option '_granted'; its options: cost_weight, max_wait_s,"),
         ("scorpio", {"eta": "much"}, "eta must be a number"),
         ("scorpio", {"eta": math.nan}, "eta must be a number"),
@@ -92,6 +92,6 @@ def test_prefill_backlog_counts_admitted_requests_without_first_token() -> None:
         ("scorpio", {"ttft_guard": "yes"}, "ttft_guard must be true or false"),
     ],
 )
-def test_make_policy_error_lists_what_is_accepted(name: str, options: Any, message: str) -> None:
+def test_make_policy_error_says_what_is_accepted(name: str, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make_policy(name, options)

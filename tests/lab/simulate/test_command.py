@@ -179,7 +179,7 @@ def test_hold_rejects_options_that_fix_rate_or_requests(other: tuple[str, str]) 
         (("--profile", "/nowhere/x.json"), ("/nowhere/x.json", "choose one of")),
         (("--workload", "chat"), ("unknown workload 'chat'", "sharegpt", "lmsys-like", "azure-conv", "small")),
         (("--policy", "best"), ("no policy is called 'best'", *POLICIES)),
-        (("--policy", "scorpio:etta=1"), ("has no option 'etta'", "eta", "slack_s")),
+        (("--policy", "scorpio:etta=1"), ("has no option 'etta'; did you mean 'eta'?",)),
         (("--policy", "scorpio:eta=x"), ("eta must be a number",)),
         (("--step-mode", "odd"), ("unknown step mode 'odd': choose one of chunked, prefill-first",)),
         (("--predictor", "tarot"), ("unknown predictor 'tarot'", "shipped", "oracle", "noise:SIGMA", "constant")),

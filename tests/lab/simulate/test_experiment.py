@@ -144,7 +144,7 @@ def test_parse_policy_reads_name_and_options() -> None:
     [
         ("best", "no policy is called 'best'; choose one of fcfs, s3, mooncake, scorpio"),
         ("", "no policy is called ''"),
-        ("scorpio:etta=1", "has no option 'etta'; its options: eta"),
+        ("scorpio:etta=1", r"has no option 'etta'; did you mean 'eta'\?"),
         ("scorpio:eta", "NAME:OPTION=VALUE,...; 'eta' has no value"),
         ("scorpio:eta=nan", "eta must be a number of at least 0, but it is nan"),
         ("scorpio:eta=true", "eta must be a number"),
