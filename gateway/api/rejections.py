@@ -15,8 +15,9 @@ def answer_to(outcome: Rejection | QueueFull | EngineDown | Draining) -> tuple[s
     match outcome:
         case Rejection(bound=bound):
             return f"{bound}_unattainable", unattainable(outcome)
-        case QueueFull(limit=limit, retry_after_s=retry_after_s):
-            return "queue_full", queue_full("The queue of this SLO class is full.", limit, retry_after_s)
+        case QueueFull(slo_class=slo_class, limit=limit, retry_after_s=retry_after_s):
+            message = f"The queue of this SLO class is full (classes.{slo_class}.max_waiting)."
+            return "queue_full", queue_full(message, limit, retry_after_s)
         case EngineDown(retry_after_s=retry_after_s):
             message = f"The engine is restarting and expected back in {retry_after_s:.0f} s, too late for this request."
             return "engine_down", unavailable(message, "engine_unavailable", retry_after_s)
@@ -53,7 +54,7 @@ def unattainable(rejection: Rejection) -> ApiError:
 
 
 def queue_full(message: str, limit: int, retry_after_s: float) -> ApiError:
-    """429: as many requests as allowed (``limit``) are waiting or open."""
+    """429: as many requests as allowed (``limit``) are waiting or open. The ``message`` names the setting."""
     return ApiError(
         429,
         f"{message} The limit is {limit}; try again later.",

@@ -93,7 +93,7 @@ def _headline(document: Document) -> str:
         return f"{name} was rejected: {_unattainable(document)}."
     why = _REASONS.get(reason, f"the reason is {reason!r}")
     if reason == "queue_full" and document["rejection"]:
-        why += f" ({document['rejection']['limit']} requests)"
+        why += f" (classes.{document['slo_class']}.max_waiting is {document['rejection']['limit']})"
     verb = {"rejected": "was rejected", "failed": "failed", "cancelled": "was cancelled"}[outcome]
     return f"{name} {verb}: {why}."
 
@@ -239,8 +239,9 @@ def _advice_on_rejection(document: Document, reason: str) -> list[str]:
     rejection = document["rejection"] or {}
     bound, attainable = rejection.get("bound"), rejection.get("attainable_ms")
     if bound is None:
+        limit = f"classes.{document['slo_class']}.max_waiting"
         advice = {
-            "queue_full": "Add engines, raise classes.max_waiting, or use a class with a shorter queue.",
+            "queue_full": f"Add engines, raise {limit}, or use a class with a shorter queue.",
             "rate_limited": "Retry later, or have the operator raise tokens_per_minute of the tenant.",
             "gateway_full": "Add engines, or raise server.max_open_requests.",
             "tenant_full": "Send fewer requests at once, or raise the tenant's weight or server.max_open_requests.",

@@ -117,7 +117,7 @@ class EngineQueue:
             return outcome
         limit = self.classes[request.slo_class].max_waiting
         if self.waiting.by_class[request.slo_class] >= limit:
-            full = QueueFull(limit, max(1.0, self.admission.next_admission_in_s(self._clock())))
+            full = QueueFull(request.slo_class, limit, max(1.0, self.admission.next_admission_in_s(self._clock())))
             displaced = self.waiting.displaced_by(request)
             if displaced is None:
                 self.shadows.submitted(request)

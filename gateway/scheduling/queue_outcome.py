@@ -28,8 +28,9 @@ class Draining:
 
 @dataclass(slots=True, frozen=True)
 class QueueFull:
-    """The queue of the request's class is at its limit."""
+    """The queue of ``slo_class`` is at its ``limit``, ``max_waiting`` of the class."""
 
+    slo_class: str
     limit: int
     retry_after_s: float
 

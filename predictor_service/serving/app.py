@@ -127,7 +127,7 @@ async def _or_error(respond: Callable[[], Awaitable[Response]]) -> Response:
     except BadRequest as error:
         return _json(render_error(error.message, "invalid_request_error", error.code, error.param), error.status)
     except QueueFull:
-        body = render_error("Too many predictions are waiting.", "overloaded_error", "queue_full")
+        body = render_error("Too many predictions are waiting (--max-waiting).", "overloaded_error", "queue_full")
         return _json(body, 503, {"retry-after": "1"})
     except DeadlinePassed:
         message = "The deadline passed before the prediction was ready."

@@ -311,6 +311,7 @@ async def test_predict_503_with_retry_after_when_queue_is_full():
     assert response.status_code == 503
     assert response.headers["retry-after"] == "1"
     assert response.json()["error"]["code"] == "queue_full"
+    assert "--max-waiting" in response.json()["error"]["message"]
 
 
 async def test_full_disk_does_not_stop_predictions(tmp_path, monkeypatch, caplog):

@@ -9,6 +9,7 @@ import pytest
 from openai import AsyncOpenAI, RateLimitError
 
 from engine_adapter.step_time.linear_forms import StepTimes
+from gateway.observability.explanation import explain
 from tests.fixtures.live_gateway import CHAT, CLASSES, AdmitNothing, Live, chat, fast_engine, live
 from tests.fixtures.live_server import eventually
 
@@ -75,8 +76,12 @@ async def test_full_class_queue_gets_429_queue_full() -> None:
         antares.gateway.engine_queues[0].admission.policy = AdmitNothing()
         waiting = asyncio.create_task(antares.ask())
         await eventually(lambda: antares.gateway.engine_queues[0].waiting)
-        answer = await antares.ask()
+        answer = await antares.ask(x_request_id="full")
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        assert "full (classes.chat.max_waiting). The limit is 1;" in answer.json()["error"]["message"]
+        explained = explain((await antares.http.get("/v1/requests/full")).json())
+        assert "(classes.chat.max_waiting is 1)" in explained
+        assert "raise classes.chat.max_waiting" in explained
         assert answer.headers["x-should-retry"] == "true"
         assert int(answer.headers["retry-after"]) >= 1
         waiting.cancel()
@@ -111,6 +116,7 @@ async def test_too_many_open_requests_get_429_queue_full() -> None:
         antares.engine.render = None  # type: ignore[assignment,method-assign]  # a full gateway tokenises nothing
         answer = await antares.ask()
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        assert "(server.max_open_requests)" in answer.json()["error"]["message"]
         metrics = (await antares.http.get("/metrics")).text
         assert 'model="simulated",outcome="rejected",reason="gateway_full"' in metrics
         waiting.cancel()
