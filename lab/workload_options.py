@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -56,7 +56,8 @@ SloTable = Annotated[
 ]
 SloScale = Annotated[float, typer.Option(help="Factor on every bound.")]
 Mix = Annotated[
-    str | None, typer.Option(help="Weights of SLO categories, such as 1=3,6=1.", show_default="equal weights")
+    str | None,
+    typer.Option(help="Weights of SLO categories, such as 1=3,6=1.", show_default="equal weights"),
 ]
 MaxPrompt = Annotated[
     int | None, typer.Option(min=1, help="Maximum prompt length (tokens); in sessions with the history.")
@@ -84,11 +85,13 @@ _ARGUMENTS = {
 """Option name to argument of `make_workload`."""
 
 
-def workload_arguments(options: Mapping[str, Any], default_duration_s: float | None = None) -> dict[str, Any]:
+def workload_arguments(
+    options: Mapping[str, Any], default_duration_s: float | None = None, classes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the arguments of `make_workload`, except name, rate and seed, from a command's ``options``.
 
     Poisson arrivals with a burstiness other than 1 become Gamma arrivals. ``default_duration_s`` (s) applies if neither
-    a duration, a number of requests nor a trace ends the arrivals.
+    a duration, a number of requests nor a trace ends the arrivals. ``classes``: names of the categories for ``--mix``.
 
     Raises:
         ValueError: the mix is malformed.
@@ -96,7 +99,7 @@ def workload_arguments(options: Mapping[str, Any], default_duration_s: float | N
     from lab.workload.trace_file import is_trace_file
 
     arguments = {argument: options[option] for option, argument in _ARGUMENTS.items()}
-    arguments["mix"] = _mix(options["mix"])
+    arguments["mix"] = _mix(options["mix"], classes)
     arguments["trace_models"] = options["trace_model"] or ()
     if options["arrivals"] == "poisson" and options["burstiness"] != 1:
         arguments["arrivals"] = "gamma"
@@ -116,10 +119,15 @@ def workload_name(options: Mapping[str, Any]) -> str:
     return str(trace if trace is not None and is_trace_file(trace) else options["workload"])
 
 
-def _mix(text: str | None) -> dict[int, float] | None:
+def _mix(text: str | None, classes: Sequence[str]) -> dict[int, float] | None:
     if text is None:
         return None
+    numbers = {name: number for number, name in enumerate(classes, 1)}
     try:
-        return {int(category): float(weight) for category, weight in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise ValueError(f"--mix must have the form CATEGORY=WEIGHT,..., such as 1=3,6=1; got {text!r}") from None
+        parts = [part.split("=") for part in text.split(",")]
+        return {numbers[name] if classes else int(name): float(weight) for name, weight in parts}
+    except (KeyError, ValueError):
+        form = "CATEGORY=WEIGHT,..., such as 1=3,6=1"
+        if classes:
+            form = f"CLASS=WEIGHT,... with the classes of --config, which are {', '.join(classes)}"
+        raise ValueError(f"--mix must have the form {form}; got {text!r}") from None

@@ -35,6 +35,7 @@ from lab.workload_options import (
 
 if TYPE_CHECKING:
     from lab.simulate.experiment import Experiment, Run
+    from lab.simulate.gateway_config import GatewaySettings
 
 _WALL_CLOCK = ("scheduling_s", "routing_s", "wall_s", "setup_s")
 """Keys of a run record that differ between two runs of the same command."""
@@ -80,6 +81,13 @@ def simulate(
     trace_unit: TraceUnit = None,
     trace_block_tokens: TraceBlockTokens = None,
     trace_model: TraceModel = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A gateway's configuration. Requests have its SLO classes, and --mix names them: chat=3,batch=1. Its "
+            "policy and routing apply unless --policy and --routing choose others."
+        ),
+    ] = None,
     slo_table: SloTable = "llama-3.1-8b",
     slo_scale: SloScale = 1.0,
     mix: Mix = None,
@@ -194,15 +202,19 @@ def simulate(
     How many A100s does my traffic need?
 
         antares simulate --trace traffic.jsonl --replicas search --plot traffic.svg
+
+    How many does it need with the SLO classes and the policy of my gateway?
+
+        antares simulate --trace traffic.csv --replicas search --config antares.yaml --mix chat=3,batch=1
     """
     from engine_adapter.simulated.speculation import RandomAcceptance
+    from lab.simulate.checks import check, check_hold
     from lab.simulate.experiment import Experiment, runs_of
     from lab.simulate.lifecycle import Changes, parse_failure
     from lab.simulate.report import print_sizings
     from lab.simulate.sizing import SEARCH, check_search, number_of_replicas, size
 
     seeds = list(dict.fromkeys(seed or [0]))
-    policies = list(dict.fromkeys(policy or (DEFAULT_POLICIES[1:] if replicas == SEARCH else DEFAULT_POLICIES)))
     limits = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -210,16 +222,17 @@ def simulate(
         "max_model_len": max_model_len,
     }
     try:
+        settings = _settings(context, config)
+        defaults = DEFAULT_POLICIES[1:] if replicas == SEARCH else DEFAULT_POLICIES
+        policies = list(dict.fromkeys(policy or settings.policies or defaults))
         experiment = Experiment(
             profile=profile,
-            workload={
-                "name": workload_name(context.params),
-                **workload_arguments(context.params, default_duration_s=60.0),
-            },
+            workload=_workload(context, settings),
+            classes=settings.classes,
             predictor=predictor,
             step_mode=step_mode,
             replicas=number_of_replicas(replicas, len(profiles or ())),
-            routing=routing,
+            routing=routing if _is_given(context, "routing") else settings.routing or routing,
             gateways=gateways,
             profiles=tuple(profiles or ()),
             learn=learn,
@@ -232,11 +245,11 @@ def simulate(
         )
         rates: list[float | None] = [*qps] if qps else [None if experiment.workload["arrivals"] == "trace" else 20.0]
         if hold is not None:
-            _check_hold(experiment, hold, qps)
+            check_hold(experiment, hold, qps)
             rates = [1.0]
         if replicas == SEARCH:
             check_search(target, hold, rates, gateways)
-        _check(experiment, policies, rates, seeds, plot)
+        check(experiment, policies, rates, seeds, plot)
     except ValueError as error:
         _usage(str(error))
     except ModuleNotFoundError as error:
@@ -261,6 +274,31 @@ def simulate(
     except OSError as error:
         _fail(error)
     _finish(document, experiment, hold, plot if replicas != SEARCH else None, as_json, timings)
+
+
+def _settings(context: typer.Context, config: Path | None) -> GatewaySettings:
+    """Return what ``--config`` sets. Raises ValueError for a bad file, or if another option sets the bounds too."""
+    from lab.simulate.gateway_config import GatewaySettings, read_settings
+
+    if config is None:
+        return GatewaySettings()
+    if _is_given(context, "slo_table"):
+        raise ValueError(f"the bounds are those of the classes of {config}: remove --slo-table, or --config")
+    return read_settings(config)
+
+
+def _workload(context: typer.Context, settings: GatewaySettings) -> dict[str, Any]:
+    """Return the arguments of `make_workload`, except rate and seed. Raises ValueError for a bad mix."""
+    classes = [slo_class.name for slo_class in settings.classes]
+    arguments = workload_arguments(context.params, default_duration_s=60.0, classes=classes)
+    table = {"slo_table": settings.slo_table()} if classes else {}
+    return {"name": workload_name(context.params), **arguments, **table}
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    """Return whether the command has the ``option``, even with its default."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _finish(
@@ -297,57 +335,6 @@ def _resolve_alias(colocated_gateway: bool, apart: bool | None) -> bool:
     instead = "leave it out" if apart else "use --colocated-gateway"
     console.print(f"antares simulate: {'--apart' if apart else '--inside'} is deprecated: {instead}", markup=False)
     return not apart
-
-
-def _check_hold(experiment: Experiment, hold: float, qps: list[float] | None) -> None:
-    """Check the options that `--hold` depends on.
-
-    Raises:
-        ValueError: the target is out of range, or an option fixes the rate or the number of requests.
-    """
-    if not 0 < hold <= 1:
-        raise ValueError("--hold is a fraction of all requests, above 0 and at most 1")
-    if qps:
-        raise ValueError("--hold searches for the rate: remove --qps")
-    if experiment.workload["arrivals"] == "trace":
-        raise ValueError("--hold needs arrivals with a variable rate: use --arrivals poisson or gamma")
-    if experiment.workload["requests"] is not None:
-        raise ValueError("--hold needs arrivals of a fixed duration: use --duration instead of --requests")
-
-
-def _check(
-    experiment: Experiment, policies: list[str], rates: list[float | None], seeds: list[int], plot: Path | None
-) -> None:
-    """Check all settings before the first run.
-
-    Raises:
-        ValueError: an invalid setting.
-        ModuleNotFoundError: a plot is requested and matplotlib is missing.
-    """
-    from engine_adapter.simulated.scheduler import STEP_MODES
-    from gateway.scheduling.routing import make_routing
-    from lab.records.plot import check_plot
-    from lab.simulate.experiment import parse_policy
-    from lab.simulate.predictions import predict
-    from lab.workload import make_workload
-
-    experiment.engines()
-    make_routing(experiment.routing)
-    if experiment.profiles and experiment.replicas <= len(experiment.profiles):
-        raise ValueError(f"--profiles needs --replicas {len(experiment.profiles) + 1} or more")
-    if experiment.gateways > experiment.replicas:
-        raise ValueError(f"--gateways {experiment.gateways} needs --replicas {experiment.gateways} or more")
-    if experiment.step_mode not in STEP_MODES:
-        raise ValueError(f"unknown step mode {experiment.step_mode!r}: choose one of {', '.join(STEP_MODES)}")
-    for policy in policies:
-        parse_policy(policy)
-    if any(seed < 0 for seed in seeds):
-        raise ValueError("--seed must be at least 0")
-    if plot is not None:
-        check_plot(plot)
-    sample = {**experiment.workload, "requests": 1}
-    for rate in rates:
-        predict(experiment.predictor, make_workload(qps=rate, seed=seeds[0], **sample), 0)
 
 
 def _perform(experiment: Experiment, runs: list[Run], jobs: int) -> list[dict[str, Any]]:

@@ -16,9 +16,11 @@ from engine_adapter.simulated.speculation import RandomAcceptance
 from engine_adapter.step_time.profile import Profile, load_profile
 from gateway.policies.base import Policy
 from gateway.policies.registry import make_policy
+from gateway.requests.slo import SloClass
 from lab.bounds import bounds, token_costs
 from lab.records.run_record import run_record
 from lab.records.timeline import timeline
+from lab.simulate.gateway_config import with_classes
 from lab.simulate.lifecycle import Changes
 from lab.simulate.predictions import predict
 from lab.simulate.simulator import simulate
@@ -42,6 +44,7 @@ class Experiment:
         profiles: names or files of further profiles, which the replicas after the first use in turn.
         step_mode, replicas, routing, gateways, learn, colocated_gateway, step_jitter, prefix_caching, prefix_index,
             speculation, changes: see `lab.simulate.simulator.simulate`.
+        classes: SLO classes of a gateway, if the categories of the workload are these (`with_classes`).
         timeline_bins: if above 0, records have outcomes over time (`lab.records.timeline`), in as many parts.
     """
 
@@ -62,6 +65,7 @@ class Experiment:
     speculation: RandomAcceptance | None = None
     timeline_bins: int = 0
     changes: Changes | None = None
+    classes: tuple[SloClass, ...] = ()
 
     def engine(self) -> Profile:
         """Return the profile with ``limits`` applied.
@@ -86,7 +90,8 @@ class Experiment:
 
     def requests(self, qps: float | None, seed: int) -> list[WorkloadRequest]:
         """Return the workload at ``qps`` (1/s). None keeps the rate of a trace."""
-        return make_workload(qps=qps, seed=seed, **self.workload)
+        made = make_workload(qps=qps, seed=seed, **self.workload)
+        return with_classes(made, self.classes, self.workload.get("slo_scale", 1.0)) if self.classes else made
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ class Replica:
         times: initial step times of the step-time model; by default those of the profile.
         learn: whether the step-time model learns from the steps of the run.
         step_factors: factors on the times of successive steps.
-        best_effort: whether requests that cannot attain their SLO are served as best-effort requests.
+        best_effort: whether a request that cannot attain its SLO is served as a best-effort request.
         prefix_caching: whether the engine shares the KV blocks of equal prefixes.
         prefix_index: whether the gateway predicts the hits and learns from them. Without, it plans with whole prompts.
         speculation: speculative decoding; none by default.
@@ -74,7 +74,7 @@ class Replica:
         times: StepTimes | None = None,
         learn: bool = True,
         step_factors: StepFactors | None = None,
-        best_effort: bool = False,
+        best_effort: Callable[[Request], bool] = lambda request: False,
         prefix_caching: bool = True,
         prefix_index: bool = True,
         speculation: Speculation | None = None,
@@ -90,9 +90,7 @@ class Replica:
             gate=GateReport(preemptible=step_mode == "chunked" and GATES[policy.gate] is SlackGate),
             step_time=StepTimeModel(times=times or profile.step_times(), learn=learn),
         )
-        self.admission = AdmissionController(
-            policy, self.state, lambda request: best_effort, PrefixIndex(profile.kv_tokens)
-        )
+        self.admission = AdmissionController(policy, self.state, best_effort, PrefixIndex(profile.kv_tokens))
         self._new_scheduler: Callable[[], SimulatedScheduler] = lambda: SimulatedScheduler(
             max_num_seqs=profile.max_num_seqs,
             max_num_batched_tokens=profile.max_num_batched_tokens,

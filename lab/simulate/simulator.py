@@ -102,7 +102,8 @@ def simulate(
         learn: whether the step-time model learns during the run.
         colocated_gateway: the gateway runs inside the engine and reacts to a step before the next one starts, as in
             SCORPIO's code. By default it runs in its own process, so the next step starts before it reacts.
-        best_effort: whether requests that cannot attain their SLO are served as best-effort requests.
+        best_effort: whether all requests that cannot attain their SLO are served as best-effort requests. By default
+            those with `WorkloadRequest.best_effort`.
         tenants: the tenant of each request; by default all requests belong to one tenant.
         step_jitter: random variation of the step times; none by default.
         prefix_caching: whether engines share the KV blocks of equal prefixes (`WorkloadRequest.blocks`).
@@ -127,7 +128,7 @@ def simulate(
             times=times,
             learn=learn,
             step_factors=factors,
-            best_effort=best_effort,
+            best_effort=lambda request: best_effort or workload[int(request.id)].best_effort,
             prefix_caching=prefix_caching,
             prefix_index=prefix_index,
             speculation=replace(speculation, seed=seed * replicas + number) if speculation else None,

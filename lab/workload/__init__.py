@@ -8,7 +8,7 @@ all policies at one seed see the same requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -74,7 +74,7 @@ def make_workload(
     speed: float = 1.0,
     trace: str | None = None,
     window_s: float | None = None,
-    slo_table: str = "llama-3.1-8b",
+    slo_table: str | Sequence[tuple[float, float, float]] = "llama-3.1-8b",
     slo_scale: float = 1.0,
     mix: Mapping[int, float] | None = None,
     max_prompt: int | None = None,
@@ -102,7 +102,7 @@ def make_workload(
             times from it (figure 5 of the SCORPIO paper).
         window_s: replay only this many seconds of the trace, before ``speed`` (the SCORPIO paper: 1200).
         slo_table: one of `slo_table_names`. The workloads ``code-chat`` and ``agents`` use their own tables instead of
-            those of `PAPER_SLOS`.
+            those of `PAPER_SLOS`. Or a table of your own: TTFT (s), TPOT (ms) and end-to-end bound (s) per category.
         slo_scale: factor on every bound.
         mix: weight of each category, numbered from 1; categories not listed get weight 0. By default all are equal.
         max_prompt, max_output: limits in tokens. ``sharegpt`` excludes longer requests (1024 each by default). Other
@@ -115,15 +115,17 @@ def make_workload(
         ValueError: an unknown name (the message lists the known ones), a number out of range, or contradictory
             arguments.
     """
-    if name in SLO_TABLES and slo_table in PAPER_SLOS:
-        slo_table = name
-    _check(name, qps, requests, duration_s, arrivals, burstiness, speed, trace, window_s, slo_table, slo_scale, seed)
+    if isinstance(slo_table, str):
+        slo_table = name if name in SLO_TABLES and slo_table in PAPER_SLOS else slo_table
+        _check_known("SLO table", slo_table, SLO_TABLES)
+        slo_table = SLO_TABLES[slo_table]
+    _check(name, qps, requests, duration_s, arrivals, burstiness, speed, trace, window_s, slo_scale, seed)
     _check_replay(name, arrivals, rate_scale, trace_unit, trace_block_tokens, trace_models)
     for limit, value in (("max_prompt", max_prompt), ("max_output", max_output)):
         if value is not None and value < 1:
             raise ValueError(f"{limit} must be at least 1")
     gaps, lengths, classes = (np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(3))
-    slos = SLO_TABLES[slo_table]
+    slos = slo_table
     ttft, tpot, e2e = np.array(slos, dtype=float).T * slo_scale
     if is_trace_file(name):
         recording = read_trace(
@@ -224,6 +226,11 @@ def _check_replay(
         raise ValueError(f"trace_unit, trace_block_tokens and trace_models describe a file, and {name} is not one")
 
 
+def _check_known(label: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {label} {value!r}: choose one of {', '.join(known)}")
+
+
 def _check(
     name: str,
     qps: float | None,
@@ -234,7 +241,6 @@ def _check(
     speed: float,
     trace: str | None,
     window_s: float | None,
-    slo_table: str,
     slo_scale: float,
     seed: int,
 ) -> None:
@@ -242,10 +248,8 @@ def _check(
         ("workload", name, {**WORKLOADS, **SESSIONS, **({name: ()} if is_trace_file(name) else {})}),
         ("arrivals", arrivals, ARRIVALS),
         ("trace", trace or TRACES[0], TRACES),
-        ("SLO table", slo_table, SLO_TABLES),
     ):
-        if value not in known:
-            raise ValueError(f"unknown {label} {value!r}: choose one of {', '.join(known)}")
+        _check_known(label, value, known)
     for option, number in (
         ("qps", qps),
         ("requests", requests),

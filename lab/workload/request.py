@@ -22,7 +22,8 @@ class WorkloadRequest:
             the full block in a later turn. Empty if the request shares no prefix.
         messages: tokens of each message of the prompt: the system prompt, then user and assistant in turn. Empty if the
             prompt is one message.
-        slo_class: name of its class in a recording of the gateway, or "".
+        slo_class: name of its class in a recording or the configuration of a gateway, or "".
+        best_effort: whether its class serves it although a bound cannot be met (``on_unattainable: best_effort``).
     """
 
     at_s: float
@@ -35,3 +36,4 @@ class WorkloadRequest:
     blocks: Sequence[int] = ()
     messages: tuple[int, ...] = ()
     slo_class: str = ""
+    best_effort: bool = False
