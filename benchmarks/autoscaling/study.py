@@ -15,8 +15,6 @@ import json
 import math
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -24,56 +22,31 @@ import typer
 from rich.console import Console
 
 from benchmarks import results_json
+from benchmarks.autoscaling.page import page
+from benchmarks.autoscaling.setting import (
+    COLD_START_S,
+    EVERY_S,
+    POLICY,
+    PROFILE,
+    STABILISE_S,
+    TARGET,
+    WINDOW_S,
+    Setting,
+)
 from benchmarks.command import Jobs, JsonTo, PageOf, write_page
-from benchmarks.markdown import table, wrapped
 from engine_adapter.step_time.profile import load_profile
 from gateway.policies.registry import make_policy
 from lab.simulate.lifecycle import Autoscaler, Changes, FleetLoad
-from lab.simulate.predictions import PredictedLength, predict
 from lab.simulate.replica_search import IDLE, fewest
 from lab.simulate.simulator import simulate
 from lab.simulate.wanted import Traffic, wanted_replicas
-from lab.workload import WorkloadRequest, make_workload
 
-PROFILE, POLICY, TARGET = "a100-llama3.1-8b", "slack", 0.99
 TRACES = ("azure-conv", "azure-code")
-WINDOW_S, EVERY_S = 300.0, 150.0
-COLD_START_S = 60.0
 MOST = 64
+"""Engines that a fleet can have."""
+
 QUEUE_TARGETS = (2, 4, 8, 16, 32)
 """Requests that wait or run for each engine, to which queue-length scaling is tuned."""
-
-STABILISE_S = 300.0
-"""Scaling down takes the highest number of this long, as Kubernetes' HorizontalPodAutoscaler does by default."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A trace at ``rate_scale`` times its rate, of which the first ``minutes`` are used."""
-
-    trace: str
-    rate_scale: float
-    minutes: float
-    seed: int
-
-    def traffic(self) -> tuple[list[WorkloadRequest], list[PredictedLength]]:
-        """Return the requests and their predicted lengths."""
-        workload = make_workload(
-            self.trace, arrivals="trace", rate_scale=self.rate_scale, window_s=60 * self.minutes, seed=self.seed,
-            max_prompt=7000,
-        )  # fmt: skip
-        return workload, predict("shipped", workload, self.seed)
-
-    def part(self, start_s: float, end_s: float) -> tuple[list[WorkloadRequest], list[PredictedLength]]:
-        """Return the requests that arrive from ``start_s`` to ``end_s``."""
-        workload, predictions = self.traffic()
-        kept = [at for at, request in enumerate(workload) if start_s <= request.at_s < end_s]
-        return [workload[at] for at in kept], [predictions[at] for at in kept]
-
-    @property
-    def windows(self) -> list[float]:
-        """The starts of the windows (s)."""
-        return [WINDOW_S * number for number in range(int(60 * self.minutes // WINDOW_S))]
 
 
 class Recorded:
@@ -188,79 +161,6 @@ class Study:
             known.append(result)
             self._save(f"{self._setting.trace}: {key} {len(known)} of {len(columns[0])}")
         return known
-
-
-def windows(trace: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the search's number for each window, and the wanted replicas from that window and from the one before."""
-    wanted = {one["end_s"]: one["wanted"] for one in trace["signals"]}
-    starts = [WINDOW_S * number for number in range(len(trace["searched"]))]
-    return [
-        {"searched": needed, "same": wanted[start + WINDOW_S], "before": wanted.get(start)}
-        for start, needed in zip(starts, trace["searched"], strict=True)
-    ]
-
-
-def page(found: dict[str, Any]) -> str:
-    """Return the page of the results."""
-    traces = found["traces"]
-    every = [window for trace in traces for window in windows(trace)]
-    same = [abs(w["same"] - w["searched"]) for w in every]
-    before = [abs(w["before"] - w["searched"]) for w in every if w["before"] is not None]
-
-    def within(errors: list[int], most: int) -> str:
-        return f"{sum(error <= most for error in errors)} of {len(errors)}"
-
-    steps = [abs(later - earlier) for t in traces for earlier, later in pairwise(t["searched"])]
-    accuracy = table(
-        ["wanted replicas from", "equal to the search", "within one", "largest difference"],
-        [
-            ["the requests of the same window", within(same, 0), within(same, 1), str(max(same, default=0))],
-            ["the window before", within(before, 0), within(before, 1), str(max(before, default=0))],
-            ["the search of the window before", within(steps, 0), within(steps, 1), str(max(steps, default=0))],
-        ],
-    )
-    rows = [
-        [t["trace"], run["name"], f"{run['adherence']:.4f}", f"{run['gpu_hours']:.2f}", str(run["most"])]
-        for t in traces
-        for run in t["fleets"]
-    ]
-    sizes = "; ".join(f"{t['trace']}: {', '.join(map(str, t['searched']))}" for t in traces)
-    signals = [one for t in traces for one in t["signals"]]
-    cpu = fmean(one["cpu_s"] for one in signals)
-    sampled = fmean(one["sampled"] for one in signals)
-    return f"""# Autoscaling by wanted replicas
-
-{
-        wrapped(f'''
-Simulated. Azure's traces at {traces[0]['rate_scale']:g} times their rate (overlaid copies), the first
-{traces[0]['minutes']:g} minutes; profile `{PROFILE}`, policy `{POLICY}`, the six SLO categories, prompts of at most
-7,000 tokens, seed {traces[0]['seed']}. The target is {TARGET:.0%} of the requests. The signal is computed every
-{EVERY_S:g} s from the last {WINDOW_S:g} s;
-it takes {cpu:.1f} s of CPU time and simulates {sampled:.0%} of the requests on average.''')
-    }
-
-    {found["command"]}
-
-## Wanted replicas against the search
-
-{accuracy}
-
-{wrapped(f'''The search finds, window by window: {sizes}.''')}
-
-## Adherence and GPU hours
-
-{table(["trace", "fleet", "adherence", "GPU hours", "most engines"], rows)}
-
-{
-        wrapped(f'''
-- An engine serves {COLD_START_S:g} s after it is started, and its GPU counts from the start until it has drained.
-- The static fleets know the whole trace beforehand.
-- Queue-length scaling is Kubernetes' rule every 15 s, with the best of these targets to be chosen afterwards.
-- All scale down to the highest number of the last {STABILISE_S:g} s.
-- Wanted replicas are late by construction: they know the last {WINDOW_S:g} s only, and a new engine takes
-  {COLD_START_S:g} s more.''')
-    }
-"""
 
 
 def main(

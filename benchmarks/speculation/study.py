@@ -1,24 +1,27 @@
 """Measures speculative decoding under `slack`: without drafts, with all, and with those that the gate keeps. Simulated.
 
-    python -m benchmarks.speculation.study --json > docs/results/speculation.json
+    python -m benchmarks.speculation.study --json docs/results/speculation.json
     python -m benchmarks.speculation.study --page docs/results/speculation.json
 
 S is the capacity of stock vLLM (`fcfs`) without drafts: the highest rate at which mean adherence over the seeds is 90%.
+The JSON file is written after each measurement, and a study that was stopped continues from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import partial
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
 import typer
+from rich.console import Console
 
-from benchmarks.command import AsJson, Duration, Jobs, PageOf, Seeds, print_results, write_page
-from benchmarks.markdown import table, wrapped
-from benchmarks.speculation.bound import PACE_S, bounds
+from benchmarks import results_json
+from benchmarks.command import Duration, Jobs, JsonTo, PageOf, Seeds, chosen, write_page
+from benchmarks.speculation.bound import bounds
+from benchmarks.speculation.page import page
 from engine_adapter.gates.composite import GATES
 from engine_adapter.gates.slack import SlackGate
 from engine_adapter.simulated.speculation import RandomAcceptance
@@ -82,8 +85,8 @@ def capacity(adherence: Callable[[float], float], target: float) -> float:
     return round(low, 2)
 
 
-def measure(case: Case, seeds: int, duration_s: float, stock_qps: float | None = None) -> dict[str, Any]:
-    """Return the capacities of ``case``, and its records at twice ``stock_qps`` (1/s)."""
+def measure(case: Case, stock_qps: float | None, seeds: int, duration_s: float) -> dict[str, Any]:
+    """Return the capacities of ``case``, and its records at twice ``stock_qps`` (1/s) if that is known."""
     adherences: dict[float, float] = {}
 
     def adherence(qps: float) -> float:
@@ -97,88 +100,30 @@ def measure(case: Case, seeds: int, duration_s: float, stock_qps: float | None =
     return found
 
 
-def study(profiles: list[str], seeds: int, duration_s: float, jobs: int) -> dict[str, Any]:
-    """Return the document of the study."""
-    found: dict[str, Any] = {"drafts": DRAFTS, "seeds": seeds, "duration_s": duration_s, "profiles": []}
-    with ProcessPoolExecutor(jobs) as pool:
-        for profile in profiles:
-            stock = measure(Case(profile, "fcfs"), seeds, duration_s)
-            stock_qps = stock["capacity"]["0.9"]
-            cases = [Case(profile)]
-            cases += [Case(profile, "slack", drafts, *each) for each in DRAFTING for drafts in ("all", "chosen")]
-            parts = pool.map(partial(measure, seeds=seeds, duration_s=duration_s, stock_qps=stock_qps), cases)
-            acceptances = sorted({acceptance for acceptance, _ in DRAFTING})
-            found["profiles"].append(
-                {
-                    "profile": profile,
-                    "stock_qps": stock_qps,
-                    "bounds": bounds(profile, DRAFTS, acceptances),
-                    "cases": list(parts),
-                }
-            )
-    return found
+def cases(profile: str) -> list[Case]:
+    """Return the cases that are compared on ``profile``, `slack` without drafts first."""
+    drafted = [Case(profile, "slack", drafts, *each) for each in DRAFTING for drafts in ("all", "chosen")]
+    return [Case(profile), *drafted]
 
 
-def page(found: dict[str, Any]) -> str:
-    """Return the result page of the study's JSON."""
-    head = f"""# Speculative decoding under `slack`
+def measure_missing(found: dict[str, Any], profiles: list[str], pool: Executor) -> Iterator[str]:
+    """Add to ``found``, the document of the study, what it lacks; yield what was measured each time that it grows.
 
-**Simulated**: SCORPIO's six categories (paces of 30 and 50 ms), errors of the shipped length predictor,
-{found["duration_s"]:g} s of arrivals, {found["seeds"]} seeds, {found["drafts"]} drafts per decode.
-
-- *None*: no speculative decoding.
-- *All*: each decode verifies all of its drafts, as in stock vLLM.
-- *Chosen*: the step gate chooses the drafts that bring the most tokens per second
-([how](../slack.md#speculative-decoding)).
-- *Acceptance*: the probability that a draft is accepted if those before it are. It is an input here, and the same for
-all requests. The gate learns it.
-- *Drafting*: milliseconds that making drafts adds to a step. N-grams cost almost nothing, a draft model does.
-- *Capacity*: the highest rate that keeps the adherence. *S*: capacity of stock vLLM (`fcfs`) without drafts, at 90%.
-- *Goodput*: attained requests per second, drain included; mean over the seeds. *2 S*: offered at twice S.
-- *Steady state*: the largest gain in a steady state of equal decodes, prompts included, without queues or variation,
-with the best number of drafts. Steps may take {1000 * PACE_S:g} ms for each token that a decode brings. Gains beyond it
-come from different paces and from bursts.
-
-Rows in which chosen drafts lose against none:
-
-- A100, acceptance 0.4: the adherence at 2 S is lower.
-- A100, 3 ms of drafting: goodput and adherence at 2 S are lower.
-- H200, acceptance 0.4: the capacity at 90% is 0.99x.
-
-On the H200, chosen drafts at an acceptance of 0.6 gain 1.11x, which is the gain of the steady state. Its 256 slots are
-full and decode in 13 ms, so no pace is tight. One draft for each takes 18 ms and brings 1.6 times the tokens: 1.18x
-the tokens per second, of which prompts leave 1.11x. On the A100, paces are tight: without drafts, `slack` stays below
-the steady state, and drafts gain more than it.
-
-```
-python -m benchmarks.speculation.study --json > docs/results/speculation.json
-python -m benchmarks.speculation.study --page docs/results/speculation.json
-```"""
-    return "\n\n".join([wrapped(head), *(part for each in found["profiles"] for part in _section(each))]) + "\n"
-
-
-def _section(part: dict[str, Any]) -> Iterator[str]:
-    yield f"## {part['profile']}: S = {part['stock_qps']:g}/s"
-    none = part["cases"][0]["capacity"]
-    heads = ["drafts", "acceptance", "drafting", *(f"capacity at {float(target):.0%}" for target in none)]
-    rows = []
-    for case in part["cases"]:
-        plain = case["drafts"] == "none"
-        rows.append(
-            [
-                case["drafts"],
-                "" if plain else f"{case['acceptance']:g}",
-                "" if plain else f"{case['draft_ms']:g} ms",
-                *(f"{qps:.1f} ({qps / none[target]:.2f}x)" for target, qps in case["capacity"].items()),
-                *(f"{fmean(run[key] for run in case['runs']):.{digits}f}" for key, digits in _AT_2S),
-            ]
-        )
-    yield table([*heads, "goodput at 2 S", "adherence at 2 S"], rows)
-    gains = ", ".join(f"{each['gain']:.2f}x at {each['acceptance']:g}" for each in part["bounds"]["gains"])
-    yield wrapped(f"Steady state, by acceptance: {gains}.")
-
-
-_AT_2S = (("goodput", 1), ("slo_adherence", 3))
+    Stock vLLM comes first, because the loads of the cases follow from its capacity.
+    """
+    measured = partial(measure, seeds=found["seeds"], duration_s=found["duration_s"])
+    parts: list[dict[str, Any]] = found["profiles"]
+    missing = [name for name in profiles if all(part["profile"] != name for part in parts)]
+    stocks = pool.map(measured, [Case(name, "fcfs") for name in missing], [None] * len(missing))
+    for name, stock in zip(missing, stocks, strict=True):
+        steady = bounds(name, DRAFTS, sorted({acceptance for acceptance, _ in DRAFTING}))
+        parts.append({"profile": name, "stock_qps": stock["capacity"]["0.9"], "bounds": steady, "cases": []})
+        yield f"{name}: stock vLLM"
+    left = [(part, case) for part in parts for case in cases(part["profile"])[len(part["cases"]) :]]
+    results = pool.map(measured, [case for _, case in left], [part["stock_qps"] for part, _ in left])
+    for (part, case), result in zip(left, results, strict=True):
+        part["cases"].append(result)
+        yield f"{case.profile}: {case.drafts}, acceptance {case.acceptance:g}, {case.draft_ms:g} ms"
 
 
 def main(
@@ -186,15 +131,24 @@ def main(
     seeds: Seeds = 2,
     duration: Duration = 60.0,
     jobs: Jobs = 1,
-    as_json: AsJson = False,
+    json_to: JsonTo = None,
     page_of: PageOf = None,
 ) -> None:
-    """Simulate `slack` with and without speculative decoding."""
+    """Simulate `slack` with and without speculative decoding. Takes 40 minutes of CPU time or more."""
     if page_of is not None:
         write_page(page_of, page)
         return
-    found = study(profile or list(PROFILES), seeds, duration, jobs)
-    print_results(found, as_json, page)
+    settings = {"drafts": DRAFTS, "seeds": seeds, "duration_s": duration}
+    found: dict[str, Any] = {**settings, "profiles": []} | results_json.read(json_to)
+    if not found.items() >= settings.items():
+        raise typer.BadParameter(f"{json_to} has results of other settings", param_hint="--json")
+    progress = Console(stderr=True)
+    with ProcessPoolExecutor(jobs) as pool:
+        for done in measure_missing(found, chosen("--profile", profile, PROFILES), pool):
+            results_json.write(found, json_to)
+            progress.print(done)
+    if json_to is None:
+        typer.echo(page(found), nl=False)
 
 
 if __name__ == "__main__":

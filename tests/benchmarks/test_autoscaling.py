@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.autoscaling import study
-from benchmarks.autoscaling.study import QueueLength, Recorded, page
+from benchmarks.autoscaling.page import page
+from benchmarks.autoscaling.study import QueueLength, Recorded
 from lab.simulate.lifecycle import FleetLoad
 
 
@@ -47,11 +49,15 @@ def test_page_counts_differences_from_the_search() -> None:
         "fleets": [fleet],
     }  # fmt: skip
 
-    text = page({"command": "python -m benchmarks.autoscaling.study", "traces": [trace]})
+    text = page({"command": "python -m benchmarks.autoscaling.study --seed 0", "traces": [trace]})
 
     assert "| the requests of the same window | 1 of 2 | 2 of 2 | 1 |" in text
     assert "| the window before | 0 of 1 | 0 of 1 | 3 |" in text
     assert "| azure-conv | wanted replicas | 0.9800 | 1.50 | 5 |" in text
+    assert re.search(r"^```\n(.*)\n(.*)\n```$", text, re.MULTILINE).groups() == (  # type: ignore[union-attr]
+        "python -m benchmarks.autoscaling.study --seed 0 --json docs/results/autoscaling.json",
+        "python -m benchmarks.autoscaling.study --page docs/results/autoscaling.json",
+    )
 
 
 @pytest.mark.study

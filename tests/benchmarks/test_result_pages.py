@@ -23,7 +23,7 @@ from benchmarks.policies import page as policies_page
 from benchmarks.policies.table import SETTINGS
 from benchmarks.routing import page as routing_page
 from benchmarks.scale import gateways_page, kill_page, report_page
-from benchmarks.speculation import study as speculation
+from benchmarks.speculation import page as speculation
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
