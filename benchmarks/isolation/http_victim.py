@@ -26,6 +26,9 @@ PADDING = "x" * (100 << 10)
 START_S = 3.0
 """Seconds of the abuse that `Victim.settled` leaves out. What the abuser got in first ends meanwhile."""
 
+TIMEOUT_S = 20.0
+"""Longest time (s) between two parts of an answer, after which the victim gives up."""
+
 
 class Ended(NamedTuple):
     """How a request ended. ``sent_s``: after the start of the abuse. ``ttft_s``: of a chat that was served."""
@@ -71,7 +74,7 @@ async def run_victim(url: str, key: str, seconds: float, seed: int, warm_s: floa
     victim, jitter = Victim(), random.Random(seed)
     headers = {"authorization": f"Bearer {key}", "connection": "close"}
     async with (
-        httpx.AsyncClient(base_url=url, timeout=20, trust_env=False, headers=headers, verify=False) as http,
+        httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, trust_env=False, headers=headers, verify=False) as http,
         asyncio.TaskGroup() as group,
     ):
         started = time.monotonic() + warm_s

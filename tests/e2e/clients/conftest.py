@@ -24,10 +24,20 @@ def collector() -> Iterator[StandInCollector]:
 
 
 @pytest.fixture(scope="package")
-def served(tmp_path_factory: pytest.TempPathFactory, collector: StandInCollector) -> Iterator[Served]:
-    running = serve_tools(tmp_path_factory.mktemp("clients"), collector.url)
-    yield running
-    running.stop()
+def started() -> Iterator[list[Served]]:
+    """The gateways of this folder that were started. Only the last one may run."""
+    gateways: list[Served] = []
+    yield gateways
+    for gateway in gateways:
+        gateway.stop()
+
+
+@pytest.fixture(scope="module")
+def served(started: list[Served], tmp_path_factory: pytest.TempPathFactory, collector: StandInCollector) -> Served:
+    """The gateway of all modules. If a module has stopped it, the next one starts another."""
+    if not started or started[-1].process.poll() is not None:
+        started.append(serve_tools(tmp_path_factory.mktemp("clients"), collector.url))
+    return started[-1]
 
 
 @pytest.fixture(autouse=True)

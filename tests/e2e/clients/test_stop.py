@@ -1,4 +1,8 @@
-"""The end of a gateway with a real vLLM, after all other tests of this folder: streams that the drain cuts."""
+"""The end of a gateway with a real vLLM: streams that the drain cuts.
+
+The test stops the gateway that it shares with the other modules, so it is alone in its module: see `served`. In the
+order of names this module is the last one, so no second gateway is started.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
 def test_streams_open_after_the_drain_end_with_error_events(served: Served) -> None:
-    """Must be the last test of the folder, because it stops the gateway."""
     # A stream that has not begun gets 503, not an event, and the drain takes 1 s: less than a prompt on a busy machine.
     begun = {path: threading.Event() for path in LONG}
 
