@@ -202,7 +202,7 @@ same engine and the same drafter, in turns, because other work shares the machin
 
 The prompts are random tokens, and the answers repeat themselves, as those of small models do. So n-grams find many
 drafts, and the acceptance says nothing about other models or texts. The model that ignores drafts is worst under
-`slack` at 2x, where the gate drops most drafts.
+`slack`, whose gate drops a part of the drafts. Other work on the machine changes the speed of the engine between runs.
 
 - *R2*: of the step-time model. It is fitted to every other stretch of {STRETCH} steps, and R2 is that of the
 other stretches. Steps that take {INTERRUPTED} times the median of their size are left out.
