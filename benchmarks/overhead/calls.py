@@ -228,7 +228,7 @@ async def _gateway(folder: Path, upstream: int, with_valgrind: bool) -> AsyncIte
     """Start a gateway; give its port and the counter of its process."""
     port, kind = free_port(), "instructions" if with_valgrind else "calls"
     config, counted = folder / f"{kind}.yaml", folder / kind
-    config.write_text(yaml.safe_dump(antares_config(port, f"http://127.0.0.1:{upstream}", True, None)))
+    config.write_text(yaml.safe_dump(antares_config(port, f"http://127.0.0.1:{upstream}")))
     profile_to = "" if with_valgrind else str(counted)
     code = f"from benchmarks.overhead.calls import serve; serve({str(config)!r}, {profile_to!r})"
     command = [sys.executable, "-c", code]

@@ -73,7 +73,7 @@ def our_command(port: int, upstream: str, folder: Path) -> list[str]:
     """Return the command of the gateway with the engine in its process, the predictor and the default policy."""
     model = str(write_dummy_model(folder / "ours"))
     engine = {"kind": "vllm", "name": "local", "model": model, "served_model_name": MODEL, "flags": FLAGS}
-    config = antares_config(port, upstream, predictor=True, policy=None) | {"engines": [engine]}
+    config = antares_config(port, upstream) | {"engines": [engine]}
     file = folder / f"antares-{port}.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     return [sys.executable, "-c", "from gateway.cli import main; main()", "serve", "--config", str(file)]

@@ -129,14 +129,15 @@ async def until_up(port: int, process: asyncio.subprocess.Process, name: str, lo
 
 
 def free_port() -> int:
-    """Return a TCP port that is free now, and so is the next one."""
+    """Return a TCP port that is free now, and so are the next two, which some gateways take for their metrics."""
     while True:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            with contextlib.suppress(OSError, OverflowError):
-                other.bind(("127.0.0.1", port + 1))
-                return port
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
+            first, *others = (stack.enter_context(socket.socket()) for _ in range(3))
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            for step, other in enumerate(others, 1):
+                other.bind(("127.0.0.1", port + step))
+            return port
 
 
 async def served(port: int, shape: Shape, first: int) -> tuple[Answers, float]:

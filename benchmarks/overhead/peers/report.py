@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.markdown import table, wrapped
 from benchmarks.overhead.peers.measure import SHAPES
-from benchmarks.overhead.peers.servers import DIRECT
+from benchmarks.overhead.peers.servers import BASELINE, DIRECT, TWO
 
 FIRST_BYTE, WHOLE, LOAD, PACED, BURST, MANY = (shape.name for shape in SHAPES)
 """The shapes of the tables, in the order of `SHAPES`."""
@@ -62,19 +62,40 @@ TABLES: dict[str, tuple[Column, ...]] = {
     ),
 }
 
+RATIOS = (
+    Column("requests/s", LOAD, "per_s", _fixed(2)),
+    Column("CPU a request", LOAD, "cpu_us_a_request", _fixed(2)),
+    Column("CPU a paced event", PACED, "cpu_us_an_event", _fixed(2)),
+    Column("added TTFT p50", FIRST_BYTE, "ttft_p50_ms", _fixed(2), added=True),
+    Column("TTFT p99 of 500 streams", BURST, "ttft_p99_ms", _fixed(2)),
+    Column("ITL p99 of 500 streams", BURST, "itl_p99_ms", _fixed(2)),
+)
+"""Columns as multiples of `BASELINE` in the same round. Unlike times, they hardly depend on the machine's speed."""
+
 
 def values(runs: Sequence[dict[str, Any]], server: str, column: Column) -> list[float]:
     """Return the values of ``server`` in a column, one for each round that has one."""
+    return [*by_round(runs, server, column).values()]
+
+
+def by_round(runs: Sequence[dict[str, Any]], server: str, column: Column) -> dict[int, float]:
+    """Return the values of ``server`` in a column by round."""
     at = {(run["round"], run["server"]): run[column.key] for run in runs if run["shape"] == column.shape}
-    found = []
+    found = {}
     for (round_, name), value in at.items():
         if name != server or value is None:
             continue
         if not column.added:
-            found.append(value)
+            found[round_] = value
         elif (direct := at.get((round_, DIRECT))) is not None:
-            found.append(value - direct)
+            found[round_] = value - direct
     return found
+
+
+def ratios(runs: Sequence[dict[str, Any]], column: Column, server: str) -> list[float]:
+    """Return ``server`` as a multiple of `BASELINE` in a column, for each round that has both."""
+    own, other = by_round(runs, server, column), by_round(runs, BASELINE, column)
+    return [own[round_] / other[round_] for round_ in own if other.get(round_)]
 
 
 def cell(numbers: Sequence[float], number: Number) -> str:
@@ -106,6 +127,11 @@ def tables(runs: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], list[li
     for title, columns in TABLES.items():
         if shown := [column for column in columns if column.shape in measured]:
             found[title] = (["server", *(column.head for column in shown)], rows(runs, shown))
+    compared = [server for server in dict.fromkeys(run["server"] for run in runs) if server not in (DIRECT, BASELINE)]
+    shown = [column for column in RATIOS if column.shape in measured]
+    lines = [[server, *(cell(ratios(runs, one, server), one.number) for one in shown)] for server in compared]
+    if any(run["server"] == BASELINE for run in runs) and shown and lines:
+        found[f"Multiples of {BASELINE} in the same round"] = (["server", *(column.head for column in shown)], lines)
     return found
 
 
@@ -159,6 +185,8 @@ their range. In each round all servers start afresh and take turns, load by load
   that of the upstream.
 - *antares*: a proxy (`kind: http`) with an API key, SLO headers, queueing, the default policy, the predictor and
   metrics. The CPU time and the memory include those of the predictor's process.
+- *{TWO}*: the same with [`server.processes: 2`](../scale.md#several-processes-on-one-machine). The upstream stands for
+  two engines, one for each process.
 - The other gateways run one worker with their default settings and route to one upstream. They do not schedule.
 - *CPU an event* is all CPU time over the tokens, so it includes the request's own cost.
 - *ITL*: time between two events of a stream, as the client reads them.

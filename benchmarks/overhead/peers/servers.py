@@ -19,7 +19,9 @@ from benchmarks.overhead.peers.upstream import MODEL
 TREE = Path(__file__).parents[3]
 """The checkout whose gateway is measured."""
 
-DIRECT = "direct"
+DIRECT, BASELINE = "direct", "production-stack"
+"""The upstream itself, and the gateway that the others are compared with: it is written in Python too."""
+
 MAX_STREAMS = 4096
 
 Command = Callable[[int, str, Path], list[str]]
@@ -36,11 +38,17 @@ class Server:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def antares_config(port: int, upstream: str, predictor: bool, policy: str | None) -> dict[str, Any]:
-    """Return a configuration with an API key and, unless ``policy`` names one, the default policy."""
+def antares_config(
+    port: int, upstream: str, predictor: bool = True, policy: str | None = None, processes: int = 1
+) -> dict[str, Any]:
+    """Return a configuration with an API key and, unless ``policy`` names one, the default policy.
+
+    Several ``processes`` divide engines, so the upstream stands for as many.
+    """
+    engine = {"kind": "http", "base_url": upstream, "max_num_seqs": MAX_STREAMS}
     return {
-        "server": {"port": port},
-        "engines": [{"kind": "http", "base_url": upstream, "max_num_seqs": MAX_STREAMS}],
+        "server": {"port": port, "processes": processes},
+        "engines": [{**engine, "name": f"upstream-{number}"} for number in range(processes)],
         "predictor": {"enabled": predictor},
         "classes": {"chat": {"ttft_ms": 10_000, "tpot_ms": 1_000, "max_waiting": MAX_STREAMS}},
         "default_class": "chat",
@@ -49,10 +57,12 @@ def antares_config(port: int, upstream: str, predictor: bool, policy: str | None
     }
 
 
-def _antares(predictor: bool = True, policy: str | None = None) -> Command:
+def _antares(**settings: Any) -> Command:
+    """Return the command of `antares serve`. ``settings``: of `antares_config`."""
+
     def command(port: int, upstream: str, folder: Path) -> list[str]:
         config = folder / f"antares-{port}.yaml"
-        config.write_text(yaml.safe_dump(antares_config(port, upstream, predictor, policy)), encoding="utf-8")
+        config.write_text(yaml.safe_dump(antares_config(port, upstream, **settings)), encoding="utf-8")
         return [sys.executable, "-c", "from gateway.cli import main; main()", "serve", "--config", str(config)]
 
     return command
@@ -60,8 +70,11 @@ def _antares(predictor: bool = True, policy: str | None = None) -> Command:
 
 _HERE = {"PYTHONPATH": str(TREE)}
 
+ANTARES, TWO = "antares", "antares, 2 processes"
+
 OURS = (
-    Server("antares", command=_antares(), env=_HERE),
+    Server(ANTARES, command=_antares(), env=_HERE),
+    Server(TWO, command=_antares(processes=2), env=_HERE),
     Server("antares, no predictor", command=_antares(predictor=False), env=_HERE),
     Server("antares, no predictor, fcfs", command=_antares(predictor=False, policy="fcfs"), env=_HERE),
 )
@@ -142,7 +155,7 @@ class Peer:
 PEERS = (
     Peer("vllm-router", "vllm-router==0.1.17", "vllm-router", _vllm_router),
     Peer(
-        "production-stack",
+        BASELINE,
         "git+https://github.com/vllm-project/production-stack",
         "vllm-router",
         _production_stack,
