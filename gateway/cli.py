@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +79,7 @@ def serve(
     config: ConfigPath,
     host: Annotated[str | None, typer.Option(help="Listen here instead of server.host.")] = None,
     port: Annotated[int | None, typer.Option(help="Listen on this port instead of server.port.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Processes that share the port and divide the engines.")] = None,
     policy: Annotated[
         str | None, typer.Option(help="Use this policy, with its default options, instead of policy.name.")
     ] = None,
@@ -91,31 +88,10 @@ def serve(
     ] = None,
 ) -> None:
     """Start the gateway, its engines and the predictor process."""
-    import asyncio
+    from gateway.processes.run import run_gateway
 
-    overrides = _overrides(host=host, port=port, policy=policy, log_level=log_level)
-    loaded, deprecations = _load(config, overrides)
-    from gateway.config.file import load
-    from gateway.observability import logs
-    from gateway.serve import ServeError
-    from gateway.serve import serve as run
-
-    logs.configure(loaded.logging.level, loaded.logging.format)
-    for deprecation in deprecations:
-        logging.getLogger("antares.config").warning("%s: %s", config, deprecation)
-    try:
-        if sys.platform == "win32":
-            code = asyncio.run(run(loaded))
-        else:
-            import uvloop
-
-            code = uvloop.run(run(loaded, lambda: load(config, overrides=overrides), config))
-    except ServeError as error:
-        typer.echo(f"antares: {error}", err=True)
-        raise typer.Exit(1) from error
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        raise typer.Exit(130) from None
-    raise typer.Exit(code)
+    overrides = _overrides(host=host, port=port, processes=processes, policy=policy, log_level=log_level)
+    raise typer.Exit(run_gateway(config, overrides))
 
 
 @app.command()
@@ -149,11 +125,11 @@ def config_check(
     """Validate FILE and report every mistake with its line, key and reason."""
     import orjson
 
-    from gateway.config.file import load
+    from gateway.config.file import load, recorded_deprecations
     from gateway.config.mistakes import ConfigError
 
     try:
-        with _recorded_deprecations() as deprecations:
+        with recorded_deprecations() as deprecations:
             cautions = load(file).cautions()
     except ConfigError as error:
         if as_json:
@@ -303,44 +279,18 @@ def explain(
     typer.echo(explained(document))
 
 
-@contextmanager
-def _recorded_deprecations() -> Iterator[list[str]]:
-    """Collect the text of each FutureWarning once. Other warnings are shown as usual."""
-    texts: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FutureWarning)
-        yield texts
-    for warning in caught:
-        text = str(warning.message)
-        if not issubclass(warning.category, FutureWarning):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        elif text not in texts:
-            texts.append(text)
-
-
-def _overrides(*, host: str | None, port: int | None, policy: str | None, log_level: str | None) -> dict[str, Any]:
+def _overrides(
+    *, host: str | None, port: int | None, processes: int | None, policy: str | None, log_level: str | None
+) -> dict[str, Any]:
     """Return the values of the command line by their dotted key."""
     given = {
         "server.host": host,
         "server.port": port,
+        "server.processes": processes,
         "policy": None if policy is None else {"name": policy},
         "logging.level": log_level,
     }
     return {key: value for key, value in given.items() if value is not None}
-
-
-def _load(path: Path, overrides: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Return the configuration with ``overrides``, and its deprecations. Exits 2 if it is invalid."""
-    from gateway.config.file import load
-    from gateway.config.mistakes import ConfigError
-
-    try:
-        with _recorded_deprecations() as deprecations:
-            config = load(path, overrides=overrides)
-    except ConfigError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
-    return config, deprecations
 
 
 def main() -> None:

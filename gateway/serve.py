@@ -7,7 +7,6 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -24,22 +23,20 @@ from gateway import sd_notify
 from gateway.api.connections import Connections, raise_descriptor_limit
 from gateway.api.http_protocol import HttpProtocol
 from gateway.app import Gateway
+from gateway.child import Child
 from gateway.config.engines import EngineConfig
 from gateway.config.schema import GatewayConfig
 from gateway.discovery import Discovery
 from gateway.engines import build_engine
 from gateway.heap import collecting_when_quiet
+from gateway.listening import ServeError, listen
 from gateway.observability.recorder import ObservabilityError
-from gateway.prediction.supervisor import Supervisor
+from gateway.predictor_process import supervised_predictor
 from gateway.reload import Reloader, Report
 from gateway.scheduling.shards import Shard
 
 log = logging.getLogger("antares.serve")
 console = Console(stderr=True, highlight=False)
-
-KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 60, 15, 4
-"""TCP keep-alive of client connections: two minutes without a response close the connection of a dead client."""
-
 
 EXIT_CUT = 3
 """Exit code if requests were still open when the drain ended. 1 and 2 are failed starts."""
@@ -51,10 +48,6 @@ CLOSE_S = 3.0
 """Seconds that clients have to read the end of their responses when the server stops. Convention."""
 
 
-class ServeError(Exception):
-    """The gateway cannot start; the message says what to fix."""
-
-
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers, because SIGTERM must drain first."""
 
@@ -64,27 +57,30 @@ class _Server(uvicorn.Server):
 
 
 async def serve(
-    config: GatewayConfig, load: Callable[[], GatewayConfig] | None = None, file: Path | None = None
+    config: GatewayConfig,
+    load: Callable[[], GatewayConfig] | None = None,
+    file: Path | None = None,
+    child: Child | None = None,
 ) -> int:
     """Serve until SIGINT or SIGTERM, then drain and stop. Returns the exit code: 0, or `EXIT_CUT` if requests were cut.
 
     ``load`` reads the configuration ``file`` again on SIGHUP. It raises `gateway.config.mistakes.ConfigError`.
-    Raises `ServeError` if the start fails.
+    ``child``: which of several processes this is. Raises `ServeError` if the start fails.
     """
     cut = 0
     started = time.monotonic()
     if load is not None:
-        # Until the gateway can reload.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        # Tools that rotate logs send it, and its default action ends the process. The access log needs no signal.
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    for caution in config.cautions():
+        _ignore_signals()
+    for caution in [] if child is not None and child.index else config.cautions():
         log.warning("%s", caution)
     raise_descriptor_limit()
-    listener = listen(config.server.host, config.server.port)
-    port: int = listener.getsockname()[1]
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(listener.close)
+        listeners = _listeners(config, child)
+        port: int = listeners[0].getsockname()[1]
+        for listener in listeners:
+            stack.callback(listener.close)
+        if child is not None:
+            stack.push_async_callback(cancel_and_wait, asyncio.create_task(child.end_with_parent(), name="parent"))
         # The predictor's state must survive its restarts, even without a configured folder.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="antares-", ignore_cleanup_errors=True))
         supervisor, predictor_url = supervised_predictor(config, scratch)
@@ -111,12 +107,12 @@ async def serve(
                 backlog=2048,
             )
         )
-        serving = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
+        serving = asyncio.create_task(server.serve(sockets=listeners), name="http server")
         stack.push_async_callback(_close, server, serving, gateway.connections)
         stack.push_async_callback(gateway.stop)
         stop, hurry = _stop_on_signals()
         if load is not None:
-            stack.push_async_callback(_reload_on_signal(gateway, load, file))
+            stack.push_async_callback(_reload_on_signal(gateway, load, file, child))
         following = discovery.follow(lambda: gateway.config.engines, gateway.update_engines)
         stack.push_async_callback(cancel_and_wait, asyncio.create_task(following, name="discover engines"))
         starting = asyncio.create_task(_start(config, gateway), name="start engines")
@@ -140,63 +136,20 @@ async def serve(
     return EXIT_CUT if cut else 0
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket bound to ``host`` and ``port`` (0: any free port). Raises `ServeError`."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # NOTE: asyncio sets TCP_NODELAY only on sockets created with an explicit protocol. Without it, Nagle's algorithm
-    # delays each small stream event by up to 40 ms, until the client acknowledges the previous one.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    _keep_alive(listener)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ServeError(
-            f"cannot listen on {host}:{port}: {error.strerror}. Choose another server.port or set ANTARES_PORT."
-        ) from error
-    return listener
+def _ignore_signals() -> None:
+    # Until the gateway can reload.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Tools that rotate logs send it, and its default action ends the process. The access log needs no signal.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _keep_alive(listener: socket.socket) -> None:
-    """Enable TCP keep-alive. Accepted sockets inherit these options."""
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Platforms without these options use their own times, often hours.
-    for name, value in (
-        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
-        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
-        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-    ):
-        if hasattr(socket, name):
-            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def supervised_predictor(config: GatewayConfig, scratch: str) -> tuple[Supervisor | None, str | None]:
-    """Return the predictor's supervisor (None: it runs elsewhere) and its URL (None: it is disabled).
-
-    ``scratch``: a folder for its state if the configuration has none.
-    """
-    if not config.predictor.enabled:
-        return None, None
-    if config.predictor.url:
-        return None, config.predictor.url.rstrip("/")
-    port = config.predictor.port or _free_port()
-    command = [sys.executable, "-m", "predictor_service.cli", "serve"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--exit-with-parent"]
-    command += ["--state", config.predictor.state_dir or scratch]
-    if config.predictor.model_dir:
-        command += ["--model", config.predictor.model_dir]
-    if config.predictor.collect_dir:
-        command += ["--collect", config.predictor.collect_dir]
-        command += ["--collect-limit-mb", str(config.predictor.collect_limit_mb)]
-    return Supervisor("predictor", command), f"http://127.0.0.1:{port}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _listeners(config: GatewayConfig, child: Child | None) -> list[socket.socket]:
+    """Return the sockets to serve: one, and for one of several processes the shared one and its own."""
+    if child is None:
+        return [listen(config.server.host, config.server.port)]
+    own = listen(config.server.host, child.own_port)
+    sd_notify.notify(X_OWN_PORT=own.getsockname()[1])
+    return [listen(config.server.host, config.server.port, shared=True), own]
 
 
 def _shard(config: GatewayConfig) -> Shard:
@@ -286,7 +239,7 @@ def _stop_on_signals() -> tuple[asyncio.Event, asyncio.Event]:
 
 
 def _reload_on_signal(
-    gateway: Gateway, load: Callable[[], GatewayConfig], file: Path | None
+    gateway: Gateway, load: Callable[[], GatewayConfig], file: Path | None, child: Child | None
 ) -> Callable[[], Awaitable[None]]:
     """Reload the configuration on SIGHUP and on `POST /reload`, and return a function that ends that."""
 
@@ -295,7 +248,7 @@ def _reload_on_signal(
         sd_notify.notify(READY=1, STATUS=_status(gateway) + failed)
 
     reloader = Reloader(gateway, load, file=file, on_begin=sd_notify.reloading, on_end=on_end)
-    gateway.on_reload = reloader.reload
+    gateway.on_reload = reloader.reload if child is None else child.reloading_all(reloader.reload)
     reloader.watch_keys()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
     return reloader.stop

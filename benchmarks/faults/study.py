@@ -27,7 +27,7 @@ from engine_adapter.engine import ASGIApp
 from engine_adapter.remote.engine import HttpEngine
 from gateway.app import Gateway
 from gateway.config.schema import parse
-from gateway.serve import listen
+from gateway.listening import listen
 
 TTFT_MS = 5000
 RETURN_SHARE, RETURN_WINDOW, RETURN_LIMIT_S = 0.25, 40, 60.0

@@ -24,7 +24,7 @@ from gateway.api.connections import raise_descriptor_limit
 from gateway.api.http_protocol import HttpProtocol
 from gateway.app import Gateway
 from gateway.config.schema import parse
-from gateway.serve import listen
+from gateway.listening import listen
 
 VICTIM_KEY, ABUSER_KEY = "sk-victim", "sk-abuser"
 STEP_TIMES, SLOTS, EMBEDDING_S = StepTimes(b=1e-4, d=0.015, alpha=1e-5), 64, 0.5

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,21 @@ def load(
                 replace(m, reason=f"{m.reason} (from {from_env[key]})") if m.key == key else m for m in mistakes
             ]
         raise _placed(path, mistakes, named) from invalid
+
+
+@contextlib.contextmanager
+def recorded_deprecations() -> Iterator[list[str]]:
+    """Collect the text of each FutureWarning once. Other warnings are shown as usual."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        yield texts
+    for warning in caught:
+        text = str(warning.message)
+        if not issubclass(warning.category, FutureWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif text not in texts:
+            texts.append(text)
 
 
 def located(path: Path | None, mistakes: Sequence[tuple[str, str]], keys_file: str | None) -> ConfigError:

@@ -104,6 +104,7 @@ class GatewayConfig(Section):
                 "add keys, or set server.allow_anonymous: true"
             )
         self._require_operator_auth()
+        self._require_divisible_engines()
         if self.wanted_replicas.enabled and self.decisions.keep == 0:
             raise ValueError("wanted_replicas: it reads the records of requests; set decisions.keep above 0")
         return self
@@ -116,6 +117,20 @@ class GatewayConfig(Section):
             raise ValueError(
                 f"server.operator_auth: other machines can reach {self.server.host}, so the pages of the "
                 "operator need a key; remove this line, or listen on 127.0.0.1"
+            )
+
+    def _require_divisible_engines(self) -> None:
+        if self.server.processes == 1:
+            return
+        for engine in self.engines:
+            if not isinstance(engine, HttpEngineConfig):
+                raise ValueError(
+                    f"server.processes: each process would start its own engine {engine.name!r}, which is of kind "
+                    f"{engine.kind}; only kind http can be divided"
+                )
+        if self.server.port + self.server.processes > 65535:
+            raise ValueError(
+                "server.processes: each process has a port of its own, after server.port; choose a lower one"
             )
 
     @property

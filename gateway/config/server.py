@@ -52,6 +52,9 @@ class ServerConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8100, ge=0, le=65535)
+    processes: int = Field(
+        1, ge=1, le=32, description="Processes that share the port and divide the engines (docs/scale.md)."
+    )
     allow_anonymous: bool = Field(
         False, description="Serve without API keys on an address that other machines can reach."
     )

@@ -10,12 +10,15 @@ from pydantic import Field, model_validator
 from gateway.config.section import Section
 from gateway.scheduling.shards import Shard
 
+MAX_SHARDS = 64
+"""Most gateway processes that divide the engines."""
+
 
 class ShardConfig(Section):
     """Which share of the engines this gateway has, of ``count`` gateways with equal configurations."""
 
     index: int | None = Field(None, ge=0, description="From 0; null: the number at the end of the host's name.")
-    count: int = Field(1, ge=1, le=64, description="Gateways that divide the engines.")
+    count: int = Field(1, ge=1, le=MAX_SHARDS, description="Gateways that divide the engines.")
 
     @model_validator(mode="after")
     def _is_one_of_count(self) -> ShardConfig:

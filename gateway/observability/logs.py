@@ -36,13 +36,18 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(TextFormatter):
-    """Formats each record as one line of JSON."""
+    """Formats each record as one line of JSON. ``process``: see `configure`."""
+
+    def __init__(self, process: int | None = None) -> None:
+        super().__init__()
+        self._place = {} if process is None else {"process": process}
 
     def format(self, record: logging.LogRecord) -> str:
         """Return time, level, logger, message and exception as a JSON object."""
         line = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
             "level": record.levelname.lower(),
+            **self._place,
             "logger": record.name,
             "message": record.getMessage(),
         }
@@ -56,16 +61,18 @@ class _Handler(logging.StreamHandler[TextIO]):
         """Ignore that a line cannot be written. NOTE: Python's own would print the text of a logged exception."""
 
 
-def configure(level: str, style: Literal["text", "json"]) -> None:
+def configure(level: str, style: Literal["text", "json"], process: int | None = None) -> None:
     """Send the ``antares`` loggers and Python warnings to stderr.
 
-    Loggers of libraries keep Python's default: warnings and errors only.
+    Loggers of libraries keep Python's default: warnings and errors only. ``process``: which of a gateway's processes
+    this is; its lines say so.
     """
     handler = _Handler(sys.stderr)
     if style == "json":
-        handler.setFormatter(JsonFormatter())
+        handler.setFormatter(JsonFormatter(process))
     else:
-        handler.setFormatter(TextFormatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
+        place = "" if process is None else f"[{process}] "
+        handler.setFormatter(TextFormatter(f"%(asctime)s %(levelname).1s {place}%(name)s: %(message)s", "%H:%M:%S"))
     for name in ("antares", _WARNINGS_LOGGER):
         logger = logging.getLogger(name)
         logger.handlers = [handler]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from gateway import heap
-from gateway.heap import MOST_YOUNG, QUIET, YOUNG, FullCollections, collecting_when_quiet
+from gateway.heap import MOST_YOUNG, QUIET, YOUNG, YOUNG_OBJECTS, FullCollections, collecting_when_quiet
 from tests.fixtures.live_server import eventually
 
 
@@ -22,7 +22,7 @@ class ScriptedCollector:
         return (0, 0, self.young)
 
     def get_threshold(self) -> tuple[int, int, int]:
-        return (700, 10, 10)
+        return (YOUNG_OBJECTS, 10, 10)
 
     def collect(self) -> int:
         self.young, self.full = 0, self.full + 1
@@ -82,7 +82,7 @@ async def test_collector_gets_its_settings_back(untouched_collector: None, monke
     full_before = gc.get_stats()[2]["collections"]
     async with collecting_when_quiet(lambda: 0):
         assert gc.get_freeze_count() > 1000
-        assert gc.get_threshold()[:2] == before[:2]
+        assert gc.get_threshold()[:2] == (YOUNG_OBJECTS, before[1])
         for _ in range(YOUNG + 2):
             gc.collect(1)
         await eventually(lambda: gc.get_stats()[2]["collections"] >= full_before + 2)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gateway.serve import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES, listen
+from gateway.listening import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES, listen
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems may not inherit the options")

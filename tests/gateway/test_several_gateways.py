@@ -5,39 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
-from engine_adapter.engine import EngineEvents
-from gateway.serve import ServeError
+from gateway.listening import ServeError
 from gateway.serve import serve as serve_gateway
-from tests.fixtures.live_gateway import CHAT, CLASSES, StubbedEngine, chat, fast_engine, gateway_config
-from tests.fixtures.live_server import eventually, serve
-from tests.fixtures.ports import free_port
+from tests.fixtures.live_gateway import CLASSES, gateway_config
+from tests.fixtures.live_server import eventually
 from tests.fixtures.served_process import served
-
-LONG = chat(stream=True, max_tokens=3000, ignore_eos=True)
-"""A stream of about 3 s."""
-
-
-@asynccontextmanager
-async def servers(count: int) -> AsyncIterator[dict[int, StubbedEngine]]:
-    """Serve ``count`` simulated engines. Yields them by port."""
-    async with AsyncExitStack() as stack:
-        engines = {}
-        for _ in range(count):
-            port, engine = free_port(), fast_engine()
-            await engine.start(EngineEvents())
-            stack.push_async_callback(engine.stop)
-            await stack.enter_async_context(serve(engine.app, port))
-            engines[port] = engine
-        yield engines
+from tests.fixtures.simulated_servers import ask, running, servers, stream
 
 
 def configuration(folder: Path, ports: list[int], index: int) -> str:
@@ -54,26 +34,6 @@ def configuration(folder: Path, ports: list[int], index: int) -> str:
         "default_class": "free",
     }
     return yaml.safe_dump(document)
-
-
-async def ask(http: httpx.AsyncClient) -> int:
-    return (await http.post(CHAT, json=chat(max_tokens=2))).status_code
-
-
-async def stream(http: httpx.AsyncClient) -> bool:
-    """Return whether a long stream ends normally."""
-    last = ""
-    try:
-        async with http.stream("POST", CHAT, json=LONG) as answer:
-            async for line in answer.aiter_lines():
-                last = line or last
-    except httpx.HTTPError:
-        return False
-    return last == "data: [DONE]"
-
-
-def running(engines: dict[int, StubbedEngine]) -> list[int]:
-    return [engine.state.engine_running for engine in engines.values()]
 
 
 @pytest.mark.process

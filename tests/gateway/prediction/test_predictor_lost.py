@@ -16,7 +16,7 @@ import pytest
 
 from gateway.prediction.client import Question
 from gateway.prediction.lengths import Prediction
-from gateway.prediction.supervisor import Supervisor
+from gateway.supervisor import Supervisor
 from tests.fixtures.live_gateway import Live, Load, live
 from tests.fixtures.live_server import HANG_S, eventually
 from tests.fixtures.ports import free_port

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.prediction.supervisor import Supervisor
-from gateway.serve import supervised_predictor
+from gateway.predictor_process import supervised_predictor
+from gateway.supervisor import Supervisor
 from tests.fixtures.live_gateway import gateway_config
 from tests.fixtures.live_server import eventually
 

@@ -1,0 +1,317 @@
+"""`antares serve` with ``server.processes``: starts them, restarts what dies or hangs, and forwards signals.
+
+Each process is a whole gateway with a share of the engines (`gateway.scheduling.shards`). All of them listen on one
+port, and the kernel gives each new connection to one of them. Each also listens on a port of its own, for its metrics:
+the shared one plus 1, 2, and so on. The parent serves nothing; it runs the predictor that they share.
+
+INVARIANT: the loss of a process costs only the requests that it had open. Its port and its engines stay its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gateway import sd_notify
+from gateway.child import Child
+from gateway.config.schema import GatewayConfig
+from gateway.config.shard import MAX_SHARDS
+from gateway.listening import ServeError, listen
+from gateway.predictor_process import supervised_predictor
+from gateway.scheduling.shards import Shard
+from gateway.supervisor import Supervisor
+
+log = logging.getLogger("antares.processes")
+console = Console(stderr=True, highlight=False)
+
+READY, STARTING = "ready", "it is starting"
+
+HANG_S = 30.0
+"""Seconds without a sign of life after which a process is killed and started again. It gives one each half of them."""
+
+KILL_S = 30.0
+"""Seconds beyond ``server.drain_s`` that a process may take to stop. Convention."""
+
+
+class Process:
+    """One of the processes, as the parent sees it. ``on_change`` is called when it says something new.
+
+    Attributes:
+        port: the port that all processes listen on.
+        own_port: the port that only it listens on.
+        status: why it is not ready; if it is, it begins with `READY`.
+        up: it serves, with the configuration that counts now.
+        failed: set if it ended before it ever served.
+        reloaded: called when it has read the configuration again because a client asked it to.
+    """
+
+    def __init__(self, child: Child, folder: Path, on_change: Callable[[], None]) -> None:
+        self.index, self.port, self.own_port = child.index, child.overrides["server.port"], child.own_port
+        self.status, self.up, self.failed = STARTING, False, asyncio.Event()
+        self.reloaded: Callable[[], None] = lambda: None
+        self._on_change, self._heard_at = on_change, time.monotonic()
+        self._serves = self._was_up = self._must_reload = False
+        path = folder / f"{child.index}.sock"
+        self._mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._mailbox.bind(str(path))
+        asyncio.get_running_loop().add_reader(self._mailbox, self._read)
+        environment = {name: value for name, value in os.environ.items() if name != "WATCHDOG_PID"}
+        self._supervisor = Supervisor(
+            f"process {child.index}",
+            [sys.executable, "-m", "gateway.processes", child.argument()],
+            on_restart=self._on_restart,
+            environment=environment | {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": str(int(HANG_S * 1e6))},
+            keep=self._keep,
+        )
+
+    async def start(self) -> None:
+        """Start the process, and the task that restarts it."""
+        await self._supervisor.start()
+
+    async def stop(self, within_s: float) -> int:
+        """Have the process drain and end, and kill it after ``within_s`` (s). Returns its exit code."""
+        code = await self._supervisor.stop(within_s)
+        asyncio.get_running_loop().remove_reader(self._mailbox)
+        self._mailbox.close()
+        if code is None or code == -signal.SIGTERM:
+            # It did not run, or had not begun to serve: then it has no handler of the signal.
+            return 0
+        return code if code >= 0 else 1
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if the process runs."""
+        self._supervisor.send(number)
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, or None while it does not run."""
+        return self._supervisor.pid
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can serve requests."""
+        return self.status.startswith(READY)
+
+    def reload(self) -> None:
+        """Have the process read the configuration file again, once it serves: before that the signal would end it."""
+        self.up, self._must_reload = False, not self._serves
+        if self._serves:
+            self.send(signal.SIGHUP)
+
+    def kill_if_hung(self) -> None:
+        """Kill a process that has given no sign of life for `HANG_S`."""
+        if time.monotonic() - self._heard_at > HANG_S and self.pid is not None:
+            log.error("process %d hangs: killing it", self.index)
+            self._heard_at = time.monotonic()
+            self.send(signal.SIGKILL)
+
+    def _keep(self, code: int) -> bool:
+        """Return whether to start the process again, which ended with ``code``: not if it has never started."""
+        self.up = self._serves = False
+        self.status = f"it ended with code {code}"
+        if not self._was_up:
+            self.failed.set()
+        self._on_change()
+        return self._was_up
+
+    def _on_restart(self) -> None:
+        self.status, self._heard_at = STARTING, time.monotonic()
+
+    def _read(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._hear(self._mailbox.recv(4096).decode(errors="replace"))
+
+    def _hear(self, message: str) -> None:
+        said = dict(line.partition("=")[::2] for line in message.splitlines())
+        self._heard_at = time.monotonic()
+        if "X_OWN_PORT" in said:
+            self.own_port = int(said["X_OWN_PORT"])
+        if "READY" in said:
+            self.up = self._serves = self._was_up = True
+            if self._must_reload:
+                self.reload()
+        if "RELOADING" in said:
+            self.up = False
+        self.status = said.get("STATUS", self.status)
+        if "X_RELOADED" in said:
+            self.reloaded()
+        if said.keys() & {"READY", "RELOADING", "STATUS"}:
+            self._on_change()
+
+
+class Parent:
+    """Starts the processes of the gateway of ``file``, and says how they are.
+
+    ``overrides``: values of dotted keys for all of them. ``shard``: that of this gateway, of several.
+
+    Attributes:
+        processes: empty before `run`.
+    """
+
+    def __init__(self, file: Path, config: GatewayConfig, overrides: Mapping[str, Any], shard: Shard) -> None:
+        self._file, self._config, self._overrides, self._shard = file, config, overrides, shard
+        self.processes: list[Process] = []
+        self._started, self._printed_ready, self._stopping = time.monotonic(), False, False
+        self._told: dict[Process, str] = {}
+
+    async def run(self, port: int, folder: Path, stop: asyncio.Event) -> int:
+        """Run the processes on ``port`` until ``stop`` is set. Returns the highest exit code.
+
+        ``folder``: for their sockets to the parent. Raises `ServeError` if one of them does not start.
+        """
+        children = [self._child(index, port) for index in range(self._config.server.processes)]
+        self.processes = [Process(child, folder, self._tell) for child in children]
+        for process in self.processes:
+            process.reloaded = lambda process=process: self._reload_all_but(process)  # type: ignore[misc]
+        watching = asyncio.create_task(self._kill_what_hangs(), name="watch processes")
+        failing = [asyncio.create_task(process.failed.wait()) for process in self.processes]
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.gather(*(process.start() for process in self.processes))
+            await asyncio.wait({stopping, *failing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (watching, stopping, *failing):
+                task.cancel()
+            self._stopping = True
+            sd_notify.notify(STOPPING=1, STATUS="draining")
+            within_s = self._config.server.drain_s + KILL_S
+            codes = await asyncio.gather(*(process.stop(within_s) for process in self.processes))
+        for process in self.processes:
+            if process.failed.is_set():
+                raise ServeError(f"process {process.index} did not start; the lines above say why")
+        return max(codes)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to all processes."""
+        for process in self.processes:
+            process.send(number)
+
+    def reload(self) -> None:
+        """Have all processes read the configuration file again."""
+        sd_notify.reloading()
+        for process in self.processes:
+            process.reload()
+
+    def _reload_all_but(self, done: Process) -> None:
+        for process in self.processes:
+            if process is not done:
+                process.reload()
+
+    def _child(self, index: int, port: int) -> Child:
+        count = self._config.server.processes
+        overrides = {
+            "shard.count": self._shard.count * count,
+            "shard.index": self._shard.index * count + index,
+            "server.port": port,
+        }
+        own_port = port + 1 + index if self._config.server.port else 0
+        return Child(index, str(self._file), os.getpid(), own_port, {**self._overrides, **overrides})
+
+    async def _kill_what_hangs(self) -> None:
+        while True:
+            await asyncio.sleep(HANG_S / 10)
+            for process in self.processes:
+                process.kill_if_hung()
+
+    def _tell(self) -> None:
+        """Tell systemd how the processes are, and print what is new."""
+        if self._stopping:
+            return
+        down = next((process for process in self.processes if not process.is_ready), None)
+        if all(process.up for process in self.processes):
+            sd_notify.notify(READY=1, STATUS=READY if down is None else f"process {down.index}: {down.status}")
+        for process in self.processes:
+            if process.status in (STARTING, self._told.get(process)):
+                continue
+            self._told[process] = process.status
+            if not process.is_ready:
+                log.warning("process %d is not ready: %s", process.index, process.status)
+            elif self._printed_ready:
+                log.info("process %d is %s", process.index, process.status)
+        if down is None and not self._printed_ready:
+            self._printed_ready = True
+            self._print_ready()
+
+    def _print_ready(self) -> None:
+        host = self._config.server.host if self._config.server.host not in ("0.0.0.0", "::") else "127.0.0.1"
+        metrics = "  ".join(f"http://{host}:{process.own_port}/metrics" for process in self.processes)
+        console.print(
+            f"[bold green]Antares is ready[/bold green] at http://{host}:{self.processes[0].port} after "
+            f"{time.monotonic() - self._started:.0f} s, {len(self.processes)} processes. Ctrl-C stops it.\n\n"
+            f"  metrics of each process  {metrics}\n",
+            soft_wrap=True,
+        )
+
+
+async def serve_all(file: Path, config: GatewayConfig, overrides: Mapping[str, Any]) -> int:
+    """Serve with several processes until SIGINT or SIGTERM, then have them drain. Returns the highest exit code.
+
+    ``overrides``: values of dotted keys that replace those of ``file``. Raises `ServeError` if one does not start.
+    """
+    shard = _shard(config)
+    async with contextlib.AsyncExitStack() as stack:
+        port = _reserve(config.server.host, config.server.port, stack)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="antares-", ignore_cleanup_errors=True))
+        supervisor, predictor_url = supervised_predictor(config, folder)
+        if supervisor is not None:
+            await supervisor.start()
+            stack.push_async_callback(supervisor.stop)
+        url = {} if predictor_url is None else {"predictor.url": predictor_url}
+        parent = Parent(file, config, {**overrides, **url}, shard)
+        beating = asyncio.create_task(sd_notify.keep_watchdog(), name="watchdog")
+        stack.callback(beating.cancel)
+        return await parent.run(port, Path(folder), _on_signals(parent))
+
+
+def _shard(config: GatewayConfig) -> Shard:
+    try:
+        shard = config.shard.shard()
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+    if shard.count * config.server.processes > MAX_SHARDS:
+        raise ServeError(
+            f"shard.count times server.processes is {shard.count * config.server.processes}, and at most "
+            f"{MAX_SHARDS} processes divide the engines; lower one of them"
+        )
+    return shard
+
+
+def _reserve(host: str, port: int, stack: contextlib.AsyncExitStack) -> int:
+    """Return a port that the processes can share until ``stack`` ends. Raises `ServeError` if it is taken."""
+    # Without sharing first: otherwise another gateway that shares the same port would not be noticed.
+    with listen(host, port) as alone:
+        port = alone.getsockname()[1]
+    # It does not listen, so it gets no connection.
+    stack.callback(listen(host, port, shared=True).close)
+    return port
+
+
+def _on_signals(parent: Parent) -> asyncio.Event:
+    """Return an event that the first SIGINT or SIGTERM sets. Later ones go to the processes, as SIGHUP does."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_end() -> None:
+        if stop.is_set():
+            log.warning("another signal: not waiting for open requests")
+            parent.send(signal.SIGTERM)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_end)
+    loop.add_signal_handler(signal.SIGHUP, parent.reload)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    return stop
