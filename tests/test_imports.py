@@ -60,6 +60,7 @@ LAYERS = {
         "model_card",
         "step_time",
         "service_kind",
+        "suggestion",
     ],
     "predictor_service": ["cli", "training", "serving", "calibration", "model"],
     "lab": ["cli", "simulate", "bench", "profile", "workload_options", "bounds", "records", "workload"],

@@ -26,16 +26,11 @@ all requests. The gate learns it.
 - *Drafting*: milliseconds that making drafts adds to a step. N-grams cost almost nothing, a draft model does.
 - *Capacity*: the highest rate that keeps the adherence. *S*: capacity of stock vLLM (`fcfs`) without drafts, at 90%.
 - *Goodput*: attained requests per second, drain included; mean over the seeds. *2 S*: offered at twice S.
-- *Steady state*: the largest gain in a steady state of equal decodes, prompts included, without queues or variation,
-with the best number of drafts. Steps may take {1000 * PACE_S:g} ms for each token that a decode brings. Gains beyond it
-come from different paces and from bursts.
+- *Steady state*: equal decodes in equal steps, without queues or variation, with the best number of drafts per
+decode. A step may take {1000 * PACE_S:g} ms for each token that a decode brings. *Step* and *requests/s* include the
+prompts, *tokens/s of decodes* does not. Gains beyond the steady state come from different paces and from bursts.
 
 {losses(found["profiles"])}
-
-On the H200, chosen drafts at an acceptance of 0.6 gain 1.11x, which is the gain of the steady state. Its 256 slots are
-full and decode in 13 ms, so no pace is tight. One draft for each takes 18 ms and brings 1.6 times the tokens: 1.18x
-the tokens per second, of which prompts leave 1.11x. On the A100, paces are tight: without drafts, `slack` stays below
-the steady state, and drafts gain more than it.
 
 ```
 python -m benchmarks.speculation.study --json docs/results/speculation.json
@@ -60,8 +55,8 @@ def losses(parts: list[dict[str, Any]]) -> str:
 def _figures(case: dict[str, Any]) -> dict[str, float]:
     """Return the figures of a row by their names, rounded as the table shows them."""
     figures = {f"capacity at {float(target):.0%}": round(qps, 1) for target, qps in case["capacity"].items()}
-    for key, digits in _AT_2S:
-        figures[f"{_NAMES[key]} at 2 S"] = round(fmean(run[key] for run in case["runs"]), digits)
+    for name, (key, digits) in _AT_2S.items():
+        figures[name] = round(fmean(run[key] for run in case["runs"]), digits)
     return figures
 
 
@@ -78,13 +73,44 @@ def _section(part: dict[str, Any]) -> Iterator[str]:
                 "" if plain else f"{case['acceptance']:g}",
                 "" if plain else f"{case['draft_ms']:g} ms",
                 *(f"{qps:.1f} ({qps / none[target]:.2f}x)" for target, qps in case["capacity"].items()),
-                *(f"{fmean(run[key] for run in case['runs']):.{digits}f}" for key, digits in _AT_2S),
+                *(f"{fmean(run[key] for run in case['runs']):.{digits}f}" for key, digits in _AT_2S.values()),
             ]
         )
-    yield table([*heads, "goodput at 2 S", "adherence at 2 S"], rows)
-    gains = ", ".join(f"{each['gain']:.2f}x at {each['acceptance']:g}" for each in part["bounds"]["gains"])
-    yield wrapped(f"Steady state, by acceptance: {gains}.")
+    yield table([*heads, *_AT_2S], rows)
+    yield from _steady(part["steady"], none)
 
 
-_AT_2S = (("goodput", 1), ("slo_adherence", 3))
-_NAMES = {"goodput": "goodput", "slo_adherence": "adherence"}
+def _steady(steady: dict[str, Any], capacity: dict[str, float]) -> Iterator[str]:
+    """Yield what limits the steady state without drafts, and a table of the steady states.
+
+    ``capacity``: that of `slack` without drafts (1/s), by adherence.
+    """
+    none, slots, target = steady["best"][0], steady["slots"], max(capacity, key=float)
+    limit = f"The pace of {1000 * PACE_S:g} ms" if none["decodes"] < slots else "The number of slots"
+    below = capacity[target] / none["qps"]
+    yield wrapped(
+        f"Steady state: without drafts, {none['decodes']} of {slots} slots decode in steps of "
+        f"{1000 * none['step_s']:.1f} ms and serve {none['qps']:.1f}/s. {limit} limits them. The capacity of `slack` "
+        f"at {float(target):.0%} is {below:.2f} times that"
+        + (", so drafts can gain more than in the steady state." if round(below, 2) < 1 else ".")
+    )
+    rows = []
+    for each in steady["best"]:
+        tokens_per_s = [state["decodes"] * state["tokens"] / state["decode_s"] for state in (each, none)]
+        rows.append(
+            [
+                f"{each['drafts']}",
+                f"{each['acceptance']:g}" if each is not none else "",
+                f"{each['decodes']}",
+                f"{each['tokens']:.2f}",
+                f"{1000 * each['step_s']:.1f} ms",
+                f"{tokens_per_s[0] / tokens_per_s[1]:.2f}x",
+                f"{each['qps']:.1f} ({each['qps'] / none['qps']:.2f}x)",
+            ]
+        )
+    counts = ("drafts per decode", "acceptance", "decodes", "tokens per decode")
+    yield table([*counts, "step", "tokens/s of decodes", "requests/s"], rows)
+
+
+_AT_2S = {"goodput at 2 S": ("goodput", 1), "adherence at 2 S": ("slo_adherence", 3)}
+"""Columns at twice S: the field of a run, and the digits that are shown."""

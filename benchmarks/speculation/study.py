@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import results_json
 from benchmarks.command import Duration, Jobs, JsonTo, PageOf, Seeds, chosen, write_page
-from benchmarks.speculation.bound import bounds
+from benchmarks.speculation.bound import steady_states
 from benchmarks.speculation.page import page
 from engine_adapter.gates.composite import GATES
 from engine_adapter.gates.slack import SlackGate
@@ -116,8 +116,8 @@ def measure_missing(found: dict[str, Any], profiles: list[str], pool: Executor) 
     missing = [name for name in profiles if all(part["profile"] != name for part in parts)]
     stocks = pool.map(measured, [Case(name, "fcfs") for name in missing], [None] * len(missing))
     for name, stock in zip(missing, stocks, strict=True):
-        steady = bounds(name, DRAFTS, sorted({acceptance for acceptance, _ in DRAFTING}))
-        parts.append({"profile": name, "stock_qps": stock["capacity"]["0.9"], "bounds": steady, "cases": []})
+        steady = steady_states(name, DRAFTS, sorted({acceptance for acceptance, _ in DRAFTING}))
+        parts.append({"profile": name, "stock_qps": stock["capacity"]["0.9"], "steady": steady, "cases": []})
         yield f"{name}: stock vLLM"
     left = [(part, case) for part in parts for case in cases(part["profile"])[len(part["cases"]) :]]
     results = pool.map(measured, [case for _, case in left], [part["stock_qps"] for part, _ in left])

@@ -20,13 +20,13 @@ import json
 import math
 from bisect import bisect_left
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine_adapter.step_time.linear_forms import Floats, StepTimes, fit_itl, fit_prefill
+from engine_adapter.suggestion import did_you_mean
 
 FORMAT = 1
 """Version of the profile file format."""
@@ -275,8 +275,7 @@ def _check_keys(values: dict[str, Any], kind: type[Profile | Regime], where: str
     # A misspelled field is also missing, so look for unknown ones first.
     unknown = sorted(values.keys() - known.keys())
     if unknown:
-        similar = get_close_matches(unknown[0], known, n=1)
-        advice = f"did you mean {similar[0]!r}?" if similar else f"its fields: {', '.join(known)}"
+        advice = did_you_mean(unknown[0], known, "its fields:")
         raise ValueError(f"{where} has no field {unknown[0]!r}; {advice}")
     missing = [name for name, required in known.items() if required and name not in values]
     if missing:

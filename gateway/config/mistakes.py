@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 
+from engine_adapter.suggestion import did_you_mean
 from gateway.config.schema import GatewayConfig
 from gateway.config.section import URL_PATTERN, Section
 from gateway.policies.registry import UnknownOption
@@ -79,10 +79,7 @@ _UNION_MEMBERS = frozenset(
 def _unknown_key(loc: Sequence[str | int]) -> str:
     """Return the reason for the unknown key at ``loc``: it names the most similar key of the section, or else all."""
     known = _keys_at(GatewayConfig, loc[:-1])
-    similar = get_close_matches(str(loc[-1]), known, n=1)
-    if similar:
-        return f"unknown key; did you mean `{similar[0]}`?"
-    return f"unknown key; the keys here are {', '.join(known)}"
+    return f"unknown key; {did_you_mean(str(loc[-1]), known, 'the keys here are', quote='`')}"
 
 
 def _keys_at(kind: Any, loc: Sequence[str | int]) -> list[str]:

@@ -6,9 +6,9 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
+from engine_adapter.suggestion import did_you_mean
 from gateway.policies.annealing.policy import Annealing
 from gateway.policies.base import Policy
 from gateway.policies.fcfs import Fcfs
@@ -72,8 +72,7 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
 
 def _unknown_option(policy: str, option: str, known: Sequence[str]) -> UnknownOption:
     """Return the error for an ``option`` that is not ``known``. It names the most similar option, or else all."""
-    similar = get_close_matches(option, known, n=1)
-    advice = f"did you mean {similar[0]!r}?" if similar else f"its options: {', '.join(known) or 'none'}"
+    advice = did_you_mean(option, known, "its options:")
     error = UnknownOption(f"policy {policy!r} has no option {option!r}; {advice}")
     error.option = option
     return error

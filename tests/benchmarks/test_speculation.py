@@ -43,16 +43,21 @@ def test_run_has_the_drafts_of_its_case(drafts: str) -> None:
     assert (record["steps"] < 600) == (drafts != "none"), "drafts that are all accepted need fewer steps"
 
 
-def test_page_has_a_row_for_each_case(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("slots", "limit"), [(64, "The number of slots limits them."), (80, "The pace of 30 ms limits them.")]
+)
+def test_page_has_a_row_for_each_case(tmp_path: Path, slots: int, limit: str) -> None:
     run = dict.fromkeys(study.FIELDS, 1.0)
     cases = [
         study.Case("p", "slack", drafts, rate)._asdict() | {"capacity": {"0.99": 10.0, "0.9": 20.0}, "runs": [run]}
         for drafts, rate in (("none", 0.0), ("all", 0.6), ("chosen", 0.6))
     ]
-    steady = {"none_qps": 10.0, "gains": [{"acceptance": 0.6, "drafts": 1, "gain": 1.11}]}
+    none = {"acceptance": 0.0} | bound.SteadyState(12.5, 0, 64, 1.0, 0.03, 0.02)._asdict()
+    one = {"acceptance": 0.6} | bound.SteadyState(15.0, 1, 64, 1.6, 0.05, 0.025)._asdict()
+    steady = {"slots": slots, "best": [none, one]}
     found = {
         "drafts": 3, "seeds": 1, "duration_s": 4.0,
-        "profiles": [{"profile": "p", "stock_qps": 5.0, "bounds": steady, "cases": cases}],
+        "profiles": [{"profile": "p", "stock_qps": 5.0, "steady": steady, "cases": cases}],
     }  # fmt: skip
     file = tmp_path / "speculation.json"
     file.write_text(json.dumps(found))
@@ -61,7 +66,10 @@ def test_page_has_a_row_for_each_case(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["--page", str(file)]).exit_code == 0
     page = file.with_suffix(".md").read_text()
     assert "## p: S = 5/s" in page
-    assert "Steady state, by acceptance: 1.11x at 0.6." in page
+    unwrapped = " ".join(page.split())
+    assert f"64 of {slots} slots decode in steps of 30.0 ms and serve 12.5/s. {limit}" in unwrapped
+    assert "capacity of `slack` at 99% is 0.80 times that" in unwrapped
+    assert "| 1 | 0.6 | 64 | 1.60 | 50.0 ms | 1.28x | 15.0 (1.20x) |" in page
     assert page.count("| 10.0 (1.00x) | 20.0 (1.00x) |") == 3
 
 
@@ -110,14 +118,24 @@ def test_steady_rate_of_free_drafts_is_that_of_their_tokens() -> None:
     """A step of 10 ms whatever it computes, and no prompt to speak of: all accepted, k drafts bring 1 + k tokens."""
     profile = Profile("p", "", {}, (Regime(math.inf, 0.01, 0.0, 0.0, 0.0, 0.0, 0.0),), 64, 512, 1024, 4096)
     workload = make_workload("sharegpt", qps=10.0, duration_s=20.0, seed=0)
-    plain, drafted = (bound.steady_rate(profile, workload, drafts, 1.0) for drafts in (0, 3))
+    plain, drafted = (bound.steady_state(profile, workload, [drafts], 1.0) for drafts in (0, 3))
     output = sum(request.output_tokens for request in workload) / len(workload)
-    assert plain == pytest.approx(64 / output / 0.01)
-    assert drafted == pytest.approx(4 * plain)
+    assert plain.qps == pytest.approx(64 / output / 0.01)
+    assert drafted.qps == pytest.approx(4 * plain.qps)
+    assert drafted.tokens == 4
 
 
-def test_bounds_never_fall_below_no_drafts() -> None:
-    found = bound.bounds("h200-llama3.1-8b", 3, [0.4, 0.8])
-    assert [each["gain"] >= 1 for each in found["gains"]] == [True, True]
-    assert found["gains"][0]["drafts"] == 0
-    assert found["gains"][1]["gain"] > 1.1
+def test_steady_state_needs_a_batch_that_keeps_the_pace() -> None:
+    profile = Profile("p", "", {}, (Regime(math.inf, 0.04, 0.0, 0.0, 0.0, 0.0, 0.0),), 64, 512, 1024, 4096)
+    workload = make_workload("sharegpt", qps=10.0, duration_s=2.0, seed=0)
+    with pytest.raises(ValueError, match="8 decodes take longer"):
+        bound.steady_state(profile, workload, [0], 0.0)
+    assert bound.steady_state(profile, workload, [0, 1], 1.0).drafts == 1, "with a draft, a step may take 60 ms"
+
+
+def test_best_steady_states_have_no_drafts_if_those_gain_nothing() -> None:
+    found = bound.steady_states("h200-llama3.1-8b", 3, [0.4, 0.8])
+    none, rarely, often = found["best"]
+    assert (none["drafts"], rarely["drafts"]) == (0, 0)
+    assert rarely["qps"] == none["qps"]
+    assert often["qps"] > 1.1 * none["qps"]
