@@ -60,8 +60,11 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
-    async def stop(self, timeout_s: float = 5.0) -> int | None:
-        """Send SIGTERM, then SIGKILL after ``timeout_s`` seconds. Returns the exit code, None if no child ran."""
+    async def stop(self, timeout_s: float | None = 5.0) -> int | None:
+        """Send SIGTERM, then SIGKILL after ``timeout_s`` seconds (None: never).
+
+        Returns the exit code, None if no child ran.
+        """
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

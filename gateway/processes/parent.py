@@ -41,8 +41,12 @@ READY, STARTING = "ready", "it is starting"
 HANG_S = 30.0
 """Seconds without a sign of life after which a process is killed and started again. It gives one each half of them."""
 
-KILL_S = 30.0
-"""Seconds beyond ``server.drain_s`` that a process may take to stop. Convention."""
+CHECKS = 10
+"""Times that the parent looks for a sign of life in `HANG_S`. It counts them, not the seconds: while the whole machine
+or container is paused, nothing gives a sign of life."""
+
+START_CHECKS = 10 * CHECKS
+"""The same until the first sign of life: a cold disk and many processes make a start slow. Convention."""
 
 
 class Process:
@@ -53,15 +57,15 @@ class Process:
         own_port: the port that only it listens on.
         status: why it is not ready; if it is, it begins with `READY`.
         up: it serves, with the configuration that counts now.
-        failed: set if it ended before it ever served.
+        failed: whether it ended before it ever served.
         reloaded: called when it has read the configuration again because a client asked it to.
     """
 
     def __init__(self, child: Child, folder: Path, on_change: Callable[[], None]) -> None:
         self.index, self.port, self.own_port = child.index, child.overrides["server.port"], child.own_port
-        self.status, self.up, self.failed = STARTING, False, asyncio.Event()
+        self.status, self.up, self.failed = STARTING, False, False
         self.reloaded: Callable[[], None] = lambda: None
-        self._on_change, self._heard_at = on_change, time.monotonic()
+        self._on_change, self._checks_left = on_change, START_CHECKS
         self._serves = self._was_up = self._must_reload = False
         path = folder / f"{child.index}.sock"
         self._mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -80,9 +84,10 @@ class Process:
         """Start the process, and the task that restarts it."""
         await self._supervisor.start()
 
-    async def stop(self, within_s: float) -> int:
-        """Have the process drain and end, and kill it after ``within_s`` (s). Returns its exit code."""
-        code = await self._supervisor.stop(within_s)
+    async def stop(self) -> int:
+        """Have the process drain and end. Returns its exit code."""
+        # Only the process knows how long it may drain: a reload can change that. If it hangs, `check` kills it.
+        code = await self._supervisor.stop(None)
         asyncio.get_running_loop().remove_reader(self._mailbox)
         self._mailbox.close()
         if code is None or code == -signal.SIGTERM:
@@ -110,24 +115,23 @@ class Process:
         if self._serves:
             self.send(signal.SIGHUP)
 
-    def kill_if_hung(self) -> None:
-        """Kill a process that has given no sign of life for `HANG_S`."""
-        if time.monotonic() - self._heard_at > HANG_S and self.pid is not None:
+    def check(self) -> None:
+        """Kill the process if it has given no sign of life since the last `CHECKS` calls."""
+        self._checks_left -= 1
+        if self._checks_left == 0 and self.pid is not None:
             log.error("process %d hangs: killing it", self.index)
-            self._heard_at = time.monotonic()
             self.send(signal.SIGKILL)
 
     def _keep(self, code: int) -> bool:
         """Return whether to start the process again, which ended with ``code``: not if it has never started."""
         self.up = self._serves = False
         self.status = f"it ended with code {code}"
-        if not self._was_up:
-            self.failed.set()
+        self.failed = not self._was_up
         self._on_change()
         return self._was_up
 
     def _on_restart(self) -> None:
-        self.status, self._heard_at = STARTING, time.monotonic()
+        self.status, self._checks_left = STARTING, START_CHECKS
 
     def _read(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -136,7 +140,7 @@ class Process:
 
     def _hear(self, message: str) -> None:
         said = dict(line.partition("=")[::2] for line in message.splitlines())
-        self._heard_at = time.monotonic()
+        self._checks_left = CHECKS
         if "X_OWN_PORT" in said:
             self.own_port = int(said["X_OWN_PORT"])
         if "READY" in said:
@@ -164,35 +168,41 @@ class Parent:
     def __init__(self, file: Path, config: GatewayConfig, overrides: Mapping[str, Any], shard: Shard) -> None:
         self._file, self._config, self._overrides, self._shard = file, config, overrides, shard
         self.processes: list[Process] = []
-        self._started, self._printed_ready, self._stopping = time.monotonic(), False, False
+        self._started, self._printed_ready, self._ending = time.monotonic(), False, asyncio.Event()
         self._told: dict[Process, str] = {}
 
-    async def run(self, port: int, folder: Path, stop: asyncio.Event) -> int:
-        """Run the processes on ``port`` until ``stop`` is set. Returns the highest exit code.
+    async def run(self, port: int, folder: Path) -> int:
+        """Run the processes on ``port`` until `end` is called. Returns the highest exit code.
 
         ``folder``: for their sockets to the parent. Raises `ServeError` if one of them does not start.
         """
-        children = [self._child(index, port) for index in range(self._config.server.processes)]
-        self.processes = [Process(child, folder, self._tell) for child in children]
-        for process in self.processes:
-            process.reloaded = lambda process=process: self._reload_all_but(process)  # type: ignore[misc]
-        watching = asyncio.create_task(self._kill_what_hangs(), name="watch processes")
-        failing = [asyncio.create_task(process.failed.wait()) for process in self.processes]
-        stopping = asyncio.create_task(stop.wait())
+        watching = asyncio.create_task(self._check_all(), name="watch processes")
         try:
-            await asyncio.gather(*(process.start() for process in self.processes))
-            await asyncio.wait({stopping, *failing}, return_when=asyncio.FIRST_COMPLETED)
+            for index in range(self._config.server.processes):
+                self.processes.append(Process(self._child(index, port), folder, self._tell))
+            for process in self.processes:
+                process.reloaded = lambda process=process: self._reload_all_but(process)  # type: ignore[misc]
+                await process.start()
+            await self._ending.wait()
+        except OSError as error:
+            # No memory, too many processes, or too long a path of the socket.
+            raise ServeError(f"cannot start {self._config.server.processes} processes: {error}") from error
         finally:
-            for task in (watching, stopping, *failing):
-                task.cancel()
-            self._stopping = True
+            self._ending.set()
             sd_notify.notify(STOPPING=1, STATUS="draining")
-            within_s = self._config.server.drain_s + KILL_S
-            codes = await asyncio.gather(*(process.stop(within_s) for process in self.processes))
+            codes = await asyncio.gather(*(process.stop() for process in self.processes))
+            watching.cancel()
         for process in self.processes:
-            if process.failed.is_set():
+            if process.failed:
                 raise ServeError(f"process {process.index} did not start; the lines above say why")
         return max(codes)
+
+    def end(self) -> None:
+        """Have all processes drain and end. Called again, have them not wait for open requests."""
+        if self._ending.is_set():
+            log.warning("another signal: not waiting for open requests")
+            self.send(signal.SIGTERM)
+        self._ending.set()
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to all processes."""
@@ -220,15 +230,17 @@ class Parent:
         own_port = port + 1 + index if self._config.server.port else 0
         return Child(index, str(self._file), os.getpid(), own_port, {**self._overrides, **overrides})
 
-    async def _kill_what_hangs(self) -> None:
+    async def _check_all(self) -> None:
         while True:
-            await asyncio.sleep(HANG_S / 10)
+            await asyncio.sleep(HANG_S / CHECKS)
             for process in self.processes:
-                process.kill_if_hung()
+                process.check()
 
     def _tell(self) -> None:
         """Tell systemd how the processes are, and print what is new."""
-        if self._stopping:
+        if any(process.failed for process in self.processes):
+            self._ending.set()
+        if self._ending.is_set():
             return
         down = next((process for process in self.processes if not process.is_ready), None)
         if all(process.up for process in self.processes):
@@ -273,7 +285,8 @@ async def serve_all(file: Path, config: GatewayConfig, overrides: Mapping[str, A
         parent = Parent(file, config, {**overrides, **url}, shard)
         beating = asyncio.create_task(sd_notify.keep_watchdog(), name="watchdog")
         stack.callback(beating.cancel)
-        return await parent.run(port, Path(folder), _on_signals(parent))
+        _on_signals(parent)
+        return await parent.run(port, Path(folder))
 
 
 def _shard(config: GatewayConfig) -> Shard:
@@ -299,19 +312,10 @@ def _reserve(host: str, port: int, stack: contextlib.AsyncExitStack) -> int:
     return port
 
 
-def _on_signals(parent: Parent) -> asyncio.Event:
-    """Return an event that the first SIGINT or SIGTERM sets. Later ones go to the processes, as SIGHUP does."""
-    stop = asyncio.Event()
+def _on_signals(parent: Parent) -> None:
+    """End on SIGINT and SIGTERM, and reload on SIGHUP."""
     loop = asyncio.get_running_loop()
-
-    def on_end() -> None:
-        if stop.is_set():
-            log.warning("another signal: not waiting for open requests")
-            parent.send(signal.SIGTERM)
-        stop.set()
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_end)
+        loop.add_signal_handler(number, parent.end)
     loop.add_signal_handler(signal.SIGHUP, parent.reload)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    return stop

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
 import socket
 import sys
+import time
 from asyncio.subprocess import Process
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
@@ -23,6 +25,7 @@ from gateway.config.schema import parse
 from gateway.listening import ServeError
 from gateway.processes import parent
 from gateway.serve import EXIT_CUT
+from gateway.supervisor import Supervisor
 from tests.fixtures.live_gateway import CLASSES, gateway_config
 from tests.fixtures.live_server import HANG_S, eventually
 from tests.fixtures.ports import free_port, free_ports
@@ -213,22 +216,79 @@ async def test_parent_tells_systemd_once_all_processes_serve(tmp_path: Path, mon
             assert hear()[-1] == "STOPPING=1\nSTATUS=draining"
 
 
+@asynccontextmanager
+async def parent_of(folder: Path, ports: list[int]) -> AsyncIterator[tuple[parent.Parent, asyncio.Task[int]]]:
+    """Run a parent in this process. Yields it and the task with its exit code, once its processes are ready."""
+    file = folder / "antares.yaml"
+    file.write_text(yaml.safe_dump(document(ports)))
+    config = gateway_config(**document(ports))
+    one = parent.Parent(file, config, {}, config.shard.shard())
+    running = asyncio.create_task(one.run(free_port(), folder))
+    await eventually(lambda: running.done() or (pids_of(one) and all(process.is_ready for process in one.processes)))
+    yield one, running
+    if not running.done():
+        one.end()
+        assert await running == 0
+
+
+def pids_of(one: parent.Parent) -> list[int]:
+    return [process.pid or 0 for process in one.processes]
+
+
 async def test_hung_process_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parent, "HANG_S", 3.0)
-    async with servers(2) as engines:
-        file = tmp_path / "antares.yaml"
-        file.write_text(yaml.safe_dump(document([*engines])))
-        config = gateway_config(**document([*engines]))
-        one, stop = parent.Parent(file, config, {}, config.shard.shard()), asyncio.Event()
-        running = asyncio.create_task(one.run(free_port(), tmp_path, stop))
-        await eventually(lambda: one.processes and all(process.is_ready for process in one.processes))
-        first = [process.pid for process in one.processes]
-        assert first[0] is not None
+    async with servers(2) as engines, parent_of(tmp_path, [*engines]) as (one, _):
+        first = pids_of(one)
         os.kill(first[0], signal.SIGSTOP)
-        await eventually(lambda: one.processes[0].pid not in (None, first[0]) and one.processes[0].is_ready)
-        assert one.processes[1].pid == first[1]
-        stop.set()
-        assert await running == 0
+        await eventually(lambda: pids_of(one)[0] not in (0, first[0]) and one.processes[0].is_ready)
+        assert pids_of(one)[1] == first[1]
+
+
+async def test_process_that_hangs_while_it_drains_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent, "HANG_S", 3.0)
+    async with servers(2) as engines, parent_of(tmp_path, [*engines]) as (one, running):
+        os.kill(pids_of(one)[0], signal.SIGSTOP)
+        one.end()
+        async with asyncio.timeout(25):
+            assert await running == 1
+
+
+async def test_processes_survive_a_pause_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent, "HANG_S", 3.0)
+    async with servers(2) as engines, parent_of(tmp_path, [*engines]) as (one, _):
+        first = pids_of(one)
+        for pid in first:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(3.5)  # noqa: ASYNC251 - pauses the parent too
+        await asyncio.sleep(0)
+        for pid in first:
+            os.kill(pid, signal.SIGCONT)
+        await asyncio.sleep(1)
+        assert pids_of(one) == first
+
+
+async def test_failed_start_of_a_process_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = Supervisor.start, []
+
+    async def failing(self: Supervisor) -> None:
+        if started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        await start(self)
+        started.append(self.pid)
+
+    monkeypatch.setattr(Supervisor, "start", failing)
+    with pytest.raises(ServeError, match="cannot start 2 processes: .* Resource temporarily unavailable"):
+        async with parent_of(tmp_path, [1, 2]) as (_, running):
+            await running
+    assert not alive(started)
+
+
+async def test_folder_with_too_long_a_name_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    with pytest.raises(ServeError, match="AF_UNIX path too long"):
+        async with parent_of(folder, [1, 2]) as (_, running):
+            await running
 
 
 # --- starts that fail -------------------------------------------------------------------------------------------------
