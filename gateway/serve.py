@@ -110,7 +110,7 @@ async def serve(
         serving = asyncio.create_task(server.serve(sockets=listeners), name="http server")
         stack.push_async_callback(_close, server, serving, gateway.connections)
         stack.push_async_callback(gateway.stop)
-        stop, hurry = _stop_on_signals()
+        stop, hurry = _stop_on_signals(child)
         if load is not None:
             stack.push_async_callback(_reload_on_signal(gateway, load, file, child))
         following = discovery.follow(lambda: gateway.config.engines, gateway.update_engines)
@@ -214,10 +214,10 @@ async def _drain(gateway: Gateway, drain_s: float, hurry: asyncio.Event) -> int:
     return left
 
 
-def _stop_on_signals() -> tuple[asyncio.Event, asyncio.Event]:
+def _stop_on_signals(child: Child | None) -> tuple[asyncio.Event, asyncio.Event]:
     """Return two events: the first SIGINT or SIGTERM sets the first one, the second signal sets both.
 
-    From the third signal on, everything but the HTTP server is cancelled.
+    From the third signal on, everything but the HTTP server is cancelled. ``child``: only SIGINT counts twice.
     """
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -233,8 +233,9 @@ def _stop_on_signals() -> tuple[asyncio.Event, asyncio.Event]:
             hurry.set()
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+    loop.add_signal_handler(signal.SIGINT, on_signal)
+    # A process manager may send SIGTERM to all processes, and then the parent forwards its own.
+    loop.add_signal_handler(signal.SIGTERM, on_signal if child is None else stop.set)
     return stop, hurry
 
 

@@ -201,7 +201,8 @@ class Parent:
         """Have all processes drain and end. Called again, have them not wait for open requests."""
         if self._ending.is_set():
             log.warning("another signal: not waiting for open requests")
-            self.send(signal.SIGTERM)
+            # A second SIGTERM would mean nothing to them.
+            self.send(signal.SIGINT)
         self._ending.set()
 
     def send(self, number: signal.Signals) -> None:
@@ -278,14 +279,14 @@ async def serve_all(file: Path, config: GatewayConfig, overrides: Mapping[str, A
         port = _reserve(config.server.host, config.server.port, stack)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="antares-", ignore_cleanup_errors=True))
         supervisor, predictor_url = supervised_predictor(config, folder)
+        url = {} if predictor_url is None else {"predictor.url": predictor_url}
+        parent = Parent(file, config, {**overrides, **url}, shard)
+        _on_signals(parent)
         if supervisor is not None:
             await supervisor.start()
             stack.push_async_callback(supervisor.stop)
-        url = {} if predictor_url is None else {"predictor.url": predictor_url}
-        parent = Parent(file, config, {**overrides, **url}, shard)
         beating = asyncio.create_task(sd_notify.keep_watchdog(), name="watchdog")
         stack.callback(beating.cancel)
-        _on_signals(parent)
         return await parent.run(port, Path(folder))
 
 

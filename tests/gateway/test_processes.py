@@ -29,7 +29,7 @@ from gateway.supervisor import Supervisor
 from tests.fixtures.live_gateway import CLASSES, gateway_config
 from tests.fixtures.live_server import HANG_S, eventually
 from tests.fixtures.ports import free_port, free_ports
-from tests.fixtures.served_process import served
+from tests.fixtures.served_process import served, until_said
 from tests.fixtures.simulated_servers import ask, running, servers, stream
 
 pytestmark = [
@@ -158,6 +158,27 @@ async def test_sigterm_drains_all_processes(tmp_path: Path, drain_s: float, code
         assert not alive(pids)
 
 
+async def test_sigterm_to_parent_and_processes_cuts_no_request(tmp_path: Path) -> None:
+    async with servers(2) as engines, two(tmp_path, [*engines]) as (process, http):
+        streams = [asyncio.create_task(stream(http)) for _ in range(8)]
+        await eventually(lambda: sum(running(engines)) == 8)
+        for pid in [*children(process), process.pid]:
+            os.kill(pid, signal.SIGTERM)
+        assert await process.wait() == 0
+        assert await asyncio.gather(*streams) == [True] * 8
+
+
+async def test_second_signal_ends_the_drain_of_all_processes(tmp_path: Path) -> None:
+    async with servers(2) as engines, two(tmp_path, [*engines]) as (process, http):
+        streams = [asyncio.create_task(stream(http)) for _ in range(8)]
+        await eventually(lambda: min(running(engines)) > 0 and sum(running(engines)) == 8)
+        process.terminate()
+        await until_said(process, "draining")
+        process.terminate()
+        assert await process.wait() == EXIT_CUT
+        await asyncio.gather(*streams)
+
+
 @pytest.mark.parametrize("by", ["signal", "request"])
 async def test_reload_reaches_all_processes(tmp_path: Path, by: str) -> None:
     async with servers(2) as engines, two(tmp_path, [*engines]) as (process, http):
@@ -277,7 +298,7 @@ async def test_failed_start_of_a_process_leaves_none_behind(tmp_path: Path, monk
         started.append(self.pid)
 
     monkeypatch.setattr(Supervisor, "start", failing)
-    with pytest.raises(ServeError, match="cannot start 2 processes: .* Resource temporarily unavailable"):
+    with pytest.raises(ServeError, match=r"cannot start 2 processes: .* Resource temporarily unavailable"):
         async with parent_of(tmp_path, [1, 2]) as (_, running):
             await running
     assert not alive(started)
@@ -335,6 +356,21 @@ async def test_second_gateway_on_the_same_port_does_not_start(tmp_path: Path) ->
 def test_configuration_that_cannot_be_divided_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse({**document([1, 2]), **change})
+
+
+async def test_signals_count_while_the_predictor_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    actions: list[Any] = []
+
+    async def start(self: Supervisor) -> None:
+        actions.extend(map(signal.getsignal, (signal.SIGHUP, signal.SIGTERM)))
+        raise ServeError("seen")
+
+    monkeypatch.setattr(Supervisor, "start", start)
+    config = gateway_config(**{**document([1, 2]), "predictor": {"enabled": True}})
+    with pytest.raises(ServeError, match="seen"):
+        await parent.serve_all(tmp_path / "antares.yaml", config, {})
+    assert len(actions) == 2
+    assert signal.SIG_DFL not in actions
 
 
 async def test_too_many_processes_of_all_gateways_are_refused(tmp_path: Path) -> None:
