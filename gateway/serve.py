@@ -29,7 +29,7 @@ from gateway.config.schema import GatewayConfig
 from gateway.discovery import Discovery
 from gateway.engines import build_engine
 from gateway.heap import collecting_when_quiet
-from gateway.listening import ServeError, listen
+from gateway.listening import ServeError, listen, url
 from gateway.observability.recorder import ObservabilityError
 from gateway.predictor_process import supervised_predictor
 from gateway.reload import Reloader, Report
@@ -288,8 +288,7 @@ def _print_ready(gateway: Gateway, port: int, seconds: float) -> None:
                 f"engine {engine.name} is not up: {escape(engine.state.why_down)}. Antares keeps trying.",
                 soft_wrap=True,
             )
-    host = config.server.host if config.server.host not in ("0.0.0.0", "::") else "127.0.0.1"
-    base = f"http://{host}:{port}"
+    base = url(config.server.host, port)
     model = gateway.router.default_model or "MODEL"
     up = ", ".join(queue.engine.name for queue in gateway.engine_queues if queue.engine.state.alive)
     auth = ' -H "Authorization: Bearer $ANTARES_API_KEY"' if config.requires_key else ""

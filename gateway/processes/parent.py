@@ -28,7 +28,7 @@ from gateway import sd_notify
 from gateway.child import Child
 from gateway.config.schema import GatewayConfig
 from gateway.config.shard import MAX_SHARDS
-from gateway.listening import ServeError, listen
+from gateway.listening import ServeError, listen, url
 from gateway.predictor_process import supervised_predictor
 from gateway.scheduling.shards import Shard
 from gateway.supervisor import Supervisor
@@ -244,25 +244,25 @@ class Parent:
         if self._ending.is_set():
             return
         down = next((process for process in self.processes if not process.is_ready), None)
-        if all(process.up for process in self.processes):
-            sd_notify.notify(READY=1, STATUS=READY if down is None else f"process {down.index}: {down.status}")
+        ready = {"READY": 1} if all(process.up for process in self.processes) else {}
+        sd_notify.notify(**ready, STATUS=READY if down is None else f"process {down.index}: {down.status}")
         for process in self.processes:
             if process.status in (STARTING, self._told.get(process)):
                 continue
             self._told[process] = process.status
             if not process.is_ready:
-                log.warning("process %d is not ready: %s", process.index, process.status)
+                log.warning("process %d: %s", process.index, process.status)
             elif self._printed_ready:
-                log.info("process %d is %s", process.index, process.status)
+                log.info("process %d: %s", process.index, process.status)
         if down is None and not self._printed_ready:
             self._printed_ready = True
             self._print_ready()
 
     def _print_ready(self) -> None:
-        host = self._config.server.host if self._config.server.host not in ("0.0.0.0", "::") else "127.0.0.1"
-        metrics = "  ".join(f"http://{host}:{process.own_port}/metrics" for process in self.processes)
+        host = self._config.server.host
+        metrics = "  ".join(f"{url(host, process.own_port)}/metrics" for process in self.processes)
         console.print(
-            f"[bold green]Antares is ready[/bold green] at http://{host}:{self.processes[0].port} after "
+            f"[bold green]Antares is ready[/bold green] at {url(host, self.processes[0].port)} after "
             f"{time.monotonic() - self._started:.0f} s, {len(self.processes)} processes. Ctrl-C stops it.\n\n"
             f"  metrics of each process  {metrics}\n",
             soft_wrap=True,
@@ -279,8 +279,8 @@ async def serve_all(file: Path, config: GatewayConfig, overrides: Mapping[str, A
         port = _reserve(config.server.host, config.server.port, stack)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="antares-", ignore_cleanup_errors=True))
         supervisor, predictor_url = supervised_predictor(config, folder)
-        url = {} if predictor_url is None else {"predictor.url": predictor_url}
-        parent = Parent(file, config, {**overrides, **url}, shard)
+        shared = {} if predictor_url is None else {"predictor.url": predictor_url}
+        parent = Parent(file, config, {**overrides, **shared}, shard)
         _on_signals(parent)
         if supervisor is not None:
             await supervisor.start()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gateway.listening import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES, listen
+from gateway.listening import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES, listen, url
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems may not inherit the options")
@@ -21,3 +21,16 @@ def test_listen_enables_keep_alive_on_accepted_sockets() -> None:
                 for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
             ]
             assert options == [KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("gateway.local", "http://gateway.local:8100"),
+        ("0.0.0.0", "http://127.0.0.1:8100"),
+        ("::", "http://[::1]:8100"),
+        ("fd00::5", "http://[fd00::5]:8100"),
+    ],
+)
+def test_url_reaches_the_host(host: str, expected: str) -> None:
+    assert url(host, 8100) == expected

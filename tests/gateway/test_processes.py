@@ -231,6 +231,10 @@ async def test_parent_tells_systemd_once_all_processes_serve(tmp_path: Path, mon
             told.clear()
             process.send_signal(signal.SIGHUP)
             await eventually(lambda: "READY=1\nSTATUS=ready" in hear())
+            first = children(process)[1]
+            os.kill(first, signal.SIGKILL)
+            await eventually(lambda: hear()[-1] == "STATUS=process 1: it ended with code -9")
+            await eventually(lambda: hear()[-1] == "READY=1\nSTATUS=ready")
             assert told[0].startswith("RELOADING=1\nMONOTONIC_USEC=")
             process.terminate()
             assert await process.wait() == 0
