@@ -7,7 +7,6 @@ import contextlib
 import logging
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -81,9 +80,7 @@ async def serve(
             stack.callback(listener.close)
         if child is not None:
             stack.push_async_callback(cancel_and_wait, asyncio.create_task(child.end_with_parent(), name="parent"))
-        # The predictor's state must survive its restarts, even without a configured folder.
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="antares-", ignore_cleanup_errors=True))
-        supervisor, predictor_url = supervised_predictor(config, scratch)
+        supervisor, predictor_url = supervised_predictor(config, stack)
         if supervisor is not None:
             await supervisor.start()
             stack.push_async_callback(supervisor.stop)

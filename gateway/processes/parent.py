@@ -278,7 +278,7 @@ async def serve_all(file: Path, config: GatewayConfig, overrides: Mapping[str, A
     async with contextlib.AsyncExitStack() as stack:
         port = _reserve(config.server.host, config.server.port, stack)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="antares-", ignore_cleanup_errors=True))
-        supervisor, predictor_url = supervised_predictor(config, folder)
+        supervisor, predictor_url = supervised_predictor(config, stack)
         shared = {} if predictor_url is None else {"predictor.url": predictor_url}
         parent = Parent(file, config, {**overrides, **shared}, shard)
         _on_signals(parent)

@@ -135,6 +135,17 @@ async def test_loss_of_a_process_costs_its_own_requests_only(tmp_path: Path) -> 
                 assert await ask(http) == 200
 
 
+async def test_killed_process_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    async with servers(2) as engines, two(tmp_path, [*engines]) as (process, _):
+        os.kill(children(process)[0], signal.SIGKILL)
+        await until_said(process, "restarting it")
+        process.terminate()
+        assert await process.wait() == 0
+        assert not [*(tmp_path / "tmp").iterdir()]
+
+
 async def test_process_that_is_stopped_alone_drains_and_is_replaced(tmp_path: Path) -> None:
     async with servers(2) as engines, two(tmp_path, [*engines]) as (process, http):
         streams = [asyncio.create_task(stream(http)) for _ in range(12)]

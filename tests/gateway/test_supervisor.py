@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -102,18 +103,24 @@ async def test_supervisor_retries_while_the_command_is_missing(tmp_path: Path) -
     await child.stop()
 
 
+def test_supervised_predictor_gets_a_folder_until_the_gateway_ends() -> None:
+    with ExitStack() as stack:
+        supervisor, _ = supervised_predictor(gateway_config(predictor={}), stack)
+        assert supervisor is not None
+        state = Path(supervisor.command[-1])
+        assert supervisor.command[-2] == "--state"
+        assert state.is_dir()
+    assert not state.exists()
+
+
 def test_supervised_predictor_gets_the_configured_folders() -> None:
-    supervisor, url = supervised_predictor(gateway_config(predictor={}), "/scratch")
-    assert supervisor is not None
-    assert url is not None
-    assert supervisor.command[-2:] == ["--state", "/scratch"]
     section = {"state_dir": "/state", "collect_dir": "/lengths", "collect_limit_mb": 64}
-    supervisor, _ = supervised_predictor(gateway_config(predictor=section), "/scratch")
+    supervisor, _ = supervised_predictor(gateway_config(predictor=section), ExitStack())
     assert supervisor is not None
     assert supervisor.command[-6:] == ["--state", "/state", "--collect", "/lengths", "--collect-limit-mb", "64"]
 
 
 def test_supervised_predictor_is_none_for_a_remote_or_disabled_one() -> None:
     remote, disabled = gateway_config(predictor={"url": "http://remote/"}), gateway_config(predictor={"enabled": False})
-    assert supervised_predictor(remote, "/scratch") == (None, "http://remote")
-    assert supervised_predictor(disabled, "/scratch") == (None, None)
+    assert supervised_predictor(remote, ExitStack()) == (None, "http://remote")
+    assert supervised_predictor(disabled, ExitStack()) == (None, None)
