@@ -4,8 +4,8 @@ One JSON line for each request, in Mooncake's format with members of ours: arriv
 A request that was not served counts too, with its predicted length: it is part of the demand.
 
 Prompts with the same beginning have the same leading ``hash_ids``. INVARIANT: these tell nothing else about the text.
-They are BLAKE2b with a random salt that is never stored, and each file has its own. So a known text cannot be looked
-for among the prompts, not even by the gateway after a restart.
+They are BLAKE2b with a random salt that is never stored, and each file has its own, one for each process that writes
+it. So a known text cannot be looked for among the prompts, not even by the gateway after a restart.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class TrafficRecording:
     def __init__(self, path: str, max_bytes: int) -> None:
         self._file = LineFile(path, "recording.path")
         self._previous, self._max_bytes = previous_name(path), max_bytes
-        self._salt = secrets.token_bytes(32)
+        self._salt, self._salted = secrets.token_bytes(32), self._file.opened
         # Prompt and output tokens of the last request of each class whose lengths are known.
         self._usual: dict[str, tuple[int, int]] = {}
         self._queue: BackgroundQueue[_Traffic] = BackgroundQueue("recording", self._write, limit=MAX_WAITING)
@@ -96,10 +96,9 @@ class TrafficRecording:
 
     def _write(self, batch: list[_Traffic]) -> None:
         lines = b"".join(map(self._line, batch))
-        size = self._file.size
-        if size and size + len(lines) > self._max_bytes:
-            self._file.rename(self._previous)
-            self._salt = secrets.token_bytes(32)
+        self._file.rotate(self._previous, self._max_bytes - len(lines))
+        if self._salted != self._file.opened:
+            self._salt, self._salted = secrets.token_bytes(32), self._file.opened
             lines = b"".join(map(self._line, batch))
         self._file.append(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,39 @@ def test_full_file_is_renamed_and_the_next_one_has_other_hashes(tmp_path: Path) 
     assert sorted(tmp_path.iterdir()) == sorted(files)
     assert all(0 < file.stat().st_size <= 1000 for file in files)
     assert all(lines_of(file) for file in files)
+
+
+def test_two_recordings_of_a_file_lose_no_line_when_it_is_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As of two processes, which find the file full at the same time.
+    one, two = (line_file.LineFile(str(path), "recording.path") for _ in range(2))
+    one.append(b"of both, and full\n")
+    lock = line_file._lock
+
+    def after_the_other(descriptor: int) -> None:
+        monkeypatch.setattr(line_file, "_lock", lock)
+        two.rotate(previous_name(str(path)), 10)
+        two.append(b"new\n")
+        lock(descriptor)
+
+    monkeypatch.setattr(line_file, "_lock", after_the_other)
+    one.rotate(previous_name(str(path)), 10)
+    one.append(b"also\n")
+    assert path.read_text() == "new\nalso\n"
+    assert Path(previous_name(str(path))).read_text() == "of both, and full\n"
+    one.close()
+    two.close()
+
+
+async def test_file_that_another_program_renamed_has_other_hashes(
+    tmp_path: Path, path: Path, recording: TrafficRecording
+) -> None:
+    hashes = []
+    for number in range(2):
+        recording.put(*ended(number, blocks=(1, 2), block_tokens=64.0, block_bytes=256))
+        await eventually(lambda: path.exists() and lines_of(path))
+        hashes.append(lines_of(path)[0]["hash_ids"])
+        os.rename(path, tmp_path / f"old-{number}")  # noqa: PTH104 - of a local file
+    assert hashes[0] != hashes[1]
 
 
 def test_full_disk_drops_requests_and_leaves_no_half_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
