@@ -112,6 +112,7 @@ BAD_VALUES: list[tuple[str, dict[str, Any]]] = [
             "engines": [{"name": "a", "model": "m", "replicas": 2}],
         },
     ),
+    ("set gateway.shards instead", {"gateway": {"config": {"server": {"processes": 2}}}}),
     ("engines", {"engines": []}),
     ("name", {"engines": [{"model": "m"}]}),
     ("name", {"engines": [{"name": "gateway", "model": "m"}]}),

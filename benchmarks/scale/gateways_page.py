@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import fmean
+from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
+from benchmarks import results_json
 from benchmarks.markdown import table, wrapped
+from benchmarks.overhead.peers.report import BURST_CPU, LOAD_CPU, values
+from benchmarks.overhead.peers.servers import ANTARES
 
-REQUEST_US, EVENT_US = 551, 58
-"""CPU time (us) of the whole gateway for a request and for an event of a stream, in docs/results/peers.md."""
+PEERS = Path(__file__).parents[2] / "docs" / "results" / "peers.json"
+"""Results with the CPU time of the whole gateway for a request and for an event of a stream."""
 
 
 def page(found: dict[str, Any]) -> str:
@@ -105,10 +109,12 @@ def _traffic(fleet: dict[str, Any]) -> str:
 def _process(found: dict[str, Any]) -> Iterator[str]:
     """Yield what one process can do, everything included, and why shards were chosen."""
     yield "## What one process can do"
-    requests, streams = 1e6 / REQUEST_US, 1e6 / (REQUEST_US + 100 * EVENT_US)
+    runs = results_json.read(PEERS)["runs"]
+    request_us, event_us = (median(values(runs, ANTARES, column)) for column in (LOAD_CPU, BURST_CPU))
+    requests, streams = 1e6 / request_us, 1e6 / (request_us + 100 * event_us)
     yield wrapped(
         "HTTP, prediction and metrics come on top of the decisions. With one engine, a whole request takes "
-        f"{REQUEST_US} µs of CPU and each event of a stream {EVENT_US} µs ([measured](peers.md)). That is "
+        f"{request_us:.0f} µs of CPU and each event of a stream {event_us:.0f} µs ([measured](peers.md)). That is "
         f"{requests:,.0f} short answers a second, or {streams:,.0f} streams of 100 tokens that begin each second. So "
         "the length of streams sets the number of gateways, unless a decision takes as long as one of `least_load` "
         "among 100 engines."

@@ -21,8 +21,19 @@ from benchmarks.overhead.peers import __main__ as command
 from benchmarks.overhead.peers import processes, servers
 from benchmarks.overhead.peers.client import Answers, Connection, EventCounter, Requests, error_code
 from benchmarks.overhead.peers.measure import SHAPES, Shape, measure, served
-from benchmarks.overhead.peers.report import FIRST_BYTE, LOAD, PACED, Column, cell, failures, page, tables, values
-from benchmarks.overhead.peers.servers import DIRECT, OURS, PEERS, Server, chosen
+from benchmarks.overhead.peers.report import (
+    FIRST_BYTE,
+    LOAD,
+    PACED,
+    Column,
+    cell,
+    failures,
+    page,
+    ratios,
+    tables,
+    values,
+)
+from benchmarks.overhead.peers.servers import BASELINE, DIRECT, OURS, PEERS, Server, chosen
 from benchmarks.overhead.peers.upstream import MODEL, Upstream
 from gateway.config.schema import GatewayConfig
 
@@ -79,6 +90,17 @@ def test_tables_have_a_row_for_each_server_and_only_measured_shapes() -> None:
     assert rows[1][1:3] == ["+2.00 (+1.00 to +3.00)"] * 2
     some = tables([run for run in RUNS if run["shape"] == PACED])
     assert [heads for heads, _ in some.values()] == [["server", "CPU a paced event, µs", "ITL p50, ms", "p99, ms"]]
+
+
+def test_ratios_are_to_the_baseline_of_the_same_round() -> None:
+    rates = {BASELINE: (500.0, 400.0), "antares": (1000.0, 1200.0), DIRECT: (9000.0, 9000.0)}
+    runs = [record(server, LOAD, at, per_s=rate[at]) for server, rate in rates.items() for at in (0, 1)]
+    rate = Column("", LOAD, "per_s", str)
+    assert ratios(runs, rate, "antares") == [2.0, 3.0]
+    assert ratios([run for run in runs if (run["server"], run["round"]) != (BASELINE, 0)], rate, "antares") == [3.0]
+    heads, lines = tables(runs)[f"Multiples of {BASELINE} in the same round"]
+    assert (heads, lines) == (["server", "requests/s", "CPU a request"], [["antares", "2.50 (2.00 to 3.00)", "1.00"]])
+    assert not any("Multiples" in title for title in tables(RUNS))
 
 
 def test_failures_name_count_and_main_cause() -> None:
@@ -219,10 +241,15 @@ def test_configuration_of_antares_is_valid_and_keeps_defaults(tmp_path: Path) ->
         assert server.command is not None
         path = server.command(8100, "http://127.0.0.1:9", tmp_path)[-1]
         found[server.name] = GatewayConfig(**yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    assert {name: (config.predictor.enabled, config.policy.name) for name, config in found.items()} == {
-        "antares": (True, "slack"),
-        "antares, no predictor": (False, "slack"),
-        "antares, no predictor, fcfs": (False, "fcfs"),
+    settings = {
+        name: (config.predictor.enabled, config.policy.name, config.server.processes, len(config.engines))
+        for name, config in found.items()
+    }
+    assert settings == {
+        "antares": (True, "slack", 1, 1),
+        "antares, 2 processes": (True, "slack", 2, 2),
+        "antares, no predictor": (False, "slack", 1, 1),
+        "antares, no predictor, fcfs": (False, "fcfs", 1, 1),
     }
     assert all(config.requires_key for config in found.values())
 

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from engine_adapter.remote.engine import HttpEngine
+from gateway import supervisor as supervisor_module
 from gateway.app import Gateway
-from gateway.prediction import supervisor as supervisor_module
 from gateway.supervisor import Supervisor
 from tests.fixtures.live_gateway import CHAT, Live, Load, chat, events, gateway_config, live, serving
 from tests.fixtures.live_server import eventually

@@ -32,6 +32,9 @@ class Column:
     added: bool = False
 
 
+LOAD_CPU = Column("CPU a request, µs", LOAD, "cpu_us_a_request", _fixed(0))
+BURST_CPU = Column("CPU an event, µs", BURST, "cpu_us_an_event", _fixed(1))
+
 TABLES: dict[str, tuple[Column, ...]] = {
     "One connection, one request after the other": (
         Column("added TTFT p50, ms", FIRST_BYTE, "ttft_p50_ms", _fixed(2, "+"), added=True),
@@ -42,7 +45,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     ),
     "32 connections, and 32 streams with a token every 20 ms": (
         Column("requests/s", LOAD, "per_s", _fixed(0)),
-        Column("CPU a request, µs", LOAD, "cpu_us_a_request", _fixed(0)),
+        LOAD_CPU,
         Column("CPU a paced event, µs", PACED, "cpu_us_an_event", _fixed(1)),
         Column("ITL p50, ms", PACED, "itl_p50_ms", _fixed(1)),
         Column("p99, ms", PACED, "itl_p99_ms", _fixed(1)),
@@ -51,7 +54,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("TTFT p50, ms", BURST, "ttft_p50_ms", _fixed(0)),
         Column("p99, ms", BURST, "ttft_p99_ms", _fixed(0)),
         Column("ITL p99, ms", BURST, "itl_p99_ms", _fixed(1)),
-        Column("CPU an event, µs", BURST, "cpu_us_an_event", _fixed(1)),
+        BURST_CPU,
         Column("failed", BURST, "failures", _fixed(0)),
     ),
     "2,000 streams, a token every 500 ms, and memory": (
