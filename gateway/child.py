@@ -27,6 +27,7 @@ class Child:
         index: from 0.
         file: the configuration file.
         parent: process id of the parent.
+        port: TCP port that all processes listen on.
         own_port: TCP port that only this process listens on, besides the shared one; 0 takes a free one.
         overrides: values of dotted keys of the configuration, such as ``shard.index``.
     """
@@ -34,6 +35,7 @@ class Child:
     index: int
     file: str
     parent: int
+    port: int
     own_port: int
     overrides: dict[str, Any] = field(default_factory=dict)
 

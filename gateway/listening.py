@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 60, 15, 4
 """TCP keep-alive of client connections: two minutes without a response close the connection of a dead client."""
@@ -17,14 +18,15 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
 
     ``shared``: other processes may listen there too; the kernel gives each connection to one of them.
     """
+    # Other systems cannot share a port, or give all of its connections to one process.
+    if shared and sys.platform != "linux":
+        raise ServeError("server.processes: only Linux divides the connections of a port among processes; use 1")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # NOTE: asyncio sets TCP_NODELAY only on sockets created with an explicit protocol. Without it, Nagle's algorithm
     # delays each small stream event by up to 40 ms, until the client acknowledges the previous one.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if shared:
-        if not hasattr(socket, "SO_REUSEPORT"):
-            raise ServeError("server.processes: this system cannot share a port between processes; use 1")
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     _keep_alive(listener)
     try:

@@ -146,7 +146,7 @@ def _listeners(config: GatewayConfig, child: Child | None) -> list[socket.socket
         return [listen(config.server.host, config.server.port)]
     own = listen(config.server.host, child.own_port)
     sd_notify.notify(X_OWN_PORT=own.getsockname()[1])
-    return [listen(config.server.host, config.server.port, shared=True), own]
+    return [listen(config.server.host, child.port, shared=True), own]
 
 
 def _shard(config: GatewayConfig) -> Shard:

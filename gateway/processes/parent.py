@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +51,24 @@ START_CHECKS = 10 * CHECKS
 
 
 class Process:
-    """One of the processes, as the parent sees it. ``on_change`` is called when it says something new.
+    """One of the processes, as the parent sees it.
+
+    ``on_change`` is called when it says something new, ``on_reload`` when it has read the configuration again because a
+    client asked it to.
 
     Attributes:
-        port: the port that all processes listen on.
         own_port: the port that only it listens on.
         status: why it is not ready; if it is, it begins with `READY`.
         up: it serves, with the configuration that counts now.
         failed: whether it ended before it ever served.
-        reloaded: called when it has read the configuration again because a client asked it to.
     """
 
-    def __init__(self, child: Child, folder: Path, on_change: Callable[[], None]) -> None:
-        self.index, self.port, self.own_port = child.index, child.overrides["server.port"], child.own_port
+    def __init__(
+        self, child: Child, folder: Path, on_change: Callable[[], None], on_reload: Callable[[Process], None]
+    ) -> None:
+        self.index, self.own_port = child.index, child.own_port
         self.status, self.up, self.failed = STARTING, False, False
-        self.reloaded: Callable[[], None] = lambda: None
-        self._on_change, self._checks_left = on_change, START_CHECKS
+        self._on_change, self._on_reload, self._checks_left = on_change, on_reload, START_CHECKS
         self._serves = self._was_up = self._must_reload = False
         path = folder / f"{child.index}.sock"
         self._mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -151,7 +154,7 @@ class Process:
             self.up = False
         self.status = said.get("STATUS", self.status)
         if "X_RELOADED" in said:
-            self.reloaded()
+            self._on_reload(self)
         if said.keys() & {"READY", "RELOADING", "STATUS"}:
             self._on_change()
 
@@ -179,9 +182,9 @@ class Parent:
         watching = asyncio.create_task(self._check_all(), name="watch processes")
         try:
             for index in range(self._config.server.processes):
-                self.processes.append(Process(self._child(index, port), folder, self._tell))
+                child = self._child(index, port)
+                self.processes.append(Process(child, folder, partial(self._tell, port), self._reload_all_but))
             for process in self.processes:
-                process.reloaded = lambda process=process: self._reload_all_but(process)  # type: ignore[misc]
                 await process.start()
             await self._ending.wait()
         except OSError as error:
@@ -226,10 +229,9 @@ class Parent:
         overrides = {
             "shard.count": self._shard.count * count,
             "shard.index": self._shard.index * count + index,
-            "server.port": port,
         }
         own_port = port + 1 + index if self._config.server.port else 0
-        return Child(index, str(self._file), os.getpid(), own_port, {**self._overrides, **overrides})
+        return Child(index, str(self._file), os.getpid(), port, own_port, {**self._overrides, **overrides})
 
     async def _check_all(self) -> None:
         while True:
@@ -237,7 +239,7 @@ class Parent:
             for process in self.processes:
                 process.check()
 
-    def _tell(self) -> None:
+    def _tell(self, port: int) -> None:
         """Tell systemd how the processes are, and print what is new."""
         if any(process.failed for process in self.processes):
             self._ending.set()
@@ -256,13 +258,13 @@ class Parent:
                 log.info("process %d: %s", process.index, process.status)
         if down is None and not self._printed_ready:
             self._printed_ready = True
-            self._print_ready()
+            self._print_ready(port)
 
-    def _print_ready(self) -> None:
+    def _print_ready(self, port: int) -> None:
         host = self._config.server.host
         metrics = "  ".join(f"{url(host, process.own_port)}/metrics" for process in self.processes)
         console.print(
-            f"[bold green]Antares is ready[/bold green] at {url(host, self.processes[0].port)} after "
+            f"[bold green]Antares is ready[/bold green] at {url(host, port)} after "
             f"{time.monotonic() - self._started:.0f} s, {len(self.processes)} processes. Ctrl-C stops it.\n\n"
             f"  metrics of each process  {metrics}\n",
             soft_wrap=True,

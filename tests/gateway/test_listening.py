@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gateway.listening import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES, listen, url
+from gateway.listening import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES, ServeError, listen, url
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems may not inherit the options")
@@ -34,3 +34,9 @@ def test_listen_enables_keep_alive_on_accepted_sockets() -> None:
 )
 def test_url_reaches_the_host(host: str, expected: str) -> None:
     assert url(host, 8100) == expected
+
+
+def test_shared_port_needs_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ServeError, match=r"server\.processes: only Linux"):
+        listen("127.0.0.1", 0, shared=True)

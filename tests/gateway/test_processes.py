@@ -205,6 +205,13 @@ async def test_reload_reaches_all_processes(tmp_path: Path, by: str) -> None:
                 await asyncio.sleep(0.05)
 
 
+async def test_reload_names_a_port_that_needs_a_restart(tmp_path: Path) -> None:
+    async with servers(2) as engines, two(tmp_path, [*engines]) as (_, http):
+        (tmp_path / "antares.yaml").write_text(yaml.safe_dump(document([*engines], port=8100, drain_s=5)))
+        report = (await http.post("/reload")).json()
+        assert report["needs_restart"] == ["server.port"]
+
+
 async def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     async with servers(2) as engines, two(tmp_path, [*engines]) as (process, _):
         pids = children(process)
@@ -398,4 +405,4 @@ def test_gateway_of_several_counts_all_processes() -> None:
     config = gateway_config(**{**document([1, 2], processes=2), "shard": {"index": 1, "count": 3}})
     one = parent.Parent(Path("antares.yaml"), config, {"logging.level": "debug"}, config.shard.shard())
     child = one._child(1, 8100)
-    assert child.overrides == {"logging.level": "debug", "shard.count": 6, "shard.index": 3, "server.port": 8100}
+    assert child.overrides == {"logging.level": "debug", "shard.count": 6, "shard.index": 3}
