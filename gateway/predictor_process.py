@@ -23,7 +23,7 @@ def supervised_predictor(
     if config.predictor.url:
         return None, config.predictor.url.rstrip("/")
     port = config.predictor.port or _free_port()
-    command = [sys.executable, "-m", "predictor_service.cli", "serve"]
+    command = [sys.executable, "-P", "-m", "predictor_service.cli", "serve"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--exit-with-parent"]
     command += ["--state", config.predictor.state_dir or stack.enter_context(_folder())]
     if config.predictor.model_dir:

@@ -77,7 +77,7 @@ class Process:
         environment = {name: value for name, value in os.environ.items() if name != "WATCHDOG_PID"}
         self._supervisor = Supervisor(
             f"process {child.index}",
-            [sys.executable, "-m", "gateway.processes", child.argument()],
+            [sys.executable, "-P", "-m", "gateway.processes", child.argument()],
             on_restart=self._on_restart,
             environment=environment | {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": str(int(HANG_S * 1e6))},
             keep=self._keep,

@@ -76,7 +76,7 @@ def command_lines(process: Process) -> dict[int, list[str]]:
 def children(process: Process) -> list[int]:
     """Return the process ids of the gateway's processes, in their order."""
     lines = command_lines(process)
-    found = {json.loads(line[3])["index"]: pid for pid, line in lines.items() if "gateway.processes" in line}
+    found = {json.loads(line[-2])["index"]: pid for pid, line in lines.items() if "gateway.processes" in line}
     return [found[index] for index in sorted(found)]
 
 
@@ -324,6 +324,13 @@ async def test_failed_start_of_a_process_leaves_none_behind(tmp_path: Path, monk
         async with parent_of(tmp_path, [1, 2]) as (_, running):
             await running
     assert not alive(started)
+
+
+async def test_module_in_the_current_folder_replaces_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gateway.py").write_text("raise SystemExit('not the gateway')")
+    monkeypatch.chdir(tmp_path)
+    async with servers(2) as engines, parent_of(tmp_path, [*engines]) as (_, running):
+        assert not running.done()
 
 
 async def test_folder_with_too_long_a_name_is_an_error(tmp_path: Path) -> None:
