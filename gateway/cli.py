@@ -130,7 +130,7 @@ def config_check(
 
     try:
         with recorded_deprecations() as deprecations:
-            cautions = load(file).cautions()
+            config = load(file)
     except ConfigError as error:
         if as_json:
             found = [{"line": m.line, "key": m.key, "reason": m.reason} for m in error.mistakes]
@@ -138,7 +138,7 @@ def config_check(
         else:
             typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
-    for caution in [*deprecations, *cautions]:
+    for caution in [*deprecations, *config.cautions(config.server.processes)]:
         typer.echo(f"{file}: {caution}", err=True)
     typer.echo(orjson.dumps({"ok": True, "mistakes": []}).decode() if as_json else f"{file}: ok")
 

@@ -172,8 +172,11 @@ class GatewayConfig(Section):
                 raise ValueError(f"{place}: another key has the same digest")
             digests.add(key.sha256)
 
-    def cautions(self) -> list[str]:
-        """Return a message for each valid setting that is probably unintended: its key and the fix."""
+    def cautions(self, processes: int = 1) -> list[str]:
+        """Return a message for each valid setting that is probably unintended: its key and the fix.
+
+        ``processes``: of each gateway. NOTE: in one of several processes, ``shard.count`` counts them already.
+        """
         cautions = []
         if self.operator_key_required and not any(key.operator for _, key in self.all_keys()):
             cautions.append(
@@ -190,9 +193,9 @@ class GatewayConfig(Section):
             keys = f"{first} and {len(others)} more" if others else first
             cautions.append(f"{keys}: min_ttft_ms and min_tpot_ms only partly limit x-slo-e2e-ms; set min_e2e_ms too")
         for pool, names in fixed_pools(self.engines).items():
-            if len(names) < self.shard.count:
+            if len(names) < (count := self.shard.count * processes):
                 cautions.append(
-                    f"engines: {self.shard.count} gateways divide {len(names)} engines called {pool!r}, so some share "
+                    f"engines: {count} gateways divide {len(names)} engines called {pool!r}, so some share "
                     "an engine; give engines of one model the same name with numbers, such as main-1 and main-2"
                 )
         return cautions

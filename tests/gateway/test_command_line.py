@@ -165,6 +165,16 @@ def test_config_check_prints_cautions_on_stderr(tmp_path: Path) -> None:
     assert "keys[0] and 2 more: min_ttft_ms and min_tpot_ms only partly limit x-slo-e2e-ms" in done.stderr
 
 
+def test_config_check_counts_processes_that_divide_too_few_engines(tmp_path: Path) -> None:
+    file = tmp_path / "processes.yaml"
+    engine = '{ kind: http, name: large, base_url: "http://127.0.0.1:1" }'
+    file.write_text(
+        f"server: {{ processes: 3 }}\nengines: [{engine}]\nclasses: {{ free: {{}} }}\ndefault_class: free\n"
+    )
+    done = RUNNER.invoke(app, ["config", "check", str(file)])
+    assert (done.exit_code, "3 gateways divide 1 engines called 'large'" in done.stderr) == (0, True)
+
+
 def test_config_check_exits_1_and_names_the_mistake(bad_config: Path) -> None:
     done = RUNNER.invoke(app, ["config", "check", "--json", str(bad_config)])
     (mistake,) = json.loads(done.stdout)["mistakes"]
