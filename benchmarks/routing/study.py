@@ -31,8 +31,8 @@ from lab.simulate.experiment import capacity
 KEEPS = 0.99
 """Adherence that defines a capacity."""
 
-PRECISION, FINE = 0.025, 0.0125
-"""Relative precision of a capacity, and where a ratio is close to the goal of 1.15. Three or four runs of each seed, if
+PRECISION, FINE = 0.025, 0.004
+"""Relative precision of a capacity, and where a ratio is close to the goal of 1.15. Three to six runs of each seed, if
 the first rate of the search is close."""
 
 LOADS = (1.0, 2.0)
@@ -121,6 +121,7 @@ LARGE = (
     Large(64, OURS, NEAR_LINEAR, OURS),
     Large(256, OURS, NEAR_LINEAR, OURS, SHORT_S),
     *(Large(64, routing, load, DEFAULT) for load in LOADS for routing in (OURS, DEFAULT)),
+    *(Large(256, routing, load, DEFAULT, SHORT_S) for load in LOADS for routing in (OURS, DEFAULT)),
 )
 
 FIELDS = ("slo_adherence", "rejected", "hit_rate", "requests")

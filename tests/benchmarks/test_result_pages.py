@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.autoscaling import page as autoscaling_page
 from benchmarks.faults import soak_page, study
 from benchmarks.faults import table as fault_table
 from benchmarks.figures import capacity
@@ -46,6 +47,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "report_channel": report_page.page,
     "gateways": gateways_page.page,
     "routing": routing_page.page,
+    "autoscaling": autoscaling_page.page,
 }
 
 
