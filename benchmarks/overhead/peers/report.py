@@ -164,12 +164,16 @@ TRIED = """## What was tried
 | one placement, no timer for an arrived body, running sums of streams | fewer instructions for a request | yes |
 | the head of a response and its first bytes in one write | one system call less | yes |
 | events of one read count together, one timer for a server's responses | fewer instructions for a request | yes |
+| several processes that share the port | requests/s grow with the cores; a request takes as much CPU | as a setting |
 | 71 modules of the request path compiled by mypyc | 20 to 25% fewer instructions, but not less CPU time | no |
 
 With mypyc, a request behind a proxy took 1% to 6% more CPU time than without it. These are medians of 20 rounds of
 `python -m benchmarks.overhead.before_after`, while other work ran on the machine. So fewer instructions alone do not
-help. mypyc also needs a C compiler, minutes at each installation, and tests of two builds. Most of what is left is the
-Python interpreter, spread over many functions. `vllm-router` is compiled and does not schedule."""
+help. mypyc also needs a C compiler, minutes at each installation, and tests of two builds.
+
+What limits one process is the Python that a request takes: about 2 million instructions in 700 Python calls
+([counts](calls.md)). 500 starts are then most of a second of CPU time, and the events of the streams that run compete
+with them. `vllm-router` is compiled and does not schedule."""
 
 
 def page(found: dict[str, Any]) -> str:
@@ -182,7 +186,8 @@ def page(found: dict[str, Any]) -> str:
 
 **CPU.** Upstream, gateway and load client share {found["cpus"]} cores and use real HTTP on 127.0.0.1. The upstream is
 scripted: it answers at once, or sends tokens at a fixed pace. Medians over the rounds ({found["rounds"]}), in brackets
-their range. In each round all servers start afresh and take turns, load by load.{versions}
+their range. In each round all servers start afresh and take turns, load by load. Other work on the host takes time from
+these cores, so compare the servers of one round (the last table).{versions}
 
 - *direct*: the client calls the upstream. *added*: in addition to direct, in the same round. The CPU time of direct is
   that of the upstream.
