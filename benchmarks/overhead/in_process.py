@@ -91,11 +91,11 @@ def ratios(runs: Sequence[dict[str, Any]], shape: str, key: str) -> list[float]:
 
 
 _COLUMNS = (
-    ("requests/s", "per_s"),
-    ("TTFT p50, ms", "ttft_p50_ms"),
-    ("TTFT p99, ms", "ttft_p99_ms"),
-    ("ITL p50, ms", "itl_p50_ms"),
-    ("ITL p99, ms", "itl_p99_ms"),
+    ("requests/s", "per_s", "{:.2f}"),
+    ("TTFT p50, ms", "ttft_p50_ms", "{:.1f}"),
+    ("TTFT p99, ms", "ttft_p99_ms", "{:.1f}"),
+    ("ITL p50, ms", "itl_p50_ms", "{:.1f}"),
+    ("ITL p99, ms", "itl_p99_ms", "{:.1f}"),
 )
 
 
@@ -104,9 +104,9 @@ def rows(runs: Sequence[dict[str, Any]], shape: str) -> list[list[str]]:
     found = []
     for server in (PLAIN, OURS):
         those = [run for run in runs if run["shape"] == shape and run["server"] == server]
-        numbers = {key: [run[key] for run in those if run[key] is not None] for _, key in _COLUMNS}
-        found.append([server, *(cell(numbers[key], "{:.1f}".format) for _, key in _COLUMNS)])
-    found.append(["ratio", *(cell(ratios(runs, shape, key), "{:.3f}".format) for _, key in _COLUMNS)])
+        numbers = {key: [run[key] for run in those if run[key] is not None] for _, key, _ in _COLUMNS}
+        found.append([server, *(cell(numbers[key], number.format) for _, key, number in _COLUMNS)])
+    found.append(["ratio", *(cell(ratios(runs, shape, key), "{:.3f}".format) for _, key, _ in _COLUMNS)])
     return found
 
 
@@ -128,7 +128,7 @@ python -m benchmarks.overhead.in_process --rounds {found["rounds"]} --json > doc
 python -m benchmarks.overhead.in_process --page docs/results/in_process.json
 ```""",
     ]
-    heads = ["", *(head for head, _ in _COLUMNS)]
+    heads = ["", *(head for head, _, _ in _COLUMNS)]
     for shape in (LOW, HIGH):
         parts += [f"## {shape}", table(heads, rows(found["runs"], shape))]
     parts += [f"- {line}" for line in failures(found["runs"])]

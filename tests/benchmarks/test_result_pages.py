@@ -18,7 +18,7 @@ from benchmarks.isolation import http as isolation_http
 from benchmarks.isolation import page as isolation_page
 from benchmarks.live import fidelity_page, results_page
 from benchmarks.markdown import with_block
-from benchmarks.overhead import calls, decision_cost, gateway_cost
+from benchmarks.overhead import calls, decision_cost, gateway_cost, in_process
 from benchmarks.overhead.peers import report as peers_report
 from benchmarks.policies import page as policies_page
 from benchmarks.policies.table import SETTINGS
@@ -48,6 +48,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gateways": gateways_page.page,
     "routing": routing_page.page,
     "autoscaling": autoscaling_page.page,
+    "in_process": in_process.page,
 }
 
 

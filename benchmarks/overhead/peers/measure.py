@@ -192,7 +192,7 @@ async def turn(running: Running, shape: Shape, first: int) -> dict[str, Any]:
         "answers": count,
         "failures": answers.failures,
         "error": max(answers.errors, key=lambda cause: answers.errors[cause], default=None),
-        "per_s": round(count / took_s, 1),
+        "per_s": round(count / took_s, 3),
         "ttft_p50_ms": _quantile_ms(answers.ttft_s, 0.5),
         "ttft_p99_ms": _quantile_ms(answers.ttft_s, 0.99),
         "whole_p50_ms": _quantile_ms(answers.whole_s, 0.5),
