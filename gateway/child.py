@@ -49,7 +49,7 @@ class Child:
         return json.dumps(asdict(self))
 
     async def end_with_parent(self) -> None:
-        """Drain and end once the parent is gone: nobody would restart this process or forward a signal to it."""
+        """Drain and end once the parent is gone. Without it, nothing restarts this process or forwards signals."""
         while os.getppid() == self.parent:
             await asyncio.sleep(PARENT_EVERY_S)
         log.warning("the parent process is gone: stopping")

@@ -90,7 +90,7 @@ async def test_ledger_balances_after_2000_streams_of_which_a_third_disconnects(t
             async with asyncio.timeout(HANG_S):
                 while (found := await ledger())["open"]:
                     await asyncio.sleep(0.1)
-            # One that left before the gateway read it is no request of the ledger.
+            # The ledger does not count a request whose client left before the gateway read it.
             assert STREAMS - left <= found["finished"] <= found["accepted"] <= STREAMS
             assert found["accepted"] == found["finished"] + found["cancelled"]
             assert found["cancelled"] > 0

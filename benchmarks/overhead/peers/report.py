@@ -171,9 +171,9 @@ With mypyc, a request behind a proxy took 1% to 6% more CPU time than without it
 `python -m benchmarks.overhead.before_after`, while other work ran on the machine. So fewer instructions alone do not
 help. mypyc also needs a C compiler, minutes at each installation, and tests of two builds.
 
-What limits one process is the Python that a request takes: about 2 million instructions in 700 Python calls
-([counts](calls.md)). 500 starts are then most of a second of CPU time, and the events of the streams that run compete
-with them. `vllm-router` is compiled and does not schedule."""
+One process is limited by its Python code. A request takes about 2 million instructions, in 700 Python calls
+([counts](calls.md)). The start of 500 streams therefore takes most of a second of CPU time. Meanwhile the events of
+the streams that run already need CPU time too. `vllm-router` is compiled and does not schedule."""
 
 
 def page(found: dict[str, Any]) -> str:
