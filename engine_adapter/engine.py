@@ -140,6 +140,8 @@ class EngineState:
         last_step_at: when the engine last reported a step (monotonic s); None if it reports none.
         shared_tokens: prompt tokens that several running requests share in KV memory, beyond the first copy.
         plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
+        reacts_late: the engine plans a step before it sees what the gateway sends in reaction to the tokens of the one
+            before. False only in the simulator, where no time passes between two steps.
         acceptance: accepted drafts, with speculative decoding.
     """
 
@@ -161,6 +163,7 @@ class EngineState:
     prefix_caching: bool = True
     shared_tokens: int = 0
     plans_ahead: bool = False
+    reacts_late: bool = False
     kv_usage: float = 0.0
     engine_running: int = 0
     engine_waiting: int = 0
@@ -178,6 +181,11 @@ class EngineState:
     def tokens_per_step(self) -> float:
         """Tokens that a request gets in a step on average; 1 without speculative decoding."""
         return self.acceptance.tokens_per_decode
+
+    @property
+    def reaction_steps(self) -> int:
+        """Steps that the engine plans between the tokens of a step and a request that is admitted because of them."""
+        return self.plans_ahead + self.reacts_late
 
     def set_models(self, cards: Iterable[ModelCard]) -> None:
         """Set the models that the engine serves. The first is its default."""

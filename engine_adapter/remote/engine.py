@@ -128,6 +128,7 @@ class HttpEngine:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len or UNKNOWN_MODEL_LEN,
             prefix_caching=prefix_caching,
+            reacts_late=True,
             step_time=StepTimeModel(times=self._initial_times),
         )
         self.takes_xargs = self._is_vllm = False

@@ -100,6 +100,7 @@ class SimulatedEngine:
         self.takes_xargs = self.watches_disconnect = True
         self.state = EngineState(
             aliases=dict(aliases or {}),
+            reacts_late=True,
             step_time=StepTimeModel(times=self.times),
             **limits,
         )

@@ -97,6 +97,7 @@ class VllmEngine:
             model=names[0] if names else model,
             aliases=dict(aliases or {}),
             any_model=any_model,
+            reacts_late=True,
             step_time=StepTimeModel(times=step_times or StepTimes()),
         )
         self._model = model

@@ -125,15 +125,17 @@ class PrefillLookahead:
     """Bounds the uncached prompt tokens that wait inside the engine, because order is decided in the gateway.
 
     ``tokens`` are there now, ``limit`` may be. A prompt longer than the limit enters when no other one is there.
+    The limit is in steps, and the engine may plan some (`EngineState.reaction_steps`) before the next prompt enters.
     """
 
     tokens: int
     limit: float
 
     @classmethod
-    def of(cls, running: Collection[Request], limit: float) -> PrefillLookahead:
-        """Return the lookahead of an engine that has admitted ``running``, with a limit in prompt tokens."""
-        return cls(sum([r.uncached_tokens for r in running if r.first_token_s is None and not r.unobserved]), limit)
+    def of(cls, running: Collection[Request], engine: EngineState, steps: float) -> PrefillLookahead:
+        """Return a lookahead of ``steps`` full steps of ``engine``, which has admitted ``running``."""
+        tokens = sum([r.uncached_tokens for r in running if r.first_token_s is None and not r.unobserved])
+        return cls(tokens, (steps + engine.reaction_steps) * engine.max_num_batched_tokens)
 
     @property
     def left(self) -> float:

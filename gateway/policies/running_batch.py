@@ -114,6 +114,7 @@ class RunningBatch:
 
     def lookahead(self, steps: float) -> PrefillLookahead:
         """Return a lookahead of ``steps`` steps of P* seconds, with the prompt tokens that fit beside the decodes."""
+        steps += self.engine.reaction_steps
         spare_s, most = self.strictest_s - self.step_s, self.engine.max_num_batched_tokens
         chunk = most if spare_s == math.inf else min(max(spare_s / max(self.prefill_token_s, 1e-12), 1.0), most)
         return PrefillLookahead(self.backlog, steps * chunk)

@@ -36,7 +36,7 @@ class S3:
     ) -> Decision:
         """Admit from the head of the queue until the slots or the prefill lookahead are used up."""
         decision = Decision()
-        lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
+        lookahead = PrefillLookahead.of(running, engine, self.prefill_lookahead_steps)
         sequences = sum([r.sequences for r in running])
         for request in waiting:
             slots = sequences == 0 or sequences + request.sequences <= engine.max_num_seqs

@@ -119,7 +119,7 @@ class Scorpio:
         self, queue: Sequence[Request], running: Collection[Request], engine: EngineState, decision: Decision
     ) -> None:
         """Admit in order each request that fits; skip one that does not."""
-        lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
+        lookahead = PrefillLookahead.of(running, engine, self.prefill_lookahead_steps)
         batch: VirtualBatch | None = None
         for request in queue:
             if not lookahead.fits(request):

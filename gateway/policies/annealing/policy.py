@@ -89,7 +89,7 @@ class Annealing:
         )
         if not queue or state == self._without_effect:
             return decision
-        lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
+        lookahead = PrefillLookahead.of(running, engine, self.prefill_lookahead_steps)
         max_slots, slots = self._max_slots(engine), sum([r.sequences for r in running])
         overdue = [r for r in queue if now - r.arrival_s > self.max_wait_s]
         planned = self.first_batch(now, queue, running, engine, latency)
@@ -112,7 +112,7 @@ class Annealing:
         """Return the first batch of the plan for ``queue``; empty if no request should join the running set now."""
         latency = latency or self._latency(queue, running, engine)
         queue = queue[: max(1, int(self.horizon))]
-        lookahead = PrefillLookahead.of(running, self.prefill_lookahead_steps * engine.max_num_batched_tokens)
+        lookahead = PrefillLookahead.of(running, engine, self.prefill_lookahead_steps)
         reserved = sum(
             [(r.prompt_tokens + max(r.predicted_tokens, r.length - r.prompt_tokens)) * r.sequences for r in running],
             start=-engine.shared_tokens,

@@ -98,7 +98,8 @@ class Slack:
         min_admission_share: classes below this share of the overall admission rate go first; 0: none.
         max_wait_s: wait (s) after which a request is overdue and goes first; a best-effort one for reserved slots only.
         queue_discount: fraction of the work queued ahead that counts in line 2, since some of it will be rejected.
-        prefill_lookahead_steps: steps' worth of prefill that may wait inside the engine.
+        prefill_lookahead_steps: steps' worth of prefill that may wait inside the engine, beyond the steps that it plans
+            before a reaction (`EngineState.reaction_steps`).
     """
 
     cost_weight: float = 150.0

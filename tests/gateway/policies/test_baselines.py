@@ -87,6 +87,7 @@ def test_s3_stops_at_the_first_request_beyond_the_prefill_lookahead() -> None:
     ]
     assert admitted(decide(S3(), queue, [], state)) == ["a"]
     assert admitted(decide(S3(prefill_lookahead_steps=3), queue, [], state)) == ["a", "b", "c"]
+    assert admitted(decide(S3(), queue, [], engine(max_num_batched_tokens=100, reacts_late=True))) == ["a", "b", "c"]
     assert admitted(decide(S3(), queue, [prefilling(150)], state)) == []
 
 

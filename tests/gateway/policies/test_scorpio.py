@@ -197,6 +197,7 @@ def test_scorpio_limits_unprefilled_prompts_to_the_lookahead() -> None:
     queue = [make_request(str(i), prompt=90) for i in range(5)]
     assert len(decide(Scorpio(prefill_lookahead_steps=2.0), NOW, queue, [], state).admit) == 2
     assert len(decide(Scorpio(prefill_lookahead_steps=4.0), NOW, queue, [], state).admit) == 4
+    assert len(decide(Scorpio(), NOW, queue, [], engine(max_num_batched_tokens=100, reacts_late=True)).admit) == 3
     unfinished = [make_request("old", admitted_s=NOW, prompt=150)]
     assert decide(Scorpio(), NOW, queue, unfinished, state).admit == []
 

@@ -121,6 +121,16 @@ def test_prefill_lookahead_bounds_the_prompts_in_the_engine() -> None:
     assert len(decide(Slack(), NOW, queue, [], engine()).admit) == 20, "without a pace a step has more time"
 
 
+def test_lookahead_covers_the_steps_that_the_engine_plans_before_it_sees_a_reaction() -> None:
+    batch = busy(tpot=0.04, output=1000)
+    queue = [make_request(str(i), ttft=5, tpot=1.0, prompt=10) for i in range(20)]
+    late, ahead = engine(reacts_late=True), engine(reacts_late=True, plans_ahead=True)
+    assert [len(decide(Slack(), NOW, queue, batch, state).admit) for state in (engine(), late, ahead)] == [5, 8, 11]
+    # Prompts that are longer than half a step's budget: the second step must not wait for the first token of the first.
+    loose, long = [running("r", tpot=5.0)], [make_request(str(i), ttft=60, tpot=5.0, prompt=1200) for i in range(9)]
+    assert [len(decide(Slack(), NOW, long, loose, state).admit) for state in (engine(), late, ahead)] == [3, 5, 6]
+
+
 def test_unobserved_request_does_not_fill_the_prefill_lookahead() -> None:
     batch, queue = busy(tpot=0.04, output=1000), [make_request(ttft=5, tpot=1.0, prompt=90)]
     unobserved = running("unobserved", tpot=1.0, prompt=400, first_token_s=None)
