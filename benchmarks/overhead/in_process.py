@@ -5,7 +5,7 @@
 
 Both servers run side by side and take turns, load by load, and each round starts them afresh. One is idle while the
 other is measured. The engine, the server and the load client share the machine's cores, so what a server adds takes
-time from its engine. A round takes about three minutes.
+time from its engine. A round takes about three and a half minutes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL
 LOW, HIGH = "1 connection", "32 connections"
 SHAPES = (
     # Several tokens of random weights may make one character, so that a token has no event of its own.
-    Shape(LOW, 1, TOKENS, stream=True, requests=1000, seconds=20.0, limit_s=60.0, events=1),
+    # In short turns, because a machine whose speed changes would favour one server.
+    *(Shape(LOW, 1, TOKENS, stream=True, requests=1000, seconds=6.0, limit_s=60.0, events=1) for _ in range(5)),
     Shape(HIGH, 32, TOKENS, stream=True, requests=1000, seconds=30.0, limit_s=90.0, events=1),
 )
 WARM_UPS = (Shape("warm-up", 8, TOKENS, stream=True, requests=4, seconds=20.0, limit_s=60.0, events=1),)
@@ -83,11 +84,9 @@ SERVERS = (Server(PLAIN, command=plain_command, env=ENV), Server(OURS, command=o
 
 
 def ratios(runs: Sequence[dict[str, Any]], shape: str, key: str) -> list[float]:
-    """Return ours over plain for ``key``, one for each round that has both."""
-    at = {(run["round"], run["server"]): run[key] for run in runs if run["shape"] == shape}
-    rounds = sorted({round_ for round_, _ in at})
-    pairs = [(at.get((round_, OURS)), at.get((round_, PLAIN))) for round_ in rounds]
-    return [ours / plain for ours, plain in pairs if ours is not None and plain]
+    """Return ours over plain for ``key``, one for each pair of turns at ``shape``."""
+    plain, ours = ([run[key] for run in runs if (run["shape"], run["server"]) == (shape, at)] for at in (PLAIN, OURS))
+    return [mine / other for mine, other in zip(ours, plain, strict=True) if mine is not None and other]
 
 
 _COLUMNS = (
@@ -117,11 +116,11 @@ def page(found: dict[str, Any]) -> str:
         "# vLLM in the gateway's process against `vllm serve`",
         f"""**CPU.** A small Llama with random weights on {found["cpus"]} cores, which engine, server and load client
 share; streamed answers of {TOKENS} tokens. Its steps are shorter than those of a large model on a GPU, so the overhead
-weighs more. Medians over the rounds ({found["rounds"]}), in brackets their range. The servers take turns, and each
-round starts them afresh.""",
+weighs more. Medians over the turns, in brackets their range. The servers take turns, and each round
+({found["rounds"]}) starts them afresh.""",
         f"""- *antares*: the engine runs in the gateway's process. API key, SLO headers, the default policy, the
 predictor and metrics are on.
-- *ratio*: antares divided by `vllm serve`, in the same round.
+- *ratio*: antares divided by `vllm serve`, in two turns that follow each other.
 - Both have the flags {flags}.""",
         f"""```
 python -m benchmarks.overhead.in_process --rounds {found["rounds"]} --json > docs/results/in_process.json

@@ -19,10 +19,12 @@ def record(server: str, round_: int, shape: str = LOW, **changed: Any) -> dict[s
     return run | times | changed
 
 
-def test_ratios_pair_the_servers_of_a_round() -> None:
-    runs = [record(PLAIN, 0), record(OURS, 0, per_s=3.0), record(OURS, 1, per_s=5.0), record(PLAIN, 1, per_s=2.0)]
-    runs += [record(OURS, 2), record(PLAIN, 2, HIGH)]
-    assert ratios(runs, LOW, "per_s") == [0.75, 2.5]
+def test_ratios_pair_turns_that_follow_each_other() -> None:
+    runs = [record(PLAIN, 0), record(OURS, 0, per_s=3.0), record(OURS, 0, per_s=5.0), record(PLAIN, 0, per_s=2.0)]
+    runs += [record(OURS, 0, HIGH, per_s=1.0), record(PLAIN, 0, HIGH)]
+    runs += [record(OURS, 1), record(PLAIN, 1), record(OURS, 1, per_s=None), record(PLAIN, 1)]
+    assert ratios(runs, LOW, "per_s") == [0.75, 2.5, 1.0]
+    assert ratios(runs, HIGH, "per_s") == [0.25]
 
 
 def test_page_has_ratios_and_failures() -> None:

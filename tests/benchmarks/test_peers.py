@@ -341,7 +341,7 @@ async def test_measure_serves_direct_and_ours() -> None:
     )
     found = await measure([Server(DIRECT), OURS[0]], 1, shapes, warm_ups=shapes[:1])
     assert [(run["shape"], run["server"], run["answers"], run["failures"]) for run in found] == [
-        ("serial", DIRECT, 5, 0), ("serial", "antares", 5, 0), ("paced", DIRECT, 4, 0), ("paced", "antares", 4, 0),
+        ("serial", DIRECT, 5, 0), ("serial", "antares", 5, 0), ("paced", "antares", 4, 0), ("paced", DIRECT, 4, 0),
     ]  # fmt: skip
     assert all(run["cpu_us_a_request"] > 0 and run["peak_mib"] > 1 for run in found)
     assert all(run["itl_p99_ms"] > 5 for run in found if run["shape"] == "paced")

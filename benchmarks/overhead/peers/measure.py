@@ -242,8 +242,8 @@ async def measure(
                         await served(running.port, shape, number := number + 100_000)
                     running.idle_mib = processes.memory_mib(running.pid)
                 # The order alternates, so that no server always follows the same one.
-                order = found[:: 1 if round_ % 2 == 0 else -1]
-                turns = [(shape, running) for shape in shapes for running in order]
+                orders = (found[:: 1 if (round_ + at) % 2 == 0 else -1] for at in range(len(shapes)))
+                turns = [(shape, running) for shape, order in zip(shapes, orders, strict=True) for running in order]
                 for shape, running in track(turns, f"Round {round_ + 1} of {rounds}", console=console):
                     number += 100_000
                     record = await turn(running, shape, number)
