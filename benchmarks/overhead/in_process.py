@@ -46,8 +46,8 @@ LOW, HIGH = "1 connection", "32 connections"
 SHAPES = (
     # Several tokens of random weights may make one character, so that a token has no event of its own.
     # In short turns, because a machine whose speed changes would favour one server.
-    *(Shape(LOW, 1, TOKENS, stream=True, requests=1000, seconds=6.0, limit_s=60.0, events=1) for _ in range(5)),
-    Shape(HIGH, 32, TOKENS, stream=True, requests=1000, seconds=30.0, limit_s=90.0, events=1),
+    *(Shape(LOW, 1, TOKENS, stream=True, requests=6, seconds=60.0, limit_s=60.0, events=1) for _ in range(6)),
+    Shape(HIGH, 32, TOKENS, stream=True, requests=4, seconds=90.0, limit_s=90.0, events=1),
 )
 WARM_UPS = (Shape("warm-up", 8, TOKENS, stream=True, requests=4, seconds=20.0, limit_s=60.0, events=1),)
 
@@ -120,7 +120,7 @@ weighs more. Medians over the turns, in brackets their range. The servers take t
 ({found["rounds"]}) starts them afresh.""",
         f"""- *antares*: the engine runs in the gateway's process. API key, SLO headers, the default policy, the
 predictor and metrics are on.
-- *ratio*: antares divided by `vllm serve`, in two turns that follow each other.
+- *ratio*: antares divided by `vllm serve`, in two turns that follow each other and have the same prompts.
 - Both have the flags {flags}.""",
         f"""```
 python -m benchmarks.overhead.in_process --rounds {found["rounds"]} --json > docs/results/in_process.json

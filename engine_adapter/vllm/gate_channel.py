@@ -25,6 +25,9 @@ from engine_adapter.step_report import GateReport, StepReport
 
 SOCKET_ENV = "ANTARES_GATE_SOCKET"
 """Environment variable with the path of the gateway's socket."""
+OWN_INTERVAL_S = 0.1
+"""Seconds between two reports to the gateway that started this engine. Each costs the engine a syscall and wakes the
+gateway. With a report for each step of 20 ms they took a quarter of what the gateway adds to a token."""
 _MAX_DATAGRAM_BYTES = 1 << 17
 _MAX_STEPS = 1024
 """Bounds the memory of the reporter: step reports kept until the next datagram."""
@@ -36,7 +39,7 @@ class GateReporter:
     ``path``: the gateway's socket; None makes every call do nothing.
     """
 
-    def __init__(self, path: str | None, interval_s: float = 0.02) -> None:
+    def __init__(self, path: str | None, interval_s: float = OWN_INTERVAL_S) -> None:
         self.report = GateReport()
         self._interval = interval_s
         self._steps: list[tuple[float, ...]] = []

@@ -30,6 +30,9 @@ _START_S = 240.0
 _SETTLE_S = 0.1
 """Time after a turn for what a server does once it has answered, in seconds."""
 
+_MOST_REQUESTS = 100_000
+"""More requests than a turn has, so that no two turns of a server have a prompt in common."""
+
 _SAMPLE_S = 0.25
 """Time between two readings of the memory, in seconds."""
 
@@ -239,14 +242,17 @@ async def measure(
             async with all_running(servers, Path(folder)) as found:
                 for running in found:
                     for shape in warm_ups:
-                        await served(running.port, shape, number := number + 100_000)
+                        await served(running.port, shape, number := number + _MOST_REQUESTS)
                     running.idle_mib = processes.memory_mib(running.pid)
                 # The order alternates, so that no server always follows the same one.
-                orders = (found[:: 1 if (round_ + at) % 2 == 0 else -1] for at in range(len(shapes)))
-                turns = [(shape, running) for shape, order in zip(shapes, orders, strict=True) for running in order]
-                for shape, running in track(turns, f"Round {round_ + 1} of {rounds}", console=console):
-                    number += 100_000
-                    record = await turn(running, shape, number)
+                turns = [
+                    (number + at * _MOST_REQUESTS, shape, running)
+                    for at, shape in enumerate(shapes, 1)
+                    for running in found[:: 1 if (round_ + at) % 2 else -1]
+                ]
+                for first, shape, running in track(turns, f"Round {round_ + 1} of {rounds}", console=console):
+                    # All servers get the same prompts: a real engine's times depend on their lengths.
+                    record = await turn(running, shape, number := first)
                     name = running.server.name
                     runs.append({"round": round_, "shape": shape.name, "server": name, **record})
     return runs
