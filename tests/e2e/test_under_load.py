@@ -304,8 +304,8 @@ async def test_stopped_engine_is_found_killed_and_restarted(served: Served, http
     for lines in await asyncio.gather(*streams):
         assert ['"code":"engine_lost"' in line for line in lines].count(True) == 1
         assert lines[-1] == "data: [DONE]"
-    # hang_timeout_s is 5 s. The limit is five times the longest recent step, if that is longer: a machine that gives the
-    # engine no CPU time for seconds makes such a step. An engine that may be working would have 180 s.
+    # hang_timeout_s is 5 s. The limit is five times the longest recent step, if that is longer: a machine that gives
+    # the engine no CPU time for seconds makes such a step. An engine that may be working would have 180 s.
     assert 4 < time.monotonic() - stopped < 90
     assert served.get("/ready").status_code == 503
     assert still_running([core]) == []
