@@ -5,7 +5,7 @@
 
 Both servers run side by side and take turns, load by load, and each round starts them afresh. One is idle while the
 other is measured. The engine, the server and the load client share the machine's cores, so what a server adds takes
-time from its engine. A round takes about three and a half minutes.
+time from its engine. A round takes about four minutes.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ SOCKET_ENV = "ANTARES_GATE_SOCKET"
 """Environment variable with the path of the gateway's socket."""
 OWN_INTERVAL_S = 0.1
 """Seconds between two reports to the gateway that started this engine. Each costs the engine a syscall and wakes the
-gateway. With a report for each step of 20 ms they took a quarter of what the gateway adds to a token."""
+gateway, which may share its cores."""
 _MAX_DATAGRAM_BYTES = 1 << 17
 _MAX_STEPS = 1024
 """Bounds the memory of the reporter: step reports kept until the next datagram."""

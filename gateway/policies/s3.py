@@ -19,8 +19,8 @@ class S3:
     """Admits the shortest predicted output first; rejects none; uses no step gate.
 
     Args:
-        prefill_lookahead_steps: limit on the unprefilled prompt tokens inside the engine, in steps
-            (multiples of ``max_num_batched_tokens``).
+        prefill_lookahead_steps: limit on the unprefilled prompt tokens inside the engine, in steps of
+            ``max_num_batched_tokens``, beyond those that it plans before a reaction (`EngineState.reaction_steps`).
     """
 
     prefill_lookahead_steps: float = 2.0

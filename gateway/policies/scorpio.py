@@ -45,8 +45,9 @@ class Scorpio:
         slack_s: safety margin before a TTFT deadline, in seconds (authors' code: 50 ms).
         ttft_guard: order by deadline and reject late requests.
         tpot_guard: check eq. 5 at admission and use the `credit` step gate.
-        prefill_lookahead_steps: limit on the unprefilled prompt tokens inside the engine, in steps (multiples of
-            ``max_num_batched_tokens``). It keeps the engine's own queue short, so that this policy's order holds.
+        prefill_lookahead_steps: limit on the unprefilled prompt tokens inside the engine, in steps of
+            ``max_num_batched_tokens``, beyond those that it plans before a reaction (`EngineState.reaction_steps`). It
+            keeps the engine's own queue short, so that this policy's order holds.
     """
 
     eta: float = 1.3

@@ -48,8 +48,8 @@ class Annealing:
         max_batch: most sequences in the engine; 0 is the engine's own limit.
         horizon: most requests in one plan.
         max_wait_s: a request that has waited longer than this goes first (s).
-        prefill_lookahead_steps: limit on the unprefilled prompt tokens inside the engine, in steps (multiples of
-            ``max_num_batched_tokens``).
+        prefill_lookahead_steps: limit on the unprefilled prompt tokens inside the engine, in steps of
+            ``max_num_batched_tokens``, beyond those that it plans before a reaction (`EngineState.reaction_steps`).
         reject: whether to reject requests that cannot meet their deadline.
     """
 
