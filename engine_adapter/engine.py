@@ -28,6 +28,16 @@ FAILED_KEY = "antares.failed"
 """Key of an ``http.response.body`` message, true if its body reports that the engine failed inside a 200 response."""
 
 
+PASS_EVENT_KEY = "antares.pass_event"
+"""ASGI scope key of a `PassEvent`, with which an engine's app may send tokens at less cost than with its ``send``."""
+
+PassEvent = Callable[[bytes, float], bool]
+"""Sends one event of a stream at once: its bytes, and when they arrived (monotonic s). Returns False if it did not, and
+the app must `send` the event.
+
+The event has a token, neither ends the stream nor reports a failure, and all earlier ones were sent. The first token is
+always sent by `send`."""
+
 RENDERING_KEY = "antares.rendering"
 """ASGI scope key under which the gateway passes `RenderedPrompt.handle` back to the engine that rendered the prompt."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine_adapter.engine import FAILED_KEY, Scope, Send, TokenObserver
+from engine_adapter.engine import FAILED_KEY, PASS_EVENT_KEY, PassEvent, Scope, Send, TokenObserver
 from engine_adapter.remote.counting.completions import CompletionCounter
 from engine_adapter.remote.counting.token_counter import EventKind, TokenCounter
 from engine_adapter.remote.request import CompletionPlan, downstream_headers
@@ -36,6 +36,12 @@ class ClientRequest:
     plan: CompletionPlan | None
     observer: TokenObserver
     send: Send
+
+    @property
+    def pass_event(self) -> PassEvent | None:
+        """What sends an event with a token at less cost than ``send``; None without it."""
+        passes: PassEvent | None = self.scope.get(PASS_EVENT_KEY)
+        return passes
 
     async def send_head(self, response: Response, altered: bool) -> None:
         """Send the status and the headers of the upstream response. ``altered``: as in `downstream_headers`."""

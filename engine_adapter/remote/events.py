@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from engine_adapter.engine import EngineLost
+from engine_adapter.engine import EngineLost, PassEvent
 from engine_adapter.remote.counting.token_counter import Batch, TokenCounter
 from engine_adapter.remote.response import Response
 from engine_adapter.remote.sse import MAX_EVENT_BYTES, EventTooLarge, SSESplitter
@@ -20,6 +20,8 @@ class EventReader:
         see: has ``counter`` count events that arrived together at a time (monotonic s), and returns them with their
             kinds, up to the stream's last one.
         on_read: called after each read with the number of new tokens.
+        pass_event: sends an event that is known to be a token without a batch, when its bytes arrive. This is the usual
+            event of a long stream, and then no task runs for it.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class EventReader:
         counter: TokenCounter,
         see: Callable[[list[bytes], float], Batch],
         on_read: Callable[[int], None],
+        pass_event: PassEvent | None = None,
     ) -> None:
         self._response = response
         self._read = response.plain_reader()
@@ -35,6 +38,19 @@ class EventReader:
         self._see = see
         self._on_read = on_read
         self._splitter = SSESplitter()
+        self._pass_event = pass_event
+        if pass_event is not None:
+            response.on_awaited_body(self._pass)
+
+    def _pass(self, data: bytes) -> bool:
+        """Send ``data`` at once if it is one event with one token; return whether it was. Called while `next` waits."""
+        assert self._pass_event is not None
+        counter, at = self._counter, self._response.read_at
+        if self._splitter.is_one_event(data) and counter.is_plain_token(data) and self._pass_event(data, at):
+            counter.see_plain_token(at)
+            self._on_read(1)
+            return True
+        return False
 
     async def next(self) -> Batch:
         """The next events; none after the last one, although the server may keep the connection open.

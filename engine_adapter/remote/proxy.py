@@ -280,7 +280,7 @@ class HttpProxy:
     ) -> None:
         await request.send_head(response, altered=True)
         hidden = EventKind.USAGE if plan.asked_usage else None
-        reader = EventReader(response, counter, counter.see_all, on_read)
+        reader = EventReader(response, counter, counter.see_all, on_read, request.pass_event)
         while batch := await reader.next():
             if not counter.ended and len(batch) == 1:
                 kind, event = batch[0]

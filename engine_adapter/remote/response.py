@@ -61,6 +61,7 @@ class Response:
         "_head_arrived",
         "_is_head",
         "_loop",
+        "_take",
         "_unread",
         "_unread_bytes",
         "_upstream",
@@ -86,6 +87,7 @@ class Response:
         self._error: EngineLost | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._decompressor: Callable[[bytes], bytes] | None = None
+        self._take: Callable[[bytes], bool] | None = None
 
     def __enter__(self) -> Response:
         return self
@@ -200,13 +202,24 @@ class Response:
         self._wake()
         return not self._is_head
 
+    def on_awaited_body(self, take: Callable[[bytes], bool]) -> None:
+        """Offer bytes of the body to ``take`` first if a reader waits for them. What it takes (True) is not read.
+
+        Compressed bytes are not offered. The head must have arrived.
+        """
+        if self.header(b"content-encoding") not in _COMPRESSED:
+            self._take = take
+
     def on_body(self, data: bytes) -> None:
         """Take bytes of the body. Called by the connection."""
+        # NOTE: what is unread comes first, and a reader that does not wait still sends what came before.
+        waiter, take = self._waiter, self._take
+        if take is not None and not self._unread and waiter is not None and not waiter.done() and take(data):
+            return
         self._unread.append(data)
         self._unread_bytes += len(data)
         if self._unread_bytes > _MAX_UNREAD_BYTES and self._connection is not None:
             self._connection.pause()
-        waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
@@ -226,6 +239,7 @@ class Response:
 
     def _detach(self) -> Connection | None:
         connection, self._connection = self._connection, None
+        self._take = None
         self._upstream.on_released(self)
         return connection
 

@@ -53,6 +53,11 @@ class SSESplitter:
                 return [event + b"\n\n" for event in events]
         return self._split(data)
 
+    def is_one_event(self, data: bytes) -> bool:
+        """Whether ``data``, if it is fed next, is surely one event. Then it need not be fed."""
+        # NOTE: a blank line that does not end ``data`` is found before one that does.
+        return self._between_events and 0 < data.find(b"\n\n") == len(data) - 2 and data.find(b"\r") < 0
+
     def _split(self, data: bytes) -> list[bytes]:
         events: list[bytes] = []
         if self._after_cr and data:

@@ -113,6 +113,11 @@ class HttpRequest:
         connection = self.scope.get(CONNECTION_KEY)
         return None if connection is None else connection.arrived_body(most)
 
+    def event_writer(self) -> Callable[[bytes], bool] | None:
+        """Return what writes an event of a stream that has begun, as `HttpConnection.event_writer`; None without it."""
+        connection = self.scope.get(CONNECTION_KEY)
+        return None if connection is None else connection.event_writer(self.client_send)
+
     def give_up_body(self) -> None:
         """Close the connection after the response if the rest of the body has not arrived by then."""
         connection = self.scope.get(CONNECTION_KEY)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from engine_adapter.engine import FAILED_KEY, Message, Send
 from gateway.api.errors import ApiError, Headers
@@ -35,6 +35,8 @@ class ResponseRelay:
     the client was sent the whole response. A stream is complete at its last event, where many clients disconnect,
     although the engine's app may take longer to end it.
 
+    ``event_writer``: returns what writes an event of the stream to the client at once (`HttpRequest.event_writer`).
+
     ``held``: holds an error response, also an error event at the start of a stream, until it is known whether another
     engine serves the request. If none does, `release` sends it.
     """
@@ -49,6 +51,7 @@ class ResponseRelay:
         *,
         report: bool,
         held: HeldResponse,
+        event_writer: Callable[[], Callable[[bytes], bool] | None] = lambda: None,
     ) -> None:
         self.status = 0
         self.failed_in_stream = self.refused_in_stream = False
@@ -68,6 +71,20 @@ class ResponseRelay:
         self._writes_begun = self._writes_done = 0
         self._first_token_sent_s: float | None = None
         self._last_token_sent_s = 0.0
+        self._event_writer = event_writer
+        self._write_event: Callable[[bytes], bool] | None = None
+
+    def pass_event(self, event: bytes, at: float) -> bool:
+        """Send an event at once, if that takes no more than writing it (`engine_adapter.engine.PassEvent`)."""
+        if self._first_token_sent_s is None:
+            return False
+        if self._write_event is None:
+            self._write_event = self._event_writer() or _refuse
+        if not self._write_event(event):
+            return False
+        self._writes_begun = self._writes_done = self._writes_begun + 1
+        self._last_token_sent_s = at
+        return True
 
     def send(self, message: Message) -> Awaitable[None]:
         """Relay one message of the engine's app. This is the ``send`` that the app is called with."""
@@ -228,6 +245,11 @@ class ResponseRelay:
             entry.ttft_s = request.first_token_s - request.arrival_s
         entry.tpot_s = progress.tpot_s
         entry.e2e_s = now - request.arrival_s
+
+
+def _refuse(event: bytes) -> bool:
+    """In place of a writer where there is none."""
+    return False
 
 
 @contextlib.asynccontextmanager

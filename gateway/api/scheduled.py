@@ -14,7 +14,16 @@ from collections.abc import Callable
 from functools import partial
 
 from engine_adapter.asgi import BODY_KEY, BodyTooDeep, ClientDisconnected, DisconnectWatch, JsonBody
-from engine_adapter.engine import OBSERVER_KEY, RENDERING_KEY, XARGS_KEY, Engine, EngineLost, EngineUnreachable, Send
+from engine_adapter.engine import (
+    OBSERVER_KEY,
+    PASS_EVENT_KEY,
+    RENDERING_KEY,
+    XARGS_KEY,
+    Engine,
+    EngineLost,
+    EngineUnreachable,
+    Send,
+)
 from gateway.api.call import Call
 from gateway.api.engine_call import ClientStalled, call_engine
 from gateway.api.errors import ApiError, bad_request, unavailable
@@ -269,7 +278,9 @@ class Scheduled:
             partial(may_fail_over, scheduled=True, moves_on_404=not stored),
             partial(self.failover.has_others, call, engine_queue),
         )
-        relay = ResponseRelay(entry, progress, send, http.request_id, call.route, report=report, held=held)
+        relay = ResponseRelay(
+            entry, progress, send, http.request_id, call.route, report=report, held=held, event_writer=http.event_writer
+        )
         gate = engine_queue.policy.gate if engine_queue.policy.gate != UNGATED else ""
         xargs = gate_xargs(request.kind, request.pace_s, gate)
         in_body = engine.takes_xargs and call.route.takes_xargs
@@ -279,7 +290,7 @@ class Scheduled:
         if entry.trace is not None and entry.trace.span_id:
             scope["headers"] = with_traceparent(scope["headers"], entry.trace)
         scope[BODY_KEY], scope[OBSERVER_KEY], scope[XARGS_KEY] = body, progress, xargs
-        scope[RENDERING_KEY] = call.size.handle
+        scope[RENDERING_KEY], scope[PASS_EVENT_KEY] = call.size.handle, relay.pass_event
         watch = self.failover.hang_watch(call, engine_queue, relay, sent_at)
         stall_s, grace_s = self.stall_s, LEAVE_GRACE_S if engine.watches_disconnect else 0.0
         engine_queue.on_handover(request)

@@ -51,7 +51,15 @@ class CompletionCounter(TokenCounter):
 
     def see(self, event: bytes, at: float) -> EventKind:
         """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
-        if (
+        if self.is_plain_token(event):
+            return self.see_plain_token(at)
+        if self.see_texts((event,), at):
+            return _TOKEN
+        return self.see_parsed(ParsedEvent.of(event), at)
+
+    def is_plain_token(self, event: bytes) -> bool:
+        """As `TokenCounter.is_plain_token`."""
+        return (
             self.total < self._next_sample
             # Only one line of data: the searches below do not see JSON that continues on another line.
             and event.find(b"\n") >= len(event) - 3
@@ -59,13 +67,7 @@ class CompletionCounter(TokenCounter):
             and (event.rfind(_UNFINISHED) > 0 or _is_unfinished(event))
             # NOTE: `in` costs twice as much, because it tries to read the text as a number first.
             and event.find(b'"error"') < 0
-        ):
-            # Hot path: a token of the only sequence.
-            self._report("0", 1, at)
-            return _TOKEN
-        if self.see_texts((event,), at):
-            return _TOKEN
-        return self.see_parsed(ParsedEvent.of(event), at)
+        )
 
     def see_all(self, events: list[bytes], at: float) -> Batch:
         """As `TokenCounter.see_all`. Events that differ in their text only are counted together."""

@@ -21,15 +21,18 @@ class MessagesCounter(TokenCounter):
         super().__init__(observer, sequences)
         self._usage_fields: Json = {}
 
-    def see(self, event: bytes, at: float) -> EventKind:
-        """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
-        if (
+    def is_plain_token(self, event: bytes) -> bool:
+        """As `TokenCounter.is_plain_token`."""
+        return (
             self.total < self._next_sample
             and event.startswith(b"event: content_block_delta\n")
             and event.find(b'"signature_delta"') < 0
-        ):
-            self._report("0", 1, at)
-            return EventKind.TOKEN
+        )
+
+    def see(self, event: bytes, at: float) -> EventKind:
+        """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
+        if self.is_plain_token(event):
+            return self.see_plain_token(at)
         name, data = event_fields(event)
         chunk = parse_data(data)
         kind = event_type(name, chunk)

@@ -14,15 +14,18 @@ class ResponsesCounter(TokenCounter):
 
     _error_starts = (b"event: error", b"event: response.failed")
 
-    def see(self, event: bytes, at: float) -> EventKind:
-        """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
-        if (
+    def is_plain_token(self, event: bytes) -> bool:
+        """As `TokenCounter.is_plain_token`."""
+        return (
             self.total < self._next_sample
             and event.startswith(b"event: response.")
             and event.endswith(b".delta", 0, event.find(b"\n"))
-        ):
-            self._report("0", 1, at)
-            return EventKind.TOKEN
+        )
+
+    def see(self, event: bytes, at: float) -> EventKind:
+        """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
+        if self.is_plain_token(event):
+            return self.see_plain_token(at)
         name, data = event_fields(event)
         chunk = parse_data(data)
         kind = event_type(name, chunk)

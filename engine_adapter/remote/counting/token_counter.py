@@ -41,6 +41,8 @@ class EventKind(Enum):
     """A role chunk, a comment, or the end of a sequence."""
 
 
+_TOKEN = EventKind.TOKEN  # Looking a member up in its class costs more than comparing it.
+
 Batch = list[tuple[EventKind, bytes]]
 """Events with their kinds."""
 
@@ -89,6 +91,18 @@ class TokenCounter(ABC):
     @abstractmethod
     def see(self, event: bytes, at: float) -> EventKind:
         """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
+
+    @abstractmethod
+    def is_plain_token(self, event: bytes) -> bool:
+        """Whether ``event`` is surely a token of the only sequence, whose text need not be measured.
+
+        Hot path: a few byte searches, and no parsing. It changes nothing.
+        """
+
+    def see_plain_token(self, at: float) -> EventKind:
+        """Count an event for which `is_plain_token` is True, that arrived at ``at`` (monotonic s). Return its kind."""
+        self._report("0", 1, at)
+        return _TOKEN
 
     def see_all(self, events: list[bytes], at: float) -> Batch:
         """Count raw ``events`` that arrived together, and return them with their kinds, up to the stream's last one."""
