@@ -47,7 +47,7 @@ class EventReader:
         assert self._pass_event is not None
         counter, at = self._counter, self._response.read_at
         if self._splitter.is_one_event(data) and counter.is_plain_token(data) and self._pass_event(data, at):
-            counter.see_plain_token(at)
+            counter.see_plain_token(data, at)
             self._on_read(1)
             return True
         return False

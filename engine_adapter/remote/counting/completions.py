@@ -52,14 +52,12 @@ class CompletionCounter(TokenCounter):
     def see(self, event: bytes, at: float) -> EventKind:
         """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
         if self.is_plain_token(event):
-            return self.see_plain_token(at)
-        if self.see_texts((event,), at):
-            return _TOKEN
+            return self.see_plain_token(event, at)
         return self.see_parsed(ParsedEvent.of(event), at)
 
     def is_plain_token(self, event: bytes) -> bool:
         """As `TokenCounter.is_plain_token`."""
-        return (
+        if (
             self.total < self._next_sample
             # Only one line of data: the searches below do not see JSON that continues on another line.
             and event.find(b"\n") >= len(event) - 3
@@ -67,7 +65,16 @@ class CompletionCounter(TokenCounter):
             and (event.rfind(_UNFINISHED) > 0 or _is_unfinished(event))
             # NOTE: `in` costs twice as much, because it tries to read the text as a number first.
             and event.find(b'"error"') < 0
-        )
+        ):
+            return True
+        return self.texts.text_of(event) is not None
+
+    def see_plain_token(self, event: bytes, at: float) -> EventKind:
+        """As `TokenCounter.see_plain_token`."""
+        if self.total >= self._next_sample and (text := self.texts.text_of(event)) is not None:
+            self._sample([text])
+        self._report("0", 1, at)
+        return _TOKEN
 
     def see_all(self, events: list[bytes], at: float) -> Batch:
         """As `TokenCounter.see_all`. Events that differ in their text only are counted together."""

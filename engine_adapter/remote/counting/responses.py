@@ -25,7 +25,7 @@ class ResponsesCounter(TokenCounter):
     def see(self, event: bytes, at: float) -> EventKind:
         """Count one raw event that arrived at ``at`` (monotonic s), and return its kind."""
         if self.is_plain_token(event):
-            return self.see_plain_token(at)
+            return self.see_plain_token(event, at)
         name, data = event_fields(event)
         chunk = parse_data(data)
         kind = event_type(name, chunk)

@@ -94,12 +94,12 @@ class TokenCounter(ABC):
 
     @abstractmethod
     def is_plain_token(self, event: bytes) -> bool:
-        """Whether ``event`` is surely a token of the only sequence, whose text need not be measured.
+        """Whether ``event`` is surely a token of the only sequence.
 
         Hot path: a few byte searches, and no parsing. It changes nothing.
         """
 
-    def see_plain_token(self, at: float) -> EventKind:
+    def see_plain_token(self, event: bytes, at: float) -> EventKind:
         """Count an event for which `is_plain_token` is True, that arrived at ``at`` (monotonic s). Return its kind."""
         self._report("0", 1, at)
         return _TOKEN
