@@ -136,11 +136,13 @@ class HttpConnection(HttpToolsProtocol):
         is_own: bool = getattr(send, "__self__", None) is cycle
         if cycle is None or not is_own or not cycle.chunked_encoding:
             return None
+        cycle.transport.flush()  # type: ignore[attr-defined]
+        write_chunk = self.transport.write
 
         def write(event: bytes) -> bool:
             if flow.write_paused or cycle.disconnected or cycle.response_complete or self._closing:
                 return False
-            cycle.transport.write(b"%x\r\n%b\r\n" % (len(event), event))
+            write_chunk(b"%x\r\n%b\r\n" % (len(event), event))
             return True
 
         return write
