@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,30 @@ async def test_running_ends_the_process_and_its_children(tmp_path: Path) -> None
     async with asyncio.timeout(60):
         while any(_alive(pid) for pid in found):
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.process
+async def test_sigterm_ends_what_a_benchmark_runs(tmp_path: Path) -> None:
+    code = (
+        "import asyncio, pathlib, sys\n"
+        "from benchmarks.overhead.peers import processes\n"
+        "async def main():\n"
+        "    command = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "    async with processes.running(command, pathlib.Path('log'), {}) as process:\n"
+        "        print(process.pid, flush=True)\n"
+        "        await asyncio.sleep(60)\n"
+        "asyncio.run(main())"
+    )
+    benchmark = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, stdout=PIPE, stderr=DEVNULL, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(servers.TREE)},
+    )  # fmt: skip
+    assert benchmark.stdout is not None
+    async with asyncio.timeout(60):
+        server = int(await benchmark.stdout.readline())
+        benchmark.terminate()
+        assert await benchmark.wait() != 0
+    assert not _alive(server)
 
 
 def _alive(pid: int) -> bool:

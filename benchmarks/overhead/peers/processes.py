@@ -66,7 +66,13 @@ def log_end(log: Path) -> str:
 
 @contextlib.asynccontextmanager
 async def running(command: list[str], log: Path, env: Mapping[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run ``command`` while the block runs; its output goes to the file ``log``. Then end it and its children."""
+    """Run ``command`` while the block runs; its output goes to the file ``log``. Then end it and its children.
+
+    From now on, SIGTERM cancels the caller's task, so that a benchmark that is ended leaves no server behind.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with log.open("wb") as output:
         # In a group of its own, so that its children end with it.
         process = await asyncio.create_subprocess_exec(
