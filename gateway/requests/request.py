@@ -25,6 +25,12 @@ BEST_EFFORT_PACE_S = 1.0
 """Seconds per token of a request whose TPOT bound is waived. A gate that paces everything (SCORPIO's credits) then
 lets it decode in few steps, so that it does not slow requests that have a pace to keep."""
 
+LEAST_AHEAD = 1 / 16
+"""Least part of its length by which a response grows between two revisions of its predicted length.
+
+Answers five times as long as their p50, or all of one class if its answers had equal lengths, would otherwise be revised
+every few tokens."""
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -140,8 +146,9 @@ class Request:
         """Count ``tokens`` more output tokens.
 
         A request that reaches its predicted length L without ending is expected to become as long as half of those
-        that do, Q(1/2 | L > g) (`gateway.requests.length_survival`), and is revised again half way there. So this is
-        one comparison per token and a handful of revisions in a long response. ``pace_s`` stays: the engine has it.
+        that do, Q(1/2 | L > g) (`gateway.requests.length_survival`), and is revised again half way there, or after
+        `LEAST_AHEAD`. So this is one comparison per token, and the number of revisions grows with the logarithm of the
+        length. ``pace_s`` stays: the engine has it.
         """
         self.generated += tokens
         if self.generated >= self._revise_at:
@@ -199,7 +206,7 @@ class Request:
             p50, p90 = self._beyond
         self.predicted_tokens = min(surviving_quantile(0.5, each, p50, p90), most)
         self.predicted_p90 = max(min(surviving_quantile(0.9, each, p50, p90), most), self.predicted_tokens)
-        ahead = max((self.predicted_tokens - each) / 2, 1.0)
+        ahead = max((self.predicted_tokens - each) / 2, LEAST_AHEAD * each, 1.0)
         self._revise_at = (each + ahead) * self.sequences
 
     def _set_bounds(self) -> None:

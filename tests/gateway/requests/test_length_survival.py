@@ -74,6 +74,23 @@ def test_prediction_is_revised_only_after_the_answer_outlives_it(monkeypatch: py
     assert len(revised_at) < 2 * 75
 
 
+@pytest.mark.parametrize("p90", [8.0, 8.5, 16.0])
+def test_revisions_are_few_however_wrong_the_prediction_is(monkeypatch: pytest.MonkeyPatch, p90: float) -> None:
+    revised_at = []
+
+    def counted(q: float, generated: float, p50: float, p90: float) -> float:
+        revised_at.append(generated)
+        return surviving_quantile(q, generated, p50, p90)
+
+    monkeypatch.setattr("gateway.requests.request.surviving_quantile", counted)
+    running = request(p50=8, p90=p90)
+    for _ in range(4000):
+        running.advance(1)
+    # 16 ln(4000 / 16) and one for each of the first 16 tokens, two quantiles each time.
+    assert len(revised_at) < 2 * 110
+    assert running.predicted_tokens > 0.94 * 4000
+
+
 def test_prediction_of_several_sequences_is_per_sequence() -> None:
     pair = request(sequences=2)
     pair.advance(199)
