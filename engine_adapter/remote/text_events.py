@@ -45,7 +45,7 @@ class TextEvents:
 
     def text_of(self, event: bytes) -> bytes | None:
         """The text of ``event`` as it is in the JSON, if it needs no unescaping; None if it may be something else."""
-        texts = self.texts_of((event,))
+        texts = self.texts_of((event,)) if self._around else None
         return texts[0] if texts else None
 
     def texts_of(self, events: Sequence[bytes], first: int = 0) -> list[bytes]:
