@@ -28,8 +28,8 @@ lets it decode in few steps, so that it does not slow requests that have a pace 
 LEAST_AHEAD = 1 / 16
 """Least part of its length by which a response grows between two revisions of its predicted length.
 
-Answers five times as long as their p50, or all of one class if its answers had equal lengths, would otherwise be revised
-every few tokens."""
+An answer five times as long as its p50, or longer than the equal lengths of its class, would otherwise be revised every
+few tokens."""
 
 
 @dataclass(slots=True, eq=False)
