@@ -197,11 +197,10 @@ class Connection(asyncio.Protocol):
 
     def _pass_body(self) -> None:
         """Pass the parts of the body that were parsed to the response. What follows its end is dropped."""
-        parts, response = self._parts, self._response
-        if response is not None and not response.complete and parts:
-            # NOTE: a single part is not copied.
-            response.on_body(b"".join(parts))
-        parts.clear()
+        response, body = self._response, b"".join(self._parts)  # NOTE: a single part is not copied.
+        self._parts.clear()
+        if response is not None and not response.complete and body:
+            response.on_body(body)
 
     def on_message_complete(self) -> None:
         """Note that the response is complete."""

@@ -273,7 +273,9 @@ class HttpEngine:
             pause = PROBE_AGAIN_S[min(failures, len(PROBE_AGAIN_S)) - 1] if failures else PROBE_EVERY_S
             self.state.ready_in_s = pause if failures else 0.0
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._probe_now.wait(), pause)
+                # NOTE: Python 3.11's `wait_for` drops a cancellation that comes together with what it waits for.
+                async with asyncio.timeout(pause):
+                    await self._probe_now.wait()
                 if self.state.alive:
                     await asyncio.sleep(BREAK_SETTLE_S)
             self._probe_now.clear()

@@ -84,7 +84,7 @@ class Response:
         self._head_arrived = self.complete = False
         self._unread: list[bytes] = []
         self._unread_bytes = 0
-        self._error: EngineLost | None = None
+        self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._decompressor: Callable[[bytes], bytes] | None = None
         self._take: Callable[[bytes], bool] | None = None
@@ -205,7 +205,7 @@ class Response:
     def on_awaited_body(self, take: Callable[[bytes], bool]) -> None:
         """Offer bytes of the body to ``take`` first if a reader waits for them. What it takes (True) is not read.
 
-        Compressed bytes are not offered. The head must have arrived.
+        What ``take`` raises, `read` raises. Compressed bytes are not offered. The head must have arrived.
         """
         if self.header(b"content-encoding") not in _COMPRESSED:
             self._take = take
@@ -214,8 +214,15 @@ class Response:
         """Take bytes of the body. Called by the connection."""
         # NOTE: what is unread comes first, and a reader that does not wait still sends what came before.
         waiter, take = self._waiter, self._take
-        if take is not None and not self._unread and waiter is not None and not waiter.done() and take(data):
-            return
+        if take is not None and not self._unread and waiter is not None and not waiter.done():
+            try:
+                if take(data):
+                    return
+            except Exception as error:
+                # It is the reader's, not the connection's.
+                self._take, self._error = None, error
+                waiter.set_result(None)
+                return
         self._unread.append(data)
         self._unread_bytes += len(data)
         if self._unread_bytes > _MAX_UNREAD_BYTES and self._connection is not None:

@@ -1,7 +1,7 @@
 """The response of one admitted request on its way from the engine to the client.
 
-This is the gateway's hot path: `ResponseRelay.send` runs once for every event of every stream. Bytes pass through
-unparsed and uncopied. After the first token, an event costs a few comparisons and one clock read.
+This is the gateway's hot path: `ResponseRelay.pass_event` or `ResponseRelay.send` runs once for every event of every
+stream. Bytes pass through unparsed. After the first token, an event costs a few comparisons.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class ResponseRelay:
 
     def pass_event(self, event: bytes, at: float) -> bool:
         """Send an event at once, if that takes no more than writing it (`engine_adapter.engine.PassEvent`)."""
-        if self._first_token_sent_s is None:
+        if self._first_token_sent_s is None or self._writes_begun > self._writes_done:
             return False
         if self._write_event is None:
             self._write_event = self._event_writer() or _refuse

@@ -270,6 +270,7 @@ class Scheduled:
         entry.estimated_prompt_tokens = request.prompt_tokens if call.size.estimated else None
         entry.predicted_cached_tokens = request.cached_tokens
         report = http.headers.get(REPORT_HEADER, "").strip() == "1"
+        # NOTE: passed events do not go through it, so nothing may be put around it that changes later events.
         send: Send = http.send
         if http.scope["path"] == RESPONSES_PATH:
             send = noting_id(send, partial(self._router.remember_owner, engine_name=engine.name))

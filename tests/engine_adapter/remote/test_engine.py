@@ -20,7 +20,7 @@ from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from tests.fixtures.live_server import Recorder, eventually, observed, serve
-from tests.fixtures.scripted_server import CHAT, TEXT, Scripted, ask, events, proxied
+from tests.fixtures.scripted_server import CHAT, TEXT, Scripted, ScriptedStream, ask, events, proxied
 
 SIX_TOKENS = {"max_tokens": 6, "ignore_eos": True}
 
@@ -279,3 +279,19 @@ async def test_eighty_requests_run_at_once(simulated: SimulatedEngine) -> None:
             await eventually(lambda: simulated.state.engine_running == 80)
             assert all(response.status_code == 200 for response in await asyncio.gather(*calls))
         await engine.stop()
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_engine_stops_although_a_stream_broke_just_before(turns: int) -> None:
+    async with serve(ScriptedStream(())) as url:
+        engine = HttpEngine("remote", url)
+        await engine.start(EngineEvents())
+        # Until the next probe is waited for.
+        await asyncio.sleep(0.05)
+        engine._on_broken()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        stopping = asyncio.create_task(engine.stop())
+        done, _ = await asyncio.wait({stopping}, timeout=20)
+        stopping.cancel()
+        assert done

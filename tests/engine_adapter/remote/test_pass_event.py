@@ -55,16 +55,16 @@ class Stream:
         self.left: list[bytes] = []
         self.passed: list[bytes] = []
         self._passes = passes
-        self._connection = Connection(lambda connection: None)
-        self._connection.connection_made(FakeTransport())
-        self.response = Response(FakeOwner(), self._connection, is_head=False)
-        self._connection.send(self.response, b"")
-        self._connection.data_received(HEAD % headers)
+        self.connection = Connection(lambda connection: None)
+        self.connection.connection_made(FakeTransport())
+        self.response = Response(FakeOwner(), self.connection, is_head=False)
+        self.connection.send(self.response, b"")
+        self.connection.data_received(HEAD % headers)
         self._counter = counter(self.recorder)
         passing = None if passes is None else self._pass
         self._reader = EventReader(self.response, self._counter, self._counter.see_all, self._on_read, passing)
         self.reads: list[int] = []
-        self._reading = asyncio.create_task(self._read())
+        self.reading = asyncio.create_task(self._read())
 
     def _pass(self, event: bytes, at: float) -> bool:
         assert at == self.response.read_at
@@ -85,11 +85,11 @@ class Stream:
                 self.left.append(event)
 
     def feed(self, data: bytes) -> None:
-        self._connection.data_received(b"%x\r\n%b\r\n" % (len(data), data))
+        self.connection.data_received(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def end(self) -> None:
-        self._connection.data_received(b"0\r\n\r\n")
-        await self._reading
+        self.connection.data_received(b"0\r\n\r\n")
+        await self.reading
 
 
 def delta(text: str) -> bytes:
@@ -205,3 +205,20 @@ async def test_nothing_is_passed_after_the_response_is_closed() -> None:
     stream.response.close()
     stream.response.on_body(chunk("a"))
     assert len(stream.passed) == before
+
+
+async def test_what_passing_raises_is_raised_to_the_reader_and_nothing_is_sent_again() -> None:
+    def broken(event: bytes, at: float) -> bool:
+        if len(stream.left) == 20:
+            stream.left.append(event)
+            raise KeyError("scripted")
+        return True
+
+    stream = Stream(CompletionCounter, broken)
+    tokens = [chunk(f" {number}") for number in range(24)]
+    # The end of the body arrives with the last token.
+    await fed(stream, *tokens[:20])
+    stream.connection.data_received(b"%x\r\n%b\r\n0\r\n\r\n" % (len(tokens[20]), tokens[20]))
+    with pytest.raises(KeyError, match="scripted"):
+        await stream.reading
+    assert stream.left == tokens[:21]
