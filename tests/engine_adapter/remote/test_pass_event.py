@@ -39,7 +39,7 @@ class FakeTransport(asyncio.Transport):
 
 
 class FakeOwner:
-    """The client of a response that nobody else uses."""
+    """A client with one response."""
 
     where, read_timeout_s, head_timeout_s = "e", 60.0, 60.0
 
