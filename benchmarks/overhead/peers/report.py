@@ -168,7 +168,7 @@ TRIED = """## What was tried
 | several processes that share the port | requests/s grow with the cores; a request takes as much CPU | as a setting |
 | 71 modules of the request path compiled by mypyc | 20 to 25% fewer instructions, but not less CPU time | no |
 | glibc's allocator, with and without huge pages, instead of Python's | not less CPU time | no |
-| a CPython with profile-guided optimisation (Debian's) | fewer instructions, but not less CPU time | no |
+| a CPython with profile-guided optimisation (Debian's) | fewer instructions, no clear effect on CPU time | no |
 
 With mypyc, a request behind a proxy took 1% to 6% more CPU time than without it. These are medians of 20 rounds of
 `python -m benchmarks.overhead.before_after`, while other work ran on the machine. So fewer instructions alone do not
