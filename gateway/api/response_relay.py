@@ -51,7 +51,7 @@ class ResponseRelay:
         *,
         report: bool,
         held: HeldResponse,
-        event_writer: Callable[[], Callable[[bytes], bool] | None] = lambda: None,
+        event_writer: Callable[[], Callable[[bytes], bool] | None],
     ) -> None:
         self.status = 0
         self.failed_in_stream = self.refused_in_stream = False

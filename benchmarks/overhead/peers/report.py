@@ -174,10 +174,12 @@ With mypyc, a request behind a proxy took 1% to 6% more CPU time than without it
 `python -m benchmarks.overhead.before_after`, while other work ran on the machine. So fewer instructions alone do not
 help. mypyc also needs a C compiler, minutes at each installation, and tests of two builds.
 
+The allocators and the interpreter were compared in five rounds of the loads of this page: with `PYTHONMALLOC=malloc`,
+with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in addition, and with `/usr/bin/python3.11`.
+
 One process is limited by its Python code. A request takes about 2 million instructions, in 700 Python calls
-([counts](calls.md)), and no step of it stands out. The start of 500 streams takes 0.3 to 0.5 s of CPU time. An event
-takes 17 Python calls. In a profile (py-spy) of 500 streams, half of the samples were in calls that read, write or wait
-for sockets, so to compile the relay of events would save little. `vllm-router` is compiled and does not schedule."""
+([counts](calls.md)). So the start of 500 streams takes about a billion instructions. An event of a stream takes 2% of
+what a request takes, so the starts decide how long the burst lasts. `vllm-router` is compiled and does not schedule."""
 
 
 def page(found: dict[str, Any]) -> str:

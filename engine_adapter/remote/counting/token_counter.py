@@ -41,8 +41,6 @@ class EventKind(Enum):
     """A role chunk, a comment, or the end of a sequence."""
 
 
-_TOKEN = EventKind.TOKEN  # Looking a member up in its class costs more than comparing it.
-
 Batch = list[tuple[EventKind, bytes]]
 """Events with their kinds."""
 
@@ -102,7 +100,7 @@ class TokenCounter(ABC):
     def see_plain_token(self, event: bytes, at: float) -> EventKind:
         """Count an event for which `is_plain_token` is True, that arrived at ``at`` (monotonic s). Return its kind."""
         self._report("0", 1, at)
-        return _TOKEN
+        return EventKind.TOKEN
 
     def see_all(self, events: list[bytes], at: float) -> Batch:
         """Count raw ``events`` that arrived together, and return them with their kinds, up to the stream's last one."""
