@@ -59,6 +59,9 @@ def measure(routing: str, engines: int, placements: int) -> float:
             queue.running[request.id] = request
         queues.append(queue)
     router = Router(queues, make_routing(routing), lambda: now)
+    for queue in queues:
+        for request in queue.running.values():
+            router.on_sent(queue, request)
     seconds, warm_up = 0.0, WARM_UP + engines
     for number in range(warm_up + placements):
         now += 1 / (RATE * engines)

@@ -14,7 +14,7 @@ from gateway.requests.request import Request
 from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling import headroom
 from gateway.scheduling.engine_queue import EngineQueue
-from gateway.scheduling.headroom import COMPARED, REFRESH_S, UNTESTED_S, PaceBands
+from gateway.scheduling.headroom import COMPARED, MEMORY_S, UNTESTED_S, PaceBands
 from gateway.scheduling.router import Router
 from gateway.scheduling.routing import ROUTINGS, LeastLoad, PrefixAffinity, make_routing
 from tests.fixtures.policy_builders import make_request
@@ -165,6 +165,27 @@ def test_headroom_keeps_paces_apart() -> None:
     assert engines[0.03] | engines[0.05] == set(range(8))
 
 
+def test_headroom_divides_the_engines_with_the_first_requests() -> None:
+    clock = ManualClock()
+    queues, bands = router_of("headroom", 8, clock).engine_queues, PaceBands()
+    tight, loose = make_request("tight", tpot=0.03), make_request("loose", tpot=0.05)
+    for request in (tight, loose, tight, loose):
+        bands.of(request, queues, clock.now)
+        bands.note(request)
+    assert bands.of(loose, queues, clock.now) == (4, 8)
+    assert bands.of(tight, queues, clock.now) == (0, 5)
+
+
+def test_headroom_gives_a_pace_that_is_new_a_band_at_once() -> None:
+    clock = ManualClock()
+    router = router_of("headroom", 8, clock)
+    placed_by_pace(router, clock, 600, (0.05,))
+    used = [send(router, make_request(f"tight {number}", tpot=0.03, at=clock.now)) for number in range(3)]
+    assert used == [0, 0, 0], "the others keep their steps"
+    many = {send(router, make_request(f"more {number}", tpot=0.03, at=clock.now)) for number in range(300)}
+    assert len(many) > 1, "the band grows with its work"
+
+
 def test_headroom_gives_a_single_pace_every_engine() -> None:
     clock = ManualClock()
     assert placed_by_pace(router_of("headroom", 4, clock), clock, 400, (0.05,))[0.05] == {0, 1, 2, 3}
@@ -236,7 +257,7 @@ def test_headroom_order_ignores_noise_of_equal_engines() -> None:
     before = names_of(bands)
     for queue, factor in zip(queues, (1.1, 1.0, 0.95), strict=True):
         queue.engine.state.step_time = StepTimeModel(times=StepTimes(d=0.0125 * factor, b=6e-5, alpha=6e-5))
-    clock.now += 2 * REFRESH_S
+    clock.now += MEMORY_S
     bands.of(make_request(tpot=0.03), queues, clock.now)
     assert names_of(bands) == before
 
