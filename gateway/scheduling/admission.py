@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from engine_adapter.engine import EngineState
 from engine_adapter.service_kind import ServiceKind
-from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Policy, prefill_seconds
+from gateway.policies.base import MAX_DECISION_INTERVAL_S, Decision, Policy
 from gateway.requests.prefix_index import PrefixIndex
 from gateway.requests.request import Request
 from gateway.requests.waiting_queue import WaitingQueue
@@ -26,7 +24,7 @@ DECISION_GRACE_S = 2 * MAX_DECISION_INTERVAL_S
 """A request that has waited for longer was kept waiting by at least one decision."""
 
 MIN_ARRAY = 64
-"""Waiting requests from which sums over them are computed as arrays: below, a loop is as fast."""
+"""Waiting requests from which their oldest arrival is found with an array: below, a loop is as fast."""
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +80,9 @@ class AdmissionController:
         """Remove a waiting request; return False when it does not wait."""
         removed = self.waiting.remove(request)
         self.prefixes.withdraw(request)
-        self.capacity_changed()
+        if removed and self._expected is not None:
+            self._expected.remove(request)
+        self._on_change()
         return removed
 
     def leave(self, request: Request) -> bool:
@@ -146,10 +146,12 @@ class AdmissionController:
             else:
                 self.waiting.remove(request)
                 self.prefixes.withdraw(request)
+                if self._expected is not None:
+                    self._expected.remove(request)
                 rejected.append(rejection)
-        if decision.reject or decision.yielding:
-            self._expected = None
         waived = len(rejected) < len(decision.reject)
+        if waived or decision.yielding:
+            self._expected = None
         decision.reject = rejected
         self.schedule.on_decision(now, decision, self.busy and not waived)
         return decision
@@ -183,20 +185,13 @@ class AdmissionController:
             batch = self._expected = ExpectedBatch(self.running.values(), self.waiting, self.engine, now)
         return batch
 
-    def queued_prefill_s(self) -> float:
-        """Return the seconds of prefill work that wait. Each arrival asks, so a long queue is summed as an array."""
-        if len(self.waiting) < MIN_ARRAY:
-            return prefill_seconds(self.waiting, self.engine)
-        times, uncached = self.engine.step_time.times, self.waiting.arrays().uncached
-        return float(np.where(uncached < times.theta, times.delta, times.alpha * uncached + times.beta).sum())
-
     def next_admission_in_s(self, now: float) -> float:
         """Return the expected seconds until a waiting request leaves the queue, of a queue that is full.
 
         The prompts ahead must be prefilled. If a request has waited for longer than that explains, it waits for the
         running requests, so the first of them must end too.
         """
-        work, _ = self.load()
+        work = self.expected_batch(now).prefill_s
         if len(self.waiting) < MIN_ARRAY:
             oldest_s = max((now - request.arrival_s for request in self.waiting), default=0.0)
         else:
@@ -218,14 +213,8 @@ class AdmissionController:
 
     def prefill_s(self, request: Request) -> float:
         """Return the seconds of prefill that ``request`` would take here, which depend on the prefix cache."""
-        cached = self.prefixes.cached_tokens(request) if self.engine.prefix_caching else 0
+        cached = self.prefixes.cached_tokens(request) if request.blocks and self.engine.prefix_caching else 0
         return self.engine.step_time.prefill(max(1, request.prompt_tokens - cached))
-
-    def load(self) -> tuple[float, int]:
-        """Return what is ahead of an arriving request, to compare engines: seconds of prefill work, then requests."""
-        unfinished = [r for r in self.running.values() if r.prefilling]
-        work = self.queued_prefill_s() + prefill_seconds(unfinished, self.engine)
-        return work, len(self.running) + len(self.waiting)
 
 
 def _remaining_s(request: Request, token_s: float, now: float) -> float:

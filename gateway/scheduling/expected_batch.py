@@ -1,4 +1,4 @@
-"""All requests of one engine as one batch, by which a router compares engines."""
+"""All requests of one engine as one batch, by which a router compares engines, and the prefill work among them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from engine_adapter.engine import EngineState
 from engine_adapter.service_kind import ServiceKind
 from gateway.policies.running_batch import RunningBatch
 from gateway.requests.request import Request
+
+_YIELDING = ServiceKind.YIELDING
 
 MAX_AGE_S = 0.25
 """Seconds after which the sums are made again, because running requests grow meanwhile.
@@ -23,6 +25,9 @@ class ExpectedBatch(RunningBatch):
     A sum over all requests costs more than comparing an engine, and a change concerns one request of hundreds. So the
     sums are adjusted by that one. `preemptible_memory` is not: its requests depend on their order. Once the sums do not
     hold any more, the batch is ``outdated``.
+
+    ``prefill_s``: seconds of prefill work: the sum of t(p) of the uncached prompts that are not prefilled yet (SCORPIO
+    eq. 6). Unlike `backlog`, it has the prompts of yielding requests too.
     """
 
     def __init__(
@@ -32,8 +37,9 @@ class ExpectedBatch(RunningBatch):
         self.outdated = False
         self._strictest = 0
         """Requests that have the strictest pace."""
-        self._prompts: dict[str, int] = {}
-        """The uncached tokens of each prompt that `backlog` has, since what is cached may change."""
+        self.prefill_s = 0.0
+        self._prompts: dict[str, tuple[int, float]] = {}
+        """What `backlog` and ``prefill_s`` have of each prompt, since what is cached may change."""
         super().__init__((), engine)
         self.add(running)
         self.add(waiting)
@@ -43,20 +49,26 @@ class ExpectedBatch(RunningBatch):
         before_s = self.strictest_s
         super().add(requests, pace_s)
         strictest_s, step_tokens, paced = self.strictest_s, self.engine.tokens_per_step, ServiceKind.PACED
-        count = self._strictest if strictest_s == before_s else 0
+        count, prefill = self._strictest if strictest_s == before_s else 0, self.engine.step_time.prefill
         for request in requests:
             if request.first_token_s is None and not request.unobserved:
-                self._prompts[request.id] = request.uncached_tokens
+                tokens = request.uncached_tokens
+                seconds = prefill(tokens)
+                self.prefill_s += seconds
+                counted = request.kind is not _YIELDING or self.beside_yielding
+                self._prompts[request.id] = tokens if counted else 0, seconds
             if request.kind is paced and request.pace_s is not None and request.pace_s * step_tokens == strictest_s:
                 count += 1
         self._strictest = count
 
     def begin(self, request: Request) -> None:
         """Note that the answer of ``request`` began, so its prompt is computed."""
-        self.backlog -= self._prompts.pop(request.id, 0)
+        tokens, seconds = self._prompts.pop(request.id, (0, 0.0))
+        self.backlog -= tokens
+        self.prefill_s = self.prefill_s - seconds if self._prompts else 0.0
 
     def remove(self, request: Request) -> None:
-        """Remove ``request``, which was admitted, at the length that it has now."""
+        """Remove ``request`` at the length that it has now."""
         self.begin(request)
         own = RunningBatch((request,), self.engine)
         self.slots -= own.slots

@@ -32,8 +32,8 @@ class Load(NamedTuple):
     error: float = 0.0
 
 
-def load(admission: AdmissionController, request: Request, passed_over: int = 0) -> Load:
-    """Return the load of an engine that would get ``request`` too.
+def load(admission: AdmissionController, request: Request, now: float, passed_over: int = 0) -> Load:
+    """Return the load at ``now`` (monotonic s) of an engine that would get ``request`` too.
 
     What the engine has of the prompt in its prefix cache is no work, so a chat returns to the engine that knows it,
     unless the others have less to do. The error is one step, because requests begin with a step, and the error of the
@@ -44,23 +44,23 @@ def load(admission: AdmissionController, request: Request, passed_over: int = 0)
     So the engine is tried again, unless the request would probably miss its deadline there.
     """
     if not isinstance(admission.policy, Annealing):
-        work_s, count = admission.load()
+        work_s, count = admission.expected_batch(now).prefill_s, len(admission.running) + len(admission.waiting)
         model = admission.engine.step_time
         own_s = admission.prefill_s(request)
         error_s = model.curve.step_s(1 + len(admission.running), 0)
         if model.prefill_quality is not None:
             error_s += model.prefill_quality.mape * own_s
         known = 1.0
-        if request.arrival_s + work_s + own_s <= request.deadline_s:
+        if now + work_s + own_s <= request.deadline_s:
             known = max(0.0, 1 - passed_over / model.window)
         return Load(work_s + known * own_s, count, error_s)
-    return free_memory_load(admission)
+    return free_memory_load(admission, now)
 
 
-def free_memory_load(admission: AdmissionController) -> Load:
-    """Return the KV memory (tokens) that an engine's requests need beyond its own."""
-    requests = [*admission.running.values(), *admission.waiting]
-    return Load(sum([kv_tokens(other) for other in requests]) - admission.engine.kv_tokens, len(requests))
+def free_memory_load(admission: AdmissionController, now: float) -> Load:
+    """Return the KV memory (tokens) that an engine's requests need at ``now`` (monotonic s) beyond its own."""
+    memory = admission.expected_batch(now).memory
+    return Load(memory - admission.engine.kv_tokens, len(admission.running) + len(admission.waiting))
 
 
 def ranks(loads: Sequence[Load]) -> list[tuple[bool, float, float]]:
@@ -75,11 +75,6 @@ def ranks(loads: Sequence[Load]) -> list[tuple[bool, float, float]]:
         (False, one.requests, one.work) if equal else (True, one.work, one.requests)
         for one, equal in zip(loads, near, strict=True)
     ]
-
-
-def kv_tokens(request: Request) -> float:
-    """Return the KV memory (tokens) of ``request`` at its predicted length."""
-    return (request.prompt_tokens + request.predicted_tokens) * request.sequences
 
 
 def keeps_share(request: Request, share: float) -> bool:

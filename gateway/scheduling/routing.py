@@ -67,11 +67,11 @@ class LeastLoad(_ByKey):
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
         """See `_ByKey.keys`."""
-        model = request.requested_model
+        model, now = request.requested_model, queues[0].now()
         sent, at_last = self._sent.get(model, 0), self._at_last
         return ranks(
             [
-                load(queue.admission, request, sent - at_last.setdefault((queue.engine.name, model), sent))
+                load(queue.admission, request, now, sent - at_last.setdefault((queue.engine.name, model), sent))
                 for queue in queues
             ]
         )
@@ -92,7 +92,8 @@ class LeastMemory(_ByKey):
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
         """See `_ByKey.keys`."""
-        return ranks([free_memory_load(queue.admission) for queue in queues])
+        now = queues[0].now()
+        return ranks([free_memory_load(queue.admission, now) for queue in queues])
 
 
 class RoundRobin(_ByKey):

@@ -103,8 +103,7 @@ def test_work_ahead_is_the_prefill_that_waits_or_is_unfinished() -> None:
     admission.decide(NOW)
     admission.running["decoding"].first_token_s = NOW
     admission.submit(make_request("waiting", prompt=200))
-    assert admission.queued_prefill_s() == pytest.approx(0.2)
-    assert admission.load() == (pytest.approx(0.5), 3)
+    assert admission.expected_batch(NOW).prefill_s == pytest.approx(0.5)
 
 
 # --- best effort ------------------------------------------------------------------------------------------------------
@@ -332,13 +331,13 @@ def test_request_from_another_engine_has_nothing_cached_on_one_without_a_prefix_
     assert (request.uncached_tokens, request.shared_tokens) == (1000, 0)
 
 
-def test_load_of_a_long_queue_is_the_sum_over_its_requests_and_reads_none_of_them() -> None:
+def test_estimate_of_a_long_queue_reads_none_of_its_requests_again() -> None:
     state = EngineState(alive=True)
     controller = AdmissionController(make_policy("slack"), state)
-    for number in range(5000):
-        controller.submit(make_request(str(number), at=NOW + number, prompt=1 + number % 900))
-    expected = sum(state.step_time.prefill(request.uncached_tokens) for request in controller.waiting)
-    assert controller.queued_prefill_s() == pytest.approx(expected)
+    requests = [make_request(str(number), at=NOW + number, prompt=1 + number % 900) for number in range(5000)]
+    for request in requests:
+        controller.submit(request)
+    expected = sum(state.step_time.prefill(request.uncached_tokens) for request in requests)
     assert controller.next_admission_in_s(NOW + 9000) == pytest.approx(expected)
     read = 0
 
@@ -349,6 +348,7 @@ def test_load_of_a_long_queue_is_the_sum_over_its_requests_and_reads_none_of_the
             return super().__iter__()
 
     controller.waiting.__class__ = Counted
-    controller.load()
+    controller.withdraw(requests[7])
+    controller.submit(make_request("new", prompt=100))
     controller.next_admission_in_s(NOW + 9000)
     assert read == 0

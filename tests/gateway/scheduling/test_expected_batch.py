@@ -7,12 +7,23 @@ import math
 import pytest
 
 from engine_adapter.engine import EngineState
+from engine_adapter.service_kind import ServiceKind
 from gateway.policies.registry import make_policy
 from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.expected_batch import MAX_AGE_S, ExpectedBatch
 from tests.fixtures.policy_builders import make_request, running
 
-SUMS = ("slots", "best_effort_slots", "decoding", "context", "memory", "backlog", "strictest_s", "step_s")
+SUMS = (
+    "slots",
+    "best_effort_slots",
+    "decoding",
+    "context",
+    "memory",
+    "backlog",
+    "prefill_s",
+    "strictest_s",
+    "step_s",
+)
 
 
 def controller() -> AdmissionController:
@@ -89,6 +100,30 @@ def test_expected_batch_forgets_a_withdrawn_request() -> None:
     admission = controller()
     request = make_request("one", prompt=300, tpot=0.05)
     admission.submit(request)
-    assert admission.expected_batch(0.0).slots == 1
+    admission.submit(make_request("other", prompt=200, tpot=0.05))
+    batch = admission.expected_batch(0.0)
+    assert batch.slots == 2
     admission.withdraw(request)
-    assert sums(admission.expected_batch(0.0)) == new_sums(admission)
+    assert admission.expected_batch(0.0) is batch
+    assert sums(batch) == pytest.approx(new_sums(admission))
+
+
+def test_expected_batch_forgets_a_rejected_request() -> None:
+    admission = controller()
+    late = make_request("late", at=-10.0, ttft=1.0, prompt=300, tpot=0.05)
+    admission.submit(late)
+    admission.submit(make_request("other", prompt=200, tpot=0.05))
+    batch = admission.expected_batch(0.0)
+    assert [rejection.request for rejection in admission.decide(0.0).reject] == [late]
+    assert admission.expected_batch(0.0) is batch
+    assert (batch.slots, batch.backlog) == (1, 200)
+
+
+def test_expected_batch_counts_a_yielding_prompt_as_prefill_work_only() -> None:
+    admission = controller()
+    request = admission.running["one"] = running("one", prompt=300, tpot=0.05, generated=0, first_token_s=None)
+    request.kind = ServiceKind.YIELDING
+    batch = admission.expected_batch(0.0)
+    assert (batch.backlog, batch.prefill_s) == (0, admission.engine.step_time.prefill(300))
+    admission.on_first_token(request)
+    assert (batch.backlog, batch.prefill_s) == (0, 0.0)

@@ -29,7 +29,7 @@ from gateway.scheduling.router import Router
 from gateway.scheduling.routing import ROUTINGS
 from tests.fixtures.live_gateway import CHAT, chat, fast_engine, gateway_config, serving
 from tests.fixtures.live_server import eventually
-from tests.fixtures.policy_builders import engine, make_request
+from tests.fixtures.policy_builders import NOW, engine, make_request
 
 # --- load of an engine ------------------------------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ def load_with(policy: str, requests: list[Request], kv_tokens: int = 0) -> tuple
     admission = AdmissionController(make_policy(policy), engine(kv_tokens=kv_tokens))
     for request in requests:
         admission.submit(request)
-    return load(admission, make_request("next"))
+    return load(admission, make_request("next"), 0.0)
 
 
 @pytest.mark.parametrize(("policy", "busier"), [("annealing", "answer"), ("scorpio", "prompt")])
@@ -61,9 +61,13 @@ def test_chat_returns_to_the_engine_that_has_its_prompt_cached() -> None:
 
     chat = make_request("chat", prompt=1000)
     chat.blocks, chat.block_tokens = tuple(range(60)), 16
-    assert load(queue_with(cached=True, waiting=0), chat) < load(queue_with(cached=False, waiting=0), chat)
-    assert load(queue_with(cached=True, waiting=1), chat) < load(queue_with(cached=False, waiting=1), chat)
-    assert load(queue_with(cached=True, waiting=2), chat) > load(queue_with(cached=False, waiting=0), chat)
+
+    def load_of(cached: bool, waiting: int) -> Load:
+        return load(queue_with(cached, waiting), chat, 0.0)
+
+    assert load_of(cached=True, waiting=0) < load_of(cached=False, waiting=0)
+    assert load_of(cached=True, waiting=1) < load_of(cached=False, waiting=1)
+    assert load_of(cached=True, waiting=2) > load_of(cached=False, waiting=0)
 
 
 @given(
@@ -211,7 +215,8 @@ async def test_estimate_that_no_request_tests_goes_out_of_date() -> None:
 
 def test_passed_over_engine_is_not_tried_by_a_request_that_would_miss_its_deadline() -> None:
     admission = AdmissionController(make_policy("slack"), engine())
-    loads = [load(admission, make_request(prompt=1000, ttft=ttft), passed_over=10_000).work for ttft in (None, 5, 0.5)]
+    requests = [make_request(prompt=1000, ttft=ttft) for ttft in (None, 5, 0.5)]
+    loads = [load(admission, request, NOW, passed_over=10_000).work for request in requests]
     assert loads == pytest.approx([0, 0, 1])
 
 
