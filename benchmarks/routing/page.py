@@ -10,12 +10,6 @@ from benchmarks.markdown import table, wrapped
 
 OURS, DEFAULT = "headroom", "least_load"
 
-_OLDER = (
-    "when each change made the sums over an engine's requests again. Decisions take about half of that time since, and "
-    "attainment does not differ measurably."
-)
-"""What the results with the field ``older`` have in common."""
-
 
 def page(found: dict[str, Any]) -> str:
     """Return the result page of the study's JSON."""
@@ -137,16 +131,18 @@ def _large(found: dict[str, Any]) -> Iterator[str]:
         )
         if any(one["duration_s"] < found["duration_s"] for one in near):
             yield wrapped("A shorter run ends while the load still grows, so it is weaker evidence.")
-        if any(one.get("older") for one in near):
-            counts = " and ".join(str(one["replicas"]) for one in near if one.get("older"))
-            yield wrapped(f"The run with {counts} was measured {_OLDER}")
     if loaded:
-        yield f"At S and 2 S, where S is the capacity of `{DEFAULT}` per engine with 8 A100:"
+        yield wrapped(
+            f"At S and 2 S, where S is the capacity of `{DEFAULT}` per engine with 8 A100, or with 4 A100 and 4 H200 "
+            "where half of the engines are H200s:"
+        )
         yield table(
-            ["A100s", "routing", "load", "rate", "goodput", "adherence", "decision (µs)"],
+            ["engines", "H200s", "arrivals (s)", "routing", "load", "rate", "goodput", "adherence", "decision (µs)"],
             [
                 [
                     str(one["replicas"]),
+                    str(one["replicas"] // 2 if "H200" in one["row"] else 0),
+                    f"{one['duration_s']:g}",
                     f"`{one['routing']}`",
                     f"{one['load']:g} S",
                     f"{one['qps']:.0f}",
@@ -182,9 +178,6 @@ def _routing_us(part: dict[str, Any], routing: str) -> float:
 def _section(part: dict[str, Any]) -> Iterator[str]:
     yield f"## {part['row'][0].upper()}{part['row'][1:]}"
     yield f"Precision of a capacity: {part['precision']:.2%}."
-    older = sorted({str(one["seed"]) for one in part["found"] if one.get("older")})
-    if older:
-        yield wrapped(f"`{OURS}` with seeds {', '.join(older)} was measured {_OLDER}")
     runs = {(run["routing"], run["load"]): run for run in part["runs"]}
     loads = sorted({load for _, load in runs})
     heads = ["routing", "seeds", "capacity", "per engine", "decision (µs)"]

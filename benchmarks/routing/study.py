@@ -79,22 +79,25 @@ class Row:
     first: Mapping[str, float] = field(default_factory=lambda: FIRST)
 
 
+LINEAR_ROW, MIXED_ROW = "six categories, 8 A100", "six categories, 4 A100 and 4 H200"
+
 ROWS = (
     Row("six categories, 2 A100", SIX, 2, (), 48.0),
     Row("six categories, 4 A100", SIX, 4, (), 97.0, loads=(0.5, *LOADS)),
-    Row("six categories, 8 A100", SIX, 8, (), 200.0, precision=FINE),
+    Row(LINEAR_ROW, SIX, 8, (), 200.0, precision=FINE),
     Row("one pace, 8 A100", ONE_PACE, 8, (), 256.0, (DEFAULT, OURS, "least_requests"), first={}),
-    Row("multi-turn, 8 A100", {"name": "multi-turn"}, 8, (), 113.0, (*POLICIES, "prefix_affinity", *VARIANTS)),
-    Row("six categories, 4 A100 and 4 H200", SIX, 8, (H200,), 350.0, loads=LOADS, first=MIXED_FIRST),
+    Row("multi-turn, 8 A100", {"name": "multi-turn"}, 8, (), 113.0, (*POLICIES, "prefix_affinity", *VARIANTS), LOADS),
+    Row(MIXED_ROW, SIX, 8, (H200,), 350.0, loads=LOADS, first=MIXED_FIRST),
     Row("six categories, 16 A100", SIX, 16, (), 410.0, loads=LOADS),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Large:
-    """One run of ``replicas`` A100s, at ``load`` times the capacity per engine that ``of`` has in `LINEAR_ROW`.
+    """One run of ``replicas`` engines, at ``load`` times the capacity per engine that ``of`` has in the row.
 
-    ``duration_s``: of the arrivals (s); None: that of the study.
+    ``duration_s``: of the arrivals (s); None: that of the study. ``row``: `LINEAR_ROW`, or `MIXED_ROW`, which has as
+    many H200s as A100s.
     """
 
     replicas: int
@@ -102,17 +105,24 @@ class Large:
     load: float
     of: str
     duration_s: float | None = None
+    row: str = LINEAR_ROW
 
     @property
     def key(self) -> dict[str, Any]:
         """The fields that identify the run in the results."""
-        return {"replicas": self.replicas, "routing": self.routing, "load": self.load, "of": self.of}
+        return {
+            "row": self.row,
+            "replicas": self.replicas,
+            "routing": self.routing,
+            "load": self.load,
+            "of": self.of,
+        }
 
 
 MORE = "more engines"
 """Name of the runs of `LARGE` among the rows."""
 
-LINEAR_ROW, NEAR_LINEAR = "six categories, 8 A100", 0.95
+NEAR_LINEAR = 0.95
 
 SHORT_S = 12.0
 """Seconds of arrivals at 256 engines, whose load still grows at the end. With 30 s it takes over 5 minutes of CPU."""
@@ -120,8 +130,9 @@ SHORT_S = 12.0
 LARGE = (
     Large(64, OURS, NEAR_LINEAR, OURS),
     Large(256, OURS, NEAR_LINEAR, OURS, SHORT_S),
-    *(Large(64, routing, load, DEFAULT) for load in LOADS for routing in (OURS, DEFAULT)),
-    *(Large(256, routing, load, DEFAULT, SHORT_S) for load in LOADS for routing in (OURS, DEFAULT)),
+    *(Large(64, routing, load, DEFAULT) for load in LOADS for routing in POLICIES),
+    *(Large(64, routing, load, DEFAULT, SHORT_S, MIXED_ROW) for load in LOADS for routing in POLICIES),
+    *(Large(256, routing, load, DEFAULT, SHORT_S) for load in LOADS for routing in POLICIES),
 )
 
 FIELDS = ("slo_adherence", "rejected", "hit_rate", "requests")
@@ -159,11 +170,12 @@ def measure_load(row: Row, routing: str, load: float, stock_qps: float, duration
 
 def measure_large(large: Large, parts: list[dict[str, Any]], duration_s: float) -> dict[str, Any]:
     """Return the run of ``large``."""
-    part = next(part for part in parts if part["row"] == LINEAR_ROW)
+    part = next(part for part in parts if part["row"] == large.row)
+    profiles = next(row.profiles for row in ROWS if row.name == large.row)
     qps = fmean(one["qps"] for one in part["found"] if one["routing"] == large.of) / part["replicas"]
     rate = large.load * qps * large.replicas
     duration_s = large.duration_s or duration_s
-    experiment = fleet_of(SIX, duration_s, large.replicas, large.routing)
+    experiment = fleet_of(SIX, duration_s, large.replicas, large.routing, profiles)
     return {**large.key, "duration_s": duration_s, "qps": round(rate, 1), **fleet_run(experiment, rate, 0, FIELDS)}
 
 
@@ -216,7 +228,7 @@ def _measured(
     for one in large:
         if not any(known.items() >= one.key.items() for known in found["large"]):
             found["large"].append(measure_large(one, found["rows"], duration_s))
-            yield f"{one.replicas} A100, {one.routing}: {found['large'][-1]['slo_adherence']:.4f}"
+            yield f"{one.replicas} engines, {one.routing} at {one.load:g}: {found['large'][-1]['slo_adherence']:.4f}"
 
 
 def _part(parts: list[dict[str, Any]], row: Row) -> dict[str, Any]:

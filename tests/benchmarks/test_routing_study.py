@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def test_study_measures_larger_fleets_at_a_load_of_the_linear_row(file: Path, mo
     monkeypatch.setattr(study, "LARGE", (study.Large(2, "headroom", 0.5, "headroom", 0.5),))
     linear = part(study.LINEAR_ROW, [found("headroom", 0, 160.0)])
     file.write_text(json.dumps({"duration_s": 1.0, "rows": [linear]}))
+    monkeypatch.setattr(study, "ROWS", (dataclasses.replace(SMALL, name=study.LINEAR_ROW),))
     assert command("--row", study.MORE, "--json", str(file)).exit_code == 0
     (run,) = json.loads(file.read_text())["large"]
     assert (run["replicas"], run["load"], run["qps"], run["duration_s"]) == (2, 0.5, 20.0, 0.5)
@@ -104,6 +106,7 @@ def test_page_has_the_goodput_of_policies_with_runs() -> None:
 
 def test_page_separates_near_linear_runs_from_those_at_multiples_of_s() -> None:
     run = {
+        "row": study.LINEAR_ROW,
         "replicas": 64,
         "duration_s": 30.0,
         "qps": 1600.0,
@@ -114,11 +117,13 @@ def test_page_separates_near_linear_runs_from_those_at_multiples_of_s() -> None:
     large = [
         {**run, "routing": "headroom", "load": 0.95, "of": "headroom"},
         {**run, "routing": "least_load", "load": 1.0, "of": "least_load"},
+        {**run, "routing": "least_load", "load": 2.0, "of": "least_load", "row": study.MIXED_ROW},
     ]
     rows = [part("fleet", [found("least_load", 0, 100.0), found("headroom", 0, 110.0)])]
     text = page.page(document(rows=rows, large=large))
     assert "| 64 | 30 | 1600 | 25.0 | 0.9940 | 40 |" in text
-    assert "| 64 | `least_load` | 1 S | 1600 | 1590 | 0.994 | 40 |" in text
+    assert "| 64 | 0 | 30 | `least_load` | 1 S | 1600 | 1590 | 0.994 | 40 |" in text
+    assert "| 64 | 32 | 30 | `least_load` | 2 S | 1600 | 1590 | 0.994 | 40 |" in text
 
 
 def test_page_states_what_speaks_against_a_new_default() -> None:
