@@ -1,9 +1,10 @@
-"""Measures the CPU time of choosing an engine, by routing policy and number of engines.
+"""Measures the CPU time of choosing an engine, by routing policy and number of engines: the mean, and the slowest.
 
     python -m benchmarks.routing.decision_time
 
 Every engine runs 100 requests of two paces. The requests that are placed wait there, and for each one another request
-ends, as at a steady load. Noting that end is part of the time.
+ends, as at a steady load. Noting that end is part of the time. A second of that load is measured, so the sums over the
+requests of each engine are made again several times.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -35,8 +37,8 @@ RUNNING = 100
 WARM_UP = 50
 """Placements before the first measured one, besides one for each engine."""
 
-RATE = 25.0
-"""Requests per second and engine, which decides how often estimates are refreshed."""
+RATE, SPAN_S = 25.0, 1.0
+"""Requests per second and engine, and seconds of that load: they decide how often estimates are refreshed."""
 
 
 def _request(name: str, number: int, at_s: float) -> Request:
@@ -44,8 +46,11 @@ def _request(name: str, number: int, at_s: float) -> Request:
     return Request(name, "chat", at_s, Slo(2.0, pace_s), prompt_tokens=300, predicted_tokens=200)
 
 
-def measure(routing: str, engines: int, placements: int) -> float:
-    """Return the mean CPU time (us) of placing a request on one of ``engines`` engines, and of noting another's end."""
+def measure(routing: str, engines: int) -> tuple[float, float]:
+    """Return the CPU time (us) of placing a request on one of ``engines`` engines, and of noting another's end.
+
+    It is the mean, and that of the slowest one.
+    """
     now, times = 0.0, load_profile(PROFILE).step_times()
     queues = []
     for number in range(engines):
@@ -62,8 +67,8 @@ def measure(routing: str, engines: int, placements: int) -> float:
     for queue in queues:
         for request in queue.running.values():
             router.on_sent(queue, request)
-    seconds, warm_up = 0.0, WARM_UP + engines
-    for number in range(warm_up + placements):
+    seconds, warm_up = list[float](), WARM_UP + engines
+    for number in range(warm_up + round(SPAN_S * RATE * engines)):
         now += 1 / (RATE * engines)
         request = _request(f"new-{number}", number, now)
         ended = queues[number % engines]
@@ -74,26 +79,28 @@ def measure(routing: str, engines: int, placements: int) -> float:
         queue = router.place(request)
         router.on_sent(queue, request)
         if number >= warm_up:
-            seconds += time.process_time() - started
+            seconds.append(time.process_time() - started)
         queue.admission.submit(request)
-    return 1e6 * seconds / placements
+    return round(1e6 * fmean(seconds), 1), round(1e6 * max(seconds), 1)
 
 
 def main(
     engines: Annotated[
         list[int] | None, typer.Option(help="Number of engines; repeatable. [default: 4, 8, 64, 256]")
     ] = None,
-    placements: Annotated[int, typer.Option(min=1, help="Measured placements.")] = 200,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Measure the CPU time of choosing an engine (us)."""
     counts = engines or [4, 8, 64, 256]
-    found = {name: {str(count): round(measure(name, count, placements), 1) for count in counts} for name in ROUTINGS}
+    found = {name: {str(count): measure(name, count) for count in counts} for name in ROUTINGS}
     if as_json:
         json.dump(found, sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
-        rows = [[f"`{name}`", *(f"{us:.0f}" for us in by_count.values())] for name, by_count in found.items()]
+        rows = [
+            [f"`{name}`", *(f"{mean_us:,.0f} ({slowest_us:,.0f})" for mean_us, slowest_us in by_count.values())]
+            for name, by_count in found.items()
+        ]
         Console().print(table(["routing", *(f"{count} engines" for count in counts)], rows))
 
 

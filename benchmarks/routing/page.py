@@ -21,8 +21,8 @@ categories are those of the SCORPIO paper, with its `sharegpt` lengths.{_one_pac
 
 - *Capacity*: the highest rate of the fleet at which {found["keeps"]:.0%} of the requests attain their SLO, as the mean
 over the seeds. Each row states the precision of the search.
-- *Best other*: the highest capacity of the other policies. *Ratio*: over the seeds of that one. Below 1 it is a loss of
-`{OURS}`.
+- *Best other*: the highest capacity of the other policies. *Ratio*: the capacity of
+`{OURS}` divided by that one, over the seeds that both have. Below 1 it is a loss.
 - *Goodput*: requests that attain their SLO, per second of arrivals, of seed 0. S is the capacity of `{DEFAULT}`.
 - *Decision*: CPU time of choosing an engine, per request, during the simulation. It includes the sums over the requests
 of an engine. The page about [routing](../routing.md#what-does-a-decision-cost) has the time with 100 requests on each
@@ -37,8 +37,7 @@ python -m benchmarks.routing.study --seeds {_seeds(found)} --json docs/results/r
 python -m benchmarks.routing.study --page docs/results/routing.json
 ```
 
-The first command continues a file that exists, so remove it to measure again. Policies with fewer seeds have not been
-measured with the others yet.
+The first command continues a file that exists, so remove it to measure again. {_fewer_seeds(found)}
 
 ## Capacity of `{OURS}`"""
     rows = []
@@ -72,13 +71,13 @@ def _default(found: dict[str, Any]) -> Iterator[str]:
     yield wrapped(
         f"""For it, against `{DEFAULT}` in the rows below:
 
-- Capacity: {min(ratios):.2f}x to {max(ratios):.2f}x.
+- Capacity: {min(ratios):.2f}x to {max(ratios):.2f}x.{"" if losses else " No row has less."}
 - Goodput at the loads below: {min(gains):.2f}x to {max(gains):.2f}x.
 - Time of a decision: {min(times):.2f}x to {max(times):.2f}x.
 
 Against it:
 
-- {f"It has less capacity in this row: {'; '.join(losses)}." if losses else "No row has less capacity."}
+{f"- It has less capacity in this row: {'; '.join(losses)}." if losses else ""}
 - All of this is simulated, with a steady mix of paces and engines that report their KV memory. A mix that changes, and
 real servers, have not been measured.
 - Under the policy `annealing`, `{DEFAULT}` balances KV memory as the paper does; `{OURS}` does not.
@@ -86,6 +85,12 @@ real servers, have not been measured.
 
 So `{DEFAULT}` is the default, and [`routing.name`](../configuration.md#routing) selects `{OURS}`."""
     )
+
+
+def _fewer_seeds(found: dict[str, Any]) -> str:
+    """Return a sentence if some rows have fewer seeds than others."""
+    counts = {len(by_seed) for part in found["rows"] for by_seed in _capacities(part).values()}
+    return "Rows with one seed have not been measured with the others." if len(counts) > 1 else ""
 
 
 def _one_pace(found: dict[str, Any]) -> str:

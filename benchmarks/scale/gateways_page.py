@@ -32,8 +32,8 @@ adherence.
 simulation.
 - *Decisions/s*: requests that one process could route and decide on a core, if it did nothing else.
 
-CPU times are those of one of two cores that other work shared. Requests are shortened so that 100 A100s hold 10,000 a
-second: an A100 holds 29 whole ones ([routing](routing.md)). {_spread(seeds)}
+CPU times are those of one of two cores that other work shared. An A100 serves about 30 whole requests a second
+([routing](routing.md)). They are shortened, so that 100 A100s serve 10,000 a second. {_spread(seeds)}
 
 ```
 python -m benchmarks.scale.gateways{_fleets(found)} --seeds {len(seeds)} --json docs/results/gateways.json
@@ -124,7 +124,8 @@ def _process(found: dict[str, Any]) -> Iterator[str]:
     if whole:
         cores = first["qps"] * (whole[0]["routing_us"] + whole[0]["policy_us"]) / 1e6
         yield wrapped(
-            "The other design is one scheduling process behind many HTTP processes. For the decisions of "
-            f"`{whole[0]['routing']}` alone it would need {cores:.1f} cores, and a process has one. Its loss would "
-            "stop all requests. So gateways divide the engines."
+            "The alternative is one process that decides for many HTTP processes. At "
+            f"{first['qps']:,.0f} requests a second its decisions alone need {cores:.1f} cores with "
+            f"`{whole[0]['routing']}`, and a process has one. Its loss would stop all requests. So gateways divide the "
+            "engines."
         )

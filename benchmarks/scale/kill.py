@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -310,6 +311,7 @@ async def _row(
     late = [at for each in sent for at in each.placed_on(name) if killed_at < at <= observed.down_until]
     taken = [e for e in sent if e.arrived_at > back_at and e.end == "200" and e.record["engine"] != observed.survivor]
     rejected = [each for each in others if each.end.startswith("429")]
+    new = [each for each in sent if 0 < each.arrived_at - killed_at <= MOVED_S]
     row = {
         "servers": kind,
         "seed": seed,
@@ -321,7 +323,8 @@ async def _row(
         "completed": len([each for each in others if each.end == "200"]),
         "moved": len(moved),
         "rejected": len(rejected),
-        "new_first_s": len([each for each in sent if 0 < each.arrived_at - killed_at <= MOVED_S]),
+        "new_first_s": len(new),
+        "new_ttft_s": _median_ttft_s(new),
         "new_while_down": len([each for each in sent if killed_at < each.arrived_at < back_at]),
         "closed_s": round(observed.closed_at - killed_at, 3),
         "leaves_s": round(max(late, default=killed_at) - killed_at, 3),
@@ -342,6 +345,13 @@ async def _row(
 def _was_in_flight(each: Sent, engine: str, killed_at: float) -> bool:
     """Whether the engine was sending the response when it was killed."""
     return each.record["attempts"][-1]["engine"] == engine and each.had_begun(killed_at)
+
+
+def _median_ttft_s(new: Sequence[Sent]) -> float | None:
+    """Return the median TTFT (s) of the requests that got a token; None if none did."""
+    first = [each.record["timeline"]["first_token_ms"] for each in new]
+    known = [ms / 1000 for ms in first if ms is not None]
+    return round(median(known), 2) if known else None
 
 
 def _longest_s(broken: Sequence[Sent], killed_at: float) -> float:

@@ -35,8 +35,8 @@ after 1 s, as a supervisor does. Ray restarts an actor itself. In the 3 s after 
 starts every 0.1 s. The load continues until the replacement has served requests.
 
 The replacement loads its model on the cores of the remaining server. So the bounds are loose: with tight ones, the
-policy would reject requests during that time. Other programs used these cores too, so servers took long to start and to
-end.
+policy would reject requests during that time. Streams may take 20 to 60 s to begin. Other programs used these cores
+too, so servers took long to start and to end.
 
 ```
 python -m benchmarks.scale.kill {f"--seed {seed} " if seed else ""}--runs {runs} --json > docs/results/scale.json
@@ -47,13 +47,14 @@ python -m benchmarks.scale.kill --page docs/results/scale.json
 
 {table(["", *(_HEADS[kind] for kind in kinds)], rows)}
 
-- *in flight*: streams that had begun and not ended when the server was killed.
+- *in flight*: streams that had begun and not ended when the server was killed. The error event is `engine_lost`, or
+  `draining` if the engine leaves meanwhile.
 - *moved*: requests that were placed on the killed server, and whose clients had received nothing. The other one served
   them.
 - All times are seconds after the kill. *sockets closed*: by the kernel, which needs up to seconds to end a killed
-  process on busy cores. Until then nothing tells that the server is lost.
-- *last request to the killed server*: the gateway placed it there. *shown as down*: by `/status`, and so by
-  `antares top`.
+  process on busy cores. Until its sockets close, the gateway cannot know that the server is gone.
+- *last request to the killed server*: the gateway placed it there. It must be at most 1 s after the sockets closed.
+- *shown as down*: by `/status`, and so by `antares top`.
 - *served by the replacement*: requests until the load ended.
 - *ledger*: requests that the gateway accepted, and how they ended. Some were sent before the load, to fill its pools.
 - *lost*: requests without an answer, or whose outcome in the ledger is not what their client saw.
@@ -67,14 +68,15 @@ Failed checks:
     return wrapped(text) + "\n"
 
 
-def _number(name: str, digits: int = 0) -> Callable[[Sequence[dict[str, Any]]], str]:
-    """Return a function that shows median and range of ``name``."""
+def _number(name: str, digits: int = 0, missing: str = "unknown") -> Callable[[Sequence[dict[str, Any]]], str]:
+    """Return a function that shows median and range of ``name``, or ``missing`` if a run has none."""
 
     def cell(rows: Sequence[dict[str, Any]]) -> str:
-        values = [row[name] for row in rows]
-        if None in values:
-            return "one still runs"
-        shown = [f"{value:,.{digits}f}" for value in (median(values), min(values), max(values))]
+        values = [row.get(name) for row in rows]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return missing
+        shown = [f"{value:,.{digits}f}" for value in (median(known), min(known), max(known))]
         return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
     return cell
@@ -97,19 +99,20 @@ def _left(rows: Sequence[dict[str, Any]]) -> str:
 _ROWS: tuple[tuple[str, Callable[[Sequence[dict[str, Any]]], str]], ...] = (
     ("requests of the clients", _number("requests")),
     ("streams in flight on the killed server", _number("in_flight")),
-    ("of them ended by an error event `engine_lost` or `draining`", _share("broken", "in_flight")),
+    ("of them ended by an error event", _share("broken", "in_flight")),
     ("the last of them, s", _number("broken_within_s", 2)),
     ("other requests that completed", _share("completed", "others")),
     ("of them moved", _number("moved")),
     ("other requests rejected with 429", _number("rejected")),
     ("new requests in the first second", _number("new_first_s")),
+    ("their TTFT, s, in the median", _number("new_ttft_s", 2)),
     ("sockets of the killed server closed, s", _number("closed_s", 2)),
     ("last request to the killed server, s", _number("leaves_s", 3)),
     ("shown as down, s", _number("shown_s", 2)),
     ("new requests until the replacement was up", _number("new_while_down")),
     ("replacement up, s", _number("back_s", 1)),
     ("served by the replacement", _number("taken")),
-    ("all processes of the killed server ended, s", _number("ended_s", 1)),
+    ("all processes of the killed server ended, s", _number("ended_s", 1, "one still runs")),
     ("ledger", _ledger),
     ("lost / leaked requests / leaked descriptors", _left),
 )

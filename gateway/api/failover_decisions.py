@@ -84,6 +84,8 @@ class Failover:
         if not relay.started and self._has_retry(call, engine_queue, failure):
             request.failed_on = (*request.failed_on, engine_queue.engine.name)
             self.metrics.failovers.labels(engine_queue.engine.name, failure.reason).inc()
+            # Before its bounds and lengths change, which the sums over the engine's requests have.
+            engine_queue.leave(request)
             request.wait_again()
             return True
         if error is None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import time
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from engine_adapter.engine import Engine, PrefixCacheEvent
@@ -66,6 +67,7 @@ class EngineQueue:
         self.engine = engine
         self.classes = classes
         self.admission = AdmissionController(policy, engine.state, self._serves_best_effort)
+        self.admission.phase = zlib.crc32(engine.name.encode()) / 2**32
         self.waiting: WaitingQueue = self.admission.waiting
         """The waiting requests of all classes."""
         self.running: dict[str, Request] = self.admission.running

@@ -13,33 +13,35 @@ from gateway.requests.request import Request
 _YIELDING = ServiceKind.YIELDING
 
 MAX_AGE_S = 0.25
-"""Seconds after which the sums are made again, because running requests grow meanwhile.
+"""Seconds after which the sums are made again at the latest, because running requests grow meanwhile.
 
-On an A100 these are about 10 steps, so contexts of about 500 tokens are at most 2% too short.
+On an A100 these are about 10 steps, so contexts of about 500 tokens are at most 2% too short. Prompt times are as old:
+the step-time model may have been refitted since.
 """
 
 
 class ExpectedBatch(RunningBatch):
-    """The running and waiting requests of ``engine`` at ``made_s``, as sums that follow arrivals, begins and ends.
+    """The running and waiting requests of ``engine``, as sums that follow arrivals, admissions, begins and ends.
 
     A sum over all requests costs more than comparing an engine, and a change concerns one request of hundreds. So the
     sums are adjusted by that one. `preemptible_memory` is not: its requests depend on their order. Once the sums do not
-    hold any more, the batch is ``outdated``.
+    hold any more, the batch is ``outdated``. At ``until_s`` (monotonic s) they are too old.
 
     ``prefill_s``: seconds of prefill work: the sum of t(p) of the uncached prompts that are not prefilled yet (SCORPIO
     eq. 6). Unlike `backlog`, it has the prompts of yielding requests too.
     """
 
     def __init__(
-        self, running: Collection[Request], waiting: Collection[Request], engine: EngineState, made_s: float
+        self, running: Collection[Request], waiting: Collection[Request], engine: EngineState, until_s: float
     ) -> None:
-        self.made_s = made_s
+        self.until_s = until_s
         self.outdated = False
         self._strictest = 0
         """Requests that have the strictest pace."""
         self.prefill_s = 0.0
-        self._prompts: dict[str, tuple[int, float]] = {}
-        """What `backlog` and ``prefill_s`` have of each prompt, since what is cached may change."""
+        self._prompts: dict[str, tuple[int, float, int]] = {}
+        """What `backlog`, ``prefill_s`` and `memory` have of each prompt, since what is cached may change."""
+        self._shared = engine.shared_tokens
         super().__init__((), engine)
         self.add(running)
         self.add(waiting)
@@ -49,26 +51,45 @@ class ExpectedBatch(RunningBatch):
         before_s = self.strictest_s
         super().add(requests, pace_s)
         strictest_s, step_tokens, paced = self.strictest_s, self.engine.tokens_per_step, ServiceKind.PACED
-        count, prefill = self._strictest if strictest_s == before_s else 0, self.engine.step_time.prefill
+        count = self._strictest if strictest_s == before_s else 0
         for request in requests:
             if request.first_token_s is None and not request.unobserved:
-                tokens = request.uncached_tokens
-                seconds = prefill(tokens)
-                self.prefill_s += seconds
-                counted = request.kind is not _YIELDING or self.beside_yielding
-                self._prompts[request.id] = tokens if counted else 0, seconds
+                self._prompts[request.id] = prompt = self._prompt(request)
+                self.prefill_s += prompt[1]
             if request.kind is paced and request.pace_s is not None and request.pace_s * step_tokens == strictest_s:
                 count += 1
         self._strictest = count
 
     def begin(self, request: Request) -> None:
         """Note that the answer of ``request`` began, so its prompt is computed."""
-        tokens, seconds = self._prompts.pop(request.id, (0, 0.0))
+        tokens, seconds, _ = self._prompts.pop(request.id, (0, 0.0, 0))
         self.backlog -= tokens
         self.prefill_s = self.prefill_s - seconds if self._prompts else 0.0
 
+    def recount(self, request: Request) -> None:
+        """Note that another part of the prompt of ``request``, which waits, is cached now."""
+        before = self._prompts.get(request.id)
+        if before is not None:
+            self._prompts[request.id] = after = self._prompt(request)
+            self.backlog += after[0] - before[0]
+            self.prefill_s += after[1] - before[1]
+            self.memory += before[2] - after[2]
+
+    def share(self, tokens: int) -> None:
+        """Note that the running requests share ``tokens`` of KV memory now."""
+        self.memory += self._shared - tokens
+        self._shared = tokens
+
+    def _prompt(self, request: Request) -> tuple[int, float, int]:
+        """Return what the prompt of ``request`` adds to `backlog` and ``prefill_s``, and takes from `memory`."""
+        tokens = request.uncached_tokens
+        counted = tokens if request.kind is not _YIELDING or self.beside_yielding else 0
+        return counted, self.engine.step_time.prefill(tokens), request.shared_tokens
+
     def remove(self, request: Request) -> None:
         """Remove ``request`` at the length that it has now."""
+        if self.outdated:
+            return
         self.begin(request)
         own = RunningBatch((request,), self.engine)
         self.slots -= own.slots

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -37,9 +37,10 @@ MEMORY_S = 30.0
 """Time constant (s) of the mix of paces. A few times as long as responses take, so that the bands are steady."""
 
 RENEWED = 0.1
-"""The engines are divided again when this part of a pace's work is new, or of `MEMORY_S` has passed: with each of its
-requests at first. A tight pace that has no band yet goes to all engines, and limits them until its longest answers end.
-Measured with a division a second, and none in the first: 8 A100s held 3% less in 30 s."""
+"""The engines are divided again when a request's pace has this part more work than at the last division, and after this
+part of `MEMORY_S` at the latest. So the first requests of a pace divide them. Without its own band, a tight pace would
+go to all engines and limit them until its longest answers end: 8 A100s held 3% less in 30 s, measured with a division a
+second and none in the first."""
 
 PACE_STEP = 1.1
 """Ratio of neighbouring paces that are told apart. Equal bounds must get equal bands; convention."""
@@ -92,6 +93,8 @@ class PaceBands:
 
     def note(self, request: Request) -> None:
         """Count the work of ``request``: its uncached prompt and its predicted output, in tokens."""
+        if not self._bands:
+            return  # A lone engine is not divided, and its work would never fade.
         pace = _pace_number(request)
         tokens = request.uncached_tokens + request.predicted_tokens * request.sequences
         self._work[pace] = self._work.get(pace, 0.0) + tokens
@@ -115,7 +118,11 @@ class PaceBands:
         self._queues, self.ordered = list(queues), [queue for queue, _, _ in engines]
         self._paces, self._bands = sorted(self._work), []
         step_s = sum(step_s for _, step_s, _ in engines) / len(engines)
-        needs = [self._work[pace] / max(LEAST_SHARE, 1 - step_s / PACE_STEP**pace) for pace in self._paces]
+        shortest_s = min(step_s for _, step_s, _ in engines)
+        needs = [
+            self._work[pace] / max(LEAST_SHARE, 1 - step_s / PACE_STEP**pace) if PACE_STEP**pace > shortest_s else 1.0
+            for pace in self._paces
+        ]
         pace_s = 1 / (sum(need / PACE_STEP**pace for need, pace in zip(needs, self._paces, strict=True)) / sum(needs))
         speeds = [max(LEAST_SHARE, 1 - step_s / pace_s) / token_s for _, step_s, token_s in engines]
         ends = _cumulated(speeds)
@@ -290,8 +297,8 @@ def _band(first: float, last: float, ends: Sequence[float]) -> tuple[int, int]:
     """
     covered = [
         at
-        for at, end in enumerate(ends)
-        if min(last, end) - max(first, start := ends[at - 1] if at else 0.0) >= EDGE * (end - start)
+        for at in range(bisect_right(ends, first), min(bisect_left(ends, last) + 1, len(ends)))
+        if min(last, ends[at]) - max(first, start := ends[at - 1] if at else 0.0) >= EDGE * (ends[at] - start)
     ]
     if covered:
         return covered[0], covered[-1] + 1

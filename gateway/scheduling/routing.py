@@ -1,7 +1,8 @@
 """Routing policies: which engine of a pool is the best one for a request. The router knows which engines rest.
 
 A routing policy sees the engine queues of the pool, so it works with any number of engines and any mix of them. Its
-cost for a request is linear in the number of engines, and does not depend on the number of requests that they have.
+cost for a request is linear in the number of engines, except for `headroom`. It hardly depends on the number of
+requests that they have (`gateway.scheduling.expected_batch`).
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ class Fleet:
         for name, replica in zip(names or map(str, range(len(replicas))), replicas, strict=True):
             replica.state.set_models([ModelCard(MODEL)])
             queue = EngineQueue(_ReplicaEngine(name, replica.state), replica.admission.policy, {}, clock=clock)
+            replica.admission.phase = queue.admission.phase
             queue.admission = replica.admission
             self._replicas[queue] = replica
         self._router = Router(list(self._replicas), make_routing(routing), clock)

@@ -73,18 +73,18 @@ def _mean(values: list[float | None]) -> str:
 def print_sizings(sizings: Mapping[str, Sizing], experiment: Experiment, target: float) -> None:
     """Print the fewest replicas of each policy that keep ``target``, what was tried, and the adherence per class."""
     out = _console()
-    engines = "replicas of " + " and ".join((experiment.profile, *experiment.profiles))
+    profiles = " and ".join((experiment.profile, *experiment.profiles))
     for policy, sizing in sizings.items():
-        rate = statistics.fmean(record["qps"] for record in sizing.records)
+        rate, requests = (statistics.fmean(record[key] for record in sizing.records) for key in ("qps", "requests"))
+        engines = f"{'replica' if sizing.replicas == 1 else 'replicas'} of {profiles}"
+        # The seconds show a wrong unit of a trace's times.
+        traffic = f"{rate:.4g} requests/s ({requests:,.0f} in {requests / rate:.3g} s)"
         if sizing.replicas is None:
-            out.print(
-                f"{policy}: not even {MAX_REPLICAS} {engines} keep {target:.0%} of the SLOs at {rate:g} requests/s"
-            )
+            out.print(f"{policy}: not even {MAX_REPLICAS} {engines} keep {target:.0%} of the SLOs at {traffic}")
         else:
             found = f"{sizing.tried[sizing.replicas]:.4f}"
             out.print(
-                f"{policy}: {sizing.replicas} {engines} for {rate:g} requests/s at {target:.0%} SLO adherence "
-                f"(measured {found})"
+                f"{policy}: {sizing.replicas} {engines} for {traffic} at {target:.0%} SLO adherence (measured {found})"
             )
         if sizing.saturated:
             out.print("More replicas do not help: these are mostly idle, and the target is not attained.")

@@ -51,8 +51,8 @@ def test_page_counts_differences_from_the_search() -> None:
 
     text = page({"command": "python -m benchmarks.autoscaling.study --seed 0", "traces": [trace]})
 
-    assert "| the requests of the same window | 1 of 2 | 2 of 2 | 1 |" in text
-    assert "| the window before | 0 of 1 | 0 of 1 | 3 |" in text
+    assert "| wanted replicas of the same window | 1 of 2 | 2 of 2 | 1 |" in text
+    assert "| wanted replicas of the window before | 0 of 1 | 0 of 1 | 3 |" in text
     assert "| azure-conv | wanted replicas | 0.9800 | 1.50 | 5 |" in text
     assert re.search(r"^```\n(.*)\n(.*)\n```$", text, re.MULTILINE).groups() == (  # type: ignore[union-attr]
         "python -m benchmarks.autoscaling.study --seed 0 --json docs/results/autoscaling.json",

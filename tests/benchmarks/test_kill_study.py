@@ -12,7 +12,8 @@ from benchmarks.scale import kill, kill_page
 
 GOOD: dict[str, Any] = {
     "servers": "http", "seed": 0, "requests": 150, "in_flight": 6, "broken": 6, "broken_within_s": 0.01,
-    "others": 144, "completed": 143, "moved": 2, "rejected": 1, "new_first_s": 9, "new_while_down": 20,
+    "others": 144, "completed": 143, "moved": 2, "rejected": 1, "new_first_s": 9, "new_ttft_s": 1.25,
+    "new_while_down": 20,
     "closed_s": 0.01, "leaves_s": 0.02, "shown_s": 0.08, "back_s": 40.0, "taken": 9, "ended_s": 1.5,
     "lost": 0, "leaked_requests": 0, "leaked_descriptors": 0, "memory_mb": 1.0, "ends": {"200": 143}, "problems": [],
     "ledger": {"accepted": 160, "open": 0, "finished": 153, "failed": 6, "rejected": 1, "cancelled": 0},
@@ -57,7 +58,8 @@ def test_page_has_medians_ranges_and_failed_checks() -> None:
     text = kill_page.page({"engine": "vllm", "seed": 0, "runs": 3, "cpus": 2, "rows": rows})
     assert "Median (range) of 3 runs, seeds 0 to 2." in text
     assert "| last request to the killed server, s | 0.100 (0.020 to 0.500) |" in text
-    assert "| of them ended by an error event `engine_lost` or `draining` | 18 of 18 |" in text
+    assert "| of them ended by an error event | 18 of 18 |" in text
+    assert "| their TTFT, s, in the median | 1.25 (1.25 to 1.25) |" in text
     assert "480 accepted: 459 finished, 18 failed, 3 rejected, 0 cancelled" in text
     assert "- http, seed 1: lost: 2" in text
     assert "benchmarks.scale.kill --runs 3 --json" in text

@@ -8,8 +8,10 @@ import pytest
 
 from engine_adapter.engine import EngineState
 from engine_adapter.service_kind import ServiceKind
+from engine_adapter.simulated.engine import SimulatedEngine
 from gateway.policies.registry import make_policy
 from gateway.scheduling.admission import AdmissionController
+from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.expected_batch import MAX_AGE_S, ExpectedBatch
 from tests.fixtures.policy_builders import make_request, running
 
@@ -35,7 +37,7 @@ def sums(batch: ExpectedBatch) -> dict[str, float]:
 
 
 def new_sums(admission: AdmissionController) -> dict[str, float]:
-    return sums(ExpectedBatch(admission.running.values(), admission.waiting, admission.engine, 0.0))
+    return sums(ExpectedBatch(admission.running.values(), admission.waiting, admission.engine, math.inf))
 
 
 def test_expected_batch_follows_arrival_first_token_and_end() -> None:
@@ -94,6 +96,47 @@ def test_expected_batch_counts_grown_contexts_after_a_while() -> None:
     request.advance(10)
     assert admission.expected_batch(MAX_AGE_S).context == 300
     assert admission.expected_batch(1.01 * MAX_AGE_S).context == 310
+
+
+def test_batches_of_many_engines_are_not_all_made_again_by_one_decision() -> None:
+    policy = make_policy("slack")
+    names = [f"main-{number}" for number in range(100)]
+    controllers = [EngineQueue(SimulatedEngine(name=name), policy, {}).admission for name in names]
+    for admission in controllers:
+        admission.running["one"] = running("one", prompt=300)
+    made = [admission.expected_batch(0.0) for admission in controllers]
+    again = []
+    for at in range(1, 11):
+        batches = [admission.expected_batch(at * MAX_AGE_S / 10) for admission in controllers]
+        again.append(sum(new is not old for new, old in zip(batches, made, strict=True)))
+        made = batches
+    assert sum(again) >= 90
+    assert max(again) <= 30
+
+
+def test_expected_batch_of_an_admitted_request_equals_new_sums() -> None:
+    admission = controller()
+    for name, bounds in (("paced", {"tpot": 0.05}), ("whole", {"e2e": 30.0}), ("free", {})):
+        admission.submit(make_request(name, prompt=300, output=400, **bounds))
+    admission.expected_batch(0.0)
+    assert len(admission.decide(0.0).admit) == 3
+    assert sums(admission.expected_batch(0.0)) == pytest.approx(new_sums(admission))
+
+
+def test_expected_batch_follows_the_prefix_hits_of_waiting_requests() -> None:
+    admission = controller()
+    admission.engine.kv_tokens = 100_000
+    for number in range(5):
+        request = make_request(f"{number}", prompt=1605, tpot=0.05)
+        request.blocks, request.block_tokens = tuple(range(100)), 16
+        admission.submit(request)
+    assert admission.expected_batch(0.0).backlog == 5 * 1605
+    admission.prefixes.stored(range(100), 16)
+    admission.decide(0.0)
+    admission.decide(0.01)
+    batch = admission.expected_batch(0.01)
+    assert batch.backlog == 5 * 5
+    assert sums(batch) == pytest.approx(new_sums(admission))
 
 
 def test_expected_batch_forgets_a_withdrawn_request() -> None:

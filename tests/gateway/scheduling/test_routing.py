@@ -186,6 +186,28 @@ def test_headroom_gives_a_pace_that_is_new_a_band_at_once() -> None:
     assert len(many) > 1, "the band grows with its work"
 
 
+def test_headroom_forgets_what_came_while_there_was_one_engine() -> None:
+    clock = ManualClock()
+    queues, bands = router_of("headroom", 8, clock).engine_queues, PaceBands()
+    for number in range(1000):
+        bands.note(make_request(f"{number}", tpot=0.05))
+    tight = make_request("tight", tpot=0.03)
+    bands.of(tight, queues, clock.now)
+    bands.note(tight)
+    assert bands.of(tight, queues, clock.now) == (0, 8)
+
+
+def test_headroom_leaves_no_engines_to_a_pace_that_none_can_keep() -> None:
+    clock = ManualClock()
+    queues, bands = router_of("headroom", 8, clock).engine_queues, PaceBands()
+    impossible, tight = make_request("impossible", tpot=0.010), make_request("tight", tpot=0.03)
+    for request in [impossible, tight] * 20:
+        bands.of(request, queues, clock.now)
+        bands.note(request)
+    assert bands.of(impossible, queues, clock.now) == (0, 1)
+    assert bands.of(tight, queues, clock.now) == (0, 8)
+
+
 def test_headroom_gives_a_single_pace_every_engine() -> None:
     clock = ManualClock()
     assert placed_by_pace(router_of("headroom", 4, clock), clock, 400, (0.05,))[0.05] == {0, 1, 2, 3}
