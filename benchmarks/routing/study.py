@@ -11,22 +11,25 @@ study that was stopped continues from it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from unittest import mock
 
 import typer
 from rich.console import Console
 
 from benchmarks import results_json
-from benchmarks.command import Duration, JsonTo, PageOf, Seeds, chosen, write_page
+from benchmarks.command import Duration, Jobs, JsonTo, PageOf, Seeds, chosen, write_page
 from benchmarks.fleet import POLICY, SLOTS, fleet_of, fleet_run
 from benchmarks.routing.page import page
 from gateway.scheduling.routing import ROUTINGS, PrefixAffinity
 from lab.simulate.experiment import capacity
+
+T = TypeVar("T")
 
 KEEPS = 0.99
 """Adherence that defines a capacity."""
@@ -188,10 +191,11 @@ def main(
     ] = None,
     seeds: Seeds = 3,
     duration: Duration = 30.0,
+    jobs: Jobs = 1,
     json_to: JsonTo = None,
     page_of: PageOf = None,
 ) -> None:
-    """Simulate the routing policies on fleets of engines."""
+    """Simulate the routing policies on fleets of engines. All of it takes hours of CPU time."""
     if page_of is not None:
         write_page(page_of, page)
         return
@@ -202,7 +206,7 @@ def main(
     rows = [known for known in ROWS if known.name in names]
     large = [one for one in LARGE if MORE in names and one.routing in routings]
     with mock.patch.dict(ROUTINGS, VARIANTS):
-        for done in _measured(found, rows, large, routings, seeds):
+        for done in _measured(found, rows, large, routings, seeds, jobs):
             results_json.write(found, json_to)
             progress.print(done)
     if json_to is None:
@@ -210,25 +214,68 @@ def main(
 
 
 def _measured(
-    found: dict[str, Any], rows: list[Row], large: list[Large], routings: list[str], seeds: int
+    found: dict[str, Any], rows: list[Row], large: list[Large], routings: list[str], seeds: int, jobs: int
 ) -> Iterator[str]:
     """Measure what ``found`` lacks, and yield what was measured each time that it grows."""
     duration_s = found["duration_s"]
-    for seed, row in ((seed, row) for seed in range(seeds) for row in rows):
-        part = _part(found["rows"], row)
-        for name in (name for name in row.routings if name in routings):
-            if not any((one["routing"], one["seed"]) == (name, seed) for one in part["found"]):
-                part["found"].append(measure(row, name, seed, duration_s))
-                yield f"{row.name}: {name}, seed {seed}: {part['found'][-1]['qps']:g}/s"
-            for load in row.loads if seed == 0 else ():
-                if not any((run["routing"], run["load"]) == (name, load) for run in part["runs"]):
-                    stock_qps = next(one["qps"] for one in part["found"] if one["routing"] == DEFAULT)
-                    part["runs"].append(measure_load(row, name, load, stock_qps, duration_s))
-                    yield f"{row.name}: {name} at {load:g} S: {part['runs'][-1]['goodput']:g}/s"
-    for one in large:
-        if not any(known.items() >= one.key.items() for known in found["large"]):
-            found["large"].append(measure_large(one, found["rows"], duration_s))
-            yield f"{one.replicas} engines, {one.routing} at {one.load:g}: {found['large'][-1]['slo_adherence']:.4f}"
+    parts = [(row, name, _part(found["rows"], row)) for row in rows for name in row.routings if name in routings]
+    searches = [
+        (row, name, seed, part)
+        for seed in range(seeds)
+        for row, name, part in parts
+        if not any((one["routing"], one["seed"]) == (name, seed) for one in part["found"])
+    ]
+    calls = [partial(measure, row, name, seed, duration_s) for row, name, seed, _ in searches]
+    for (row, name, seed, part), one in _done(searches, calls, jobs):
+        _insert(part["found"], one, row.routings)
+        yield f"{row.name}: {name}, seed {seed}: {one['qps']:g}/s"
+
+    runs = [
+        (row, name, load, part)
+        for row, name, part in parts
+        for load in row.loads
+        if not any((run["routing"], run["load"]) == (name, load) for run in part["runs"])
+    ]
+    calls = [partial(measure_load, row, name, load, _stock_qps(part), duration_s) for row, name, load, part in runs]
+    for (row, name, load, part), run in _done(runs, calls, jobs):
+        _insert(part["runs"], run, row.routings)
+        yield f"{row.name}: {name} at {load:g} S: {run['goodput']:g}/s"
+
+    missing = [more for more in large if not any(known.items() >= more.key.items() for known in found["large"])]
+    keys = [more.key for more in LARGE]
+    calls = [partial(measure_large, more, found["rows"], duration_s) for more in missing]
+    for more, run in _done(missing, calls, jobs):
+        found["large"].append(run)
+        found["large"].sort(key=lambda run: keys.index({name: run[name] for name in keys[0]}))
+        yield f"{more.replicas} engines, {more.routing} at {more.load:g}: {run['slo_adherence']:.4f}"
+
+
+def _done(
+    items: Sequence[T], calls: Sequence[Callable[[], dict[str, Any]]], jobs: int
+) -> Iterator[tuple[T, dict[str, Any]]]:
+    """Yield each item with the result of its call, as the calls end. ``jobs`` processes compute them."""
+    if jobs == 1:
+        yield from ((item, call()) for item, call in zip(items, calls, strict=True))
+        return
+    with ProcessPoolExecutor(jobs, initializer=_add_variants) as pool:
+        running = {pool.submit(call): item for item, call in zip(items, calls, strict=True)}
+        for future in as_completed(running):
+            yield running[future], future.result()
+
+
+def _add_variants() -> None:
+    ROUTINGS.update(VARIANTS)
+
+
+def _insert(known: list[dict[str, Any]], one: dict[str, Any], routings: Sequence[str]) -> None:
+    """Add ``one`` in the order of seeds and ``routings``, since calls end in any order."""
+    known.append(one)
+    known.sort(key=lambda one: (one.get("seed", 0), routings.index(one["routing"]), one.get("load", 0.0)))
+
+
+def _stock_qps(part: dict[str, Any]) -> float:
+    """Return S, with the first seed."""
+    return float(next(one["qps"] for one in part["found"] if one["routing"] == DEFAULT))
 
 
 def _part(parts: list[dict[str, Any]], row: Row) -> dict[str, Any]:

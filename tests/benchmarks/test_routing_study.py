@@ -55,6 +55,22 @@ def test_study_measures_capacity_and_goodput_of_each_policy(file: Path) -> None:
     assert file.read_text() == before, "nothing is measured twice"
 
 
+def test_study_measures_the_same_with_several_processes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--seeds", "2", "--duration", "1")
+    monkeypatch.setattr(study, "LARGE", (study.Large(2, "headroom", 0.5, study.DEFAULT, 0.5, SMALL.name),))
+    assert command(*options, "--json", str(file)).exit_code == 0
+    other = file.with_name("other.json")
+    assert command(*options, "--jobs", "2", "--json", str(other)).exit_code == 0
+    one, two = (without_times(json.loads(path.read_text())) for path in (file, other))
+    assert one == two
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if not key.endswith("_us") and key != "cpu_s"}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
 def test_study_measures_larger_fleets_at_a_load_of_the_linear_row(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "LARGE", (study.Large(2, "headroom", 0.5, "headroom", 0.5),))
     linear = part(study.LINEAR_ROW, [found("headroom", 0, 160.0)])
