@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import random
 import resource
 import socket
 import sys
@@ -32,6 +33,9 @@ _SETTLE_S = 0.1
 
 _MOST_REQUESTS = 100_000
 """More requests than a turn has, so that no two turns of a server have a prompt in common."""
+
+_PORTS = 20_000, 30_000
+"""The first port of a server, and one past the last. Linux gives connections ports from 32,768 on."""
 
 _SAMPLE_S = 0.25
 """Time between two readings of the memory, in seconds."""
@@ -132,14 +136,15 @@ async def until_up(port: int, process: asyncio.subprocess.Process, name: str, lo
 
 
 def free_port() -> int:
-    """Return a TCP port that is free now, and so are the next two, which some gateways take for their metrics."""
+    """Return a TCP port that is free now, and so are the next two, which some gateways take for their metrics.
+
+    It is below those that the kernel gives to connections, which could take it before the server does.
+    """
     while True:
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
-            first, *others = (stack.enter_context(socket.socket()) for _ in range(3))
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            for step, other in enumerate(others, 1):
-                other.bind(("127.0.0.1", port + step))
+        port = random.randrange(*_PORTS, 3)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for step in range(3):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + step))
             return port
 
 
