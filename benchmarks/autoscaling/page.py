@@ -45,7 +45,7 @@ def page(found: dict[str, Any]) -> str:
         for run in t["fleets"]
     ]
     sizes = "; ".join(f"{t['trace']}: {', '.join(map(str, t['searched']))}" for t in traces)
-    attained = "; ".join(f"of {t['trace']} by {_attaining(t)}" for t in traces)
+    attained = "\n".join(f"- Fleets that attain the target on {t['trace']}: {_attaining(t)}." for t in traces)
     signals = [one for t in traces for one in t["signals"]]
     cpu = fmean(one["cpu_s"] for one in signals)
     sampled = fmean(one["sampled"] for one in signals)
@@ -81,7 +81,7 @@ second row. It is limited by how much the traffic changes, as the third one show
 - All scale down to the highest number of the last {STABILISE_S:g} s.
 - Wanted replicas are late by construction: they know the last {WINDOW_S:g} s only, and a new engine takes
   {COLD_START_S:g} s more.
-- The target is attained {attained}.''')
+{attained}''')
     }
 
 ## How to repeat

@@ -39,8 +39,8 @@ MEMORY_S = 30.0
 RENEWED = 0.1
 """The engines are divided again when a request's pace has this part more work than at the last division, and after this
 part of `MEMORY_S` at the latest. So the first requests of a pace divide them. Without its own band, a tight pace would
-go to all engines and limit them until its longest answers end: 8 A100s held 3% less in 30 s, measured with a division a
-second and none in the first."""
+go to all engines and limit them until its longest answers end. With a division each second, and none in the first one,
+8 A100s held 3% less in 30 s."""
 
 PACE_STEP = 1.1
 """Ratio of neighbouring paces that are told apart. Equal bounds must get equal bands; convention."""
