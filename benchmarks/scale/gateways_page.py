@@ -116,8 +116,7 @@ def _process(found: dict[str, Any]) -> Iterator[str]:
         "HTTP, prediction and metrics come on top of the decisions. With one engine, a whole request takes "
         f"{request_us:.0f} µs of CPU and each event of a stream {event_us:.0f} µs ([measured](peers.md)). That is "
         f"{requests:,.0f} short answers a second, or {streams:,.0f} streams of 100 tokens that begin each second. So "
-        "the length of streams sets the number of gateways, unless a decision takes as long as one of `least_load` "
-        "among 100 engines."
+        "the length of streams sets the number of gateways."
     )
     first = found["fleets"][0]
     whole = [run for run in found["runs"] if (run["fleet"], run["gateways"]) == (first["fleet"], 1)]
