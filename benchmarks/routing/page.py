@@ -138,8 +138,8 @@ def _large(found: dict[str, Any]) -> Iterator[str]:
             yield wrapped("A shorter run ends while the load still grows, so it is weaker evidence.")
     if loaded:
         yield wrapped(
-            f"At S and 2 S, where S is the capacity of `{DEFAULT}` per engine with 8 A100, or with 4 A100 and 4 H200 "
-            "where half of the engines are H200s:"
+            f"At S and 2 S. For A100s, S is the capacity of `{DEFAULT}` per engine with 8 A100. For fleets with as "
+            "many H200s, it is that with 4 A100 and 4 H200. Policies that a fleet lacks have not been measured there."
         )
         yield table(
             ["engines", "H200s", "arrivals (s)", "routing", "load", "rate", "goodput", "adherence", "decision (µs)"],

@@ -35,7 +35,7 @@ class AdmissionController:
 
     ``serves_best_effort`` says of a request that cannot attain its SLO whether its class serves it without bounds.
     ``prefixes`` predicts the prefix-cache hits of the requests. ``phase``, from 0 to 1, shortens the life of the sums
-    over all requests by up to half. With other phases, no decision makes the sums of many engines again.
+    over all requests by up to half. Engines have different phases, so that no decision makes the sums of many again.
     """
 
     policy: Policy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import NamedTuple
 
 from engine_adapter.engine import EngineState
 from engine_adapter.service_kind import ServiceKind
@@ -18,6 +19,17 @@ MAX_AGE_S = 0.25
 On an A100 these are about 10 steps, so contexts of about 500 tokens are at most 2% too short. Prompt times are as old:
 the step-time model may have been refitted since.
 """
+
+
+class _Prompt(NamedTuple):
+    """What a prompt adds to `backlog` and ``prefill_s``, and takes from `memory`: what is cached may change later."""
+
+    tokens: int
+    seconds: float
+    shared: int
+
+
+_NONE = _Prompt(0, 0.0, 0)
 
 
 class ExpectedBatch(RunningBatch):
@@ -39,8 +51,7 @@ class ExpectedBatch(RunningBatch):
         self._strictest = 0
         """Requests that have the strictest pace."""
         self.prefill_s = 0.0
-        self._prompts: dict[str, tuple[int, float, int]] = {}
-        """What `backlog`, ``prefill_s`` and `memory` have of each prompt, since what is cached may change."""
+        self._prompts: dict[str, _Prompt] = {}
         self._shared = engine.shared_tokens
         super().__init__((), engine)
         self.add(running)
@@ -55,36 +66,35 @@ class ExpectedBatch(RunningBatch):
         for request in requests:
             if request.first_token_s is None and not request.unobserved:
                 self._prompts[request.id] = prompt = self._prompt(request)
-                self.prefill_s += prompt[1]
+                self.prefill_s += prompt.seconds
             if request.kind is paced and request.pace_s is not None and request.pace_s * step_tokens == strictest_s:
                 count += 1
         self._strictest = count
 
     def begin(self, request: Request) -> None:
         """Note that the answer of ``request`` began, so its prompt is computed."""
-        tokens, seconds, _ = self._prompts.pop(request.id, (0, 0.0, 0))
-        self.backlog -= tokens
-        self.prefill_s = self.prefill_s - seconds if self._prompts else 0.0
+        prompt = self._prompts.pop(request.id, _NONE)
+        self.backlog -= prompt.tokens
+        self.prefill_s = self.prefill_s - prompt.seconds if self._prompts else 0.0
 
     def recount(self, request: Request) -> None:
         """Note that another part of the prompt of ``request``, which waits, is cached now."""
         before = self._prompts.get(request.id)
         if before is not None:
             self._prompts[request.id] = after = self._prompt(request)
-            self.backlog += after[0] - before[0]
-            self.prefill_s += after[1] - before[1]
-            self.memory += before[2] - after[2]
+            self.backlog += after.tokens - before.tokens
+            self.prefill_s += after.seconds - before.seconds
+            self.memory += before.shared - after.shared
 
     def share(self, tokens: int) -> None:
         """Note that the running requests share ``tokens`` of KV memory now."""
         self.memory += self._shared - tokens
         self._shared = tokens
 
-    def _prompt(self, request: Request) -> tuple[int, float, int]:
-        """Return what the prompt of ``request`` adds to `backlog` and ``prefill_s``, and takes from `memory`."""
+    def _prompt(self, request: Request) -> _Prompt:
         tokens = request.uncached_tokens
         counted = tokens if request.kind is not _YIELDING or self.beside_yielding else 0
-        return counted, self.engine.step_time.prefill(tokens), request.shared_tokens
+        return _Prompt(counted, self.engine.step_time.prefill(tokens), request.shared_tokens)
 
     def remove(self, request: Request) -> None:
         """Remove ``request`` at the length that it has now."""

@@ -138,7 +138,7 @@ async def until_up(port: int, process: asyncio.subprocess.Process, name: str, lo
 def free_port() -> int:
     """Return a TCP port that is free now, and so are the next two, which some gateways take for their metrics.
 
-    It is below those that the kernel gives to connections, which could take it before the server does.
+    All three are below the kernel's range for connections. In that range, a connection could take a port first.
     """
     while True:
         port = random.randrange(*_PORTS, 3)

@@ -165,15 +165,18 @@ def test_headroom_keeps_paces_apart() -> None:
     assert engines[0.03] | engines[0.05] == set(range(8))
 
 
-def test_headroom_divides_the_engines_with_the_first_requests() -> None:
-    clock = ManualClock()
-    queues, bands = router_of("headroom", 8, clock).engine_queues, PaceBands()
-    tight, loose = make_request("tight", tpot=0.03), make_request("loose", tpot=0.05)
-    for request in (tight, loose, tight, loose):
-        bands.of(request, queues, clock.now)
+def bands_after(requests: list[Request]) -> list[tuple[int, int]]:
+    """Return the bands of the last two of ``requests``, which 8 engines get at once: that of the last one first."""
+    queues, bands = router_of("headroom", 8).engine_queues, PaceBands()
+    for request in requests:
+        bands.of(request, queues, 0.0)
         bands.note(request)
-    assert bands.of(loose, queues, clock.now) == (4, 8)
-    assert bands.of(tight, queues, clock.now) == (0, 5)
+    return [bands.of(request, queues, 0.0) for request in requests[:-3:-1]]
+
+
+def test_headroom_divides_the_engines_with_the_first_requests() -> None:
+    tight, loose = make_request("tight", tpot=0.03), make_request("loose", tpot=0.05)
+    assert bands_after([tight, loose] * 2) == [(4, 8), (0, 5)]
 
 
 def test_headroom_gives_a_pace_that_is_new_a_band_at_once() -> None:
@@ -198,14 +201,8 @@ def test_headroom_forgets_what_came_while_there_was_one_engine() -> None:
 
 
 def test_headroom_leaves_no_engines_to_a_pace_that_none_can_keep() -> None:
-    clock = ManualClock()
-    queues, bands = router_of("headroom", 8, clock).engine_queues, PaceBands()
     impossible, tight = make_request("impossible", tpot=0.010), make_request("tight", tpot=0.03)
-    for request in [impossible, tight] * 20:
-        bands.of(request, queues, clock.now)
-        bands.note(request)
-    assert bands.of(impossible, queues, clock.now) == (0, 1)
-    assert bands.of(tight, queues, clock.now) == (0, 8)
+    assert bands_after([impossible, tight] * 20) == [(0, 8), (0, 1)]
 
 
 def test_headroom_gives_a_single_pace_every_engine() -> None:
