@@ -90,7 +90,7 @@ So `{DEFAULT}` is the default, and [`routing.name`](../configuration.md#routing)
 def _fewer_seeds(found: dict[str, Any]) -> str:
     """Return a sentence if some rows have fewer seeds than others."""
     counts = {len(by_seed) for part in found["rows"] for by_seed in _capacities(part).values()}
-    return "Rows with one seed have not been measured with the others." if len(counts) > 1 else ""
+    return "Rows with one seed show a trend only." if len(counts) > 1 else ""
 
 
 def _one_pace(found: dict[str, Any]) -> str:
@@ -138,15 +138,13 @@ def _large(found: dict[str, Any]) -> Iterator[str]:
             yield wrapped("A shorter run ends while the load still grows, so it is weaker evidence.")
     if loaded:
         yield wrapped(
-            f"At S and 2 S. For A100s, S is the capacity of `{DEFAULT}` per engine with 8 A100. For fleets with as "
-            "many H200s, it is that with 4 A100 and 4 H200. Policies that a fleet lacks have not been measured there."
+            f"At S and 2 S. S is the capacity of `{DEFAULT}` per engine in the row of the same traffic with 8 engines."
         )
         yield table(
-            ["engines", "H200s", "arrivals (s)", "routing", "load", "rate", "goodput", "adherence", "decision (µs)"],
+            ["fleet and traffic", "arrivals (s)", "routing", "load", "rate", "goodput", "adherence", "decision (µs)"],
             [
                 [
-                    str(one["replicas"]),
-                    str(one["replicas"] // 2 if "H200" in one["row"] else 0),
+                    _large_name(one),
                     f"{one['duration_s']:g}",
                     f"`{one['routing']}`",
                     f"{one['load']:g} S",
@@ -158,6 +156,13 @@ def _large(found: dict[str, Any]) -> Iterator[str]:
                 for one in loaded
             ],
         )
+
+
+def _large_name(one: dict[str, Any]) -> str:
+    """Return fleet and traffic of a run: those of its row with more engines."""
+    traffic, replicas = one["row"].split(", ")[0], one["replicas"]
+    fleet = f"{replicas // 2} A100 and {replicas // 2} H200" if "H200" in one["row"] else f"{replicas} A100"
+    return f"{traffic}, {fleet}"
 
 
 def _capacities(part: dict[str, Any]) -> dict[str, dict[int, float]]:

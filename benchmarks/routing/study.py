@@ -44,6 +44,7 @@ LOADS = (1.0, 2.0)
 H200 = "h200-llama3.1-8b"
 
 SIX: dict[str, Any] = {"name": "sharegpt"}
+MULTI_TURN: dict[str, Any] = {"name": "multi-turn"}
 ONE_PACE: dict[str, Any] = {**SIX, "mix": {4: 1.0, 5: 1.0, 6: 1.0}}
 """The six categories, and those of them with 50 ms per token."""
 
@@ -68,7 +69,7 @@ class Row:
     """One fleet and its traffic. ``first_qps``: first rate of the search (1/s). ``routings``: those compared, S first.
 
     ``loads``: multiples of S at which goodput is measured, with the first seed. ``precision``: of the capacities.
-    ``first``: see `FIRST`.
+    ``first``: see `FIRST`. ``trend``: only the first seed is measured.
     """
 
     name: str
@@ -80,18 +81,25 @@ class Row:
     loads: tuple[float, ...] = ()
     precision: float = PRECISION
     first: Mapping[str, float] = field(default_factory=lambda: FIRST)
+    trend: bool = False
 
 
 LINEAR_ROW, MIXED_ROW = "six categories, 8 A100", "six categories, 4 A100 and 4 H200"
+TURNS_ROW = "multi-turn, 8 A100"
+WITH_PREFIXES = (*POLICIES, "prefix_affinity", *VARIANTS)
 
 ROWS = (
     Row("six categories, 2 A100", SIX, 2, (), 48.0),
     Row("six categories, 4 A100", SIX, 4, (), 97.0, loads=(0.5, *LOADS)),
     Row(LINEAR_ROW, SIX, 8, (), 200.0, precision=FINE),
-    Row("one pace, 8 A100", ONE_PACE, 8, (), 256.0, (DEFAULT, OURS, "least_requests"), first={}),
-    Row("multi-turn, 8 A100", {"name": "multi-turn"}, 8, (), 113.0, (*POLICIES, "prefix_affinity", *VARIANTS), LOADS),
-    Row(MIXED_ROW, SIX, 8, (H200,), 350.0, loads=LOADS, first=MIXED_FIRST),
-    Row("six categories, 16 A100", SIX, 16, (), 410.0, loads=LOADS),
+    Row("six categories, 16 A100", SIX, 16, (), 410.0, loads=LOADS, trend=True),
+    Row("one pace, 8 A100", ONE_PACE, 8, (), 256.0, (DEFAULT, OURS, "least_requests"), first={}, trend=True),
+    Row("six categories, 2 A100 and 2 H200", SIX, 4, (H200,), 175.0, loads=LOADS, first=MIXED_FIRST, trend=True),
+    Row(MIXED_ROW, SIX, 8, (H200,), 350.0, loads=LOADS, first=MIXED_FIRST, trend=True),
+    Row("six categories, 8 A100 and 8 H200", SIX, 16, (H200,), 710.0, loads=LOADS, first=MIXED_FIRST, trend=True),
+    Row("multi-turn, 4 A100", MULTI_TURN, 4, (), 56.0, WITH_PREFIXES, LOADS, trend=True),
+    Row(TURNS_ROW, MULTI_TURN, 8, (), 113.0, WITH_PREFIXES, LOADS),
+    Row("multi-turn, 16 A100", MULTI_TURN, 16, (), 228.0, WITH_PREFIXES, LOADS, trend=True),
 )
 
 
@@ -99,8 +107,7 @@ ROWS = (
 class Large:
     """One run of ``replicas`` engines, at ``load`` times the capacity per engine that ``of`` has in the row.
 
-    ``duration_s``: of the arrivals (s); None: that of the study. ``row``: `LINEAR_ROW`, or `MIXED_ROW`, which has as
-    many H200s as A100s.
+    ``duration_s``: of the arrivals (s); None: that of the study. ``row``: of `ROWS`, whose traffic and profiles it has.
     """
 
     replicas: int
@@ -128,7 +135,7 @@ MORE = "more engines"
 NEAR_LINEAR = 0.95
 
 SHORT_S = 12.0
-"""Seconds of arrivals at 256 engines, whose load still grows at the end. With 30 s it takes over 5 minutes of CPU."""
+"""Seconds of arrivals where 30 s would take over 5 minutes of CPU. The load still grows at the end."""
 
 LARGE = (
     Large(64, OURS, NEAR_LINEAR, OURS),
@@ -136,6 +143,12 @@ LARGE = (
     *(Large(64, routing, load, DEFAULT) for load in LOADS for routing in POLICIES),
     *(Large(64, routing, load, DEFAULT, SHORT_S, MIXED_ROW) for load in LOADS for routing in POLICIES),
     *(Large(256, routing, load, DEFAULT, SHORT_S) for load in LOADS for routing in POLICIES),
+    *(
+        Large(64, routing, load, DEFAULT, None, TURNS_ROW)
+        for load in LOADS
+        for routing in (*POLICIES, "prefix_affinity")
+    ),
+    *(Large(256, routing, load, DEFAULT, SHORT_S, MIXED_ROW) for load in LOADS for routing in POLICIES),
 )
 
 FIELDS = ("slo_adherence", "rejected", "hit_rate", "requests")
@@ -174,11 +187,11 @@ def measure_load(row: Row, routing: str, load: float, stock_qps: float, duration
 def measure_large(large: Large, parts: list[dict[str, Any]], duration_s: float) -> dict[str, Any]:
     """Return the run of ``large``."""
     part = next(part for part in parts if part["row"] == large.row)
-    profiles = next(row.profiles for row in ROWS if row.name == large.row)
+    row = next(row for row in ROWS if row.name == large.row)
     qps = fmean(one["qps"] for one in part["found"] if one["routing"] == large.of) / part["replicas"]
     rate = large.load * qps * large.replicas
     duration_s = large.duration_s or duration_s
-    experiment = fleet_of(SIX, duration_s, large.replicas, large.routing, profiles)
+    experiment = fleet_of(row.workload, duration_s, large.replicas, large.routing, row.profiles)
     return {**large.key, "duration_s": duration_s, "qps": round(rate, 1), **fleet_run(experiment, rate, 0, FIELDS)}
 
 
@@ -223,6 +236,7 @@ def _measured(
         (row, name, seed, part)
         for seed in range(seeds)
         for row, name, part in parts
+        if not (row.trend and seed)
         if not any((one["routing"], one["seed"]) == (name, seed) for one in part["found"])
     ]
     calls = [partial(measure, row, name, seed, duration_s) for row, name, seed, _ in searches]

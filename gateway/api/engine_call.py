@@ -36,8 +36,11 @@ async def call_engine(
 
     The app runs in the caller's task, since a task of its own costs 50 us.
 
-    Raises `ClientDisconnected` if the client disconnects before its response is complete, and `ClientStalled`.
+    Raises `ClientDisconnected` if the client disconnects before its response is complete, and `ClientStalled`. The
+    engine never sees the request of a client that has left already.
     """
+    if client.disconnected.done():
+        raise ClientDisconnected
     error: BaseException | None = None
     task = asyncio.current_task()
     assert task is not None
@@ -88,9 +91,6 @@ class _CallObserver:
 
     def start(self) -> None:
         """Watch from now on."""
-        if self.client.disconnected.done():
-            self._end()
-            return
         self.client.disconnected.add_done_callback(self._on_disconnect)
         self._wait()
 

@@ -65,6 +65,13 @@ def test_study_measures_the_same_with_several_processes(file: Path, monkeypatch:
     assert one == two
 
 
+def test_row_that_shows_a_trend_has_the_first_seed_only(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "ROWS", (dataclasses.replace(SMALL, trend=True, loads=()),))
+    assert command("--seeds", "3", "--duration", "1", "--routing", study.DEFAULT, "--json", str(file)).exit_code == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert [one["seed"] for one in row["found"]] == [0]
+
+
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if not key.endswith("_us") and key != "cpu_s"}
@@ -138,8 +145,8 @@ def test_page_separates_near_linear_runs_from_those_at_multiples_of_s() -> None:
     rows = [part("fleet", [found("least_load", 0, 100.0), found("headroom", 0, 110.0)])]
     text = page.page(document(rows=rows, large=large))
     assert "| 64 | 30 | 1600 | 25.0 | 0.9940 | 40 |" in text
-    assert "| 64 | 0 | 30 | `least_load` | 1 S | 1600 | 1590 | 0.994 | 40 |" in text
-    assert "| 64 | 32 | 30 | `least_load` | 2 S | 1600 | 1590 | 0.994 | 40 |" in text
+    assert "| six categories, 64 A100 | 30 | `least_load` | 1 S | 1600 | 1590 | 0.994 | 40 |" in text
+    assert "| six categories, 32 A100 and 32 H200 | 30 | `least_load` | 2 S | 1600 | 1590 | 0.994 | 40 |" in text
 
 
 def test_page_states_what_speaks_against_a_new_default() -> None:

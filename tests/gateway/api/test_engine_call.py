@@ -21,10 +21,15 @@ REQUEST = (
 
 
 class SlowlyRenderingEngine(StubbedEngine):
-    """A simulated engine whose tokenizer takes 0.2 s."""
+    """A simulated engine that renders a prompt once it has been told to. `rendering` is set when one waits for that."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.rendering, self.may_render = asyncio.Event(), asyncio.Event()
 
     async def render(self, *arguments: Any, **options: Any) -> Any:
-        await asyncio.sleep(0.2)
+        self.rendering.set()
+        await self.may_render.wait()
         return await super().render(*arguments, **options)
 
 
@@ -33,16 +38,19 @@ async def connect(antares: Live) -> tuple[asyncio.StreamReader, asyncio.StreamWr
     return await asyncio.open_connection(host, int(port))
 
 
-async def test_client_that_leaves_while_its_prompt_is_measured_is_noticed() -> None:
+async def test_request_of_a_client_that_leaves_while_its_prompt_is_measured_never_reaches_the_engine() -> None:
     engine = SlowlyRenderingEngine(times=fast_engine().state.step_time.times, output_tokens=3000, restart_s=0.3)
     async with live(engine) as antares:
+        received = antares.record_bodies()
         _, writer = await connect(antares)
         writer.write(REQUEST)
         await writer.drain()
-        await asyncio.sleep(0.05)
+        await engine.rendering.wait()
         writer.transport.abort()
-        await eventually(lambda: antares.outcomes["cancelled"] == 1)
-        assert antares.is_idle()
+        await eventually(lambda: not antares.gateway.connections)
+        engine.may_render.set()
+        await eventually(lambda: antares.outcomes["cancelled"] == 1 and antares.is_idle())
+        assert not received
 
 
 async def answer(scope: Scope, send: Send) -> None:
