@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from engine_adapter.step_time.linear_forms import Floats, StepTimes
+from engine_adapter.step_time.linear_forms import Floats, StepTimes, median
 
 KNOTS: Floats = np.array(
     [0, 1, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256, 288, 320, 352, 384, 448, 512, 640,
@@ -284,15 +284,30 @@ def refitted(previous: StepCurve, decodes: Floats, context: Floats, prefill: Flo
     first = terms.solve(guess, seconds, weight)
     error = np.abs(seconds / np.maximum(terms.predict(first), 1e-9) - 1)
     # Solve again with smaller weights for outliers (Huber).
-    usual = max(3 * float(np.median(error)), 0.02)
+    usual = max(3 * median(error), 0.02)
     fit = terms.solve(guess, seconds, weight * np.minimum(1.0, usual / np.maximum(error, 1e-9)))
     a, e, h = fit[len(KNOTS) :].tolist()
-    values = np.maximum.accumulate(np.maximum(fit[: len(KNOTS)], 0.0))
+    values = _non_decreasing(fit[: len(KNOTS)], terms.weights_at_knots(weight))
     fit[: len(KNOTS)] = _continued(values, e, float((decodes + prefill).max()))
     a, h = max(a, 0.0), max(h, 0.0)
     fit[len(KNOTS) :] = a, e, h
     # The next refit scales by what this one left between the fit and the median.
     return StepCurve(fit[: len(KNOTS)], a, e, h, drift * _speed(terms.predict(fit), seconds))
+
+
+def _non_decreasing(values: Floats, weights: Floats) -> Floats:
+    """Return the non-decreasing values of at least 0 with the least squared difference from ``values``, by ``weights``.
+
+    A knot without samples moves more than one with many. By the pool-adjacent-violators algorithm.
+    """
+    pools: list[tuple[float, float, int]] = []
+    for one in zip(values.tolist(), weights.tolist(), [1] * len(values), strict=True):
+        pool = one
+        while pools and pools[-1][0] > pool[0]:
+            (value, weight, knots), (before, more, others) = pool, pools.pop()
+            pool = (value * weight + before * more) / (weight + more), weight + more, knots + others
+        pools.append(pool)
+    return np.repeat([max(value, 0.0) for value, _, _ in pools], [knots for _, _, knots in pools])
 
 
 def _continued(values: Floats, e: float, largest: float) -> Floats:
@@ -306,13 +321,19 @@ def _continued(values: Floats, e: float, largest: float) -> Floats:
     added = np.diff(chunk_s)[seen:]
     if (added >= 0).all():
         return values
-    added = np.where(added < 0, max(chunk_s[seen], 0.0) / KNOTS[seen] * np.diff(KNOTS)[seen:], added)
+    largest = max(largest, KNOTS[seen])
+    at_largest = float(np.interp(largest, KNOTS, chunk_s))
+    rising = max(at_largest, 0.0) / largest * np.diff(np.append(largest, KNOTS[seen + 1 :]))
+    # The first of these segments has samples up to ``largest``. The more of it they fill, the less it may change.
+    unseen = (KNOTS[seen + 1] - largest) / (KNOTS[seen + 1] - KNOTS[seen])
+    rising[0] = at_largest - chunk_s[seen] + unseen * rising[0]
+    added = np.where(added < 0, rising, added)
     return np.append(values[: seen + 1], chunk_s[seen] + np.cumsum(added) - e * KNOTS[seen + 1 :])
 
 
 def _speed(predicted: Floats, seconds: Floats) -> float:
     """Return the median ratio of ``seconds`` to the ``predicted`` ones."""
-    return float(np.median(seconds / np.maximum(predicted, 1e-9)))
+    return median(seconds / np.maximum(predicted, 1e-9))
 
 
 @dataclass(slots=True, frozen=True)
@@ -320,13 +341,15 @@ class _Terms:
     """The factors that multiply the coefficients (f at `KNOTS`, a, e, h) in T(D, C, p) of each step.
 
     Each step has at most five non-zero factors: for two knots, and C, p and [p > 0]. ``indices`` are their
-    coefficients' numbers and ``factors`` their values, both of shape (samples, 5).
+    coefficients' numbers and ``factors`` their values, both of shape (samples, 5). ``pairs``: where the products of two
+    factors of a step belong in the flat Gram matrix, shape (25 * samples,).
 
     NOTE: sums over steps use no matrix product. It would start BLAS threads, which take cores from the engine.
     """
 
     indices: NDArray[np.intp]
     factors: Floats
+    pairs: NDArray[np.intp]
 
     @classmethod
     def of(cls, decodes: Floats, context: Floats, prefill: Floats) -> _Terms:
@@ -334,10 +357,14 @@ class _Terms:
         right = np.clip(np.searchsorted(KNOTS, tokens), 1, knots - 1)
         share = (tokens - KNOTS[right - 1]) / (KNOTS[right] - KNOTS[right - 1])
         others = (np.full_like(right, knots + more) for more in range(3))
-        return cls(
-            np.stack([right - 1, right, *others], axis=1),
-            np.stack([1 - share, share, context, prefill, prefill > 0], axis=1),
-        )
+        indices = np.stack([right - 1, right, *others], axis=1)
+        factors = np.stack([1 - share, share, context, prefill, prefill > 0], axis=1)
+        return cls(indices, factors, (indices[:, :, None] * (knots + 3) + indices[:, None, :]).ravel())
+
+    def weights_at_knots(self, weight: Floats) -> Floats:
+        """Return how much the steps, with ``weight`` (samples,), say about f at each knot; more than 0."""
+        sums = np.bincount(self.indices[:, :2].ravel(), (self.factors[:, :2] * weight[:, None]).ravel(), len(KNOTS))
+        return np.asarray(sums + _KNOT_MEMORY * float(weight.mean()), dtype=np.float64)
 
     def predict(self, coefficients: Floats) -> Floats:
         """Return T of each step, shape (samples,)."""
@@ -347,13 +374,12 @@ class _Terms:
         """Return the coefficients near ``guess`` with the least squared error; ``weight`` has shape (samples,)."""
         size, knots, mean_weight = len(guess), len(KNOTS), float(weight.mean())
         weighted = self.factors * weight[:, None]
-        pairs = self.indices[:, :, None] * size + self.indices[:, None, :]
         products = weighted[:, :, None] * self.factors[:, None, :]
-        gram: Floats = np.bincount(pairs.ravel(), products.ravel(), size * size).astype(float).reshape(size, size)
+        gram = np.bincount(self.pairs, products.ravel(), size * size).astype(np.float64).reshape(size, size)
         residual = weighted * (seconds - self.predict(guess))[:, None]
         moment = np.bincount(self.indices.ravel(), residual.ravel(), size)
         prior = _PRIOR_STEPS / len(seconds) * gram.diagonal()[knots:]
-        gram[:knots, :knots] += mean_weight * (_STIFFNESS * _BENDING + _KNOT_MEMORY * np.eye(knots))
+        gram[:knots, :knots] += mean_weight * _KNOT_PRIOR
         np.fill_diagonal(gram[knots:, knots:], gram.diagonal()[knots:] + np.maximum(prior, 1e-12))
         return np.asarray(guess + np.linalg.solve(gram, moment), dtype=np.float64)
 
@@ -367,4 +393,4 @@ def _bending() -> Floats:
     return np.asarray(rows.T @ rows, dtype=np.float64)
 
 
-_BENDING = _bending()
+_KNOT_PRIOR = _STIFFNESS * _bending() + _KNOT_MEMORY * np.eye(len(KNOTS))

@@ -76,8 +76,6 @@ def nonnegative_least_squares(columns: Floats, target: Floats, parsimonious: boo
     scale[scale == 0] = 1.0
     scaled = columns / scale
     gram, moment, energy = scaled.T @ scaled, scaled.T @ target, float(target @ target)
-    if not parsimonious and k == 2:
-        return np.asarray(np.array(_two_columns(gram.tolist(), moment.tolist())) / scale, dtype=np.float64)
     if not parsimonious:
         # The loss is convex, so a feasible least-squares solution is the best one. It must be the only one.
         w, _, rank, _ = np.linalg.lstsq(gram, moment, rcond=1e-10)
@@ -100,12 +98,11 @@ def nonnegative_least_squares(columns: Floats, target: Floats, parsimonious: boo
     return np.asarray(best / scale, dtype=np.float64)
 
 
-def _two_columns(gram: list[list[float]], moment: list[float]) -> tuple[float, float]:
-    """Return argmin over w >= 0 of w'Gw - 2 w'm, for G = ``gram`` of shape (2, 2) and m = ``moment``.
+def _two_columns(a: float, b: float, d: float, m: float, n: float) -> tuple[float, float]:
+    """Return argmin over w >= 0 of w'Gw - 2 w'm, for G = ((a, b), (b, d)) and m = (m, n).
 
     `fit_prefill` needs a dozen of these, and each call of LAPACK takes 20 us for two numbers.
     """
-    (a, b), (_, d), (m, n) = *gram, moment
     middle, radius = (a + d) / 2, math.hypot((a - d) / 2, b)
     if middle - radius > 1e-10 * (middle + radius):
         # Both eigenvalues count, so there is one solution. The loss is convex: no other is better, if it is feasible.
@@ -117,7 +114,15 @@ def _two_columns(gram: list[list[float]], moment: list[float]) -> tuple[float, f
     alone, other = (max(x, 0.0) ** 2 / y if y > 0 else 0.0 for x, y in ((m, a), (n, d)))
     if alone == other == 0.0:
         return 0.0, 0.0
-    return (m / a, 0.0) if alone >= other else (0.0, n / d)
+    # For equal prompts both losses are equal, but for rounding. Then the time is that of their tokens.
+    return (m / a, 0.0) if alone >= other * (1 - 1e-9) else (0.0, n / d)
+
+
+def median(values: Floats) -> float:
+    """Return the median of one value or more. `np.median` takes several times as long for hundreds of values."""
+    half = len(values) // 2
+    middle = (half,) if len(values) % 2 else (half - 1, half)
+    return float(np.partition(values, middle)[list(middle)].mean())
 
 
 def fit_quality(predicted: Floats, actual: Floats) -> FitQuality:
@@ -181,31 +186,59 @@ def fit_prefill(tokens: Floats, seconds: Floats, prior: StepTimes | None = None)
 
     ``tokens`` and ``seconds``: shape (samples,).
     """
+    order = np.argsort(tokens)
+    tokens, seconds = tokens[order], seconds[order]
+    # Sums over the first samples. Those of any theta are differences of two of them.
+    powers = np.stack([np.ones_like(tokens), tokens, tokens**2, seconds, tokens * seconds, seconds**2])
+    sums = np.concatenate([np.zeros((6, 1)), np.cumsum(powers, axis=1)], axis=1)
+    places = np.arange(len(tokens))
+    thetas = np.unique([0.0, *np.interp((len(tokens) - 1) * _THETA_QUANTILES, places, tokens)])
     best = (0.0, 0.0, 0.0, 0.0)
     best_loss = np.inf
-    for theta in (0.0, *np.unique(np.quantile(tokens, [0.1, 0.2, 0.3, 0.4, 0.5]))):
-        short = tokens < theta
-        if (~short).sum() < 2:
+    for theta, at in zip(thetas.tolist(), np.searchsorted(tokens, thetas).tolist(), strict=True):
+        if len(tokens) - at < 2:
             continue
-        alpha, beta = _fit_line(tokens[~short], seconds[~short], prior)
-        delta = float(seconds[short].mean()) if short.any() else 0.0
-        predicted = np.where(short, delta, alpha * tokens + beta)
-        loss = float(((predicted - seconds) ** 2).sum())
+        below, of = sums[:, at].tolist(), (sums[:, -1] - sums[:, at]).tolist()
+        alpha, beta = _fit_line(of, prior)
+        delta = below[3] / at if at else 0.0
+        loss = _loss(of, alpha, beta) + below[5] - at * delta**2
         if loss < best_loss * (1 - 1e-3):
-            best_loss, best = loss, (float(alpha), float(beta), float(theta), delta)
+            best_loss, best = loss, (alpha, beta, theta, delta)
     return best
 
 
-def _fit_line(tokens: Floats, seconds: Floats, prior: StepTimes | None) -> tuple[float, float]:
-    """Return alpha and beta, both at least 0, of seconds = alpha * tokens + beta."""
-    columns = np.stack([tokens, np.ones_like(tokens)], axis=1)
-    w = nonnegative_least_squares(columns, seconds, parsimonious=False)
-    energy = float((seconds**2).mean())
-    if prior is not None and energy > 0:
-        noise = float(((columns @ w - seconds) ** 2).mean()) + _LEAST_NOISE**2 * energy
-        alpha_deviation = np.sqrt(energy) / (float(tokens.mean()) + _FIXED_COST_TOKENS)
-        weight = np.sqrt(noise) / (alpha_deviation * np.array([1.0, _FIXED_COST_TOKENS]))
-        columns = np.concatenate([columns, np.diag(weight)])
-        seconds = np.concatenate([seconds, weight * np.array([prior.alpha, prior.beta])])
-        w = nonnegative_least_squares(columns, seconds, parsimonious=False)
-    return float(w[0]), float(w[1])
+_THETA_QUANTILES = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+
+_Sums = list[float]
+"""Of the samples with p tokens and t seconds: their number, and the sums of p, p^2, t, p*t and t^2."""
+
+
+def _fit_line(of: _Sums, prior: StepTimes | None) -> tuple[float, float]:
+    """Return alpha and beta, both at least 0, of t = alpha*p + beta."""
+    count, tokens, squares, seconds, products, energy = of
+    alpha, beta = _scaled(squares, tokens, count, products, seconds)
+    if prior is None or energy <= 0:
+        return alpha, beta
+    mean_energy = energy / count
+    noise = _loss(of, alpha, beta) / count + _LEAST_NOISE**2 * mean_energy
+    deviation = math.sqrt(mean_energy) / (tokens / count + _FIXED_COST_TOKENS)
+    # Two more samples: the prior of alpha, and that of beta.
+    of_alpha, of_beta = noise / deviation**2, noise / (deviation * _FIXED_COST_TOKENS) ** 2
+    return _scaled(
+        squares + of_alpha, tokens, count + of_beta, products + of_alpha * prior.alpha, seconds + of_beta * prior.beta
+    )
+
+
+def _scaled(a: float, b: float, d: float, m: float, n: float) -> tuple[float, float]:
+    """Return argmin over w >= 0 of w'Gw - 2 w'm with G = ((a, b), (b, d)) and m = (m, n), for unlike columns."""
+    first, second = math.sqrt(a) or 1.0, math.sqrt(d) or 1.0
+    between = b / (first * second)
+    w, v = _two_columns(a / first**2, between, d / second**2, m / first, n / second)
+    return w / first, v / second
+
+
+def _loss(of: _Sums, alpha: float, beta: float) -> float:
+    """Return the squared error of t = alpha*p + beta; at least 0, although it is a small difference of large sums."""
+    count, tokens, squares, seconds, products, energy = of
+    fitted = alpha * (alpha * squares + 2 * beta * tokens - 2 * products) + beta * (beta * count - 2 * seconds)
+    return max(energy + fitted, 0.0)

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
 from engine_adapter.step_time.curve import StepCurve, refitted
-from engine_adapter.step_time.linear_forms import FitQuality, Floats, StepTimes, fit_itl, fit_prefill, fit_quality
+from engine_adapter.step_time.linear_forms import (
+    FitQuality,
+    Floats,
+    StepTimes,
+    fit_itl,
+    fit_prefill,
+    fit_quality,
+    median,
+)
 
 
 @dataclass(slots=True)
@@ -142,7 +150,7 @@ class StepTimeModel:
             self.error_s += float(np.abs(predicted - actual).sum())
 
     def _refit_itl(self, batch: Floats, length: Floats, seconds: Floats) -> None:
-        kept = seconds <= 5 * np.median(seconds)
+        kept = seconds <= 5 * median(seconds)
         batch, length, seconds = batch[kept], length[kept], seconds[kept]
         a, b, c, d = fit_itl(batch, length, seconds, prior=self.times)
         self.times = replace(self.times, a=a, b=b, c=c, d=d)
@@ -153,7 +161,7 @@ class StepTimeModel:
         decode_s = np.where(batch > 0, (self.times.a * batch + self.times.c) * length + self.times.b * batch, 0.0)
         decode_s += np.where(batch > 0, self.times.d, 0.0)
         extra = np.maximum(seconds - decode_s, 0.0)
-        kept = extra <= 5 * max(float(np.median(extra)), 1e-6) * np.maximum(tokens / np.median(tokens), 1.0)
+        kept = extra <= 5 * max(median(extra), 1e-6) * np.maximum(tokens / median(tokens), 1.0)
         alpha, beta, theta, delta = fit_prefill(tokens[kept], extra[kept], prior=self.times)
         if alpha > 0:
             self.times = replace(self.times, alpha=alpha, beta=beta, theta=theta, delta=delta)
@@ -162,4 +170,4 @@ class StepTimeModel:
 
 
 def _columns(rows: Iterable[tuple[float, ...]], width: int) -> tuple[Floats, ...]:
-    return tuple(np.asarray(list(rows), dtype=np.float64).reshape(-1, width).T)
+    return tuple(np.fromiter(chain.from_iterable(rows), dtype=np.float64).reshape(-1, width).T)

@@ -49,6 +49,7 @@ def test_prefill_only_steps_give_no_growing_extrapolation(sizes: list[int], seed
     st.floats(5e-4, 0.1), st.sampled_from([0.0, 1e-5, 1e-4]), st.sampled_from(list(NOISE)), st.integers(0, 1000),
 )  # fmt: skip
 @example("prefill", [32], 1, 0.002, 0.0, "exponential", 0)
+@example("prefill", [1, 2], 1, 0.0625, 0.0, "jitter", 0)
 @example("apart", [32], 4, 0.002, 0.0, "exponential", 0)
 @example("beside", [100, 1, 2], 33, 5e-4, 1e-4, "log-normal", 48)
 @example("beside", [100, 1, 2], 33, 5e-4, 1e-4, "log-normal", 816256)
@@ -74,6 +75,19 @@ def test_unseen_step_is_near_the_linear_extrapolation(
         limit_s = bound * (most_s + most_token_s * size)
         assert 0 <= decode_s < limit_s
         assert -limit_s < prefill_s < limit_s, "skewed noise may make a prompt token seem cheaper than free"
+
+
+@pytest.mark.parametrize("sizes", [(30, 40), (100, 110), (500, 520), (2100, 2200)], ids=str)
+@pytest.mark.parametrize("token_s", [0.0, 1e-5])
+def test_prompts_of_two_sizes_alone_are_fitted(sizes: tuple[int, int], token_s: float) -> None:
+    """Requests for one token cause such steps. The knots below those prompts have no samples."""
+    model, random = StepTimeModel(), Random(0)
+    for step in range(8000):
+        size = random.choice(sizes)
+        model.observe(0, size, 0.0, (0.06 + token_s * size) * random.lognormvariate(0.0, 0.1))
+        if step % 1000 == 999:
+            for seen in sizes:
+                assert model.curve.step_s(0, 0, seen) == pytest.approx(0.06 + token_s * seen, rel=0.1)
 
 
 def test_more_refits_do_not_change_unseen_sizes() -> None:
