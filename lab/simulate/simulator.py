@@ -200,7 +200,7 @@ def _check_lengths(workload: Sequence[WorkloadRequest], profile: Profile) -> Non
     if longest > profile.max_model_len:
         raise ValueError(
             f"the workload has a request of {longest} tokens, but the context length of profile {profile.name!r} is "
-            f"{profile.max_model_len}: set --max-prompt and --max-output"
+            f"{profile.max_model_len}: set --max-prompt and --max-output, or --max-model-len"
         )
 
 
