@@ -41,7 +41,14 @@ async def assembled(
                 assembler.add(parsed)
         return batch
 
-    reader = EventReader(response, counter, see, on_read)
+    def take_event(event: bytes, at: float) -> bool:
+        text = counter.texts.text_of(event)
+        if text is None:
+            return False
+        assembler.add_texts(counter.texts.place, [text], len(event))
+        return True
+
+    reader = EventReader(response, counter, see, on_read, take_event)
     try:
         while await reader.next():
             pass

@@ -7,10 +7,12 @@ import zlib
 from typing import cast
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine_adapter.engine import PassEvent
+from engine_adapter.remote.assembled import assembled
+from engine_adapter.remote.client_request import BadUpstreamError
 from engine_adapter.remote.connection import Connection
 from engine_adapter.remote.counting.completions import CompletionCounter
 from engine_adapter.remote.counting.messages import MessagesCounter
@@ -47,6 +49,20 @@ class FakeOwner:
         pass
 
 
+def opened(headers: bytes = b"") -> tuple[Connection, Response]:
+    """Return a connection, and its response whose head has arrived."""
+    connection = Connection(lambda connection: None)
+    connection.connection_made(FakeTransport())
+    response = Response(FakeOwner(), connection, is_head=False)
+    connection.send(response, b"")
+    connection.data_received(HEAD % headers)
+    return connection, response
+
+
+def feed(connection: Connection, data: bytes) -> None:
+    connection.data_received(b"%x\r\n%b\r\n" % (len(data), data))
+
+
 class Stream:
     """The events of a stream that a test feeds, as they leave: read by a task, or passed (``passed``)."""
 
@@ -55,11 +71,7 @@ class Stream:
         self.left: list[bytes] = []
         self.passed: list[bytes] = []
         self._passes = passes
-        self.connection = Connection(lambda connection: None)
-        self.connection.connection_made(FakeTransport())
-        self.response = Response(FakeOwner(), self.connection, is_head=False)
-        self.connection.send(self.response, b"")
-        self.connection.data_received(HEAD % headers)
+        self.connection, self.response = opened(headers)
         self._counter = counter(self.recorder)
         passing = None if passes is None else self._pass
         self._reader = EventReader(self.response, self._counter, self._counter.see_all, self._on_read, passing)
@@ -85,7 +97,7 @@ class Stream:
                 self.left.append(event)
 
     def feed(self, data: bytes) -> None:
-        self.connection.data_received(b"%x\r\n%b\r\n" % (len(data), data))
+        feed(self.connection, data)
 
     async def end(self) -> None:
         self.connection.data_received(b"0\r\n\r\n")
@@ -135,6 +147,27 @@ async def test_bytes_and_counts_are_those_of_a_stream_that_passes_nothing(
         assert b"".join(stream.left) == whole
     assert offered.recorder.count() == plain.recorder.count()
     assert sum(offered.reads) == sum(plain.reads)
+
+
+@example([ROLE, *(chunk(f" {number}") for number in range(9)), usage_chunk(9)], [3])
+@given(st.lists(EVENTS, max_size=30), st.lists(st.integers(0, 3), min_size=1, max_size=40))
+async def test_assembled_response_is_the_same_however_its_events_arrive(events: list[bytes], waits: list[int]) -> None:
+    found = []
+    for pieces in ([b"".join([*events, DONE])], [*events, DONE]):
+        connection, response = opened()
+        recorder = Recorder()
+        counter = CompletionCounter(recorder)
+        assembling = asyncio.create_task(assembled(response, counter, lambda tokens: None))
+        for number, piece in enumerate(pieces):
+            feed(connection, piece)
+            for _ in range(waits[number % len(waits)]):
+                await asyncio.sleep(0)
+        connection.data_received(b"0\r\n\r\n")
+        try:
+            found.append((await assembling, recorder.count()))
+        except BadUpstreamError as error:
+            found.append((str(error), recorder.count()))
+    assert found[0] == found[1]
 
 
 async def fed(stream: Stream, *events: bytes) -> Stream:
