@@ -287,5 +287,6 @@ def _proportional_bound(jobs: _Jobs) -> float:
     """
     due = np.arange(1, len(jobs) + 1)
     total = np.cumsum(jobs.work)
-    share = np.minimum(1.0, _available_s(jobs) / np.maximum(total, np.finfo(float).tiny))
+    # Without work, as of responses with one token, all of it fits.
+    share = np.minimum(1.0, np.divide(_available_s(jobs), total, out=np.ones_like(total), where=total > 0))
     return float((len(jobs) - due * (1 - share)).min())

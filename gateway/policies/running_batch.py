@@ -9,6 +9,7 @@ from engine_adapter.engine import EngineState
 from engine_adapter.gates.best_effort_preemption import reserved_slots
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
+from engine_adapter.step_time.curve import SPENT
 from gateway.policies.base import PrefillLookahead
 from gateway.requests.request import Request
 
@@ -16,7 +17,7 @@ _PACED, _DEADLINE_ONLY, _YIELDING = ServiceKind.PACED, ServiceKind.DEADLINE_ONLY
 
 
 class RunningBatch:
-    """The running set R on ``engine``, as sums over ``running``, oldest first.
+    """The running set R on ``engine``, as sums over ``running``, oldest first, at ``now`` (monotonic s).
 
     Attributes:
         beside_yielding: whether yielding requests count like all others; otherwise they count like best-effort ones.
@@ -28,11 +29,17 @@ class RunningBatch:
             (`EngineState.tokens_per_step`).
         memory, preemptible_memory: tokens of KV memory that R will reach, and the unprotected best-effort part.
         backlog: uncached prompt tokens that are not prefilled yet.
+        due_s: when the first token of R that is not late yet is due by its pace (monotonic s); infinite without one.
         step_s: T(R), seconds of a step in which all of R decode; 0 when R is empty.
     """
 
     def __init__(
-        self, running: Collection[Request], engine: EngineState, beside_yielding: bool = False, kept_free: float = 0.0
+        self,
+        running: Collection[Request],
+        engine: EngineState,
+        beside_yielding: bool = False,
+        kept_free: float = 0.0,
+        now: float = math.inf,
     ) -> None:
         self.engine, self.beside_yielding, self.kept_free = engine, beside_yielding, kept_free
         self.slots = self.best_effort_slots = self.backlog = 0
@@ -40,6 +47,7 @@ class RunningBatch:
         self.protected_slots = reserved_slots(engine.max_num_seqs) if preempts else engine.max_num_seqs
         self.decoding = self.context = self.preemptible_memory = 0.0
         self.strictest_s, self.memory = math.inf, -float(engine.shared_tokens)
+        self.now, self.due_s = now, math.inf
         self.step_s = 0.0
         self._prefill_token_s: float | None = None
         if running:
@@ -53,6 +61,7 @@ class RunningBatch:
         decoding, context, strictest_s = self.decoding, self.context, self.strictest_s
         step_tokens = self.engine.tokens_per_step
         memory, preemptible_memory, backlog = self.memory, self.preemptible_memory, self.backlog
+        now, due_s = self.now, self.due_s
         for request in requests:
             sequences, predicted = request.sequences, request.predicted_tokens
             generated = request.generated / sequences
@@ -68,8 +77,12 @@ class RunningBatch:
                     best_effort_slots += sequences
                     if best_effort_slots > protected:
                         preemptible_memory += expected
-            elif pace is not None and pace * step_tokens < strictest_s:
-                strictest_s = pace * step_tokens
+            elif pace is not None:
+                if pace * step_tokens < strictest_s:  # noqa: PLR1730  # min() takes three times as long.
+                    strictest_s = pace * step_tokens
+                first_s = request.first_token_s
+                if first_s is not None and now <= first_s + pace * generated < due_s:
+                    due_s = first_s + pace * generated
             # A running request counts by its length now, because another takes its slot and begins short.
             length = request.prompt_tokens + generated
             if request.admitted_s is None:
@@ -82,6 +95,7 @@ class RunningBatch:
         self.slots, self.best_effort_slots = slots, best_effort_slots
         self.decoding, self.context, self.strictest_s = decoding, context, strictest_s
         self.memory, self.preemptible_memory, self.backlog = memory, preemptible_memory, backlog
+        self.due_s = due_s
         self.step_s = curve.step_s(decoding, context)
         self._prefill_token_s = None
 
@@ -95,6 +109,25 @@ class RunningBatch:
             # Most decisions admit a lone request and ask once, for the batch with it.
             self._prefill_token_s = token_s
         return token_s
+
+    @property
+    def full_steps(self) -> tuple[float, float]:
+        """Prompt tokens that full steps take before R is late, and the seconds of such a step per token.
+
+        R has gained this time by decoding faster than its paces. A full step of F seconds uses F - P* of it. While no
+        request of R decodes, its own prompts take full steps.
+        """
+        if math.inf in (self.now, self.strictest_s):
+            return 0.0, 0.0
+        most = self.engine.max_num_batched_tokens
+        full_s = self.engine.step_time.curve.step_s(self.decoding, self.context, most)
+        if self.due_s == math.inf:
+            return float(self.backlog), full_s / most
+        gained_s = (1 - self.kept_free) * SPENT * (self.due_s - self.now) - self.strictest_s
+        if gained_s <= 0:
+            return 0.0, 0.0
+        steps = gained_s / (full_s - self.strictest_s) if full_s > self.strictest_s else math.inf
+        return steps * most, full_s / most
 
     @property
     def free_slots(self) -> int:

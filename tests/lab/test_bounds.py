@@ -61,6 +61,11 @@ def test_count_bound_is_best_subset(jobs: list[tuple[int, int]]) -> None:
     assert round(bounds(workload, TokenCosts(1e-3, 0.0))[0] * len(jobs)) == best
 
 
+def test_responses_without_decodes_fit_where_only_decodes_cost() -> None:
+    workload = [WorkloadRequest(0.0, 100, 1, 1e6, 1.0, 1)] * 3
+    assert bounds(workload, TokenCosts(0.0, 1e-3)) == (1.0, 1.0)
+
+
 class ClairvoyantSchedule:
     """A schedule that knows true lengths and serves only chosen requests, in random chunks and batches."""
 

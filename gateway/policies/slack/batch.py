@@ -53,10 +53,11 @@ class WaitingBatch:
         """Return whether each request ``at`` can be admitted beside ``batch`` at ``now`` (s).
 
             slots(R + r) <= slots,   memory(R + r) <= KV memory,   T(R + r) <= (1 - kept_free) * P*(R + r),
-            now + n * T(R + r) + min(n * chunk, mu * (2 * backlog + all p)) <= d_r,
+            now + t_q + n * T(R + r) + min(n * chunk, mu * (2 * backlog + all p)) <= d_r,
 
-        with n = 2 + mu * (backlog + p_r) / chunk: the step under way, those that take ``chunk`` seconds of prefill, as
-        P* or the token budget allows, and the last one, which must end too. Prefill takes no more than all prompts do.
+        with n = 2 + mu * (backlog + p_r - q) / chunk: the step under way, those that take ``chunk`` seconds of prefill,
+        as P* or the token budget allows, and the last one, which must end too. Prefill takes no more than all prompts
+        do. Before, q tokens take t_q seconds in `RunningBatch.full_steps`.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
@@ -68,8 +69,11 @@ class WaitingBatch:
         step_s = curve.steps_s(decoding, batch.context + (prompt + output / 2) * weight)
         token_s = curve.prefill_tokens_s(decoding, engine.max_num_batched_tokens, strictest_s - step_s)
         chunk_s = np.maximum(np.minimum(strictest_s - step_s, token_s * engine.max_num_batched_tokens), 1e-12)
-        steps = 2 + token_s * (batch.backlog + of.uncached[at]) / chunk_s
-        first_s = steps * step_s + np.minimum(steps * chunk_s, token_s * (2 * batch.backlog + of.uncached.sum()))
+        tokens, most_s = batch.backlog + of.uncached[at], token_s * (2 * batch.backlog + of.uncached.sum())
+        in_full_steps, full_token_s = batch.full_steps
+        full = np.minimum(tokens, in_full_steps)
+        steps = 2 + token_s * (tokens - full) / chunk_s
+        first_s = full * full_token_s + steps * step_s + np.minimum(steps * chunk_s, most_s)
         fits = (sequences <= batch.free_slots) & (step_s <= (1 - batch.kept_free) * strictest_s)
         fits &= now + first_s <= of.deadline[at]
         if engine.kv_tokens > 0:
@@ -94,8 +98,12 @@ def surely_fits(request: Request, pace_s: float, batch: RunningBatch, now: float
     spare_s = _MARGIN * (1 - batch.kept_free) * strictest_s - step_s
     token_s = curve.prefill_token_s(decoding, most, strictest_s - step_s)
     chunk_s = max(min(spare_s, token_s * most), 1e-12)
-    steps = 2 + token_s * (batch.backlog + request.uncached_tokens) / chunk_s
-    first_s = steps * step_s + min(steps * chunk_s, token_s * (2 * batch.backlog + waiting_tokens))
+    in_full_steps, full_token_s = batch.full_steps
+    tokens = batch.backlog + request.uncached_tokens
+    full = min(tokens, in_full_steps)
+    steps = 2 + token_s * (tokens - full) / chunk_s
+    most_s = token_s * (2 * batch.backlog + waiting_tokens)
+    first_s = full * full_token_s + steps * step_s + min(steps * chunk_s, most_s)
     return spare_s > 0 and first_s + curve.h <= _MARGIN * (request.deadline_s - now)
 
 

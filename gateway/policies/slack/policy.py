@@ -1,10 +1,11 @@
 """`slack`, the default policy: feasibility as arithmetic, and under overload the requests that cost least.
 
 R is the running set, P* = min P_i its strictest pace, T(R) the time of a step in which all of R decode. Prefill gets
-the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds.
+the share 1 - T(R)/P* of the time, and a prompt token costs mu seconds: prefill(n) = mu * n / share. While R is ahead of
+its paces, prompts take full steps, which is faster (`RunningBatch.full_steps`).
 
     1 reject r if its pace is faster than a step with r alone                                      (infeasible)
-    2 in deadline order, reject r if now + T(R)/2 + step + mu * (own + queue_discount * ahead) / share > deadline (late)
+    2 in deadline order, reject r if now + T(R)/2 + step + prefill(own + queue_discount * ahead) > deadline       (late)
     3 order the rest by deadline + cost_weight * (engine seconds of r); overdue ones and rarely admitted classes lead
     4 admit r if slots and KV memory suffice and R + r keeps its strictest pace, T(R + r) <= P*(R + r),
     5   its own prefill ends before its deadline, and the prefill lookahead has tokens left for it
@@ -124,7 +125,7 @@ class Slack:
         """Apply the lines of the module's docstring, in their order."""
         if not waiting:
             return Decision()
-        batch, decision = RunningBatch(running, engine), Decision()
+        batch, decision = RunningBatch(running, engine, now=now), Decision()
         this = _Round(now, batch, batch.lookahead(self.prefill_lookahead_steps), decision)
         if len(waiting) > 1 or not self._admit_alone(this, waiting[0], running):
             self._serve_all(this, waiting, running)
@@ -157,7 +158,7 @@ class Slack:
             over = np.isin(queue.arrays.tenant, [tenant_number(name) for name in above])
             waits = self._admit(this, self._reject_late(this, queue.only(~over)))
             # The others get what is left: the prompts of those within their share take ``others_share`` of the time.
-            beside = RunningBatch(running, batch.engine, True, others_share / batch.prefill_share)
+            beside = RunningBatch(running, batch.engine, True, others_share / batch.prefill_share, now)
             for request in this.decision.admit:
                 beside.add((request,), this.decision.paces.get(request.id))
             this = _Round(now, beside, beside.lookahead(self.prefill_lookahead_steps), this.decision)
@@ -185,21 +186,26 @@ class Slack:
         # The step under way must end, and the one that brings the first token takes what any step takes.
         step_s = max(batch.step_s, curve.step_s(1, 0))
         fixed_s = this.now + batch.step_s / 2 + step_s + curve.h
-        ahead_s, own_s = token_s * batch.backlog, token_s * queue.arrays.uncached
-        late = fixed_s + discount * (ahead_s + np.cumsum(own_s) - own_s) + own_s > queue.arrays.deadline
+        own, (in_full_steps, full_token_s) = queue.arrays.uncached, batch.full_steps
+        work = discount * (batch.backlog + np.cumsum(own) - own) + own
+        full = np.minimum(work, in_full_steps)
+        late = fixed_s + full * full_token_s + (work - full) * token_s > queue.arrays.deadline
         if not late.any():
             return queue
         idle_token_s = curve.prefill_token_s(0.0, batch.engine.max_num_batched_tokens, math.inf)
         # A rejected request is not ahead of the next one, so they are checked in turn.
-        for at, (request, prefill_s) in enumerate(zip(queue.requests, own_s.tolist(), strict=True)):
-            late_s = fixed_s + discount * ahead_s + prefill_s - request.deadline_s
+        ahead = float(batch.backlog)
+        for at, (request, tokens) in enumerate(zip(queue.requests, own.tolist(), strict=True)):
+            needed = discount * ahead + tokens
+            full_tokens = min(needed, in_full_steps)
+            late_s = fixed_s + full_tokens * full_token_s + (needed - full_tokens) * token_s - request.deadline_s
             late[at] = late_s > 0
             if late_s <= 0:
-                ahead_s += prefill_s
+                ahead += tokens
                 continue
             predicted_s = request.ttft_slo_s + late_s
             # A second try is promised without discount, and with a step in reserve.
-            attainable_s = predicted_s + (1 - discount) * ahead_s + step_s
+            attainable_s = predicted_s + (1 - discount) * ahead * token_s + step_s
             infeasible = idle_s + idle_token_s * request.uncached_tokens > request.ttft_slo_s
             this.decision.reject.append(reject_ttft(request, predicted_s, attainable_s, late_s, infeasible))
         return queue.only(~late)

@@ -224,24 +224,35 @@ def test_rejection_in_one_sweep_equals_rejection_one_by_one(
 ) -> None:
     queue = [make_request(f"r{i}", ttft=ttft, tpot=1.0, prompt=prompt) for i, (ttft, prompt) in enumerate(bounds)]
     state = engine()
-    batch, curve = RunningBatch(old, state), state.step_time.curve
-    share, step_s = batch.prefill_share, max(batch.step_s, curve.step_s(1, 0))
-    ahead_s = batch.prefill_token_s * batch.backlog
+    batch, curve = RunningBatch(old, state, now=NOW), state.step_time.curve
+    token_s, step_s = batch.prefill_token_s / batch.prefill_share, max(batch.step_s, curve.step_s(1, 0))
+    in_full_steps, full_token_s = batch.full_steps
+    ahead: float = batch.backlog
     late: dict[str, tuple[float, float]] = {}
     for request in sorted(queue, key=lambda request: request.deadline_s):
-        own_s = batch.prefill_token_s * request.prompt_tokens
-        first_s = batch.step_s / 2 + step_s + (discount * ahead_s + own_s) / share
+        tokens = discount * ahead + request.prompt_tokens
+        full = min(tokens, in_full_steps)
+        first_s = batch.step_s / 2 + step_s + full * full_token_s + (tokens - full) * token_s
         if abs(first_s - request.ttft_slo_s) < 1e-9:
             return  # rounding decides
         if first_s > request.ttft_slo_s:
-            late[request.id] = first_s, first_s + (1 - discount) * ahead_s / share + step_s
+            late[request.id] = first_s, first_s + (1 - discount) * ahead * token_s + step_s
         else:
-            ahead_s += own_s
+            ahead += request.prompt_tokens
     decision = decide(Slack(queue_discount=discount), NOW, queue, old, state)
     assert rejected(decision) == list(late)
     for rejection in decision.reject:
         assert (rejection.predicted_s, rejection.attainable_s) == pytest.approx(late[rejection.request.id])
         assert rejection.retry_after_s == pytest.approx(rejection.predicted_s - rejection.request.ttft_slo_s, abs=1e-9)
+
+
+@pytest.mark.parametrize(("generated", "admits"), [(140, True), (40, False)], ids=["ahead of its pace", "at its pace"])
+def test_long_prompt_is_admitted_in_the_time_that_a_running_request_has_gained(generated: int, admits: bool) -> None:
+    # The prompt takes 1.5 s in full steps, but more than 3 s in the time that steps of 20 ms leave.
+    old = running(tpot=0.02, generated=generated, output=500, first_token_s=NOW - 0.79)
+    request = make_request(ttft=2.2, tpot=1.0, prompt=1500)
+    decision = decide(Slack(), NOW, [request], [old], engine())
+    assert (admitted(decision), rejected(decision)) == ((["r"], []) if admits else ([], ["r"]))
 
 
 # --- paces ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from engine_adapter.engine import EngineState
 from engine_adapter.gates.constants import SLACK
 from engine_adapter.service_kind import ServiceKind
 from engine_adapter.step_report import GateReport, StepReport
+from engine_adapter.step_time.curve import SPENT
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
 from gateway.policies.running_batch import RunningBatch
@@ -167,6 +168,34 @@ def test_backlog_counts_prompts_without_a_first_token() -> None:
     assert batch.backlog == 316
 
 
+def test_full_steps_take_the_time_that_the_running_requests_have_gained() -> None:
+    decoding = running("decoding", tpot=0.02, generated=100, first_token_s=NOW - 1.0)
+    batch = RunningBatch([decoding], engine(), now=NOW)
+    full_s = batch.engine.step_time.curve.step_s(1, batch.context, batch.engine.max_num_batched_tokens)
+    assert batch.due_s == pytest.approx(NOW + 1.0), "100 tokens are due in 2 s, and took 1 s"
+    tokens, token_s = batch.full_steps
+    most = batch.engine.max_num_batched_tokens
+    assert token_s == pytest.approx(full_s / most)
+    # A full step uses its time less the pace of the token that it brings.
+    assert tokens == pytest.approx((SPENT * 1.0 - 0.02) / (full_s - 0.02) * most)
+
+
+@pytest.mark.parametrize(
+    ("generated", "first_ago_s"), [(50, 1.0), (40, 1.0)], ids=["at its pace", "late, so it limits no step"]
+)
+def test_full_steps_take_nothing_without_gained_time(generated: int, first_ago_s: float) -> None:
+    punctual = running("punctual", tpot=0.02, generated=51, first_token_s=NOW - 1.0)
+    other = running("other", tpot=0.02, generated=generated, first_token_s=NOW - first_ago_s)
+    assert RunningBatch([punctual, other], engine(), now=NOW).full_steps == (0.0, 0.0)
+
+
+def test_prompts_take_full_steps_while_nothing_decodes() -> None:
+    prefilling = running("prefilling", tpot=0.02, prompt=300, first_token_s=None)
+    assert RunningBatch([prefilling], engine(), now=NOW).full_steps[0] == 300
+    unpaced = running("unpaced", tpot=None, first_token_s=NOW - 1.0)
+    assert RunningBatch([unpaced], engine(), now=NOW).full_steps == (0.0, 0.0), "nothing limits a step"
+
+
 # --- waiting requests -------------------------------------------------------------------------------------------------
 
 
@@ -192,17 +221,20 @@ def test_fit_equals_the_conditions_of_each_request(
 ) -> None:
     state = engine(kv_tokens=kv_tokens, max_num_seqs=slots, gate=GateReport(preemptible=preemptible))
     state.step_time = StepTimeModel(times=times, learn=False)
-    batch = RunningBatch(old, state)
+    batch = RunningBatch(old, state, now=NOW)
     queue = waiting_batch(requests)
     fits = queue.fit(batch, NOW, np.arange(len(requests)))
+    in_full_steps, full_token_s = batch.full_steps
     for at, request in enumerate(requests):
         both = RunningBatch(old, state)
         both.add((request,), float(queue.pace_s[at]))
         step_s, strictest_s, token_s = both.step_s, both.strictest_s, both.prefill_token_s
         chunk_s = max(min(strictest_s - step_s, token_s * state.max_num_batched_tokens), 1e-12)
-        steps = 2 + token_s * (batch.backlog + request.prompt_tokens) / chunk_s
+        tokens = batch.backlog + request.prompt_tokens
+        full = min(tokens, in_full_steps)
+        steps = 2 + token_s * (tokens - full) / chunk_s
         left_s = token_s * (2 * batch.backlog + sum(other.prompt_tokens for other in requests))
-        first_s = steps * step_s + min(steps * chunk_s, left_s)
+        first_s = full * full_token_s + steps * step_s + min(steps * chunk_s, left_s)
         memory = both.memory - both.preemptible_memory
         ratios = (
             step_s / max(strictest_s, 1e-12),
