@@ -114,7 +114,7 @@ def _two_columns(a: float, b: float, d: float, m: float, n: float) -> tuple[floa
     alone, other = (max(x, 0.0) ** 2 / y if y > 0 else 0.0 for x, y in ((m, a), (n, d)))
     if alone == other == 0.0:
         return 0.0, 0.0
-    # For equal prompts both losses are equal, but for rounding. Then the time is that of their tokens.
+    # Prompts of one length give both columns the same loss, except for rounding. Then the first one counts.
     return (m / a, 0.0) if alone >= other * (1 - 1e-9) else (0.0, n / d)
 
 

@@ -55,9 +55,10 @@ class WaitingBatch:
             slots(R + r) <= slots,   memory(R + r) <= KV memory,   T(R + r) <= (1 - kept_free) * P*(R + r),
             now + t_q + n * T(R + r) + min(n * chunk, mu * (2 * backlog + all p)) <= d_r,
 
-        with n = 2 + mu * (backlog + p_r - q) / chunk: the step under way, those that take ``chunk`` seconds of prefill,
-        as P* or the token budget allows, and the last one, which must end too. Prefill takes no more than all prompts
-        do. Before, q tokens take t_q seconds in `RunningBatch.full_steps`.
+        The first q tokens of the prompts take t_q seconds (`RunningBatch.full_steps`). The others take n steps, with
+        n = 2 + mu * (backlog + p_r - q) / chunk: the step under way, steps with ``chunk`` seconds of prefill, and the
+        last step, which must end too. P* and the token budget limit ``chunk``. Prefill takes at most the time of all
+        prompts.
         """
         engine, of = batch.engine, self.arrays
         curve, sequences, prompt, output = engine.step_time.curve, of.sequences[at], of.prompt[at], of.output[at]
