@@ -144,7 +144,8 @@ LARGE = (
     *(Large(64, routing, load, DEFAULT, SHORT_S, MIXED_ROW) for load in LOADS for routing in POLICIES),
     *(Large(256, routing, load, DEFAULT, SHORT_S) for load in LOADS for routing in POLICIES),
     *(
-        Large(64, routing, load, DEFAULT, None, TURNS_ROW)
+        Large(replicas, routing, load, DEFAULT, duration_s, TURNS_ROW)
+        for replicas, duration_s in ((64, None), (256, SHORT_S))
         for load in LOADS
         for routing in (*POLICIES, "prefix_affinity")
     ),
