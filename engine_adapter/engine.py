@@ -152,6 +152,8 @@ class EngineState:
         plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
         reacts_late: the engine plans a step before it sees what the gateway sends in reaction to the tokens of the one
             before. False only in the simulator, where no time passes between two steps.
+        foreign_sequences: sequences that the engine runs or queues for others than this gateway, as far as it reports
+            its queue. ``foreign_tokens``: their tokens of KV memory.
         acceptance: accepted drafts, with speculative decoding.
     """
 
@@ -177,6 +179,8 @@ class EngineState:
     kv_usage: float = 0.0
     engine_running: int = 0
     engine_waiting: int = 0
+    foreign_sequences: int = 0
+    foreign_tokens: float = 0.0
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     gate: GateReport = field(default_factory=GateReport)
     acceptance: Acceptance = field(default_factory=Acceptance)

@@ -209,6 +209,7 @@ class Gateway:
         def on_alive(alive: bool) -> None:
             engine_queue.on_alive(alive)
             if alive:
+                self.router.offer(engine_queue)
                 task = asyncio.create_task(
                     self.proxy.sizer.calibrate(engine_queue.engine), name="calibrate prompt sizes"
                 )

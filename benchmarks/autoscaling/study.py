@@ -39,6 +39,7 @@ from gateway.policies.registry import make_policy
 from lab.simulate.lifecycle import Autoscaler, Changes, FleetLoad
 from lab.simulate.replica_search import IDLE, fewest
 from lab.simulate.simulator import simulate
+from lab.simulate.step_jitter import USUAL_JITTER
 from lab.simulate.wanted import Traffic, wanted_replicas
 
 TRACES = ("azure-conv", "azure-code")
@@ -90,8 +91,9 @@ def searched(setting: Setting, start_s: float, first: int) -> int:
 
     def keeps(engines: int) -> bool:
         result = simulate(
-            workload, predictions, load_profile(PROFILE), lambda: make_policy(POLICY, {}), replicas=engines
-        )
+            workload, predictions, load_profile(PROFILE), lambda: make_policy(POLICY, {}), replicas=engines,
+            step_jitter=USUAL_JITTER, seed=setting.seed,
+        )  # fmt: skip
         attained = sum(one.attained for one in result.results)
         return attained >= TARGET * len(workload) or result.busy_s < IDLE * engines * result.duration_s
 
@@ -118,7 +120,8 @@ def controlled(setting: Setting, name: str, scaler: Autoscaler | None, initial: 
     result = simulate(
         workload, predictions, load_profile(PROFILE), lambda: make_policy(POLICY, {}),
         replicas=initial if scaler is None else MOST // 4,
-        changes=Changes(cold_start_s=COLD_START_S, autoscaler=scaler, initial=initial),
+        changes=Changes(cold_start_s=COLD_START_S, autoscaler=scaler, initial=initial), step_jitter=USUAL_JITTER,
+        seed=setting.seed,
     )  # fmt: skip
     return {
         "name": name,

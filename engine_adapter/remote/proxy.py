@@ -85,6 +85,7 @@ class HttpProxy:
 
     Attributes:
         last_data_at: when the server last sent something (monotonic s).
+        sequences: sequences of the requests that the server has.
 
     Raises:
         EngineUnreachable: no connection to the server was established. ``on_unreachable`` is called first.
@@ -119,6 +120,7 @@ class HttpProxy:
         self._on_unauthorized = on_unauthorized
         self._sampler = StepSampler(state)
         self._usage_unsupported = self._queue_is_reported = False
+        self.sequences = 0
         self._log_lost_at, self._running, self._waiting = 0.0, 0, 0
 
     def set_reported(self, *, steps: bool, queue: bool) -> None:
@@ -158,7 +160,9 @@ class HttpProxy:
         connections = self._others if plan is None else self._generating
         if not connections.try_take():
             await self._wait_for(connections)
+        sequences = 1 if plan is None else plan.sequences
         self._running += 1
+        self.sequences += sequences
         self._show_queue()
         try:
             if plan is None:
@@ -184,6 +188,7 @@ class HttpProxy:
             raise
         finally:
             self._running -= 1
+            self.sequences -= sequences
             self._show_queue()
             connections.give_back()
 

@@ -21,6 +21,10 @@ from engine_adapter.step_report import GateReport
 CHANNEL, METRICS = "channel", "metrics"
 """Values of `ReportLog.source`."""
 
+FOREIGN_S = 1.0
+"""Seconds in which a sequence must be in every report to count as another client's. A report may be older than the end
+of a request of this gateway, which it then still has."""
+
 
 @dataclass(slots=True, frozen=True)
 class ReportAddress:
@@ -61,6 +65,7 @@ class Reports:
         self._configured = (state.max_num_seqs, state.max_num_batched_tokens, state.prefix_caching)
         self._has_metrics = True
         self._last: ServerMetrics | None = None
+        self._foreign = _Least()
         self._client: ReportClient | None = None
         self._receiving: asyncio.Task[None] | None = None
         if address is not None:
@@ -158,13 +163,39 @@ class Reports:
         self._state.kv_tokens = gate.kv_tokens or self._state.kv_tokens
 
     def _set_queue(self, queue: QueueReport) -> None:
-        self._state.engine_running, self._state.engine_waiting = queue.running, queue.waiting
-        self._state.kv_usage = queue.kv_usage
+        state, sequences = self._state, queue.running + queue.waiting
+        state.engine_running, state.engine_waiting = queue.running, queue.waiting
+        state.kv_usage = queue.kv_usage
+        foreign = self._foreign.least(time.monotonic(), max(0, sequences - self._proxy.sequences))
+        if foreign or state.foreign_sequences:
+            # Their part of the memory is not reported.
+            state.foreign_sequences = foreign
+            state.foreign_tokens = queue.kv_usage * state.kv_tokens * min(1.0, foreign / max(1, sequences))
+            self.events.on_step()
 
     def _set_source(self, source: str) -> None:
+        if not source:
+            self._state.foreign_sequences, self._state.foreign_tokens, self._foreign = 0, 0.0, _Least()
         self._state.reports.source = source
         self._proxy.set_reported(steps=source == CHANNEL, queue=bool(source))
 
     def _on_capacity(self) -> None:
         if self._state.alive:
             self.events.on_limits()
+
+
+@dataclass(slots=True)
+class _Least:
+    """The least of the numbers that were noted in the last `FOREIGN_S` seconds or more, and at least of two."""
+
+    _since: float = 0.0
+    _before: int = 0
+    _now: int = 0
+
+    def least(self, now: float, number: int) -> int:
+        """Note ``number`` at ``now`` (monotonic s), and return the least one."""
+        if now >= self._since + FOREIGN_S:
+            self._since, self._before, self._now = now, self._now, number
+        else:
+            self._now = min(self._now, number)
+        return min(self._before, self._now)

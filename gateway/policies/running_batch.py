@@ -19,6 +19,8 @@ _PACED, _DEADLINE_ONLY, _YIELDING = ServiceKind.PACED, ServiceKind.DEADLINE_ONLY
 class RunningBatch:
     """The running set R on ``engine``, as sums over ``running``, oldest first, at ``now`` (monotonic s).
 
+    What the engine has from others than this gateway counts as running, without a pace.
+
     Attributes:
         beside_yielding: whether yielding requests count like all others; otherwise they count like best-effort ones.
         kept_free: the share of P* that is kept free for the requests of other tenants.
@@ -42,15 +44,16 @@ class RunningBatch:
         now: float = math.inf,
     ) -> None:
         self.engine, self.beside_yielding, self.kept_free = engine, beside_yielding, kept_free
-        self.slots = self.best_effort_slots = self.backlog = 0
+        self.slots = foreign = engine.foreign_sequences
+        self.best_effort_slots = self.backlog = 0
         preempts = engine.gate.preemptible and not beside_yielding
         self.protected_slots = reserved_slots(engine.max_num_seqs) if preempts else engine.max_num_seqs
-        self.decoding = self.context = self.preemptible_memory = 0.0
-        self.strictest_s, self.memory = math.inf, -float(engine.shared_tokens)
+        self.decoding, self.context, self.preemptible_memory = float(foreign), engine.foreign_tokens, 0.0
+        self.strictest_s, self.memory = math.inf, engine.foreign_tokens - engine.shared_tokens
         self.now, self.due_s = now, math.inf
         self.step_s = 0.0
         self._prefill_token_s: float | None = None
-        if running:
+        if running or foreign:
             self.add(running)
 
     def add(self, requests: Collection[Request], pace_s: float | None = None) -> None:

@@ -42,6 +42,7 @@ class Request:
             known. ``uncached_tokens``: the others, which the engine must compute.
         shared_tokens: of the prompt, in KV memory for a running request already. Only while this one waits.
         requested_model: the model that the client asked for; "" for the default. ``model``: its engine's name for it.
+        pool: names the engines that serve that model: all models of the same engines have the same. Set by the router.
         pinned_to: name of the only engine that can serve the request; "" if any engine of the model can.
         failed_on: names of the engines that have failed the request.
         blocks: hashes of the prompt's blocks (`gateway.requests.prefix_index`), of ``block_tokens`` tokens each.
@@ -73,6 +74,7 @@ class Request:
     weight: float = 1.0
     model: str = ""
     requested_model: str = ""
+    pool: str = ""
     pinned_to: str = ""
     failed_on: tuple[str, ...] = ()
     max_tokens: float = math.inf

@@ -218,10 +218,11 @@ class EngineQueue:
             asyncio.get_running_loop().call_soon(self._decide)
         self.shadows.wake()
 
-    def reroute(self) -> None:
-        """Answer `Reroute` to the waiting requests that another engine can serve."""
+    def reroute(self, moves: Callable[[Request], bool] | None = None) -> None:
+        """Answer `Reroute` to the waiting requests that another engine can serve, or that ``moves`` selects."""
+        moves = moves or self.can_move
         for request in list(self.waiting):
-            if self.can_move(request):
+            if moves(request):
                 self._remove(request, Reroute())
 
     @property

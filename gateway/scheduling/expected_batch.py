@@ -101,12 +101,13 @@ class ExpectedBatch(RunningBatch):
         if self.outdated:
             return
         self.begin(request)
-        own = RunningBatch((request,), self.engine)
-        self.slots -= own.slots
+        own, engine = RunningBatch((request,), self.engine), self.engine
+        # Every batch has what is foreign, and less memory by what its engine's requests share.
+        self.slots -= own.slots - engine.foreign_sequences
         self.best_effort_slots -= own.best_effort_slots
-        self.decoding = max(0.0, self.decoding - own.decoding)
-        self.context = max(0.0, self.context - own.context)
-        self.memory -= own.memory + self.engine.shared_tokens  # a batch has less by what its engine's requests share
+        self.decoding = max(0.0, self.decoding - (own.decoding - engine.foreign_sequences))
+        self.context = max(0.0, self.context - (own.context - engine.foreign_tokens))
+        self.memory -= own.memory + (engine.shared_tokens - engine.foreign_tokens)
         if own.strictest_s <= self.strictest_s < math.inf:
             self._strictest -= 1
             self.outdated |= self._strictest <= 0

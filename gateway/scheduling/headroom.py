@@ -69,7 +69,7 @@ MAX_PLACES = 10_000
 """Names of engines whose place is kept. Names of discovered engines change; bounds memory."""
 
 MAX_OWNERS = 100_000
-"""Prompts whose engine is remembered, and models whose paces are. The oldest are forgotten first."""
+"""Prompts whose engine is remembered, and pools whose paces are. The oldest are forgotten first."""
 
 
 @dataclass(slots=True)
@@ -160,7 +160,7 @@ class PaceBands:
 
 
 class Headroom:
-    """Lines 3 to 6 of the module, with the bands of each model's pool."""
+    """Lines 3 to 6 of the module, with the bands of each pool."""
 
     name = "headroom"
 
@@ -173,7 +173,7 @@ class Headroom:
     def best(self, request: Request, queues: Sequence[EngineQueue]) -> EngineQueue:
         """See `gateway.scheduling.routing.Routing.best`."""
         now = queues[0].now()
-        bands = self._bands_of(request.requested_model)
+        bands = self._bands_of(request.pool)
         first, end = bands.of(request, queues, now)
         engines = bands.ordered
         own = self._least(request, engines[first:end], now)
@@ -213,7 +213,7 @@ class Headroom:
         if len(self._last_s) > MAX_PLACES:
             self._last_s.clear()
         self._last_s[engine_queue.engine.name] = engine_queue.now()
-        self._bands_of(request.requested_model).note(request)
+        self._bands_of(request.pool).note(request)
         if request.blocks:
             owners, last = self._owners, request.blocks[-1]
             owners.pop(last, None)
@@ -221,12 +221,12 @@ class Headroom:
             if len(owners) > MAX_OWNERS:
                 del owners[next(iter(owners))]
 
-    def _bands_of(self, model: str) -> PaceBands:
-        bands = self._pools.get(model)
+    def _bands_of(self, pool: str) -> PaceBands:
+        bands = self._pools.get(pool)
         if bands is None:
             if len(self._pools) >= MAX_OWNERS:
                 self._pools.clear()
-            bands = self._pools[model] = PaceBands()
+            bands = self._pools[pool] = PaceBands()
         return bands
 
     def _some(self, request: Request, queues: list[EngineQueue]) -> Iterator[EngineQueue]:

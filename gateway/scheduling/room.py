@@ -28,8 +28,9 @@ class Room:
         self.until_s = now + ROOM_S
         """When the sums are too old (monotonic s)."""
         self._engine = engine
-        self._sequences = 0
-        self._context = self._memory = self._prefill_s = 0.0
+        self._sequences = engine.foreign_sequences
+        self._context = self._memory = engine.foreign_tokens
+        self._prefill_s = 0.0
         self._pace_s = self._deadline_s = math.inf
         for request in requests:
             self.add(request)

@@ -47,6 +47,8 @@ class Router:
         self._by_name = {engine_queue.engine.name: engine_queue for engine_queue in self.engine_queues}
         self._owners: OrderedDict[str, str] = OrderedDict()
         self._pools: dict[str, list[EngineQueue]] = {}
+        self._pool_names: dict[str, str] = {}
+        """`Request.pool` of each of `_pools`."""
         self._models: list[dict[str, ModelCard] | None] = []
         """The models of each engine when `_pools` was made."""
         for engine_queue in self.engine_queues:
@@ -64,14 +66,23 @@ class Router:
         models = [queue.engine.state.models for queue in queues]
         changed, self._models = models != self._models, models
         if changed:
-            self._pools.clear()
+            self._forget_pools()
         pool = self._pools.get(model)
         if pool is not None:
             return pool
-        pool = self._pools[model] = self._find_pool(model or self.default_model)
+        pool = self._find_pool(model or self.default_model)
+        # Aliases and LoRA adapters share their engines with the engines' own model.
+        own = pool[0].engine.state.model
+        shares = own not in ("", model) and self.pool(own) == pool
+        self._pools[model], self._pool_names[model] = pool, own if shares else model
         if len(self._pools) > MAX_POOLS:
-            del self._pools[next(iter(self._pools))]
+            oldest = next(iter(self._pools))
+            del self._pools[oldest], self._pool_names[oldest]
         return pool
+
+    def _forget_pools(self) -> None:
+        self._pools.clear()
+        self._pool_names.clear()
 
     def _find_pool(self, model: str) -> list[EngineQueue]:
         queues = self.engine_queues
@@ -179,7 +190,12 @@ class Router:
 
     def _pool_of(self, request: Request) -> list[EngineQueue]:
         owner = self._by_name.get(request.pinned_to)
-        return [owner] if owner is not None else self.pool(request.requested_model)
+        if owner is not None:
+            return [owner]
+        model = request.requested_model
+        pool = self.pool(model)
+        request.pool = self._pool_names[model]
+        return pool
 
     def _candidates(self, request: Request) -> list[EngineQueue]:
         pool, failed_on = self._pool_of(request), request.failed_on
@@ -263,9 +279,9 @@ class Router:
         return "; ".join(f"engine {engine.name}: {engine.state.why_down}" for engine in down)
 
     def join(self, engine_queue: EngineQueue, replaced: EngineQueue | None = None) -> None:
-        """Send requests to the engine from now on, in place of the ``replaced`` one if given."""
+        """Send requests to the engine from now on, in place of the ``replaced`` one if given. Calls `offer`."""
         engine_queue.can_move = partial(self._can_move, engine_queue)
-        self._pools.clear()
+        self._forget_pools()
         if replaced is None:
             self.engine_queues.append(engine_queue)
         else:
@@ -274,13 +290,22 @@ class Router:
         self._by_name[engine_queue.engine.name] = engine_queue
         if replaced is not None:
             replaced.retire()
+        self.offer(engine_queue)
 
     def leave(self, engine_queue: EngineQueue) -> None:
         """Remove the engine from routing, and place its waiting requests again. It must not be the last engine."""
         self.engine_queues.remove(engine_queue)
-        self._pools.clear()
+        self._forget_pools()
         del self._by_name[engine_queue.engine.name]
         engine_queue.retire()
+
+    def offer(self, engine_queue: EngineQueue) -> None:
+        """Place the requests that wait for other engines again: this engine can serve from now on."""
+        if not engine_queue.engine.state.alive:
+            return
+        for queue in self.engine_queues:
+            if queue is not engine_queue:
+                queue.reroute(lambda request: engine_queue in self.others(request))
 
     def close(self) -> None:
         """Close every queue."""

@@ -26,7 +26,7 @@ WORTHWHILE_HIT = 0.5
 
 
 MAX_COUNTED = 100_000
-"""Pairs of engine and model that `LeastLoad` counts, so that invented model names need no memory."""
+"""Pairs of engine and pool that `LeastLoad` counts, so that invented model names need no memory."""
 
 
 class Routing(Protocol):
@@ -68,22 +68,22 @@ class LeastLoad(_ByKey):
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
         """See `_ByKey.keys`."""
-        model, now = request.requested_model, queues[0].now()
-        sent, at_last = self._sent.get(model, 0), self._at_last
+        pool, now = request.pool, queues[0].now()
+        sent, at_last = self._sent.get(pool, 0), self._at_last
         return ranks(
             [
-                load(queue.admission, request, now, sent - at_last.setdefault((queue.engine.name, model), sent))
+                load(queue.admission, request, now, sent - at_last.setdefault((queue.engine.name, pool), sent))
                 for queue in queues
             ]
         )
 
     def on_sent(self, request: Request, engine_queue: EngineQueue) -> None:
-        """Count the requests of each model, and how many there were at the engine's last one."""
-        model = request.requested_model
+        """Count the requests of each pool, and how many there were at the engine's last one."""
+        pool = request.pool
         if len(self._at_last) > MAX_COUNTED:
             self._sent.clear()
             self._at_last.clear()
-        self._sent[model] = self._at_last[engine_queue.engine.name, model] = self._sent.get(model, 0) + 1
+        self._sent[pool] = self._at_last[engine_queue.engine.name, pool] = self._sent.get(pool, 0) + 1
 
 
 class LeastMemory(_ByKey):
@@ -177,4 +177,4 @@ def make_routing(name: str) -> Routing:
 
 def _requests(queue: EngineQueue) -> int:
     admission = queue.admission
-    return len(admission.running) + len(admission.waiting)
+    return len(admission.running) + len(admission.waiting) + admission.engine.foreign_sequences

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from lab.simulate.progress import console, progress
+from lab.simulate.step_jitter import USUAL_JITTER, StepJitter
 from lab.workload_options import (
     Arrivals,
     Burstiness,
@@ -132,7 +133,7 @@ def simulate(
         bool,
         typer.Option(
             "--prefix-caching/--no-prefix-caching",
-            help="Prefix caching in the engine. Only multi-turn and agents share prefixes.",
+            help="Prefix caching in the engine. Prompts of multi-turn, agents and traces with hash_ids share prefixes.",
         ),
     ] = True,
     prefix_index: Annotated[
@@ -142,6 +143,12 @@ def simulate(
             help="Prediction of prefix-cache hits in the gateway. Without, policies plan with whole prompts.",
         ),
     ] = True,
+    step_jitter: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Random variation of each step's time: its standard deviation, as a share of it."
+        ),
+    ] = USUAL_JITTER.jitter,
     draft_tokens: Annotated[
         int, typer.Option(min=0, help="Speculative decoding: drafts per decode, vLLM's num_speculative_tokens.")
     ] = 0,
@@ -242,13 +249,14 @@ def simulate(
             speculation=RandomAcceptance(draft_tokens, draft_acceptance, draft_ms / 1000) if draft_tokens else None,
             changes=Changes(tuple(map(parse_failure, fail)), cold_start) if fail else None,
             limits={name: limit for name, limit in limits.items() if limit is not None},
+            step_jitter=StepJitter(step_jitter, 0.0) if step_jitter else None,
         )
         rates: list[float | None] = [*qps] if qps else [None if experiment.workload["arrivals"] == "trace" else 20.0]
         if hold is not None:
             check_hold(experiment, hold, qps)
             rates = [1.0]
         if replicas == SEARCH:
-            check_search(target, hold, rates, gateways)
+            check_search(target, hold, rates, gateways, experiment.changes)
         check(experiment, policies, rates, seeds, plot)
     except ValueError as error:
         _usage(str(error))

@@ -2,7 +2,8 @@
 
 An engine serves, starts (its cold start), drains (it finishes what it has) or is stopped. Its GPU is in use unless it
 is stopped. As in the gateway, the requests that wait at an engine that fails are placed again, and so are running
-requests without a first token. Its other requests fail.
+requests without a first token. Its other requests fail. All waiting requests are placed again when an engine begins to
+serve.
 """
 
 from __future__ import annotations
@@ -125,8 +126,7 @@ class Lifecycle:
                 touched += self._place_again(now, again, number)
         for number, at_s in enumerate(self._serves_at):
             if at_s <= now:
-                self._set(now, number, "serving")
-                touched.append(self._engines[number])
+                touched += self._serve(now, number)
         # Requests that found no engine wait at one that is down.
         for number, engine in enumerate(self._engines):
             if self._states[number] != "serving" and engine.admission.waiting and "serving" in self._states:
@@ -148,7 +148,7 @@ class Lifecycle:
         for _ in range(more):
             # An engine that drains still has its weights: it serves again at once.
             if "draining" in self._states:
-                self._set(now, self._states.index("draining"), "serving")
+                touched += self._serve(now, self._states.index("draining"))
             elif "stopped" in self._states:
                 self._start(now, self._states.index("stopped"))
         for _ in range(-more):
@@ -162,6 +162,15 @@ class Lifecycle:
 
     def _last(self, state: State) -> int:
         return len(self._states) - 1 - self._states[::-1].index(state)
+
+    def _serve(self, now: float, number: int) -> list[Replica]:
+        """Have an engine serve, and place the requests that wait for others again, as `Router.offer` does."""
+        self._set(now, number, "serving")
+        touched = [self._engines[number]]
+        for other, engine in enumerate(self._engines):
+            if other != number and self._states[other] == "serving":
+                touched += self._place_again(now, engine.take_waiting())
+        return touched
 
     def _start(self, now: float, number: int) -> None:
         self._engines[number].restart()

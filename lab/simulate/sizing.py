@@ -9,6 +9,7 @@ from typing import Any
 
 from lab.records.plot_sizing import plot_sizing
 from lab.simulate.experiment import Experiment
+from lab.simulate.lifecycle import Changes
 from lab.simulate.progress import console, progress
 from lab.simulate.replica_search import MAX_REPLICAS, Sizing, fewest_replicas
 
@@ -32,7 +33,9 @@ def number_of_replicas(text: str, further_profiles: int) -> int:
     return int(text)
 
 
-def check_search(target: float, hold: float | None, rates: Sequence[float | None], gateways: int) -> None:
+def check_search(
+    target: float, hold: float | None, rates: Sequence[float | None], gateways: int, changes: Changes | None
+) -> None:
     """Check the options of a search. Raises ValueError."""
     if not 0 < target <= 1:
         raise ValueError("--target is a fraction of all requests, above 0 and at most 1")
@@ -42,6 +45,8 @@ def check_search(target: float, hold: float | None, rates: Sequence[float | None
         raise ValueError("--replicas search takes one --qps")
     if gateways > 1:
         raise ValueError("--replicas search finds the engines of one gateway: give a number, or remove --gateways")
+    if changes is not None and any(number for _, number in changes.failures):
+        raise ValueError("--replicas search tries 1 replica too, so --fail can name replica 0 only: --fail SECONDS")
 
 
 def size(

@@ -27,6 +27,10 @@ class StepJitter:
         return StepFactors(self, random.Random(seed))
 
 
+USUAL_JITTER = StepJitter(0.1, 0.0)
+"""Variation of the steps of a real engine, where a simulation is to be no easier than one. Convention."""
+
+
 @dataclass(slots=True)
 class StepFactors:
     """Factors on the times of successive steps: log-normal with mean 1."""

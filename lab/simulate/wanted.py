@@ -29,6 +29,7 @@ from lab.records.run_record import RequestResult
 from lab.simulate.predictions import PredictedLength
 from lab.simulate.replica_search import IDLE, fewest, is_feasible
 from lab.simulate.simulator import simulate
+from lab.simulate.step_jitter import USUAL_JITTER
 from lab.workload import WorkloadRequest
 
 MAX_SIMULATED = 3000
@@ -161,6 +162,7 @@ class _Search:
             replicas=engines,
             routing=traffic.routing,
             best_effort=traffic.best_effort,
+            step_jitter=USUAL_JITTER,
         )
         counted = [one for one, at in zip(result.results, chosen, strict=True) if self._feasible[at]]
         measured = _adherence(counted)

@@ -13,6 +13,7 @@ import pytest
 from engine_adapter.build import http_engine
 from engine_adapter.engine import EngineEvents, EngineStartError, Receive, Scope, Send
 from engine_adapter.remote import engine as engine_module
+from engine_adapter.remote import reports as reports_module
 from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.remote.reports import ReportAddress
 from engine_adapter.remote.server_metrics import ServerMetrics, read_metrics
@@ -105,6 +106,37 @@ async def test_metrics_are_read_without_a_channel() -> None:
         assert state.kv_tokens == 4096
         assert not state.gate.preemptible, "no gate says that it preempts"
         assert state.max_num_seqs == 64
+
+
+async def test_sequences_that_stay_in_the_reports_and_are_not_ours_count_as_foreign(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reports_module, "FOREIGN_S", 0.1)
+    server = SimulatedVllm()
+    async with engine_of(server) as engine:
+        state = engine.state
+        await eventually(lambda: state.reports.source == "metrics")
+        assert state.foreign_sequences == 0, "one report may be of requests that have just ended"
+        await eventually(lambda: state.foreign_sequences == 5)
+        assert state.foreign_tokens == 0.25 * 4096
+        server.metrics = METRICS.replace(b"} 3.0", b"} 0.0").replace(b"} 2.0", b"} 0.0")
+        await eventually(lambda: state.foreign_sequences == 0)
+        assert state.foreign_tokens == 0
+        server.metrics = METRICS
+        await eventually(lambda: state.foreign_sequences == 5)
+        server.metrics = b""
+        await eventually(lambda: state.reports.source == "")
+        assert state.foreign_sequences == 0, "nothing is known of them any more"
+
+
+async def test_own_requests_are_not_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports_module, "FOREIGN_S", 0.1)
+    server = SimulatedVllm()
+    async with engine_of(server) as engine:
+        engine._proxy.sequences = 4
+        asked = server.asked
+        await eventually(lambda: server.asked > asked + 10)
+        assert engine.state.foreign_sequences == 1
 
 
 async def test_drafts_in_metrics_become_tokens_per_step() -> None:

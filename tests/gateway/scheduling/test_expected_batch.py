@@ -55,6 +55,24 @@ def test_expected_batch_follows_arrival_first_token_and_end() -> None:
     assert admission.expected_batch(0.1).slots == 0
 
 
+def test_what_others_have_on_the_engine_counts_as_running() -> None:
+    admission = controller()
+    engine = admission.engine
+    engine.kv_tokens, engine.foreign_sequences, engine.foreign_tokens = 10_000, 60, 9_000.0
+    batch = admission.expected_batch(0.0)
+    assert (batch.slots, batch.decoding, batch.context, batch.memory) == (60, 60, 9_000, 9_000)
+    assert batch.step_s == engine.step_time.curve.step_s(60, 9_000)
+    assert not batch.has_room_for(make_request("long", prompt=900, output=200)), "memory"
+    assert not batch.has_room_for(make_request("many", prompt=10, output=10, sequences=5)), "slots"
+    assert batch.has_room_for(make_request("short", prompt=100, output=100))
+    request = make_request("one", prompt=100, output=100)
+    admission.submit(request)
+    batch = admission.expected_batch(0.0)
+    admission.withdraw(request)
+    assert sums(admission.expected_batch(0.0)) == pytest.approx(new_sums(admission))
+    assert (batch.slots, batch.decoding) == (60, 60)
+
+
 def test_expected_batch_without_a_request_equals_new_sums() -> None:
     admission = controller()
     for number, pace_s in enumerate((0.03, 0.05, 0.05, None)):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection, Sequence
 
 import pytest
 
+from engine_adapter.engine import EngineState
 from engine_adapter.model_card import ModelCard
 from engine_adapter.simulated.engine import SimulatedEngine
+from gateway.policies.base import Decision
+from gateway.policies.fcfs import Fcfs
 from gateway.policies.registry import make_policy
+from gateway.requests.request import Request
 from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling.circuit_breaker import FAILURES_TO_OPEN
 from gateway.scheduling.engine_queue import EngineQueue
@@ -93,6 +98,72 @@ async def test_close_answers_the_waiting_requests_of_every_engine() -> None:
     outcomes = [engine_queue.submit(make_request()) for engine_queue in router.engine_queues]
     router.close()
     assert [type(await outcome) for outcome in outcomes] == [Draining, Draining]
+
+
+class Closed(Fcfs):
+    """Admits nothing."""
+
+    def decide(
+        self, now: float, waiting: Sequence[Request], running: Collection[Request], engine: EngineState
+    ) -> Decision:
+        """Return an empty decision."""
+        return Decision()
+
+
+def closed(router: Router) -> list[EngineQueue]:
+    """Let requests wait for every engine."""
+    for engine_queue in router.engine_queues:
+        engine_queue.set_policy(Closed())
+    return router.engine_queues
+
+
+async def test_waiting_requests_are_placed_again_when_an_engine_joins_or_is_back() -> None:
+    router = router_of(1)
+    (first,) = closed(router)
+    waits = first.submit(make_request("waits"))
+    second = SimulatedEngine(name="second")
+    joins = EngineQueue(second, make_policy("fcfs"), {"chat": SloClass("chat", Slo())})
+    router.join(joins)
+    assert not waits.done(), "the engine is not up yet"
+    set_alive(joins, True)
+    router.offer(joins)
+    assert isinstance(await asyncio.wait_for(waits, HANG_S), Reroute)
+    router.close()
+
+
+async def test_engine_that_joins_gets_requests_for_its_own_models_only() -> None:
+    router = router_of(2)
+    closed(router)
+    for engine_queue, model in zip(router.engine_queues, ("one", "two"), strict=True):
+        engine_queue.engine.state.set_models([ModelCard(model)])
+    one, two = (
+        router.engine_queues[number].submit(make_request(model, requested_model=model, failed_on=failed_on))
+        for number, model, failed_on in ((0, "one", ()), (1, "two", ()))
+    )
+    refused = router.engine_queues[1].submit(make_request("refused", requested_model="two", failed_on=("three",)))
+    third = SimulatedEngine(name="three")
+    third.state.alive = True
+    third.state.set_models([ModelCard("two")])
+    router.join(EngineQueue(third, make_policy("fcfs"), {"chat": SloClass("chat", Slo())}))
+    assert isinstance(await asyncio.wait_for(two, HANG_S), Reroute)
+    await asyncio.sleep(0.05)
+    assert not one.done()
+    assert not refused.done(), "the engine has failed it"
+    router.close()
+
+
+def test_models_of_the_same_engines_have_one_pool() -> None:
+    router = router_of(3)
+    for engine_queue in router.engine_queues:
+        engine_queue.engine.state.set_models([ModelCard("llama"), ModelCard("adapter")])
+        engine_queue.engine.state.aliases = {"chat": "llama"}
+    router.engine_queues[2].engine.state.set_models([ModelCard("llama")])
+    pools = {}
+    for model in ("", "llama", "chat", "adapter"):
+        request = make_request(model, requested_model=model)
+        router.place(request)
+        pools[model] = request.pool
+    assert pools == {"": "llama", "llama": "llama", "chat": "llama", "adapter": "adapter"}
 
 
 # --- engines that rest ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import collections
 
 import pytest
 
+from engine_adapter.model_card import ModelCard
 from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel
@@ -54,10 +55,10 @@ def send(router: Router, request: Request, runs: bool = True) -> int:
     return int(queue.engine.name)
 
 
-def request_at(number: int, paces: tuple[float, ...]) -> Request:
+def request_at(number: int, paces: tuple[float, ...], since: float = 0.0) -> Request:
     """Return one of 50 requests a second, whose paces take turns."""
     pace_s = paces[number % len(paces)]
-    return make_request(f"r{number}", prompt=200, output=100, at=number / 50, ttft=5.0, tpot=pace_s)
+    return make_request(f"r{number}", prompt=200, output=100, at=since + number / 50, ttft=5.0, tpot=pace_s)
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -124,13 +125,13 @@ def test_prefix_affinity_can_balance_earlier() -> None:
     assert places == [0, 0, 0, 0, 0, 1, 0, 1]
 
 
-def test_least_load_counts_requests_of_each_model_apart() -> None:
+def test_least_load_counts_requests_of_each_pool_apart() -> None:
     routing, router = LeastLoad(), router_of("least_load", 2)
     first, second = router.engine_queues
     asked = make_request("a", prompt=1000)
     before = routing.keys(asked, [first, second])
     for number in range(600):
-        routing.on_sent(make_request(f"{number}", requested_model="other"), first)
+        routing.on_sent(make_request(f"{number}", pool="other"), first)
     assert routing.keys(asked, [first, second]) == before
     for number in range(600):
         routing.on_sent(make_request(f"{number}"), first)
@@ -140,12 +141,14 @@ def test_least_load_counts_requests_of_each_model_apart() -> None:
 # --- headroom ---------------------------------------------------------------------------------------------------------
 
 
-def placed_by_pace(router: Router, clock: ManualClock, count: int, paces: tuple[float, ...]) -> dict[float, set[int]]:
+def placed_by_pace(
+    router: Router, clock: ManualClock, count: int, paces: tuple[float, ...], since: float = 0.0
+) -> dict[float, set[int]]:
     """Send ``count`` requests, which end after 2 s; return the engines of each pace in the second half."""
     running: collections.deque[tuple[float, Request, int]] = collections.deque()
     engines: dict[float, set[int]] = {pace: set() for pace in paces}
     for number in range(count):
-        request = request_at(number, paces)
+        request = request_at(number, paces, since)
         clock.now = request.arrival_s
         while running and running[0][0] <= clock.now:
             _, ended, at = running.popleft()
@@ -200,6 +203,21 @@ def test_headroom_forgets_what_came_while_there_was_one_engine() -> None:
     assert bands.of(tight, queues, clock.now) == (0, 8)
 
 
+def test_headroom_keeps_paces_apart_whatever_name_a_client_uses_for_the_model() -> None:
+    clock = ManualClock()
+    router = router_of("headroom", 8, clock)
+    for queue in router.engine_queues:
+        queue.engine.state.set_models([ModelCard("llama")])
+        queue.engine.state.aliases = {"chat": "llama"}
+    engines: dict[float, set[int]] = {0.03: set(), 0.05: set()}
+    for number in range(600):
+        request = request_at(number, (0.03, 0.05))
+        request.requested_model = "chat" if request.pace_s == 0.03 else "llama"
+        clock.now = request.arrival_s
+        engines[request.pace_s or 0.0].add(send(router, request, runs=False))
+    assert len(engines[0.03] & engines[0.05]) <= 1
+
+
 def test_headroom_leaves_no_engines_to_a_pace_that_none_can_keep() -> None:
     impossible, tight = make_request("impossible", tpot=0.010), make_request("tight", tpot=0.03)
     assert bands_after([impossible, tight] * 20) == [(0, 8), (0, 1)]
@@ -225,10 +243,13 @@ def test_headroom_serves_a_tight_pace_on_the_engines_with_short_steps() -> None:
 def test_headroom_moves_the_edge_with_the_mix() -> None:
     clock = ManualClock()
     router = router_of("headroom", 8, clock)
-    mostly_loose = placed_by_pace(router, clock, 600, (0.03, 0.05, 0.05, 0.05, 0.05, 0.05))
-    assert len(mostly_loose[0.03]) <= 3
-    mostly_tight = placed_by_pace(router_of("headroom", 8, clock), clock, 600, (0.03, 0.03, 0.03, 0.03, 0.03, 0.05))
-    assert len(mostly_tight[0.03]) >= 6
+    mostly_loose, mostly_tight = (0.03, 0.05, 0.05, 0.05, 0.05, 0.05), (0.03, 0.03, 0.03, 0.03, 0.03, 0.05)
+    assert len(placed_by_pace(router, clock, 600, mostly_loose)[0.03]) <= 3
+    for queue in router.engine_queues:
+        queue.admission.running.clear()
+        queue.admission.capacity_changed()
+    # 60 s later in the same pool: the requests of the other mix have faded.
+    assert len(placed_by_pace(router, clock, 3000, mostly_tight, since=clock.now)[0.03]) >= 6
 
 
 def test_headroom_of_a_full_pool_takes_few_requests_but_no_looser_pace() -> None:

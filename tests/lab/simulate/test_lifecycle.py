@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,6 +108,22 @@ def test_engines_start_cold_and_drain_without_losing_a_request() -> None:
     # Two more engines were in use from 5 s until they had drained, some seconds after 20 s.
     assert 2 * 15 < result.gpu_s - result.duration_s < 2 * 40
     assert max(size for _, size in result.sizes) == 3
+
+
+def test_engine_that_begins_to_serve_takes_requests_that_wait_for_others() -> None:
+    """All arrive within 2 s, and `s3` lets them wait for memory. The second engine serves after 6 s."""
+    workload = make_workload("sharegpt", qps=400, duration_s=2, seed=1)
+    profile = replace(load_profile("a100-llama3.1-8b"), max_num_seqs=32)
+
+    def duration_s(initial: int) -> float:
+        changes = Changes(cold_start_s=1.0, autoscaler=_ScriptedScaler(initial, 2), initial=initial)
+        predictions = predict("shipped", workload, 1)
+        return simulate(
+            workload, predictions, profile, lambda: make_policy("s3", {}), replicas=2, changes=changes
+        ).duration_s
+
+    # 1.64 times as long if only new requests reached it, and there are none.
+    assert duration_s(1) < 1.5 * duration_s(2)
 
 
 def test_fleet_never_loses_its_last_engine_or_grows_beyond_its_replicas() -> None:

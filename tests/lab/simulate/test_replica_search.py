@@ -128,6 +128,7 @@ def test_command_prints_gpus_and_adherence_by_class() -> None:
         (["--replicas", "0"], "a number from 1 to 1024"),
         (["--replicas", "search", "--target", "0"], "--target is a fraction"),
         (["--replicas", "search", "--hold", "0.9"], "remove --hold"),
+        (["--replicas", "search", "--fail", "5:1"], "replica 0 only"),
         (["--replicas", "search", "--qps", "1", "--qps", "2"], "one --qps"),
         (["--trace", "nowhere.jsonl"], "No such file"),
         (["--trace", "azure-conv", "--arrivals", "trace", "--trace-unit", "s"], "describe a file"),
