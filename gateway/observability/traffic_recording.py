@@ -138,7 +138,7 @@ class TrafficRecording:
         elif record.outcome == "finished":
             # An answer without a token takes the engine the time of its prompt.
             output = max(1, output)
-        measured = bool(record.prompt_source) or prompt > 1
+        measured = is_measured(record)
         if measured and output:
             self._usual[record.slo_class] = prompt, output
         elif usual is None:
@@ -152,6 +152,11 @@ class TrafficRecording:
         salt = self._salt
         digests = [blake2b(salt + block.to_bytes(8, "little", signed=True), digest_size=8).digest() for block in blocks]
         return [int.from_bytes(digest, "little") >> 11 for digest in digests]
+
+
+def is_measured(record: RequestRecord) -> bool:
+    """Whether the length of the prompt is known: a request may be rejected before it is."""
+    return bool(record.prompt_source) or record.prompt_tokens > 1
 
 
 def previous_name(path: str) -> str:

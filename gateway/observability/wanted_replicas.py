@@ -12,8 +12,9 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import orjson
@@ -24,6 +25,7 @@ from engine_adapter.step_time.live_profile import live_profile
 from engine_adapter.step_time.profile import profile_document
 from gateway.observability.decisions import Decisions, RequestRecord
 from gateway.observability.ledger import Entry
+from gateway.observability.traffic_recording import NO_DEMAND, is_measured
 from gateway.scheduling.engine_queue import EngineQueue
 
 log = logging.getLogger("antares.wanted_replicas")
@@ -49,7 +51,8 @@ STALE_INTERVALS = 5
 COMMAND = (sys.executable, "-m", "lab.simulate.wanted")
 
 _LENGTH = 128.0
-"""Output tokens of requests without a prediction, if no request has finished yet. Convention."""
+"""Tokens of prompts that were not measured, and of answers without a prediction, if those of no request are known.
+Convention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,40 +144,62 @@ class WantedReplicas(Collector):
         for model in self._found.keys() - pools.keys():
             del self._found[model]
         ended, entries = self._decisions.snapshot()
+        demand = await asyncio.to_thread(self._demand, pools, ended, entries)
         for model, pool in list(pools.items())[:MAX_MODELS]:
-            question = await asyncio.to_thread(self._question, pool, ended, entries)
+            question = await asyncio.to_thread(self._question, pool, demand.get(model, ()))
             answer = orjson.loads(await self._ask(orjson.dumps(question)))
             self._found[model] = _Found(time.monotonic(), self._document(answer, question, len(pool)))
 
-    def _question(
-        self, pool: Sequence[EngineQueue], ended: Sequence[RequestRecord], entries: Sequence[Entry]
-    ) -> dict[str, Any]:
-        """Return the question of `lab.simulate.wanted` about the requests of ``pool``."""
-        settings, names = self.settings, {queue.engine.name for queue in pool}
+    def _demand(
+        self, pools: Mapping[str, Sequence[EngineQueue]], ended: Sequence[RequestRecord], entries: Sequence[Entry]
+    ) -> dict[str, list[RequestRecord]]:
+        """Return the requests of the window that engines would serve, by the key of their pool.
+
+        A request belongs to the pool of its engine. If that engine has left, or the request was rejected before it had
+        one, it belongs to a pool that serves its model: else the demand would fall with the number of engines.
+        """
         now = time.monotonic()
-        since = now - settings.window_s
-        records = [record for record in ended if record.engine in names and record.arrival_s >= since]
-        records += [RequestRecord.of(entry, 0, now) for entry in entries if entry.engine in names]
-        records = [record for record in records if since <= record.arrival_s]
+        since = now - self.settings.window_s
+        of_engine = {queue.engine.name: key for key, queues in pools.items() for queue in queues}
+        of_model: dict[str, str] = {}
+        for key, queues in pools.items():
+            for queue in queues:
+                for model in (key, *(queue.engine.state.models or ())):
+                    of_model.setdefault(model, key)
+        demand: dict[str, list[RequestRecord]] = {}
+        open_requests = (RequestRecord.of(entry, 0, now) for entry in entries if entry.request.arrival_s >= since)
+        for record in chain(ended, open_requests):
+            pool = of_engine.get(record.engine, of_model.get(record.model))
+            if pool is not None and record.arrival_s >= since and record.reason not in NO_DEMAND:
+                demand.setdefault(pool, []).append(record)
+        return demand
+
+    def _question(self, pool: Sequence[EngineQueue], records: Sequence[RequestRecord]) -> dict[str, Any]:
+        """Return the question of `lab.simulate.wanted` about ``records``, the requests of ``pool``."""
+        settings, classes = self.settings, pool[0].classes
         finished = [record for record in records if record.outcome == "finished"]
         usual = sum(_length(record) for record in finished) / len(finished) if finished else _LENGTH
+        measured = [_computed_prompt(record) for record in records if is_measured(record)]
+        usual_prompt = round(sum(measured) / len(measured)) if measured else _LENGTH
         rows: list[list[Any]] = []
         for record in records:
-            predicted = record.predicted_tokens or usual
+            predicted = (record.predicted_tokens if record.prediction_source else 0.0) or usual
             output = _length(record) if record.outcome == "finished" else predicted
-            slo, prompt = record.slo, max(1, record.prompt_tokens - (record.cached_tokens or 0))
-            bounds = (slo.ttft_s, slo.tpot_s, slo.e2e_s)
-            row: list[Any] = [record.arrival_s - since, prompt, output, *bounds, predicted, record.predicted_p90]
+            prompt = _computed_prompt(record) if is_measured(record) else usual_prompt
+            bounds = (record.slo.ttft_s, record.slo.tpot_s, record.slo.e2e_s)
+            slo_class = classes.get(record.slo_class)
+            best_effort = slo_class is not None and slo_class.on_unattainable == "best_effort"
+            row: list[Any] = [record.arrival_s, prompt, output, *bounds, predicted, record.predicted_p90, best_effort]
             rows += [row] * min(max(1, record.sequences), MAX_SEQUENCES)
         rows.sort(key=lambda row: row[0])
         first_s = rows[0][0] if rows else 0.0
         return {
             "requests": [[row[0] - first_s, *row[1:]] for row in rows],
-            "profiles": [_profile(queue) for queue in pool[:MAX_PROFILES]],
+            # Engines of one kind are often next to each other.
+            "profiles": [_profile(queue) for queue in pool[:: -(-len(pool) // MAX_PROFILES)]],
             "policy": settings.policy,
             "options": settings.options,
             "routing": settings.routing,
-            "best_effort": any(c.on_unattainable == "best_effort" for c in pool[0].classes.values()),
             "target": settings.target,
             "first": max(1, len(pool)),
             "most": settings.max_replicas,
@@ -230,6 +255,10 @@ class WantedReplicas(Collector):
 
 def _by_count(item: tuple[str, float]) -> int:
     return int(item[0])
+
+
+def _computed_prompt(record: RequestRecord) -> int:
+    return max(1, record.prompt_tokens - (record.cached_tokens or 0))
 
 
 def _length(record: RequestRecord) -> float:

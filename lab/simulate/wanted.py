@@ -50,7 +50,6 @@ class Traffic:
         requests, predictions: with their output lengths, and the predicted ones.
         profiles: of the engines; engine i gets the one at i modulo their number.
         policy, options, routing: as in the configuration of the gateway.
-        best_effort: whether requests whose bounds cannot be met are served without them.
         target: share of the requests that must attain their SLO.
         first, most: number of engines to try first, and at most.
     """
@@ -61,7 +60,6 @@ class Traffic:
     policy: str = "slack"
     options: dict[str, Any] = field(default_factory=dict)
     routing: str = "least_load"
-    best_effort: bool = False
     target: float = 0.99
     first: int = 1
     most: int = 64
@@ -71,16 +69,18 @@ class Traffic:
         """Return the traffic of a JSON document.
 
         Its ``requests`` are lists: arrival (s), prompt and output tokens, TTFT, TPOT and end-to-end bound (s or null),
-        predicted tokens, and their 90th percentile.
+        predicted tokens, their 90th percentile, and whether it is served without its bounds if they cannot be met.
         """
         rows = sorted(document["requests"], key=lambda row: float(row[0]))
         shortest = min(profile["max_model_len"] for profile in document["profiles"])
         requests, predictions = [], []
-        for at, prompt_tokens, output_tokens, ttft, tpot, e2e, predicted, p90 in rows:
+        for at, prompt_tokens, output_tokens, ttft, tpot, e2e, predicted, p90, best_effort in rows:
             prompt = max(1, min(int(prompt_tokens), shortest - 1))
             output = max(1, min(int(output_tokens), shortest - prompt))
             bounds = [math.inf if bound is None else bound for bound in (ttft, tpot, e2e)]
-            requests.append(WorkloadRequest(at, prompt, output, bounds[0], bounds[1], 1, bounds[2]))
+            requests.append(
+                WorkloadRequest(at, prompt, output, bounds[0], bounds[1], 1, bounds[2], best_effort=best_effort)
+            )
             predictions.append(PredictedLength(max(1.0, predicted), max(1.0, predicted, p90)))
         settings = {key: value for key, value in document.items() if key not in ("requests", "profiles")}
         return cls(requests, predictions, [parse_profile(profile) for profile in document["profiles"]], **settings)
@@ -161,7 +161,6 @@ class _Search:
             lambda: make_policy(traffic.policy, dict(traffic.options)),
             replicas=engines,
             routing=traffic.routing,
-            best_effort=traffic.best_effort,
             step_jitter=USUAL_JITTER,
         )
         counted = [one for one, at in zip(result.results, chosen, strict=True) if self._feasible[at]]

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from gateway.observability import wanted_replicas
 from gateway.observability.wanted_replicas import WantedReplicas, WantedSettings
-from tests.fixtures.live_gateway import Live, gateway_config, live
+from tests.fixtures.live_gateway import Live, fast_engine, gateway_config, live
 from tests.fixtures.live_server import eventually
 
 ANSWER = {
@@ -65,15 +65,50 @@ async def test_question_has_sizes_and_bounds_but_no_text(tmp_path: Path) -> None
     question = json.loads(text)
     assert "secret" not in text
     assert (question["most"], question["policy"], question["target"]) == (9, "slack", 0.99)
-    (_, prompt, output, ttft, tpot, e2e, predicted, _), rejected = question["requests"]
+    (_, prompt, output, ttft, tpot, e2e, predicted, _, best_effort), rejected = question["requests"]
     assert prompt >= 20
     assert (output, ttft, tpot, e2e) == (8, 5.0, 1.0, None)
     assert predicted > 0
+    assert best_effort is False
     # A request that was rejected gets the length that was predicted for it.
     assert rejected[2] == rejected[6] > 0
     assert _samples(wanted) == {"simulated": 3.0}
     assert "90.0% with 2, 99.5% with 3" in wanted.document()["models"]["simulated"]["why"]
     assert "1 requests do not count" in wanted.document()["models"]["simulated"]["why"]
+
+
+async def test_demand_does_not_fall_when_engines_leave(tmp_path: Path) -> None:
+    """Requests of an engine that left belong to the engines of their model."""
+    async with live() as served:
+        for _ in range(3):
+            await served.ask()
+        (queue,) = served.gateway.engine_queues
+        queue.engine.name = "joined later"
+        await _scripted(served, _answering(tmp_path / "question.json")).compute()
+
+    assert len(json.loads((tmp_path / "question.json").read_text())["requests"]) == 3
+
+
+async def test_requests_that_were_rejected_before_they_were_measured_count_as_usual_ones(tmp_path: Path) -> None:
+    async with live(server={"max_open_requests": 1}, classes={"chat": {"ttft_ms": 5000, "tpot_ms": 1000}}) as served:
+        body = {"model": "simulated", "messages": [{"role": "user", "content": "word " * 50}], "max_tokens": 200}
+        answers = await asyncio.gather(*(served.ask(body) for _ in range(4)))
+        assert sorted(answer.status_code for answer in answers) == [200, 429, 429, 429]
+        await _scripted(served, _answering(tmp_path / "question.json")).compute()
+
+    requests = json.loads((tmp_path / "question.json").read_text())["requests"]
+    assert len(requests) == 4
+    assert len({prompt for _, prompt, *_ in requests}) == 1, "all are as long as the one that was served"
+
+
+async def test_profiles_of_a_large_fleet_are_of_engines_of_all_its_parts(tmp_path: Path) -> None:
+    async with live(more_engines=[fast_engine(name=f"{number}") for number in range(1, 16)]) as served:
+        for queue in served.gateway.engine_queues[8:]:
+            queue.engine.state.max_num_seqs = 7
+        await _scripted(served, _answering(tmp_path / "question.json")).compute()
+
+    profiles = json.loads((tmp_path / "question.json").read_text())["profiles"]
+    assert [profile["max_num_seqs"] == 7 for profile in profiles] == [False] * 4 + [True] * 4
 
 
 async def test_requests_before_the_window_do_not_count(tmp_path: Path) -> None:

@@ -25,8 +25,11 @@ def _document(workload: list[WorkloadRequest], **settings: Any) -> dict[str, Any
         return None if math.isinf(seconds) else seconds
 
     rows = [
-        [r.at_s, r.prompt_tokens, r.output_tokens, *map(bound, (r.ttft_slo_s, r.tpot_slo_s, r.e2e_slo_s))]
-        + 2 * [r.output_tokens]
+        [
+            *(r.at_s, r.prompt_tokens, r.output_tokens),
+            *map(bound, (r.ttft_slo_s, r.tpot_slo_s, r.e2e_slo_s)),
+            *(r.output_tokens, r.output_tokens, r.best_effort),
+        ]
         for r in workload
     ]
     return {"requests": rows, "profiles": [profile_document(PROFILE)], **settings}
