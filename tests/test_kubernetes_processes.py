@@ -144,12 +144,16 @@ def scrape_config(folder: Path, made: list[Manifest], gateway: Pod) -> dict[str,
 
 
 @pytest.mark.process
-async def test_queries_of_the_autoscalers_return_the_demand_of_a_running_gateway(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scaled_by", ["rate", "wanted"])
+async def test_queries_of_the_autoscalers_return_the_signal_of_a_running_gateway(
+    tmp_path: Path, scaled_by: str
+) -> None:
     prometheus.tool("prometheus")
     pool = {"name": "simulated", "model": "simulated", "autoscaling": {"enabled": True}}
-    more = {"engines": [pool], "monitoring": {"enabled": True}}
-    keda = one(small_chart(**more, autoscaling={"kind": "keda"}), "ScaledObject", "simulated")
-    made = small_chart(**more)
+    gateway_values = {**values("values-dev.yaml")["gateway"], "config": {"wanted_replicas": {"interval_s": 5}}}
+    more = {"engines": [pool], "monitoring": {"enabled": True}, "gateway": gateway_values}
+    keda = one(small_chart(**more, autoscaling={"kind": "keda", "signal": scaled_by}), "ScaledObject", "simulated")
+    made = small_chart(**more, autoscaling={"signal": scaled_by})
     (metric,) = references(one(made, "HorizontalPodAutoscaler", "simulated"), "metric")
     labels = ",".join(f'{name}="{value}"' for name, value in metric["selector"]["matchLabels"].items())
     queries = {"hpa": f"{metric['name']}{{{labels}}}", **{"keda": next(references(keda, "query"))}}
@@ -159,17 +163,20 @@ async def test_queries_of_the_autoscalers_return_the_demand_of_a_running_gateway
         async with prometheus.started(tmp_path, {}, config=config) as server:
             await server.wait_up(1)
             await server.wait_evaluated()
-            assert [float(s["value"][1]) for s in await server.query(queries["keda"])] == [0]
+            if scaled_by == "rate":
+                assert [float(s["value"][1]) for s in await server.query(queries["keda"])] == [0]
             body = {**chat(max_tokens=2, ignore_eos=True), "model": "simulated"}
             found: dict[str, float] = {}
             async with asyncio.timeout(HANG_S):
                 while len(found) < 2:
                     assert (await gateway.http.post(CHAT, json=body)).status_code == 200
                     for name, query in queries.items():
-                        (series,) = await server.query(query)
-                        if float(series["value"][1]) > 0:
-                            found[name] = float(series["value"][1])
+                        for series in await server.query(query):
+                            if float(series["value"][1]) > 0:
+                                found[name] = float(series["value"][1])
         assert set(found) == {"hpa", "keda"}
+        if scaled_by == "wanted":
+            assert set(found.values()) == {1}
 
 
 # --- the scheduler class inside vLLM's image --------------------------------------------------------------------------

@@ -37,6 +37,11 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- dict "pools" $pools | toYaml -}}
 {{- end -}}
 
+{{/* Name of a pool's model in the API; the argument is the pool. */}}
+{{- define "antares.servedModel" -}}
+{{- .servedModelName | default .model -}}
+{{- end -}}
+
 {{- define "antares.keysSecret" -}}
 {{- .Values.keys.secret | default (printf "%s-keys" (include "antares.fullname" .)) -}}
 {{- end -}}
@@ -53,7 +58,14 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- end -}}
 {{- $_ := set $config "server" (mergeOverwrite (deepCopy (default dict $config.server)) $server) -}}
 {{- if eq .Values.autoscaling.signal "wanted" -}}
-{{- $_ := set $config "wanted_replicas" (mergeOverwrite (dict "enabled" true) (default dict $config.wanted_replicas)) -}}
+{{- $wanted := dict "enabled" true -}}
+{{- range (include "antares.pools" . | fromYaml).pools -}}
+{{- /* The gateway's default is 64. */ -}}
+{{- if and .autoscaling.enabled (gt (int .autoscaling.max) (int (default 64 $wanted.max_replicas))) -}}
+{{- $_ := set $wanted "max_replicas" (int .autoscaling.max) -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $config "wanted_replicas" (mergeOverwrite $wanted (default dict $config.wanted_replicas)) -}}
 {{- end -}}
 {{- $engines := list -}}
 {{- range (include "antares.pools" . | fromYaml).pools -}}
@@ -108,19 +120,21 @@ fsGroup: 10001
 seccompProfile: { type: RuntimeDefault }
 {{- end -}}
 
-{{/* Requests per second of a pool's models, as PromQL. 0 without traffic. */}}
-{{- define "antares.demand" -}}
-{{- $models := uniq (list (.pool.servedModelName | default .pool.model)) -}}
-{{- range $alias, $own := (default dict .pool.gateway.aliases) }}{{ $models = append $models $alias }}{{ end -}}
-sum(rate(antares_requests_total{namespace={{ .root.Release.Namespace | quote }},job="{{ include "antares.fullname" .root }}-gateway",model=~{{ join "|" $models | replace "." "\\\\." | printf "\"%s\"" }}}[2m])) or vector(0)
-{{- end -}}
-
-{{/* What a pool is scaled by, as PromQL: its demand, or the replicas that each gateway wants. */}}
+{{/*
+What a pool is scaled by, as PromQL: the requests per second for its model, or the replicas that the gateways want.
+Both return nothing, not 0, while no gateway is scraped. The autoscaler then keeps the pool as it is.
+*/}}
 {{- define "antares.signal" -}}
+{{- $job := printf "namespace=%q,job=\"%s-gateway\"" .root.Release.Namespace (include "antares.fullname" .root) -}}
+{{- $model := include "antares.servedModel" .pool | quote -}}
+{{- $scraped := printf "count(up{%s} == 1)" $job -}}
 {{- if eq .root.Values.autoscaling.signal "wanted" -}}
-sum(antares_wanted_replicas{namespace={{ .root.Release.Namespace | quote }},job="{{ include "antares.fullname" .root }}-gateway",model={{ .pool.servedModelName | default .pool.model | quote }}})
+{{- /* Nothing while a gateway has no number: the sum of the others is too small. To estimate its share instead would add
+engines at each rollout, when new gateways have had no traffic yet. */ -}}
+{{- $wanted := printf "antares_wanted_replicas{%s,model=%s}" $job $model -}}
+sum({{ $wanted }}) and count({{ $wanted }}) >= {{ $scraped }}
 {{- else -}}
-{{ include "antares.demand" . }}
+(sum(rate(antares_requests_total{{ printf "{%s,model=%s}" $job $model }}[2m])) or vector(0)) and {{ $scraped }}
 {{- end -}}
 {{- end -}}
 
