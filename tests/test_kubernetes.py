@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from engine_adapter.step_time.profile import load_profile
 from gateway.config.file import load
 from gateway.scheduling.shards import Shard
 from gateway.serve import CLOSE_S
@@ -349,6 +351,24 @@ def test_prometheus_scrapes_every_vllm_engine_that_it_may_reach() -> None:
     assert monitors == {"prod-gateway", "prod-predictor", "prod-llama-8b", "prod-gemma-27b"}
     silent = of_kind(render({**values("values-dev.yaml"), **MONITORED}), "ServiceMonitor")
     assert {m["metadata"]["name"] for m in silent} == {"prod-gateway", "prod-predictor"}
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "profile"),
+    [
+        ("deploy/kubernetes/antares/values-a100.yaml", "llama-3.1-8b", "a100-llama3.1-8b"),
+        ("deploy/kubernetes/antares/values-a100.yaml", "gemma-2-27b", "a100x4-gemma2-27b"),
+        ("configs/a100-llama31-8b.yaml", "llama-3.1-8b-instruct", "a100-llama3.1-8b"),
+        ("configs/a100x4-gemma2-27b.yaml", "gemma-2-27b-it", "a100x4-gemma2-27b"),
+    ],
+)
+def test_step_times_of_a_file_are_those_of_its_profile(file: str, model: str, profile: str) -> None:
+    engines = yaml.safe_load((ROOT / file).read_text())["engines"]
+    (engine,) = [e for e in engines if model in (e.get("servedModelName"), e.get("served_model_name"))]
+    given = engine.get("step_times") or engine["gateway"]["step_times"]
+    fitted = asdict(load_profile(profile).step_times())
+    assert given == pytest.approx({name: fitted[name] for name in given}, rel=0.005)
+    assert given.keys() == {name for name, value in fitted.items() if value}
 
 
 # --- values that reach the workloads ----------------------------------------------------------------------------------
