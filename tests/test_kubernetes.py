@@ -227,6 +227,7 @@ def test_pools_scale_by_the_replicas_that_the_gateway_wants(kind: str, tmp_path:
         assert metric["external"]["metric"]["name"] == rule["record"] == "antares_pool_wanted_replicas"
         each = metric["external"]["target"]["averageValue"]
     assert str(each) == "1"
+    assert f"- seriesQuery: '{rule['record']}{{namespace" in (ROOT / "docs" / "kubernetes.md").read_text()
     assert configuration(made)["wanted_replicas"] == {"enabled": True}
     (tmp_path / "gateway.yaml").write_text(one(made, "ConfigMap", "gateway")["data"]["gateway.yaml"])
     assert load(tmp_path / "gateway.yaml", env={}).wanted_replicas.enabled
