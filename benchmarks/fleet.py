@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lab.simulate.experiment import Experiment, Run, perform
-from lab.simulate.step_jitter import USUAL_JITTER
+from lab.simulate.step_jitter import USUAL_JITTER, StepJitter
 
 POLICY = "slack"
 SLOTS = 1024
@@ -23,11 +23,9 @@ def fleet_of(
     routing: str,
     profiles: tuple[str, ...] = (),
     gateways: int = 1,
+    step_jitter: StepJitter | None = USUAL_JITTER,
 ) -> Experiment:
-    """Return the experiment of ``replicas`` engines, whose steps vary by 10%.
-
-    Those after the first use A100 and ``profiles`` in turn.
-    """
+    """Return the experiment of ``replicas`` engines. Those after the first use A100 and ``profiles`` in turn."""
     return Experiment(
         profile=A100,
         workload={**workload, "duration_s": duration_s},
@@ -36,7 +34,7 @@ def fleet_of(
         profiles=profiles,
         gateways=gateways,
         limits={"max_num_seqs": SLOTS},
-        step_jitter=USUAL_JITTER,
+        step_jitter=step_jitter,
     )
 
 

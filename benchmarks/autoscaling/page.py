@@ -55,12 +55,18 @@ def page(found: dict[str, Any]) -> str:
         wrapped(f'''
 Simulated. Azure's traces at {traces[0]['rate_scale']:g} times their rate (overlaid copies), the first
 {traces[0]['minutes']:g} minutes; profile `{PROFILE}`, policy `{POLICY}`, the six SLO categories, prompts of at most
-7,000 tokens, seed {traces[0]['seed']}. The target is {TARGET:.0%} of the requests. The signal is computed every
-{EVERY_S:g} s from the last {WINDOW_S:g} s;
-it takes {cpu:.1f} s of CPU time and simulates {sampled:.0%} of the requests on average.''')
+7,000 tokens, steps with 10% jitter, seed {traces[0]['seed']}. The target is {TARGET:.0%} of the requests.
+The signal is computed every {EVERY_S:g} s from the last {WINDOW_S:g} s;
+it takes {cpu:.1f} s of CPU time and simulates {sampled:.0%} of the requests on average. It gets the true lengths and
+the step times of the profile; a gateway estimates the lengths of answers that did not end, and learns step times.''')
     }
 
 ## Wanted replicas against the search
+
+{
+        wrapped(f'''A *window* is {WINDOW_S:g} s of the trace. The *search* simulates all requests of a window on more
+and fewer engines, and finds the fewest that attain the target.''')
+    }
 
 {accuracy}
 

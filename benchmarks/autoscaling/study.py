@@ -4,9 +4,10 @@
     python -m benchmarks.autoscaling.study --page docs/results/autoscaling.json
 
 The traces are Azure's, at `--rate-scale` times their rate. Every `EVERY_S` seconds the wanted replicas are computed
-from the requests of the last `WINDOW_S` seconds, as the gateway does. The search knows the requests of a window
-beforehand, and simulates all of them. The JSON file is written after each number, and a study that was stopped
-continues from it.
+from the requests of the last `WINDOW_S` seconds with the gateway's own code. They get the true lengths and the step
+times of the profile. A gateway estimates the lengths of answers that did not end, and learns step times. The search
+knows the requests of a window beforehand, and simulates all of them. The JSON file is written after each number, and a
+study that was stopped continues from it.
 """
 
 from __future__ import annotations
@@ -152,7 +153,10 @@ class Study:
             ("wanted replicas and one more", Recorded(signalled, 1), first + 1),
             ("static, the peak of the windows", None, max(needed)),
             ("static, the mean of the windows", None, max(1, round(fmean(needed)))),
-            *((f"queue length, {target} for each engine", QueueLength(target), first) for target in QUEUE_TARGETS),
+            *(
+                (f"queue length, {target} requests for each engine", QueueLength(target), first)
+                for target in QUEUE_TARGETS
+            ),
         ]
         self._extend("fleets", pool, controlled, *map(list, zip(*fleets, strict=True)))
 

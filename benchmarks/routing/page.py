@@ -16,8 +16,8 @@ def page(found: dict[str, Any]) -> str:
     head = f"""# Routing
 
 **Simulated.** [Routing](../routing.md) explains the policies. Llama-3.1-8B, {found["slots"]} sequences a batch,
-{found["duration_s"]:g} s of arrivals, the shipped length predictor. The policy of every engine is `slack`. The six
-categories are those of the SCORPIO paper, with its `sharegpt` lengths.{_one_pace(found)}
+{found["duration_s"]:g} s of arrivals, steps with 10% jitter, the shipped length predictor. The policy of every engine
+is `slack`. The six categories are those of the SCORPIO paper, with its `sharegpt` lengths.{_one_pace(found)}
 
 - *Capacity*: the highest rate of the fleet at which {found["keeps"]:.0%} of the requests attain their SLO, as the mean
 over the seeds. Each row states the precision of the search.
@@ -69,10 +69,10 @@ def _default(found: dict[str, Any]) -> Iterator[str]:
         return
     yield f"## Should `{OURS}` be the default?"
     yield wrapped(
-        f"""For it, against `{DEFAULT}` in the rows below:
+        f"""For it, against `{DEFAULT}` in the rows with a capacity:
 
 - Capacity: {min(ratios):.2f}x to {max(ratios):.2f}x.{"" if losses else " No row has less."}
-- Goodput at the loads below: {min(gains):.2f}x to {max(gains):.2f}x.
+- Goodput at the multiples of S there: {min(gains):.2f}x to {max(gains):.2f}x.
 - Time of a decision: {min(times):.2f}x to {max(times):.2f}x.
 
 Against it:

@@ -53,7 +53,7 @@ FIELDS = ("requests", "slo_adherence", "rejected", "ttft_violations", "tpot_viol
 
 def measure(fleet: Fleet, routing: str, gateways: int, seed: int) -> dict[str, Any]:
     """Return one run of ``fleet`` behind ``gateways`` (`benchmarks.fleet.fleet_run`)."""
-    experiment = fleet_of(fleet.workload, fleet.duration_s, fleet.engines, routing, gateways=gateways)
+    experiment = fleet_of(fleet.workload, fleet.duration_s, fleet.engines, routing, gateways=gateways, step_jitter=None)
     run = fleet_run(experiment, fleet.qps, seed, FIELDS)
     return {"fleet": fleet.name, "routing": routing, "gateways": gateways, "seed": seed, **run}
 

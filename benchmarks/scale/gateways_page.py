@@ -33,7 +33,8 @@ simulation.
 - *Decisions/s*: requests that one process could route and decide on a core, if it did nothing else.
 
 CPU times are those of one of two cores that other work shared. An A100 serves about 30 whole requests a second
-([routing](routing.md)). They are shortened, so that 100 A100s serve 10,000 a second. {_spread(seeds)}
+([routing](routing.md)). The requests are shortened, so that 100 A100s serve 10,000 a second. Steps have no jitter.
+{_spread(seeds)}
 
 ```
 python -m benchmarks.scale.gateways{_fleets(found)} --seeds {len(seeds)} --json docs/results/gateways.json

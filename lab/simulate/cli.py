@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from lab.simulate.progress import console, progress
-from lab.simulate.step_jitter import USUAL_JITTER, StepJitter
+from lab.simulate.step_jitter import StepJitter
 from lab.workload_options import (
     Arrivals,
     Burstiness,
@@ -146,9 +146,11 @@ def simulate(
     step_jitter: Annotated[
         float,
         typer.Option(
-            min=0.0, max=1.0, help="Random variation of each step's time: its standard deviation, as a share of it."
+            min=0.0,
+            max=1.0,
+            help="Random variation of each step's time: its standard deviation as a share of it, such as 0.1.",
         ),
-    ] = USUAL_JITTER.jitter,
+    ] = 0.0,
     draft_tokens: Annotated[
         int, typer.Option(min=0, help="Speculative decoding: drafts per decode, vLLM's num_speculative_tokens.")
     ] = 0,

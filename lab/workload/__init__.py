@@ -276,4 +276,4 @@ def _check(
     if arrivals == "poisson" and burstiness != 1:
         raise ValueError("Poisson arrivals have burstiness 1: use gamma arrivals")
     if trace is not None or window_s is not None or speed != 1:
-        raise ValueError("trace, window_s and speed need trace arrivals")
+        raise ValueError("a trace, a window and a speed need trace arrivals: --arrivals trace")
