@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -14,8 +15,9 @@ from pathlib import Path
 
 from engine_adapter.report_channel.server import ADDRESS_ENV
 
-HEALTH_TIMEOUT_S = 1.0
-"""Seconds to wait for the server's `/health`."""
+HEALTH_TIMEOUT_S = 2.0
+"""Seconds to wait for the server's `/health`. As long as the gateway waits (`engine_adapter.remote.engine`), so that
+no server is replaced that the gateway uses."""
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
@@ -61,7 +63,7 @@ class ServerProcess:
         try:
             with opener.open(f"{self.url}/health", timeout=HEALTH_TIMEOUT_S) as answer:
                 return bool(answer.status == 200)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
 
     def stop(self, drain_s: float) -> int:

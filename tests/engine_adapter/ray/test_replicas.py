@@ -173,8 +173,11 @@ async def test_lost_node_costs_only_its_streams_and_ray_replaces_its_server(tmp_
                 assert set(outcomes) - {"done"} in ({"engine_lost"}, {"draining"}, {"engine_lost", "draining"})
 
                 await cluster.add()
-                await until(both_listed)
-                assert len(first & set(urls_in(file))) == 1
+
+                async def replacement_listed() -> bool:
+                    return await both_listed() and len(first & set(urls_in(file))) == 1
+
+                await until(replacement_listed)
                 await until(lambda: _both_up(http))
                 more = [asyncio.create_task(ended(http, 200)) for _ in range(8)]
                 await until(lambda: _both_busy(http))

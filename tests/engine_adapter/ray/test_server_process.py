@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,13 @@ def stop(*_):
     time.sleep(float(sys.argv[3])); sys.exit(7)
 signal.signal(signal.SIGTERM, stop)
 http.server.HTTPServer((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
+"""
+
+ODD_SERVER = """
+import socket, sys
+listening = socket.create_server((sys.argv[1], int(sys.argv[2])))
+while True:
+    with listening.accept()[0] as client: client.recv(1000); client.send(b"odd\\n\\n")
 """
 
 
@@ -66,6 +74,23 @@ def test_server_gets_a_free_address_and_answers(server: ServerProcess) -> None:
         wait_healthy(other)
     finally:
         other.stop(0)
+
+
+def test_server_that_does_not_answer_in_http_is_not_healthy() -> None:
+    server = ServerProcess([sys.executable, "-c", ODD_SERVER, "{host}", "{port}"], "127.0.0.1")
+    try:
+        port, until = urlsplit(server.url).port, time.monotonic() + 60
+        while not is_open(port):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert not server.is_healthy()
+    finally:
+        server.stop(0)
+
+
+def is_open(port: int | None) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_stop_waits_for_the_drain_and_returns_the_exit_code(server: ServerProcess) -> None:
