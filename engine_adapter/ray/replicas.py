@@ -25,11 +25,11 @@ ASK_TIMEOUT_S = 5.0
 
 LOST_PROBES, LOST_S = 3, 5.0
 """Failed probes in a row, and the seconds since the last answer, after which a server leaves the file. As in
-`engine_adapter.remote.engine`: the gateway has ended the requests of such a server by then, so no stream is cut."""
+`engine_adapter.remote.engine`: the gateway then ends the requests of a server that sends nothing."""
 
 HUNG_S = 60.0
 """Seconds without an answer after which a server that has answered before is replaced. Convention: far longer than a
-busy server needs, and than Ray needs to notice a lost node (about 30 s)."""
+busy server needs to answer."""
 
 START_S = 3600.0
 """Default of `Replicas.start_s`. A large model may load for 30 minutes; twice that."""
@@ -123,7 +123,7 @@ class Replicas:
         self._slots = [self._new_slot() for _ in range(self.count)]
 
     def refresh(self) -> list[str]:
-        """Probe the servers, replace those that are lost or hung, and write the file. Returns the URLs in it."""
+        """Probe the servers, replace lost and hung ones, and write the file. Returns the URLs in it."""
         asked = [slot.actor.probe.remote() for slot in self._slots]
         until = self.clock() + ASK_TIMEOUT_S
         for index, (slot, answer) in enumerate(zip(self._slots, asked, strict=True)):
