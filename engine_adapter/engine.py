@@ -152,8 +152,10 @@ class EngineState:
         plans_ahead: the engine schedules each step while the previous one runs (vLLM's asynchronous scheduling).
         reacts_late: the engine plans a step before it sees what the gateway sends in reaction to the tokens of the one
             before. False only in the simulator, where no time passes between two steps.
-        foreign_sequences: sequences that the engine runs or queues for others than this gateway, as far as it reports
-            its queue. ``foreign_tokens``: their tokens of KV memory.
+        foreign_sequences: sequences that the engine runs for others than this gateway, as far as it reports its queue.
+            ``foreign_tokens``: their tokens of KV memory.
+        foreign_decodes: the same, if the engine reports its steps. Else step times are learned from the gateway's own
+            streams, so they contain the cost of foreign sequences.
         acceptance: accepted drafts, with speculative decoding.
     """
 
@@ -181,6 +183,7 @@ class EngineState:
     engine_waiting: int = 0
     foreign_sequences: int = 0
     foreign_tokens: float = 0.0
+    foreign_decodes: int = 0
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     gate: GateReport = field(default_factory=GateReport)
     acceptance: Acceptance = field(default_factory=Acceptance)

@@ -95,6 +95,7 @@ class Reports:
         state.gate, state.kv_tokens, state.plans_ahead = GateReport(), 0, False
         self._has_metrics, self._last = True, None
         self._set_source("")
+        self._forget_foreign()
 
     async def read_metrics(self, get: Callable[[str], Awaitable[tuple[int, bytes] | None]]) -> None:
         """Read the server's ``/metrics`` with ``get``, unless the report channel delivers more than they say."""
@@ -108,6 +109,8 @@ class Reports:
         if read is None:
             self._has_metrics = answer is None
             self._set_source("")
+            if not self._has_metrics:
+                self._forget_foreign()
             return
         self._set_source(METRICS)
         self._state.reports.note(METRICS, time.monotonic())
@@ -140,6 +143,8 @@ class Reports:
         state, now = self._state, time.monotonic()
         state.reports.at, state.reports.dropped = now, dropped
         if report is None:
+            # No step ran lately, so the engine is idle. The report that said so may have been dropped.
+            self._forget_foreign()
             return
         state.reports.note(CHANNEL, now)
         self._set_gate(report.gate)
@@ -154,6 +159,8 @@ class Reports:
         # The server may serve on. What it can do stays known until it is down.
         self._state.last_step_at = None
         self._set_source("")
+        if not self._has_metrics:
+            self._forget_foreign()
         if not self._state.alive:
             self.on_down()
 
@@ -163,19 +170,24 @@ class Reports:
         self._state.kv_tokens = gate.kv_tokens or self._state.kv_tokens
 
     def _set_queue(self, queue: QueueReport) -> None:
-        state, sequences = self._state, queue.running + queue.waiting
+        state = self._state
         state.engine_running, state.engine_waiting = queue.running, queue.waiting
         state.kv_usage = queue.kv_usage
-        foreign = self._foreign.least(time.monotonic(), max(0, sequences - self._proxy.sequences))
-        if foreign or state.foreign_sequences:
-            # Their part of the memory is not reported.
-            state.foreign_sequences = foreign
-            state.foreign_tokens = queue.kv_usage * state.kv_tokens * min(1.0, foreign / max(1, sequences))
-            self.events.on_step()
+        # All own sequences may run, so these are the least that others have.
+        self._set_foreign(self._foreign.least(time.monotonic(), max(0, queue.running - self._proxy.sequences)))
+
+    def _set_foreign(self, sequences: int) -> None:
+        state = self._state
+        state.foreign_sequences = sequences
+        state.foreign_decodes = sequences if state.reports.source == CHANNEL else 0
+        # Their part of the memory is not reported.
+        state.foreign_tokens = state.kv_usage * state.kv_tokens * min(1.0, sequences / max(1, state.engine_running))
+
+    def _forget_foreign(self) -> None:
+        self._foreign = _Least()
+        self._set_foreign(0)
 
     def _set_source(self, source: str) -> None:
-        if not source:
-            self._state.foreign_sequences, self._state.foreign_tokens, self._foreign = 0, 0.0, _Least()
         self._state.reports.source = source
         self._proxy.set_reported(steps=source == CHANNEL, queue=bool(source))
 

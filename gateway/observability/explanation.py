@@ -29,7 +29,7 @@ _REASONS = {
 """Reasons in the ledger, as a clause. A reason that is not here is shown as it is."""
 
 _ENDS = {
-    "moved": "the engine went down or rests, so the request moved",
+    "moved": "the engine went down or rests, or another one began to serve, so the request was placed again",
     "hung": "the engine hung",
     "lost": "the engine died or the connection to it broke",
     "cut": "the response broke off",

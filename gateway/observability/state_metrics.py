@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine_adapter.engine import EngineState
 from engine_adapter.step_report import ReportLog
 from gateway.observability.ledger import Ledger
 from gateway.observability.recorder import RecordSink, TrafficSink
@@ -43,6 +44,11 @@ STATE_METRICS: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamil
     "antares_engine_restarts_total": (CounterMetricFamily, "Restarts of the engine.", ("engine",)),
     "antares_engine_running_sequences": (GaugeMetricFamily, "Sequences that the engine runs.", ("engine",)),
     "antares_engine_waiting_sequences": (GaugeMetricFamily, "Sequences in the engine's own queue.", ("engine",)),
+    "antares_engine_foreign_sequences": (
+        GaugeMetricFamily,
+        "Sequences that the engine runs for others than this gateway, by its reports.",
+        ("engine",),
+    ),
     "antares_engine_kv_usage_ratio": (GaugeMetricFamily, "Fraction of KV cache memory in use.", ("engine",)),
     "antares_engine_reports_total": (
         CounterMetricFamily, "Reports of a remote engine: from its report channel, or from its /metrics.",
@@ -169,9 +175,7 @@ class GatewayState(Collector):
             put("antares_engine_rests_total", engine_queue.circuit.opened, engine)
             for name, is_current in engine_queue.circuit.states(now).items():
                 put("antares_engine_circuit", is_current, engine, name)
-            put("antares_engine_running_sequences", state.engine_running, engine)
-            put("antares_engine_waiting_sequences", state.engine_waiting, engine)
-            put("antares_engine_kv_usage_ratio", state.kv_usage, engine)
+            _put_queue(put, engine, state)
             _put_reports(put, engine, state.reports)
             put("antares_engine_steps_total", state.step_time.steps_seen, engine)
             put("antares_step_seconds_total", state.step_time.actual_s, engine, "actual")
@@ -209,6 +213,13 @@ class GatewayState(Collector):
                 for decisions in _AGREEMENT:
                     put("antares_shadow_agreement_total", shadow.agreement[decisions], *source, *decisions)
         return [*families.values(), *aliases.values()]
+
+
+def _put_queue(put: Callable[..., None], engine: str, state: EngineState) -> None:
+    put("antares_engine_running_sequences", state.engine_running, engine)
+    put("antares_engine_waiting_sequences", state.engine_waiting, engine)
+    put("antares_engine_foreign_sequences", state.foreign_sequences, engine)
+    put("antares_engine_kv_usage_ratio", state.kv_usage, engine)
 
 
 def _put_reports(put: Callable[..., None], engine: str, reports: ReportLog) -> None:

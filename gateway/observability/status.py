@@ -168,6 +168,7 @@ def _engine(engine_queue: EngineQueue) -> dict[str, Any]:
         "running": len(engine_queue.running),
         "waiting": len(engine_queue.waiting),
         "slots": state.max_num_seqs,
+        "foreign": state.foreign_sequences,
         "kv_usage": round(state.kv_usage, 4),
         "reports": state.reports.source,
         "report_age_ms": None if state.reports.at is None else round(1000 * (now - state.reports.at), 1),

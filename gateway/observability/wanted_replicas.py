@@ -161,10 +161,10 @@ class WantedReplicas(Collector):
         now = time.monotonic()
         since = now - self.settings.window_s
         of_engine = {queue.engine.name: key for key, queues in pools.items() for queue in queues}
-        of_model: dict[str, str] = {}
+        of_model = {key: key for key in pools}
         for key, queues in pools.items():
             for queue in queues:
-                for model in (key, *(queue.engine.state.models or ())):
+                for model in queue.engine.state.models or ():
                     of_model.setdefault(model, key)
         demand: dict[str, list[RequestRecord]] = {}
         open_requests = (RequestRecord.of(entry, 0, now) for entry in entries if entry.request.arrival_s >= since)

@@ -19,7 +19,8 @@ _PACED, _DEADLINE_ONLY, _YIELDING = ServiceKind.PACED, ServiceKind.DEADLINE_ONLY
 class RunningBatch:
     """The running set R on ``engine``, as sums over ``running``, oldest first, at ``now`` (monotonic s).
 
-    What the engine has from others than this gateway counts as running, without a pace.
+    Sequences of others than this gateway take their time of each step. They do not count in ``slots`` and ``memory``:
+    where they fill these, requests wait in the engine's own queue, beside theirs.
 
     Attributes:
         beside_yielding: whether yielding requests count like all others; otherwise they count like best-effort ones.
@@ -44,16 +45,17 @@ class RunningBatch:
         now: float = math.inf,
     ) -> None:
         self.engine, self.beside_yielding, self.kept_free = engine, beside_yielding, kept_free
-        self.slots = foreign = engine.foreign_sequences
-        self.best_effort_slots = self.backlog = 0
+        self.slots = self.best_effort_slots = self.backlog = 0
         preempts = engine.gate.preemptible and not beside_yielding
         self.protected_slots = reserved_slots(engine.max_num_seqs) if preempts else engine.max_num_seqs
-        self.decoding, self.context, self.preemptible_memory = float(foreign), engine.foreign_tokens, 0.0
-        self.strictest_s, self.memory = math.inf, engine.foreign_tokens - engine.shared_tokens
+        self.decoding = self.context = self.preemptible_memory = 0.0
+        if engine.foreign_decodes:
+            self.decoding, self.context = float(engine.foreign_decodes), engine.foreign_tokens
+        self.strictest_s, self.memory = math.inf, -float(engine.shared_tokens)
         self.now, self.due_s = now, math.inf
         self.step_s = 0.0
         self._prefill_token_s: float | None = None
-        if running or foreign:
+        if running or engine.foreign_decodes:
             self.add(running)
 
     def add(self, requests: Collection[Request], pace_s: float | None = None) -> None:

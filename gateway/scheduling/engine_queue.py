@@ -302,7 +302,7 @@ class EngineQueue:
 
     def _apply(self, now: float, decision: Decision, backlog_s: float) -> None:
         """Answer the requests of ``decision``; before it, the engine would have begun with them after ``backlog_s``."""
-        if decision.reject and len(self.running) == len(decision.admit):
+        if decision.reject and len(self.running) == len(decision.admit) and not self.engine.state.foreign_sequences:
             self._probe_idle_engine(now)
         for request in decision.admit:
             backlog_s += self.engine.state.step_time.prefill(request.uncached_tokens)

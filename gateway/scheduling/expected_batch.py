@@ -39,6 +39,8 @@ class ExpectedBatch(RunningBatch):
     sums are adjusted by that one. `preemptible_memory` is not: its requests depend on their order. Once the sums do not
     hold any more, the batch is ``outdated``. At ``until_s`` (monotonic s) they are too old.
 
+    Unlike a running set, it has what others than this gateway have on the engine: a router looks for a better engine.
+
     ``prefill_s``: seconds of prefill work: the sum of t(p) of the uncached prompts that are not prefilled yet (SCORPIO
     eq. 6). Unlike `backlog`, it has the prompts of yielding requests too.
     """
@@ -54,6 +56,8 @@ class ExpectedBatch(RunningBatch):
         self._prompts: dict[str, _Prompt] = {}
         self._shared = engine.shared_tokens
         super().__init__((), engine)
+        self.slots += engine.foreign_sequences
+        self.memory += engine.foreign_tokens
         self.add(running)
         self.add(waiting)
 
@@ -102,12 +106,13 @@ class ExpectedBatch(RunningBatch):
             return
         self.begin(request)
         own, engine = RunningBatch((request,), self.engine), self.engine
-        # Every batch has what is foreign, and less memory by what its engine's requests share.
-        self.slots -= own.slots - engine.foreign_sequences
+        decodes, tokens = engine.foreign_decodes, engine.foreign_tokens if engine.foreign_decodes else 0.0
+        self.slots -= own.slots
         self.best_effort_slots -= own.best_effort_slots
-        self.decoding = max(0.0, self.decoding - (own.decoding - engine.foreign_sequences))
-        self.context = max(0.0, self.context - (own.context - engine.foreign_tokens))
-        self.memory -= own.memory + (engine.shared_tokens - engine.foreign_tokens)
+        # Every batch has the foreign decodes, and less memory by what its engine's requests share.
+        self.decoding = max(0.0, self.decoding - (own.decoding - decodes))
+        self.context = max(0.0, self.context - (own.context - tokens))
+        self.memory -= own.memory + engine.shared_tokens
         if own.strictest_s <= self.strictest_s < math.inf:
             self._strictest -= 1
             self.outdated |= self._strictest <= 0

@@ -44,7 +44,7 @@ class Admitted:
 
 @dataclass(slots=True, frozen=True)
 class Reroute:
-    """This engine is down or rests, and another one can serve the request: place it again."""
+    """Another engine can serve the request: this one is down or rests, or the other one has just begun to serve."""
 
 
 QueueOutcome = Reroute | Admitted | Rejection | EngineDown | Draining | QueueFull

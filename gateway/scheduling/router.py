@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import cycle
 
 from engine_adapter.model_card import ModelCard
 from gateway.requests.request import Request
@@ -70,15 +71,23 @@ class Router:
         pool = self._pools.get(model)
         if pool is not None:
             return pool
-        pool = self._find_pool(model or self.default_model)
-        # Aliases and LoRA adapters share their engines with the engines' own model.
-        own = pool[0].engine.state.model
-        shares = own not in ("", model) and self.pool(own) == pool
-        self._pools[model], self._pool_names[model] = pool, own if shares else model
+        pool = self._pools[model] = self._find_pool(model or self.default_model)
+        self._pool_names[model] = self._pool_name(model, pool)
         if len(self._pools) > MAX_POOLS:
             oldest = next(iter(self._pools))
             del self._pools[oldest], self._pool_names[oldest]
         return pool
+
+    def _pool_name(self, model: str, pool: list[EngineQueue]) -> str:
+        """Return one name for all models of the same engines, such as aliases and LoRA adapters: their own model's."""
+        own = pool[0].engine.state.model
+        if own in ("", model):
+            return model
+        try:
+            return own if self._find_pool(own) == pool else model
+        except UnknownModel:
+            # An alias has the name of the engine's own model.
+            return model
 
     def _forget_pools(self) -> None:
         self._pools.clear()
@@ -189,12 +198,9 @@ class Router:
         return min(alive, key=lambda queue: (not queue.circuit.admits(now), queue.circuit.suspected(now)), default=None)
 
     def _pool_of(self, request: Request) -> list[EngineQueue]:
-        owner = self._by_name.get(request.pinned_to)
-        if owner is not None:
-            return [owner]
-        model = request.requested_model
-        pool = self.pool(model)
-        request.pool = self._pool_names[model]
+        owner, model = self._by_name.get(request.pinned_to), request.requested_model
+        pool = [owner] if owner is not None else self.pool(model)
+        request.pool = self._pool_names.get(model, model)
         return pool
 
     def _candidates(self, request: Request) -> list[EngineQueue]:
@@ -300,12 +306,34 @@ class Router:
         engine_queue.retire()
 
     def offer(self, engine_queue: EngineQueue) -> None:
-        """Place the requests that wait for other engines again: this engine can serve from now on."""
-        if not engine_queue.engine.state.alive:
+        """Place some of the waiting requests again: this engine can serve from now on.
+
+        It is offered its share: of the requests that wait for the n engines of its pool, each nth.
+        """
+        name = engine_queue.engine.name
+        if not engine_queue.engine.state.alive or self._by_name.get(name) is not engine_queue:
             return
+        shares: dict[str, Iterator[bool]] = {}
+
+        def moves(request: Request) -> bool:
+            model = request.requested_model
+            if model not in shares:
+                shares[model] = self._each_nth(model, engine_queue)
+            if name in request.failed_on or request.pinned_to in self._by_name:
+                return False
+            return next(shares[model])
+
         for queue in self.engine_queues:
             if queue is not engine_queue:
-                queue.reroute(lambda request: engine_queue in self.others(request))
+                queue.reroute(moves)
+
+    def _each_nth(self, model: str, engine_queue: EngineQueue) -> Iterator[bool]:
+        """Return True for each nth request, if the engine is one of the n engines of ``model``; always False if not."""
+        try:
+            pool = self.pool(model)
+        except UnknownModel:
+            pool = []
+        return cycle([*[False] * (len(pool) - 1), True] if engine_queue in pool else [False])
 
     def close(self) -> None:
         """Close every queue."""

@@ -2,8 +2,8 @@
 
 An engine serves, starts (its cold start), drains (it finishes what it has) or is stopped. Its GPU is in use unless it
 is stopped. As in the gateway, the requests that wait at an engine that fails are placed again, and so are running
-requests without a first token. Its other requests fail. All waiting requests are placed again when an engine begins to
-serve.
+requests without a first token. Its other requests fail. An engine that begins to serve is offered its share of the
+waiting requests.
 """
 
 from __future__ import annotations
@@ -164,13 +164,15 @@ class Lifecycle:
         return len(self._states) - 1 - self._states[::-1].index(state)
 
     def _serve(self, now: float, number: int) -> list[Replica]:
-        """Have an engine serve, and place the requests that wait for others again, as `Router.offer` does."""
+        """Have an engine serve, and place its share of the requests that wait for others again: see `Router.offer`."""
         self._set(now, number, "serving")
-        touched = [self._engines[number]]
-        for other, engine in enumerate(self._engines):
-            if other != number and self._states[other] == "serving":
-                touched += self._place_again(now, engine.take_waiting())
-        return touched
+        others = [e for n, e in enumerate(self._engines) if n != number and self._states[n] == "serving"]
+        every = len(others) + 1
+        waiting = [(engine, request) for engine in others for request in engine.admission.waiting]
+        moved = waiting[every - 1 :: every]
+        for engine, request in moved:
+            engine.admission.withdraw(request)
+        return [self._engines[number], *self._place_again(now, [request for _, request in moved])]
 
     def _start(self, now: float, number: int) -> None:
         self._engines[number].restart()
@@ -193,6 +195,7 @@ class Lifecycle:
         touched = []
         for request in requests:
             request.wait_again()
+            request.restore_bounds()
             if lost_by is not None:
                 request.failed_on = (str(lost_by),)
             engine = self._place(request)

@@ -108,35 +108,74 @@ async def test_metrics_are_read_without_a_channel() -> None:
         assert state.max_num_seqs == 64
 
 
-async def test_sequences_that_stay_in_the_reports_and_are_not_ours_count_as_foreign(
+IDLE = METRICS.replace(b"} 3.0", b"} 0.0").replace(b"} 2.0", b"} 0.0")
+
+
+async def test_sequences_that_stay_in_the_metrics_and_are_not_ours_are_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports_module, "FOREIGN_S", 0.1)
+    server = SimulatedVllm()
+    async with engine_of(server) as engine:
+        state = engine.state
+        await eventually(lambda: state.reports.source == "metrics")
+        assert state.foreign_sequences == 0, "one reading may be of requests that have just ended"
+        await eventually(lambda: state.foreign_sequences == 3)
+        assert state.foreign_tokens == 0.25 * 4096
+        assert state.foreign_decodes == 0, "the times of our own streams have their cost"
+        server.metrics = IDLE
+        await eventually(lambda: state.foreign_sequences == 0)
+        assert state.foreign_tokens == 0
+        server.metrics = METRICS
+        await eventually(lambda: state.foreign_sequences == 3)
+        server.metrics = b""
+        await eventually(lambda: state.reports.source == "")
+        assert state.foreign_sequences == 0, "nothing is known of them any more"
+
+
+async def test_foreign_sequences_are_forgotten_with_the_server_but_not_with_one_slow_reading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reports_module, "FOREIGN_S", 0.1)
     server = SimulatedVllm()
     async with engine_of(server) as engine:
         state = engine.state
-        await eventually(lambda: state.reports.source == "metrics")
-        assert state.foreign_sequences == 0, "one report may be of requests that have just ended"
-        await eventually(lambda: state.foreign_sequences == 5)
-        assert state.foreign_tokens == 0.25 * 4096
-        server.metrics = METRICS.replace(b"} 3.0", b"} 0.0").replace(b"} 2.0", b"} 0.0")
-        await eventually(lambda: state.foreign_sequences == 0)
-        assert state.foreign_tokens == 0
-        server.metrics = METRICS
-        await eventually(lambda: state.foreign_sequences == 5)
-        server.metrics = b""
-        await eventually(lambda: state.reports.source == "")
-        assert state.foreign_sequences == 0, "nothing is known of them any more"
+        await eventually(lambda: state.foreign_sequences == 3)
+        await engine._reports.read_metrics(_no_answer)
+        assert (state.reports.source, state.foreign_sequences) == ("", 3)
+        server.healthy = False
+        await eventually(lambda: not state.alive)
+        assert state.foreign_sequences == 0
+
+
+async def _no_answer(path: str) -> None:
+    return None
 
 
 async def test_own_requests_are_not_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reports_module, "FOREIGN_S", 0.1)
     server = SimulatedVllm()
     async with engine_of(server) as engine:
-        engine._proxy.sequences = 4
+        engine._proxy.sequences = 2
         asked = server.asked
         await eventually(lambda: server.asked > asked + 10)
         assert engine.state.foreign_sequences == 1
+
+
+async def test_foreign_decodes_of_the_channel_end_when_the_engine_idles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report that says so may have been dropped: a heartbeat without one means the same."""
+    monkeypatch.setattr(reports_module, "FOREIGN_S", 0.0)
+    monkeypatch.setattr(server_module, "HEARTBEAT_S", 0.4)
+    with report_server() as reports:
+        async with engine_of(SimulatedVllm(None), reports.port) as engine:
+            state = engine.state
+            await eventually(lambda: state.reports.source == "channel" and reports.wanted)
+            for _ in range(3):
+                reports.publish(encoded(1, running=3, waiting=2, kv_usage=0.5))
+                await asyncio.sleep(0.05)
+            await eventually(lambda: state.foreign_decodes == 3)
+            assert state.foreign_tokens == 0.5 * state.kv_tokens
+            await eventually(
+                lambda: (state.foreign_sequences, state.foreign_decodes, state.foreign_tokens) == (0, 0, 0)
+            )
 
 
 async def test_drafts_in_metrics_become_tokens_per_step() -> None:

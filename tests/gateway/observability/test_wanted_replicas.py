@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from engine_adapter.model_card import ModelCard
 from gateway.observability import wanted_replicas
 from gateway.observability.wanted_replicas import WantedReplicas, WantedSettings
 from tests.fixtures.live_gateway import Live, fast_engine, gateway_config, live
@@ -86,6 +87,24 @@ async def test_demand_does_not_fall_when_engines_leave(tmp_path: Path) -> None:
         queue.engine.name = "joined later"
         await _scripted(served, _answering(tmp_path / "question.json")).compute()
 
+    assert len(json.loads((tmp_path / "question.json").read_text())["requests"]) == 3
+
+
+async def test_demand_of_an_engine_that_left_stays_with_the_pool_of_its_model(tmp_path: Path) -> None:
+    """Another pool lists the model too, but as a further one."""
+    async with live(more_engines=[fast_engine(name="other")]) as served:
+        first, other = served.gateway.engine_queues
+        for _ in range(3):
+            await served.ask({"model": "simulated", "messages": [{"role": "user", "content": "hi"}]})
+        first.engine.name = "joined later"
+        other.engine.name = "renamed too"
+        other.engine.state.set_models([ModelCard("other"), ModelCard("simulated")])
+        served.gateway.engine_queues.reverse()
+        wanted = _scripted(served, _answering(tmp_path / "question.json"))
+        await wanted.compute()
+
+    # The last question is about the second pool, that of the model's own engines.
+    assert list(wanted.document()["models"]) == ["other", "simulated"]
     assert len(json.loads((tmp_path / "question.json").read_text())["requests"]) == 3
 
 

@@ -10,6 +10,7 @@ from engine_adapter.engine import EngineState
 from engine_adapter.service_kind import ServiceKind
 from engine_adapter.simulated.engine import SimulatedEngine
 from gateway.policies.registry import make_policy
+from gateway.policies.running_batch import RunningBatch
 from gateway.scheduling.admission import AdmissionController
 from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.expected_batch import MAX_AGE_S, ExpectedBatch
@@ -55,22 +56,34 @@ def test_expected_batch_follows_arrival_first_token_and_end() -> None:
     assert admission.expected_batch(0.1).slots == 0
 
 
-def test_what_others_have_on_the_engine_counts_as_running() -> None:
+@pytest.mark.parametrize("decodes", [0, 60])
+def test_router_sees_what_others_have_on_the_engine(decodes: int) -> None:
     admission = controller()
     engine = admission.engine
     engine.kv_tokens, engine.foreign_sequences, engine.foreign_tokens = 10_000, 60, 9_000.0
+    engine.foreign_decodes = decodes
     batch = admission.expected_batch(0.0)
-    assert (batch.slots, batch.decoding, batch.context, batch.memory) == (60, 60, 9_000, 9_000)
-    assert batch.step_s == engine.step_time.curve.step_s(60, 9_000)
+    assert (batch.slots, batch.memory) == (60, 9_000)
+    assert (batch.decoding, batch.context) == ((60, 9_000) if decodes else (0, 0))
     assert not batch.has_room_for(make_request("long", prompt=900, output=200)), "memory"
     assert not batch.has_room_for(make_request("many", prompt=10, output=10, sequences=5)), "slots"
     assert batch.has_room_for(make_request("short", prompt=100, output=100))
     request = make_request("one", prompt=100, output=100)
     admission.submit(request)
-    batch = admission.expected_batch(0.0)
+    assert batch.slots == 61
     admission.withdraw(request)
     assert sums(admission.expected_batch(0.0)) == pytest.approx(new_sums(admission))
-    assert (batch.slots, batch.decoding) == (60, 60)
+
+
+def test_admission_counts_the_time_of_foreign_decodes_but_not_their_slots_and_memory() -> None:
+    """Else requests would wait for ever for an engine that others fill; so they wait in its queue beside theirs."""
+    engine = EngineState(alive=True, max_num_seqs=64, kv_tokens=10_000)
+    engine.foreign_sequences = engine.foreign_decodes = 64
+    engine.foreign_tokens = 9_900.0
+    batch = RunningBatch((), engine)
+    assert batch.step_s == engine.step_time.curve.step_s(64, 9_900)
+    assert (batch.slots, batch.memory) == (0, 0)
+    assert batch.has_room_for(make_request("one", prompt=900, output=200))
 
 
 def test_expected_batch_without_a_request_equals_new_sums() -> None:

@@ -18,7 +18,7 @@ from gateway.requests.request import Request
 from gateway.requests.slo import Slo, SloClass
 from gateway.scheduling.circuit_breaker import FAILURES_TO_OPEN
 from gateway.scheduling.engine_queue import EngineQueue
-from gateway.scheduling.queue_outcome import Admitted, Draining, EngineDown, Reroute
+from gateway.scheduling.queue_outcome import Admitted, Draining, EngineDown, QueueOutcome, Reroute
 from gateway.scheduling.router import MAX_OWNED, Router
 from tests.fixtures.live_server import HANG_S
 from tests.fixtures.policy_builders import make_request
@@ -117,38 +117,54 @@ def closed(router: Router) -> list[EngineQueue]:
     return router.engine_queues
 
 
-async def test_waiting_requests_are_placed_again_when_an_engine_joins_or_is_back() -> None:
-    router = router_of(1)
-    (first,) = closed(router)
-    waits = first.submit(make_request("waits"))
-    second = SimulatedEngine(name="second")
-    joins = EngineQueue(second, make_policy("fcfs"), {"chat": SloClass("chat", Slo())})
-    router.join(joins)
-    assert not waits.done(), "the engine is not up yet"
-    set_alive(joins, True)
-    router.offer(joins)
-    assert isinstance(await asyncio.wait_for(waits, HANG_S), Reroute)
+def joining(name: str, alive: bool = True, *models: str) -> EngineQueue:
+    engine = SimulatedEngine(name=name)
+    engine.state.alive = alive
+    if models:
+        engine.state.set_models([ModelCard(model) for model in models])
+    return EngineQueue(engine, make_policy("fcfs"), {"chat": SloClass("chat", Slo())})
+
+
+async def moved(outcomes: dict[str, asyncio.Future[QueueOutcome]]) -> set[str]:
+    """Return the names of the requests that were told to move."""
+    await asyncio.sleep(0.05)
+    return {name for name, outcome in outcomes.items() if outcome.done() and isinstance(outcome.result(), Reroute)}
+
+
+async def test_engine_that_joins_or_is_back_is_offered_its_share_of_the_waiting_requests() -> None:
+    router = router_of(2)
+    closed(router)
+    queues = router.engine_queues
+    outcomes = {str(n): queues[n % 2].submit(make_request(str(n), at=float(n))) for n in range(12)}
+    third = joining("third", alive=False)
+    router.join(third)
+    assert await moved(outcomes) == set(), "it is not up yet"
+    set_alive(third, True)
+    router.offer(third)
+    # Those of the first engine come first, in order: 0, 2, 4 and so on.
+    assert await moved(outcomes) == {"4", "10", "5", "11"}
+    router.offer(joining("not a member"))
+    assert len(await moved(outcomes)) == 4
     router.close()
 
 
-async def test_engine_that_joins_gets_requests_for_its_own_models_only() -> None:
+async def test_engine_is_not_offered_what_it_cannot_serve() -> None:
     router = router_of(2)
     closed(router)
-    for engine_queue, model in zip(router.engine_queues, ("one", "two"), strict=True):
-        engine_queue.engine.state.set_models([ModelCard(model)])
-    one, two = (
-        router.engine_queues[number].submit(make_request(model, requested_model=model, failed_on=failed_on))
-        for number, model, failed_on in ((0, "one", ()), (1, "two", ()))
-    )
-    refused = router.engine_queues[1].submit(make_request("refused", requested_model="two", failed_on=("three",)))
-    third = SimulatedEngine(name="three")
-    third.state.alive = True
-    third.state.set_models([ModelCard("two")])
-    router.join(EngineQueue(third, make_policy("fcfs"), {"chat": SloClass("chat", Slo())}))
-    assert isinstance(await asyncio.wait_for(two, HANG_S), Reroute)
-    await asyncio.sleep(0.05)
-    assert not one.done()
-    assert not refused.done(), "the engine has failed it"
+    one, two = router.engine_queues
+    one.engine.state.set_models([ModelCard("one")])
+    two.engine.state.set_models([ModelCard("two")])
+    requests = {
+        "other model": (one, make_request("a", requested_model="one")),
+        "model of no engine": (one, make_request("b", requested_model="none")),
+        "failed there": (two, make_request("c", requested_model="two", failed_on=("third",))),
+        "pinned": (two, make_request("d", requested_model="two", pinned_to=two.engine.name)),
+        "first": (two, make_request("e", requested_model="two")),
+        "second": (two, make_request("f", requested_model="two")),
+    }
+    outcomes = {name: queue.submit(request) for name, (queue, request) in requests.items()}
+    router.join(joining("third", True, "two"))
+    assert await moved(outcomes) == {"second"}
     router.close()
 
 
@@ -164,6 +180,21 @@ def test_models_of_the_same_engines_have_one_pool() -> None:
         router.place(request)
         pools[model] = request.pool
     assert pools == {"": "llama", "llama": "llama", "chat": "llama", "adapter": "adapter"}
+    pinned = make_request("pinned", requested_model="chat", pinned_to="1")
+    router.place(pinned)
+    assert pinned.pool == "llama"
+
+
+def test_aliases_that_hide_the_names_of_models_still_have_pools() -> None:
+    router = router_of(2)
+    first, second = (queue.engine.state for queue in router.engine_queues)
+    first.set_models([ModelCard("b"), ModelCard("a")])
+    first.aliases = {"b": "not loaded", "base": "b"}
+    second.set_models([ModelCard("a"), ModelCard("b")])
+    for model, engines in (("a", 2), ("b", 1), ("base", 1)):
+        request = make_request(model, requested_model=model)
+        router.place(request)
+        assert (len(router.pool(model)), request.pool != "") == (engines, True)
 
 
 # --- engines that rest ------------------------------------------------------------------------------------------------
