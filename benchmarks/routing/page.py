@@ -72,7 +72,7 @@ def _default(found: dict[str, Any]) -> Iterator[str]:
         f"""For it, against `{DEFAULT}` in the rows with a capacity:
 
 - Capacity: {min(ratios):.2f}x to {max(ratios):.2f}x.{"" if losses else " No row has less."}
-- Goodput at the multiples of S there: {min(gains):.2f}x to {max(gains):.2f}x.
+- Goodput at their multiples of S: {min(gains):.2f}x to {max(gains):.2f}x.
 - Time of a decision: {min(times):.2f}x to {max(times):.2f}x.
 
 Against it:

@@ -158,5 +158,5 @@ def test_page_states_what_speaks_against_a_new_default() -> None:
     won = part("large", [found("least_load", 0, 100.0), found("headroom", 0, 120.0)], runs=runs)
     text = page.page(document(rows=[lost, won]))
     assert "Capacity: 0.90x to 1.20x." in text
-    assert "Goodput at the loads below: 1.10x to 1.10x." in text
+    assert "Goodput at their multiples of S: 1.10x to 1.10x." in text
     assert "It has less capacity in this row: small." in text
