@@ -47,6 +47,7 @@ def page(found: dict[str, Any]) -> str:
     sizes = "; ".join(f"{t['trace']}: {', '.join(map(str, t['searched']))}" for t in traces)
     attained = "\n".join(f"- Fleets that attain the target on {t['trace']}: {_attaining(t)}." for t in traces)
     signals = [one for t in traces for one in t["signals"]]
+    jitter = f"steps with {found['step_jitter']:.0%} jitter" if found.get("step_jitter") else "steps without jitter"
     cpu = fmean(one["cpu_s"] for one in signals)
     sampled = fmean(one["sampled"] for one in signals)
     return f"""# Autoscaling by wanted replicas
@@ -55,7 +56,7 @@ def page(found: dict[str, Any]) -> str:
         wrapped(f'''
 Simulated. Azure's traces at {traces[0]['rate_scale']:g} times their rate (overlaid copies), the first
 {traces[0]['minutes']:g} minutes; profile `{PROFILE}`, policy `{POLICY}`, the six SLO categories, prompts of at most
-7,000 tokens, steps with 10% jitter, seed {traces[0]['seed']}. The target is {TARGET:.0%} of the requests.
+7,000 tokens, {jitter}, seed {traces[0]['seed']}. The target is {TARGET:.0%} of the requests.
 The signal is computed every {EVERY_S:g} s from the last {WINDOW_S:g} s;
 it takes {cpu:.1f} s of CPU time and simulates {sampled:.0%} of the requests on average. It gets the true lengths and
 the step times of the profile; a gateway estimates the lengths of answers that did not end, and learns step times.''')

@@ -183,11 +183,12 @@ def main(
         write_page(page_of, page)
         return
     command = f"python -m benchmarks.autoscaling.study --rate-scale {rate_scale:g} --minutes {minutes:g} --seed {seed}"
-    found: dict[str, Any] = {"command": command, "traces": []}
+    found: dict[str, Any] = {"command": command, "step_jitter": USUAL_JITTER.jitter, "traces": []}
     if json_to is not None and json_to.exists():
-        found = json.loads(json_to.read_text(encoding="utf-8"))
-        if found["command"] != command:
-            raise typer.BadParameter(f"{json_to} has the results of `{found['command']}`", param_hint="--json")
+        known = json.loads(json_to.read_text(encoding="utf-8"))
+        if known["command"] != command or known.get("step_jitter") != found["step_jitter"]:
+            raise typer.BadParameter(f"{json_to} has results of other settings: remove it", param_hint="--json")
+        found = known
     progress = Console(stderr=True)
 
     def save(text: str) -> None:
