@@ -44,7 +44,7 @@ def load(admission: AdmissionController, request: Request, now: float, passed_ov
     So the engine is tried again, unless the request would probably miss its deadline there.
     """
     if not isinstance(admission.policy, Annealing):
-        work_s, count = admission.expected_batch(now).prefill_s, _requests(admission)
+        work_s, count = admission.expected_batch(now).prefill_s, requests_of(admission)
         model = admission.engine.step_time
         own_s = admission.prefill_s(request)
         error_s = model.curve.step_s(1 + len(admission.running), 0)
@@ -60,10 +60,11 @@ def load(admission: AdmissionController, request: Request, now: float, passed_ov
 def free_memory_load(admission: AdmissionController, now: float) -> Load:
     """Return the KV memory (tokens) that an engine's requests need at ``now`` (monotonic s) beyond its own."""
     memory = admission.expected_batch(now).memory
-    return Load(memory - admission.engine.kv_tokens, _requests(admission))
+    return Load(memory - admission.engine.kv_tokens, requests_of(admission))
 
 
-def _requests(admission: AdmissionController) -> int:
+def requests_of(admission: AdmissionController) -> int:
+    """Return the requests that an engine has, and the sequences that others than this gateway have there."""
     return len(admission.running) + len(admission.waiting) + admission.engine.foreign_sequences
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from gateway.requests.request import Request
 from gateway.scheduling.engine_queue import EngineQueue
 from gateway.scheduling.headroom import Headroom
-from gateway.scheduling.placement import free_memory_load, load, ranks
+from gateway.scheduling.placement import free_memory_load, load, ranks, requests_of
 
 BALANCED_REQUESTS, BALANCED_RATIO = 64, 1.5
 """Requests by which engines differ, and their ratio, from which `PrefixAffinity` balances: SGLang's defaults."""
@@ -123,7 +123,7 @@ class LeastRequests(_ByKey):
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
         """See `_ByKey.keys`."""
-        return [_requests(queue) for queue in queues]
+        return [requests_of(queue.admission) for queue in queues]
 
 
 class PowerOfTwo(_ByKey):
@@ -134,7 +134,7 @@ class PowerOfTwo(_ByKey):
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
         """See `_ByKey.keys`."""
         picked = random.Random(zlib.crc32(request.id.encode())).sample(range(len(queues)), 2)
-        return [(at not in picked, _requests(queue)) for at, queue in enumerate(queues)]
+        return [(at not in picked, requests_of(queue.admission)) for at, queue in enumerate(queues)]
 
 
 class PrefixAffinity(_ByKey):
@@ -151,7 +151,7 @@ class PrefixAffinity(_ByKey):
 
     def keys(self, request: Request, queues: Sequence[EngineQueue]) -> Sequence[Any]:
         """See `_ByKey.keys`."""
-        requests = [_requests(queue) for queue in queues]
+        requests = [requests_of(queue.admission) for queue in queues]
         most, least = max(requests), min(requests)
         if most - least > self._balanced_requests and most > self._balanced_ratio * least:
             return requests
@@ -173,8 +173,3 @@ def make_routing(name: str) -> Routing:
     if name not in ROUTINGS:
         raise ValueError(f"no routing is called {name!r}; choose one of {', '.join(ROUTINGS)}")
     return ROUTINGS[name]()
-
-
-def _requests(queue: EngineQueue) -> int:
-    admission = queue.admission
-    return len(admission.running) + len(admission.waiting) + admission.engine.foreign_sequences
