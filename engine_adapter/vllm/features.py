@@ -204,7 +204,7 @@ FEATURES = (
         "`/v1/realtime`",
         None,
         _works(f"{_STEPPED}::test_second_turn_of_a_session_keeps_its_pace"),
-        in_process=_refused("the gateway has no route `/v1/realtime`, and answers 404"),
+        in_process=_refused("the gateway has no route `/v1/realtime`, and answers 501 (400 to a WebSocket upgrade)"),
     ),
     Feature(
         "tensor parallel (TP)",

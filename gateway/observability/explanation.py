@@ -16,7 +16,7 @@ _REASONS = {
     "gateway_full": "the gateway had too many open requests (server.max_open_requests)",
     "tenant_full": "its tenant, or its class there, had too many open requests (its part of server.max_open_requests)",
     "engine_down": "the engine was down and not expected back in time",
-    "draining": "the gateway was shutting down",
+    "draining": "the gateway was shutting down, or the engine was removed",
     "engine_refused": "the engine found the request invalid; its response says why",
     "engine_busy": "the engine itself answered 429",
     "invalid_json": "its body nests too deeply",
@@ -24,6 +24,7 @@ _REASONS = {
     "engine_error": "the engine answered with an error",
     "gateway_error": "an error inside the gateway; the log names it",
     "client_left": "the client disconnected",
+    "client_slow": "the client read its response too slowly",
     "shutdown": "the gateway was stopped",
 }
 """Reasons in the ledger, as a clause. A reason that is not here is shown as it is."""

@@ -94,6 +94,7 @@ class WantedReplicas(Collector):
         self._decisions, self._engine_queues, self._command = decisions, engine_queues, command
         self._found: dict[str, _Found] = {}
         self._error = ""
+        self._since = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -226,11 +227,12 @@ class WantedReplicas(Collector):
         return answer
 
     def _document(self, answer: dict[str, Any], question: dict[str, Any], engines: int) -> dict[str, Any]:
-        target, rows = self.settings.target, question["requests"]
+        target, window_s = self.settings.target, self.settings.window_s
+        observed_s = min(window_s, time.monotonic() - self._since)
         tried = ", ".join(
             f"{share:.1%} with {count}" for count, share in sorted(answer["tried"].items(), key=_by_count)
         )
-        why = f"of {answer['requests']} requests in the last {self.settings.window_s:g} s, the target is {target:.1%}"
+        why = f"of {answer['requests']} requests in the last {window_s:g} s, the target is {target:.1%}"
         if not answer["requests"]:
             why = "no requests in the window that an engine can attain"
         elif tried:
@@ -246,8 +248,8 @@ class WantedReplicas(Collector):
             "wanted": answer["wanted"],
             "engines": engines,
             "target": target,
-            "window_s": self.settings.window_s,
-            "requests_per_second": round(len(rows) / max(1.0, rows[-1][0]), 3) if rows else 0.0,
+            "window_s": window_s,
+            "requests_per_second": round(len(question["requests"]) / max(1.0, observed_s), 3),
             "why": why,
             **{key: answer[key] for key in ("requests", "infeasible", "sampled", "saturated", "held", "cpu_s")},
         }
