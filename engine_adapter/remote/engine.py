@@ -298,7 +298,7 @@ class HttpEngine:
 
     def _end_hung_requests(self) -> None:
         """End what is in flight on a server that answers probes, but has sent its streams nothing for too long."""
-        was_silent, self._is_silent = self._is_silent, self._proxy.is_silent()
+        was_silent, self._is_silent = self._is_silent, self._proxy.is_silent(self._reports.progress_at)
         # Twice in a row, because a gateway that was itself stopped has not yet read what the server sent.
         if self._is_silent and was_silent:
             self.state.hangs += 1

@@ -133,9 +133,13 @@ class HttpProxy:
         if not self._queue_is_reported:
             self._state.engine_running, self._state.engine_waiting = self._running, self._waiting
 
-    def is_silent(self) -> bool:
-        """Whether the server sends nothing, and for longer than its streams explain. Call it regularly."""
-        return self._upstream.silent_s() > self._sampler.silence_limit_s()
+    def is_silent(self, progress_at: float | None) -> bool:
+        """Whether the server sends nothing, and for longer than its streams explain. Call it regularly.
+
+        ``progress_at``: when it last reported that it computed something (monotonic s); None if it does not report.
+        """
+        silent_s, limit_s = self._upstream.silent_s(), self._sampler.silence_limit_s(progress_at is not None)
+        return silent_s > limit_s and (progress_at is None or time.monotonic() - progress_at > limit_s)
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request. A caller that passes a parsed body cancels this when the client disconnects."""
@@ -217,7 +221,8 @@ class HttpProxy:
 
     async def _complete(self, request: ClientRequest, plan: CompletionPlan) -> None:
         content = plan.encoded()
-        timing = self._sampler.sent(time.monotonic(), len(content) / BYTES_PER_TOKEN, plan.sequences, plan.tpot_ms)
+        prompt_tokens = len(content) / BYTES_PER_TOKEN
+        timing = self._sampler.sent(time.monotonic(), prompt_tokens, plan.sequences, plan.tpot_ms, plan.may_pause)
         counter = plan.counter(request.observer, plan.sequences)
         if not plan.streams:
             request.observer.on_unobserved()

@@ -48,6 +48,9 @@ class Reports:
         proxy: told whether the engine's own reports arrive.
         address: host, port and key of the report channel; None: there is none.
         may_preempt: whether requests reach the step gate, so that it can preempt best-effort ones.
+
+    Attributes:
+        progress_at: when the engine last reported that it computed something (monotonic s); None without reports.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Reports:
         may_preempt: Callable[[], bool],
     ) -> None:
         self.events = EngineEvents()
+        self.progress_at: float | None = None
         self._state = state
         self._proxy = proxy
         self._may_preempt = may_preempt
@@ -116,6 +120,8 @@ class Reports:
         self._state.reports.note(METRICS, time.monotonic())
         self._set_queue(read.queue)
         before, self._last = self._last, read
+        if before is None or read.tokens > before.tokens:
+            self.progress_at = time.monotonic()
         step = None if before is None else read.steps_since(before)
         if step is not None and (step.drafting_requests or self._state.acceptance.accepted):
             self._state.acceptance.observe(step)
@@ -152,7 +158,7 @@ class Reports:
         for step in report.steps:
             state.observe_step(step)
         if report.steps:
-            state.last_step_at = now
+            self.progress_at = state.last_step_at = now
             self.events.on_step()
 
     def _on_lost(self) -> None:
@@ -188,6 +194,8 @@ class Reports:
         self._set_foreign(0)
 
     def _set_source(self, source: str) -> None:
+        if source != self._state.reports.source:
+            self.progress_at = time.monotonic() if source else None
         self._state.reports.source = source
         self._proxy.set_reported(steps=source == CHANNEL, queue=bool(source))
 

@@ -143,6 +143,11 @@ class CompletionPlan:
         bound = xargs.get(TPOT_XARG) if skips_steps and isinstance(xargs, dict) else None
         return float(bound) if isinstance(bound, int | float) and bound > 0 else None
 
+    @property
+    def may_pause(self) -> bool:
+        """Whether the response may have a tool call, whose tokens some servers hold back until it is complete."""
+        return bool(self.body.get("tools") or self.body.get("functions"))
+
     def without_usage(self) -> None:
         """Remove ``include_usage`` from the body."""
         self.asked_usage = False

@@ -18,8 +18,7 @@ SAMPLE_EVERY = 20
 """Tokens of one stream per decode sample."""
 
 SILENCE_S = 60.0
-"""Shortest silence (s) of all streams after which a server counts as hung. A server may hold the tokens of a tool call
-back until they are parsed."""
+"""Shortest silence (s) of all streams after which a server counts as hung."""
 
 GAP_FACTOR, PREFILL_FACTOR = 10.0, 5.0
 """Silence may also last this multiple of the longest recent gap between two tokens of a stream, and this multiple of
@@ -36,6 +35,7 @@ class StreamTiming:
     Attributes:
         alone: no other request was waiting for its first token at the same time.
         tpot_ms: pace (ms per token) by which the step gate makes the request skip steps; None if it skips none.
+        may_pause: the server may hold its tokens back: those of a tool call, until the call is complete.
         batch_at_first, context_at_first: virtual batch size and mean context when the first token arrived.
     """
 
@@ -44,6 +44,7 @@ class StreamTiming:
     sequences: int
     alone: bool
     tpot_ms: float | None = None
+    may_pause: bool = False
     first_at: float | None = None
     batch_at_first: float = 0.0
     context_at_first: float = 0.0
@@ -76,13 +77,15 @@ class StepSampler:
         self.learns = True
         self._state = state
         self._streams: set[StreamTiming] = set()
-        self._prefilling = 0
+        self._prefilling = self._may_pause = 0
         self._alone: StreamTiming | None = None
         # By pace (ms per token). Sums, because each first token asks for them and there may be thousands of streams.
         self._decoding: dict[float | None, _Decoding] = {}
         self._longest_gap_s = 0.0
 
-    def sent(self, at: float, prompt_tokens: float, sequences: int, tpot_ms: float | None = None) -> StreamTiming:
+    def sent(
+        self, at: float, prompt_tokens: float, sequences: int, tpot_ms: float | None = None, may_pause: bool = False
+    ) -> StreamTiming:
         """Record that a request was sent.
 
         Args:
@@ -90,11 +93,14 @@ class StepSampler:
             prompt_tokens: prompt length; may be an estimate.
             sequences: sequences that the request generates.
             tpot_ms: pace (ms per token) by which the step gate makes the request skip steps.
+            may_pause: the server may hold its tokens back until a tool call is complete.
         """
         if self._alone is not None and self._prefilling:
             # Concurrent prompts share the engine's prefill, so none of their TTFTs measures a single prefill.
             self._alone.alone = False
-        stream = StreamTiming(at, prompt_tokens, max(1, sequences), alone=not self._prefilling, tpot_ms=tpot_ms)
+        stream = StreamTiming(
+            at, prompt_tokens, max(1, sequences), alone=not self._prefilling, tpot_ms=tpot_ms, may_pause=may_pause
+        )
         self._alone = None if self._prefilling else stream
         self._prefilling += 1
         self._streams.add(stream)
@@ -110,6 +116,7 @@ class StepSampler:
         stream.tokens += count
         if stream.first_at is None:
             self._prefilling -= 1
+            self._may_pause += stream.may_pause
             stream.batch_at_first, stream.context_at_first = self._batch()
             stream.first_at = stream._last_at = at
             decoding = self._decoding.setdefault(stream.tpot_ms, _Decoding())
@@ -138,10 +145,15 @@ class StepSampler:
         self._state.step_time.observe(batch, 0, context, step)
         return True
 
-    def silence_limit_s(self) -> float:
-        """Return how long (s) the server may send nothing; infinite if no stream has begun. Call it regularly."""
+    def silence_limit_s(self, reports_progress: bool = False) -> float:
+        """Return how long (s) the server may send nothing; infinite if it may be right to. Call it regularly.
+
+        It is right while no stream has begun, and while each may pause, unless ``reports_progress``: then the server
+        itself says whether it computes something.
+        """
         self._longest_gap_s *= GAP_DECAY
-        if len(self._streams) == self._prefilling:
+        begun = len(self._streams) - self._prefilling
+        if not begun or (begun == self._may_pause and not reports_progress):
             return math.inf
         prompt_tokens = sum(stream.prompt_tokens for stream in self._streams if stream.first_at is None)
         prefill_s = self._state.step_time.prefill(prompt_tokens) if prompt_tokens else 0.0
@@ -156,6 +168,7 @@ class StepSampler:
         if stream.first_at is None:
             self._prefilling -= 1
             return False
+        self._may_pause -= stream.may_pause
         decoding = self._decoding[stream.tpot_ms]
         decoding.sequences -= stream.sequences
         decoding.kv_tokens -= stream.kv_tokens

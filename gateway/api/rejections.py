@@ -19,7 +19,8 @@ def answer_to(outcome: Rejection | QueueFull | EngineDown | Draining) -> tuple[s
             message = f"The queue of this SLO class is full (classes.{slo_class}.max_waiting)."
             return "queue_full", queue_full(message, limit, retry_after_s)
         case EngineDown(retry_after_s=retry_after_s):
-            message = f"The engine is down and expected back in {retry_after_s:.0f} s at the earliest, too late for this request."
+            back = f"expected back in {retry_after_s:.0f} s at the earliest"
+            message = f"The engine is down and {back}, too late for this request."
             return "engine_down", unavailable(message, "engine_unavailable", retry_after_s)
         case Draining():
             return "draining", draining()

@@ -43,7 +43,9 @@ class VllmEngineConfig(Section):
     any_model: bool = Field(False, description="Also serve models that no engine lists.")
     flags: dict[str, bool | int | float | str | list[str] | dict[str, Any] | None] = Field(default_factory=dict)
     env: dict[str, str | int | float] = Field(default_factory=dict, description="Set before vLLM is imported.")
-    gate: Literal["credit", "slack", "open"] = Field("credit", description="Step gate under policies without one, such as fcfs.")
+    gate: Literal["credit", "slack", "open"] = Field(
+        "credit", description="Step gate under policies without one, such as fcfs."
+    )
     step_times: StepTimesConfig | None = None
     calibrate: bool = True
     hang_timeout_s: float | None = Field(
@@ -128,7 +130,9 @@ class SimulatedEngineConfig(Section):
     max_model_len: int | None = Field(None, ge=1)
     kv_tokens: int | None = Field(None, ge=1)
     prefix_caching: bool = Field(True, description="Prompts share the KV memory of equal beginnings.")
-    gate: Literal["credit", "slack", "open"] = Field("credit", description="Step gate under policies without one, such as fcfs.")
+    gate: Literal["credit", "slack", "open"] = Field(
+        "credit", description="Step gate under policies without one, such as fcfs."
+    )
     step_times: StepTimesConfig | None = Field(None, description="Step times to use instead of a profile's.")
 
     @model_validator(mode="after")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import httpx
+import orjson
 import pytest
+from starlette.responses import JSONResponse, StreamingResponse
 
-from engine_adapter.engine import EngineEvents
+from engine_adapter.engine import EngineEvents, Receive, Scope, Send
 from engine_adapter.remote import engine as remote_engine
 from engine_adapter.remote import step_samples
 from engine_adapter.remote.engine import HttpEngine
@@ -73,6 +76,40 @@ async def test_request_that_waits_for_a_hung_engine_moves_to_another_one() -> No
         answers = await asyncio.gather(waiting, lost)
         assert {answer.status_code for answer in answers} == {200}
         assert second.state.alive
+
+
+async def test_server_that_holds_a_tool_call_back_until_it_is_complete_does_not_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ollama and others send a tool call as one event. Nothing comes while they generate it."""
+    monkeypatch.setattr(step_samples, "SILENCE_S", 0.2)
+    monkeypatch.setattr(remote_engine, "PROBE_EVERY_S", 0.05)
+    call = {"index": 0, "id": "call-1", "type": "function", "function": {"name": "write", "arguments": "{}"}}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "GET":
+            await JSONResponse({"data": [{"id": "simulated"}]})(scope, receive, send)
+        else:
+            await StreamingResponse(_events(), media_type="text/event-stream")(scope, receive, send)
+
+    async def _events() -> AsyncIterator[bytes]:
+        for delta in ({"role": "assistant", "content": "I "}, {"content": "write."}):
+            yield b"data: " + orjson.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}) + b"\n\n"
+        await asyncio.sleep(1.0)
+        choice = {"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}
+        yield b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\ndata: [DONE]\n\n"
+
+    tools = [{"type": "function", "function": {"name": "write", "parameters": {"type": "object"}}}]
+    async with serve(app) as url, live(HttpEngine("remote", url)) as antares:
+        # Without tools, a server has no reason to be silent.
+        assert (await antares.ask(chat())).status_code == 503
+        streamed, whole = await asyncio.gather(
+            antares.ask(chat(stream=True, tools=tools)), antares.ask(chat(tools=tools))
+        )
+        assert (streamed.status_code, whole.status_code) == (200, 200)
+        assert events(streamed.text)[-1]["choices"][0]["delta"]["tool_calls"] == [call]
+        assert whole.json()["choices"][0]["message"]["tool_calls"][0]["id"] == "call-1"
+        assert antares.engine.state.hangs == 1, "that of the request without tools"
 
 
 async def test_stream_of_a_server_that_answers_probes_and_sends_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:

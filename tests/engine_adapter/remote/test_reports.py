@@ -178,6 +178,35 @@ async def test_foreign_decodes_of_the_channel_end_when_the_engine_idles(monkeypa
             )
 
 
+async def test_progress_is_when_the_metrics_last_counted_new_tokens() -> None:
+    server = SimulatedVllm()
+    async with engine_of(server) as engine:
+        reports = engine._reports
+        await eventually(lambda: engine.state.reports.source == "metrics")
+        began, asked = reports.progress_at, server.asked
+        assert began is not None
+        await eventually(lambda: server.asked > asked + 3)
+        assert reports.progress_at == began
+        server.metrics = METRICS.replace(b"} 1000.0", b"} 1001.0")
+        await eventually(lambda: (reports.progress_at or 0.0) > began)
+        server.metrics = b""
+        await eventually(lambda: engine.state.reports.source == "")
+        assert reports.progress_at is None
+
+
+async def test_progress_is_when_the_channel_last_brought_steps() -> None:
+    with report_server() as server:
+        async with engine_of(SimulatedVllm(None), server.port) as engine:
+            reports, state = engine._reports, engine.state
+            await eventually(lambda: state.reports.source == "channel" and server.wanted)
+            began, heard = reports.progress_at, state.reports.at
+            assert began is not None
+            await eventually(lambda: state.reports.at != heard)
+            assert reports.progress_at == began, "a heartbeat is no step"
+            server.publish(encoded(1, running=1, waiting=0, kv_usage=0.5))
+            await eventually(lambda: (reports.progress_at or 0.0) > began)
+
+
 async def test_drafts_in_metrics_become_tokens_per_step() -> None:
     """Of 100 decodes between two readings, all had 3 drafts, and 150 of 300 were accepted: 2.5 tokens in a step."""
     server = SimulatedVllm()

@@ -164,6 +164,24 @@ def test_silence_limit_covers_the_prompts_that_the_server_has() -> None:
     assert sampler.silence_limit_s() == pytest.approx(PREFILL_FACTOR * state.step_time.prefill(5000))
 
 
+def test_streams_that_may_pause_are_silent_only_if_the_server_reports_no_progress() -> None:
+    sampler = StepSampler(EngineState())
+    call = sampler.sent(0.0, 10, 1, may_pause=True)
+    sampler.tokens(call, 1, 1.0)
+    assert sampler.silence_limit_s() == math.inf
+    assert sampler.silence_limit_s(reports_progress=True) == SILENCE_S
+    text = sampler.sent(1.0, 10, 1)
+    assert sampler.silence_limit_s() == math.inf, "it has not begun"
+    sampler.tokens(text, 1, 2.0)
+    assert sampler.silence_limit_s() == SILENCE_S, "a server that sends it nothing hangs"
+    sampler.finished(text, None)
+    sampler.finished(sampler.sent(2.0, 10, 1, may_pause=True), None)
+    assert sampler.silence_limit_s() == math.inf
+    sampler.finished(call, None)
+    sampler.tokens(sampler.sent(3.0, 10, 1), 1, 4.0)
+    assert sampler.silence_limit_s() == SILENCE_S
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_batch_at_a_first_token_counts_every_decoding_stream(seed: int) -> None:
     chance = random.Random(seed)
