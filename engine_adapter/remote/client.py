@@ -90,18 +90,25 @@ class Upstream:
         request = self._encoded(method, path, headers, content)
         if self._closed:
             raise EngineLost(f"{self.where}: the engine was stopped")
-        connection = self._take_idle() or await self._connect()
-        response = Response(self, connection, method == "HEAD")
-        self._active.add(response)
-        if self._check is None:
-            self._check_later(self.read_timeout_s)
-        try:
-            connection.send(response, request)
-            await response.head()
-        except BaseException:
-            response.close()
-            raise
-        return response
+        connection = self._take_idle()
+        while True:
+            is_kept = connection is not None
+            connection = connection or await self._connect()
+            response = Response(self, connection, method == "HEAD")
+            self._active.add(response)
+            if self._check is None:
+                self._check_later(self.read_timeout_s)
+            try:
+                connection.send(response, request)
+                await response.head()
+            except BaseException as error:
+                response.close()
+                if not (is_kept and response.closed_at_once and isinstance(error, EngineLost)):
+                    raise
+                # The server closed the idle connection while the request was on its way.
+                connection = None
+            else:
+                return response
 
     async def close(self) -> None:
         """Close every connection; requests in flight get `EngineLost`. Idempotent."""

@@ -19,6 +19,9 @@ LAST_BYTES_S = 0.02
 
 The client has its answer by then. Most servers send both at once."""
 
+_AT_ONCE_S = 1.0
+"""Seconds after its request in which a connection is lost that the server had closed before: a long round trip."""
+
 _MAX_UNREAD_BYTES = 1 << 18
 """Bytes of a body that are kept before they are read. Beyond that, the server has to wait."""
 
@@ -46,6 +49,7 @@ class Response:
     """The server's response. Leaving its ``with`` block closes it, which ends its generation.
 
     Attributes:
+        closed_at_once: whether the connection closed soon after the request, and before any byte of a response.
         complete: whether the whole response has arrived.
         status: the HTTP status.
         headers: the headers, with names in lower case.
@@ -66,6 +70,7 @@ class Response:
         "_unread_bytes",
         "_upstream",
         "_waiter",
+        "closed_at_once",
         "complete",
         "headers",
         "read_at",
@@ -81,7 +86,7 @@ class Response:
         self._connection: Connection | None = connection
         self._is_head = is_head
         self._loop = asyncio.get_running_loop()
-        self._head_arrived = self.complete = False
+        self._head_arrived = self.complete = self.closed_at_once = False
         self._unread: list[bytes] = []
         self._unread_bytes = 0
         self._error: Exception | None = None
@@ -239,6 +244,7 @@ class Response:
         """Note that the connection broke. Called by the connection."""
         if not self.complete and self._error is None:
             self._error = self._lost(reason)
+            self.closed_at_once = self.read_at == self._began and time.monotonic() < self._began + _AT_ONCE_S
         self._wake()
 
     def _lost(self, reason: str) -> EngineLost:

@@ -14,6 +14,7 @@ import pytest
 
 from engine_adapter.engine import EngineLost, EngineUnreachable
 from engine_adapter.remote import client
+from engine_adapter.remote import response as response_module
 from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.engine import HttpEngine
 
@@ -167,6 +168,39 @@ async def test_upstream_reuses_connections() -> None:
     async with upstream_of(script) as upstream:
         assert [await read(upstream) for _ in range(5)] == [b"ok"] * 5
         assert len(connections) == 1
+
+
+@pytest.mark.parametrize(
+    ("closes_after_s", "answers_again", "lost"),
+    [(0.0, True, False), (0.0, False, True), (0.3, True, True)],
+    ids=["sent again", "sent again only once", "not sent again after a while"],
+)
+async def test_request_on_a_connection_that_the_server_closes_meanwhile_is_sent_again(
+    monkeypatch: pytest.MonkeyPatch, closes_after_s: float, answers_again: bool, lost: bool
+) -> None:
+    """A server that closes an idle connection has not seen the request, and cannot say so."""
+    monkeypatch.setattr(response_module, "_AT_ONCE_S", 0.15)
+    connections: list[asyncio.StreamWriter] = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        if len(connections) == 1:
+            writer.write(OK)
+            await reader.readuntil(b"{}POST /x HTTP/1.1\r\n")
+            await asyncio.sleep(closes_after_s)
+        elif answers_again:
+            writer.write(OK)
+            return
+        writer.close()
+
+    async with upstream_of(script) as upstream:
+        assert await read(upstream) == b"ok"
+        if lost:
+            with pytest.raises(EngineLost, match="closed before the response was complete"):
+                await read(upstream)
+        else:
+            assert await read(upstream) == b"ok"
+        assert len(connections) == (1 if closes_after_s else 2)
 
 
 async def test_upstream_raises_engine_unreachable_without_a_server() -> None:
