@@ -55,6 +55,8 @@ BYTES_PER_TOKEN = 4
 """Bytes of request body per prompt token: an estimate that holds until the server reports its usage."""
 LARGEST_PARSED = 8 << 20
 """Largest non-streaming response (bytes) that is parsed for its usage. Bounds the memory of the copy."""
+_MAY_REJECT = frozenset((400, 422, 500, 501))
+"""Statuses by which servers reject a stream or ``stream_options``. 500: as an exception that nothing handles."""
 LOST_LOGGED_S = 10.0
 """Shortest time (s) between two log lines about lost responses. A dying server loses many at once."""
 
@@ -226,20 +228,21 @@ class HttpProxy:
         counter = plan.counter(request.observer, plan.sequences)
         if not plan.streams:
             request.observer.on_unobserved()
+        asked_usage = plan.asked_usage
         try:
-            with await self._response(request.scope, content) as response:
-                if not (plan.asked_usage and response.status in (400, 422)):
-                    await self._forward(request, plan, response, counter, timing)
-                    return
-                error = await response.read_all()
-                if not (b"stream_options" in error or b"include_usage" in error):
-                    await request.send_head(response, altered=False)
-                    await request.send_body(error, more=False)
-                    return
-            plan.without_usage()
-            with await self._response(request.scope, plan.encoded()) as response:
-                self._usage_unsupported |= response.status < 400
-                await self._forward(request, plan, response, counter, timing)
+            while True:
+                with await self._response(request.scope, content) as response:
+                    if not (plan.is_altered and response.status in _MAY_REJECT):
+                        self._usage_unsupported |= plan.asked_usage < asked_usage and response.status < 400
+                        await self._forward(request, plan, response, counter, timing)
+                        return
+                    error = await response.read_all()
+                    if not plan.gives_up(error):
+                        await self._relay(request, response, error)
+                        return
+                content = plan.encoded()
+                if not plan.streams:
+                    request.observer.on_unobserved()
         finally:
             counter.settle()
             computed = counter.usage.computed if counter.usage is not None and plan.sequences == 1 else None
@@ -311,10 +314,9 @@ class HttpProxy:
                 await request.send_last(*last, counter)
         await request.send_body(b"", more=False)
 
-    async def _relay(self, request: ClientRequest, response: Response) -> None:
-        """Forward a response unchanged."""
-        first = b""
-        if response.status >= 500 and request.scope["method"] != "HEAD":
+    async def _relay(self, request: ClientRequest, response: Response, first: bytes = b"") -> None:
+        """Forward a response unchanged. ``first``: what was read of its body."""
+        if not first and response.status >= 500 and request.scope["method"] != "HEAD":
             first = await response.read()
             if not first and response.status != 503:
                 raise EngineLost(f"{self._upstream.where}: {response.status} with no body")

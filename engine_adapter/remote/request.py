@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -36,6 +37,8 @@ _SLO_PREFIXES = (b"x-slo-", b"x-llm-d-slo-")
 # The gateway's own server sets them, so the client would get two.
 _SERVERS_OWN = frozenset((b"date", b"server"))
 _BODY_HEADERS = frozenset((b"content-length", b"content-encoding", b"content-md5", b"etag"))
+
+_STREAM = re.compile(rb"\bstream", re.IGNORECASE)
 
 _NOT_SENT = _HOP_BY_HOP | _CREDENTIALS | _REPLACED
 _NOT_RETURNED = _HOP_BY_HOP | _SERVERS_OWN
@@ -148,8 +151,24 @@ class CompletionPlan:
         """Whether the response may have a tool call, whose tokens some servers hold back until it is complete."""
         return bool(self.body.get("tools") or self.body.get("functions"))
 
-    def without_usage(self) -> None:
-        """Remove ``include_usage`` from the body."""
+    @property
+    def is_altered(self) -> bool:
+        """Whether the upstream request asks for what the client's does not: a stream, or its usage."""
+        return self.rewritten or self.asked_usage
+
+    def gives_up(self, error: bytes) -> bool:
+        """Ask no longer for what the client did not ask for and the server's ``error`` names. False without such."""
+        if self.asked_usage and (b"stream_options" in error or b"include_usage" in error):
+            self._drop_usage()
+        elif self.rewritten and _STREAM.search(error):
+            self._drop_usage()
+            self.body.pop("stream", None)
+            self.streams = self.rewritten = False
+        else:
+            return False
+        return True
+
+    def _drop_usage(self) -> None:
         self.asked_usage = False
         options = self.body.pop("stream_options", None) or {}
         options.pop("include_usage", None)

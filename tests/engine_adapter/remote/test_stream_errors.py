@@ -55,6 +55,14 @@ ERRORS: dict[str, tuple[bytes, int, str]] = {
     "event last": (b'data: {"detail": "boom"}\nevent:error\n\n', 500, "boom"),
     "CRLF": (b'event: error\r\ndata: {"error": "boom"}\r\n\r\n', 500, "boom"),
     "type": (b'data: {"type": "error", "message": "boom"}\n\n', 500, "boom"),
+    "about the request": (
+        b'data: {"error": {"message": "boom", "type": "invalid_request_error", "code": "context_length_exceeded"}}\n\n',
+        400,
+        "boom",
+    ),
+    "about the request, TGI": (b'event:error\ndata:{"error": "boom", "error_type": "validation"}\n\n', 400, "boom"),
+    "of the engine, TGI": (b'event:error\ndata:{"error": "boom", "error_type": "generation"}\n\n', 500, "boom"),
+    "types that are no text": (b'data: {"error": {"message": "boom", "type": [], "code": {}}}\n\n', 500, "boom"),
     "with choices": (
         b'data: {"error": {"message": "boom", "code": 502}, "choices": [{"index": 0, "delta": {"content": ""}, '
         b'"finish_reason":null}]}\n\n',
