@@ -1,7 +1,7 @@
 """The HTTP/1.1 client behind `HttpEngine`: kept-alive connections to one server, with streamed responses.
 
 It is small because it runs once per token: httptools parses, and there is no task, timer or lock per request or read.
-It does only what a proxy needs: no redirects, cookies or environment settings, and every wait for a response ends.
+It does only what a proxy needs: no redirects, cookies or proxies, and every wait for a response ends.
 """
 
 from __future__ import annotations
@@ -189,12 +189,13 @@ class Upstream:
 
     async def _connect(self) -> Connection:
         """Return a new connection. Raises `EngineUnreachable`, or `EngineLost` if `end_requests` was called."""
-        if self._secure and self._tls is None:
-            # Loading the certificate store takes 50 ms, and plain HTTP does not need it.
-            self._tls = httpx.create_ssl_context(trust_env=False)
         connection, limit = Connection(self.keep), asyncio.timeout(self._connect_timeout_s)
         self._connecting.add(limit)
         try:
+            if self._secure and self._tls is None:
+                # Loading the certificate store takes 50 ms, and plain HTTP does not need it. The environment may name
+                # another one.
+                self._tls = httpx.create_ssl_context()
             async with limit:
                 loop = asyncio.get_running_loop()
                 await loop.create_connection(lambda: connection, self._host, self._port, ssl=self._tls)

@@ -50,6 +50,8 @@ MODELS_EVERY_S = 30.0
 XARGS_OWNERS = ("vllm", "antares")
 """``owned_by`` of servers that accept ``vllm_xargs``. Other servers may reject a request with an unknown field."""
 
+_NO_SUCH_ROUTE = frozenset((404, 405, 501))
+
 PASS_THROUGH_CONNECTIONS = 256
 """Connections for requests that are not scheduled, beside one per sequence; convention."""
 
@@ -322,10 +324,13 @@ class HttpEngine:
         """
         began = time.monotonic()
         status = await self._status(self._health_path)
-        if status in (404, 405, 501) and self._health_path == "/health":
+        if status in _NO_SUCH_ROUTE and self._health_path == "/health":
             # Not vLLM. Every OpenAI-compatible server lists its models.
             self._health_path = "/v1/models"
             status = await self._status(self._health_path)
+        if status in _NO_SUCH_ROUTE and self._models:
+            # It has neither route. That it answers is all that can be known.
+            status = 200
         self._check_key(self._health_path, status)
         if status is None and self.state.alive and self._proxy.last_data_at > began:
             # It was too busy to answer, but sent data to others meanwhile.

@@ -26,6 +26,9 @@ STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")
 LARGEST_ADAPTED = 64 << 10
 """Largest error document of an engine (bytes) that is changed to the format of the API. Larger ones pass unchanged."""
 
+_OF_BODY = frozenset((b"content-type", b"content-length"))
+"""Headers of a response that change with its body."""
+
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -158,8 +161,9 @@ class HttpRequest:
         body = self._error_body
         if not message.get("more_body"):
             body = adapted(body, self.status, self.request_id)
-            headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
-            start = {**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+            headers = [header for header in start["headers"] if header[0].lower() not in _OF_BODY]
+            headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+            start = {**start, "headers": headers}
         await self.client_send(start)
         await self.client_send({**message, "body": body})
 

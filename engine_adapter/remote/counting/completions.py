@@ -21,7 +21,7 @@ _TOKEN, _OTHER = EventKind.TOKEN, EventKind.OTHER
 # Quotes inside JSON strings are escaped, so these never match inside generated text.
 _UNFINISHED = b'"finish_reason":null'
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
-_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*(?:\[\s*\]|null)')
 
 
 def _is_unfinished(event: bytes) -> bool:
@@ -108,18 +108,17 @@ class CompletionCounter(TokenCounter):
         chunk, self.error = event.chunk, event.error
         if self.error is not None:
             return self._end(EventKind.ERROR)
-        if chunk is None or not isinstance(choices := chunk.get("choices"), list):
+        if chunk is None:
             return _OTHER
-        usage = chunk.get("usage")
+        # Some servers leave the choices of the usage chunk out, or write null.
+        choices, usage = chunk.get("choices"), chunk.get("usage")
         if isinstance(usage, dict):
             self.usage = self._read_usage(usage)
-        if not choices:
-            if not isinstance(usage, dict):
-                return _OTHER
-            self.settle()
-            return EventKind.USAGE
+            if not choices:
+                self.settle()
+                return EventKind.USAGE
         kind = _OTHER
-        for choice in choices:
+        for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict) and self._see_choice(choice, at):
                 kind = _TOKEN
         if kind is _TOKEN and not self._several:

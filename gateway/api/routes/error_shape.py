@@ -22,6 +22,9 @@ _ANTHROPIC_TYPES = {
 }
 """The Anthropic API's error type by status. Other 4xx are ``invalid_request_error``, other 5xx ``api_error``."""
 
+_TEXT_BYTES = 1000
+"""Bytes of an error without structure that become its message."""
+
 _ANTHROPIC_KINDS = {*_ANTHROPIC_TYPES.values(), "api_error"}
 
 
@@ -80,15 +83,32 @@ def _anthropic_document(details: dict[str, Any], request_id: bytes) -> bytes:
 
 
 def _anthropic_adapted(body: bytes, status: int, request_id: bytes) -> bytes:
-    """vLLM answers invalid bodies in OpenAI's format, and uses its own error types in Anthropic's."""
+    """vLLM answers invalid bodies in OpenAI's format, and uses its own error types in Anthropic's.
+
+    Other servers have formats of their own, or none.
+    """
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
-        return body
-    details = document.get("error") if isinstance(document, dict) else None
-    if not isinstance(details, dict) or details.get("type") in _ANTHROPIC_KINDS:
-        return body
+        document = None
+    error = document.get("error") if isinstance(document, dict) else None
+    if isinstance(error, dict):
+        if error.get("type") in _ANTHROPIC_KINDS:
+            return body
+        details = error
+    else:
+        text = _error_text(document) if isinstance(document, dict) else body[:_TEXT_BYTES].decode(errors="replace")
+        is_text = text[:1] not in ("<", "[", "")
+        details = {"message": text if is_text else f"The engine answered with status {status}."}
     return _anthropic_document({**details, "type": _anthropic_type(status)}, request_id)
+
+
+def _error_text(document: dict[str, Any]) -> str:
+    """Return the message of an error without an object for it: ``error``, ``message``, or FastAPI's ``detail``."""
+    given = document.get("error") or document.get("message") or document.get("detail")
+    if isinstance(given, list) and given and isinstance(given[0], dict):
+        given = given[0].get("msg")
+    return given if isinstance(given, str) else ""
 
 
 def _details(error: ApiError, kind: str) -> dict[str, Any]:

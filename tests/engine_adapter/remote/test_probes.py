@@ -142,6 +142,19 @@ async def test_server_without_health_route_is_probed_by_its_models() -> None:
         assert not engine.takes_xargs, "the server may not support the field"
 
 
+@pytest.mark.parametrize("status", [404, 405, 501])
+async def test_server_with_neither_health_nor_models_is_up_if_its_models_are_configured(status: int) -> None:
+    async def only_chats(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b'{"detail":"no"}'})
+
+    async with proxied(only_chats, models=["m"]) as (engine, _):
+        assert engine.state.alive
+        assert engine.state.model == "m"
+    async with proxied(only_chats) as (engine, _):
+        assert not engine.state.alive, "nothing says which models it serves"
+
+
 @pytest.mark.parametrize("send_slo", [True, False])
 async def test_engine_takes_xargs_only_if_the_slo_is_sent(simulated: SimulatedEngine, send_slo: bool) -> None:
     async with proxied(simulated.app, send_slo=send_slo) as (engine, _):

@@ -59,6 +59,21 @@ async def test_long_event_within_the_bound_passes() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("choices", [b'"choices":[],', b'"choices":null,', b'"choices" : null, ', b""])
+async def test_usage_without_choices_in_any_spelling_is_counted_and_left_out(choices: bytes, stream: bool) -> None:
+    """A client that did not ask for it may read the first choice of each event."""
+    usage = b'data: {"id":"c1",%b"usage":{"prompt_tokens":5,"completion_tokens":20}}\n\n' % choices
+    words = [chunk(word) for word in ("a ", "b ", "c ", "d ", "e ", "f ", "g ", "h ", "i ", "j ")]
+    recorder = Recorder()
+    response = await answer_of(*words, chunk(None, "stop"), usage, DONE, recorder=recorder, stream=stream)
+    assert recorder.count() == 20
+    if stream:
+        assert response.content == b"".join([*words, chunk(None, "stop"), DONE])
+    else:
+        assert response.json()["usage"]["completion_tokens"] == 20
+
+
+@pytest.mark.parametrize("stream", [True, False])
 async def test_usage_in_every_event_and_two_sequences_are_counted(stream: bool) -> None:
     """As with ``continuous_usage_stats``."""
     recorder = Recorder()

@@ -13,7 +13,7 @@ import anthropic
 import openai
 import pytest
 
-from engine_adapter.engine import Receive, Scope, Send
+from engine_adapter.engine import ASGIApp, Receive, Scope, Send
 from engine_adapter.step_time.linear_forms import StepTimes
 from tests.fixtures.live_gateway import CHAT, TEXT, AdmitNothing, Live, chat, fast_engine, live
 from tests.fixtures.live_server import eventually
@@ -323,8 +323,39 @@ async def test_engine_error_gets_the_shape_of_the_messages_api(
     assert antares.outcomes["rejected"] == (path == MESSAGES)
 
 
-@pytest.mark.parametrize("data", [b"<html>no</html>", b"[]", b"{}", b"", b"x" * 100_000])
-async def test_engine_error_of_another_form_passes_unchanged(antares: Live, data: bytes) -> None:
+GENERIC = "The engine answered with status 502."
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"detail": "Not Found"}', "Not Found"),
+        (b'{"detail": [{"type": "missing", "loc": ["body"], "msg": "Field required"}]}', "Field required"),
+        (b'{"object": "error", "message": "no such model"}', "no such model"),
+        (b'{"error": "no such model"}', "no such model"),
+        (b"Internal Server Error", "Internal Server Error"),
+        (b"<html>no</html>", GENERIC),
+        (b"[]", GENERIC),
+        (b"{}", GENERIC),
+        (b"", GENERIC),
+    ],
+)
+async def test_engine_error_of_any_form_gets_the_shape_of_the_messages_api(
+    antares: Live, data: bytes, message: str
+) -> None:
+    antares.engine.stub = _refusing(data)
+    answer = await antares.ask(body_of(MESSAGES), MESSAGES)
+    assert (answer.status_code, answer.headers.get_list("content-type")) == (502, ["application/json"])
+    assert answer.json()["error"] == {"message": message, "type": "api_error"}
+
+
+async def test_long_engine_error_passes_unchanged(antares: Live) -> None:
+    antares.engine.stub = _refusing(b"x" * 100_000)
+    answer = await antares.ask(body_of(MESSAGES), MESSAGES)
+    assert (answer.status_code, answer.content) == (502, b"x" * 100_000)
+
+
+def _refusing(data: bytes) -> ASGIApp:
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         await send({"type": "http.response.start", "status": 502, "headers": [(b"content-type", b"text/html")]})
@@ -332,6 +363,4 @@ async def test_engine_error_of_another_form_passes_unchanged(antares: Live, data
             await send({"type": "http.response.body", "body": data[at : at + 30_000], "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    antares.engine.stub = refuse
-    answer = await antares.ask(body_of(MESSAGES), MESSAGES)
-    assert (answer.status_code, answer.content) == (502, data)
+    return refuse
