@@ -62,6 +62,6 @@ USER 10001
 EXPOSE 8100
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 \
-    CMD ["antares", "health", "--url", "http://127.0.0.1:8100"]
+    CMD ["antares", "health"]
 ENTRYPOINT ["antares"]
 CMD ["serve", "--config", "configs/container.yaml", "--host", "0.0.0.0"]

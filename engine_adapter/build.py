@@ -48,10 +48,15 @@ def http_engine(*, api_key_env: str | None, report: dict[str, Any] | None = None
 
 
 def _variable(key: str, name: str) -> str:
-    """Return the environment variable ``name``, which ``key`` of the configuration names."""
-    value = os.environ.get(name)
+    """Return the key in the environment variable ``name``, which ``key`` of the configuration names.
+
+    Space around it is no part of it: files and Secrets often end in a line break.
+    """
+    value = os.environ.get(name, "").strip()
     if not value:
         raise EngineStartError(f"{key} names {name}, but that environment variable is not set")
+    if not (value.isascii() and value.isprintable()):
+        raise EngineStartError(f"{key}: the key in {name} has a line break or another character that no key has")
     return value
 
 

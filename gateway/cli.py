@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -60,6 +61,9 @@ KeyEnv = Annotated[
     typer.Option(help="Environment variable with the API key; by default ANTARES_OPERATOR_KEY or ANTARES_API_KEY."),
 ]
 Url = Annotated[str, typer.Option(help="URL of the gateway.")]
+PORT = os.environ.get("ANTARES_PORT", "")
+LOCAL_URL = f"http://127.0.0.1:{PORT if PORT.isdecimal() else 8100}"
+"""The gateway of this machine or container: `antares serve` listens on ``ANTARES_PORT`` too."""
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (YAML); see configs/.")]
 
 
@@ -96,7 +100,7 @@ def serve(
 
 @app.command()
 def top(
-    url: Url = "http://127.0.0.1:8100",
+    url: Url = LOCAL_URL,
     key_env: KeyEnv = None,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
 ) -> None:
@@ -145,9 +149,9 @@ def config_check(
 
 @config_app.command("reload")
 def config_reload(
-    url: Url = "http://127.0.0.1:8100",
+    url: Url = LOCAL_URL,
     pid: Annotated[
-        int | None, typer.Option(help="Send SIGHUP to this process instead; its log has the result.")
+        int | None, typer.Option(min=1, help="Send SIGHUP to this process instead; its log has the result.")
     ] = None,
     key_env: KeyEnv = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the gateway's JSON document on stdout.")] = False,
@@ -195,7 +199,6 @@ def _key(variable: str | None) -> str | None:
 
 
 def _hang_up(pid: int) -> None:
-    import os
     import signal
 
     try:
@@ -208,7 +211,7 @@ def _hang_up(pid: int) -> None:
 
 @app.command()
 def health(
-    url: Url = "http://127.0.0.1:8100",
+    url: Url = LOCAL_URL,
     ready: Annotated[bool, typer.Option("--ready", help="Also require that an engine can serve requests.")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the answer.")] = 4.0,
 ) -> None:
@@ -242,7 +245,7 @@ def explain(
     request_id: Annotated[
         str, typer.Argument(help="The x-request-id of the response, or the id in the gateway's log.")
     ],
-    url: Url = "http://127.0.0.1:8100",
+    url: Url = LOCAL_URL,
     key_env: KeyEnv = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead.")] = False,
 ) -> None:
@@ -274,6 +277,9 @@ def explain(
     if as_json:
         typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
         return
+    if not isinstance(document, dict) or document.get("object") != "antares.request":
+        typer.echo(f"antares: {url} answered with something else; is it an Antares gateway?", err=True)
+        raise typer.Exit(1)
     from gateway.observability.explanation import explain as explained
 
     typer.echo(explained(document))

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from engine_adapter.server_url import server_url
 from gateway.config.engines import EngineConfig, HttpEngineConfig, fixed_pools
 from gateway.scheduling.shards import Shard
 
@@ -74,8 +75,12 @@ def read_servers(path: str) -> dict[str, int | None]:
 def _server(entry: Any) -> tuple[str, int | None]:
     """Return URL and report port of an entry in the file. Raises ValueError."""
     url, port = (entry.get("url"), entry.get("report_port")) if isinstance(entry, dict) else (entry, None)
-    if not isinstance(url, str) or not _is_url(url):
+    if not isinstance(url, str):
         raise ValueError(_FORMAT)
+    try:
+        server_url(url)
+    except ValueError as error:
+        raise ValueError(f"a URL in it {error}") from None
     if port is not None and (type(port) is not int or not 0 < port < 1 << 16):
         raise ValueError(f"the report_port of {url[:200]} is not a port")
     return url.rstrip("/"), port
@@ -140,6 +145,7 @@ class Discovery:
 
     async def follow(self, sections: Callable[[], Sequence[EngineConfig]], apply: Callable[[], None]) -> None:
         """Look up the addresses of ``sections()`` again and again, and call ``apply`` after each time."""
+        failure = ""
         while True:
             every_s = [pool.discover.every_s for pool in _pools(sections()) if pool.discover is not None]
             await asyncio.sleep(min(every_s, default=IDLE_S))
@@ -148,8 +154,11 @@ class Discovery:
             await self.refresh(sections())
             try:
                 apply()
+                failure = ""
             except Exception as error:
-                log.error("the engines stay as they are: %s", error, exc_info=error)
+                if str(error) != failure:
+                    failure = str(error)
+                    log.error("the engines stay as they are: %s", error, exc_info=log.isEnabledFor(logging.DEBUG))
 
     async def _look_up(self, pool: HttpEngineConfig) -> None:
         key, source = _key(pool), _source(pool)
@@ -222,11 +231,6 @@ def _source(pool: HttpEngineConfig) -> str:
 
 def _key(pool: HttpEngineConfig) -> tuple[str, str]:
     return pool.name, (pool.discover and pool.discover.file) or pool.base_url
-
-
-def _is_url(text: str) -> bool:
-    url = urlsplit(text)
-    return url.scheme in {"http", "https"} and bool(url.hostname) and "@" not in url.netloc
 
 
 def _is_usable(address: str) -> bool:

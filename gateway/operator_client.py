@@ -23,19 +23,24 @@ class Unreachable(Exception):  # noqa: N818 - named after its cause
 
 
 class NoKeyError(Exception):
-    """The environment variable that was named for the key is not set."""
+    """The environment variable for the key is not set, or holds no key."""
 
 
 def key_from(variable: str | None) -> str | None:
     """Return the API key in the environment ``variable``, or in the first one of `KEY_VARIABLES`; None without one.
 
-    Raises `NoKeyError` if ``variable`` is named but not set.
+    Space around it is no part of it. Raises `NoKeyError` if ``variable`` is named but not set, or if what is set is no
+    key. NOTE: no message contains a key.
     """
+    for name in KEY_VARIABLES if variable is None else (variable,):
+        key = os.environ.get(name, "").strip()
+        if key and not (key.isascii() and key.isprintable()):
+            raise NoKeyError(f"the key in {name} has a line break or another character that no key has")
+        if key:
+            return key
     if variable is not None:
-        if not os.environ.get(variable):
-            raise NoKeyError(f"the environment variable {variable} is not set")
-        return os.environ[variable]
-    return next((key for name in KEY_VARIABLES if (key := os.environ.get(name))), None)
+        raise NoKeyError(f"the environment variable {variable} is not set")
+    return None
 
 
 def call(method: str, url: str, timeout_s: float, key: str | None = None) -> tuple[int, Any]:

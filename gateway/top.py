@@ -40,7 +40,11 @@ async def run(url: str, key: str | None, once: bool, console: Console) -> None:
     """
     headers = {"authorization": f"Bearer {key}"} if key else {}
     timeout = httpx.Timeout(SILENCE_S)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, trust_env=False) as http:
+    try:
+        client = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+    except httpx.InvalidURL as error:
+        raise TopError(f"{url} is no URL: {error}. Set --url.") from error
+    async with client as http:
         if once:
             await _print_once(http, console)
             return
@@ -100,7 +104,7 @@ class View:
 
 
 async def _views(http: httpx.AsyncClient) -> AsyncIterator[View]:
-    """Yield the view after each snapshot. Raises `TopError` for any status but 200, and httpx.HTTPError."""
+    """Yield the view after each snapshot. Raises `TopError` for anything but a live feed, and httpx.HTTPError."""
     async with http.stream("GET", PATH) as response:
         if response.status_code != 200:
             await response.aread()
@@ -110,6 +114,8 @@ async def _views(http: httpx.AsyncClient) -> AsyncIterator[View]:
             if response.status_code in (401, 403):
                 advice = " Set ANTARES_OPERATOR_KEY, or --key-env, to the key of an operator."
             raise TopError(f"{http.base_url}{PATH.lstrip('/')} answers {response.status_code}.{advice}")
+        if not response.headers.get("content-type", "").startswith("text/event-stream"):
+            raise TopError(f"{http.base_url}{PATH.lstrip('/')} is no live feed. Is --url a gateway?")
         view, name = View([]), ""
         async for line in response.aiter_lines():
             field, _, value = line.partition(": ")

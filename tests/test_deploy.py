@@ -152,7 +152,8 @@ def test_dockerfile_copies_every_package_of_the_distribution():
 
 def test_dockerfile_sets_numeric_user_health_check_and_stop_signal():
     assert re.search(r"^USER \d+$", DOCKERFILE, re.MULTILINE)
-    assert '"antares", "health", "--url", "http://127.0.0.1:8100"' in DOCKERFILE
+    # The command follows ANTARES_PORT, as the gateway does.
+    assert 'CMD ["antares", "health"]' in DOCKERFILE
     assert "STOPSIGNAL SIGTERM" in DOCKERFILE
 
 

@@ -61,6 +61,7 @@ LAYERS = {
         "step_time",
         "service_kind",
         "suggestion",
+        "server_url",
     ],
     "predictor_service": ["cli", "training", "serving", "calibration", "model"],
     "lab": ["cli", "simulate", "bench", "profile", "workload_options", "bounds", "records", "workload"],

@@ -226,21 +226,6 @@ class Upstream:
         return head + b"\r\n\r\n" + content
 
 
-def server_url(text: str) -> str:
-    """Return ``text`` as the URL of a server, without a trailing ``/v1``. Raises ValueError if it is none."""
-    try:
-        url = urlsplit(text)
-        host, _ = url.hostname, url.port  # Reading the port checks it.
-    except ValueError:
-        host = None
-    if not host or "\\" in host or url.scheme not in ("http", "https"):
-        raise ValueError(f"base_url {text!r} is not an http(s) URL: write it like http://host:8000")
-    if url.username is not None or url.password is not None:
-        # Log lines and errors name the URL and would leak the credentials.
-        raise ValueError("base_url must not contain a user or a password: set the server's key as api_key")
-    return text.rstrip("/").removesuffix("/v1")
-
-
 def _described(error: OSError) -> str:
     """What an operator calls this error, if there is a common name, and the system's own words."""
     words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

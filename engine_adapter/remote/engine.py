@@ -23,9 +23,10 @@ from engine_adapter.engine import (
     RenderedPrompt,
 )
 from engine_adapter.model_card import ModelCard, read_cards
-from engine_adapter.remote.client import Upstream, server_url
+from engine_adapter.remote.client import Upstream
 from engine_adapter.remote.proxy import HttpProxy
 from engine_adapter.remote.reports import ReportAddress, Reports
+from engine_adapter.server_url import server_url
 from engine_adapter.step_time.curve import StepCurve
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.model import StepTimeModel

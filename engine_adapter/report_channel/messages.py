@@ -211,7 +211,11 @@ class Frames:
 
 
 def checked_key(key: str, variable: str) -> bytes:
-    """Return the key in the environment variable ``variable``. Raises ValueError if it is too short."""
-    if len(key.encode()) < LEAST_KEY_BYTES:
+    """Return the key in the environment variable ``variable``. Raises ValueError if it is too short.
+
+    Space around it is no part of it, at both ends of the channel.
+    """
+    checked = key.strip().encode()
+    if len(checked) < LEAST_KEY_BYTES:
         raise ValueError(f"{variable} must have at least {LEAST_KEY_BYTES} bytes: try `openssl rand -hex 24`")
-    return key.encode()
+    return checked

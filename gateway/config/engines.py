@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from engine_adapter.step_time.linear_forms import StepTimes
 from engine_adapter.step_time.profile import load_profile
-from gateway.config.section import URL_PATTERN, ModelName, Name, PositiveMs, Section
+from gateway.config.section import ModelName, Name, PositiveMs, Section, ServerUrl
 
 Aliases = Annotated[dict[ModelName, ModelName], Field(max_length=256)]
 
@@ -79,7 +79,7 @@ class HttpEngineConfig(Section):
 
     kind: Literal["http"]
     name: Name = "remote"
-    base_url: str = Field(pattern=URL_PATTERN)
+    base_url: ServerUrl
     discover: DiscoverConfig | None = Field(None, description="Find one engine per address of the host.")
     api_key_env: str | None = Field(None, description="Environment variable that holds the server's API key.")
     models: list[ModelName] = Field(
@@ -171,9 +171,7 @@ class PredictorConfig(Section):
     """The output-length predictor: a supervised child process, a remote service at ``url``, or disabled."""
 
     enabled: bool = True
-    url: str | None = Field(
-        None, pattern=URL_PATTERN, description="A predictor service to use instead of a supervised one."
-    )
+    url: ServerUrl | None = Field(None, description="A predictor service to use instead of a supervised one.")
     port: int = Field(0, ge=0, le=65535, description="Port of the supervised predictor; 0 picks a free port.")
     timeout_ms: PositiveMs = 20.0
     model_dir: str | None = None

@@ -118,7 +118,7 @@ async def test_section_with_another_host_forgets_the_addresses() -> None:
     assert await found(resolver, moved, knows) == {"pool-0": "http://10.0.0.8:8000"}
 
 
-async def test_follow_applies_after_each_look_up_and_survives_errors() -> None:
+async def test_follow_applies_after_each_look_up_and_survives_errors(caplog: pytest.LogCaptureFixture) -> None:
     resolver, applied = ScriptedResolver("10.0.0.5"), []
 
     def apply() -> None:
@@ -130,6 +130,8 @@ async def test_follow_applies_after_each_look_up_and_survives_errors() -> None:
     await eventually(lambda: len(applied) == 2)
     task.cancel()
     assert applied == [1, 2]
+    errors = [record for record in caplog.records if "stay as they are" in record.getMessage()]
+    assert [record.exc_info for record in errors] == [False], "the same error is logged once, without frames"
 
 
 async def test_resolver_returns_one_family_of_addresses() -> None:
@@ -175,7 +177,8 @@ async def test_each_url_in_a_file_is_an_engine(tmp_path: Path) -> None:
     "content",
     [
         "", "[]", "{}", '{"engines": null}', '{"engines": [7]}', '{"engines": ["10.0.0.5:8000"]}',
-        '{"engines": ["http://"]}', '{"engines": ["file:///etc/passwd"]}', '{"engines": ["http://user:key@a"]}',
+        '{"engines": ["http://"]}', '{"engines": ["http://10.0.0.6:80a0"]}', '{"engines": ["http://10.0.0.6:80000"]}',
+        '{"engines": ["file:///etc/passwd"]}', '{"engines": ["http://user:key@a"]}',
         '{"engines": [{"report_port": 9}]}', '{"engines": [{"url": "http://a", "report_port": 65536}]}',
         '{"engines": [{"url": "http://a", "report_port": "9"}]}',
         '{"engines": ["http://[::1"]}', "\xff", "[" * 100_000, '{"engines": []}', " " * (discovery.MAX_FILE_BYTES + 1),

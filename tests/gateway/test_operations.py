@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -351,9 +352,39 @@ async def test_reload_route_without_keys_is_for_local_programs_only() -> None:
             assert (await remote.post("/reload")).status_code == 403
 
 
+@pytest.mark.parametrize("pid", ["0", "-1"])
+async def test_reload_command_signals_no_group_of_processes(pid: str) -> None:
+    """``systemctl show -p MainPID`` prints 0 for a service that does not run."""
+    code, out, err = await run_antares("config", "reload", "--pid", pid)
+    assert (code, out) == (2, "")
+    assert "--pid" in err
+
+
+@pytest.mark.parametrize("key", ["a" * 20 + "\n" + "b" * 20, "ключ" * 6])
+@pytest.mark.parametrize("command", [("config", "reload"), ("top", "--once"), ("explain", "r-1")])
+async def test_commands_name_the_variable_of_a_broken_key_and_not_the_key(command: tuple[str, ...], key: str) -> None:
+    code, out, err = await run_antares(*command, ANTARES_OPERATOR_KEY=key)
+    assert (code, out) == (2, "")
+    assert err.startswith("antares: the key in ANTARES_OPERATOR_KEY has a line break")
+    assert key[:8] not in err
+
+
+async def test_explain_says_that_another_server_is_no_gateway() -> None:
+    async def other(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b'{"id": "r-1"}'})
+
+    async with serve(other) as url:
+        code, out, err = await run_antares("explain", "r-1", "--url", url)
+    assert (code, out) == (1, "")
+    assert "is it an Antares gateway?" in err
+
+
 async def test_health_command(tmp_path: Path) -> None:
     async with live() as antares:
         assert await run_antares("health", "--url", antares.url) == (0, "ok\n", "")
+        port = str(urlsplit(antares.url).port)
+        assert await run_antares("health", ANTARES_PORT=port) == (0, "ok\n", "")
         assert (await run_antares("health", "--url", antares.url, "--ready"))[0] == 0
         antares.gateway.proxy.draining = True
         assert await run_antares("health", "--url", antares.url, "--ready") == (1, "", "not ready: draining\n")

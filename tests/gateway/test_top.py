@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from engine_adapter.engine import Receive, Scope, Send
 from engine_adapter.simulated.engine import SimulatedEngine
 from gateway import top
 from gateway.observability import live as feed
 from gateway.top import TopError, View, frame, run
 from tests.fixtures.live_gateway import CLASSES, fast_engine, live
-from tests.fixtures.live_server import HANG_S
+from tests.fixtures.live_server import HANG_S, serve
 from tests.fixtures.ports import free_port
 
 pytestmark = pytest.mark.process
@@ -92,6 +93,21 @@ async def test_answer_of_another_server_is_an_error() -> None:
     async with live() as antares:
         with pytest.raises(TopError, match=r"answers 404\. Is --url a gateway"):
             await run(f"{antares.url}/v1", None, True, console())
+
+
+async def test_page_that_is_no_feed_is_an_error() -> None:
+    async def page(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html")]})
+        await send({"type": "http.response.body", "body": b"<html>"})
+
+    async with serve(page) as url:
+        with pytest.raises(TopError, match=r"no live feed\. Is --url a gateway"):
+            await run(url, None, True, console())
+
+
+async def test_url_that_is_none_is_an_error() -> None:
+    with pytest.raises(TopError, match=r"is no URL: .+ Set --url"):
+        await run("http://127.0.0.1:abc", None, True, console())
 
 
 async def test_view_comes_back_after_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from engine_adapter.remote.reports import ReportAddress
 from engine_adapter.remote.server_metrics import ServerMetrics, read_metrics
 from engine_adapter.report_channel import client as client_module
 from engine_adapter.report_channel import server as server_module
-from engine_adapter.report_channel.messages import EngineLimits, QueueReport
+from engine_adapter.report_channel.messages import EngineLimits, QueueReport, checked_key
 from tests.fixtures.live_server import eventually, serve
 from tests.fixtures.report_channel import KEY, encoded, report_server
 
@@ -302,6 +302,27 @@ def test_key_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build().name == "remote"
     report["port"] = None  # a server whose entry in `discover.file` has no port
     assert build().name == "remote"
+
+
+@pytest.mark.parametrize("given", ["secret-key\n", " secret-key\r\n", "secret-key"])
+def test_space_around_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """A Secret made by ``echo``, or a file of variables with Windows' line ends."""
+    monkeypatch.setenv("ENGINE_KEY", given)
+    engine = http_engine(api_key_env="ENGINE_KEY", name="remote", base_url="http://127.0.0.1:9")
+    assert isinstance(engine, HttpEngine)
+    assert engine._api_key == "secret-key"
+    assert checked_key(f"{KEY.decode()}\n", "REPORT_KEY") == KEY
+
+
+@pytest.mark.parametrize("given", ["one\ntwo", "schlüssel", "a\tb"])
+def test_value_that_is_no_key_is_named_and_not_quoted(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("ENGINE_KEY", given)
+    with pytest.raises(EngineStartError, match="api_key_env: the key in ENGINE_KEY has a line break") as raised:
+        http_engine(api_key_env="ENGINE_KEY", name="remote", base_url="http://127.0.0.1:9")
+    assert given not in str(raised.value)
+    monkeypatch.setenv("ENGINE_KEY", "\n")
+    with pytest.raises(EngineStartError, match="not set"):
+        http_engine(api_key_env="ENGINE_KEY", name="remote", base_url="http://127.0.0.1:9")
 
 
 def test_address_does_not_show_its_key() -> None:
