@@ -33,6 +33,7 @@ from gateway.observability.recorder import ObservabilityError
 from gateway.predictor_process import supervised_predictor
 from gateway.reload import Reloader, Report
 from gateway.scheduling.shards import Shard
+from gateway.supervisor import Supervisor
 
 log = logging.getLogger("antares.serve")
 console = Console(stderr=True, highlight=False)
@@ -87,8 +88,7 @@ async def serve(
         stack.push_async_callback(cancel_and_wait, asyncio.create_task(sd_notify.keep_watchdog(), name="watchdog"))
         discovery = Discovery(shard=_shard(config))
         gateway = await _gateway(config, predictor_url, discovery)
-        if supervisor is not None:
-            supervisor.on_restart = gateway.metrics.predictor_restarts.inc
+        _count_restarts(gateway.metrics.predictor_restarts.inc, supervisor, child)
         server = _Server(
             uvicorn.Config(
                 gateway,
@@ -172,6 +172,14 @@ def _build(config: EngineConfig) -> Engine:
         return build_engine(config)
     except (EngineStartError, ValueError) as error:
         raise ServeError(f"engine {config.name}: {error}") from error
+
+
+def _count_restarts(count: Callable[[], None], supervisor: Supervisor | None, child: Child | None) -> None:
+    """Have ``count`` called for each restart of the predictor: this process's own, or the one that several share."""
+    if supervisor is not None:
+        supervisor.on_restart = count
+    if child is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, count)
 
 
 async def _start(config: GatewayConfig, gateway: Gateway) -> None:

@@ -7,7 +7,6 @@ request's class. Actual lengths go to these statistics and, if the service made 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
@@ -174,13 +173,25 @@ class LengthPredictor:
         )
 
     async def warm_up(self, max_wait_s: float = 5.0) -> bool:
-        """Wait until the service responds, so that no request waits for its slow first call. False on timeout."""
-        deadline = time.monotonic() + max_wait_s
-        while self.url is not None and time.monotonic() < deadline:
-            with contextlib.suppress(_CallFailedError, _RejectedError):
+        """Wait until the service responds, so that no request waits for its slow first call.
+
+        False on timeout: then the breaker is open until the service responds.
+        """
+        if self.url is None:
+            return False
+        deadline, why = time.monotonic() + max_wait_s, ""
+        while time.monotonic() < deadline:
+            try:
                 await self._post([_PROBE])
+            except (_CallFailedError, _RejectedError) as error:
+                why = str(error)
+            else:
+                self._breaker.record(True)
                 return True
             await asyncio.sleep(0.2)
+        while self._breaker.closed:
+            self._breaker.record(False)
+        self._on_open(why)
         return False
 
     def observe(self, slo_class: str, tokens: int) -> None:
@@ -236,17 +247,23 @@ class LengthPredictor:
         await asyncio.wait({pending.answer}, timeout=self.timeout_s)
         if not pending.answer.done():
             pending.answer.cancel()
-            self._count_failure()
+            self._count_failure(f"no answer within {1000 * self.timeout_s:g} ms")
             return None
         return pending.answer.result()
 
-    def _count_failure(self) -> None:
+    def _count_failure(self, why: str) -> None:
         """Count the current call as failed, at most once."""
         if self._failed_call != self._calls:
             self._failed_call = self._calls
             self._breaker.record(False)
-            if not self._breaker.closed and (self._prober is None or self._prober.done()):
-                self._prober = asyncio.create_task(self._probe(), name="probe the predictor")
+            if not self._breaker.closed:
+                self._on_open(why)
+
+    def _on_open(self, why: str) -> None:
+        """Probe the service until it responds."""
+        if self._prober is None or self._prober.done():
+            log.warning("the predictor at %s does not respond: %s; recent lengths are the predictions", self.url, why)
+            self._prober = asyncio.create_task(self._probe(), name="probe the predictor")
 
     async def _probe(self) -> None:
         """Call the service every `PROBE_S` seconds until the breaker is closed, by a probe or by a request."""
@@ -259,6 +276,7 @@ class LengthPredictor:
                     self._breaker.record(False)
                 else:
                     self._breaker.record(True)
+        log.info("the predictor at %s responds again", self.url)
 
     async def _send(self) -> None:
         # A request's timeout does not cancel the call, which has other questions too. It ends by its own timeout.
@@ -272,13 +290,13 @@ class LengthPredictor:
             try:
                 answers = [*await self._post([pending.document for pending in batch])]
                 self._rejections = 0
-            except _RejectedError:
+            except _RejectedError as error:
                 # One input may be at fault, but not every input.
                 self._rejections += 1
                 if self._rejections >= _MAX_REJECTIONS:
-                    self._count_failure()
-            except _CallFailedError:
-                self._count_failure()
+                    self._count_failure(str(error))
+            except _CallFailedError as error:
+                self._count_failure(str(error))
             if self._failed_call != self._calls:
                 self._breaker.record(True)
             for pending, answer in zip(batch, answers, strict=True):
@@ -289,14 +307,18 @@ class LengthPredictor:
         try:
             status, body = await self._call(b"/v1/predict", {"inputs": questions})
             if status in (400, 413, 422):
-                raise _RejectedError
+                raise _RejectedError(f"it returned {status}")
             if status != 200:
-                raise _CallFailedError
+                raise _CallFailedError(f"it returned {status}")
             predictions = [_read(answer) for answer in orjson.loads(body)["predictions"]]
-        except (EngineLost, TimeoutError, ValueError, LookupError, TypeError) as error:
-            raise _CallFailedError from error
+        except EngineLost as error:
+            raise _CallFailedError(str(error)) from error
+        except TimeoutError as error:
+            raise _CallFailedError(f"no answer within {_CALL_TIMEOUT_S:g} s") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise _CallFailedError("its answer has no predictions") from error
         if len(predictions) != len(questions) or not all(math.isfinite(p.tokens + p.p90) for p in predictions):
-            raise _CallFailedError
+            raise _CallFailedError("its answer has no predictions")
         return predictions
 
     async def _post_reports(self, reports: list[LengthReport]) -> None:

@@ -59,6 +59,7 @@ class Process:
     Attributes:
         own_port: the port that only it listens on.
         status: why it is not ready; if it is, it begins with `READY`.
+        serves: it has begun to serve.
         up: it serves, with the configuration that counts now.
         failed: whether it ended before it ever served.
     """
@@ -69,7 +70,7 @@ class Process:
         self.index, self.own_port = child.index, child.own_port
         self.status, self.up, self.failed = STARTING, False, False
         self._on_change, self._on_reload, self._checks_left = on_change, on_reload, START_CHECKS
-        self._serves = self._was_up = self._must_reload = False
+        self.serves = self._was_up = self._must_reload = False
         path = folder / f"{child.index}.sock"
         self._mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._mailbox.bind(str(path))
@@ -114,8 +115,8 @@ class Process:
 
     def reload(self) -> None:
         """Have the process read the configuration file again, once it serves: before that the signal would end it."""
-        self.up, self._must_reload = False, not self._serves
-        if self._serves:
+        self.up, self._must_reload = False, not self.serves
+        if self.serves:
             self.send(signal.SIGHUP)
 
     def check(self) -> None:
@@ -127,7 +128,7 @@ class Process:
 
     def _keep(self, code: int) -> bool:
         """Return whether to start the process again, which ended with ``code``: not if it has never started."""
-        self.up = self._serves = False
+        self.up = self.serves = False
         self.status = f"it ended with code {code}"
         self.failed = not self._was_up
         self._on_change()
@@ -147,7 +148,7 @@ class Process:
         if "X_OWN_PORT" in said:
             self.own_port = int(said["X_OWN_PORT"])
         if "READY" in said:
-            self.up = self._serves = self._was_up = True
+            self.up = self.serves = self._was_up = True
             if self._must_reload:
                 self.reload()
         if "RELOADING" in said:
@@ -219,6 +220,11 @@ class Parent:
         for process in self.processes:
             process.reload()
 
+    def on_predictor_restart(self) -> None:
+        """Have the first process count it, since the parent has no metrics."""
+        if self.processes and self.processes[0].serves:
+            self.processes[0].send(signal.SIGUSR2)
+
     def _reload_all_but(self, done: Process) -> None:
         for process in self.processes:
             if process is not done:
@@ -285,6 +291,7 @@ async def serve_all(file: Path, config: GatewayConfig, overrides: Mapping[str, A
         parent = Parent(file, config, {**overrides, **shared}, shard)
         _on_signals(parent)
         if supervisor is not None:
+            supervisor.on_restart = parent.on_predictor_restart
             await supervisor.start()
             stack.push_async_callback(supervisor.stop)
         beating = asyncio.create_task(sd_notify.keep_watchdog(), name="watchdog")

@@ -226,6 +226,12 @@ async def test_processes_share_one_predictor(tmp_path: Path) -> None:
             lines = command_lines(process)
             assert sorted("predictor_service.cli" in line for line in lines.values()) == [False, False, True]
             assert await ask(http) == 200
+            os.kill(next(pid for pid, line in lines.items() if "predictor_service.cli" in line), signal.SIGKILL)
+            async with asyncio.timeout(HANG_S):
+                # Only one of the processes counts it.
+                while "antares_predictor_restarts_total 1.0" not in (await http.get("/metrics")).text:
+                    http._transport = httpx.AsyncHTTPTransport()
+                    await asyncio.sleep(0.1)
             process.terminate()
             assert await process.wait() == 0
             assert not alive(lines)

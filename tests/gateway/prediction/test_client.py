@@ -122,6 +122,25 @@ async def test_predict_falls_back_on_an_unreachable_url(url: str) -> None:
     await client.close()
 
 
+async def test_service_that_does_not_respond_at_the_start_is_down_until_it_responds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(prediction_client, "PROBE_S", 0.05)
+    caplog.set_level("INFO", "antares.prediction")
+    service = Service({"error": {}}, 500)
+    async with serving(service) as url:
+        client = make_client(url)
+        client._breaker._pause = 0.05
+        assert not await client.warm_up(max_wait_s=0.05)
+        assert not client.up
+        said = [record.getMessage() for record in caplog.records if record.name == "antares.prediction"]
+        assert said == [f"the predictor at {url} does not respond: it returned 500; recent lengths are the predictions"]
+        service.answer, service.status = prediction(7), 200
+        await eventually(lambda: client.up)
+        await eventually(lambda: "responds again" in caplog.text)
+        await client.close()
+
+
 @pytest.mark.parametrize("status", [400, 413, 422])
 async def test_rejected_input_does_not_open_the_breaker(status: int) -> None:
     service = Service({"error": {}}, status)
