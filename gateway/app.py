@@ -120,7 +120,7 @@ class Gateway:
         )
         self.wanted_replicas = WantedReplicas(self.recorder.decisions, self.engine_queues, self._wanted_settings())
         self.metrics.registry.register(self.wanted_replicas)
-        self.metrics.watch(self.engine_queues, self.ledger, self.windows)
+        self.metrics.watch(self.engine_queues, lambda: self.engines.unjoined, self.ledger, self.windows)
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
         self._retries = RetryBudget()
         limits = config.limits.limits()
@@ -369,6 +369,7 @@ class Gateway:
             "policy": self._config.policy.name,
             "draining": self.proxy.draining,
             "shard": self._config.shard.document(),
+            "starting": [{"name": q.engine.name, "why": q.engine.state.why_down} for q in self.engines.unjoined],
             "predictor": predictor,
             "predictor_up": self.predictor.up,
             "usage": self.proxy.accounts.document(MAX_TENANTS),

@@ -119,6 +119,11 @@ class Engines:
         return [m.name for m in self._members if not m.joined or (m.task is not None and not m.task.done())]
 
     @property
+    def unjoined(self) -> list[EngineQueue]:
+        """The queues of the engines that have not served yet. One may have the name of an engine that serves."""
+        return [member.queue for member in self._members if not member.joined]
+
+    @property
     def leaving(self) -> list[str]:
         """Names of the engines that finish their last requests."""
         return [member.name for member in self._leaving]

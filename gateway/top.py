@@ -245,6 +245,8 @@ def _engines(now: dict[str, Any], width: int) -> Table:
             _percent(quality["mape"]) if quality else "–",
             escape(engine["model"]),
         )
+    for engine in now["starting"]:
+        table.add_row(escape(engine["name"]), Text("starting", style="yellow"), *"––––––")
     return table
 
 

@@ -6,7 +6,7 @@ engine serves, never a value that a client sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, generate_latest
@@ -221,9 +221,18 @@ class Metrics:
             for kind, count in zip(("prompt", "predicted", "cached"), tokens, strict=True):
                 self.prefix_tokens.add((request.model, entry.engine, kind), count)
 
-    def watch(self, engine_queues: Sequence[EngineQueue], ledger: Ledger, windows: Windows) -> None:
-        """Export the state of ``engine_queues`` and ``ledger``, and the ``windows``, read at each scrape."""
-        self.registry.register(GatewayState(engine_queues, ledger, windows))
+    def watch(
+        self,
+        engine_queues: Sequence[EngineQueue],
+        starting: Callable[[], Iterable[EngineQueue]],
+        ledger: Ledger,
+        windows: Windows,
+    ) -> None:
+        """Export the state of ``engine_queues`` and ``ledger``, and the ``windows``, read at each scrape.
+
+        ``starting``: returns the queues of engines that have not served yet.
+        """
+        self.registry.register(GatewayState(engine_queues, starting, ledger, windows))
 
     def exposition(self) -> bytes:
         """Return the body of `/metrics`: this registry, then the process-wide one that an in-process vLLM uses."""

@@ -14,6 +14,7 @@ from gateway.observability.ledger import Ledger
 from gateway.observability.recorder import RecordSink, TrafficSink
 from gateway.observability.windows import Windows
 from gateway.scheduling.engine_queue import EngineQueue
+from gateway.scheduling.shadow import Shadow
 
 _WINDOW = ("slo_class", "tenant", "window")
 
@@ -34,6 +35,9 @@ STATE_METRICS: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamil
     "antares_waiting_requests": (GaugeMetricFamily, "Requests that wait for admission.", ("slo_class", "engine")),
     "antares_running_requests": (GaugeMetricFamily, "Requests that the engine serves.", ("slo_class", "engine")),
     "antares_engine_up": (GaugeMetricFamily, "1 while the engine can serve, else 0.", ("engine",)),
+    "antares_engine_starting": (
+        GaugeMetricFamily, "1 for an engine that was added or changed and has not served yet.", ("engine",),
+    ),
     "antares_engine_circuit": (
         GaugeMetricFamily, "1 for the state of the engine's circuit breaker, else 0.", ("engine", "state"),
     ),
@@ -141,8 +145,15 @@ class DroppedRecords(Collector):
 class GatewayState(Collector):
     """Collects `STATE_METRICS`."""
 
-    def __init__(self, engine_queues: Sequence[EngineQueue], ledger: Ledger, windows: Windows) -> None:
+    def __init__(
+        self,
+        engine_queues: Sequence[EngineQueue],
+        starting: Callable[[], Iterable[EngineQueue]],
+        ledger: Ledger,
+        windows: Windows,
+    ) -> None:
         self._engine_queues = engine_queues
+        self._starting = starting
         self._ledger = ledger
         self._windows = windows
 
@@ -163,6 +174,8 @@ class GatewayState(Collector):
         put("antares_ledger_open", self._ledger.open_count)
         for name, value, labels in self._windows.gauges():
             put(name, value, *labels)
+        for engine_queue in self._starting():
+            put("antares_engine_starting", 1, engine_queue.engine.name)
         for engine_queue in self._engine_queues:
             engine, state = engine_queue.engine.name, engine_queue.engine.state
             for slo_class in engine_queue.classes:
@@ -201,17 +214,7 @@ class GatewayState(Collector):
                 put("antares_gate_eligible_total", count, engine, tpot)
                 put("antares_gate_batched_total", state.gate.batched.get(tpot, 0), engine, tpot)
             for shadow in engine_queue.shadows.all:
-                source = (shadow.name, engine)
-                put("antares_shadow_up", shadow.up, *source)
-                put("antares_shadow_waiting_requests", shadow.waiting, *source)
-                put("antares_shadow_running_requests", shadow.running, *source)
-                put("antares_shadow_decisions_total", shadow.updates, *source)
-                put("antares_shadow_seconds_total", shadow.seconds, *source)
-                for slo_class, outcome, reason in shadow.outcomes:
-                    count = shadow.outcomes[slo_class, outcome, reason]
-                    put("antares_shadow_requests_total", count, *source, slo_class, outcome, reason)
-                for decisions in _AGREEMENT:
-                    put("antares_shadow_agreement_total", shadow.agreement[decisions], *source, *decisions)
+                _put_shadow(put, engine, shadow)
         return [*families.values(), *aliases.values()]
 
 
@@ -220,6 +223,19 @@ def _put_queue(put: Callable[..., None], engine: str, state: EngineState) -> Non
     put("antares_engine_waiting_sequences", state.engine_waiting, engine)
     put("antares_engine_foreign_sequences", state.foreign_sequences, engine)
     put("antares_engine_kv_usage_ratio", state.kv_usage, engine)
+
+
+def _put_shadow(put: Callable[..., None], engine: str, shadow: Shadow) -> None:
+    source = (shadow.name, engine)
+    put("antares_shadow_up", shadow.up, *source)
+    put("antares_shadow_waiting_requests", shadow.waiting, *source)
+    put("antares_shadow_running_requests", shadow.running, *source)
+    put("antares_shadow_decisions_total", shadow.updates, *source)
+    put("antares_shadow_seconds_total", shadow.seconds, *source)
+    for (slo_class, outcome, reason), count in list(shadow.outcomes.items()):
+        put("antares_shadow_requests_total", count, *source, slo_class, outcome, reason)
+    for decisions in _AGREEMENT:
+        put("antares_shadow_agreement_total", shadow.agreement[decisions], *source, *decisions)
 
 
 def _put_reports(put: Callable[..., None], engine: str, reports: ReportLog) -> None:

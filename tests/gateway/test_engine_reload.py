@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import re
 import signal
 import sys
 import time
@@ -13,10 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 
 from engine_adapter.engine import EngineEvents, EngineStartError
 from engine_adapter.remote.engine import HttpEngine
 from engine_adapter.step_time.linear_forms import StepTimes
+from gateway import top
 from gateway.engines import START_AGAIN_S
 from tests.fixtures.live_gateway import CHAT, Live, chat, fast_engine, gateway_config, live
 from tests.fixtures.live_server import HANG_S, eventually, serve
@@ -55,6 +59,24 @@ async def test_engine_that_is_added_serves_at_once() -> None:
         answer = await antares.ask({**chat(), "model": "second"})
         assert answer.status_code == 200
         assert 'antares_engine_up{engine="b"} 1.0' in antares.gateway.metrics.exposition().decode()
+
+
+async def test_engine_that_is_added_and_not_up_is_shown_until_it_serves() -> None:
+    port = free_port()
+    added = {"kind": "http", "name": "gpu", "base_url": f"http://127.0.0.1:{port}"}
+    async with live() as antares:
+        antares.gateway.reload(gateway_config(engines=[engine(), added]))
+        await eventually(lambda: "connection refused" in antares.gateway.status.document()["starting"][0]["why"])
+        assert antares.gateway.status.document()["starting"][0]["name"] == "gpu"
+        metrics = antares.gateway.metrics.exposition().decode()
+        assert 'antares_engine_starting{engine="gpu"} 1.0' in metrics
+        assert 'antares_engine_up{engine="gpu"}' not in metrics
+        shown = io.StringIO()
+        await top.run(antares.url, None, True, Console(width=120, file=shown))
+        assert re.search(r"gpu +starting", shown.getvalue())
+        antares.gateway.reload(gateway_config(engines=[engine()]))
+        assert antares.gateway.status.document()["starting"] == []
+        assert "antares_engine_starting{" not in antares.gateway.metrics.exposition().decode()
 
 
 async def test_removed_engine_finishes_its_requests_and_gets_no_new_ones() -> None:
