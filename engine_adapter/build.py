@@ -50,7 +50,7 @@ def http_engine(*, api_key_env: str | None, report: dict[str, Any] | None = None
 def _variable(key: str, name: str) -> str:
     """Return the key in the environment variable ``name``, which ``key`` of the configuration names.
 
-    Space around it is no part of it: files and Secrets often end in a line break.
+    White space around the key is dropped: files and Secrets often end in a line break.
     """
     value = os.environ.get(name, "").strip()
     if not value:

@@ -29,7 +29,7 @@ class NoKeyError(Exception):
 def key_from(variable: str | None) -> str | None:
     """Return the API key in the environment ``variable``, or in the first one of `KEY_VARIABLES`; None without one.
 
-    Space around it is no part of it. Raises `NoKeyError` if ``variable`` is named but not set, or if what is set is no
+    White space around the key is dropped. Raises `NoKeyError` if ``variable`` is named but not set, or if what is set is no
     key. NOTE: no message contains a key.
     """
     for name in KEY_VARIABLES if variable is None else (variable,):

@@ -213,7 +213,7 @@ class Frames:
 def checked_key(key: str, variable: str) -> bytes:
     """Return the key in the environment variable ``variable``. Raises ValueError if it is too short.
 
-    Space around it is no part of it, at both ends of the channel.
+    White space around the key is dropped, at both ends of the channel.
     """
     checked = key.strip().encode()
     if len(checked) < LEAST_KEY_BYTES:

@@ -54,6 +54,7 @@ async def test_metric_names_list_exactly_the_exported_metrics(antares: Live) -> 
         "_bytes",
         "_sequences",
         "_up",
+        "_starting",
         "_open",
         "_circuit",
         "_coefficient",
