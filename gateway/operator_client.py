@@ -29,8 +29,8 @@ class NoKeyError(Exception):
 def key_from(variable: str | None) -> str | None:
     """Return the API key in the environment ``variable``, or in the first one of `KEY_VARIABLES`; None without one.
 
-    White space around the key is dropped. Raises `NoKeyError` if ``variable`` is named but not set, or if what is set is no
-    key. NOTE: no message contains a key.
+    White space around the key is dropped. Raises `NoKeyError` if ``variable`` is named but not set, or if its value is
+    no key. NOTE: no message contains a key.
     """
     for name in KEY_VARIABLES if variable is None else (variable,):
         key = os.environ.get(name, "").strip()

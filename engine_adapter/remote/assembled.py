@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import repeat
 
@@ -10,7 +11,7 @@ import orjson
 from engine_adapter.remote.assemble import Assembler
 from engine_adapter.remote.client_request import BadUpstreamError
 from engine_adapter.remote.counting.completions import CompletionCounter
-from engine_adapter.remote.counting.token_counter import Batch, EventKind
+from engine_adapter.remote.counting.token_counter import Batch, EventKind, Json
 from engine_adapter.remote.events import EventReader
 from engine_adapter.remote.response import Response
 from engine_adapter.remote.sse import ParsedEvent
@@ -53,8 +54,17 @@ async def assembled(
         while await reader.next():
             pass
         status, body = assembler.response()
-        return status, orjson.dumps(body)
+        return status, _encoded(body)
     except UnreadableStream as error:
         raise BadUpstreamError(f"sent a stream that cannot be assembled: {error}") from error
-    except orjson.JSONEncodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadUpstreamError("sent a stream that cannot be assembled: it nests too deeply") from error
+
+
+def _encoded(body: Json) -> bytes:
+    """Return ``body`` as JSON. Raises ValueError or RecursionError if it nests too deeply."""
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError:
+        # Half of a surrogate pair, which UTF-8 cannot hold and JSON can escape.
+        return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()

@@ -47,6 +47,13 @@ async def test_bom_comments_ids_and_multi_line_data_are_understood() -> None:
     assert streamed.content == b"".join(stream[:2]) + DONE
 
 
+async def test_half_of_a_surrogate_pair_is_no_error() -> None:
+    """UTF-8 cannot hold it, but JSON can escape it. Some servers split an emoji over two events like this."""
+    half = b'data: {"id":"c1","choices":[{"index":0,"delta":{"content":"a\\ud83d"},"finish_reason":"stop"}]}\n\n'
+    assert content(await answer_of(half, DONE)) == "a\ud83d"
+    assert (await answer_of(half, DONE, stream=True)).content == half + DONE
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_event_that_never_ends_fails_within_bounded_memory(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse_module, "MAX_EVENT_BYTES", 1 << 16)
