@@ -19,5 +19,7 @@ def server_url(text: str) -> str:
         raise ValueError("must be an http or https URL such as http://host:8000")
     if url.username is not None or url.password is not None:
         # Log lines and errors name the URL and would leak the credentials.
-        raise ValueError("must not contain a user or a password; set the server's key by api_key_env")
+        raise ValueError(
+            "must not contain a user or a password; the key of an engine's server belongs into api_key_env"
+        )
     return text.rstrip("/").removesuffix("/v1")

@@ -172,7 +172,7 @@ def frame(view: View, width: int, height: int, trouble: str) -> RenderableType:
     classes, engines = _classes(view, window, width), _engines(now, width)
     tenants = _tenants(now, window)
     # Each table has a line of headings. The tenants give way first, then the reasons.
-    lines -= len(head) + len(now["classes"]) + len(now["engines"]) + 4
+    lines -= len(head) + len(now["classes"]) + len(now["engines"]) + len(now["starting"]) + 4
     reasons = _reasons(window, width)[: max(0, min(6, lines))]
     parts: list[RenderableType] = [*head, Text(), classes, Text(), engines]
     if reasons:

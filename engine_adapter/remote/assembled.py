@@ -57,14 +57,16 @@ async def assembled(
         return status, _encoded(body)
     except UnreadableStream as error:
         raise BadUpstreamError(f"sent a stream that cannot be assembled: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except orjson.JSONEncodeError as error:
         raise BadUpstreamError("sent a stream that cannot be assembled: it nests too deeply") from error
 
 
 def _encoded(body: Json) -> bytes:
-    """Return ``body`` as JSON. Raises ValueError or RecursionError if it nests too deeply."""
+    """Return ``body`` as JSON. Raises `orjson.JSONEncodeError` if it nests too deeply."""
     try:
         return orjson.dumps(body)
-    except orjson.JSONEncodeError:
-        # Half of a surrogate pair, which UTF-8 cannot hold and JSON can escape.
-        return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
+    except orjson.JSONEncodeError as error:
+        if "surrogates" not in str(error):
+            raise
+        # Half of a surrogate pair: UTF-8 cannot hold it, and JSON can escape it.
+        return json.dumps(body, separators=(",", ":")).encode()

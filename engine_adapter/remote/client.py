@@ -18,7 +18,7 @@ import httpx
 from engine_adapter.engine import EngineLost, EngineUnreachable
 from engine_adapter.remote.connection import Connection
 from engine_adapter.remote.request import Headers
-from engine_adapter.remote.response import Response
+from engine_adapter.remote.response import ClosedAtOnce, Response
 
 IDLE_CONNECTION_S = 4.0
 """Seconds that an idle connection is kept for reuse.
@@ -90,25 +90,35 @@ class Upstream:
         request = self._encoded(method, path, headers, content)
         if self._closed:
             raise EngineLost(f"{self.where}: the engine was stopped")
-        connection = self._take_idle()
-        while True:
-            is_kept = connection is not None
-            connection = connection or await self._connect()
-            response = Response(self, connection, method == "HEAD")
-            self._active.add(response)
-            if self._check is None:
-                self._check_later(self.read_timeout_s)
+        kept = self._take_idle()
+        if kept is None:
+            return await self._answered(await self._connect(), method, request)
+        try:
+            return await self._answered(kept, method, request)
+        except ClosedAtOnce as lost:
+            # The server probably closed the idle connection while the request was on its way.
+            if self._closed:
+                raise
             try:
-                connection.send(response, request)
-                await response.head()
-            except BaseException as error:
-                response.close()
-                if not (is_kept and response.closed_at_once and isinstance(error, EngineLost)):
-                    raise
-                # The server closed the idle connection while the request was on its way.
-                connection = None
-            else:
-                return response
+                connection = await self._connect()
+            except EngineUnreachable:
+                # It is down. It may have had the request, so the error must not say that nothing was sent.
+                raise lost from None
+            return await self._answered(connection, method, request)
+
+    async def _answered(self, connection: Connection, method: str, request: bytes) -> Response:
+        """Send ``request``, and return its response once the head has arrived. Raises `EngineLost`."""
+        response = Response(self, connection, method == "HEAD")
+        self._active.add(response)
+        if self._check is None:
+            self._check_later(self.read_timeout_s)
+        try:
+            connection.send(response, request)
+            await response.head()
+        except BaseException:
+            response.close()
+            raise
+        return response
 
     async def close(self) -> None:
         """Close every connection; requests in flight get `EngineLost`. Idempotent."""

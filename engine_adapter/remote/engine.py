@@ -165,7 +165,7 @@ class HttpEngine:
             lambda: self.takes_xargs and connections[0] >= 2 * self.state.max_num_seqs,
         )
         self._events = EngineEvents()
-        self._health_path = "/health"
+        self._health_path, self._has_health = "/health", False
         self._models = tuple(models)
         self._models_due_s = 0.0
         self._key_is_checked = self._is_silent = False
@@ -329,8 +329,10 @@ class HttpEngine:
             # Not vLLM. Every OpenAI-compatible server lists its models.
             self._health_path = "/v1/models"
             status = await self._status(self._health_path)
-        if status in _NO_SUCH_ROUTE and self._models:
-            # It has neither route. That it answers is all that can be known.
+        if status == 200:
+            self._has_health = True
+        elif status in _NO_SUCH_ROUTE and self._models and not self._has_health:
+            # It has neither route, and never had. That it answers is all that can be known.
             status = 200
         self._check_key(self._health_path, status)
         if status is None and self.state.alive and self._proxy.last_data_at > began:

@@ -56,7 +56,7 @@ BYTES_PER_TOKEN = 4
 LARGEST_PARSED = 8 << 20
 """Largest non-streaming response (bytes) that is parsed for its usage. Bounds the memory of the copy."""
 _MAY_REJECT = frozenset((400, 422, 500, 501))
-"""Statuses by which servers reject a stream or ``stream_options``. 500: as an exception that nothing handles."""
+"""Statuses by which servers reject a stream or ``stream_options``."""
 LOST_LOGGED_S = 10.0
 """Shortest time (s) between two log lines about lost responses. A dying server loses many at once."""
 
@@ -228,16 +228,15 @@ class HttpProxy:
         counter = plan.counter(request.observer, plan.sequences)
         if not plan.streams:
             request.observer.on_unobserved()
-        asked_usage = plan.asked_usage
         try:
             while True:
                 with await self._response(request.scope, content) as response:
                     if not (plan.is_altered and response.status in _MAY_REJECT):
-                        self._usage_unsupported |= plan.asked_usage < asked_usage and response.status < 400
+                        self._usage_unsupported |= plan.usage_was_rejected and response.status < 400
                         await self._forward(request, plan, response, counter, timing)
                         return
                     error = await response.read_all()
-                    if not plan.gives_up(error):
+                    if not plan.gives_up(response.status, error):
                         await self._relay(request, response, error)
                         return
                 content = plan.encoded()

@@ -48,9 +48,6 @@ class Reports:
         proxy: told whether the engine's own reports arrive.
         address: host, port and key of the report channel; None: there is none.
         may_preempt: whether requests reach the step gate, so that it can preempt best-effort ones.
-
-    Attributes:
-        progress_at: when the engine last reported that it computed something (monotonic s); None without reports.
     """
 
     def __init__(
@@ -62,13 +59,14 @@ class Reports:
         may_preempt: Callable[[], bool],
     ) -> None:
         self.events = EngineEvents()
-        self.progress_at: float | None = None
         self._state = state
         self._proxy = proxy
         self._may_preempt = may_preempt
         self._configured = (state.max_num_seqs, state.max_num_batched_tokens, state.prefix_caching)
         self._has_metrics = True
         self._last: ServerMetrics | None = None
+        self._progress_at: float | None = None
+        self._most_tokens = 0
         self._foreign = _Least()
         self._client: ReportClient | None = None
         self._receiving: asyncio.Task[None] | None = None
@@ -76,6 +74,11 @@ class Reports:
             self._client = ReportClient(
                 name, *address, on_connected=self._on_connected, on_report=self._on_report, on_lost=self._on_lost
             )
+
+    @property
+    def progress_at(self) -> float | None:
+        """When the engine last reported that it computed something (monotonic s); None without reports."""
+        return self._progress_at if self._state.reports.source else None
 
     def start(self) -> None:
         """Connect to the report channel, if there is one, and stay connected."""
@@ -98,6 +101,7 @@ class Reports:
         state.max_num_seqs, state.max_num_batched_tokens, state.prefix_caching = self._configured
         state.gate, state.kv_tokens, state.plans_ahead = GateReport(), 0, False
         self._has_metrics, self._last = True, None
+        self._progress_at, self._most_tokens = None, 0
         self._set_source("")
         self._forget_foreign()
 
@@ -120,8 +124,9 @@ class Reports:
         self._state.reports.note(METRICS, time.monotonic())
         self._set_queue(read.queue)
         before, self._last = self._last, read
-        if before is None or read.tokens > before.tokens:
-            self.progress_at = time.monotonic()
+        # NOTE: not the change since ``before``. An address that leads to several servers gives their counts in turns.
+        if self._progress_at is None or read.tokens > self._most_tokens:
+            self._progress_at, self._most_tokens = time.monotonic(), read.tokens
         step = None if before is None else read.steps_since(before)
         if step is not None and (step.drafting_requests or self._state.acceptance.accepted):
             self._state.acceptance.observe(step)
@@ -140,7 +145,7 @@ class Reports:
         state.prefix_caching, state.plans_ahead = limits.prefix_caching, limits.plans_ahead
         self._set_gate(GateReport(preemptible=limits.preemptible, kv_tokens=limits.kv_tokens))
         # Drafts are counted once: those of the time until the next reading of the metrics are not known.
-        self._last = None
+        self._last, self._progress_at = None, time.monotonic()
         self._set_source(CHANNEL)
         self._set_queue(QueueReport())
         self._on_capacity()
@@ -158,7 +163,7 @@ class Reports:
         for step in report.steps:
             state.observe_step(step)
         if report.steps:
-            self.progress_at = state.last_step_at = now
+            self._progress_at = state.last_step_at = now
             self.events.on_step()
 
     def _on_lost(self) -> None:
@@ -194,8 +199,6 @@ class Reports:
         self._set_foreign(0)
 
     def _set_source(self, source: str) -> None:
-        if source != self._state.reports.source:
-            self.progress_at = time.monotonic() if source else None
         self._state.reports.source = source
         self._proxy.set_reported(steps=source == CHANNEL, queue=bool(source))
 

@@ -89,6 +89,7 @@ class CompletionPlan:
         rewritten: the client wants one JSON body, but the upstream request asks for a stream.
         asked_usage: the proxy added ``include_usage``, so the client must not see the usage chunk.
         sequences: number of sequences that the request generates.
+        usage_was_rejected: the server rejected ``include_usage``.
     """
 
     counter: type[TokenCounter]
@@ -97,6 +98,7 @@ class CompletionPlan:
     rewritten: bool
     asked_usage: bool
     sequences: int
+    usage_was_rejected: bool = False
 
     @classmethod
     def make(
@@ -156,11 +158,13 @@ class CompletionPlan:
         """Whether the upstream request asks for what the client's does not: a stream, or its usage."""
         return self.rewritten or self.asked_usage
 
-    def gives_up(self, error: bytes) -> bool:
+    def gives_up(self, status: int, error: bytes) -> bool:
         """Ask no longer for what the client did not ask for and the server's ``error`` names. False without such."""
         if self.asked_usage and (b"stream_options" in error or b"include_usage" in error):
             self._drop_usage()
-        elif self.rewritten and _STREAM.search(error):
+            self.usage_was_rejected = True
+        # Some servers raise an exception that nothing handles. Other failures inside a server may name streams too.
+        elif self.rewritten and _STREAM.search(error) and (status != 500 or b"support" in error):
             self._drop_usage()
             self.body.pop("stream", None)
             self.streams = self.rewritten = False

@@ -19,7 +19,7 @@ LAST_BYTES_S = 0.02
 
 The client has its answer by then. Most servers send both at once."""
 
-_AT_ONCE_S = 1.0
+_AT_ONCE_S = 0.3
 """Seconds after its request in which a connection is lost that the server had closed before: a long round trip."""
 
 _MAX_UNREAD_BYTES = 1 << 18
@@ -32,6 +32,10 @@ _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _COMPRESSED = frozenset(("gzip", "x-gzip", "deflate"))
 READABLE_ENCODINGS = _COMPRESSED | {"identity", ""}
 """Values of ``content-encoding`` whose bodies `Response.plain_reader` reads as they were before."""
+
+
+class ClosedAtOnce(EngineLost):
+    """The connection closed soon after the request, and before any byte of a response."""
 
 
 class Owner(Protocol):
@@ -49,7 +53,6 @@ class Response:
     """The server's response. Leaving its ``with`` block closes it, which ends its generation.
 
     Attributes:
-        closed_at_once: whether the connection closed soon after the request, and before any byte of a response.
         complete: whether the whole response has arrived.
         status: the HTTP status.
         headers: the headers, with names in lower case.
@@ -70,7 +73,6 @@ class Response:
         "_unread_bytes",
         "_upstream",
         "_waiter",
-        "closed_at_once",
         "complete",
         "headers",
         "read_at",
@@ -86,7 +88,7 @@ class Response:
         self._connection: Connection | None = connection
         self._is_head = is_head
         self._loop = asyncio.get_running_loop()
-        self._head_arrived = self.complete = self.closed_at_once = False
+        self._head_arrived = self.complete = False
         self._unread: list[bytes] = []
         self._unread_bytes = 0
         self._error: Exception | None = None
@@ -244,7 +246,8 @@ class Response:
         """Note that the connection broke. Called by the connection."""
         if not self.complete and self._error is None:
             self._error = self._lost(reason)
-            self.closed_at_once = self.read_at == self._began and time.monotonic() < self._began + _AT_ONCE_S
+            if self.read_at == self._began and time.monotonic() < self._began + _AT_ONCE_S:
+                self._error = ClosedAtOnce(*self._error.args)
         self._wake()
 
     def _lost(self, reason: str) -> EngineLost:

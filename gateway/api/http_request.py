@@ -144,7 +144,7 @@ class HttpRequest:
             headers = [header for header in headers if not header[0].lower().startswith(b"x-ratelimit-")]
             headers += self.rate_headers()
         message = {**message, "headers": [*headers, (_REQUEST_ID, self.request_id)]}
-        if self.status >= 400 and self.route.errors.adapted is not None and not self.streaming:
+        if self.status >= 400 and self.route.errors.adapted is not None and not self.streaming and _is_plain(headers):
             self._error_start = message
             return
         await self.client_send(message)
@@ -166,6 +166,11 @@ class HttpRequest:
             start = {**start, "headers": headers}
         await self.client_send(start)
         await self.client_send({**message, "body": body})
+
+
+def _is_plain(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether the body of a response with ``headers`` is not compressed."""
+    return all(name.lower() != b"content-encoding" or value.lower() == b"identity" for name, value in headers)
 
 
 def is_event_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gateway.config.section import Section, ServerUrl
+from gateway.config.section import URL_PATTERN, Section
 
 
 class LoggingConfig(Section):
@@ -22,7 +22,7 @@ class TracingConfig(Section):
     """OpenTelemetry traces over OTLP/HTTP (extra ``otel``). ``OTEL_*`` environment variables fill what is not set."""
 
     enabled: bool = False
-    endpoint: ServerUrl | None = Field(None, description="The collector's base URL.")
+    endpoint: str | None = Field(None, pattern=URL_PATTERN, description="The collector's base URL.")
     sample_ratio: float | None = Field(
         None, ge=0, le=1, description="Of the requests whose client sends no trace context."
     )

@@ -303,6 +303,11 @@ class Decisions:
         """Return the records that are kept, and the entries of the open requests. Takes about 50 us."""
         return list(self._ended), list(self._open.values())
 
+    @property
+    def known_since_s(self) -> float:
+        """Since when all requests that ended are kept (monotonic s); 0 if none was dropped yet."""
+        return self._ended[0].arrival_s if len(self._ended) >= max(1, self._keep) else 0.0
+
     def find(self, request_id: str, tenant: str | None) -> RequestRecord | None:
         """Return the latest request with this id, scheduled or not, of ``tenant`` (None: of any)."""
         for entry in reversed(self._open.values()):

@@ -228,7 +228,8 @@ class WantedReplicas(Collector):
 
     def _document(self, answer: dict[str, Any], question: dict[str, Any], engines: int) -> dict[str, Any]:
         target, window_s = self.settings.target, self.settings.window_s
-        observed_s = min(window_s, time.monotonic() - self._since)
+        now = time.monotonic()
+        observed_s = now - max(now - window_s, self._since, self._decisions.known_since_s)
         tried = ", ".join(
             f"{share:.1%} with {count}" for count, share in sorted(answer["tried"].items(), key=_by_count)
         )

@@ -222,7 +222,8 @@ class Parent:
 
     def on_predictor_restart(self) -> None:
         """Have the first process count it, since the parent has no metrics."""
-        if self.processes and self.processes[0].serves:
+        # A process that ends may have no handler any more, and would die of the signal.
+        if not self._ending.is_set() and self.processes and self.processes[0].serves:
             self.processes[0].send(signal.SIGUSR2)
 
     def _reload_all_but(self, done: Process) -> None:

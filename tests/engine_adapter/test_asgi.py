@@ -76,7 +76,7 @@ def test_encode_json_rejects_deep_documents() -> None:
 def test_completion_plan_leaves_the_document_unchanged(send_slo: bool) -> None:
     document = {"messages": [], "vllm_xargs": {"antares_gate": "slack"}}
     plan = CompletionPlan.make(document, rewrite=True, ask_usage=True, send_slo=send_slo)
-    assert plan.gives_up(b"unknown field stream_options")
+    assert plan.gives_up(400, b"unknown field stream_options")
     assert plan.body["stream"] is True
     assert document == {"messages": [], "vllm_xargs": {"antares_gate": "slack"}}
 

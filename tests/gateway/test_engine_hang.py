@@ -93,8 +93,8 @@ async def test_server_that_holds_a_tool_call_back_until_it_is_complete_does_not_
             await StreamingResponse(_events(), media_type="text/event-stream")(scope, receive, send)
 
     async def _events() -> AsyncIterator[bytes]:
-        for delta in ({"role": "assistant", "content": "I "}, {"content": "write."}):
-            yield b"data: " + orjson.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}) + b"\n\n"
+        delta = {"role": "assistant", "content": "I write."}
+        yield b"data: " + orjson.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}) + b"\n\n"
         await asyncio.sleep(1.0)
         choice = {"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}
         yield b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\ndata: [DONE]\n\n"

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -220,21 +221,31 @@ async def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None
 
 
 async def test_processes_share_one_predictor(tmp_path: Path) -> None:
+    port = free_ports(3)
     async with servers(2) as engines:
-        config = {**document([*engines]), "predictor": {"enabled": True}}
+        config = {**document([*engines], port=port), "predictor": {"enabled": True}}
         async with served(tmp_path, yaml.safe_dump(config)) as (process, http):
             lines = command_lines(process)
             assert sorted("predictor_service.cli" in line for line in lines.values()) == [False, False, True]
             assert await ask(http) == 200
             os.kill(next(pid for pid, line in lines.items() if "predictor_service.cli" in line), signal.SIGKILL)
+            own = [f"http://{http.base_url.host}:{port + 1 + index}/metrics" for index in (0, 1)]
+
+            async def counts() -> list[str]:
+                return [_restarts(await http.get(url)) for url in own]
+
             async with asyncio.timeout(HANG_S):
-                # Only one of the processes counts it.
-                while "antares_predictor_restarts_total 1.0" not in (await http.get("/metrics")).text:
-                    http._transport = httpx.AsyncHTTPTransport()
+                while "1.0" not in await counts():
                     await asyncio.sleep(0.1)
+            assert await counts() == ["1.0", "0.0"], "one process counts for all"
             process.terminate()
             assert await process.wait() == 0
             assert not alive(lines)
+
+
+def _restarts(metrics: httpx.Response) -> str:
+    found = re.search(r"^antares_predictor_restarts_total (\S+)", metrics.text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 async def test_parent_tells_systemd_once_all_processes_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

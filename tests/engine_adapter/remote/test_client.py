@@ -187,7 +187,7 @@ async def test_request_on_a_connection_that_the_server_closes_meanwhile_is_sent_
     monkeypatch: pytest.MonkeyPatch, closes_after_s: float, answers_again: bool, lost: bool
 ) -> None:
     """A server that closes an idle connection has not seen the request, and cannot say so."""
-    monkeypatch.setattr(response_module, "_AT_ONCE_S", 0.15)
+    monkeypatch.setattr(response_module, "_AT_ONCE_S", 0.05 if closes_after_s else TEST_TIMEOUT_S)
     connections: list[asyncio.StreamWriter] = []
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -147,13 +147,14 @@ async def test_request_that_the_upstream_does_not_stream_is_sent_as_it_was(statu
         streamed = await client.post(CHAT, json=ask(stream=True))
     assert (plain.status_code, plain.content) == (200, document)
     assert upstream.bodies[1] == ask()
+    assert "stream_options" in upstream.bodies[2], "the server has not rejected these"
     assert (streamed.status_code, streamed.json()["error"]["message"]) == (status, message)
 
 
 @pytest.mark.parametrize("status", [400, 404, 422, 429, 500, 503])
 @pytest.mark.parametrize("stream", [True, False])
 async def test_upstream_errors_pass_through(status: int, stream: bool) -> None:
-    error = b'{"error":{"message":"no"}}'
+    error = b'{"error":{"message":"no"}}' if status != 500 else b'{"error":{"message":"CUDA stream error"}}'
     upstream = Scripted(lambda _: (status, b"application/json", error))
     async with proxied(upstream) as (_, client):
         response = await client.post(CHAT, json=ask(stream=stream))

@@ -155,6 +155,23 @@ async def test_server_with_neither_health_nor_models_is_up_if_its_models_are_con
         assert not engine.state.alive, "nothing says which models it serves"
 
 
+async def test_server_that_loses_its_health_route_is_down_although_its_models_are_configured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A load balancer answers 404 while the server behind it is gone."""
+    monkeypatch.setattr(engine_module, "PROBE_EVERY_S", 0.03)
+    status = 200
+
+    async def behind_a_balancer(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async with proxied(behind_a_balancer, models=["m"]) as (engine, _):
+        assert engine.state.alive
+        status = 404
+        await eventually(lambda: not engine.state.alive)
+
+
 @pytest.mark.parametrize("send_slo", [True, False])
 async def test_engine_takes_xargs_only_if_the_slo_is_sent(simulated: SimulatedEngine, send_slo: bool) -> None:
     async with proxied(simulated.app, send_slo=send_slo) as (engine, _):

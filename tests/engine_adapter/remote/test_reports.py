@@ -187,11 +187,17 @@ async def test_progress_is_when_the_metrics_last_counted_new_tokens() -> None:
         assert began is not None
         await eventually(lambda: server.asked > asked + 3)
         assert reports.progress_at == began
-        server.metrics = METRICS.replace(b"} 1000.0", b"} 1001.0")
+        more = METRICS.replace(b"} 1000.0", b"} 1001.0")
+        server.metrics = more
         await eventually(lambda: (reports.progress_at or 0.0) > began)
-        server.metrics = b""
-        await eventually(lambda: engine.state.reports.source == "")
+        # Neither a reading that fails nor another server at the same address is progress.
+        progress_at = reports.progress_at
+        await reports.read_metrics(_no_answer)
         assert reports.progress_at is None
+        for server.metrics in (METRICS, more, METRICS, more):
+            asked = server.asked
+            await eventually(lambda asked=asked: server.asked > asked + 1)
+        assert reports.progress_at == progress_at
 
 
 async def test_progress_is_when_the_channel_last_brought_steps() -> None:

@@ -62,7 +62,7 @@ def test_load_accepts_every_shipped_configuration(file: Path) -> None:
         ("kind: simulated", "kind: http\n    base_url: 10.0.0.1:8000", 5, "engines[0].base_url", "must begin with http://"),
         ("kind: simulated", "kind: http\n    base_url: http://a:80a0", 5, "engines[0].base_url", "must be an http"),
         ("kind: simulated", "kind: http\n    base_url: http://", 5, "engines[0].base_url", "must be an http or https"),
-        ("kind: simulated", "kind: http\n    base_url: http://u:p@a", 5, "engines[0].base_url", "by api_key_env"),
+        ("kind: simulated", "kind: http\n    base_url: http://u:p@a", 5, "engines[0].base_url", "into api_key_env"),
         ("default_class", "predictor: {url: 'http://a:99999'}\ndefault_class", 11, "predictor.url", "must be an http"),
         ("name: one", "nmae: one", 5, "engines[0].nmae", "unknown key; did you mean `name`?"),
         ("name: one", "name: no spaces please", 5, "engines[0].name", "match pattern"),

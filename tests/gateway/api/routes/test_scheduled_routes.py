@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import re
 import time
@@ -349,16 +350,23 @@ async def test_engine_error_of_any_form_gets_the_shape_of_the_messages_api(
     assert answer.json()["error"] == {"message": message, "type": "api_error"}
 
 
+async def test_compressed_engine_error_passes_unchanged(antares: Live) -> None:
+    antares.engine.stub = _refusing(gzip.compress(b'{"detail": "no"}'), (b"Content-Encoding", b"gzip"))
+    answer = await antares.ask(body_of(MESSAGES), MESSAGES)
+    assert (answer.status_code, answer.json()) == (502, {"detail": "no"})
+
+
 async def test_long_engine_error_passes_unchanged(antares: Live) -> None:
     antares.engine.stub = _refusing(b"x" * 100_000)
     answer = await antares.ask(body_of(MESSAGES), MESSAGES)
     assert (answer.status_code, answer.content) == (502, b"x" * 100_000)
 
 
-def _refusing(data: bytes) -> ASGIApp:
+def _refusing(data: bytes, *headers: tuple[bytes, bytes]) -> ASGIApp:
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
-        await send({"type": "http.response.start", "status": 502, "headers": [(b"content-type", b"text/html")]})
+        head = [(b"content-type", b"text/html"), *headers]
+        await send({"type": "http.response.start", "status": 502, "headers": head})
         for at in range(0, len(data), 30_000):
             await send({"type": "http.response.body", "body": data[at : at + 30_000], "more_body": True})
         await send({"type": "http.response.body", "body": b""})
