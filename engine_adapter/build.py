@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine_adapter.engine import Engine, EngineStartError
+from engine_adapter.key_variable import key_in
 from engine_adapter.step_time.linear_forms import StepTimes
 
 
@@ -48,15 +49,13 @@ def http_engine(*, api_key_env: str | None, report: dict[str, Any] | None = None
 
 
 def _variable(key: str, name: str) -> str:
-    """Return the key in the environment variable ``name``, which ``key`` of the configuration names.
-
-    White space around the key is dropped: files and Secrets often end in a line break.
-    """
-    value = os.environ.get(name, "").strip()
+    """Return the key in the environment variable ``name``, which ``key`` of the configuration names."""
+    try:
+        value = key_in(name)
+    except ValueError as error:
+        raise EngineStartError(f"{key}: {error}") from None
     if not value:
         raise EngineStartError(f"{key} names {name}, but that environment variable is not set")
-    if not (value.isascii() and value.isprintable()):
-        raise EngineStartError(f"{key}: the key in {name} has a line break or another character that no key has")
     return value
 
 

@@ -29,6 +29,7 @@ from gateway.observability.ledger import Entry, Ledger
 from gateway.observability.live import HEADERS_ONLY_KEY, LiveFeed
 from gateway.observability.metrics import Metrics
 from gateway.observability.recording import make_recorder, make_recording
+from gateway.observability.state_metrics import GatewayState
 from gateway.observability.status import Status
 from gateway.observability.wanted_replicas import WantedReplicas, WantedSettings
 from gateway.observability.windows import MAX_TENANTS, Windows
@@ -120,7 +121,9 @@ class Gateway:
         )
         self.wanted_replicas = WantedReplicas(self.recorder.decisions, self.engine_queues, self._wanted_settings())
         self.metrics.registry.register(self.wanted_replicas)
-        self.metrics.watch(self.engine_queues, lambda: self.engines.unjoined, self.ledger, self.windows)
+        self.metrics.registry.register(
+            GatewayState(self.engine_queues, lambda: self.engines.unjoined, self.ledger, self.windows)
+        )
         self.metrics.predictor_up.set_function(lambda: float(self.predictor.up))
         self._retries = RetryBudget()
         limits = config.limits.limits()

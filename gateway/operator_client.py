@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import ssl
 import urllib.error
 import urllib.request
 from typing import Any
+
+from engine_adapter.key_variable import key_in
 
 KEY_VARIABLES = ("ANTARES_OPERATOR_KEY", "ANTARES_API_KEY", "ANTARES_KEY")
 """Environment variables that may hold the key, in this order. The last one is that of version 0.1."""
@@ -29,13 +30,13 @@ class NoKeyError(Exception):
 def key_from(variable: str | None) -> str | None:
     """Return the API key in the environment ``variable``, or in the first one of `KEY_VARIABLES`; None without one.
 
-    White space around the key is dropped. Raises `NoKeyError` if ``variable`` is named but not set, or if its value is
-    no key. NOTE: no message contains a key.
+    Raises `NoKeyError` if ``variable`` is named but not set, or if a value is no key.
     """
     for name in KEY_VARIABLES if variable is None else (variable,):
-        key = os.environ.get(name, "").strip()
-        if key and not (key.isascii() and key.isprintable()):
-            raise NoKeyError(f"the key in {name} has a line break or another character that no key has")
+        try:
+            key = key_in(name)
+        except ValueError as error:
+            raise NoKeyError(str(error)) from None
         if key:
             return key
     if variable is not None:

@@ -62,6 +62,7 @@ LAYERS = {
         "service_kind",
         "suggestion",
         "server_url",
+        "key_variable",
     ],
     "predictor_service": ["cli", "training", "serving", "calibration", "model"],
     "lab": ["cli", "simulate", "bench", "profile", "workload_options", "bounds", "records", "workload"],

@@ -44,8 +44,8 @@ def page(found: dict[str, Any]) -> str:
         for t in traces
         for run in t["fleets"]
     ]
-    sizes = "; ".join(f"{t['trace']}: {', '.join(map(str, t['searched']))}" for t in traces)
-    attained = "\n".join(f"- Fleets that attain the target on {t['trace']}: {_attaining(t)}." for t in traces)
+    sizes = "\n".join(f"- {t['trace']}: {', '.join(map(str, t['searched']))}" for t in traces)
+    attained = "\n".join(f"- The target is attained on {t['trace']} by {_attaining(t)}." for t in traces)
     signals = [one for t in traces for one in t["signals"]]
     jitter = f"steps with {found['step_jitter']:.0%} jitter" if found.get("step_jitter") else "steps without jitter"
     cpu = fmean(one["cpu_s"] for one in signals)
@@ -72,8 +72,10 @@ and fewer engines, and finds the fewest that attain the target.''')
 {accuracy}
 
 {
-        wrapped(f'''The search finds, window by window: {sizes}. An autoscaler acts on the past, so what it gets is the
-second row. It is limited by how much the traffic changes, as the third one shows.''')
+        wrapped(f'''An autoscaler acts on the past, so what it gets is the second row. It is limited by how much the traffic
+changes, as the third one shows. The search finds, window by window:
+
+{sizes}''')
     }
 
 ## Adherence and GPU hours

@@ -6,18 +6,15 @@ engine serves, never a value that a client sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from gateway.observability.ledger import Entry, Ledger
+from gateway.observability.ledger import Entry
 from gateway.observability.series import Counters, Histograms, Labels
-from gateway.observability.state_metrics import DroppedRecords, GatewayState
+from gateway.observability.state_metrics import DroppedRecords
 from gateway.observability.usage_metrics import UsageMetrics
-from gateway.observability.windows import Windows
-from gateway.scheduling.engine_queue import EngineQueue
 from gateway.tenants.usage import Usage
 
 _REQUEST = ("slo_class", "model", "engine")
@@ -220,19 +217,6 @@ class Metrics:
             tokens = (request.prompt_tokens, entry.predicted_cached_tokens, entry.cached_tokens)
             for kind, count in zip(("prompt", "predicted", "cached"), tokens, strict=True):
                 self.prefix_tokens.add((request.model, entry.engine, kind), count)
-
-    def watch(
-        self,
-        engine_queues: Sequence[EngineQueue],
-        starting: Callable[[], Iterable[EngineQueue]],
-        ledger: Ledger,
-        windows: Windows,
-    ) -> None:
-        """Export the state of ``engine_queues`` and ``ledger``, and the ``windows``, read at each scrape.
-
-        ``starting``: returns the queues of engines that have not served yet.
-        """
-        self.registry.register(GatewayState(engine_queues, starting, ledger, windows))
 
     def exposition(self) -> bytes:
         """Return the body of `/metrics`: this registry, then the process-wide one that an in-process vLLM uses."""

@@ -143,7 +143,7 @@ class DroppedRecords(Collector):
 
 
 class GatewayState(Collector):
-    """Collects `STATE_METRICS`."""
+    """Collects `STATE_METRICS`. ``starting``: returns the queues of engines that have not served yet."""
 
     def __init__(
         self,

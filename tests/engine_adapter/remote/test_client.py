@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address
-from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from engine_adapter.engine import EngineLost, EngineUnreachable
 from engine_adapter.remote import client
@@ -226,69 +215,6 @@ async def test_plain_chunks_decodes_known_encodings(encoding: str) -> None:
     head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(packed)}\r\n\r\n".encode()
     async with upstream_of(sends(head + packed[:7], packed[7:])) as upstream:
         assert await read(upstream) == (packed if encoding == "br" else b"hello")
-
-
-async def test_certificate_authority_of_the_environment_is_trusted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
-    certificate, key = self_signed(tmp_path)
-    serving = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    serving.load_cert_chain(certificate, key)
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"{}")
-        writer.write(OK)
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=serving)
-    url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    for named, reason in (("", "CERTIFICATE_VERIFY_FAILED"), (str(tmp_path / "none"), "FileNotFoundError")):
-        monkeypatch.setenv("SSL_CERT_FILE", named)
-        upstream = Upstream("e", url, 5.0, 5.0)
-        with pytest.raises(EngineUnreachable, match=reason):
-            await read(upstream)
-        await upstream.close()
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    upstream = Upstream("e", url, 5.0, 5.0)
-    assert await read(upstream) == b"ok"
-    await upstream.close()
-    server.close()
-
-
-def self_signed(folder: Path) -> tuple[Path, Path]:
-    """The files of a certificate for 127.0.0.1 that no authority signed, and of its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.now(UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))])
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    builder = (
-        builder.serial_number(1).not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=1))
-    )
-    signed = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
-    files = folder / "certificate.pem", folder / "key.pem"
-    files[0].write_bytes(signed.public_bytes(Encoding.PEM))
-    files[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return files
-
-
-@pytest.mark.parametrize("scheme", ["https", "HTTPS"])
-async def test_upstream_verifies_certificates_for_any_spelling_of_https(
-    scheme: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    contexts: list[ssl.SSLContext] = []
-    original = httpx.create_ssl_context
-
-    def create(**options: Any) -> ssl.SSLContext:
-        contexts.append(original(**options))
-        return contexts[-1]
-
-    monkeypatch.setattr(httpx, "create_ssl_context", create)
-    upstream = Upstream("e", f"{scheme}://127.0.0.1:9", 1.0, 1.0)
-    with pytest.raises(EngineUnreachable):
-        await read(upstream)
-    await upstream.close()
-    assert [context.verify_mode.name for context in contexts] == ["CERT_REQUIRED"]
 
 
 def test_base_url_with_credentials_is_rejected() -> None:
