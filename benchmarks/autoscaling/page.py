@@ -72,8 +72,8 @@ and fewer engines, and finds the fewest that attain the target.''')
 {accuracy}
 
 {
-        wrapped(f'''An autoscaler acts on the past, so what it gets is the second row. It is limited by how much the traffic
-changes, as the third one shows. The search finds, window by window:
+        wrapped(f'''An autoscaler acts on the past, so what it gets is the second row. It is limited by how much the
+traffic changes, as the third one shows. The search finds, window by window:
 
 {sizes}''')
     }
