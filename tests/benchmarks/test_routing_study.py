@@ -87,6 +87,14 @@ def test_study_measures_larger_fleets_at_a_load_of_the_linear_row(file: Path, mo
     (run,) = json.loads(file.read_text())["large"]
     assert (run["replicas"], run["load"], run["qps"], run["duration_s"]) == (2, 0.5, 20.0, 0.5)
     assert run["routing_us"] > 0
+    # The same run is not measured again; one with more seconds of arrivals replaces it.
+    assert command("--row", study.MORE, "--json", str(file)).exit_code == 0
+    assert json.loads(file.read_text())["large"] == [run]
+    monkeypatch.setattr(study, "LARGE", (study.Large(2, "headroom", 0.5, "headroom", 1.5),))
+    assert command("--row", study.MORE, "--json", str(file)).exit_code == 0
+    (longer,) = json.loads(file.read_text())["large"]
+    assert longer["duration_s"] == 1.5
+    assert longer["requests"] > run["requests"]
 
 
 def test_study_rejects_an_unknown_policy() -> None:
@@ -144,7 +152,7 @@ def test_page_separates_near_linear_runs_from_those_at_multiples_of_s() -> None:
     ]
     rows = [part("fleet", [found("least_load", 0, 100.0), found("headroom", 0, 110.0)])]
     text = page.page(document(rows=rows, large=large))
-    assert "| 64 | 30 | 1600 | 25.0 | 0.9940 | 40 |" in text
+    assert "| six categories, 64 A100 | 30 | 1600 | 25.0 | 0.9940 | 40 |" in text
     assert "| six categories, 64 A100 | 30 | `least_load` | 1 S | 1600 | 1590 | 0.994 | 40 |" in text
     assert "| six categories, 32 A100 and 32 H200 | 30 | `least_load` | 2 S | 1600 | 1590 | 0.994 | 40 |" in text
 
