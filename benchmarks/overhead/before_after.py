@@ -80,9 +80,12 @@ SHAPES = (
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU seconds of the threads of ``pid`` so far."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return sum(int(task.read_text(encoding="ascii").split()[0]) for task in tasks) / 1e9
+    """Return the CPU seconds so far of the threads of ``pid``. A thread that ends meanwhile is missing."""
+    spent = 0
+    for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):
+            spent += int(task.read_text(encoding="ascii").split()[0])
+    return spent / 1e9
 
 
 @contextlib.asynccontextmanager

@@ -137,8 +137,8 @@ def _large(found: dict[str, Any]) -> Iterator[str]:
     if loaded:
         yield wrapped(
             f"At S and 2 S. S is the capacity of `{DEFAULT}` per engine in the row of the same traffic with 8 engines. "
-            f"With fewer than {found['duration_s']:g} s of arrivals a run ends while its load still grows: compare such "
-            "runs with each other only."
+            f"With fewer than {found['duration_s']:g} s of arrivals a run ends while its load still grows: "
+            "compare such runs with each other only."
         )
         yield table(
             ["fleet and traffic", "arrivals (s)", "routing", "load", "rate", "goodput", "adherence", "decision (µs)"],

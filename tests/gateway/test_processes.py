@@ -69,9 +69,12 @@ async def two(folder: Path, ports: list[int], **server: Any) -> AsyncIterator[tu
 
 
 def command_lines(process: Process) -> dict[int, list[str]]:
-    """Return the command line of each child of ``process``."""
-    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
-    return {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0") for pid in pids}
+    """Return the command line of each child of ``process``. A child that ends meanwhile is missing."""
+    lines = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split():
+        with suppress(OSError):
+            lines[int(pid)] = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return lines
 
 
 def children(process: Process) -> list[int]:

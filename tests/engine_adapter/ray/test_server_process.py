@@ -151,7 +151,10 @@ def wait_until_gone(processes: list[int]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    except OSError:
+        return []
     return [each for child in map(int, children) for each in (child, *descendants(child))]
 
 

@@ -243,7 +243,7 @@ def test_prompts_differ_between_requests() -> None:
 async def test_client_process_agrees_with_gateway_and_reports_progress() -> None:
     engine = fast_engine(times=StepTimes(b=1e-5, d=2e-3, alpha=1e-5))
     async with live(engine, policy={"name": "scorpio"}) as served:
-        workload = make_workload("small", qps=60, requests=24, slo_scale=4, max_output=24)
+        workload = make_workload("small", qps=60, requests=24, slo_scale=100, max_output=24)
         progress: list[tuple[int, int]] = []
         load = await send_from_another_process(
             Target(served.url, "simulated"), workload, 0, lambda sent, done: progress.append((sent, done))
