@@ -140,6 +140,10 @@ BAD_VALUES: list[tuple[str, dict[str, Any]]] = [
     ("max", {"engineDefaults": {"autoscaling": {"max": 1000}}}),
     ("drainSeconds", {"drainSeconds": "2m"}),
     ("config", {"gateway": {"config": {"engines": []}}}),
+    *(
+        (f"/gateway/config/{section}': got null, want object", {"gateway": {"config": {section: None}}})
+        for section in ("predictor", "server", "wanted_replicas")
+    ),
     ("every pool of engines needs a model", {"engines": [{"name": "a"}]}),
     ("set keys.secret, keys.file or keys.anonymous", {"keys": {"anonymous": False}}),
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -251,7 +252,9 @@ def _sampler(ratio: float | None) -> Sampler:
 
 
 def _resource() -> Resource:
-    resource = Resource.create({"service.version": __version__})
+    # What the environment sets wins. Several gateways, or several processes of one, differ by host and process.
+    process: dict[str, str | int] = {"host.name": socket.gethostname(), "process.pid": os.getpid()}
+    resource = Resource(process).merge(Resource.create({"service.version": __version__}))
     named = not str(resource.attributes.get(SERVICE_NAME, "unknown_service")).startswith("unknown_service")
     return resource if named else resource.merge(Resource({SERVICE_NAME: "antares"}))
 

@@ -15,7 +15,7 @@ from engine_adapter.simulated.engine import SimulatedEngine
 from engine_adapter.step_time.linear_forms import StepTimes
 from gateway.api.auth import hash_key
 from tests.fixtures.browser import CHROMIUM, BrowserPage, browser_page
-from tests.fixtures.live_gateway import CLASSES, Live, Load, live
+from tests.fixtures.live_gateway import CLASSES, Live, Load, gateway_config, live
 from tests.fixtures.ports import free_port
 
 pytestmark = pytest.mark.process
@@ -126,6 +126,19 @@ async def test_numbers_and_charts_move_under_load(page: BrowserPage) -> None:
         assert await page.evaluate("document.querySelectorAll('main img').length") == 0
         # Before the gateway stops, which breaks the stream.
         assert page.failures == []
+    assert page.problems == []
+
+
+@needs_chromium
+async def test_page_shows_an_engine_that_starts_and_why_it_is_not_up(page: BrowserPage) -> None:
+    added = {"kind": "http", "name": "gpu", "base_url": f"http://127.0.0.1:{free_port()}"}
+    async with live() as antares:
+        antares.gateway.reload(gateway_config(engines=[{"kind": "simulated"}, added]))
+        await page.open(f"{antares.url}/dashboard")
+        await page.until(f"{numbers_of('engines')}.includes('connection refused')")
+        assert "gpu… starting" in await page.evaluate(numbers_of("engines"))
+        antares.gateway.reload(gateway_config())
+        await page.until(f"!{numbers_of('engines')}.includes('gpu')")
     assert page.problems == []
 
 

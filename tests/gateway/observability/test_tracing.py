@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -74,7 +76,9 @@ async def test_finished_request_has_a_server_span_and_its_phases(collector: Stan
     assert began <= server.start_time_unix_nano <= times[0]
     assert times[-1] <= server.end_time_unix_nano <= time.time_ns()
     assert attributes(children[1])["antares.queue.waiting"] == 0
-    assert collector.resources[0]["service.name"] == "antares"
+    resource = collector.resources[0]
+    assert resource["service.name"] == "antares"
+    assert (resource["host.name"], resource["process.pid"]) == (socket.gethostname(), os.getpid())
 
 
 async def test_no_span_contains_text_of_the_request(collector: StandInCollector) -> None:
@@ -198,12 +202,14 @@ async def test_environment_sets_endpoint_headers_service_and_sampler(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-team=llm")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "gateway-7")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "host.name=rack-3")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
     async with live(tracing={"enabled": True}) as antares:
         await antares.ask()
         await eventually(lambda: collector.servers)
 
-    assert collector.resources[0]["service.name"] == "gateway-7"
+    resource = collector.resources[0]
+    assert (resource["service.name"], resource["host.name"]) == ("gateway-7", "rack-3")
     assert collector.headers[0]["x-team"] == "llm"
 
 
