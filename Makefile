@@ -43,7 +43,7 @@ test: $(STAMPS)/dev ## run all tests: of the product, with processes, of the stu
 		test $$code -eq $(if $(strip $(PYTEST_ARGS)),5,0) || test $$code -eq 0 || failed=1; \
 		summary="$$summary$$(printf '%5d s, exit code %d: tests %s' $$(($$(date +%s) - began)) $$code "$$title")|"; \
 	}; \
-	run="$(BIN)/python -m pytest --dist loadfile"; one_thread="VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1"; \
+	run="$(BIN)/python -m pytest --dist loadfile --durations 5 --durations-min 20"; one_thread="VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1"; \
 	phase "of the product, without an engine" $$run -n logical --maxprocesses 4 -m "not engine and not study and not process"; \
 	phase "of the product with processes and in real time" $$run -n 4 -m "process and not engine and not study"; \
 	phase "of the studies in benchmarks/" $$run -n logical --maxprocesses 4 -m "study and not engine"; \

@@ -107,7 +107,7 @@ def is_complete(lines: list[str]) -> bool:
     return lines[-1] == "data: [DONE]" and '"finish_reason":"length"' in lines[-2]
 
 
-ROUNDS = 6
+ROUNDS = 4
 """Rounds of disconnects. Open files and memory must not grow from the second to the last one."""
 
 POLL_S = 0.3

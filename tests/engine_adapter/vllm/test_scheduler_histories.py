@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 Make = Callable[..., "SteppedScheduler"]
 
-HISTORIES, STEPS, ARRIVALS = 200, 80, 60
+HISTORIES, STEPS, ARRIVALS = 100, 80, 60
 """Histories in all, the steps of one, and the steps in which requests arrive."""
 
 
@@ -56,8 +56,8 @@ class CheckedSteps:
             self.seen["recomputed"] += planned.recomputed_tokens
             if self._planned is not None and self._planned[1].max_prefill_tokens is not None:
                 self.seen["capped"] += 1
-                # A step computes at least one token. Padding is no prefill, but vLLM counts it like that.
-                # A step computes at least one token, or a prompt's only token with vLLM's padding.
+                # A step computes at least one token, or a prompt's only token with vLLM's padding. Padding is no
+                # prefill, but vLLM counts it like that.
                 least = 1 + scheduler.num_spec_tokens
                 assert planned.prefill_tokens <= max(least, self._planned[1].max_prefill_tokens)
         if self._planned is not None:
