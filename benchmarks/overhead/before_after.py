@@ -40,6 +40,7 @@ from benchmarks.overhead.gateway_cost import (
     step_times,
     until_up,
 )
+from benchmarks.overhead.peers.processes import own_thread_cpu_ns
 
 KINDS = ("around", "in front")
 TREES = ("before", "after")
@@ -80,12 +81,8 @@ SHAPES = (
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU seconds so far of the threads of ``pid``. A thread that ends meanwhile is missing."""
-    spent = 0
-    for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):
-            spent += int(task.read_text(encoding="ascii").split()[0])
-    return spent / 1e9
+    """Return the CPU seconds so far of the threads of ``pid``, without its child processes."""
+    return sum(own_thread_cpu_ns(pid).values()) / 1e9
 
 
 @contextlib.asynccontextmanager

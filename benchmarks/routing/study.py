@@ -128,6 +128,10 @@ class Large:
             "of": self.of,
         }
 
+    def fields(self, duration_s: float) -> dict[str, Any]:
+        """`key` and the seconds of arrivals, in a study of ``duration_s``."""
+        return {**self.key, "duration_s": self.duration_s or duration_s}
+
 
 MORE = "more engines"
 """Name of the runs of `LARGE` among the rows."""
@@ -135,12 +139,14 @@ MORE = "more engines"
 NEAR_LINEAR = 0.95
 
 SHORT_S = 12.0
-"""Seconds of arrivals where 30 s would take over 5 minutes of CPU. The load still grows at the end."""
+"""Seconds of arrivals of runs that are compared with each other only, where 30 s would take over 5 minutes of CPU.
+
+The load still grows at the end."""
 
 LARGE = (
     *(Large(replicas, OURS, NEAR_LINEAR, OURS, row=row) for row in (LINEAR_ROW, MIXED_ROW) for replicas in (64, 256)),
     *(Large(64, routing, load, DEFAULT) for load in LOADS for routing in POLICIES),
-    *(Large(64, routing, load, DEFAULT, row=MIXED_ROW) for load in LOADS for routing in POLICIES),
+    *(Large(64, routing, load, DEFAULT, SHORT_S, MIXED_ROW) for load in LOADS for routing in POLICIES),
     *(Large(256, routing, load, DEFAULT, SHORT_S) for load in LOADS for routing in POLICIES),
     *(
         Large(replicas, routing, load, DEFAULT, duration_s, TURNS_ROW)
@@ -190,9 +196,9 @@ def measure_large(large: Large, parts: list[dict[str, Any]], duration_s: float) 
     row = next(row for row in ROWS if row.name == large.row)
     qps = fmean(one["qps"] for one in part["found"] if one["routing"] == large.of) / part["replicas"]
     rate = large.load * qps * large.replicas
-    duration_s = large.duration_s or duration_s
-    experiment = fleet_of(row.workload, duration_s, large.replicas, large.routing, row.profiles)
-    return {**large.key, "duration_s": duration_s, "qps": round(rate, 1), **fleet_run(experiment, rate, 0, FIELDS)}
+    fields = large.fields(duration_s)
+    experiment = fleet_of(row.workload, fields["duration_s"], large.replicas, large.routing, row.profiles)
+    return {**fields, "qps": round(rate, 1), **fleet_run(experiment, rate, 0, FIELDS)}
 
 
 def main(
@@ -256,15 +262,12 @@ def _measured(
         yield f"{row.name}: {name} at {load:g} S: {run['goodput']:g}/s"
 
     keys = [more.key for more in LARGE]
-    wanted = [{**more.key, "duration_s": more.duration_s or duration_s} for more in large]
     missing = [
-        more
-        for more, fields in zip(large, wanted, strict=True)
-        if not any(known.items() >= fields.items() for known in found["large"])
+        more for more in large if not any(known.items() >= more.fields(duration_s).items() for known in found["large"])
     ]
     calls = [partial(measure_large, more, found["rows"], duration_s) for more in missing]
     for more, run in _done(missing, calls, jobs):
-        # A run with fewer seconds of arrivals gives way.
+        # It replaces a run with other seconds of arrivals.
         found["large"] = [known for known in found["large"] if not known.items() >= more.key.items()]
         found["large"].append(run)
         found["large"].sort(key=lambda run: keys.index({name: run[name] for name in keys[0]}))

@@ -26,11 +26,15 @@ def tree(pid: int) -> list[int]:
 
 def thread_cpu_ns(pid: int) -> dict[tuple[int, str], int]:
     """Return the CPU nanoseconds so far of each thread of ``pid`` and its child processes."""
+    return {thread: spent for process in tree(pid) for thread, spent in own_thread_cpu_ns(process).items()}
+
+
+def own_thread_cpu_ns(pid: int) -> dict[tuple[int, str], int]:
+    """Return the CPU nanoseconds so far of each thread of ``pid``. A thread that ends meanwhile is missing."""
     spent = {}
-    for process in tree(pid):
-        for task in Path(f"/proc/{process}/task").glob("*"):
-            with contextlib.suppress(OSError):
-                spent[process, task.name] = int((task / "schedstat").read_text(encoding="ascii").split()[0])
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            spent[pid, task.name] = int((task / "schedstat").read_text(encoding="ascii").split()[0])
     return spent
 
 
